@@ -1,0 +1,34 @@
+PYTHON ?= python3
+PY := .venv/bin/python
+PYTEST_ARGS ?=
+
+.PHONY: help setup setup-test demo lint test clean
+
+help:
+	@echo "make setup   .venv with everything that belongs to this machine (CPU or NVIDIA GPU)"
+	@echo "make demo    the whole way on a generated world: train, evaluate, index, recommend"
+	@echo "make test    what must pass before a commit: lint, types, tests (PYTEST_ARGS='-k index')"
+	@echo "make lint    style and types alone"
+	@echo "make clean   remove what tools left behind; .venv, data and runs stay"
+	@echo "PYTHON=python3.12 picks another interpreter; TREC_TT_DEVICE=cpu|gpu overrides what setup detects"
+
+setup:
+	@$(PYTHON) launch/setup_env.py
+
+setup-test:
+	@$(PYTHON) launch/setup_env.py --test
+
+demo: setup
+	@$(PY) -m trec_twotower demo
+
+lint: setup-test
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+test: lint
+	OMP_NUM_THREADS=1 $(PY) -m pytest $(PYTEST_ARGS)
+
+clean:
+	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

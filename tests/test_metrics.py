@@ -1,0 +1,206 @@
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from trec_twotower.data.lists import Lists
+from trec_twotower.metrics import (
+    MetricSums,
+    blocks_by_length,
+    find_repeats,
+    mean_metrics,
+    popularity_ranking,
+    ranking_metrics,
+)
+
+
+def metrics_written_out(ranked, positives, k):
+    """The definitions, one user at a time, with sets and loops."""
+    goal = set(positives)
+    found = [rank for rank, item in enumerate(ranked[:k], start=1) if item in goal]
+    ideal = sum(1 / math.log2(rank + 1) for rank in range(1, min(k, len(goal)) + 1))
+    return {
+        f"recall@{k}": len(found) / len(goal),
+        f"ndcg@{k}": sum(1 / math.log2(rank + 1) for rank in found) / ideal,
+        f"hit@{k}": 1.0 if found else 0.0,
+        f"mrr@{k}": 1 / found[0] if found else 0.0,
+        f"precision@{k}": len(found) / k,
+    }
+
+
+def test_metrics_of_one_user_by_hand():
+    """Items 5 3 8 9 ranked, 3 9 1 to find: hits at ranks 2 and 4."""
+    metrics = ranking_metrics(np.array([[5, 3, 8, 9]]), Lists.from_lists([[9, 1, 3]]), [1, 2, 4])
+    assert {name: value[0] for name, value in metrics.items() if name.endswith("@1")} == {
+        "recall@1": 0.0, "ndcg@1": 0.0, "hit@1": 0.0, "mrr@1": 0.0, "precision@1": 0.0
+    }  # fmt: skip
+    assert metrics["recall@2"][0] == 1 / 3 and metrics["precision@2"][0] == 1 / 2
+    assert metrics["recall@4"][0] == 2 / 3 and metrics["hit@4"][0] == 1.0 and metrics["mrr@4"][0] == 1 / 2
+    # 0.63093 = 1 / log2(3), 0.43068 = 1 / log2(5); ideal of two 1.63093, of three 2.13093
+    assert metrics["ndcg@2"][0] == pytest.approx(0.63093 / 1.63093, abs=1e-5)
+    assert metrics["ndcg@4"][0] == pytest.approx((0.63093 + 0.43068) / 2.13093, abs=1e-5)
+
+
+def test_recall_divides_by_all_positives_also_when_they_exceed_k():
+    metrics = ranking_metrics(np.array([[0, 1]]), Lists.from_lists([range(10)]), [2])
+    assert metrics["recall@2"][0] == 0.2
+    assert metrics["ndcg@2"][0] == pytest.approx(1.0)
+
+
+def test_a_positive_given_twice_counts_once():
+    once, twice = (
+        ranking_metrics(np.array([[4, 2, 7]]), Lists.from_lists([wanted]), [3]) for wanted in ([7, 1], [7, 1, 7, 1, 1])
+    )
+    assert once == twice
+
+
+def test_no_item_is_a_miss_even_for_a_user_who_wants_row_zero():
+    metrics = ranking_metrics(np.array([[-1, -1, 0], [-1, -1, -1]]), Lists.from_lists([[0], [0]]), [3])
+    assert metrics["mrr@3"].tolist() == [1 / 3, 0.0]
+
+
+def test_columns_a_ranking_lacks_are_misses():
+    metrics = ranking_metrics(np.array([[3]]), Lists.from_lists([[3, 4]]), [10])
+    assert metrics["precision@10"][0] == 0.1 and metrics["recall@10"][0] == 0.5
+    empty = ranking_metrics(np.empty((1, 0), dtype=np.int64), Lists.from_lists([[3]]), [10])
+    assert all(value.tolist() == [0.0] for value in empty.values())
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.data())
+def test_metrics_equal_the_definitions_written_out(data):
+    num_users = data.draw(st.integers(1, 5))
+    length = data.draw(st.integers(1, 12))
+    items = st.integers(0, 15)
+    ranked = [data.draw(st.lists(items, min_size=length, max_size=length, unique=True)) for _ in range(num_users)]
+    cuts = [data.draw(st.integers(0, length)) for _ in range(num_users)]
+    wanted = [data.draw(st.lists(items, min_size=1, max_size=20)) for _ in range(num_users)]
+    ks = data.draw(st.lists(st.integers(1, 15), min_size=1, max_size=3, unique=True))
+    item_row_BK = np.array([row[:cut] + [-1] * (length - cut) for row, cut in zip(ranked, cuts, strict=True)])
+    metrics = ranking_metrics(item_row_BK, Lists.from_lists(wanted), ks)
+    assert metrics.keys() == {f"{name}@{k}" for name in ("recall", "ndcg", "hit", "mrr", "precision") for k in ks}
+    for k in ks:
+        for user in range(num_users):
+            for name, expected in metrics_written_out(ranked[user][: cuts[user]], wanted[user], k).items():
+                assert metrics[name].dtype == np.float64
+                assert metrics[name][user] == pytest.approx(expected, abs=1e-12)
+
+
+def test_metrics_of_many_users_equal_the_definitions_written_out():
+    rng = np.random.default_rng(0)
+    item_row_BK = np.array([rng.permutation(200)[:50] for _ in range(400)])
+    wanted = [rng.integers(0, 200, size=rng.integers(1, 60)).tolist() for _ in range(400)]
+    means = mean_metrics(ranking_metrics(item_row_BK, Lists.from_lists(wanted), [10, 50]))
+    for k in (10, 50):
+        each = [metrics_written_out(row, want, k) for row, want in zip(item_row_BK.tolist(), wanted, strict=True)]
+        for name in each[0]:
+            assert means[name] == pytest.approx(math.fsum(one[name] for one in each) / 400, abs=1e-9)
+
+
+def test_a_ranking_with_an_item_twice_is_void():
+    with pytest.raises(ValueError, match=r"1 of 2 rankings name an item twice, the first is row 1"):
+        ranking_metrics(np.array([[1, 2, -1, -1], [5, 3, 3, -1]]), Lists.from_lists([[1], [1]]), [4])
+
+
+def test_a_repeat_beyond_the_longest_k_is_not_looked_at():
+    ranking_metrics(np.array([[5, 3, 5]]), Lists.from_lists([[1]]), [2])
+
+
+def test_a_user_without_positives_is_refused():
+    with pytest.raises(ValueError, match=r"1 of 2 users have no positives, the first is row 1"):
+        ranking_metrics(np.array([[1], [2]]), Lists.from_lists([[1], []]), [1])
+
+
+def test_rankings_and_positives_must_be_of_the_same_users():
+    with pytest.raises(ValueError, match="2 rankings against the positives of 1 users"):
+        ranking_metrics(np.array([[1], [2]]), Lists.from_lists([[1]]), [1])
+    with pytest.raises(ValueError, match=r"k = \[0, 5\]"):
+        ranking_metrics(np.array([[1]]), Lists.from_lists([[1]]), [0, 5])
+
+
+def test_sums_over_blocks_and_ranks_give_the_mean_over_all_users():
+    rng = np.random.default_rng(1)
+    recall_B = rng.random(100)
+    ranks = [MetricSums(), MetricSums(), MetricSums()]  # the third had no users
+    for rank, parts in ((0, (slice(0, 7), slice(7, 40))), (1, (slice(40, 100),))):
+        for part in parts:
+            ranks[rank].add({"recall@5": recall_B[part], "hit@5": recall_B[part] > 0.5})
+    total = MetricSums()
+    for rank in ranks:
+        total.merge(rank)
+    assert total.num_users == 100
+    assert total.means()["recall@5"] == pytest.approx(recall_B.mean(), abs=1e-12)
+    assert total.means()["hit@5"] == pytest.approx((recall_B > 0.5).mean(), abs=1e-12)
+    assert ranks[0].num_users == 40, "merging leaves the other as it was"
+
+
+def test_a_mean_over_no_user_is_refused():
+    with pytest.raises(ValueError, match="no user to average over"):
+        MetricSums().means()
+
+
+ragged = st.lists(st.lists(st.integers(0, 9), max_size=6), min_size=1, max_size=6)
+
+
+@settings(max_examples=100, deadline=None)
+@given(ragged, st.data())
+def test_lists_behave_as_the_lists_they_stand_for(lists, data):
+    held = Lists.from_lists(lists)
+
+    def as_lists(each):
+        return [each.values[a:b].tolist() for a, b in zip(each.offsets, each.offsets[1:], strict=False)]
+
+    rows = data.draw(st.lists(st.integers(0, len(lists) - 1), max_size=8))
+    assert len(held) == len(lists) and as_lists(held) == lists
+    assert held.lengths.tolist() == [len(each) for each in lists]
+    assert held.rows.tolist() == [user for user, each in enumerate(lists) for _ in each]
+    assert as_lists(held.take(np.array(rows, dtype=np.int64))) == [lists[row] for row in rows]
+    assert as_lists(held.distinct()) == [sorted(set(each)) for each in lists]
+    asked = np.array([data.draw(st.lists(st.integers(-1, 12), min_size=4, max_size=4)) for _ in lists])
+    assert held.contain(asked).tolist() == [
+        [item in each for item in row] for each, row in zip(lists, asked.tolist(), strict=True)
+    ]
+
+
+def test_no_item_is_on_no_list_even_one_that_holds_minus_one():
+    lists = Lists.from_lists([[-1, 2], [-1]])
+    assert lists.contain(np.array([[-1, 2], [-1, 3]])).tolist() == [[False, True], [False, False]]
+
+
+def test_repeats_are_the_later_ones():
+    assert find_repeats(np.array([[3, 1, 3, 3], [-1, -1, 0, 0]])).tolist() == [
+        [False, False, True, True],
+        [False, False, False, True],
+    ]
+
+
+def test_blocks_cover_every_user_once_and_bound_their_cells(monkeypatch):
+    monkeypatch.setattr("trec_twotower.metrics.MAX_CELLS", 500)
+    lengths = np.random.default_rng(2).integers(0, 1000, size=300)
+    lengths[5] = 100_000
+    blocks = list(blocks_by_length(lengths, extra=10))
+    assert sorted(np.concatenate(blocks).tolist()) == list(range(300))
+    for users in blocks:
+        widest = lengths[users].max() + 10
+        assert len(users) == 1 or widest * len(users) <= 500
+        assert widest <= 2 * (lengths[users].min() + 10)
+
+
+def test_popularity_leaves_out_what_each_user_has_seen():
+    count_I = np.array([5, 9, 1, 9, 0])  # order: 1 3 0 2 4
+    seen = Lists.from_lists([[], [1, 0], [0, 1, 2, 3], [4, 4, 3]])
+    assert popularity_ranking(count_I, seen, 3).tolist() == [[1, 3, 0], [3, 2, 4], [4, -1, -1], [1, 0, 2]]
+
+
+def test_popularity_equals_a_loop_over_users(monkeypatch):
+    monkeypatch.setattr("trec_twotower.metrics.MAX_CELLS", 1000)  # many blocks
+    rng = np.random.default_rng(3)
+    count_I = rng.integers(0, 20, size=150)
+    seen = [rng.integers(0, 150, size=size).tolist() for size in (0, 3, 150, 40, 400, 10, 10, 75)]
+    order = sorted(range(150), key=lambda item: (-count_I[item], item))
+    for k in (1, 20, 200):
+        expected = [[item for item in order if item not in set(each)][:k] for each in seen]
+        expected = [each + [-1] * (k - len(each)) for each in expected]
+        assert popularity_ranking(count_I, Lists.from_lists(seen), k).tolist() == expected

@@ -1,0 +1,272 @@
+"""The command line: one word per stage. Imports are inside the commands, so that --help answers at once."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from trec_twotower.errors import ConfigError, DataError, TrainingError
+
+INTERRUPTED = 130  # the customary code after Ctrl-C
+EPILOG = "Exit codes: 0 done, 1 failed, 2 a mistake in the call or the config, 3 a mistake in the data."
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="trec-twotower",
+        description="A distributed two-tower recommender on TorchRec: Parquet in, recommendations out.",
+        epilog=EPILOG,
+    )
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
+    def command(name: str, run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".", epilog=EPILOG)
+        sub.set_defaults(run=run)
+        return sub
+
+    def folder(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument("run_dir", metavar="RUN", type=Path, help="a run folder, made by train")
+        sub.add_argument("--checkpoint", default="best", metavar="WHICH", help="best (default), newest, or a step")
+
+    demo = command("demo", _demo, "the whole chain on a generated world, with two ranks")
+    demo.add_argument("--ranks", type=int, default=2, help="processes that train together (default 2)")
+    demo.add_argument("--dir", type=Path, default=Path("."), help="where data/demo and runs/demo go (default: here)")
+
+    prepare = command("prepare", _prepare, "raw files to a dataset folder")
+    prepare.add_argument("source", metavar="SOURCE", help="synthetic, gowalla or amazon-beauty")
+    prepare.add_argument("--out", type=Path, required=True, metavar="DATASET", help="the folder to make")
+    prepare.add_argument("--overwrite", action="store_true", help="replace a dataset that is there")
+    prepare.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="options of the source, such as rows=1000000"
+    )
+
+    train = command("train", _train, "fit the towers of a config, or go on with a run that was cut short")
+    train.add_argument("config", type=Path, metavar="CONFIG", help="a YAML file, such as configs/gowalla.yaml")
+    train.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change, such as train.epochs=3")
+
+    export = command("export", _export, "item and user vectors to Parquet, under RUN/export")
+    folder(export)
+
+    index = command("index", _index, "a FAISS index of the exported items, tuned against exact search, under RUN/index")
+    index.add_argument("run_dir", metavar="RUN", type=Path, help="a run folder with an export")
+
+    evaluate = command("evaluate", _evaluate, "metrics over the whole catalogue, beside the baselines")
+    folder(evaluate)
+    evaluate.add_argument("--split", default="test", help="the part of the dataset to find (default test)")
+    evaluate.add_argument("--index", action="store_true", help="also through the tuned index")
+    evaluate.add_argument("--rankings", type=Path, metavar="FILE", help="also write user_id, item_ids as Parquet")
+
+    recommend = command("recommend", _recommend, "what a user gets, and from which history")
+    recommend.add_argument("run_dir", metavar="RUN", type=Path, help="a run folder with an index")
+    recommend.add_argument("--user", required=True, action="append", metavar="ID", help="a user_id; may be repeated")
+    recommend.add_argument("--k", type=int, default=10, help="how many items (default 10)")
+
+    plan = command("plan", _plan, "which rank would hold which part of which table, and how many bytes")
+    plan.add_argument("config", type=Path, metavar="CONFIG")
+    plan.add_argument("--ranks", type=int, required=True, metavar="N")
+    plan.add_argument("overrides", nargs="*", metavar="key=value")
+
+    command("doctor", _doctor, "what is installed, what does not fit, and the line that mends it")
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; returns its exit code, having said in one message what went wrong."""
+    parser = build_parser()
+    options, rest = parser.parse_known_args(arguments)
+    # argparse wants all positional words together; key=value may stand behind options as well.
+    if rest and hasattr(options, "overrides") and all("=" in word and not word.startswith("-") for word in rest):
+        options.overrides += rest
+    elif rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    try:
+        return options.run(options)
+    except (ConfigError, DataError, TrainingError) as error:
+        _say_once(f"trec-twotower {options.command}: {error}")
+        return error.exit_code
+    except KeyboardInterrupt:
+        _say_once(f"trec-twotower {options.command}: interrupted; the same command goes on from what is saved.")
+        return INTERRUPTED
+    except OSError as error:
+        _say_once(f"trec-twotower {options.command}: {error.strerror or error}: {error.filename or ''}".rstrip(": "))
+        return 1
+
+
+def _say_once(message: str) -> None:
+    """Tell stderr; of the ranks of one job, which mostly find the same mistake, the first to come speaks."""
+    said_dir = os.environ.get("TREC_TT_SAID_DIR")
+    if said_dir is not None:
+        import hashlib
+
+        try:
+            (Path(said_dir) / hashlib.sha256(message.encode()).hexdigest()[:16]).touch(exist_ok=False)
+        except FileExistsError:
+            return
+        except OSError:
+            pass  # the job's folder is gone: better said twice than not at all
+    elif os.environ.get("RANK", "0") != "0":
+        return
+    print(message, file=sys.stderr, flush=True)
+
+
+def _ranks(config: Any | None = None) -> Any:
+    from trec_twotower.distributed import start_ranks
+
+    if config is None:
+        return start_ranks()
+    return start_ranks(config.train.timeout_s, config.train.threads)
+
+
+def _prepare(options: argparse.Namespace) -> int:
+    from trec_twotower.config import parse_overrides
+    from trec_twotower.data.sources import prepare
+
+    made = prepare(options.source, options.out, parse_overrides(options.overrides), overwrite=options.overwrite)
+    counts = ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in made["counts"].items())
+    print(f"{options.out}: {counts}")
+    if made.get("counts_checked"):
+        print("These are the published files, and the counts agree with the published ones.")
+    return 0
+
+
+def _train(options: argparse.Namespace) -> int:
+    from trec_twotower.config import load_config
+
+    config = load_config(options.config, options.overrides)
+    _quiet()
+    with _ranks(config) as ranks:
+        from trec_twotower.evaluate import Evaluator
+        from trec_twotower.train import train
+
+        def evaluator(sources: Any) -> Any:
+            if not sources.dataset.has("valid"):
+                return None
+            return Evaluator.of(sources, "valid", config.evaluate, ranks, sample=config.evaluate.users)
+
+        train(config, ranks, evaluator)
+    return 0
+
+
+def _export(options: argparse.Namespace) -> int:
+    from trec_twotower.run import Run
+
+    run = Run.open(options.run_dir)
+    _quiet()
+    with _ranks(run.config) as ranks:
+        from trec_twotower.export import export, load_model
+        from trec_twotower.files import read_json
+
+        folder = export(load_model(run, ranks, options.checkpoint), ranks)
+        if ranks.is_first:
+            manifest = read_json(folder / "manifest.json")
+            print(
+                f"{folder}: {manifest['items']:,} items and {manifest['users']:,} users of dim {manifest['dim']}, "
+                f"model {manifest['model_version']} (step {manifest['step']:,})"
+            )
+    return 0
+
+
+def _index(options: argparse.Namespace) -> int:
+    from trec_twotower.export import read_export
+    from trec_twotower.index import build_index
+    from trec_twotower.run import Run
+
+    run = Run.open(options.run_dir)
+    exported = read_export(run.folder / "export")
+    index = build_index(exported.item_ID, exported.user_QD, run.config.index)
+    manifest = exported.manifest
+    index.save(
+        run.folder / "index",
+        model_version=manifest["model_version"],
+        item_ids=exported.item_ids,
+        similarity=manifest["similarity"],
+    )
+    report = index.report
+    print(
+        f"{run.folder / 'index'}: {report.kind} on {report.device}, {report.nprobe} of {report.lists} lists searched; "
+        f"recall@{report.k} against exact search {report.reached_recall:.4f} (target {report.target_recall}), "
+        f"{report.scanned_share:.1%} of the items scanned, {report.bytes / 1e6:.1f} MB, built in {report.build_s:.1f} s"
+    )
+    return 0
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    from trec_twotower.run import Run
+
+    run = Run.open(options.run_dir)
+    _quiet()
+    with _ranks(run.config) as ranks:
+        from trec_twotower.evaluate import evaluate_run
+
+        table = evaluate_run(
+            run,
+            ranks,
+            split=options.split,
+            checkpoint=options.checkpoint,
+            through_index=options.index,
+            rankings=options.rankings,
+        )
+        if ranks.is_first:
+            print(table)
+    return 0
+
+
+def _recommend(options: argparse.Namespace) -> int:
+    _quiet()
+    with _ranks() as ranks:
+        from trec_twotower.serve import Retriever, in_words
+
+        retriever = Retriever.open(options.run_dir, ranks)
+        for answer in retriever.recommend(options.user, options.k):
+            print(f"User {answer.user_id} took last:")
+            for about in answer.history:
+                print(f"      {in_words(about)}")
+            print("and gets:")
+            for place, item in enumerate(answer.items, 1):
+                print(f"  {place:>3}  {item.score:>8.4f}  {in_words(item.about)}  [{item.item_id}]")
+    return 0
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from trec_twotower.config import load_config
+
+    config = load_config(options.config, options.overrides)
+    if options.ranks < 1:
+        raise ConfigError(f"--ranks is {options.ranks}: give 1 or more.")
+    _quiet()
+    from trec_twotower.sharding import describe_plan
+
+    print(describe_plan(config, options.ranks))
+    return 0
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from trec_twotower import doctor
+
+    return doctor.main()
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from trec_twotower.demo import run_demo
+
+    return run_demo(options.dir, options.ranks)
+
+
+def _quiet() -> None:
+    """Silence what torchrec, fbgemm and torch say at import and at start that no user can act on."""
+    import logging
+    import warnings
+
+    for name in ("torchrec", "fbgemm_gpu", "torch.distributed", "torch.fx._symbolic_trace"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    for module in ("torchrec", "fbgemm_gpu", "torch", "tensordict"):
+        warnings.filterwarnings("ignore", module=rf"{module}(\.|$)")
+    warnings.filterwarnings("ignore", message=".*Failed to import: fbgemm_gpu.*")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""From Parquet to a Batch: hashing, transforms, catalogue, interactions, candidates."""

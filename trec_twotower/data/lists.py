@@ -1,0 +1,113 @@
+"""Lists of different lengths in two flat arrays: what bags, positives and seen items all are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True, eq=False)
+class Lists:
+    """Row r holds values[offsets[r]:offsets[r + 1]], and weights there if the lists are weighted.
+
+    Three rows [7, 8], [], [9]:  offsets = [0, 2, 2, 3]  values = [7, 8, 9]
+    """
+
+    offsets: np.ndarray  # int64, one more than rows
+    values: np.ndarray
+    weights: np.ndarray | None = None  # float32
+
+    def __post_init__(self) -> None:
+        assert self.offsets[0] == 0 and self.offsets[-1] == len(self.values), "offsets do not span the values"
+
+    @classmethod
+    def from_lists(cls, lists: Iterable[Sequence[int]]) -> Lists:
+        rows = [np.asarray(row, dtype=np.int64) for row in lists]
+        return cls(offsets_of([len(row) for row in rows]), np.concatenate([np.empty(0, np.int64), *rows]))
+
+    @classmethod
+    def singles(cls, values: np.ndarray) -> Lists:
+        """One value a row."""
+        return cls(np.arange(len(values) + 1), values)
+
+    @classmethod
+    def empty(cls, num_rows: int) -> Lists:
+        return cls(np.zeros(num_rows + 1, np.int64), np.empty(0, np.int64))
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return np.diff(self.offsets)
+
+    @property
+    def rows(self) -> np.ndarray:
+        """The row of each value."""
+        return np.repeat(np.arange(len(self)), self.lengths)
+
+    def take(self, rows: np.ndarray) -> Lists:
+        """The given rows, in the given order."""
+        starts = self.offsets[rows]
+        lengths = self.offsets[rows + 1] - starts
+        offsets = offsets_of(lengths)
+        source = np.repeat(starts - offsets[:-1], lengths) + np.arange(offsets[-1])
+        return Lists(offsets, self.values[source], None if self.weights is None else self.weights[source])
+
+    def where(self, keep: np.ndarray) -> Lists:
+        """Only the values marked in `keep` (bool, one a value); rows stay, some shorter."""
+        kept = np.concatenate([[0], np.cumsum(keep)])
+        weights = None if self.weights is None else self.weights[keep]
+        return Lists(kept[self.offsets].astype(np.int64), self.values[keep], weights)
+
+    def newest(self, max_length: int | None) -> Lists:
+        """Each row's last `max_length` values."""
+        if max_length is None or not len(self.values) or int(self.lengths.max()) <= max_length:
+            return self
+        from_end = np.repeat(self.offsets[1:], self.lengths) - np.arange(len(self.values))
+        return self.where(from_end <= max_length)
+
+    def distinct(self) -> Lists:
+        """Each list in rising order with every value once; weights are let go."""
+        if not len(self.values):
+            return self
+        least = int(self.values.min())
+        span = int(self.values.max()) - least + 1
+        row, value = np.divmod(np.unique(self.rows * span + (self.values - least)), span)
+        return Lists(offsets_of(np.bincount(row, minlength=len(self))), value + least)
+
+    def contain(self, item_row_BK: np.ndarray) -> np.ndarray:
+        """Bool, of the same shape: is the value on its own row's list? -1 (no item) never is."""
+        assert len(item_row_BK) == len(self), f"{len(item_row_BK)} rows against {len(self)} lists"
+        is_item = self.values >= 0
+        if item_row_BK.size == 0 or not is_item.any():
+            return np.zeros(item_row_BK.shape, dtype=bool)
+        span = max(int(item_row_BK.max()), int(self.values.max())) + 1
+        key = np.sort((self.rows * span + self.values)[is_item])
+        wanted_BK = np.arange(len(self))[:, None] * span + item_row_BK
+        at_BK = np.minimum(np.searchsorted(key, wanted_BK), len(key) - 1)
+        return (key[at_BK] == wanted_BK) & (item_row_BK >= 0)
+
+    @staticmethod
+    def concat(parts: Sequence[Lists]) -> Lists:
+        """The rows of all parts below each other."""
+        if len(parts) == 1:
+            return parts[0]
+        weights = None
+        if any(part.weights is not None for part in parts):
+            weights = np.concatenate([weights_of(part) for part in parts])
+        offsets = offsets_of(np.concatenate([part.lengths for part in parts]))
+        return Lists(offsets, np.concatenate([part.values for part in parts]), weights)
+
+
+def offsets_of(lengths: Sequence[int] | np.ndarray) -> np.ndarray:
+    offsets = np.zeros(len(lengths) + 1, np.int64)
+    np.cumsum(lengths, out=offsets[1:])
+    return offsets
+
+
+def weights_of(lists: Lists) -> np.ndarray:
+    """The weights, ones where there are none."""
+    return np.ones(len(lists.values), np.float32) if lists.weights is None else lists.weights

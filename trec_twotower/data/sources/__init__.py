@@ -1,0 +1,66 @@
+"""Where datasets come from: each source turns raw files, or a seed, into a dataset folder.
+
+Importing this module is cheap: a source's own module, with numpy and pyarrow, loads on first use.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trec_twotower.errors import ConfigError, nearest
+
+if TYPE_CHECKING:
+    from trec_twotower.data.sources.options import SourceOptions
+    from trec_twotower.data.sources.writer import DatasetWriter
+
+
+@dataclass(frozen=True)
+class Source:
+    """One maker of datasets: `module` holds its `Options` and its `write(options, writer)`."""
+
+    name: str
+    module: str
+    help: str
+
+    @property
+    def options(self) -> type[SourceOptions]:
+        """The frozen pydantic model of what may be set."""
+        return self._load().Options
+
+    @property
+    def function(self) -> Callable[[SourceOptions, DatasetWriter], dict[str, Any]]:
+        """Writes the dataset with these options; returns the content of dataset.yaml."""
+        return self._load().write
+
+    def _load(self) -> Any:
+        return importlib.import_module(f"{__name__}.{self.module}")
+
+
+SOURCES: dict[str, Source] = {
+    source.name: source
+    for source in (
+        Source("synthetic", "synthetic", "a generated world whose best reachable recall is known"),
+        Source("gowalla", "gowalla", "train.txt and test.txt, a line = `user item item ...`, no order"),
+        Source("amazon-beauty", "amazon_beauty", "one file of item sequences in time order, with attributes"),
+    )
+}
+
+
+def prepare(source: str, out: Path, overrides: dict[str, Any], overwrite: bool = False) -> dict[str, Any]:
+    """Write the dataset folder `out` from the named source; return the content of its dataset.yaml.
+
+    Raises ConfigError for an unknown source or option and where `out` is taken, DataError for bad files.
+    """
+    if source not in SOURCES:
+        raise ConfigError(f"There is no source {source!r}{nearest(source, SOURCES)}.")
+    from trec_twotower.data.sources.options import read_options
+    from trec_twotower.data.sources.writer import DatasetWriter
+
+    chosen = SOURCES[source]
+    options = read_options(source, chosen.options, overrides)
+    with DatasetWriter(out, overwrite=overwrite) as writer:
+        return chosen.function(options, writer)

@@ -1,0 +1,65 @@
+"""What may be set for a source: the base of the option models, and the reading of overrides."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from trec_twotower.errors import ConfigError, DataError, nearest
+
+DATA_VARIABLE = "TREC_TT_DATA"
+
+
+class SourceOptions(BaseModel):
+    """Frozen; a key that is not an option is refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class FolderOptions(SourceOptions):
+    """The options of a source that reads files."""
+
+    data_dir: Path | None = None  # where the raw files lie; by default $TREC_TT_DATA/SOURCE
+
+    def folder(self, source: str) -> Path:
+        """Where the raw files of `source` lie: a folder that is there."""
+        data_dir = self.data_dir
+        if data_dir is None:
+            root = os.environ.get(DATA_VARIABLE)
+            if not root:
+                raise ConfigError(
+                    f"Source {source!r} does not know where its files lie: give data_dir=FOLDER, or set "
+                    f"{DATA_VARIABLE} to the folder that holds {source}/."
+                )
+            data_dir = Path(root) / source
+        data_dir = data_dir.expanduser()
+        if not data_dir.is_dir():
+            parent = data_dir.parent
+            beside = [entry.name for entry in parent.iterdir() if entry.is_dir()] if parent.is_dir() else []
+            raise DataError(f"There is no folder {data_dir}{nearest(data_dir.name, sorted(beside))}.")
+        return data_dir
+
+
+Model = TypeVar("Model", bound=SourceOptions)
+
+
+def read_options(source: str, model: type[Model], overrides: dict[str, Any]) -> Model:
+    """The options of `source` with the overrides in place; ConfigError names every one that cannot be."""
+    faults = []
+    for name, value in overrides.items():
+        if name not in model.model_fields:
+            faults.append(f"{name!r} is not an option{nearest(name, model.model_fields)}")
+        elif isinstance(value, bool):  # pydantic would read True as 1
+            faults.append(f"{name} = {value!r}: no option of this source is a yes or no")
+    if not faults:
+        try:
+            return model.model_validate(overrides)
+        except ValidationError as error:
+            for fault in error.errors():
+                name = ".".join(map(str, fault["loc"]))
+                message = fault["msg"].removeprefix("Value error, ")
+                faults.append(f"{name} = {fault['input']!r}: {message}" if name else message)
+    raise ConfigError(f"Source {source!r}: " + "; ".join(faults) + ".")

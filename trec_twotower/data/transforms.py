@@ -1,0 +1,286 @@
+"""From Arrow columns to what the towers take: hashed ids in lists, and normalised numbers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+
+from trec_twotower.data.hashing import hash_to_bucket, id_keys, is_id, modulo_bucket
+from trec_twotower.data.lists import Lists, weights_of
+from trec_twotower.errors import DataError
+from trec_twotower.schema import FeatureSpec, TableSpec
+
+NULL_BUCKET = 0  # of a category's table: the row that null owns
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What normalising a number needs; learned from train once and saved with the run."""
+
+    mean: float = 0.0
+    std: float = 1.0
+    low: float = 0.0
+    high: float = 1.0
+
+
+@dataclass(frozen=True)
+class Columns:
+    """The features of some rows of one side, ready for a batch.
+
+    `sparse[f]` holds the buckets of feature f (in the schema's order) and `divisor[f]` what its pooled sum is divided
+    by; `number_RN` has two columns a number: its normalised value, and 1 where it is missing.
+    """
+
+    num_rows: int
+    sparse: Mapping[str, Lists]
+    divisor: Mapping[str, np.ndarray]  # float32, one a row
+    numbers: Mapping[str, np.ndarray]  # float32 (rows, 2)
+
+    def take(self, rows: np.ndarray) -> Columns:
+        return Columns(
+            len(rows),
+            {name: lists.take(rows) for name, lists in self.sparse.items()},
+            {name: divisor[rows] for name, divisor in self.divisor.items()},
+            {name: number[rows] for name, number in self.numbers.items()},
+        )
+
+    def beside(self, other: Columns) -> Columns:
+        """The features of both, for the same rows."""
+        assert self.num_rows == other.num_rows
+        return Columns(
+            self.num_rows,
+            {**self.sparse, **other.sparse},
+            {**self.divisor, **other.divisor},
+            {**self.numbers, **other.numbers},
+        )
+
+    @staticmethod
+    def concat(parts: Sequence[Columns]) -> Columns:
+        if len(parts) == 1:
+            return parts[0]
+        first = parts[0]
+        return Columns(
+            sum(part.num_rows for part in parts),
+            {name: Lists.concat([part.sparse[name] for part in parts]) for name in first.sparse},
+            {name: np.concatenate([part.divisor[name] for part in parts]) for name in first.divisor},
+            {name: np.concatenate([part.numbers[name] for part in parts]) for name in first.numbers},
+        )
+
+
+def transform(
+    features: Iterable[FeatureSpec],
+    tables: Mapping[str, TableSpec],
+    statistics: Mapping[str, Statistics],
+    table: pa.Table,
+    where: str,
+    given: Mapping[str, Lists] | None = None,
+) -> Columns:
+    """The features of every row of an Arrow table; raises DataError naming `where`, the column and the row.
+
+    `given` has lists of 64-bit keys for columns that are made rather than read, such as a drawn half of a history.
+    """
+    sparse, divisor, numbers = {}, {}, {}
+    for feature in features:
+        place = f"{where}, column {feature.reads!r}"
+        if given is not None and feature.reads in given:
+            sparse[feature.name] = _hashed(feature, tables[feature.table_name], given[feature.reads])
+            divisor[feature.name] = pooling_divisor(feature, sparse[feature.name])
+            continue
+        array = one_chunk(table[feature.reads])
+        if not feature.is_sparse:
+            numbers[feature.name] = normalise(feature, array, statistics[feature.name], place)
+            continue
+        spec = tables[feature.table_name]
+        if feature.kind == "bag":
+            weights = one_chunk(table[feature.weights]) if feature.weights else None
+            lists = bag(feature, spec, array, weights, place)
+        elif feature.kind == "category":
+            lists = Lists.singles(category(spec, array, place))
+        else:
+            lists = Lists.singles(bucket(spec, id_keys(array, place)))
+        sparse[feature.name] = lists
+        divisor[feature.name] = pooling_divisor(feature, lists)
+    return Columns(table.num_rows, sparse, divisor, numbers)
+
+
+def bucket(spec: TableSpec, keys: np.ndarray) -> np.ndarray:
+    """The table row of each 64-bit key."""
+    if spec.hashing == "modulo":
+        return modulo_bucket(keys, spec.buckets)
+    return hash_to_bucket(keys, spec.buckets, spec.seed)
+
+
+def category(spec: TableSpec, array: pa.Array, where: str) -> np.ndarray:
+    """Buckets 1..; null has bucket 0 to itself (if the table has more than one row)."""
+    if spec.buckets == 1:
+        return np.zeros(len(array), np.int64)
+    rest = spec.model_copy(update={"buckets": spec.buckets - 1})
+    if not array.null_count:
+        return 1 + bucket(rest, id_keys(array, where))
+    valid = array.is_valid().to_numpy(zero_copy_only=False)
+    out = np.full(len(array), NULL_BUCKET, np.int64)
+    out[valid] = 1 + bucket(rest, id_keys(array.drop_null(), where))
+    return out
+
+
+def bag(feature: FeatureSpec, spec: TableSpec, array: pa.Array, weights: pa.Array | None, where: str) -> Lists:
+    """Hashed lists, cut to the newest `max_length`, null elements dropped."""
+    raw = key_lists(array, where)
+    if weights is not None:
+        raw = _with_weights(raw, array, weights, where, str(feature.weights))
+    return _hashed(feature, spec, raw)
+
+
+def _hashed(feature: FeatureSpec, spec: TableSpec, keys: Lists) -> Lists:
+    newest = keys.newest(feature.max_length)
+    return Lists(newest.offsets, bucket(spec, newest.values), newest.weights)
+
+
+def key_lists(array: pa.Array, where: str) -> Lists:
+    """The 64-bit keys of a column of lists of ids; null lists are empty, null elements are dropped."""
+    if not is_id_list(array.type):
+        raise DataError(f"{where}: is {array.type}, but a list of integers or strings is needed.")
+    if array.null_count:
+        array = array.fill_null(pa.scalar([], type=array.type))
+    elements = array.flatten()
+    offsets = _offsets(array)
+    if not elements.null_count:
+        return Lists(offsets, id_keys(elements, where))
+    valid = elements.is_valid().to_numpy(zero_copy_only=False)
+    keys = np.zeros(len(elements), np.int64)
+    keys[valid] = id_keys(elements.drop_null(), where)
+    return Lists(offsets, keys).where(valid)
+
+
+def is_id_list(kind: pa.DataType) -> bool:
+    return (pa.types.is_list(kind) or pa.types.is_large_list(kind)) and is_id(kind.value_type)
+
+
+def _offsets(array: pa.Array) -> np.ndarray:
+    offsets = array.offsets.to_numpy(zero_copy_only=False).astype(np.int64)
+    return offsets - offsets[0]
+
+
+def _with_weights(lists: Lists, ids: pa.Array, weights: pa.Array, where: str, column: str) -> Lists:
+    if not (pa.types.is_list(weights.type) or pa.types.is_large_list(weights.type)):
+        raise DataError(f"{where}: its weights, column {column!r}, are {weights.type}, not a list of numbers.")
+    weights = weights.fill_null(pa.scalar([], type=weights.type)) if weights.null_count else weights
+    wanted = _offsets(ids.fill_null(pa.scalar([], type=ids.type)) if ids.null_count else ids)
+    found = _offsets(weights)
+    if not np.array_equal(wanted, found):
+        row = int(np.flatnonzero(np.diff(wanted) != np.diff(found))[0])
+        raise DataError(
+            f"{where}, row {row:,}: {np.diff(wanted)[row]} ids but {np.diff(found)[row]} weights in {column!r}: "
+            "write one weight an id."
+        )
+    values = weights.flatten().cast(pa.float32()).to_numpy(zero_copy_only=False)
+    flat = ids.flatten()
+    if flat.null_count:
+        values = values[flat.is_valid().to_numpy(zero_copy_only=False)]
+    if not np.isfinite(values).all():
+        raise DataError(f"{where}: the weights in {column!r} hold null, NaN or infinity: write finite numbers.")
+    return Lists(lists.offsets, lists.values, values)
+
+
+def pooling_divisor(feature: FeatureSpec, lists: Lists) -> np.ndarray:
+    """What the sum of a row's vectors is divided by: 1, the sum of weights, or the root of their squares' sum.
+
+    Tables pool by SUM alone, because TorchRec's MEAN divides by counts where weights are meant, and divides other
+    tables' outputs beside row-wise sharding.
+    """
+    if feature.kind != "bag" or feature.pooling == "sum":
+        return np.ones(len(lists), np.float32)
+    weights = weights_of(lists).astype(np.float64)
+    if feature.pooling == "sqrtn":
+        weights = weights**2
+    total = np.add.reduceat(np.append(weights, 0.0), lists.offsets[:-1]) if len(lists) else np.empty(0)
+    total[lists.lengths == 0] = 1.0
+    total = np.sqrt(total) if feature.pooling == "sqrtn" else total
+    return np.where(np.abs(total) > 1e-12, total, 1.0).astype(np.float32)
+
+
+def normalise(feature: FeatureSpec, array: pa.Array, statistics: Statistics, where: str) -> np.ndarray:
+    """(rows, 2) float32: the normalised value (0 where missing), and whether it is missing."""
+    value, missing = number_values(feature, array, where)
+    if feature.normalise == "zscore":
+        value = (value - statistics.mean) / (statistics.std or 1.0)
+    elif feature.normalise == "minmax":
+        value = (value - statistics.low) / ((statistics.high - statistics.low) or 1.0)
+    elif feature.normalise == "log1p":
+        value = np.sign(value) * np.log1p(np.abs(value))
+    return np.stack([np.where(missing, 0.0, value), missing], axis=1).astype(np.float32)
+
+
+def number_values(feature: FeatureSpec, array: pa.Array, where: str) -> tuple[np.ndarray, np.ndarray]:
+    """A number column in float64 and which rows are missing."""
+    kind = array.type
+    if not (
+        pa.types.is_integer(kind)
+        or pa.types.is_floating(kind)
+        or pa.types.is_boolean(kind)
+        or pa.types.is_decimal(kind)
+    ):
+        raise DataError(
+            f"{where}: is {kind}, but feature {feature.name!r} is a number: cast it, or make it a category."
+        )
+    missing = array.is_null().to_numpy(zero_copy_only=False)
+    value = array.cast(pa.float64(), safe=False).fill_null(0.0).to_numpy(zero_copy_only=False)
+    odd = ~np.isfinite(value)
+    if odd.any():
+        if feature.nan == "error":
+            row = int(np.flatnonzero(odd)[0])
+            raise DataError(
+                f"{where}: {int(odd.sum()):,} of {len(array):,} numbers are NaN or infinite, the first ({value[row]}) "
+                f"in row {row:,}: write null for a missing number, or set nan: missing for feature {feature.name!r}."
+            )
+        missing = missing | odd
+        value = np.where(odd, 0.0, value)
+    return value, missing
+
+
+def learn_statistics(feature: FeatureSpec, arrays: Iterable[pa.Array], where: str) -> Statistics:
+    """Mean, standard deviation and range of a number over all rows that have it."""
+    count, total, squares, low, high = 0, 0.0, 0.0, math.inf, -math.inf
+    for array in arrays:
+        value, missing = number_values(feature, array, where)
+        value = value[~missing]
+        if not value.size:
+            continue
+        count += value.size
+        total += float(value.sum())
+        squares += float((value**2).sum())
+        low, high = min(low, float(value.min())), max(high, float(value.max()))
+    if not count:
+        return Statistics()
+    mean = total / count
+    return Statistics(mean, math.sqrt(max(squares / count - mean**2, 0.0)) or 1.0, low, high)
+
+
+def one_chunk(column: pa.ChunkedArray) -> pa.Array:
+    return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
+
+
+def check_kind(feature: FeatureSpec, kind: pa.DataType, where: str) -> None:
+    """Raises DataError when a column's type cannot be this kind of feature, before anything is read."""
+    needed = {"id": "integers or strings", "category": "integers or strings",
+              "bag": "lists of integers or strings", "number": "numbers"}[feature.kind]  # fmt: skip
+    if feature.kind == "bag":
+        fits = is_id_list(kind)
+    elif feature.kind == "number":
+        fits = (
+            pa.types.is_integer(kind)
+            or pa.types.is_floating(kind)
+            or pa.types.is_boolean(kind)
+            or pa.types.is_decimal(kind)
+        )
+    else:
+        fits = is_id(kind)
+    if not fits:
+        raise DataError(
+            f"{where}: column {feature.reads!r} is {kind}, but feature {feature.name!r} of kind {feature.kind!r} needs "
+            f"{needed}: write the column so, or change the kind."
+        )

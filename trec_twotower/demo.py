@@ -1,0 +1,80 @@
+"""`demo`: every stage in turn on a generated world, each by the command a user would type."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from trec_twotower.errors import ConfigError
+from trec_twotower.files import read_json
+
+PACKAGE = Path(__file__).resolve().parent
+
+
+def shipped(name: str) -> Path:
+    """A file of launch/ or configs/: beside the package in a checkout, inside it when installed from a wheel."""
+    for root in (PACKAGE, PACKAGE.parent):
+        if (root / name).is_file():
+            return root / name
+    raise ConfigError(f"{name} is neither in {PACKAGE} nor in {PACKAGE.parent}: install the package again.")
+
+
+def run_demo(folder: Path, num_ranks: int) -> int:
+    """Prepare, train, export, index, evaluate, recommend; returns the exit code of the first stage that fails."""
+    if num_ranks < 1:
+        raise ConfigError(f"--ranks is {num_ranks}: give 1 or more.")
+    dataset, run = folder / "data" / "demo", folder / "runs" / "demo"
+    _take_away(run)
+    started = time.perf_counter()
+    torchrun = [str(shipped("launch/torchrun.sh")), "--ranks", str(num_ranks)]
+    alone = [sys.executable, "-m", "trec_twotower"]
+    stages = [
+        [*alone, "prepare", "synthetic", "--out", str(dataset), "--overwrite"],
+        [*torchrun, "train", str(shipped("configs/demo.yaml")), f"data.dataset={dataset}", f"run_dir={run}"],
+        [*torchrun, "export", str(run)],
+        [*alone, "index", str(run)],
+        [*torchrun, "evaluate", str(run), "--index"],
+    ]
+    for stage in stages:
+        if code := _stage(stage):
+            return code
+    if code := _stage([*alone, "recommend", str(run), "--user", _some_user(dataset)]):
+        return code
+    status = read_json(run / "status.json")
+    print(
+        f"\nThe whole way took {time.perf_counter() - started:.0f} s, of which training {status['train_s']:.0f} s "
+        f"({status['rows_per_s']:,.0f} rows/s on {status['num_ranks']} ranks, at most "
+        f"{status['peak_rank_bytes'] / 2**20:,.0f} MiB each)."
+    )
+    print(f"dataset  {dataset}")
+    print(f"run      {run}  (config.yaml, metrics.jsonl, checkpoints/, export/, index/, evaluation.json)")
+    return 0
+
+
+def _stage(command: list[str]) -> int:
+    """Run one command with its output shown, under the line a user would type."""
+    shown = ["trec-twotower" if word == sys.executable else word for word in command]
+    if shown[0] == "trec-twotower":
+        shown = [shown[0], *shown[3:]]
+    shown[0] = os.path.relpath(shown[0]) if os.path.isabs(shown[0]) else shown[0]
+    print(f"\n$ {shlex.join(shown)}", flush=True)
+    return subprocess.run(command, env={**os.environ, "PYTHON": sys.executable}).returncode
+
+
+def _take_away(run: Path) -> None:
+    """An earlier demo's run, if it is one."""
+    if (run / "config.yaml").is_file():
+        shutil.rmtree(run)
+
+
+def _some_user(dataset: Path) -> str:
+    """The first user of test/."""
+    import pyarrow.parquet as pq
+
+    file = pq.ParquetFile(sorted((dataset / "test").glob("*.parquet"))[0])
+    return str(next(file.iter_batches(1, columns=["user_id"]))["user_id"][0].as_py())

@@ -1,0 +1,155 @@
+"""The ranks of a job: process group, device, and the few collectives that the rest needs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+class Ranks:
+    """This process among the `num_ranks` of its job; a job of one needs no torchrun."""
+
+    def __init__(self, rank: int, num_ranks: int, device: torch.device) -> None:
+        self.rank = rank
+        self.num_ranks = num_ranks
+        self.device = device
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def once(self, work: Callable[[], T]) -> T:
+        """What `work` returns on the first rank, on every rank; if it raises there, every rank raises the same."""
+        if self.num_ranks == 1:
+            return work()
+        outcome: list[Any] = [None, None]
+        if self.is_first:
+            try:
+                outcome[0] = work()
+            except Exception as error:  # carried to all ranks, so that none waits for the others
+                outcome[1] = error
+        dist.broadcast_object_list(outcome, src=0)
+        if outcome[1] is not None:
+            raise outcome[1]
+        return outcome[0]
+
+    def share(self, count: int) -> slice:
+        """This rank's part of `count` things in order; the parts differ by one at most."""
+        return slice(count * self.rank // self.num_ranks, count * (self.rank + 1) // self.num_ranks)
+
+    def sum(self, values: np.ndarray) -> np.ndarray:
+        """Element-wise over ranks, in float64."""
+        total = torch.from_numpy(np.asarray(values, dtype=np.float64).copy())
+        if self.num_ranks > 1:
+            total = total.to(self.device)
+            dist.all_reduce(total)
+        return total.cpu().numpy()
+
+    def mean(self, value: Tensor) -> float:
+        """A scalar's mean over ranks."""
+        total = value.detach().clone()
+        if self.num_ranks > 1:
+            dist.all_reduce(total)
+        return float(total) / self.num_ranks
+
+    def sizes(self, count: int) -> list[int]:
+        """Every rank's `count`."""
+        if self.num_ranks == 1:
+            return [count]
+        mine = torch.tensor([count], device=self.device)
+        everyone = [torch.empty_like(mine) for _ in range(self.num_ranks)]
+        dist.all_gather(everyone, mine)
+        return [int(size) for size in everyone]
+
+    def gather(self, rows: Tensor, sizes: list[int]) -> Tensor:
+        """All ranks' rows below each other, with gradient: backward sums over ranks what each rank's loss wants.
+
+        `sizes` are the ranks' numbers of rows, as `Ranks.sizes` gives them.
+        """
+        if self.num_ranks == 1:
+            return rows
+        longest = max(sizes)
+        padded = torch.nn.functional.pad(rows, [0, 0] * (rows.dim() - 1) + [0, longest - rows.shape[0]])
+        everyone = _AllGather.apply(padded, self.rank, self.num_ranks)
+        if all(size == longest for size in sizes):
+            return everyone
+        return torch.cat([everyone[rank * longest : rank * longest + size] for rank, size in enumerate(sizes)])
+
+    def barrier(self) -> None:
+        if self.num_ranks > 1:
+            dist.barrier()
+
+
+class _AllGather(torch.autograd.Function):
+    """all_gather whose backward adds up the gradients that all ranks have for a rank's rows."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, rank: int, num_ranks: int) -> Tensor:
+        ctx.rows = slice(rank * rows.shape[0], (rank + 1) * rows.shape[0])
+        everyone = [torch.empty_like(rows) for _ in range(num_ranks)]
+        dist.all_gather(everyone, rows.contiguous())
+        return torch.cat(everyone)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        total = gradients[0].contiguous().clone()
+        dist.all_reduce(total)
+        return total[ctx.rows], None, None
+
+
+@contextmanager
+def start_ranks(timeout_s: int = 300, threads: int = 0) -> Iterator[Ranks]:
+    """Join the process group of torchrun's environment (NCCL and gloo on GPU, gloo on CPU), and leave it at the end."""
+    rank = int(os.environ.get("RANK", 0))
+    num_ranks = int(os.environ.get("WORLD_SIZE", 1))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if torch.cuda.is_available():
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    else:
+        device = torch.device("cpu")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if threads or "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(threads or max(1, cores // local_ranks))
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+        store=_store(rank, num_ranks, timeout_s),
+        rank=rank,
+        world_size=num_ranks,
+        timeout=timedelta(seconds=timeout_s),
+    )
+    try:
+        yield Ranks(rank, num_ranks, device)
+    finally:
+        dist.destroy_process_group()
+
+
+def _store(rank: int, num_ranks: int, timeout_s: int) -> dist.Store:
+    """Where the ranks find each other.
+
+    torchrun's agent keeps one store over all restarts: without a prefix of its own, a restarted rank would read the
+    addresses of the dead.
+    """
+    if num_ranks == 1:
+        return dist.HashStore()
+    timeout = timedelta(seconds=timeout_s)
+    from_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    store = dist.TCPStore(
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        num_ranks,
+        is_master=rank == 0 and not from_agent,
+        timeout=timeout,
+    )
+    return dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)

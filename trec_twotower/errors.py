@@ -1,0 +1,33 @@
+"""What can go wrong through a person's doing; the command line turns each into one message and an exit code."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class ConfigError(ValueError):
+    """A setting or an argument that cannot be right: exit code 2."""
+
+    exit_code = 2
+
+
+class DataError(ValueError):
+    """A file or a table that is not what it should be: exit code 3."""
+
+    exit_code = 3
+
+
+class TrainingError(RuntimeError):
+    """A training that cannot go on, such as a loss that is no number: exit code 1."""
+
+    exit_code = 1
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """ " (nearest: 'x')" for the known name most like `name`, or the whole choice when none is alike."""
+    known = list(known)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    if close:
+        return f" (nearest: {close[0]!r})"
+    return f" (known: {', '.join(map(repr, known))})" if known else ""

@@ -1,0 +1,144 @@
+"""Vectors of the whole catalogue and of the users, as Parquet, each rank writing its slice."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from trec_twotower.checkpoint import Checkpoints, model_version
+from trec_twotower.data.dataset import ITEM_ID, USER_ID
+from trec_twotower.data.interactions import HeldOut, Sources
+from trec_twotower.distributed import Ranks
+from trec_twotower.encode import encode, encode_share
+from trec_twotower.errors import ConfigError, DataError
+from trec_twotower.files import MANIFEST, open_sealed, publish_folder, seal
+from trec_twotower.model.two_tower import TwoTower
+from trec_twotower.run import Run
+from trec_twotower.train import build_model, towers
+
+VECTOR = "vector"
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A run's towers with the weights of one checkpoint."""
+
+    run: Run
+    sources: Sources
+    model: TwoTower
+    version: str
+    step: int
+
+
+def load_model(run: Run, ranks: Ranks, which: str = "best") -> LoadedModel:
+    """The towers of a run's checkpoint ("best", "newest" or a step), spread over these ranks."""
+    checkpoints = Checkpoints(run.folder / "checkpoints", ranks)
+    path = checkpoints.choose(which)
+    sources = run.sources(ranks)
+    sharded = build_model(run.config, ranks)
+    manifest = checkpoints.load(path, sharded)
+    sharded.eval()
+    return LoadedModel(run, sources, towers(sharded), model_version(path), manifest["step"])
+
+
+def export(loaded: LoadedModel, ranks: Ranks) -> Path:
+    """Write RUN/export: items-*.parquet in catalogue order, users-*.parquet, manifest.json. Returns the folder.
+
+    The users are those of the dataset's test/ (else valid/), as they are known there. A vector that is not finite
+    stops the export with a DataError; an earlier export stays until the new one is complete.
+    """
+    run, sources = loaded.run, loaded.sources
+    folder = run.folder / "export"
+    temporary = run.folder / ".export.tmp"
+
+    def begin() -> None:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+
+    ranks.once(begin)
+    item_vectors = encode_share(loaded.model, "item", sources.catalogue.columns, ranks).cpu().numpy()
+    mine = ranks.share(len(sources.catalogue))
+    item_ids = sources.catalogue.ids.slice(mine.start, mine.stop - mine.start)
+    problem = _write(temporary, "items", ITEM_ID, item_ids, item_vectors, ranks)
+    num_users = 0
+    split = next((name for name in ("test", "valid") if sources.dataset.has(name)), None)
+    if split is not None:
+        users = HeldOut.read(sources, split)
+        num_users = len(users)
+        part = users.part(ranks.share(num_users))
+        user_vectors = encode(loaded.model, "user", part.user, ranks).cpu().numpy()
+        problem = problem or _write(temporary, "users", USER_ID, part.user_ids, user_vectors, ranks)
+    if sum(ranks.sizes(int(problem is not None))):
+        ranks.once(lambda: shutil.rmtree(temporary))
+        raise DataError(problem or "Another rank found vectors that are not finite; its message says which.")
+
+    def finish() -> None:
+        facts = {
+            "model_version": loaded.version,
+            "step": loaded.step,
+            "dim": run.config.model.dim,
+            "similarity": run.config.model.similarity,
+            "items": len(sources.catalogue),
+            "users": num_users,
+            "users_from": split,
+        }
+        seal(temporary, facts)
+        publish_folder(temporary, folder)
+
+    ranks.once(finish)
+    return folder
+
+
+def _write(folder: Path, what: str, id_column: str, ids: pa.Array, vectors: np.ndarray, ranks: Ranks) -> str | None:
+    """Write this rank's file; returns what is wrong with the vectors instead, if anything is."""
+    bad = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
+    if bad.size:
+        first = ids.take(pa.array(bad[:5])).to_pylist()
+        return (
+            f"{bad.size:,} {what} have vectors with NaN or infinity, such as {id_column} {first}: nothing was exported."
+        )
+    dim = vectors.shape[1]
+    column = pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), dim)
+    path = folder / f"{what}-{ranks.rank:05d}-of-{ranks.num_ranks:05d}.parquet"
+    table = pa.table({id_column: ids, VECTOR: column})
+    pq.write_table(
+        table, path, row_group_size=65_536, write_page_checksum=True, compression="zstd", use_dictionary=False
+    )
+    return None
+
+
+@dataclass(frozen=True)
+class Exported:
+    """An export, read back."""
+
+    manifest: dict[str, Any]
+    item_ids: pa.Array
+    item_ID: np.ndarray
+    user_ids: pa.Array
+    user_QD: np.ndarray
+
+
+def read_export(folder: Path) -> Exported:
+    """The vectors and ids of an export, verified; raises ConfigError where there is none, DataError where damaged."""
+    mend = f"export again: trec-twotower export {folder.parent}"
+    if not (folder / MANIFEST).is_file():
+        raise ConfigError(f"{folder} holds no export: {mend}")
+    manifest = open_sealed(folder, mend)
+    item_ids, items = _read(folder, "items", ITEM_ID, manifest["dim"])
+    user_ids, users = _read(folder, "users", USER_ID, manifest["dim"])
+    return Exported(manifest, item_ids, items, user_ids, users)
+
+
+def _read(folder: Path, what: str, id_column: str, dim: int) -> tuple[pa.Array, np.ndarray]:
+    paths = sorted(folder.glob(f"{what}-*.parquet"))
+    if not paths:
+        return pa.array([], pa.int64()), np.empty((0, dim), np.float32)
+    table = pa.concat_tables(pq.read_table(path, page_checksum_verification=True) for path in paths).combine_chunks()
+    vectors = table[VECTOR].chunk(0).flatten().to_numpy() if table.num_rows else np.empty(0, np.float32)
+    return table[id_column].chunk(0), vectors.reshape(-1, dim)

@@ -1,0 +1,121 @@
+"""A run folder: the config, what was learned from the data, and the log, all of one training."""
+
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from trec_twotower.config import (
+    RunConfig,
+    as_values,
+    check_same_run,
+    parse_yaml,
+    to_yaml,
+    validate,
+)
+from trec_twotower.data.dataset import Dataset
+from trec_twotower.data.interactions import Sources
+from trec_twotower.data.transforms import Statistics
+from trec_twotower.distributed import Ranks
+from trec_twotower.errors import ConfigError, DataError, nearest
+from trec_twotower.files import read_json, write_file, write_json
+
+
+class Run:
+    """The folder of one training, which `train` fills and every later stage reads."""
+
+    def __init__(self, folder: Path, config: RunConfig) -> None:
+        self.folder = folder
+        self.config = config
+
+    @classmethod
+    def join(cls, config: RunConfig, ranks: Ranks) -> Run:
+        """The run of this config, begun or begun anew; raises ConfigError when its folder belongs to another config."""
+        assert config.run_dir is not None
+        folder = config.run_dir
+
+        def begin() -> None:
+            if (folder / "config.yaml").is_file():
+                check_same_run(cls.open(folder).config, config, folder)
+            elif folder.is_dir() and any(folder.iterdir()):
+                raise ConfigError(f"{folder} is not empty and no run folder: name another with run_dir=...")
+            folder.mkdir(parents=True, exist_ok=True)
+            write_file(folder / "config.yaml", to_yaml(as_values(config)))
+
+        ranks.once(begin)
+        return cls(folder, config)
+
+    @classmethod
+    def open(cls, folder: Path) -> Run:
+        """A run that exists; raises ConfigError when there is none."""
+        path = folder / "config.yaml"
+        if not path.is_file():
+            near = [other.name for other in folder.parent.iterdir()] if folder.parent.is_dir() else []
+            raise ConfigError(
+                f"{folder} is no run folder (it has no config.yaml){nearest(folder.name, near)}: train one."
+            )
+        return cls(folder, validate(RunConfig, parse_yaml(path.read_text(encoding="utf-8"), str(path)), str(path)))
+
+    def sources(self, ranks: Ranks) -> Sources:
+        """The run's dataset, seen with the statistics that were learned when it began (and are learned once only)."""
+        dataset = Dataset(self.config.data.dataset)
+        path = self.folder / "statistics.json"
+
+        def learn() -> dict[str, dict[str, Any]]:
+            if path.is_file():
+                saved = read_json(path)
+                if saved["fingerprint"] != dataset.fingerprint:
+                    raise DataError(
+                        f"{dataset.folder} is not the dataset this run began with (fingerprint {dataset.fingerprint}, "
+                        f"then {saved['fingerprint']}): bring that one back, or train into another run_dir."
+                    )
+                return saved["numbers"]
+            learned = Sources(dataset, self.config.feature_schema, self.config.data.rows)
+            numbers = {name: asdict(statistics) for name, statistics in learned.statistics.items()}
+            counts = io.BytesIO()
+            np.save(counts, learned.item_counts())
+            write_file(self.folder / "item_counts.npy", counts.getvalue())
+            write_json(path, {"fingerprint": dataset.fingerprint, "numbers": numbers})
+            return numbers
+
+        numbers = ranks.once(learn)
+        statistics = {name: Statistics(**values) for name, values in numbers.items()}
+        return Sources(dataset, self.config.feature_schema, self.config.data.rows, statistics)
+
+    def item_counts(self) -> np.ndarray:
+        """How often each item of the catalogue was taken in train."""
+        return np.load(self.folder / "item_counts.npy")
+
+
+class RunLog:
+    """metrics.jsonl and TensorBoard of a run, written by the first rank; a resumed run goes on behind its step."""
+
+    def __init__(self, run: Run, ranks: Ranks, step: int) -> None:
+        self.path = run.folder / "metrics.jsonl"
+        self.is_written = ranks.is_first
+        if not self.is_written:
+            return
+        from torch.utils.tensorboard import SummaryWriter
+
+        if self.path.is_file():
+            lines = [line for line in self.path.read_text().splitlines() if json.loads(line)["step"] <= step]
+            write_file(self.path, "".join(line + "\n" for line in lines))
+        self.board = SummaryWriter(str(run.folder / "tensorboard"), purge_step=step + 1)
+
+    def write(self, step: int, kind: str, values: dict[str, float]) -> None:
+        """One line, such as {"step": 20, "kind": "train", "loss": 6.1}."""
+        if not self.is_written:
+            return
+        with self.path.open("a") as file:
+            file.write(json.dumps({"step": step, "kind": kind, **values}) + "\n")
+        for name, value in values.items():
+            self.board.add_scalar(f"{kind}/{name}", value, step)
+
+    def close(self) -> None:
+        if self.is_written:
+            self.board.close()

@@ -1,0 +1,174 @@
+"""Features and tables, as words: what a config declares once and every stage reads. No torch here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+
+from trec_twotower.errors import ConfigError, nearest
+
+Side = Literal["user", "item"]
+Kind = Literal["id", "category", "number", "bag"]
+ShardingKind = Literal["auto", "table_wise", "row_wise", "column_wise", "table_row_wise", "data_parallel"]
+
+
+class Settings(BaseModel):
+    """The base of every group of settings: frozen, and unknown keys are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class TableSpec(Settings):
+    """One embedding table, which any number of features may share."""
+
+    buckets: PositiveInt  # rows; ids are hashed into them
+    dim: PositiveInt  # columns
+    sharding: ShardingKind = "auto"  # auto: the planner chooses
+    hashing: Literal["mix", "modulo"] = "mix"  # modulo: ids 0..buckets-1 keep a row each, without collisions
+    seed: NonNegativeInt = 0  # of the hash
+    init_scale: PositiveFloat | None = None  # weights start uniform in ±init_scale; default 1 / sqrt(dim)
+
+    @property
+    def start_scale(self) -> float:
+        return self.init_scale if self.init_scale is not None else self.dim**-0.5
+
+
+class FeatureSpec(Settings):
+    """One input of a tower: which column it reads and what is made of it.
+
+    id        one int64 or string a row, never null
+    category  one int64 or string a row; null has a table row of its own
+    bag       a list of ids a row, pooled; null and empty lists are the zero vector, null elements are dropped
+    number    one number a row, normalised, beside an indicator that is 1 where it is null
+    """
+
+    name: str = Field(min_length=1)
+    kind: Kind
+    column: str | None = None  # default: the feature's name
+    table: str | None = None  # a table declared under `tables`, to share it
+    buckets: PositiveInt | None = None  # or a table of its own, with so many rows ...
+    dim: PositiveInt | None = None  # ... and columns
+    max_length: PositiveInt | None = None  # bag: the newest (last) so many elements count
+    pooling: Literal["sum", "mean", "sqrtn"] = "mean"  # bag
+    weights: str | None = None  # bag: a column of lists, as long as the ids' lists
+    normalise: Literal["zscore", "minmax", "log1p", "none"] = "zscore"  # number
+    nan: Literal["error", "missing"] = "error"  # number: whether NaN and infinity may stand for null
+
+    @property
+    def reads(self) -> str:
+        return self.column or self.name
+
+    @property
+    def is_sparse(self) -> bool:
+        return self.kind != "number"
+
+    @property
+    def table_name(self) -> str:
+        """The table this feature looks up; its own is named after it."""
+        return self.table or self.name
+
+    @model_validator(mode="after")
+    def _fits_its_kind(self) -> Self:
+        own = self.buckets is not None or self.dim is not None
+        if self.kind == "number":
+            given = [
+                key for key in ("table", "buckets", "dim", "max_length", "weights") if getattr(self, key) is not None
+            ]
+            if given:
+                raise ValueError(f"feature {self.name!r} is a number, which has no {', '.join(given)}: remove that.")
+        elif self.table is not None and own:
+            raise ValueError(
+                f"feature {self.name!r} names table {self.table!r} and also gives buckets or dim: "
+                f"keep `table` and set the size under tables.{self.table}, or drop `table`."
+            )
+        elif self.table is None and (self.buckets is None or self.dim is None):
+            raise ValueError(
+                f"feature {self.name!r} needs `table` (one declared under tables), or both `buckets` and `dim`."
+            )
+        if self.kind != "bag" and (self.max_length is not None or self.weights is not None):
+            raise ValueError(f"feature {self.name!r} is of kind {self.kind!r}; max_length and weights belong to a bag.")
+        return self
+
+
+@dataclass(frozen=True)
+class Schema:
+    """All features of both towers, and the tables they look up, names resolved."""
+
+    tables: Mapping[str, TableSpec]
+    user: tuple[FeatureSpec, ...]
+    item: tuple[FeatureSpec, ...]
+
+    @classmethod
+    def build(
+        cls, tables: Mapping[str, TableSpec], user: tuple[FeatureSpec, ...], item: tuple[FeatureSpec, ...]
+    ) -> Schema:
+        """Give every feature its table; raises ConfigError where names or sizes clash."""
+        resolved = dict(tables)
+        for side, features in (("user", user), ("item", item)):
+            if not features:
+                raise ConfigError(f"The {side} tower has no features: list at least one under `{side}`.")
+            names = [feature.name for feature in features]
+            for name in names:
+                if names.count(name) > 1:
+                    raise ConfigError(f"Two {side} features are named {name!r}: give one another name (and `column`).")
+            for feature in features:
+                if not feature.is_sparse:
+                    continue
+                if feature.table is not None:
+                    if feature.table not in tables:
+                        raise ConfigError(
+                            f"{side} feature {feature.name!r} looks up table {feature.table!r}, which is not under "
+                            f"`tables`{nearest(feature.table, tables)}: declare it, or give buckets and dim."
+                        )
+                    continue
+                assert feature.buckets is not None and feature.dim is not None
+                if feature.name in resolved:
+                    raise ConfigError(
+                        f"{side} feature {feature.name!r} would make a table {feature.name!r}, which exists already: "
+                        f"share it with table: {feature.name}, or rename the feature (and set `column`)."
+                    )
+                resolved[feature.name] = TableSpec(buckets=feature.buckets, dim=feature.dim)
+        used = {feature.table_name for feature in (*user, *item) if feature.is_sparse}
+        idle = [name for name in resolved if name not in used]
+        if idle:
+            raise ConfigError(f"Table {idle[0]!r} is declared under `tables` but no feature looks it up: remove it.")
+        return cls(resolved, user, item)
+
+    def features(self, side: Side) -> tuple[FeatureSpec, ...]:
+        return self.user if side == "user" else self.item
+
+    def sparse(self, side: Side) -> list[FeatureSpec]:
+        """The features that look up a table, in the order of their keys."""
+        return [feature for feature in self.features(side) if feature.is_sparse]
+
+    def numbers(self, side: Side) -> list[FeatureSpec]:
+        return [feature for feature in self.features(side) if not feature.is_sparse]
+
+    def keys(self) -> list[str]:
+        """The keys of every KeyedJaggedTensor of this schema, in their one order (user first)."""
+        return [key(side, feature) for side, feature in self.sparse_pairs()]
+
+    def sparse_pairs(self) -> Iterator[tuple[Side, FeatureSpec]]:
+        for feature in self.sparse("user"):
+            yield "user", feature
+        for feature in self.sparse("item"):
+            yield "item", feature
+
+    def table_of(self, feature: FeatureSpec) -> TableSpec:
+        return self.tables[feature.table_name]
+
+    def width(self, side: Side) -> int:
+        """E: how many numbers enter the tower (pooled bags, then two per number)."""
+        return sum(self.table_of(feature).dim for feature in self.sparse(side)) + 2 * len(self.numbers(side))
+
+    @property
+    def is_weighted(self) -> bool:
+        return any(feature.weights is not None for feature in (*self.user, *self.item))
+
+
+def key(side: Side, feature: FeatureSpec) -> str:
+    """A feature's key in the KeyedJaggedTensor; the side keeps two features of one name apart."""
+    return f"{side}:{feature.name}"

@@ -1,0 +1,135 @@
+"""Recommendations for one user: state, vector, neighbours, ids."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from trec_twotower.data.catalogue import find_id
+from trec_twotower.data.dataset import HISTORY, POSITIVES, USER_ID, Split
+from trec_twotower.data.interactions import Sources
+from trec_twotower.data.lists import Lists
+from trec_twotower.data.transforms import key_lists, one_chunk
+from trec_twotower.distributed import Ranks
+from trec_twotower.encode import encode
+from trec_twotower.errors import ConfigError, DataError
+from trec_twotower.export import LoadedModel, load_model
+from trec_twotower.index import ItemIndex
+from trec_twotower.run import Run
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """One item for one user."""
+
+    item_id: Any
+    score: float
+    about: dict[str, Any]  # what the catalogue says of it
+
+
+@dataclass(frozen=True)
+class Recommendations:
+    """What a user gets, and what it rests on."""
+
+    user_id: Any
+    items: list[Recommendation]
+    history: list[dict[str, Any]]  # the newest items the user took, newest first
+
+
+class Retriever:
+    """A run's towers and its index, ready to answer; `with start_ranks() as ranks: Retriever.open(run, ranks)`."""
+
+    def __init__(self, loaded: LoadedModel, index: ItemIndex, ranks: Ranks) -> None:
+        self.loaded = loaded
+        self.index = index
+        self.ranks = ranks
+
+    @classmethod
+    def open(cls, run_dir: Path | str, ranks: Ranks) -> Retriever:
+        """Raises ConfigError when the index was built from other weights than the run's best."""
+        run = Run.open(Path(run_dir))
+        loaded = load_model(run, ranks)
+        return cls(loaded, ItemIndex.load(run.folder / "index", model_version=loaded.version), ranks)
+
+    def recommend(self, user_ids: Sequence[Any], k: int = 10, *, history_shown: int = 5) -> list[Recommendations]:
+        """The best `k` items each user has not taken; raises DataError for a user that no part of the dataset has."""
+        sources = self.loaded.sources
+        if not 1 <= k <= len(self.index):
+            raise ConfigError(
+                f"k is {k:,}, but the catalogue has {len(self.index):,} items: ask for 1 to {len(self.index):,}."
+            )
+        answers = []
+        for user_id in user_ids:
+            table, where = find_user(sources, user_id)
+            given, seen = _state(sources, table, where)
+            user_BD = (
+                encode(self.loaded.model, "user", sources.user_features(table, where, given), self.ranks).cpu().numpy()
+            )
+            score_BK, item_row_BK = self.index.search_unseen(user_BD, k, seen)
+            found = item_row_BK[0][item_row_BK[0] >= 0]
+            about = sources.catalogue.words(found)
+            ids = sources.catalogue.ids.take(pa.array(found)).to_pylist()
+            items = [Recommendation(*entry) for entry in zip(ids, score_BK[0].tolist(), about, strict=False)]
+            newest = seen.values[::-1][:history_shown]
+            answers.append(Recommendations(table[USER_ID][0].as_py(), items, sources.catalogue.words(newest)))
+        return answers
+
+
+def find_user(sources: Sources, user_id: Any) -> tuple[pa.Table, str]:
+    """The newest row the dataset has of a user: in test/, else valid/, else the last one of train/."""
+    for name in ("test", "valid", "train"):
+        if not sources.dataset.has(name):
+            continue
+        split = sources.dataset.split(name)
+        found = _last_row(split, user_id)
+        if found is not None:
+            return found, str(split.folder)
+    raise DataError(
+        f"User {user_id!r} is in no part of {sources.dataset.folder}: give one of its user_ids, such as those of test/."
+    )
+
+
+def _last_row(split: Split, user_id: Any) -> pa.Table | None:
+    for group in reversed(split.row_groups):
+        ids = one_chunk(split.read(group, [USER_ID])[USER_ID])
+        if pa.types.is_dictionary(ids.type):
+            ids = ids.dictionary_decode()
+        row = find_id(ids, str(user_id))
+        if row is not None:
+            return split.read(group, list(split.columns)).slice(row, 1).combine_chunks()
+    return None
+
+
+def _state(sources: Sources, table: pa.Table, where: str) -> tuple[dict[str, Lists] | None, Lists]:
+    """What stands for the drawn history of a user's row, and the items already taken."""
+    seen = Lists.empty(1)
+    given = None
+    if HISTORY in table.column_names:
+        seen = sources.item_row_lists(one_chunk(table[HISTORY]), where, known_only=True)
+    elif POSITIVES in table.column_names:
+        taken = one_chunk(table[POSITIVES])
+        seen = sources.item_row_lists(taken, where, known_only=True)
+        given = {HISTORY: key_lists(taken, where)}
+    return given, seen
+
+
+def in_words(about: dict[str, Any]) -> str:
+    """An item's row as a line to read: its title first, then the rest but for the id."""
+    rest = [
+        f"{name} {_word(value)}"
+        for name, value in about.items()
+        if name not in ("item_id", "title") and value is not None and not (isinstance(value, list) and not value)
+    ]
+    title = about.get("title") or f"item {about['item_id']}"
+    return f"{title}" + (f" ({', '.join(rest)})" if rest else "")
+
+
+def _word(value: Any) -> str:
+    if isinstance(value, list):
+        return " ".join(map(str, value[:6])) + (" ..." if len(value) > 6 else "")
+    return f"{value:.2f}" if isinstance(value, float | np.floating) else str(value)
