@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from trec_twotower.errors import ConfigError, DataError, TrainingError
 
@@ -15,8 +16,16 @@ INTERRUPTED = 130  # the customary code after Ctrl-C
 EPILOG = "Exit codes: 0 done, 1 failed, 2 a mistake in the call or the config, 3 a mistake in the data."
 
 
+class _Parser(argparse.ArgumentParser):
+    """One short message for a mistaken call, said by one rank."""
+
+    def error(self, message: str) -> NoReturn:
+        _say_once(f"{self.prog}: {message}: `{self.prog} --help` shows how it is called.")
+        raise SystemExit(ConfigError.exit_code)
+
+
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="trec-twotower",
         description="A distributed two-tower recommender on TorchRec: Parquet in, recommendations out.",
         epilog=EPILOG,
@@ -41,12 +50,14 @@ def build_parser() -> argparse.ArgumentParser:
     prepare.add_argument("--out", type=Path, required=True, metavar="DATASET", help="the folder to make")
     prepare.add_argument("--overwrite", action="store_true", help="replace a dataset that is there")
     prepare.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="options of the source, such as rows=1000000"
+        "overrides", nargs="*", default=[], metavar="key=value", help="options of the source, such as rows=1000000"
     )
 
     train = command("train", _train, "fit the towers of a config, or go on with a run that was cut short")
     train.add_argument("config", type=Path, metavar="CONFIG", help="a YAML file, such as configs/gowalla.yaml")
-    train.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change, such as train.epochs=3")
+    train.add_argument(
+        "overrides", nargs="*", default=[], metavar="key=value", help="settings to change, such as train.epochs=3"
+    )
 
     export = command("export", _export, "item and user vectors to Parquet, under RUN/export")
     folder(export)
@@ -61,26 +72,48 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--rankings", type=Path, metavar="FILE", help="also write user_id, item_ids as Parquet")
 
     recommend = command("recommend", _recommend, "what a user gets, and from which history")
-    recommend.add_argument("run_dir", metavar="RUN", type=Path, help="a run folder with an index")
+    folder(recommend)
     recommend.add_argument("--user", required=True, action="append", metavar="ID", help="a user_id; may be repeated")
     recommend.add_argument("--k", type=int, default=10, help="how many items (default 10)")
 
     plan = command("plan", _plan, "which rank would hold which part of which table, and how many bytes")
     plan.add_argument("config", type=Path, metavar="CONFIG")
     plan.add_argument("--ranks", type=int, required=True, metavar="N")
-    plan.add_argument("overrides", nargs="*", metavar="key=value")
+    plan.add_argument("overrides", nargs="*", default=[], metavar="key=value")
 
     command("doctor", _doctor, "what is installed, what does not fit, and the line that mends it")
     return parser
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; returns its exit code, having said in one message what went wrong."""
+    """Run one command; returns its exit code, having said in one message what went wrong.
+
+    Without `arguments` it runs the process's own command line, and ends the process with it.
+    """
+    code = _run(arguments)
+    if arguments is None:
+        _leave(code)
+    return code
+
+
+def _leave(code: int) -> NoReturn:
+    """End this process at once.
+
+    gloo's threads outlive the process group where a sharded model still refers to it. One that lets go of its last
+    tensor while the interpreter is being taken down cannot get the interpreter's lock, and aborts the process.
+    """
+    with contextlib.suppress(OSError):  # nobody reads on, as with `| head`
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(code)
+
+
+def _run(arguments: list[str] | None) -> int:
     parser = build_parser()
     options, rest = parser.parse_known_args(arguments)
     # argparse wants all positional words together; key=value may stand behind options as well.
-    if rest and hasattr(options, "overrides") and all("=" in word and not word.startswith("-") for word in rest):
-        options.overrides += rest
+    if rest and hasattr(options, "overrides") and not any(word.startswith("-") for word in rest):
+        options.overrides = [*options.overrides, *rest]
     elif rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
@@ -216,11 +249,13 @@ def _evaluate(options: argparse.Namespace) -> int:
 
 
 def _recommend(options: argparse.Namespace) -> int:
+    if options.k < 1:
+        raise ConfigError(f"--k is {options.k}: give 1 or more.")
     _quiet()
     with _ranks() as ranks:
         from trec_twotower.serve import Retriever, in_words
 
-        retriever = Retriever.open(options.run_dir, ranks)
+        retriever = Retriever.open(options.run_dir, ranks, options.checkpoint)
         for answer in retriever.recommend(options.user, options.k):
             print(f"User {answer.user_id} took last:")
             for about in answer.history:
@@ -257,15 +292,9 @@ def _demo(options: argparse.Namespace) -> int:
 
 
 def _quiet() -> None:
-    """Silence what torchrec, fbgemm and torch say at import and at start that no user can act on."""
-    import logging
-    import warnings
+    from trec_twotower.distributed import quiet_libraries
 
-    for name in ("torchrec", "fbgemm_gpu", "torch.distributed", "torch.fx._symbolic_trace"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    for module in ("torchrec", "fbgemm_gpu", "torch", "tensordict"):
-        warnings.filterwarnings("ignore", module=rf"{module}(\.|$)")
-    warnings.filterwarnings("ignore", message=".*Failed to import: fbgemm_gpu.*")
+    quiet_libraries()
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from pydantic import (
 )
 
 from trec_twotower.errors import ConfigError, nearest
-from trec_twotower.schema import FeatureSpec, Schema, Settings, TableSpec
+from trec_twotower.schema import FeatureSpec, Schema, Seed, Settings, TableSpec
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -33,7 +33,7 @@ class DataConfig(Settings):
     dataset: Path  # the folder that `prepare` wrote
     rows: Literal["event", "user"] = "event"  # user: a row holds all of a user's positives
     batch_size: PositiveInt = 4096  # rows a step, over all ranks together
-    seed: NonNegativeInt = 0  # of the order, the split of a user's items and the samples
+    seed: Seed = 0  # of the order, the split of a user's items and the samples
     shuffle_rows: PositiveInt = 1 << 20  # rows that are permuted together; memory grows with it
     input_share: float = Field(default=0.5, gt=0, lt=1)  # rows: user - how much of a user's items is input
     prefetch: PositiveInt = 4  # batches made ahead of the trainer
@@ -98,7 +98,7 @@ class TrainConfig(Settings):
     """How long, and how often one looks."""
 
     epochs: PositiveInt = 10
-    seed: NonNegativeInt = 0  # of the first weights
+    seed: Seed = 0  # of the first weights
     optimizer: OptimizerConfig = OptimizerConfig()
     log_every: PositiveInt = 20  # steps
     evaluate_every: PositiveInt | None = None  # steps; default: after each epoch
@@ -131,7 +131,7 @@ class IndexConfig(Settings):
     lists: PositiveInt | None = None  # default: by the size of the catalogue
     max_train_vectors: PositiveInt = 500_000
     tune_users: PositiveInt = 4096
-    seed: NonNegativeInt = 0
+    seed: Seed = 0
     device: Literal["auto", "cpu", "gpu"] = "auto"
 
 
@@ -202,6 +202,11 @@ def _decimal(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
 def _mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
     seen: dict[Any, int] = {}
     for key_node, _ in node.value:
+        if not isinstance(key_node, yaml.ScalarNode):
+            raise ConfigError(
+                f"line {key_node.start_mark.line + 1}: a key is itself a list or a mapping: "
+                "quote text that begins with a brace or a bracket."
+            )
         name = key_node.value
         if name in seen:
             raise ConfigError(
@@ -219,10 +224,19 @@ def parse_yaml(text: str, origin: str) -> Any:
     """The value of a YAML text; raises ConfigError naming `origin` and the line."""
     try:
         return yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{origin} is not YAML: {error}") from None
     except ConfigError as error:
         raise ConfigError(f"{origin}, {error}") from None
+    except (yaml.YAMLError, ValueError) as error:
+        raise ConfigError(f"{origin} is not YAML: {error}") from None
+
+
+def read_yaml(path: Path) -> Any:
+    """The value of a YAML file; raises ConfigError naming it and the line."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not UTF-8 ({error}): save it as UTF-8.") from None
+    return parse_yaml(text, str(path))
 
 
 def to_yaml(value: Any) -> str:
@@ -234,7 +248,14 @@ class _Dumper(yaml.SafeDumper):
     """Quotes text by the same rules as `_Loader` reads it; floats keep every digit."""
 
 
+def _text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    """Line breaks beyond the usual one survive only as escapes, so in double quotes."""
+    style = '"' if set(text) & set("\x85\u2028\u2029") else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
 _Dumper.yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
+_Dumper.add_representer(str, _text)
 
 
 # ---------------------------------------------------------------- load, override, save
@@ -246,7 +267,7 @@ def load_config(path: Path | str, overrides: Iterable[str] = ()) -> RunConfig:
     if not path.is_file():
         near = sorted(other.name for other in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
         raise ConfigError(f"There is no config file {path}{nearest(path.name, near)}.")
-    values = parse_yaml(path.read_text(encoding="utf-8"), str(path))
+    values = read_yaml(path)
     if not isinstance(values, dict):
         raise ConfigError(f"{path} holds {type(values).__name__}, not sections such as data, user, item and model.")
     values = apply_overrides(values, overrides)
@@ -283,12 +304,14 @@ def apply_overrides(values: Mapping[str, Any], overrides: Iterable[str]) -> dict
 
 def _step_into(place: Any, part: str, name: str) -> Any:
     if isinstance(place, list):
-        return place[_position(place, part, name)]
-    if place.get(part) is None:
-        place[part] = {}
-    if not isinstance(place[part], dict | list):
-        raise ConfigError(f"{name}: {part!r} is {place[part]!r}, which has no parts to set.")
-    return place[part]
+        inner = place[_position(place, part, name)]
+    else:
+        if place.get(part) is None:
+            place[part] = {}
+        inner = place[part]
+    if not isinstance(inner, dict | list):
+        raise ConfigError(f"{name}: {part!r} is {inner!r}, which has no parts to set.")
+    return inner
 
 
 def _position(place: list[Any], part: str, name: str) -> int:
@@ -361,12 +384,10 @@ def _binding(config: RunConfig) -> dict[str, Any]:
         if isinstance(value, dict):
             for name, inner in value.items():
                 walk(inner, f"{place}.{name}" if place else name)
-        elif isinstance(value, list):
-            for number, inner in enumerate(value):
-                walk(
-                    inner,
-                    f"{place}.{inner['name'] if isinstance(inner, dict) and 'name' in inner else number}",
-                )
+        elif place in ("user", "item"):
+            flat[place] = [feature["name"] for feature in value]  # their order is the order of the tower's input
+            for feature in value:
+                walk(feature, f"{place}.{feature['name']}")
         else:
             flat[place] = value
 

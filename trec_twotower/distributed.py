@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import pickle
+import signal
+import threading
+import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -37,7 +42,7 @@ class Ranks:
             try:
                 outcome[0] = work()
             except Exception as error:  # carried to all ranks, so that none waits for the others
-                outcome[1] = error
+                outcome[1] = _able_to_travel(error)
         dist.broadcast_object_list(outcome, src=0)
         if outcome[1] is not None:
             raise outcome[1]
@@ -90,6 +95,15 @@ class Ranks:
             dist.barrier()
 
 
+def _able_to_travel(error: Exception) -> Exception:
+    """The error itself, or one that says the same where other processes cannot be sent it (they would wait for it)."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}").with_traceback(error.__traceback__)
+    return error
+
+
 class _AllGather(torch.autograd.Function):
     """all_gather whose backward adds up the gradients that all ranks have for a rank's rows."""
 
@@ -107,9 +121,19 @@ class _AllGather(torch.autograd.Function):
         return total[ctx.rows], None, None
 
 
+def quiet_libraries() -> None:
+    """Silence what torchrec, fbgemm and torch say at import and at start that no user can act on."""
+    for name in ("torchrec", "fbgemm_gpu", "torch.distributed", "torch.fx._symbolic_trace"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    for module in ("torchrec", "fbgemm_gpu", "torch", "tensordict"):
+        warnings.filterwarnings("ignore", module=rf"{module}(\.|$)")
+    warnings.filterwarnings("ignore", message=r"(?s).*Failed to import: fbgemm_gpu")
+
+
 @contextmanager
 def start_ranks(timeout_s: int = 300, threads: int = 0) -> Iterator[Ranks]:
     """Join the process group of torchrun's environment (NCCL and gloo on GPU, gloo on CPU), and leave it at the end."""
+    quiet_libraries()
     rank = int(os.environ.get("RANK", 0))
     num_ranks = int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
@@ -122,17 +146,32 @@ def start_ranks(timeout_s: int = 300, threads: int = 0) -> Iterator[Ranks]:
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if threads or "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(threads or max(1, cores // local_ranks))
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-        store=_store(rank, num_ranks, timeout_s),
-        rank=rank,
-        world_size=num_ranks,
-        timeout=timedelta(seconds=timeout_s),
-    )
+    with _ended_by_ctrl_c() if num_ranks > 1 else nullcontext():
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+            store=_store(rank, num_ranks, timeout_s),
+            rank=rank,
+            world_size=num_ranks,
+            timeout=timedelta(seconds=timeout_s),
+        )
     try:
         yield Ranks(rank, num_ranks, device)
     finally:
         dist.destroy_process_group()
+
+
+@contextmanager
+def _ended_by_ctrl_c() -> Iterator[None]:
+    """Ctrl-C ends the process at once: torch waits for the other ranks without listening to Python's handler."""
+    handler = signal.getsignal(signal.SIGINT)
+    if handler is not signal.default_int_handler or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
 
 
 def _store(rank: int, num_ranks: int, timeout_s: int) -> dist.Store:

@@ -23,7 +23,7 @@ def encode(model: TwoTower, side: Side, columns: Columns, ranks: Ranks) -> Tenso
     schema = model.schema
     largest = max(ranks.sizes(columns.num_rows))
     vectors = []
-    for start in range(0, largest, BLOCK_ROWS):
+    for start in range(0, max(largest, 1), BLOCK_ROWS):  # once at least: no rows are still (0, D)
         part = columns.take(np.arange(min(start, columns.num_rows), min(start + BLOCK_ROWS, columns.num_rows)))
         user, item = (part, None) if side == "user" else (None, part)
         # Row-wise tables want batches of one size on all ranks.

@@ -16,7 +16,7 @@ from trec_twotower.data.interactions import HeldOut, Sources
 from trec_twotower.data.lists import Lists, offsets_of
 from trec_twotower.distributed import Ranks
 from trec_twotower.encode import encode, encode_everywhere
-from trec_twotower.errors import ConfigError
+from trec_twotower.errors import ConfigError, nearest
 from trec_twotower.export import load_model
 from trec_twotower.files import write_json
 from trec_twotower.index import ItemIndex, exact_search
@@ -40,6 +40,10 @@ class Evaluator:
     def of(
         cls, sources: Sources, split: str, config: EvaluateConfig, ranks: Ranks, *, sample: int | None = None
     ) -> Evaluator:
+        parts = sorted(path.name for path in sources.dataset.folder.iterdir() if path.is_dir())
+        if split not in parts or split in ("items", "users"):
+            known = [name for name in parts if name not in ("items", "users")]
+            raise ConfigError(f"{sources.dataset.folder} has no part {split!r} to evaluate on{nearest(split, known)}.")
         largest = max(config.k)
         if largest > len(sources.catalogue):
             raise ConfigError(
@@ -126,6 +130,8 @@ def evaluate_run(
     rankings: Path | None = None,
 ) -> str:
     """Evaluate a run's checkpoint on a split, write RUN/evaluation.json, and return the table beside the baselines."""
+    if rankings is not None and rankings.is_dir():
+        raise ConfigError(f"{rankings} is a folder: name the file that the rankings are to become.")
     loaded = load_model(run, ranks, checkpoint)
     index = ItemIndex.load(run.folder / "index", model_version=loaded.version) if through_index else None
     evaluator = Evaluator.of(loaded.sources, split, run.config.evaluate, ranks)

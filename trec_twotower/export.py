@@ -62,21 +62,12 @@ def export(loaded: LoadedModel, ranks: Ranks) -> Path:
         temporary.mkdir(parents=True)
 
     ranks.once(begin)
-    item_vectors = encode_share(loaded.model, "item", sources.catalogue.columns, ranks).cpu().numpy()
-    mine = ranks.share(len(sources.catalogue))
-    item_ids = sources.catalogue.ids.slice(mine.start, mine.stop - mine.start)
-    problem = _write(temporary, "items", ITEM_ID, item_ids, item_vectors, ranks)
-    num_users = 0
-    split = next((name for name in ("test", "valid") if sources.dataset.has(name)), None)
-    if split is not None:
-        users = HeldOut.read(sources, split)
-        num_users = len(users)
-        part = users.part(ranks.share(num_users))
-        user_vectors = encode(loaded.model, "user", part.user, ranks).cpu().numpy()
-        problem = problem or _write(temporary, "users", USER_ID, part.user_ids, user_vectors, ranks)
-    if sum(ranks.sizes(int(problem is not None))):
-        ranks.once(lambda: shutil.rmtree(temporary))
-        raise DataError(problem or "Another rank found vectors that are not finite; its message says which.")
+    try:
+        num_users, split = _write_vectors(loaded, temporary, ranks)
+    except BaseException:
+        if ranks.is_first:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise
 
     def finish() -> None:
         facts = {
@@ -93,6 +84,26 @@ def export(loaded: LoadedModel, ranks: Ranks) -> Path:
 
     ranks.once(finish)
     return folder
+
+
+def _write_vectors(loaded: LoadedModel, folder: Path, ranks: Ranks) -> tuple[int, str | None]:
+    """Write this rank's items and users; returns how many users all ranks wrote, and from which part of the dataset."""
+    sources = loaded.sources
+    item_vectors = encode_share(loaded.model, "item", sources.catalogue.columns, ranks).cpu().numpy()
+    mine = ranks.share(len(sources.catalogue))
+    item_ids = sources.catalogue.ids.slice(mine.start, mine.stop - mine.start)
+    problem = _write(folder, "items", ITEM_ID, item_ids, item_vectors, ranks)
+    num_users = 0
+    split = next((name for name in ("test", "valid") if sources.dataset.has(name)), None)
+    if split is not None:
+        users = HeldOut.read(sources, split)
+        num_users = len(users)
+        part = users.part(ranks.share(num_users))
+        user_vectors = encode(loaded.model, "user", part.user, ranks).cpu().numpy()
+        problem = problem or _write(folder, "users", USER_ID, part.user_ids, user_vectors, ranks)
+    if sum(ranks.sizes(int(problem is not None))):
+        raise DataError(problem or "Another rank found vectors that are not finite; its message says which.")
+    return num_users, split
 
 
 def _write(folder: Path, what: str, id_column: str, ids: pa.Array, vectors: np.ndarray, ranks: Ranks) -> str | None:

@@ -24,7 +24,7 @@ def write_file(path: Path, content: str | bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
-    sync_folder(path.parent)
+    sync(path.parent)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -56,22 +56,20 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 def publish_folder(temporary: Path, path: Path) -> None:
     """Rename a complete folder to its place; an older one there is taken away only then."""
-    for file in temporary.rglob("*"):
-        if file.is_file():
-            with file.open("rb") as handle:
-                os.fsync(handle.fileno())
-    sync_folder(temporary)
+    for inside in (*temporary.rglob("*"), temporary):
+        sync(inside)
     old = path.with_name(f".{path.name}.old-{os.getpid()}")
     shutil.rmtree(old, ignore_errors=True)
     if path.exists():
         os.replace(path, old)
     os.replace(temporary, path)
-    sync_folder(path.parent)
+    sync(path.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
-def sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Flush a file, or a folder's list of names, to the disk."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

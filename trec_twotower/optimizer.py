@@ -44,7 +44,8 @@ class RunOptimizer:
         replicated: dict[str, torch.Tensor] = {}
         for name, parameter in in_backward_optimizer_filter(model.named_parameters()):
             (replicated if "embedding_bags" in name.split(".") else dense)[name] = parameter
-        optimizers: list[tuple[str, Any]] = [("tables", model.fused_optimizer)]
+        self._tables = model.fused_optimizer
+        optimizers: list[tuple[str, Any]] = [("tables", self._tables)]
         if dense:
             wrapper = KeyedOptimizerWrapper(dense, lambda parameters: torch.optim.Adam(parameters, lr=config.dense_lr))
             _prepare_state(wrapper)
@@ -69,12 +70,16 @@ class RunOptimizer:
         self._combined.step()
 
     def set_rates(self, step: int, num_steps: int) -> float:
-        """Set both rates for `step`, a pure function of it; returns their share of the configured rates."""
+        """Set both rates for `step`, a pure function of it; returns their share of the configured rates.
+
+        To be called before the forward pass, in which the fused updates read their rate.
+        """
         share = rate_share(self.config, step, num_steps)
         for name, optimizer in self._combined.optimizers:
             base = self.config.dense_lr if name == "dense" else self.config.lr
             for group in optimizer.param_groups:
                 group["lr"] = base * share
+        self._tables.zero_grad()  # hands the rate to the kernels
         return share
 
     def state(self) -> dict[str, Any]:

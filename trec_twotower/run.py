@@ -23,7 +23,9 @@ from trec_twotower.data.interactions import Sources
 from trec_twotower.data.transforms import Statistics
 from trec_twotower.distributed import Ranks
 from trec_twotower.errors import ConfigError, DataError, nearest
-from trec_twotower.files import read_json, write_file, write_json
+from trec_twotower.files import MANIFEST, read_json, write_file, write_json
+
+CONFIG, STATISTICS = "config.yaml", "statistics.json"
 
 
 class Run:
@@ -35,17 +37,23 @@ class Run:
 
     @classmethod
     def join(cls, config: RunConfig, ranks: Ranks) -> Run:
-        """The run of this config, begun or begun anew; raises ConfigError when its folder belongs to another config."""
+        """The run of this config, begun or gone on with.
+
+        Raises ConfigError when its folder is no run's, or holds a checkpoint of another config. Before its first
+        checkpoint a run has learned nothing yet: the next config takes its place.
+        """
         assert config.run_dir is not None
         folder = config.run_dir
 
         def begin() -> None:
-            if (folder / "config.yaml").is_file():
+            if not (folder / CONFIG).is_file():
+                if folder.is_dir() and any(folder.iterdir()):
+                    raise ConfigError(f"{folder} is not empty and no run folder: name another with run_dir=...")
+            elif any((folder / "checkpoints").glob(f"step-*/{MANIFEST}")):
                 check_same_run(cls.open(folder).config, config, folder)
-            elif folder.is_dir() and any(folder.iterdir()):
-                raise ConfigError(f"{folder} is not empty and no run folder: name another with run_dir=...")
-            folder.mkdir(parents=True, exist_ok=True)
-            write_file(folder / "config.yaml", to_yaml(as_values(config)))
+                write_file(folder / CONFIG, to_yaml(as_values(config)))
+            else:
+                (folder / STATISTICS).unlink(missing_ok=True)
 
         ranks.once(begin)
         return cls(folder, config)
@@ -53,18 +61,16 @@ class Run:
     @classmethod
     def open(cls, folder: Path) -> Run:
         """A run that exists; raises ConfigError when there is none."""
-        path = folder / "config.yaml"
+        path = folder / CONFIG
         if not path.is_file():
             near = [other.name for other in folder.parent.iterdir()] if folder.parent.is_dir() else []
-            raise ConfigError(
-                f"{folder} is no run folder (it has no config.yaml){nearest(folder.name, near)}: train one."
-            )
+            raise ConfigError(f"{folder} is no run folder (it has no {CONFIG}){nearest(folder.name, near)}: train one.")
         return cls(folder, validate(RunConfig, parse_yaml(path.read_text(encoding="utf-8"), str(path)), str(path)))
 
     def sources(self, ranks: Ranks) -> Sources:
         """The run's dataset, seen with the statistics that were learned when it began (and are learned once only)."""
         dataset = Dataset(self.config.data.dataset)
-        path = self.folder / "statistics.json"
+        path = self.folder / STATISTICS
 
         def learn() -> dict[str, dict[str, Any]]:
             if path.is_file():
@@ -79,6 +85,9 @@ class Run:
             numbers = {name: asdict(statistics) for name, statistics in learned.statistics.items()}
             counts = io.BytesIO()
             np.save(counts, learned.item_counts())
+            # The data hold what the config wants of them: only now there is something to write.
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_file(self.folder / CONFIG, to_yaml(as_values(self.config)))
             write_file(self.folder / "item_counts.npy", counts.getvalue())
             write_json(path, {"fingerprint": dataset.fingerprint, "numbers": numbers})
             return numbers
@@ -103,7 +112,8 @@ class RunLog:
         from torch.utils.tensorboard import SummaryWriter
 
         if self.path.is_file():
-            lines = [line for line in self.path.read_text().splitlines() if json.loads(line)["step"] <= step]
+            whole = self.path.read_text().split("\n")[:-1]  # a line that was cut short has no end
+            lines = [line for line in whole if json.loads(line)["step"] <= step]
             write_file(self.path, "".join(line + "\n" for line in lines))
         self.board = SummaryWriter(str(run.folder / "tensorboard"), purge_step=step + 1)
 

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
 
 from trec_twotower.errors import ConfigError, nearest
 
 Side = Literal["user", "item"]
 Kind = Literal["id", "category", "number", "bag"]
 ShardingKind = Literal["auto", "table_wise", "row_wise", "column_wise", "table_row_wise", "data_parallel"]
+Seed = Annotated[int, Field(ge=0, lt=1 << 63)]
 
 
 class Settings(BaseModel):
-    """The base of every group of settings: frozen, and unknown keys are refused."""
+    """The base of every group of settings: frozen; unknown keys, NaN and infinity are refused."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class TableSpec(Settings):
@@ -28,7 +29,7 @@ class TableSpec(Settings):
     dim: PositiveInt  # columns
     sharding: ShardingKind = "auto"  # auto: the planner chooses
     hashing: Literal["mix", "modulo"] = "mix"  # modulo: ids 0..buckets-1 keep a row each, without collisions
-    seed: NonNegativeInt = 0  # of the hash
+    seed: Seed = 0  # of the hash
     init_scale: PositiveFloat | None = None  # weights start uniform in ±init_scale; default 1 / sqrt(dim)
 
     @property

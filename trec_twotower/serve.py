@@ -50,10 +50,10 @@ class Retriever:
         self.ranks = ranks
 
     @classmethod
-    def open(cls, run_dir: Path | str, ranks: Ranks) -> Retriever:
-        """Raises ConfigError when the index was built from other weights than the run's best."""
+    def open(cls, run_dir: Path | str, ranks: Ranks, checkpoint: str = "best") -> Retriever:
+        """Raises ConfigError when the index was built from the weights of another checkpoint."""
         run = Run.open(Path(run_dir))
-        loaded = load_model(run, ranks)
+        loaded = load_model(run, ranks, checkpoint)
         return cls(loaded, ItemIndex.load(run.folder / "index", model_version=loaded.version), ranks)
 
     def recommend(self, user_ids: Sequence[Any], k: int = 10, *, history_shown: int = 5) -> list[Recommendations]:

@@ -13,16 +13,18 @@ from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
 from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
+from torchrec.distributed.planner.types import PlannerError
 from torchrec.distributed.types import ShardingEnv, ShardingPlan, ShardingType
 
 from trec_twotower.config import RunConfig
 from trec_twotower.distributed import Ranks
 from trec_twotower.errors import ConfigError
 from trec_twotower.model.embedding import build_tables
-from trec_twotower.schema import Schema
+from trec_twotower.schema import Schema, TableSpec
 
-# What may be chosen freely; the other kinds only on request.
-AUTO = [ShardingType.TABLE_WISE.value, ShardingType.ROW_WISE.value, ShardingType.COLUMN_WISE.value]
+# What the planner may choose freely. Not column-wise: it gives each shard a row-wise Adagrad state of its own, and so
+# other updates than on one rank; that, and copies on every rank, only on request.
+AUTO = [ShardingType.TABLE_WISE.value, ShardingType.ROW_WISE.value]
 # torchrec tells of every step of its planner, at length.
 LOUD = (
     "torchrec.distributed.planner",
@@ -50,19 +52,31 @@ class TablePlacement:
     columns: int
 
 
-def make_plan(model: nn.Module, schema: Schema, num_ranks: int, device: torch.device, batch_size: int) -> ShardingPlan:
+def make_plan(
+    model: nn.Module,
+    schema: Schema,
+    num_ranks: int,
+    device: torch.device,
+    batch_size: int,
+    local_ranks: int | None = None,
+) -> ShardingPlan:
     """The planner's plan under the tables' constraints; the same on every rank, without talking to the others.
 
-    (`collective_plan` would leave the other ranks waiting where the first one fails.)
+    (`collective_plan` would leave the other ranks waiting where the first one fails.) `local_ranks` is how many ranks
+    a machine has: as torchrun says, if it is not given. Raises ConfigError where the tables do not fit.
     """
     for name in LOUD:
         logging.getLogger(name).setLevel(logging.ERROR)
+    if local_ranks is None:
+        local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", num_ranks))
     constraints = {}
     for name, spec in schema.tables.items():
-        kinds = AUTO if spec.sharding == "auto" else [spec.sharding]
-        _check_kind(name, spec.sharding, spec.dim, spec.buckets, num_ranks)
+        if spec.sharding == "auto":
+            kinds = [kind for kind in AUTO if kind != "row_wise" or _fills_all(spec.buckets, num_ranks)]
+        else:
+            kinds = [spec.sharding]
+            _check_kind(name, spec, num_ranks, local_ranks)
         constraints[name] = ParameterConstraints(sharding_types=kinds, min_partition=min(spec.dim, 4))
-    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", num_ranks))
     topology = Topology(world_size=num_ranks, local_world_size=local_ranks, compute_device=device.type)
     planner = EmbeddingShardingPlanner(
         topology=topology,
@@ -70,16 +84,37 @@ def make_plan(model: nn.Module, schema: Schema, num_ranks: int, device: torch.de
         constraints=constraints,
         storage_reservation=FixedPercentageStorageReservation(percentage=0.05),
     )
-    return planner.plan(model, [AnySharder()])
-
-
-def _check_kind(name: str, sharding: str, dim: int, buckets: int, num_ranks: int) -> None:
-    if sharding in ("row_wise", "table_row_wise") and buckets < num_ranks:
+    try:
+        return planner.plan(model, [AnySharder()])
+    except PlannerError as error:
+        table_bytes = {name: spec.buckets * spec.dim * 4 for name, spec in schema.tables.items()}
+        largest = max(table_bytes, key=lambda name: table_bytes[name])
         raise ConfigError(
-            f"Table {name!r} has {buckets} rows, too few to spread {sharding} over {num_ranks} ranks: use table_wise."
+            f"The tables do not fit on {num_ranks} ranks: their weights are {sum(table_bytes.values()) / 1e9:,.1f} GB, "
+            f"of which {largest!r} has {table_bytes[largest] / 1e9:,.1f}: use more ranks, fewer buckets or a smaller "
+            f"dim, or leave sharding to auto. (The planner: {str(error).strip().splitlines()[0].strip()})"
+        ) from None
+
+
+def _check_kind(name: str, spec: TableSpec, num_ranks: int, local_ranks: int) -> None:
+    spread = {"row_wise": num_ranks, "table_row_wise": local_ranks}.get(spec.sharding, 1)
+    if not _fills_all(spec.buckets, spread):
+        raise ConfigError(
+            f"Table {name!r} has {spec.buckets} rows, too few to spread {spec.sharding} over {spread} ranks "
+            "(some would hold none): use table_wise."
         )
-    if sharding == "column_wise" and (dim % 4 or dim < 4):
-        raise ConfigError(f"Table {name!r} has dim {dim}, but column_wise sharding needs a multiple of 4: change dim.")
+    if spec.sharding == "column_wise" and spec.dim % 4:
+        raise ConfigError(
+            f"Table {name!r} has dim {spec.dim}, but column_wise sharding needs a multiple of 4: change dim."
+        )
+
+
+def _fills_all(rows: int, num_ranks: int) -> bool:
+    """Whether each rank gets a row when all but the last take ceil(rows / ranks) of them.
+
+    fbgemm's CPU updates read beyond their memory where a shard has no rows.
+    """
+    return (num_ranks - 1) * -(-rows // num_ranks) < rows
 
 
 def placements(plan: ShardingPlan) -> list[TablePlacement]:
@@ -114,11 +149,9 @@ def shard(model: nn.Module, schema: Schema, ranks: Ranks, batch_size: int) -> Di
 def describe_plan(config: RunConfig, num_ranks: int) -> str:
     """The plan of a config as a table, made without building a table or starting a rank."""
     schema = config.feature_schema
-    os.environ.setdefault("LOCAL_WORLD_SIZE", str(num_ranks))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    plan = make_plan(
-        _OnlyTables(build_tables(schema)), schema, num_ranks, device, config.data.batch_size // num_ranks + 1
-    )
+    tables = _OnlyTables(build_tables(schema))
+    plan = make_plan(tables, schema, num_ranks, device, config.data.batch_size // num_ranks + 1, local_ranks=num_ranks)
     adagrad = {"rowwise_adagrad": 1, "adagrad": None, "sgd": 0}[config.train.optimizer.sparse]
     lines = [
         f"{'table':<20} {'sharding':<16} {'rank':>4} {'rows':>13} {'columns':>7} {'weights MB':>11} {'state MB':>9}"
@@ -126,7 +159,8 @@ def describe_plan(config: RunConfig, num_ranks: int) -> str:
     total = [0] * num_ranks
     for shard_ in placements(plan):
         spec = schema.tables[shard_.table]
-        rows, columns = shard_.rows or spec.buckets, shard_.columns or spec.dim
+        is_whole = shard_.sharding == ShardingType.DATA_PARALLEL.value
+        rows, columns = (spec.buckets, spec.dim) if is_whole else (shard_.rows, shard_.columns)
         weights = rows * columns * 4
         state = rows * 4 * (columns if adagrad is None else adagrad)
         total[shard_.rank] += weights + state

@@ -73,4 +73,7 @@ def _say(message: str, exit_code: int) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:  # while torch was being imported
+        sys.exit(_say("stopped by SIGINT", 128 + signal.SIGINT))

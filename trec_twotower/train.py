@@ -13,6 +13,7 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from trec_twotower.checkpoint import Checkpoints
 from trec_twotower.config import RunConfig, config_hash
+from trec_twotower.data.hashing import mix
 from trec_twotower.data.interactions import Sources, TrainBatches
 from trec_twotower.distributed import Ranks
 from trec_twotower.errors import TrainingError
@@ -61,6 +62,7 @@ def train(config: RunConfig, ranks: Ranks, evaluate: Callable[[Sources], Evaluat
     model.train()
     for batch in batches.since(progress.step, progress.num_steps):
         optimizer.set_rates(progress.step, progress.num_steps)
+        seed_step(config.train.seed, progress.step, ranks.rank)
         loss = model(batch.to(ranks.device))
         progress.took(loss)  # looks at the loss first: the backward pass updates the tables at once
         optimizer.zero_grad()
@@ -73,6 +75,11 @@ def train(config: RunConfig, ranks: Ranks, evaluate: Callable[[Sources], Evaluat
             progress.save(model, optimizer)
     progress.finish()
     return run.folder
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Make what a step draws (dropout) a function of these three, so that a resumed run draws the same."""
+    torch.manual_seed(mix(mix(mix(seed) ^ step) ^ rank))
 
 
 class Progress:
@@ -97,12 +104,12 @@ class Progress:
             manifest = self.checkpoints.load(newest, model, optimizer)
             self.step = self.saved_step = manifest["step"]
             self.train_s, self.evaluate_s = manifest["train_s"], manifest["evaluate_s"]
+            self.losses, self.logged_s = manifest["losses"], manifest["logged_s"]
             best = self.checkpoints.best()
             self.best = best["value"] if best is not None and best["step"] <= self.step else -math.inf
             self.say(f"resumed at step {self.step:,} of {self.num_steps:,} from {newest}")
         self.log = RunLog(self.run, self.ranks, self.step)
-        self.logged_step = self.step
-        self.logged_s = self.train_s
+        self.logged_step = self.step - len(self.losses)
         self._started = time.perf_counter()
 
     def took(self, loss: torch.Tensor) -> None:
@@ -169,6 +176,8 @@ class Progress:
                 "seed": self.config.data.seed,
                 "train_s": self.train_s,
                 "evaluate_s": self.evaluate_s,
+                "losses": self.losses,  # since the last logged step
+                "logged_s": self.logged_s,
             }
             self.checkpoints.save(self.step, model, optimizer, facts)
             self.saved_step = self.step

@@ -12,7 +12,15 @@ import pyarrow.compute as pc
 from trec_twotower.data.dataset import Split
 from trec_twotower.data.hashing import id_keys
 from trec_twotower.data.lists import Lists
-from trec_twotower.data.transforms import Columns, Statistics, check_kind, key_lists, one_chunk, transform
+from trec_twotower.data.transforms import (
+    Columns,
+    Statistics,
+    check_kind,
+    check_weights,
+    key_lists,
+    one_chunk,
+    transform,
+)
 from trec_twotower.errors import DataError
 from trec_twotower.schema import FeatureSpec, TableSpec
 
@@ -36,9 +44,9 @@ class Catalogue:
         self.id_column = id_column
         reads = {feature.reads for feature in features} | {feature.weights for feature in features if feature.weights}
         ids, parts = [], []
-        for table in split.tables(sorted({id_column, *reads})):
+        for group, table in split.tables(sorted({id_column, *reads})):
             ids.append(one_chunk(table[id_column]))
-            parts.append(transform(features, tables, statistics, table, str(split.folder)))
+            parts.append(transform(features, tables, statistics, table, str(group)))
         self.ids = pa.chunked_array(ids).combine_chunks()
         if isinstance(self.ids, pa.ChunkedArray):
             self.ids = pa.concat_arrays(self.ids.chunks)
@@ -94,7 +102,8 @@ def check_side(features: list[FeatureSpec], split: Split) -> None:
         kind = split.require(feature.reads, f"feature {feature.name!r} reads")
         check_kind(feature, kind, str(split.folder))
         if feature.weights:
-            split.require(feature.weights, f"feature {feature.name!r} takes its weights from")
+            weights = split.require(feature.weights, f"feature {feature.name!r} takes its weights from")
+            check_weights(feature.weights, weights, f"{split.folder}, column {feature.reads!r}")
 
 
 def find_id(ids: pa.Array, text: str) -> int | None:

@@ -12,11 +12,12 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from trec_twotower.config import parse_yaml
+from trec_twotower.config import read_yaml
 from trec_twotower.data.hashing import is_id
 from trec_twotower.errors import ConfigError, DataError, nearest
 
 USER_ID, ITEM_ID, POSITIVES, HISTORY = "user_id", "item_id", "positives", "history"
+UNREADABLE = (OSError, pa.ArrowException, KeyError, UnicodeDecodeError)  # what pyarrow raises for damaged files
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,10 @@ class RowGroup:
     number: int  # within the file
     first_row: int  # within the split
     num_rows: int
+
+    def __str__(self) -> str:
+        """Where a row that an error names is counted from."""
+        return f"{self.path}, row group {self.number}"
 
 
 class Split:
@@ -44,8 +49,13 @@ class Split:
         for path in paths:
             file = _open(path)
             self._agree(path, file.schema_arrow)
-            for number in range(file.metadata.num_row_groups):
-                num_rows = file.metadata.row_group(number).num_rows
+            sizes = [file.metadata.row_group(number).num_rows for number in range(file.metadata.num_row_groups)]
+            if sum(sizes) != file.metadata.num_rows:  # no checksum covers the footer
+                raise DataError(
+                    f"{path} is damaged: its row groups have {sum(sizes):,} rows, the file {file.metadata.num_rows:,}: "
+                    "make it again."
+                )
+            for number, num_rows in enumerate(sizes):
                 if num_rows:
                     self.row_groups.append(RowGroup(path, number, first_row, num_rows))
                 first_row += num_rows
@@ -84,17 +94,17 @@ class Split:
         """One row group, its columns each in one chunk."""
         try:
             table = _open(group.path).read_row_group(group.number, columns=list(columns), use_threads=False)
-        except (OSError, pa.ArrowException) as error:
-            raise DataError(f"{group.path}, row group {group.number}: cannot be read: {error}") from None
-        return table.select(columns).combine_chunks()
+            return table.select(columns).combine_chunks()
+        except UNREADABLE as error:
+            raise DataError(f"{group}: cannot be read: {error}") from None
 
-    def tables(self, columns: Sequence[str]) -> Iterator[pa.Table]:
+    def tables(self, columns: Sequence[str]) -> Iterator[tuple[RowGroup, pa.Table]]:
         for group in self.row_groups:
-            yield self.read(group, columns)
+            yield group, self.read(group, columns)
 
     def table(self, columns: Sequence[str]) -> pa.Table:
         """The whole split, in memory."""
-        return pa.concat_tables(self.tables(columns)).combine_chunks()
+        return pa.concat_tables(table for _, table in self.tables(columns)).combine_chunks()
 
 
 class Dataset:
@@ -142,7 +152,7 @@ class Dataset:
     def description(self) -> dict[str, Any]:
         """dataset.yaml, or nothing where somebody else made the folder."""
         path = self.folder / "dataset.yaml"
-        return parse_yaml(path.read_text(encoding="utf-8"), str(path)) if path.is_file() else {}
+        return read_yaml(path) or {} if path.is_file() else {}
 
     @cached_property
     def fingerprint(self) -> str:
@@ -169,6 +179,8 @@ class Dataset:
 
 def _open(path: Path) -> pq.ParquetFile:
     try:
-        return pq.ParquetFile(path, memory_map=True, page_checksum_verification=True)
-    except (OSError, pa.ArrowException) as error:
+        file = pq.ParquetFile(path, memory_map=True, page_checksum_verification=True)
+        assert file.schema_arrow is not None  # decodes the names, which may be damaged as well
+        return file
+    except UNREADABLE as error:
         raise DataError(f"{path} cannot be read as Parquet: {error}") from None

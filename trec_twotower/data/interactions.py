@@ -111,9 +111,12 @@ class Sources:
         for side, features, split in places:
             for feature in features:
                 if not feature.is_sparse and split is not None:
-                    arrays = (one_chunk(table[feature.reads]) for table in split.tables([feature.reads]))
                     found[f"{side}:{feature.name}"] = learn_statistics(
-                        feature, arrays, f"{split.folder}, {feature.reads!r}"
+                        feature,
+                        (
+                            (one_chunk(table[feature.reads]), f"{group}, column {feature.reads!r}")
+                            for group, table in split.tables([feature.reads])
+                        ),
                     )
         return found
 
@@ -162,7 +165,8 @@ class Sources:
             if known_only:
                 return rows.where(~unknown)
             row = int(rows.rows[unknown][0])
-            raise self._unknown(lists[row].as_py(), int(unknown.sum()), f"{where}, row {row:,}")
+            item = lists.flatten().drop_null()[int(unknown.argmax())].as_py()
+            raise self._unknown(item, int(unknown.sum()), f"{where}, row {row:,}")
         return rows
 
     def item_counts(self) -> np.ndarray:
@@ -170,8 +174,8 @@ class Sources:
         train = self.dataset.train
         column = POSITIVES if self.rows == "user" else ITEM_ID
         counts = np.zeros(len(self.catalogue), np.int64)
-        for table in train.tables([column]):
-            array, where = one_chunk(table[column]), f"{train.folder}, column {column!r}"
+        for group, table in train.tables([column]):
+            array, where = one_chunk(table[column]), f"{group}, column {column!r}"
             rows = self.item_row_lists(array, where).values if self.rows == "user" else self.item_rows(array, where)
             counts += np.bincount(rows, minlength=len(counts))
         return counts
@@ -324,7 +328,7 @@ class TrainBatches:
         masks_history = self.loss.mask_history and train.has(HISTORY) and self.data.rows == "event"
         columns |= ({HISTORY} if masks_history else set()) | ({WEIGHT} if train.has(WEIGHT) else set())
         table = train.read(group, sorted(columns))
-        where = str(group.path)
+        where = str(group)
         weight = self._weights(table, where)
         if self.data.rows == "user":
             return self._read_users(table, where, group, epoch, weight)
@@ -341,8 +345,8 @@ class TrainBatches:
         rows = self.sources.item_row_lists(array, f"{where}, column {POSITIVES!r}")
         keys = key_lists(array, where)
         global_row = group.first_row + keys.rows
-        position = np.arange(len(keys.values)) - np.repeat(keys.offsets[:-1], keys.lengths)
-        draw = uniform(_INPUT, self.data.seed, epoch, global_row, position)
+        # By the item and not by its place in the list: an item that stands there twice falls on one side.
+        draw = uniform(_INPUT, self.data.seed, epoch, global_row, keys.values)
         is_input = draw_inputs(keys, draw, self.data.input_share)
         user = self.sources.user_features(table, where, {HISTORY: keys.where(is_input)})
         known = rows if self.loss.mask_history else rows.where(~is_input)
@@ -353,7 +357,7 @@ class TrainBatches:
             return np.ones(table.num_rows, np.float32)
         array = one_chunk(table[WEIGHT])
         check_kind(FeatureSpec(name=WEIGHT, kind="number"), array.type, where)
-        weight = array.cast(pa.float32()).to_numpy(zero_copy_only=False)
+        weight = array.cast(pa.float32(), safe=False).to_numpy(zero_copy_only=False)
         bad = np.flatnonzero(~(np.isfinite(weight) & (weight >= 0)))
         if bad.size:
             raise DataError(
@@ -412,7 +416,7 @@ def draw_inputs(lists: Lists, draw: np.ndarray, share: float) -> np.ndarray:
     targets = np.bincount(lists.rows[~is_input], minlength=len(lists))
     for row in np.flatnonzero((targets == 0) & (lists.lengths > 0)):
         low, high = lists.offsets[row], lists.offsets[row + 1]
-        is_input[low + int(draw[low:high].argmax())] = False
+        is_input[low:high] = draw[low:high] < draw[low:high].max()
     return is_input
 
 
@@ -452,11 +456,12 @@ class HeldOut:
         for column in columns:
             split.require(column, "the user tower reads")
         single = not split.has(POSITIVES)
+        if single:
+            split.require(ITEM_ID, f"names what to find (there is no {POSITIVES!r} either)")
         columns |= {ITEM_ID if single else POSITIVES} | ({HISTORY} if split.has(HISTORY) else set())
         table = split.table(sorted(columns))
         where = str(split.folder)
         if single:
-            split.require(ITEM_ID, f"names what to find (there is no {POSITIVES!r} either)")
             positives = Lists.singles(sources.item_rows(one_chunk(table[ITEM_ID]), where))
         else:
             positives = sources.item_row_lists(one_chunk(table[POSITIVES]), where)

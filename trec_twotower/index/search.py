@@ -156,7 +156,8 @@ class ItemIndex:
         if model_version is not None and manifest["model_version"] != model_version:
             raise ConfigError(
                 f"The index in {folder} was built from model {manifest['model_version']}, "
-                f"but the model is now {model_version}: {MEND}"
+                f"but the model is now {model_version}: export and index again (trec-twotower export RUN, then "
+                "trec-twotower index RUN), or name the checkpoint it was built from (--checkpoint)."
             )
         on_cpu = faiss.read_index(str(folder / "index.faiss"))
         item_ids = pq.read_table(folder / "items.parquet", columns=["item_id"])["item_id"].combine_chunks()

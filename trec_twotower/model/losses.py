@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 BLOCK_CELLS = 1 << 22  # cells of the matrix at a time: 16 MiB of float32
@@ -86,16 +87,17 @@ class _SampledSoftmax(torch.autograd.Function):
             logit = torch.addmm(offset_C, scaled_BD[rows], item_CD.T)
             logit[known[0][masked] - start, known[1][masked]] = float("-inf")
             row = row_P[mine] - start
-            # The shift is the row's largest logit, its positives included, so that nothing overflows.
-            shift = logit.amax(1) if num_columns else user_BD.new_full((logit.shape[0],), float("-inf"))
-            shift = shift.scatter_reduce(0, row, positive_logit_P[mine], "amax")
-            shift = torch.where(shift.isinf() & (shift < 0), 0.0, shift)
-            weight = logit.sub_(shift[:, None]).exp_()  # of each negative, unnormalised
-            own = (positive_logit_P[mine] - shift[row]).exp()
-            total = own + weight.sum(1)[row]
-            loss += (weight_P[mine] * (total.log() - (positive_logit_P[mine] - shift[row]))).sum()
-            share = torch.zeros_like(shift).index_add_(0, row, weight_P[mine] / total)
-            positive_grad_P[mine] = weight_P[mine] * (own / total - 1)
+            # With L = log(sum over the row's negatives of exp(l)), positive p costs log(1 + exp(L - l_p)): only the
+            # negatives are shifted together, so positives far apart do not push each other out of range.
+            peak = logit.amax(1) if num_columns else user_BD.new_full((logit.shape[0],), float("-inf"))
+            peak = torch.where(peak.isneginf(), 0.0, peak)
+            weight = logit.sub_(peak[:, None]).exp_()  # of each negative, unnormalised
+            total = weight.sum(1)
+            margin = (peak + total.log())[row] - positive_logit_P[mine]
+            loss -= (weight_P[mine] * F.logsigmoid(-margin)).sum()
+            missed = weight_P[mine] * torch.sigmoid(margin)  # what the softmax gives to negatives
+            positive_grad_P[mine] = -missed
+            share = torch.zeros_like(total).index_add_(0, row, missed) / total.where(total > 0, 1.0)
             weight.mul_(share[:, None])
             grad_user_BD[rows] = weight @ item_CD
             grad_item_CD.addmm_(weight.T, scaled_BD[rows])

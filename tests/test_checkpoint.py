@@ -1,0 +1,378 @@
+"""What is saved comes back bit for bit, on any number of ranks, and nothing half-written or altered is taken for it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.ranks.launch import SAID_BY_TORCHREC, torchrun
+from tests.ranks.states import whole_optimizer_state, whole_state
+from tests.ranks.worlds import MIXED, event_config, user_config
+from trec_twotower.checkpoint import Checkpoints, model_version
+from trec_twotower.config import RunConfig, as_values, to_yaml
+from trec_twotower.data.interactions import TrainBatches
+from trec_twotower.distributed import Ranks
+from trec_twotower.errors import ConfigError, DataError
+from trec_twotower.optimizer import RunOptimizer
+from trec_twotower.run import Run, RunLog
+from trec_twotower.train import build_model, train
+
+pytestmark = pytest.mark.filterwarnings(*SAID_BY_TORCHREC)
+ADAGRAD = {"optimizer": {"sparse": "rowwise_adagrad", "lr": 0.1, "schedule": "linear", "warmup_steps": 5}}
+
+
+def built(config: RunConfig, ranks: Ranks) -> tuple[Any, RunOptimizer]:
+    model = build_model(config, ranks)
+    return model, RunOptimizer(model, config.train.optimizer)
+
+
+def steps(config: RunConfig, ranks: Ranks, model: Any, optimizer: RunOptimizer, first: int, end: int) -> list[float]:
+    """The training loop without its log: the losses of steps first .. end - 1."""
+    run = Run.join(config, ranks)
+    batches = TrainBatches(run.sources(ranks), config.data, config.loss, run.item_counts(), (0, 1))
+    losses = []
+    for step, batch in enumerate(batches.since(first, end), first):
+        optimizer.set_rates(step, 20)
+        loss = model(batch)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def assert_same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> None:
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), f"{name} differs"
+
+
+def lines(run_dir: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+# What is saved comes back
+
+
+@pytest.mark.parametrize(
+    ("plan", "kind"),
+    [
+        ("table_wise", "rowwise_adagrad"),
+        ("row_wise", "adagrad"),
+        ("column_wise", "rowwise_adagrad"),
+        ("data_parallel", "rowwise_adagrad"),
+        ("data_parallel", "adagrad"),
+        ("mixed", "sgd"),
+        ("mixed", "rowwise_adagrad"),
+    ],
+)
+def test_a_loaded_model_goes_on_as_the_saved_one(plan, kind, lone_rank, small_world, tmp_path):
+    """Weights, Adagrad's and Adam's states: the next losses are equal to the last bit, in the middle of a schedule."""
+    wanted = MIXED if plan == "mixed" else plan
+    settings = {"optimizer": ADAGRAD["optimizer"] | {"sparse": kind}}
+    config = event_config(small_world, tmp_path / "run", wanted, train=settings)
+    model, optimizer = built(config, lone_rank)
+    steps(config, lone_rank, model, optimizer, 0, 4)
+    checkpoints = Checkpoints(tmp_path / "checkpoints", lone_rank)
+    path = checkpoints.save(4, model, optimizer, {"config": "of this test"})
+    saved = whole_state(model, lone_rank), whole_optimizer_state(optimizer, lone_rank)
+    expected = steps(config, lone_rank, model, optimizer, 4, 8)
+
+    other, its_optimizer = built(config, lone_rank)
+    manifest = checkpoints.load(path, other, its_optimizer)
+    assert (manifest["step"], manifest["num_ranks"], manifest["config"]) == (4, 1, "of this test")
+    assert_same(whole_state(other, lone_rank), saved[0])
+    assert_same(whole_optimizer_state(its_optimizer, lone_rank), saved[1])
+    assert steps(config, lone_rank, other, its_optimizer, 4, 8) == expected
+
+
+def test_weights_alone_can_be_loaded(lone_rank, small_world, tmp_path):
+    """As export does, which has no optimizer."""
+    config = event_config(small_world, tmp_path / "run", MIXED, train=ADAGRAD)
+    model, optimizer = built(config, lone_rank)
+    steps(config, lone_rank, model, optimizer, 0, 2)
+    checkpoints = Checkpoints(tmp_path / "checkpoints", lone_rank)
+    path = checkpoints.save(2, model, optimizer, {})
+    other = build_model(config, lone_rank)
+    checkpoints.load(path, other)
+    assert_same(whole_state(other, lone_rank), whole_state(model, lone_rank))
+
+
+@pytest.mark.parametrize(
+    ("runs", "name", "plan", "make"),
+    [
+        ("table_wise-rowwise_adagrad", "event table_wise rowwise_adagrad", "table_wise", event_config),
+        ("row_wise-rowwise_adagrad", "event row_wise rowwise_adagrad", "row_wise", event_config),
+        ("column_wise-rowwise_adagrad", "event column_wise rowwise_adagrad", "column_wise", event_config),
+        ("data_parallel-sgd", "event data_parallel sgd", "data_parallel", event_config),
+        ("mixed-adagrad", "event mixed adagrad", MIXED, event_config),
+        ("user-rowwise_adagrad", "user mixed rowwise_adagrad", MIXED, user_config),
+    ],
+)
+def test_one_rank_loads_what_two_saved(runs, name, plan, make, lone_rank, small_world, on_two_ranks):
+    """Tables, layers and states that lay on two ranks, bit for bit. (One rank's on two: test_two_ranks.py.)"""
+    results, folder = on_two_ranks
+    config = make(small_world, folder / runs, plan, train={"optimizer": {"sparse": runs.split("-")[1]}})
+    model, optimizer = built(config, lone_rank)
+    checkpoints = Checkpoints(folder / runs / "checkpoints", lone_rank)
+    manifest = checkpoints.load(checkpoints.complete()[-1], model, optimizer)
+    assert manifest["num_ranks"] == 2
+    assert_same(whole_state(model, lone_rank), results[f"train {name}"]["weights"])
+    assert_same(whole_optimizer_state(optimizer, lone_rank), results[f"train {name}"]["states"])
+
+
+# Which are kept, which is chosen
+
+
+@pytest.fixture
+def small(lone_rank, small_world, tmp_path) -> tuple[Any, RunOptimizer, Checkpoints]:
+    config = user_config(small_world, tmp_path / "run")
+    model, optimizer = built(config, lone_rank)
+    return model, optimizer, Checkpoints(tmp_path / "checkpoints", lone_rank, keep=2)
+
+
+def test_the_newest_and_the_best_are_kept(small):
+    model, optimizer, checkpoints = small
+    assert checkpoints.newest() is None
+    assert checkpoints.best() is None
+    left = {}
+    for step in (5, 10, 15, 20, 25):
+        checkpoints.save(step, model, optimizer, {})
+        if step in (10, 15):
+            checkpoints.mark_best(step, "recall@20", 0.1 * step)
+        checkpoints.sweep()
+        left[step] = [int(path.name.removeprefix("step-")) for path in checkpoints.complete()]
+    assert left == {5: [5], 10: [5, 10], 15: [10, 15], 20: [15, 20], 25: [15, 20, 25]}
+    assert checkpoints.best() == {"step": 15, "metric": "recall@20", "value": 1.5}
+    assert checkpoints.newest() == checkpoints.path(25)
+    assert len({model_version(path) for path in checkpoints.complete()}) == 3
+
+
+def test_a_stage_gets_the_checkpoint_it_names(small):
+    model, optimizer, checkpoints = small
+    for step in (5, 10):
+        checkpoints.save(step, model, optimizer, {})
+    assert checkpoints.choose("best") == checkpoints.path(10)  # none was evaluated
+    checkpoints.mark_best(5, "recall@20", 0.1)
+    assert checkpoints.choose("best") == checkpoints.path(5)
+    assert checkpoints.choose("newest") == checkpoints.path(10)
+    assert checkpoints.choose("5") == checkpoints.path(5)
+    with pytest.raises(ConfigError, match=r"no checkpoint '7' in .*: use best, newest, or one of the steps \[5, 10\]"):
+        checkpoints.choose("7")
+
+
+def test_without_a_checkpoint_one_is_told_to_train(lone_rank, tmp_path):
+    for which in ("best", "newest"):
+        with pytest.raises(ConfigError, match="holds no complete checkpoint: train first"):
+            Checkpoints(tmp_path / "none", lone_rank).choose(which)
+
+
+# What is broken is named, what is left over is swept
+
+
+def test_any_damage_is_named(small):
+    """Each file in turn: one bit, one byte less, gone; and the manifest itself."""
+    model, optimizer, checkpoints = small
+    path = checkpoints.save(5, model, optimizer, {})
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+    assert {file.name for file in files} >= {".metadata", "manifest.json"}
+    for file in files:
+        whole = file.read_bytes()
+        middle = len(whole) // 2
+        flipped = whole[:middle] + bytes([whole[middle] ^ 4]) + whole[middle + 1 :]
+        for damaged in (flipped, whole[:-1], None):
+            if damaged is None:
+                file.unlink()
+            else:
+                file.write_bytes(damaged)
+            if file.name == "manifest.json" and damaged == whole[:-1]:
+                assert checkpoints.load(path, model, optimizer)["step"] == 5  # the last line break says nothing
+            else:
+                with pytest.raises(DataError) as raised:
+                    checkpoints.load(path, model, optimizer)
+                assert str(file) in str(raised.value)
+                assert "remove this checkpoint; the run goes on from the one before it" in str(raised.value)
+            file.write_bytes(whole)
+    checkpoints.load(path, model, optimizer)
+
+
+def test_a_damaged_checkpoint_changes_no_weight(small, lone_rank):
+    model, optimizer, checkpoints = small
+    path = checkpoints.save(5, model, optimizer, {})
+    for value in model.parameters():
+        value.data.zero_()
+    data = next(path.glob("*.distcp"))
+    data.write_bytes(data.read_bytes()[:-1] + b"x")
+    with pytest.raises(DataError, match=data.name):
+        checkpoints.load(path, model, optimizer)
+    assert all((value == 0).all() for value in whole_state(model, lone_rank).values())
+
+
+def test_leftovers_of_a_killed_save_are_ignored_and_swept(small):
+    """A folder without a manifest and one under its temporary name are no checkpoints; the next save clears up."""
+    model, optimizer, checkpoints = small
+    path = checkpoints.save(5, model, optimizer, {})
+    cut_short = checkpoints.folder / ".step-00000010.tmp"
+    shutil.copytree(path, cut_short)
+    (cut_short / "manifest.json").unlink()
+    replaced = checkpoints.folder / ".step-00000005.old-77"
+    shutil.copytree(path, replaced)
+    assert checkpoints.complete() == [path]
+    assert checkpoints.newest() == path
+    assert checkpoints.save(10, model, optimizer, {}) == checkpoints.path(10)
+    assert sorted(folder.name for folder in checkpoints.folder.iterdir()) == ["step-00000005", "step-00000010"]
+
+
+def test_a_save_that_fails_leaves_the_earlier_ones(small, monkeypatch):
+    model, optimizer, checkpoints = small
+    path = checkpoints.save(5, model, optimizer, {})
+    with monkeypatch.context() as patched:
+        patched.setattr("trec_twotower.checkpoint.seal", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+        with pytest.raises(OSError, match="disk full"):
+            checkpoints.save(10, model, optimizer, {})
+    assert checkpoints.newest() == path
+    checkpoints.load(path, model, optimizer)
+
+
+# A run folder belongs to one config
+
+
+@pytest.fixture
+def train_here(lone_rank, capsys):
+    """Trains on one rank in this process; gives the run folder."""
+
+    def start(config: RunConfig) -> Path:
+        folder = train(config, lone_rank)
+        capsys.readouterr()
+        return folder
+
+    return start
+
+
+def test_another_config_is_refused_with_the_fields_that_differ(train_here, lone_rank, small_world, tmp_path):
+    """Once there is something to lose; what changes no batch and no weight is free."""
+    folder = train_here(event_config(small_world, tmp_path / "run", train={"epochs": 1}))
+    free = event_config(small_world, folder, train={"epochs": 9, "log_every": 5}, checkpoint={"keep": 7})
+    Run.join(free, lone_rank)
+    other = event_config(small_world, folder, "row_wise", model={"dim": 8}, train={"optimizer": {"lr": 0.25}})
+    with pytest.raises(ConfigError) as raised:
+        Run.join(other, lone_rank)
+    for said in (
+        "model.dim was 6, now 8",
+        "train.optimizer.lr was 0.5, now 0.25",
+        "tables.item.sharding was 'table_wise', now 'row_wise'",
+        "(run_dir=...)",
+    ):
+        assert said in str(raised.value)
+    assert "epochs" not in str(raised.value)
+
+
+# Training that is cut short
+
+
+def test_more_epochs_go_on_where_the_run_ended(train_here, small_world, tmp_path):
+    """Three epochs at once, or one and then two more: the same lines and weights; and again: nothing is left to do."""
+    at_once = train_here(event_config(small_world, tmp_path / "a"))
+    for epochs in (1, 3, 3):
+        in_parts = train_here(event_config(small_world, tmp_path / "b", train={"epochs": epochs}))
+    assert [line["loss"] for line in lines(in_parts)] == [line["loss"] for line in lines(at_once)]
+    assert [line["step"] for line in lines(in_parts)] == list(range(1, 10))
+
+
+@pytest.mark.parametrize(("log_every", "save_every"), [(1, 2), (3, 4), (4, 3), (5, 2)])
+def test_the_log_of_a_resumed_run_is_that_of_an_undisturbed_one(
+    log_every, save_every, train_here, small_world, tmp_path
+):
+    """A logged loss is the mean of all steps since the line before, also when the run was cut in between.
+
+    The newest checkpoint is taken away, as if the run had died before it was written, and with it half a line at the
+    end of the log is what such a death may leave.
+    """
+    settings = {"train": {"epochs": 4, "log_every": log_every}, "checkpoint": {"every": save_every, "keep": 20}}
+    undisturbed = lines(train_here(event_config(small_world, tmp_path / "a", **settings)))
+    config = event_config(small_world, tmp_path / "b", **settings)
+    folder = train_here(config)
+    kept = sorted((folder / "checkpoints").glob("step-*"))
+    for path in kept[-2:]:
+        shutil.rmtree(path)
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 12, "ki')
+    again = lines(train_here(config))
+    assert [(line["step"], line["loss"]) for line in again] == [(line["step"], line["loss"]) for line in undisturbed]
+
+
+def test_dropout_does_not_spoil_a_resumed_run(train_here, small_world, tmp_path):
+    """What a step drops depends on the step, not on how many were taken before it in this process."""
+    settings = {"model": {"user_tower": {"dropout": 0.3}}, "checkpoint": {"every": 4, "keep": 20}}
+    undisturbed = lines(train_here(event_config(small_world, tmp_path / "a", **settings)))
+    config = event_config(small_world, tmp_path / "b", **settings)
+    folder = train_here(config)
+    for path in sorted((folder / "checkpoints").glob("step-*"))[1:]:
+        shutil.rmtree(path)
+    again = lines(train_here(config))
+    assert [line["loss"] for line in again] == [line["loss"] for line in undisturbed]
+    without = lines(train_here(event_config(small_world, tmp_path / "c")))
+    assert [line["loss"] for line in without] != [line["loss"] for line in undisturbed]
+
+
+def test_the_log_keeps_whole_lines_up_to_its_step(lone_rank, small_world, tmp_path):
+    (tmp_path / "run").mkdir()
+    run = Run(tmp_path / "run", event_config(small_world, tmp_path / "run"))
+    log = RunLog(run, lone_rank, 0)
+    for step in (1, 2, 3):
+        log.write(step, "train", {"loss": 1 / step})
+    log.close()
+    with log.path.open("a") as file:
+        file.write('{"step": 2, "kind": "tr')
+    log = RunLog(run, lone_rank, 2)
+    log.write(3, "train", {"loss": 9.0})
+    log.close()
+    assert [(line["step"], line["loss"]) for line in lines(run.folder)] == [(1, 1.0), (2, 0.5), (3, 9.0)]
+
+
+def test_killed_ranks_go_on_as_if_nothing_had_been(small_world, tmp_path, lone_rank):
+    """Two ranks; SIGKILL to one in step 13, to the other within the save of step 20; then the same command once more.
+
+    Checkpoints are saved every 4 steps and losses logged every 3, with dropout, warm-up and a falling rate: the log
+    and the last weights equal those of a run that nobody killed, bit for bit.
+    """
+    settings = {
+        "data": {"batch_size": 11},
+        "model": {"user_tower": {"dropout": 0.2}},
+        "train": {"epochs": 6, "log_every": 3, **ADAGRAD},
+        "checkpoint": {"every": 4},
+    }
+    configs = {name: event_config(small_world, tmp_path / name, MIXED, **settings) for name in ("calm", "killed")}
+    for name, config in configs.items():
+        (tmp_path / f"{name}.yaml").write_text(to_yaml(as_values(config)))
+    command = ["train", tmp_path / "killed.yaml"]
+    checkpoints = tmp_path / "killed" / "checkpoints"
+
+    code, said = torchrun(2, "trec_twotower", "train", tmp_path / "calm.yaml")
+    assert code == 0, said
+    code, said = torchrun(2, "tests.ranks.killed", "step:13", *command)
+    assert code == 128 + 9, said
+    assert [path.name for path in sorted(checkpoints.glob("step-*"))] == ["step-00000008", "step-00000012"]
+    code, said = torchrun(2, "tests.ranks.killed", "save:20", *command)
+    assert code == 128 + 9, said
+    assert "resumed at step 12 of 30" in said
+    assert (checkpoints / ".step-00000020.tmp").is_dir()
+    code, said = torchrun(2, "trec_twotower", *command)
+    assert code == 0, said
+    assert "resumed at step 16 of 30" in said
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["step-00000028", "step-00000030"]
+
+    calm, killed = lines(tmp_path / "calm"), lines(tmp_path / "killed")
+    assert [line["step"] for line in killed] == list(range(3, 31, 3))
+    assert [line["loss"] for line in killed] == [line["loss"] for line in calm]
+    states = []
+    for name, config in configs.items():
+        model, optimizer = built(config, lone_rank)
+        Checkpoints(tmp_path / name, lone_rank).load(tmp_path / name / "checkpoints/step-00000030", model, optimizer)
+        states.append(whole_state(model, lone_rank) | whole_optimizer_state(optimizer, lone_rank))
+    assert_same(*states)

@@ -1,0 +1,389 @@
+"""Every mistake a person can make is answered by one message and a customary exit code, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from tests.shop import LAUNCHER
+
+USAGE, DATA = 2, 3  # exit codes
+
+
+def listing(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder, with what it holds."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def replaced(table: pa.Table, column: str, values: object) -> pa.Table:
+    """The table with another column in this one's place."""
+    return table.set_column(table.schema.get_field_index(column), column, values)
+
+
+def with_first(table: pa.Table, column: str, value: object) -> pa.Table:
+    """The table with another value in a column's first row."""
+    return replaced(table, column, pa.array([value, *table[column].to_pylist()[1:]], table.schema.field(column).type))
+
+
+# ---------------------------------------------------------------- the call itself
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        ([], ["COMMAND"]),
+        (["trian", "shop.yaml"], ["'trian'", "'train'", "--help"]),
+        (["train"], ["CONFIG"]),
+        (["evaluate", "run", "--split"], ["--split"]),
+        (["export", "run", "--ranks", "2"], ["--ranks"]),
+        (["train", "shop.yaml", "epochs"], ["There is no config file shop.yaml"]),
+        (["prepare", "synthetik", "--out", "world"], ["'synthetik'", "nearest: 'synthetic'"]),
+        (["prepare", "synthetic", "--out", "world", "user=10"], ["'user'", "nearest: 'users'"]),
+        (["prepare", "synthetic", "--out", "world", "users=many"], ["users", "many"]),
+        (["prepare", "synthetic", "--out", "world", "users"], ["'users'", "key=value"]),
+        (["recommend", "run", "--user", "1", "--k", "some"], ["--k", "'some'"]),
+        (["recommend", "run", "--user", "1", "--k", "0"], ["--k is 0", "1 or more"]),
+        (["recommend", "run"], ["--user"]),
+        (["plan", "shop.yaml", "--ranks", "2"], ["There is no config file shop.yaml"]),
+        (["export", "run"], ["run is no run folder", "config.yaml", "train"]),
+        (["serve", "run"], ["'serve'"]),
+        (["demo", "--ranks", "0"], ["--ranks is 0"]),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_a_mistaken_call_is_told_what_is_wrong(cli, tmp_path, monkeypatch, call, says):
+    monkeypatch.chdir(tmp_path)
+    said = cli(*call)
+    assert said.code == USAGE
+    assert not [word for word in says if word not in said.mistake], said.mistake
+    assert said.out == "" and listing(tmp_path) == {}
+
+
+def test_a_missing_config_names_the_nearest(cli, shop):
+    said = cli("train", shop.config.with_name("shopp.yaml"))
+    assert said.code == USAGE and "shopp.yaml (nearest: 'shop.yaml')" in said.mistake
+
+
+# ---------------------------------------------------------------- the config
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["train.epoch=3"], ["'train.epoch'", "nearest: 'epochs'"]),
+        (["item=null"], ["'item'"]),
+        (["train.epochs"], ["'train.epochs'", "key=value"]),
+        (["train.epochs=many"], ["'train.epochs'", "'many'"]),
+        (["train.epochs.more=1"], ["'epochs' is 2"]),
+        (["user.histori.max_length=3"], ["'histori'", "nearest: 'history'"]),
+        (["data.batch_size={"], ["data.batch_size", "not YAML"]),
+        (["item.item_id.table=itms"], ["'itms'", "nearest: 'item'"]),
+        (["item.colour.table=colours", "item.colour.buckets=null", "item.colour.dim=null"], ["'colours'", "`tables`"]),
+        (["evaluate.k=[0]"], ["evaluate.k", "greater than 0"]),
+        (["evaluate.best=recall@7"], ["'recall@7'", "nearest"]),
+        (["model.item_tower.project=false"], ["project: false", "model.dim = 8"]),
+        # what only the data can tell
+        (["user.history.column=histori"], ["'histori'", "nearest: 'history'"]),
+        (["item.price.column=cost"], ["'cost'", "has no column"]),
+        (["user.history.weights=wheights"], ["'wheights'"]),
+        (["data.rows=user"], ["'history'", "without weights"]),
+        (["data.rows=user", "user.history.weights=null"], ["'positives'", "data.rows"]),
+        (["data.batch_size=321"], ["321", "320 rows"]),
+        (["evaluate.k=[41]", "evaluate.best=recall@41"], ["41", "40"]),
+    ],
+    ids=" ".join,
+)
+def test_a_config_that_cannot_be_is_refused_and_the_mended_one_runs_in_its_place(cli, shop, tmp_path, overrides, says):
+    run = tmp_path / "run"
+    said = cli("train", shop.config, f"run_dir={run}", *overrides)
+    assert said.code == USAGE
+    assert not [word for word in says if word not in said.mistake], said.mistake
+    assert not (run / "checkpoints").exists()
+    again = cli("train", shop.config, f"run_dir={run}", "train.epochs=1")
+    assert again.code == 0, again.err
+
+
+def test_a_run_folder_of_another_config_is_refused_and_keeps_its_training(cli, shop):
+    before = listing(shop.run)
+    said = cli("train", shop.config, f"run_dir={shop.run}", "model.dim=16", "train.optimizer.lr=0.2")
+    assert said.code == USAGE
+    for words in ("model.dim was 8, now 16", "lr was 0.1, now 0.2", "run_dir="):
+        assert words in said.mistake
+    assert listing(shop.run) == before
+
+
+def test_a_strangers_folder_is_not_touched(cli, shop, tmp_path):
+    (tmp_path / "thesis.txt").write_text("three years of work")
+    said = cli("train", shop.config, f"run_dir={tmp_path}")
+    assert said.code == USAGE and "not empty" in said.mistake and "run_dir=" in said.mistake
+    said = cli("prepare", "synthetic", "--out", tmp_path, "--overwrite", "users=10")
+    assert said.code == USAGE and "thesis.txt" in said.mistake
+    assert listing(tmp_path) == {"thesis.txt": b"three years of work"}
+
+
+# ---------------------------------------------------------------- the data
+
+
+BAD_DATA: dict[str, tuple[Callable[[dict[str, pa.Table]], dict[str, pa.Table]], list[str]]] = {
+    "no rows": (lambda t: {"train": t["train"].slice(0, 0)}, ["train", "not one row"]),
+    "no items": (lambda t: {"items": t["items"].slice(0, 0)}, ["items", "not one row"]),
+    "no item_id": (lambda t: {"items": t["items"].drop_columns(["item_id"])}, ["items", "'item_id'"]),
+    "ids that are fractions": (
+        lambda t: {"items": replaced(t["items"], "item_id", pa.array([0.5] * 40))},
+        ["'item_id' is double", "cast"],
+    ),
+    "text for a number": (
+        lambda t: {"items": replaced(t["items"], "price", pa.array(["cheap"] * 40))},
+        ["'price' is string", "numbers"],
+    ),
+    "a number for a list": (
+        lambda t: {"items": replaced(t["items"], "tags", pa.array([1] * 40))},
+        ["'tags' is int64", "lists"],
+    ),
+    "NaN": (
+        lambda t: {"items": with_first(t["items"], "price", math.nan)},
+        ["'price'", "nan", "row 0", "nan: missing"],
+    ),
+    "an infinite age": (
+        lambda t: {"users": with_first(t["users"], "age", math.inf)},
+        ["users", "'age'", "inf", "row 0"],
+    ),
+    "an item without id": (lambda t: {"items": with_first(t["items"], "item_id", None)}, ["items", "null", "row 0"]),
+    "a row without item": (lambda t: {"train": with_first(t["train"], "item_id", None)}, ["train", "null", "row 0"]),
+    "a row without user": (lambda t: {"train": with_first(t["train"], "user_id", None)}, ["train", "null", "row 0"]),
+    "a user without id": (lambda t: {"users": with_first(t["users"], "user_id", None)}, ["users", "null", "row 0"]),
+    "an item twice": (
+        lambda t: {"items": pa.concat_tables([t["items"], t["items"].slice(3, 1)])},
+        ["'red-3'", "rows 3 and 40"],
+    ),
+    "an unknown item": (
+        lambda t: {"train": with_first(t["train"], "item_id", "pink-1")},
+        ["train", "'pink-1'", "catalogue"],
+    ),
+    "an unknown item to find": (
+        lambda t: {"valid": with_first(t["valid"], "positives", ["pink-1"])},
+        ["valid", "'pink-1'", "catalogue"],
+    ),
+    "a user without features": (lambda t: {"users": t["users"].slice(1)}, ["'user-0'", "users", "write a row"]),
+    "weights of another length": (
+        lambda t: {"train": with_first(t["train"], "history_weight", [1.0])},
+        ["history_weight", "0 ids but 1 weights"],
+    ),
+    "infinite weights": (
+        lambda t: {"train": replaced(t["train"], "history_weight", infinite(t["train"]["history_weight"]))},
+        ["history_weight", "finite"],
+    ),
+    "negative row weights": (
+        lambda t: {"train": t["train"].append_column("weight", pa.array([-1.0] * 320))},
+        ["'weight'", "-1", "at least 0"],
+    ),
+}
+
+
+def infinite(lists: pa.ChunkedArray) -> pa.Array:
+    return pa.array([[math.inf] * len(row) for row in lists.to_pylist()], lists.type)
+
+
+@pytest.mark.parametrize("what", BAD_DATA)
+def test_bad_data_are_named_and_the_mended_ones_train_in_the_same_folder(
+    cli, shop, shop_tables, write_dataset, tmp_path, what
+):
+    damage, says = BAD_DATA[what]
+    run, dataset = tmp_path / "run", tmp_path / "shop"
+    write_dataset(dataset, **{**shop_tables, **damage(shop_tables)})
+    call = ("train", shop.config, f"data.dataset={dataset}", f"run_dir={run}", "train.epochs=1")
+    said = cli(*call)
+    assert said.code == DATA
+    assert not [word for word in says if word not in said.mistake], said.mistake
+    assert not (run / "checkpoints").exists()
+    shutil.rmtree(dataset)
+    shutil.copytree(shop.dataset, dataset)
+    again = cli(*call)
+    assert again.code == 0, again.err
+
+
+def test_a_missing_dataset_names_the_nearest(cli, shop, tmp_path):
+    call = ("train", shop.config, f"run_dir={tmp_path / 'run'}")
+    said = cli(*call, f"data.dataset={shop.dataset.with_name('shopp')}")
+    assert said.code == DATA and "shopp (nearest: 'shop')" in said.mistake and "prepare" in said.mistake
+    said = cli(*call, f"data.dataset={shop.run}")
+    assert said.code == DATA and "no folder train/" in said.mistake
+    assert listing(tmp_path) == {}
+
+
+def test_other_data_than_the_run_began_with_are_refused(cli, shop_copy, shop_tables, write_dataset, tmp_path):
+    dataset = tmp_path / "other"
+    write_dataset(dataset, **{**shop_tables, "train": shop_tables["train"].slice(1)})
+    before = listing(shop_copy.run)
+    for call in (("train", shop_copy.config, f"run_dir={shop_copy.run}", f"data.dataset={dataset}"),):
+        said = cli(*call)
+        assert said.code == DATA and "not the dataset this run began with" in said.mistake
+        assert "another run_dir" in said.mistake
+    del before["config.yaml"]
+    assert before.items() <= listing(shop_copy.run).items()
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (lambda test: with_first(test, "positives", ["pink-1"]), ["test", "'pink-1'", "catalogue"]),
+        (lambda test: with_first(test, "user_id", "nobody"), ["test", "'nobody'", "users"]),
+        (lambda test: with_first(test, "user_id", None), ["test", "null", "row 0"]),
+        (lambda test: test.drop_columns(["history"]), ["test", "'history'"]),
+        (lambda test: replaced(test, "positives", pa.array([[]] * 80, pa.list_(pa.string()))), ["nothing to evaluate"]),
+    ],
+    ids=["unknown item", "unknown user", "no user", "no history", "nothing to find"],
+)
+def test_bad_test_rows_stop_what_reads_them(cli, shop_copy, shop_tables, write_dataset, tmp_path, damage, says):
+    dataset = write_dataset(tmp_path / "shop", **{**shop_tables, "test": damage(shop_tables["test"])})
+    run = tmp_path / "fresh"
+    said = cli("train", shop_copy.config, f"data.dataset={dataset}", f"run_dir={run}", "train.epochs=1")
+    assert said.code == 0, said.err
+    before = listing(run)
+    for command in ("evaluate", "export"):
+        said = cli(command, run)
+        assert said.code in (USAGE, DATA)
+        assert not [word for word in says if word not in said.mistake], said.mistake
+    assert listing(run) == before
+
+
+# ---------------------------------------------------------------- one stage before another, and what they ask for
+
+
+@pytest.mark.parametrize(
+    ("call", "code", "says"),
+    [
+        (["evaluate", "RUN", "--split", "tst"], USAGE, ["'tst'", "nearest: 'test'"]),
+        (["evaluate", "RUN", "--split", "items"], USAGE, ["'items'", "'test'"]),
+        (["evaluate", "RUN", "--checkpoint", "11"], USAGE, ["'11'", "best, newest", "[5, 10]"]),
+        (["export", "RUN", "--checkpoint", "first"], USAGE, ["'first'", "best, newest", "[5, 10]"]),
+        (["recommend", "RUN", "--user", "user-1", "--checkpoint", "x"], USAGE, ["'x'", "best, newest"]),
+        (["recommend", "RUN", "--user", "user-80"], DATA, ["'user-80'", "no part"]),
+        (["recommend", "RUN", "--user", "user-1", "--k", "41"], USAGE, ["41", "40 items"]),
+        (["evaluate", "RUN", "--rankings", "RUN"], USAGE, ["is a folder"]),
+        (["evaluate", "RUNS"], USAGE, ["no run folder", "nearest: 'run'"]),
+        (["index", "RUNS"], USAGE, ["no run folder", "nearest: 'run'"]),
+        (["recommend", "RUNS", "--user", "user-1"], USAGE, ["no run folder", "nearest: 'run'"]),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_what_a_run_cannot_give_is_said(cli, shop, call, code, says):
+    before = listing(shop.run)
+    said = cli(*(word.replace("RUN", str(shop.run)) for word in call))
+    assert said.code == code
+    assert not [word for word in says if word not in said.mistake], said.mistake
+    assert said.out == "" and listing(shop.run) == before
+
+
+def test_stages_before_their_time_name_the_stage_to_run(cli, shop_copy):
+    run = shop_copy.run
+    shutil.rmtree(run / "index")
+    for call in (["recommend", run, "--user", "user-1"], ["evaluate", run, "--index"]):
+        said = cli(*call)
+        assert said.code in (USAGE, DATA) and f"no index in {run / 'index'}" in said.mistake
+        assert "trec-twotower index RUN" in said.mistake
+    shutil.rmtree(run / "export")
+    said = cli("index", run)
+    assert said.code == USAGE and f"trec-twotower export {run}" in said.mistake
+    shutil.rmtree(run / "checkpoints")
+    for command in ("export", "evaluate"):
+        said = cli(command, run)
+        assert said.code == USAGE and "no complete checkpoint: train first" in said.mistake
+
+
+def test_an_index_of_other_weights_is_refused_until_both_agree(cli, shop_copy):
+    run = shop_copy.run
+    first = min(int(path.name.removeprefix("step-")) for path in (run / "checkpoints").glob("step-*"))
+    assert cli("export", run, "--checkpoint", first).code == 0
+    assert cli("index", run).code == 0
+    for call in (["recommend", run, "--user", "user-1"], ["evaluate", run, "--index"]):
+        said = cli(*call)
+        assert said.code == USAGE
+        assert "built from model" in said.mistake and "export and index again" in said.mistake
+        assert cli(*call, "--checkpoint", first).code == 0
+    assert cli("export", run).code == cli("index", run).code == cli("recommend", run, "--user", "user-1").code == 0
+
+
+# ---------------------------------------------------------------- on two ranks
+
+
+@pytest.mark.timeout(150)
+@pytest.mark.parametrize(
+    ("overrides", "code", "says"),
+    [
+        (["--epochs=3"], USAGE, ["--epochs=3"]),
+        (["train.epoch=3"], USAGE, ["nearest: 'epochs'"]),
+        (["user.history.column=histori"], USAGE, ["nearest: 'history'"]),  # found by the first rank for all
+        (["data.dataset=LAME"], DATA, ["'user-0'", "write a row"]),  # found by each rank's reader
+    ],
+    ids=["call", "config", "column", "data"],
+)
+def test_two_ranks_end_at_once_with_one_message(
+    on_ranks, shop, shop_tables, write_dataset, tmp_path, overrides, code, says
+):
+    lame = write_dataset(tmp_path / "lame", **{**shop_tables, "users": shop_tables["users"].slice(1)})
+    run = tmp_path / "run"
+    overrides = [word.replace("LAME", str(lame)) for word in overrides]
+    said = on_ranks("train", shop.config, f"run_dir={run}", *overrides, timeout_s=60)
+    assert said.code == code
+    assert not [word for word in says if word not in said.mistake], said.mistake
+    assert [line for line in said.err.splitlines() if not line.startswith("trec-twotower")] == [
+        f"torchrun: rank {rank} ended with exit code {code}; it said why above."
+        for rank in (0, 1)
+        if f"rank {rank} " in said.err
+    ]
+    assert not (run / "checkpoints").exists()
+
+
+@pytest.mark.timeout(240)
+def test_ctrl_c_ends_training_and_the_same_command_goes_on(shop, tmp_path):
+    """As a terminal does it: the launcher and all ranks get the signal."""
+    run = tmp_path / "run"
+    call = [LAUNCHER, "--ranks", "2", "train", str(shop.config), f"run_dir={run}", "train.epochs=100000"]
+    environ = {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+
+    def train_until(words: str) -> tuple[list[str], str]:
+        job = subprocess.Popen(
+            [*call, "train.evaluate_every=50", "checkpoint.every=50"],
+            env=environ,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        try:
+            assert job.stdout is not None
+            lines: list[str] = []
+            for line in job.stdout:
+                lines.append(line)
+                if words in line:
+                    break
+            os.killpg(job.pid, signal.SIGINT)
+            began = time.monotonic()
+            rest, err = job.communicate(timeout=60)  # ends when no rank holds the pipe any more
+            assert time.monotonic() - began < 30
+        finally:
+            if job.poll() is None:
+                os.killpg(job.pid, signal.SIGKILL)
+        assert job.returncode == 130, err
+        assert "Traceback" not in err, err
+        return [*lines, *rest.splitlines()], err
+
+    lines, err = train_until("step    100  valid")
+    assert "interrupted; the same command goes on from what is saved" in err
+    assert len(err.splitlines()) <= 2, err
+    assert not lines[0].startswith("resumed")
+    saved = max(path.name for path in (run / "checkpoints").glob("step-*"))
+    lines, err = train_until("resumed at step")
+    resumed = [line for line in lines if line.startswith("resumed at step")]
+    assert len(resumed) == 1 and int(resumed[0].split()[3].replace(",", "")) == int(saved.removeprefix("step-"))

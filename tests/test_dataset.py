@@ -1,0 +1,262 @@
+"""A dataset folder that is not what it should be is told from one that is; its items are found by their ids."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from trec_twotower.data.catalogue import Catalogue, find_id
+from trec_twotower.data.dataset import Dataset, Split
+from trec_twotower.data.transforms import Statistics
+from trec_twotower.errors import ConfigError, DataError
+from trec_twotower.schema import FeatureSpec, TableSpec
+
+TRAIN = pa.table({"user_id": [1, 2, 3], "item_id": [10, 20, 10]})
+ITEMS = pa.table({"item_id": [20, 10, 30], "title": ["b", "a", "c"]})
+
+
+@pytest.fixture
+def dataset_dir(tmp_path, write_dataset):
+    return write_dataset(tmp_path / "world", train=TRAIN, items=ITEMS, test=TRAIN)
+
+
+def refused(folder, message, read=lambda dataset: (dataset.train, dataset.items, dataset.users)):
+    with pytest.raises(DataError, match=message):
+        read(Dataset(folder))
+
+
+def rewrite(path, table):
+    pq.write_table(table, path, write_page_checksum=True)
+
+
+# The folder
+
+
+def test_a_missing_folder_names_the_nearest(dataset_dir):
+    refused(dataset_dir.parent / "wordl", r"no dataset folder .*wordl \(nearest: 'world'\): make it with `prepare`")
+
+
+def test_a_folder_without_train_or_items_is_no_dataset(dataset_dir):
+    (dataset_dir / "items").rename(dataset_dir / "things")
+    refused(dataset_dir, r"world is no dataset: it has no folder items/")
+
+
+def test_a_missing_part_names_the_nearest(dataset_dir):
+    refused(dataset_dir, r"has no part 'tset' \(nearest: 'test'\)", lambda dataset: dataset.split("tset"))
+    assert Dataset(dataset_dir).has("test") and not Dataset(dataset_dir).has("valid")
+    assert Dataset(dataset_dir).users is None
+
+
+def test_a_part_without_files_or_without_rows_is_refused(dataset_dir):
+    rewrite(dataset_dir / "train" / "part-0.parquet", TRAIN.slice(0, 0))
+    refused(dataset_dir, r"train has 1 files but not one row")
+    (dataset_dir / "train" / "part-0.parquet").unlink()
+    refused(dataset_dir, r"train holds no \*\.parquet files: run `trec-twotower prepare`")
+
+
+@pytest.mark.parametrize(
+    ("part", "renamed", "message"),
+    [
+        ("train", "user", r"train has no column 'user_id' \(nearest: 'user'\): every row must name its user"),
+        ("items", "id_item", r"items has no column 'item_id' \(nearest: 'id_item'\): every row must name its item"),
+    ],
+)
+def test_rows_must_name_what_they_are_about(dataset_dir, part, renamed, message):
+    path = dataset_dir / part / "part-0.parquet"
+    table = pq.read_table(path)
+    rewrite(path, table.rename_columns([renamed, *table.column_names[1:]]))
+    refused(dataset_dir, message)
+
+
+def test_ids_that_are_no_ids_are_refused(dataset_dir):
+    path = dataset_dir / "items" / "part-0.parquet"
+    rewrite(path, ITEMS.set_column(0, "item_id", pa.array([1.0, 2.0, 3.0])))
+    refused(dataset_dir, r"items: column 'item_id' is double, but ids are integers or text: cast it")
+
+
+def test_an_unknown_column_names_the_nearest(dataset_dir):
+    with pytest.raises(ConfigError, match=r"no column 'titel', which feature 'x' reads \(nearest: 'title'\)"):
+        Dataset(dataset_dir).items.require("titel", "feature 'x' reads")
+    assert Dataset(dataset_dir).items.require("title", "") == pa.string()
+
+
+def test_files_must_agree_in_their_types(dataset_dir):
+    path = dataset_dir / "train" / "part-1.parquet"
+    rewrite(path, TRAIN.set_column(1, "item_id", pa.array(["10", "20", "30"])))
+    refused(dataset_dir, r"part-1\.parquet: column 'item_id' is string, but int64 in the first file")
+    rewrite(path, TRAIN.drop(["item_id"]))
+    refused(dataset_dir, r"part-1\.parquet has no column 'item_id', which the other files of")
+
+
+def test_order_of_columns_and_further_columns_are_free(dataset_dir):
+    more = pa.table({"extra": [1.0], "item_id": [30], "user_id": [4]})
+    rewrite(dataset_dir / "train" / "part-1.parquet", more)
+    split = Dataset(dataset_dir).train
+    assert split.table(["item_id", "user_id"]).to_pydict() == {"item_id": [10, 20, 10, 30], "user_id": [1, 2, 3, 4]}
+
+
+def test_rows_are_counted_through_files_and_groups(tmp_path, write_dataset):
+    """Empty files and empty groups take no place."""
+    parts = [TRAIN, TRAIN.slice(0, 0), pa.concat_tables([TRAIN] * 2)]
+    split = Split(write_dataset(tmp_path / "d", row_group_size=2, train=parts) / "train", "train")
+    assert split.num_rows == 9
+    assert [(g.path.name, g.number, g.first_row, g.num_rows) for g in split.row_groups] == [
+        ("part-0.parquet", 0, 0, 2),
+        ("part-0.parquet", 1, 2, 1),
+        ("part-2.parquet", 0, 3, 2),
+        ("part-2.parquet", 1, 5, 2),
+        ("part-2.parquet", 2, 7, 2),
+    ]
+    whole = pa.concat_tables(parts)
+    for group, table in split.tables(["item_id"]):
+        expected = whole["item_id"].slice(group.first_row, group.num_rows).to_pylist()
+        assert table["item_id"].to_pylist() == expected and table["item_id"].num_chunks == 1
+
+
+# Damage
+
+
+def test_every_cut_of_a_file_is_noticed_and_named(dataset_dir):
+    path = dataset_dir / "train" / "part-0.parquet"
+    whole = path.read_bytes()
+    for size in range(0, len(whole), 37):
+        path.write_bytes(whole[:size])
+        refused(dataset_dir, r"train/part-0\.parquet cannot be read as Parquet")
+    path.write_bytes(b"user_id,item_id\n1,10\n")
+    refused(dataset_dir, r"train/part-0\.parquet cannot be read as Parquet")
+
+
+def test_every_flipped_bit_is_noticed_or_changes_nothing(tmp_path, write_dataset, rng):
+    """The checksums of pages tell what a changed value alone would not."""
+    table = pa.table(
+        {"user_id": np.arange(300), "item_id": [f"i{n}" for n in range(300)], "h": [[n] for n in range(300)]}
+    )
+    split_dir = write_dataset(tmp_path / "d", train=table) / "train"
+    path = split_dir / "part-0.parquet"
+    whole = path.read_bytes()
+    noticed = 0
+    for place in rng.integers(0, len(whole), 300):
+        changed = bytearray(whole)
+        changed[place] ^= 1 << int(rng.integers(8))
+        path.write_bytes(changed)
+        try:
+            assert Split(split_dir, "train").table(table.column_names).equals(table)
+        except DataError as error:
+            assert "part-0.parquet" in str(error)
+            noticed += 1
+    assert noticed > 200
+
+
+def test_the_fingerprint_changes_with_the_data(dataset_dir):
+    first = Dataset(dataset_dir).fingerprint
+    assert Dataset(dataset_dir).fingerprint == first
+    assert re.fullmatch("[0-9a-f]{12}", first)
+    found = {first}
+    (dataset_dir / "dataset.yaml").write_text("files: {train/part-0.parquet: {sha256: aa}}")
+    found.add(Dataset(dataset_dir).fingerprint)
+    (dataset_dir / "dataset.yaml").write_text("files: {train/part-0.parquet: {sha256: bb}}")
+    found.add(Dataset(dataset_dir).fingerprint)
+    rewrite(dataset_dir / "train" / "part-1.parquet", TRAIN)
+    found.add(Dataset(dataset_dir).fingerprint)
+    rewrite(dataset_dir / "train" / "part-1.parquet", pa.concat_tables([TRAIN] * 50))
+    found.add(Dataset(dataset_dir).fingerprint)
+    (dataset_dir / "train" / "part-1.parquet").rename(dataset_dir / "train" / "part-2.parquet")
+    found.add(Dataset(dataset_dir).fingerprint)
+    assert len(found) == 6
+
+
+def test_a_folder_may_describe_itself_or_not(dataset_dir):
+    assert Dataset(dataset_dir).description == {}
+    (dataset_dir / "dataset.yaml").touch()
+    assert Dataset(dataset_dir).description == {}
+    (dataset_dir / "dataset.yaml").write_text("source: elsewhere")
+    assert Dataset(dataset_dir).description == {"source": "elsewhere"}
+
+
+# The catalogue
+
+TABLES = {"item": TableSpec(buckets=1000, dim=2, hashing="modulo")}
+ITEM_ID = FeatureSpec(name="item_id", kind="id", table="item")
+
+
+def catalogue(folder, *features, **statistics) -> Catalogue:
+    return Catalogue(Split(folder / "items", "items"), "item_id", list(features), TABLES, statistics)
+
+
+@pytest.mark.parametrize("kind", [pa.int64(), pa.int16(), pa.string(), pa.dictionary(pa.int32(), pa.string())])
+def test_items_are_found_by_their_ids(tmp_path, write_dataset, rng, kind):
+    """Rows follow the files, whatever the ids are and however many files there are."""
+    numbers = rng.permutation(500)[:60].tolist()
+    ids = numbers if pa.types.is_integer(kind) else [f"item {n}" for n in numbers]
+    whole = pa.table({"item_id": pa.array(ids, kind), "title": [f"t{n}" for n in numbers]})
+    folder = write_dataset(tmp_path / "d", row_group_size=7, items=[whole[:25], whole[25:25], whole[25:]])
+    items = catalogue(folder)
+    assert len(items) == 60
+    assert items.ids.to_pylist() == ids
+    asked = rng.integers(0, 500, 200).tolist()
+    ids_asked = asked if pa.types.is_integer(kind) else [f"item {n}" for n in asked]
+    expected = [numbers.index(n) if n in numbers else -1 for n in asked]
+    assert items.rows_of(pa.array(ids_asked, kind), "here").tolist() == expected
+    pairs = [ids_asked[i : i + 2] for i in range(0, 200, 2)]
+    lists = items.rows_of_lists(pa.array(pairs, pa.list_(kind)), "here")
+    assert lists.values.tolist() == expected and lists.lengths.tolist() == [2] * 100
+    shown = [44, 3, 3, 0, 59]
+    assert items.words(np.array(shown)) == [{"item_id": ids[r], "title": f"t{numbers[r]}"} for r in shown]
+
+
+def test_extreme_ids_are_found(tmp_path, write_dataset):
+    ids = [2**63 - 1, -(2**63), 0, -1]
+    items = catalogue(write_dataset(tmp_path / "d", items=pa.table({"item_id": ids})))
+    assert items.rows_of(pa.array([-1, -(2**63), 2**63 - 1, 5, 0]), "here").tolist() == [3, 1, 0, -1, 2]
+
+
+def test_features_stand_beside_their_ids(tmp_path, write_dataset):
+    table = pa.table({"item_id": [7, 5, 6], "price": [1.0, None, 3.0]})
+    price = FeatureSpec(name="price", kind="number", normalise="none")
+    folder = write_dataset(tmp_path / "d", row_group_size=2, items=table)
+    items = catalogue(folder, ITEM_ID, price, price=Statistics())
+    assert items.columns.sparse["item_id"].values.tolist() == [7, 5, 6]
+    assert items.columns.numbers["price"].tolist() == [[1, 0], [0, 1], [3, 0]]
+
+
+@pytest.mark.parametrize("ids", [[5, 6, 7, 5, 7, 8], ["e", "f", "g", "e", "g", "h"]])
+def test_an_id_that_stands_twice_is_named_with_its_rows(tmp_path, write_dataset, ids):
+    folder = write_dataset(tmp_path / "d", row_group_size=2, items=pa.table({"item_id": ids}))
+    with pytest.raises(
+        DataError, match=r"items: item_id (5|7|'e'|'g') stands in rows (0 and 3|2 and 4) \(2 such pairs\)"
+    ):
+        catalogue(folder)
+
+
+def test_a_null_id_is_named_with_its_row(tmp_path, write_dataset):
+    folder = write_dataset(tmp_path / "d", row_group_size=2, items=pa.table({"item_id": [5, 6, 7, None]}))
+    with pytest.raises(DataError, match=r"items, column 'item_id': 1 of 4 ids are null, the first in row 3"):
+        catalogue(folder)
+
+
+def test_a_bad_feature_names_file_group_and_row(tmp_path, write_dataset):
+    table = pa.table({"item_id": [5, 6, 7, 8], "price": [1.0, 2.0, 3.0, float("nan")]})
+    folder = write_dataset(tmp_path / "d", row_group_size=2, items=[table[:1], table[1:]])
+    price = FeatureSpec(name="price", kind="number")
+    with pytest.raises(DataError, match=r"part-1\.parquet, row group 1, column 'price': 1 of 1 .* in row 0"):
+        catalogue(folder, price, price=Statistics())
+
+
+@pytest.mark.parametrize(
+    ("ids", "text", "row"),
+    [
+        (pa.array([5, 60, 7]), "60", 1),
+        (pa.array([5, 60, 7]), "6", None),
+        (pa.array([5, 60, 7]), "sixty", None),
+        (pa.array([5, 60, 7], pa.int8()), "1000", None),
+        (pa.array(["5", "sixty"]), "sixty", 1),
+        (pa.array(["5", "sixty"], pa.large_string()), "5", 0),
+        (pa.array(["5", "sixty"]), "05", None),
+    ],
+)
+def test_a_typed_id_finds_its_row(ids, text, row):
+    assert find_id(ids, text) == row

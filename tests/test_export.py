@@ -1,0 +1,135 @@
+"""Exports are whole, in catalogue order and finite, or they are not there; damage is named by file."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from trec_twotower.errors import ConfigError, DataError
+
+
+@pytest.fixture
+def loaded(shop_copy):
+    """The shop's towers, on one rank."""
+    from trec_twotower.distributed import start_ranks
+    from trec_twotower.export import load_model
+    from trec_twotower.run import Run
+
+    with start_ranks() as ranks:
+        yield load_model(Run.open(shop_copy.run), ranks), ranks
+
+
+def damage(path: Path) -> None:
+    """Turn one bit in the middle of a file."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def test_the_files_say_what_they_hold(shop, shop_tables):
+    folder = shop.run / "export"
+    manifest = json.loads((folder / "manifest.json").read_text())
+    items, users = (pq.read_table(folder / f"{what}-00000-of-00001.parquet") for what in ("items", "users"))
+    assert (manifest["items"], manifest["users"], manifest["users_from"], manifest["dim"]) == (40, 80, "test", 8)
+    assert items.column_names == ["item_id", "vector"] and users.column_names == ["user_id", "vector"]
+    assert str(items.schema.field("vector").type) == "fixed_size_list<element: float>[8]"
+    assert items["item_id"].to_pylist() == shop_tables["items"]["item_id"].to_pylist()
+    assert users["user_id"].to_pylist() == shop_tables["test"]["user_id"].to_pylist()
+    for table in (items, users):  # similarity: cosine
+        length = np.linalg.norm(np.array(table["vector"].to_pylist()), axis=1)
+        np.testing.assert_allclose(length, 1, atol=1e-5)
+
+
+def test_what_is_read_back_is_what_was_encoded(loaded):
+    from trec_twotower.encode import encode
+    from trec_twotower.export import export, read_export
+
+    model, ranks = loaded
+    exported = read_export(export(model, ranks))
+    item_ID = encode(model.model, "item", model.sources.catalogue.columns, ranks).numpy()
+    np.testing.assert_array_equal(exported.item_ID, item_ID)
+    assert exported.item_ids.equals(model.sources.catalogue.ids)
+    assert exported.manifest["model_version"] == model.version and len(exported.user_ids) == 80
+
+
+def test_vectors_that_are_no_numbers_are_named_and_the_earlier_export_stays(loaded, shop_copy):
+    import torch
+
+    from trec_twotower.data.hashing import hash_to_bucket, id_keys
+    from trec_twotower.export import export
+
+    model, ranks = loaded
+    export(model, ranks)
+    folder = shop_copy.run / "export"
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    bucket = int(hash_to_bucket(id_keys(model.sources.catalogue.ids.slice(17, 1), ""), 512)[0])
+    with torch.no_grad():
+        table = next(value for name, value in model.model.state_dict().items() if ".item.weight" in name)
+        table.local_shards()[0].tensor[bucket] = torch.nan
+    with pytest.raises(DataError, match=r"1 items have vectors with NaN or infinity, such as item_id \['green-7'\]"):
+        export(model, ranks)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert not list(shop_copy.run.glob(".export*"))
+
+
+def test_a_failed_write_leaves_the_earlier_export(loaded, shop_copy, monkeypatch):
+    from trec_twotower import export as module
+
+    model, ranks = loaded
+    before = {path.name: path.read_bytes() for path in (shop_copy.run / "export").iterdir()}
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device", "items.parquet")
+
+    monkeypatch.setattr(module.pq, "write_table", full)
+    with pytest.raises(OSError, match="No space left"):
+        module.export(model, ranks)
+    assert {path.name: path.read_bytes() for path in (shop_copy.run / "export").iterdir()} == before
+    assert not list(shop_copy.run.glob(".export*"))
+
+
+@pytest.mark.parametrize(
+    ("call", "files", "mend"),
+    [
+        (["index", "RUN"], "export/items-*.parquet", "export again"),
+        (["index", "RUN"], "export/users-*.parquet", "export again"),
+        (["index", "RUN"], "export/manifest.json", "export again"),
+        (["recommend", "RUN", "--user", "user-1"], "index/index.faiss", "build the index again"),
+        (["evaluate", "RUN", "--index"], "index/items.parquet", "build the index again"),
+        (["export", "RUN"], "checkpoints/step-00000010/__0_0.distcp", "remove this checkpoint"),
+        (["evaluate", "RUN"], "checkpoints/step-00000010/manifest.json", "remove this checkpoint"),
+        (["train", "CONFIG", "run_dir=RUN"], "checkpoints/step-00000010/.metadata", "remove this checkpoint"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value[0],
+)
+def test_a_damaged_file_is_named_with_what_mends_it(cli, shop_copy, call, files, mend):
+    (path,) = shop_copy.run.glob(files)
+    damage(path)
+    call = [word.replace("RUN", str(shop_copy.run)).replace("CONFIG", str(shop_copy.config)) for word in call]
+    said = cli(*call)
+    assert said.code == 3 and f"{path} is damaged" in said.mistake and mend in said.mistake
+    path.unlink()
+    said = cli(*call)
+    if path.name != "manifest.json":
+        assert said.code == 3 and f"{path} is missing" in said.mistake and mend in said.mistake
+
+
+def test_a_removed_checkpoint_gives_way_to_the_one_before(cli, shop_copy):
+    """As the message about a damaged one advises."""
+    shutil.rmtree(shop_copy.run / "checkpoints/step-00000010")
+    said = cli("train", shop_copy.config, f"run_dir={shop_copy.run}")
+    assert said.code == 0, said.err
+    assert said.out.startswith("resumed at step 5 of 10")
+    assert (shop_copy.run / "checkpoints/step-00000010").is_dir()
+
+
+def test_no_export_is_a_mistake_of_the_call(tmp_path):
+    from trec_twotower.export import read_export
+
+    with pytest.raises(ConfigError, match="holds no export: export again"):
+        read_export(tmp_path / "run/export")

@@ -1,0 +1,164 @@
+"""Files are whole or not there, and a sealed folder tells when it is no longer what it was."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from trec_twotower.errors import DataError
+from trec_twotower.files import (
+    MANIFEST,
+    _own_sha256,
+    new_folder,
+    open_sealed,
+    publish_folder,
+    read_json,
+    seal,
+    write_file,
+    write_json,
+)
+
+MEND = "export again."
+
+
+@pytest.fixture
+def sealed(tmp_path):
+    folder = tmp_path / "export"
+    (folder / "deep").mkdir(parents=True)
+    (folder / "vectors").write_bytes(bytes(range(200)))
+    (folder / "deep" / "ids").write_text("7 8 9")
+    seal(folder, {"dim": 4})
+    return folder
+
+
+def names(folder) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_written_file_replaces_the_old_one_and_leaves_nothing_beside_it(tmp_path):
+    write_file(tmp_path / "a", "old")
+    write_file(tmp_path / "a", b"new")
+    assert (tmp_path / "a").read_text() == "new"
+    assert names(tmp_path) == ["a"]
+
+
+def test_a_file_stays_as_it_was_when_its_new_content_cannot_be_written(tmp_path, monkeypatch):
+    write_file(tmp_path / "a", "old")
+
+    def full(handle):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        write_file(tmp_path / "a", "new")
+    assert (tmp_path / "a").read_text() == "old"
+
+
+def test_json_comes_back_equal(tmp_path):
+    value = {"a": [1, 2.5, None, True], "b": {"ü": "ß"}}
+    write_json(tmp_path / "a.json", value)
+    assert read_json(tmp_path / "a.json") == value
+
+
+@pytest.mark.parametrize("content", [b"{", b"\xff\xfe", b""])
+def test_broken_json_names_the_file_and_the_mend(tmp_path, content):
+    path = tmp_path / "a.json"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"a\.json is damaged .* export again"):
+        read_json(path, MEND)
+
+
+def test_missing_json_names_the_file_and_the_mend(tmp_path):
+    with pytest.raises(DataError, match=r"none\.json is missing: export again"):
+        read_json(tmp_path / "none.json", MEND)
+
+
+def test_a_new_folder_appears_only_when_it_is_complete(tmp_path):
+    with new_folder(tmp_path / "run") as writing:
+        (writing / "a").write_text("1")
+        assert not (tmp_path / "run").exists()
+    assert names(tmp_path) == ["run"]
+    assert (tmp_path / "run" / "a").read_text() == "1"
+
+
+def test_a_new_folder_takes_the_place_of_the_old_one_whole(tmp_path):
+    for content in ("first", "second"):
+        with new_folder(tmp_path / "run") as writing:
+            (writing / content).write_text(content)
+    assert names(tmp_path) == ["run"]
+    assert names(tmp_path / "run") == ["second"]
+
+
+def test_an_error_while_writing_leaves_the_old_folder_and_no_rest(tmp_path):
+    with new_folder(tmp_path / "run") as writing:
+        (writing / "a").write_text("old")
+    with pytest.raises(RuntimeError), new_folder(tmp_path / "run") as writing:
+        (writing / "a").write_text("half")
+        raise RuntimeError
+    assert names(tmp_path) == ["run"]
+    assert (tmp_path / "run" / "a").read_text() == "old"
+
+
+def test_the_old_folder_is_whole_until_the_new_one_can_take_its_place(tmp_path, monkeypatch):
+    with new_folder(tmp_path / "run") as writing:
+        (writing / "a").write_text("old")
+
+    def refuse(source, target):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("os.replace", refuse)
+    with pytest.raises(PermissionError), new_folder(tmp_path / "run") as writing:
+        (writing / "a").write_text("new")
+    assert (tmp_path / "run" / "a").read_text() == "old"
+
+
+def test_publishing_flushes_every_file_and_every_folder_inside(tmp_path, monkeypatch):
+    """A name is on the disk only once its folder is flushed, at any depth."""
+    flushed = []
+    monkeypatch.setattr("trec_twotower.files.sync", lambda path: flushed.append(path.name))
+    (tmp_path / "new" / "deep").mkdir(parents=True)
+    (tmp_path / "new" / "deep" / "file").touch()
+    publish_folder(tmp_path / "new", tmp_path / "run")
+    assert sorted(flushed) == sorted(["file", "deep", "new", tmp_path.name])
+
+
+def test_a_sealed_folder_opens_with_its_facts(sealed):
+    manifest = open_sealed(sealed, MEND)
+    assert manifest["dim"] == 4
+    assert sorted(manifest["files"]) == ["deep/ids", "vectors"]
+    assert manifest["files"]["deep/ids"]["bytes"] == 5
+
+
+def test_every_flipped_bit_of_a_sealed_folder_is_noticed(sealed, rng):
+    for name in ("vectors", "deep/ids", MANIFEST):
+        path = sealed / name
+        whole = path.read_bytes()
+        for place in rng.integers(0, len(whole), 40):
+            changed = bytearray(whole)
+            changed[place] ^= 1 << int(rng.integers(8))
+            path.write_bytes(changed)
+            try:
+                manifest = open_sealed(sealed, MEND)
+            except DataError as error:
+                assert path.name in str(error) and MEND in str(error)
+            else:  # white space between the words of the manifest
+                assert name == MANIFEST and manifest == json.loads(whole)
+        path.write_bytes(whole)
+    open_sealed(sealed, MEND)
+
+
+def test_a_sealed_folder_tells_what_is_missing_cut_or_of_another_format(sealed):
+    (sealed / "vectors").write_bytes(bytes(150))
+    with pytest.raises(DataError, match=r"vectors has 150 bytes, 200 were written: export again"):
+        open_sealed(sealed, MEND)
+    (sealed / "vectors").unlink()
+    with pytest.raises(DataError, match=r"vectors is missing, though the manifest lists it: export again"):
+        open_sealed(sealed, MEND)
+    manifest = {**read_json(sealed / MANIFEST), "format": 99}
+    write_json(sealed / MANIFEST, {**manifest, "sha256": _own_sha256(manifest)})
+    with pytest.raises(DataError, match=r"manifest\.json is of format 99, but this version reads 1"):
+        open_sealed(sealed, MEND)
+    (sealed / MANIFEST).write_text("[]")
+    with pytest.raises(DataError, match=r"manifest\.json is damaged"):
+        open_sealed(sealed, MEND)

@@ -1,0 +1,105 @@
+"""Who may import whom: every module only what stands above it."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import trec_twotower
+
+PACKAGE = Path(trec_twotower.__file__).parent
+
+# A package stands where its __init__ does: behind its parts, which it may import.
+LAYERS = """
+    errors schema config files distributed
+    data data.hashing data.lists data.transforms data.dataset data.catalogue data.negatives data.batch data.interactions
+    data.sources.options data.sources.writer data.sources.id_lines data.sources.synthetic_words
+    data.sources.synthetic_reach data.sources.synthetic data.sources.gowalla data.sources.amazon_beauty data.sources
+    model model.embedding model.tower model.losses model.two_tower
+    sharding optimizer checkpoint encode run train export
+    metrics index.engine index.search index.build index
+    evaluate rerank serve
+    torchrun doctor demo cli __main__
+"""
+ORDER = LAYERS.split()
+LAZY = {"cli", "demo"}  # their imports inside functions may name anything
+WITHOUT_TORCH = {"errors", "schema", "config", "files"} | {
+    f"data.{part}" for part in ("hashing", "lists", "transforms", "dataset", "catalogue")
+}
+HEAVY = {"torch", "torchrec", "fbgemm_gpu", "tensordict"}
+
+
+def path_of(module: str) -> Path:
+    path = PACKAGE / module.replace(".", "/")
+    return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+
+
+def modules() -> set[str]:
+    names = {
+        ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__")
+        for path in PACKAGE.rglob("*.py")
+    }
+    return names - {"__init__"}
+
+
+def imports(module: str, *, lazy: bool = True) -> Iterator[str]:
+    """The dotted names a module imports at run time; without `lazy`, only those at its top."""
+
+    def walk(node: ast.AST) -> Iterator[str]:
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
+            return
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and not lazy:
+            return
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module} imports relatively"
+            yield node.module or ""
+            if node.module and node.module.split(".")[0] == "trec_twotower":
+                yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        for child in ast.iter_child_nodes(node):
+            yield from walk(child)
+
+    yield from walk(ast.parse(path_of(module).read_text(encoding="utf-8")))
+
+
+def own_imports(module: str) -> set[str]:
+    found = {name.removeprefix("trec_twotower.") for name in imports(module, lazy=module not in LAZY)}
+    return found & set(ORDER)
+
+
+def test_every_module_has_its_place_in_the_order():
+    assert len(ORDER) == len(set(ORDER))
+    missing = modules() - set(ORDER)
+    assert not missing, f"give {sorted(missing)} a place in ORDER: below what they import, above what imports them"
+    assert not set(ORDER) - modules(), "ORDER names modules that are gone"
+
+
+@pytest.mark.parametrize("module", ORDER)
+def test_a_module_imports_only_what_stands_above_it(module):
+    below = [name for name in own_imports(module) if ORDER.index(name) >= ORDER.index(module)]
+    assert not below, f"{module} imports {below}, which stand below it"
+
+
+def test_faiss_is_imported_under_index_alone():
+    users = {module for module in modules() if "faiss" in {name.split(".")[0] for name in imports(module)}}
+    assert users and all(module.startswith("index") for module in users)
+
+
+@pytest.mark.parametrize("module", sorted(WITHOUT_TORCH))
+def test_words_settings_and_readers_need_no_torch(module):
+    """Offline jobs on Spark or Ray use them where no torch is installed."""
+    assert not {name.split(".")[0] for name in imports(module)} & HEAVY
+    assert own_imports(module) <= WITHOUT_TORCH
+
+
+@pytest.mark.parametrize("name", sorted(set(trec_twotower.__all__) - {"__version__"}))
+def test_the_table_of_contents_names_what_is_there(name):
+    module = trec_twotower._CONTENTS[name]
+    tree = ast.parse(path_of(module).read_text(encoding="utf-8"))
+    defined = {node.name for node in tree.body if isinstance(node, ast.ClassDef | ast.FunctionDef)}
+    defined |= {alias.name for node in tree.body if isinstance(node, ast.ImportFrom) for alias in node.names}
+    assert name in defined

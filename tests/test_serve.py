@@ -1,0 +1,123 @@
+"""What one user gets, from which of the user's rows, and in which words."""
+
+from __future__ import annotations
+
+import shutil
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from trec_twotower.errors import ConfigError, DataError
+from trec_twotower.serve import in_words
+
+
+@pytest.fixture(scope="module")
+def retriever(shop):
+    from trec_twotower.distributed import start_ranks
+    from trec_twotower.serve import Retriever
+
+    with start_ranks() as ranks:
+        yield Retriever.open(shop.run, ranks)
+
+
+def test_a_user_gets_the_best_unseen_items(retriever, shop_tables):
+    test = {row["user_id"]: row for row in shop_tables["test"].to_pylist()}
+    first, second = retriever.recommend(["user-1", "user-2"], k=35)
+    for answer in (first, second):
+        ids = [item.item_id for item in answer.items]
+        history = test[answer.user_id]["history"]
+        assert set(ids) == set(shop_tables["items"]["item_id"].to_pylist()) - set(history)
+        assert [about["item_id"] for about in answer.history] == history[::-1]
+        scores = [item.score for item in answer.items]
+        assert scores == sorted(scores, reverse=True) and np.isfinite(scores).all()
+        assert all(item.about["item_id"] == item.item_id for item in answer.items)
+    assert first.user_id == "user-1" and second.user_id == "user-2"
+
+
+def test_a_user_who_saw_nearly_all_gets_a_shorter_list(retriever):
+    (answer,) = retriever.recommend(["user-1"], k=40)
+    assert len(answer.items) == 35
+
+
+def test_what_cannot_be_answered_is_said(retriever):
+    for k in (0, -1, 41):
+        with pytest.raises(ConfigError, match=f"k is {k}, but the catalogue has 40 items"):
+            retriever.recommend(["user-1"], k=k)
+    with pytest.raises(DataError, match="'nobody' is in no part"):
+        retriever.recommend(["user-1", "nobody"], k=3)
+
+
+def test_the_newest_row_of_a_user_counts(shop, shop_tables, write_dataset, tmp_path):
+    """test/ before valid/ before train/, and there the last row."""
+    from trec_twotower.config import load_config
+    from trec_twotower.data.dataset import Dataset
+    from trec_twotower.data.interactions import Sources
+    from trec_twotower.serve import find_user
+
+    config = load_config(shop.config)
+    dataset = write_dataset(tmp_path / "shop", row_group_size=50, **shop_tables)
+    sources = Sources(Dataset(dataset), config.feature_schema, "event")
+    for split, num_seen in (("test", 5), ("valid", 4), ("train", 3)):
+        for user in ("user-0", "user-40", "user-79"):
+            row, where = find_user(sources, user)
+            assert where == str(dataset / split) and row["user_id"].to_pylist() == [user]
+            assert len(row["history"][0]) == num_seen
+        shutil.rmtree(dataset / split)
+    with pytest.raises(DataError, match="'user-0' is in no part"):
+        find_user(sources, "user-0")
+
+
+def test_a_user_of_train_alone_is_served(cli, shop_copy, shop_tables, write_dataset, tmp_path):
+    """A newcomer's one row has no history yet: nothing is left out, and nothing is shown as taken."""
+    newcomer = shop_tables["train"].slice(0, 1)
+    newcomer = newcomer.set_column(0, "user_id", pa.array(["newcomer"]))
+    users = shop_tables["users"].slice(0, 1).set_column(0, "user_id", pa.array(["newcomer"]))
+    tables = {
+        **shop_tables,
+        "train": pa.concat_tables([shop_tables["train"], newcomer]),
+        "users": pa.concat_tables([shop_tables["users"], users]),
+    }
+    dataset, run = write_dataset(tmp_path / "shop", **tables), tmp_path / "fresh"
+    for call in (
+        ("train", shop_copy.config, f"data.dataset={dataset}", f"run_dir={run}", "train.epochs=1"),
+        ("export", run),
+        ("index", run),
+        ("recommend", run, "--user", "newcomer", "--user", "user-3", "--k", 40),
+    ):
+        said = cli(*call)
+        assert said.code == 0, said.err
+    first, second = said.out.split("User ")[1:]
+    assert first.startswith("newcomer took last:\nand gets:\n") and first.count("[") == 40
+    assert second.startswith("user-3 took last:\n") and second.count("[") == 35
+
+
+def test_a_split_without_a_column_of_the_towers_is_named(shop, shop_tables, write_dataset, tmp_path):
+    from trec_twotower.config import load_config
+    from trec_twotower.data.dataset import Dataset
+    from trec_twotower.data.interactions import Sources
+    from trec_twotower.serve import find_user
+
+    tables = {**shop_tables, "test": shop_tables["test"].drop_columns(["history_weight"])}
+    dataset = write_dataset(tmp_path / "shop", **tables)
+    sources = Sources(Dataset(dataset), load_config(shop.config).feature_schema, "event")
+    with pytest.raises(ConfigError, match="test has no column 'history_weight'"):
+        find_user(sources, "user-1")
+
+
+@pytest.mark.parametrize(
+    ("about", "words"),
+    [
+        ({"item_id": 7}, "item 7"),
+        ({"item_id": 7, "title": None, "price": None, "tags": []}, "item 7"),
+        (
+            {"item_id": 7, "title": "A lamp", "price": 12.5, "tags": ["warm", "old"]},
+            "A lamp (price 12.50, tags warm old)",
+        ),
+        ({"title": "A lamp", "item_id": "x", "stock": 0, "sold": True}, "A lamp (stock 0, sold True)"),
+        ({"item_id": 7, "tags": list(range(9))}, "item 7 (tags 0 1 2 3 4 5 ...)"),
+        ({"item_id": 7, "price": np.float32(0.1)}, "item 7 (price 0.10)"),
+    ],
+)
+def test_items_are_told_in_words(about, words):
+    assert in_words(about) == words
