@@ -222,8 +222,11 @@ def test_leftovers_of_a_killed_save_are_ignored_and_swept(small):
     (cut_short / "manifest.json").unlink()
     replaced = checkpoints.folder / ".step-00000005.old-77"
     shutil.copytree(path, replaced)
+    without_manifest = checkpoints.path(7)
+    shutil.copytree(cut_short, without_manifest)
     assert checkpoints.complete() == [path]
     assert checkpoints.newest() == path
+    shutil.rmtree(without_manifest)
     assert checkpoints.save(10, model, optimizer, {}) == checkpoints.path(10)
     assert sorted(folder.name for folder in checkpoints.folder.iterdir()) == ["step-00000005", "step-00000010"]
 

@@ -6,6 +6,7 @@ import math
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -225,12 +226,24 @@ def test_other_data_than_the_run_began_with_are_refused(cli, shop_copy, shop_tab
     dataset = tmp_path / "other"
     write_dataset(dataset, **{**shop_tables, "train": shop_tables["train"].slice(1)})
     before = listing(shop_copy.run)
-    for call in (("train", shop_copy.config, f"run_dir={shop_copy.run}", f"data.dataset={dataset}"),):
-        said = cli(*call)
-        assert said.code == DATA and "not the dataset this run began with" in said.mistake
-        assert "another run_dir" in said.mistake
+    said = cli("train", shop_copy.config, f"run_dir={shop_copy.run}", f"data.dataset={dataset}")
+    assert said.code == DATA and "not the dataset this run began with" in said.mistake
+    assert "another run_dir" in said.mistake
     del before["config.yaml"]
     assert before.items() <= listing(shop_copy.run).items()
+
+
+@pytest.mark.parametrize("name", ["statistics.json", "item_counts.npy"])
+@pytest.mark.parametrize("content", [b"", b"no longer what it was"], ids=["empty", "overwritten"])
+def test_what_a_run_learned_from_the_data_can_be_learned_again(cli, shop_copy, name, content):
+    before = listing(shop_copy.run)
+    (shop_copy.run / name).write_bytes(content)
+    said = cli("evaluate", shop_copy.run)
+    assert said.code == DATA and name in said.mistake and "remove statistics.json" in said.mistake
+    (shop_copy.run / "statistics.json").unlink()
+    assert cli("evaluate", shop_copy.run).code == 0
+    after = listing(shop_copy.run)
+    assert {file: after[file] for file in before} == before
 
 
 @pytest.mark.parametrize(
@@ -334,7 +347,7 @@ def test_two_ranks_end_at_once_with_one_message(
     lame = write_dataset(tmp_path / "lame", **{**shop_tables, "users": shop_tables["users"].slice(1)})
     run = tmp_path / "run"
     overrides = [word.replace("LAME", str(lame)) for word in overrides]
-    said = on_ranks("train", shop.config, f"run_dir={run}", *overrides, timeout_s=60)
+    said = on_ranks("train", shop.config, f"run_dir={run}", *overrides, timeout_s=90)
     assert said.code == code
     assert not [word for word in says if word not in said.mistake], said.mistake
     assert [line for line in said.err.splitlines() if not line.startswith("trec-twotower")] == [
@@ -387,3 +400,50 @@ def test_ctrl_c_ends_training_and_the_same_command_goes_on(shop, tmp_path):
     lines, err = train_until("resumed at step")
     resumed = [line for line in lines if line.startswith("resumed at step")]
     assert len(resumed) == 1 and int(resumed[0].split()[3].replace(",", "")) == int(saved.removeprefix("step-"))
+
+
+@pytest.mark.timeout(120)
+def test_ctrl_c_is_heard_while_a_rank_waits_for_the_others(shop, tmp_path):
+    """The first rank, which this test plays, takes the call and never answers."""
+    with socket.socket() as first:
+        first.bind(("127.0.0.1", 0))
+        first.listen()
+        first.settimeout(60)
+        where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(first.getsockname()[1])}
+        place = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+        job = subprocess.Popen(
+            [sys.executable, "-m", "trec_twotower", "train", str(shop.config), f"run_dir={tmp_path / 'run'}"],
+            env={**os.environ, **where, **place, "OMP_NUM_THREADS": "1"},
+            cwd=LAUNCHER.parent.parent,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        try:
+            caller, _ = first.accept()
+            with caller:
+                time.sleep(0.5)
+                job.send_signal(signal.SIGINT)
+                _, err = job.communicate(timeout=20)
+        finally:
+            job.kill()
+    assert job.returncode in (-signal.SIGINT, 130) and "Traceback" not in err
+
+
+def test_a_process_ends_with_its_command(tmp_path):
+    """Not by taking the interpreter down, in which threads of torch may still be at work and abort it."""
+    code = """
+import atexit, sys
+from trec_twotower.cli import main
+atexit.register(print, "taken down")
+print("begun")
+main()
+"""
+    ended = subprocess.run(
+        [sys.executable, "-c", code, "train", str(tmp_path / "no.yaml")],
+        cwd=LAUNCHER.parent.parent,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (ended.returncode, ended.stdout) == (USAGE, "begun\n")
+    assert "There is no config file" in ended.stderr

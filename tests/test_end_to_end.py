@@ -275,7 +275,7 @@ def test_a_row_a_user_goes_all_the_way(cli, write_dataset, tmp_path, rng):
     write_dataset(
         tmp_path / "data",
         train=rows(positives=slice(6)),
-        test=rows(positives=slice(6, 8), history=slice(6)),
+        test=rows(positives=slice(6, 8), history=slice(6)).slice(0, 95),
         items=pa.table({"item_id": range(40, 76)}),
     )
     (tmp_path / "users.yaml").write_text(ROW_A_USER.replace("dataset: data", f"dataset: {tmp_path / 'data'}"))
@@ -297,3 +297,5 @@ def test_a_row_a_user_goes_all_the_way(cli, write_dataset, tmp_path, rng):
     assert metrics["two towers, exact search"]["recall@5"] > 0.7 > 2 * metrics["popularity"]["recall@5"]
     assert [int(item) for _, item in recommended(said.out)] == ranked[5]
     assert not set(ranked[5]) & set(taken[5][:6].tolist())
+    said = cli("recommend", run, "--user", 96, "--k", 30)  # of whom train/ alone has a row
+    assert {int(item) for _, item in recommended(said.out)} == set(range(40, 76)) - set(taken[96][:6].tolist())

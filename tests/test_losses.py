@@ -267,7 +267,7 @@ def test_log_q_makes_the_sampled_optimum_that_of_the_full_softmax():
     columns of the positive's item are masked and each column counts 1 / (n p). Uncorrected, positive i stands against
     n p_j columns of every other item j; that optimum is found from the expectation itself, without drawing.
     """
-    num_items, num_drawn, num_rows, num_steps = 12, 256, 64, 800
+    num_items, num_drawn, num_rows, num_steps = 12, 256, 64, 400
     random = torch.Generator().manual_seed(5)
     popularity_I = torch.arange(1, num_items + 1, dtype=torch.float64) ** -1.0
     popularity_I /= popularity_I.sum()

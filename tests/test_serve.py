@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 
 import numpy as np
@@ -12,7 +13,7 @@ from trec_twotower.errors import ConfigError, DataError
 from trec_twotower.serve import in_words
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def retriever(shop):
     from trec_twotower.distributed import start_ranks
     from trec_twotower.serve import Retriever
@@ -60,36 +61,40 @@ def test_the_newest_row_of_a_user_counts(shop, shop_tables, write_dataset, tmp_p
     sources = Sources(Dataset(dataset), config.feature_schema, "event")
     for split, num_seen in (("test", 5), ("valid", 4), ("train", 3)):
         for user in ("user-0", "user-40", "user-79"):
-            row, where = find_user(sources, user)
-            assert where == str(dataset / split) and row["user_id"].to_pylist() == [user]
+            row, found_in = find_user(sources, user)
+            assert found_in.name == split and row["user_id"].to_pylist() == [user]
             assert len(row["history"][0]) == num_seen
         shutil.rmtree(dataset / split)
     with pytest.raises(DataError, match="'user-0' is in no part"):
         find_user(sources, "user-0")
 
 
-def test_a_user_of_train_alone_is_served(cli, shop_copy, shop_tables, write_dataset, tmp_path):
-    """A newcomer's one row has no history yet: nothing is left out, and nothing is shown as taken."""
-    newcomer = shop_tables["train"].slice(0, 1)
-    newcomer = newcomer.set_column(0, "user_id", pa.array(["newcomer"]))
-    users = shop_tables["users"].slice(0, 1).set_column(0, "user_id", pa.array(["newcomer"]))
-    tables = {
-        **shop_tables,
-        "train": pa.concat_tables([shop_tables["train"], newcomer]),
-        "users": pa.concat_tables([shop_tables["users"], users]),
-    }
-    dataset, run = write_dataset(tmp_path / "shop", **tables), tmp_path / "fresh"
+@pytest.mark.parametrize("split", ["train", "valid"])
+def test_a_user_of_other_parts_gets_no_item_that_was_taken(cli, shop, shop_tables, write_dataset, tmp_path, split):
+    """What train/ asks for has been taken; what valid/ asks for is yet to be found."""
+    rest = [name for name in ("train", "valid", "items", "users") if split == "valid" or name != "valid"]
+    dataset = write_dataset(tmp_path / "shop", **{name: shop_tables[name] for name in rest}, test=nobody(shop_tables))
+    run = tmp_path / "run"
     for call in (
-        ("train", shop_copy.config, f"data.dataset={dataset}", f"run_dir={run}", "train.epochs=1"),
+        ("train", shop.config, f"data.dataset={dataset}", f"run_dir={run}", "train.epochs=1"),
         ("export", run),
         ("index", run),
-        ("recommend", run, "--user", "newcomer", "--user", "user-3", "--k", 40),
+        ("recommend", run, "--user", "user-3", "--k", 40),
     ):
         said = cli(*call)
         assert said.code == 0, said.err
-    first, second = said.out.split("User ")[1:]
-    assert first.startswith("newcomer took last:\nand gets:\n") and first.count("[") == 40
-    assert second.startswith("user-3 took last:\n") and second.count("[") == 35
+    taken = next(row["history"] for row in shop_tables["valid"].to_pylist() if row["user_id"] == "user-3")
+    listed = re.findall(r"\[(\S+)\]$", said.out, flags=re.MULTILINE)
+    assert set(listed) == set(shop_tables["items"]["item_id"].to_pylist()) - set(taken)
+    shown = said.out.split("and gets:")[0].splitlines()[1:]
+    assert [line.split(" (")[0].strip() for line in shown] == [
+        f"A {item.replace('-', ' no. ')}" for item in reversed(taken)
+    ]
+
+
+def nobody(shop_tables: dict[str, pa.Table]) -> pa.Table:
+    """A test/ of one user, whom the tests do not ask for."""
+    return shop_tables["test"].slice(0, 1)
 
 
 def test_a_split_without_a_column_of_the_towers_is_named(shop, shop_tables, write_dataset, tmp_path):

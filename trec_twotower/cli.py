@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 from trec_twotower.errors import ConfigError, DataError, TrainingError
 
+MAX_PLANNED_RANKS = 4096  # more, and the planner does not come back
 INTERRUPTED = 130  # the customary code after Ctrl-C
 EPILOG = "Exit codes: 0 done, 1 failed, 2 a mistake in the call or the config, 3 a mistake in the data."
 
@@ -270,8 +271,8 @@ def _plan(options: argparse.Namespace) -> int:
     from trec_twotower.config import load_config
 
     config = load_config(options.config, options.overrides)
-    if options.ranks < 1:
-        raise ConfigError(f"--ranks is {options.ranks}: give 1 or more.")
+    if not 1 <= options.ranks <= MAX_PLANNED_RANKS:
+        raise ConfigError(f"--ranks is {options.ranks}: give 1 to {MAX_PLANNED_RANKS:,}.")
     _quiet()
     from trec_twotower.sharding import describe_plan
 

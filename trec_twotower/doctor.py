@@ -28,6 +28,7 @@ FAISS_VERSION = "1.15.1"
 OTHERS = {  # all else that must be there, and which versions of it
     "numpy": ">=2",
     "pyarrow": "",
+    "duckdb": ">=2",
     "pydantic": ">=2",
     "pyyaml": "",
     "xxhash": "",

@@ -25,7 +25,8 @@ from trec_twotower.distributed import Ranks
 from trec_twotower.errors import ConfigError, DataError, nearest
 from trec_twotower.files import MANIFEST, read_json, write_file, write_json
 
-CONFIG, STATISTICS = "config.yaml", "statistics.json"
+CONFIG, STATISTICS, COUNTS = "config.yaml", "statistics.json", "item_counts.npy"
+LEARN_AGAIN = f"remove {STATISTICS}, and the next command learns from the data again."
 
 
 class Run:
@@ -74,7 +75,7 @@ class Run:
 
         def learn() -> dict[str, dict[str, Any]]:
             if path.is_file():
-                saved = read_json(path)
+                saved = read_json(path, LEARN_AGAIN)
                 if saved["fingerprint"] != dataset.fingerprint:
                     raise DataError(
                         f"{dataset.folder} is not the dataset this run began with (fingerprint {dataset.fingerprint}, "
@@ -88,7 +89,7 @@ class Run:
             # The data hold what the config wants of them: only now there is something to write.
             self.folder.mkdir(parents=True, exist_ok=True)
             write_file(self.folder / CONFIG, to_yaml(as_values(self.config)))
-            write_file(self.folder / "item_counts.npy", counts.getvalue())
+            write_file(self.folder / COUNTS, counts.getvalue())
             write_json(path, {"fingerprint": dataset.fingerprint, "numbers": numbers})
             return numbers
 
@@ -98,7 +99,11 @@ class Run:
 
     def item_counts(self) -> np.ndarray:
         """How often each item of the catalogue was taken in train."""
-        return np.load(self.folder / "item_counts.npy")
+        path = self.folder / COUNTS
+        try:
+            return np.load(path)
+        except (FileNotFoundError, ValueError, EOFError) as error:
+            raise DataError(f"{path} cannot be read ({error}): {LEARN_AGAIN}") from None
 
 
 class RunLog:

@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from trec_twotower.data.catalogue import find_id
-from trec_twotower.data.dataset import HISTORY, POSITIVES, USER_ID, Split
-from trec_twotower.data.interactions import Sources
+from trec_twotower.data.dataset import HISTORY, ITEM_ID, POSITIVES, USER_ID, Split
+from trec_twotower.data.interactions import Sources, side_by_side
 from trec_twotower.data.lists import Lists
 from trec_twotower.data.transforms import key_lists, one_chunk
 from trec_twotower.distributed import Ranks
@@ -65,11 +66,10 @@ class Retriever:
             )
         answers = []
         for user_id in user_ids:
-            table, where = find_user(sources, user_id)
-            given, seen = _state(sources, table, where)
-            user_BD = (
-                encode(self.loaded.model, "user", sources.user_features(table, where, given), self.ranks).cpu().numpy()
-            )
+            table, split = find_user(sources, user_id)
+            given, seen = _state(sources, table, split)
+            features = sources.user_features(table, str(split.folder), given)
+            user_BD = encode(self.loaded.model, "user", features, self.ranks).cpu().numpy()
             score_BK, item_row_BK = self.index.search_unseen(user_BD, k, seen)
             found = item_row_BK[0][item_row_BK[0] >= 0]
             about = sources.catalogue.words(found)
@@ -80,15 +80,18 @@ class Retriever:
         return answers
 
 
-def find_user(sources: Sources, user_id: Any) -> tuple[pa.Table, str]:
-    """The newest row the dataset has of a user: in test/, else valid/, else the last one of train/."""
+def find_user(sources: Sources, user_id: Any) -> tuple[pa.Table, Split]:
+    """A user's newest row, and the part of the dataset it is from: test/, else valid/, else the last of train/."""
     for name in ("test", "valid", "train"):
         if not sources.dataset.has(name):
             continue
         split = sources.dataset.split(name)
+        if name != "train":
+            for column in sources.user_columns():
+                split.require(column, "the user tower reads")
         found = _last_row(split, user_id)
         if found is not None:
-            return found, str(split.folder)
+            return found, split
     raise DataError(
         f"User {user_id!r} is in no part of {sources.dataset.folder}: give one of its user_ids, such as those of test/."
     )
@@ -99,23 +102,32 @@ def _last_row(split: Split, user_id: Any) -> pa.Table | None:
         ids = one_chunk(split.read(group, [USER_ID])[USER_ID])
         if pa.types.is_dictionary(ids.type):
             ids = ids.dictionary_decode()
-        row = find_id(ids, str(user_id))
-        if row is not None:
-            return split.read(group, list(split.columns)).slice(row, 1).combine_chunks()
+        first = find_id(ids, str(user_id))
+        if first is not None:
+            rows = np.flatnonzero(pc.equal(ids, ids[first]).fill_null(False).to_numpy(zero_copy_only=False))
+            return split.read(group, list(split.columns)).slice(rows[-1], 1).combine_chunks()
     return None
 
 
-def _state(sources: Sources, table: pa.Table, where: str) -> tuple[dict[str, Lists] | None, Lists]:
-    """What stands for the drawn history of a user's row, and the items already taken."""
+def _state(sources: Sources, table: pa.Table, split: Split) -> tuple[dict[str, Lists] | None, Lists]:
+    """What stands for the drawn history of a user's row, and the items already taken, newest last.
+
+    What a row of train/ asks for has been taken, too; what one of valid/ or test/ asks for is yet to be found.
+    """
+    where = str(split.folder)
     seen = Lists.empty(1)
     given = None
     if HISTORY in table.column_names:
         seen = sources.item_row_lists(one_chunk(table[HISTORY]), where, known_only=True)
-    elif POSITIVES in table.column_names:
-        taken = one_chunk(table[POSITIVES])
-        seen = sources.item_row_lists(taken, where, known_only=True)
-        given = {HISTORY: key_lists(taken, where)}
-    return given, seen
+    if split.name != "train":
+        return given, seen
+    if sources.rows == "user":
+        positives = one_chunk(table[POSITIVES])
+        taken = sources.item_row_lists(positives, where)
+        given = {HISTORY: key_lists(positives, where)}
+    else:
+        taken = Lists.singles(sources.item_rows(one_chunk(table[ITEM_ID]), where))
+    return given, side_by_side(seen, taken)
 
 
 def in_words(about: dict[str, Any]) -> str:

@@ -46,6 +46,7 @@ SOURCES: dict[str, Source] = {
         Source("synthetic", "synthetic", "a generated world whose best reachable recall is known"),
         Source("gowalla", "gowalla", "train.txt and test.txt, a line = `user item item ...`, no order"),
         Source("amazon-beauty", "amazon_beauty", "one file of item sequences in time order, with attributes"),
+        Source("events", "events", "any log of user, item and time, in Parquet, CSV or JSON lines of any size"),
     )
 }
 

@@ -52,8 +52,8 @@ def read_options(source: str, model: type[Model], overrides: dict[str, Any]) -> 
     for name, value in overrides.items():
         if name not in model.model_fields:
             faults.append(f"{name!r} is not an option{nearest(name, model.model_fields)}")
-        elif isinstance(value, bool):  # pydantic would read True as 1
-            faults.append(f"{name} = {value!r}: no option of this source is a yes or no")
+        elif isinstance(value, bool) and model.model_fields[name].annotation is not bool:  # pydantic reads True as 1
+            faults.append(f"{name} = {value!r}: this option is no yes or no")
     if not faults:
         try:
             return model.model_validate(overrides)

@@ -28,6 +28,7 @@ from trec_twotower.errors import ConfigError
 
 FORMAT = 1
 MANIFEST = "dataset.yaml"
+SCRATCH = "scratch"
 ROWS_PER_GROUP = 131_072
 ROWS_PER_PART = 32 * ROWS_PER_GROUP
 SPLITS = ("train", "valid", "test", "items", "users")
@@ -83,6 +84,12 @@ class DatasetWriter:
             self._splits[split] = _Split(self._temporary / split, self.rows_per_group, self.groups_per_part)
         self._splits[split].write(table)
 
+    def scratch_dir(self) -> Path:
+        """A folder for what a source spills to disk; `finish`, or leaving the `with` block, removes it."""
+        folder = self._temporary / SCRATCH
+        folder.mkdir(exist_ok=True)
+        return folder
+
     def finish(self, source: str, options: dict[str, Any], counts: dict[str, int], **more: Any) -> dict[str, Any]:
         """Close the files, write dataset.yaml, put the folder in place; return what dataset.yaml holds.
 
@@ -90,6 +97,8 @@ class DatasetWriter:
         """
         for split in self._splits.values():
             split.close()
+        if (self._temporary / SCRATCH).exists():
+            shutil.rmtree(self._temporary / SCRATCH)
         written = [name for name in SPLITS if name in self._splits and self._splits[name].files]
         rows = {f"{name}_rows": self._rows(name) for name in ("train", "valid", "test")}
         manifest = {
