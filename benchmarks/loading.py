@@ -2,9 +2,9 @@
 
     python benchmarks/loading.py [--rows 2000000] [--json FILE] [--keep DIR] [--only NAME ...]
 
-Generates a log in DIR (default: a temporary folder): 64-bit ids, a history of 0 to 50 items, categories, lists of string
-tags, numbers with nulls; zstd, row groups of 131,072 rows; and a catalogue of 200,000 items with category, tags and
-price. All contenders run in turn in one process on one thread, several rounds; the medians count.
+Generates a log in DIR (default: a temporary folder): 64-bit ids, a history of 0 to 50 items, categories, lists of
+string tags, numbers with nulls; zstd, row groups of 131,072 rows; and a catalogue of 200,000 items with category, tags
+and price. All contenders run in turn in one process on one thread, several rounds; the medians count.
 
 reader_share         hashing, shuffle, catalogue features, KeyedJaggedTensors, nothing dropped; against raw decode
 cache_share          the same from the cache of hashed columns, against raw decode
@@ -150,7 +150,9 @@ def notebook(folder: Path, num_rows: int) -> int:
 
     class Rows(TorchDataset):
         def __init__(self) -> None:
-            self.table = pq.read_table(folder / "train/part-00000.parquet", columns=COLUMNS).slice(0, num_rows).to_pylist()
+            self.table = (
+                pq.read_table(folder / "train/part-00000.parquet", columns=COLUMNS).slice(0, num_rows).to_pylist()
+            )
 
         def __len__(self) -> int:
             return len(self.table)

@@ -467,6 +467,24 @@ def test_too_little_memory_is_said_so(tmp_path, monkeypatch):
 # Atomicity
 
 
+def test_ctrl_c_inside_a_query_is_an_interruption(tmp_path):
+    script = (
+        "import os, signal, sys, threading\nfrom pathlib import Path\nfrom trec_twotower.data.sources import prepare\n"
+        "threading.Timer(1, os.kill, (os.getpid(), signal.SIGINT)).start()\n"
+        "prepare('events', Path(sys.argv[1]), {'events': sys.argv[2]})"
+    )
+    # One file under many names: long in the reading, and made at once.
+    log = pa.table({name: np.arange(1_000_000) for name in ("user_id", "item_id", "timestamp")})
+    pq.write_table(log, tmp_path / "log.parquet")
+    (tmp_path / "parts").mkdir()
+    for number in range(300):
+        (tmp_path / "parts" / f"{number}.parquet").symlink_to(tmp_path / "log.parquet")
+    command = [sys.executable, "-c", script, str(tmp_path / "out"), str(tmp_path / "parts")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.stderr.strip().endswith("KeyboardInterrupt")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["log.parquet", "parts"]
+
+
 def test_an_interrupted_run_leaves_the_earlier_dataset_and_nothing_else(tmp_path, monkeypatch):
     out, _ = make(tmp_path, LOG)
     before = digests(out)

@@ -15,9 +15,11 @@ PACKAGE = Path(trec_twotower.__file__).parent
 # A package stands where its __init__ does: behind its parts, which it may import.
 LAYERS = """
     errors schema config files distributed
-    data data.hashing data.lists data.transforms data.dataset data.catalogue data.negatives data.batch data.interactions
+    data data.hashing data.lists data.probing data.transforms data.dataset data.catalogue data.features data.held_out
+    data.negatives data.batch data.examples data.order data.segments data.cache data.reader data.interactions
     data.sources.options data.sources.writer data.sources.id_lines data.sources.synthetic_words
-    data.sources.synthetic_reach data.sources.synthetic data.sources.gowalla data.sources.amazon_beauty data.sources
+    data.sources.synthetic_reach data.sources.synthetic data.sources.gowalla data.sources.amazon_beauty
+    data.sources.events data.sources
     model model.embedding model.tower model.losses model.two_tower
     sharding optimizer checkpoint encode run train export
     metrics index.engine index.search index.build index
@@ -27,7 +29,7 @@ LAYERS = """
 ORDER = LAYERS.split()
 LAZY = {"cli", "demo"}  # their imports inside functions may name anything
 WITHOUT_TORCH = {"errors", "schema", "config", "files"} | {
-    f"data.{part}" for part in ("hashing", "lists", "transforms", "dataset", "catalogue")
+    f"data.{part}" for part in ("hashing", "lists", "probing", "transforms", "dataset", "catalogue")
 }
 HEAVY = {"torch", "torchrec", "fbgemm_gpu", "tensordict"}
 

@@ -367,7 +367,6 @@ def test_a_table_is_transformed_feature_by_feature():
         "tags": [[2, 3], [], [4]],
     }
     assert columns.sparse["tags"].weights.tolist() == [1, 3, 2]
-    assert columns.divisor["tags"].tolist() == [4, 1, 2]
     assert columns.numbers["price"].tolist() == [[1.5, 0], [0, 1], [2.5, 0]]
 
 
@@ -376,7 +375,8 @@ def test_lists_that_are_given_stand_for_a_column_that_is_not_read():
     given_lists = {"tags": Lists.from_lists([[51, 52, 53], [], [4]])}
     columns = transform([feature], {"t": MODULO}, {}, TABLE.drop(["tags"]), "here", given_lists)
     assert plain(columns.sparse["tags"]) == [[2, 3], [], [4]]
-    np.testing.assert_allclose(columns.divisor["tags"], [math.sqrt(2), 1, 1])
+    uncut = transform([feature], {"t": MODULO}, {}, TABLE.drop(["tags"]), "here", given_lists, uncut=True)
+    assert plain(uncut.sparse["tags"]) == [[1, 2, 3], [], [4]]
 
 
 def test_columns_are_taken_and_joined_row_by_row():
@@ -384,7 +384,9 @@ def test_columns_are_taken_and_joined_row_by_row():
     twice = Columns.concat([columns.take(np.array([2])), columns.take(np.array([0, 1, 2]))]).take(np.array([0, 3]))
     assert twice.num_rows == 2
     assert plain(twice.sparse["tags"]) == [[4], [4]] and twice.sparse["tags"].weights.tolist() == [2, 2]
-    assert twice.divisor["tags"].tolist() == [2, 2]
+    part = columns.slice(1, 3)
+    assert part.num_rows == 2 and plain(part.sparse["tags"]) == [[], [4]]
+    assert part.sparse["tags"].weights.tolist() == [2] and part.numbers["price"].tolist() == [[0, 1], [2.5, 0]]
     assert twice.numbers["price"].tolist() == [[2.5, 0], [2.5, 0]]
 
 

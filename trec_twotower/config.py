@@ -7,11 +7,12 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar, get_args
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
 import yaml
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     Field,
     NonNegativeFloat,
     NonNegativeInt,
@@ -27,16 +28,23 @@ from trec_twotower.schema import FeatureSpec, Schema, Seed, Settings, TableSpec
 Model = TypeVar("Model", bound=BaseModel)
 
 
+def _plain(place: Any) -> Any:
+    return str(place) if isinstance(place, Path) else place
+
+
 class DataConfig(Settings):
     """What is read, and in which order."""
 
-    dataset: Path  # the folder that `prepare` wrote
+    dataset: Annotated[str, BeforeValidator(_plain)]  # the folder that `prepare` wrote, or a URL that fsspec knows
     rows: Literal["event", "user"] = "event"  # user: a row holds all of a user's positives
     batch_size: PositiveInt = 4096  # rows a step, over all ranks together
     seed: Seed = 0  # of the order, the split of a user's items and the samples
-    shuffle_rows: PositiveInt = 1 << 20  # rows that are permuted together; memory grows with it
+    shuffle_rows: PositiveInt = 1 << 19  # rows that are permuted together; memory grows with it
     input_share: float = Field(default=0.5, gt=0, lt=1)  # rows: user - how much of a user's items is input
+    threads: NonNegativeInt = 1  # that read, hash and make batches ahead; 0: the trainer's own, in between
     prefetch: PositiveInt = 4  # batches made ahead of the trainer
+    cache: Path | None = None  # a folder for hashed rows, which later epochs read in place of Parquet
+    cache_gb: PositiveFloat = 50.0  # the most that folder may hold
 
 
 class TowerConfig(Settings):
@@ -371,7 +379,8 @@ def save_config(config: BaseModel, path: Path) -> None:
 
 # What may change between two starts of one run, because it changes no batch and no weight before the next step.
 _FREE = ("train.epochs", "train.log_every", "train.evaluate_every", "train.timeout_s", "train.threads",
-         "checkpoint", "evaluate", "index", "run_dir", "data.dataset", "data.prefetch")  # fmt: skip
+         "checkpoint", "evaluate", "index", "run_dir", "data.dataset", "data.prefetch",
+         "data.threads", "data.cache", "data.cache_gb")  # fmt: skip
 
 
 def _binding(config: RunConfig) -> dict[str, Any]:

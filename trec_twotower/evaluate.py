@@ -12,7 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from trec_twotower.config import EvaluateConfig
-from trec_twotower.data.interactions import HeldOut, Sources
+from trec_twotower.data.features import Sources
+from trec_twotower.data.held_out import HeldOut
 from trec_twotower.data.lists import Lists, offsets_of
 from trec_twotower.distributed import Ranks
 from trec_twotower.encode import encode, encode_everywhere

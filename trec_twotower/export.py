@@ -13,7 +13,8 @@ import pyarrow.parquet as pq
 
 from trec_twotower.checkpoint import Checkpoints, model_version
 from trec_twotower.data.dataset import ITEM_ID, USER_ID
-from trec_twotower.data.interactions import HeldOut, Sources
+from trec_twotower.data.features import Sources
+from trec_twotower.data.held_out import HeldOut
 from trec_twotower.distributed import Ranks
 from trec_twotower.encode import encode, encode_share
 from trec_twotower.errors import ConfigError, DataError

@@ -19,7 +19,7 @@ from trec_twotower.config import (
     validate,
 )
 from trec_twotower.data.dataset import Dataset
-from trec_twotower.data.interactions import Sources
+from trec_twotower.data.features import Sources
 from trec_twotower.data.transforms import Statistics
 from trec_twotower.distributed import Ranks
 from trec_twotower.errors import ConfigError, DataError, nearest

@@ -13,8 +13,8 @@ import pyarrow.compute as pc
 
 from trec_twotower.data.catalogue import find_id
 from trec_twotower.data.dataset import HISTORY, ITEM_ID, POSITIVES, USER_ID, Split
-from trec_twotower.data.interactions import Sources, side_by_side
-from trec_twotower.data.lists import Lists
+from trec_twotower.data.features import Sources
+from trec_twotower.data.lists import Lists, side_by_side
 from trec_twotower.data.transforms import key_lists, one_chunk
 from trec_twotower.distributed import Ranks
 from trec_twotower.encode import encode

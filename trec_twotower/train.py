@@ -13,8 +13,9 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from trec_twotower.checkpoint import Checkpoints
 from trec_twotower.config import RunConfig, config_hash
+from trec_twotower.data.features import Sources
 from trec_twotower.data.hashing import mix
-from trec_twotower.data.interactions import Sources, TrainBatches
+from trec_twotower.data.interactions import TrainBatches
 from trec_twotower.distributed import Ranks
 from trec_twotower.errors import TrainingError
 from trec_twotower.files import write_json

@@ -29,7 +29,7 @@ from trec_twotower import train as training  # noqa: E402
 from trec_twotower.checkpoint import Checkpoints  # noqa: E402
 from trec_twotower.config import RunConfig  # noqa: E402
 from trec_twotower.data.dataset import Dataset  # noqa: E402
-from trec_twotower.data.interactions import Sources  # noqa: E402
+from trec_twotower.data.features import Sources  # noqa: E402
 from trec_twotower.data.transforms import Columns  # noqa: E402
 from trec_twotower.distributed import Ranks, start_ranks  # noqa: E402
 from trec_twotower.errors import DataError, TrainingError  # noqa: E402

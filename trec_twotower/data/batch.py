@@ -11,8 +11,8 @@ from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from torchrec.streamable import Pipelineable
 
-from trec_twotower.data.lists import Lists, weights_of
-from trec_twotower.data.transforms import Columns
+from trec_twotower.data.lists import weights_of
+from trec_twotower.data.transforms import Columns, pooling_divisor
 from trec_twotower.schema import Schema, Side
 
 
@@ -77,21 +77,16 @@ class Candidates:
     is_negative: np.ndarray
     sizes: tuple[int, ...]  # how many of them each rank encodes, in order
 
-    def columns_of(self, lists: Lists) -> tuple[np.ndarray, np.ndarray]:
-        """Lists of catalogue rows as (row, column) pairs; items that are no candidates are left out."""
-        column = np.searchsorted(self.item_row, lists.values)
-        column[column == len(self.item_row)] = 0
-        is_candidate = self.item_row[column] == lists.values
-        return lists.rows[is_candidate], column[is_candidate]
-
 
 @dataclass(frozen=True)
 class Targets:
-    """What the rows of a batch took and knew, as catalogue rows; all positives are candidates."""
+    """The pairs of this rank's rows and the step's candidates: those taken, and those that are no negatives."""
 
-    positives: Lists
-    known: Lists
-    weight: np.ndarray  # one a positive
+    positive_row: np.ndarray
+    positive_column: np.ndarray
+    positive_weight: np.ndarray
+    known_row: np.ndarray  # the positives among them
+    known_column: np.ndarray
 
 
 def make_batch(
@@ -117,19 +112,18 @@ def make_batch(
         batch.item_sizes = candidates.sizes
         batch.log_q_C = torch.from_numpy(candidates.log_q)
         batch.is_negative_C = torch.from_numpy(candidates.is_negative)
-        row, column = candidates.columns_of(targets.positives)
-        assert len(row) == len(targets.weight), "a positive is no candidate"
-        batch.positive_row_P, batch.positive_column_P = torch.from_numpy(row), torch.from_numpy(column)
-        batch.positive_weight_P = torch.from_numpy(targets.weight.astype(np.float32))
-        row, column = candidates.columns_of(targets.known)
-        batch.known_row_M, batch.known_column_M = torch.from_numpy(row), torch.from_numpy(column)
+        batch.positive_row_P = torch.from_numpy(targets.positive_row)
+        batch.positive_column_P = torch.from_numpy(targets.positive_column)
+        batch.positive_weight_P = torch.from_numpy(targets.positive_weight)
+        batch.known_row_M = torch.from_numpy(targets.known_row)
+        batch.known_column_M = torch.from_numpy(targets.known_column)
     return batch
 
 
 def _keyed_jagged(schema: Schema, user: Columns | None, item: Columns | None, num_rows: int) -> KeyedJaggedTensor:
     pairs = list(schema.sparse_pairs())
-    lengths = np.zeros((len(pairs), num_rows), np.int64)
-    values, weights = [np.empty(0, np.int64)], [np.empty(0, np.float32)]
+    lengths = np.zeros((len(pairs), num_rows), np.int32)
+    values, weights = [np.empty(0, np.int32)], [np.empty(0, np.float32)]
     for number, (side, feature) in enumerate(pairs):
         columns = user if side == "user" else item
         if columns is None:
@@ -154,7 +148,7 @@ def _dense(schema: Schema, side: Side, columns: Columns | None, axis: str) -> di
     number = np.empty((num_rows, 2 * len(schema.numbers(side))), np.float32)
     if columns is not None:
         for column, feature in enumerate(schema.sparse(side)):
-            divisor[:, column] = columns.divisor[feature.name]
+            divisor[:, column] = pooling_divisor(feature, columns.sparse[feature.name])
         for column, feature in enumerate(schema.numbers(side)):
             number[:, 2 * column : 2 * column + 2] = columns.numbers[feature.name]
     return {

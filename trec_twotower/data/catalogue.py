@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 from trec_twotower.data.dataset import Split
 from trec_twotower.data.hashing import id_keys
 from trec_twotower.data.lists import Lists
+from trec_twotower.data.probing import KeyTable
 from trec_twotower.data.transforms import (
     Columns,
     Statistics,
@@ -51,15 +52,16 @@ class Catalogue:
         if isinstance(self.ids, pa.ChunkedArray):
             self.ids = pa.concat_arrays(self.ids.chunks)
         self.columns = Columns.concat(parts)
-        self._keys = id_keys(self.ids, f"{split.folder}, column {id_column!r}")
-        self._order = np.argsort(self._keys, kind="stable")
-        self._sorted = self._keys[self._order]
+        self.keys = id_keys(self.ids, f"{split.folder}, column {id_column!r}")
         self._refuse_doubles()
+        self._table = KeyTable(self.keys)
 
     def _refuse_doubles(self) -> None:
-        same = np.flatnonzero(self._sorted[1:] == self._sorted[:-1])
+        order = np.argsort(self.keys, kind="stable")
+        in_order = self.keys[order]
+        same = np.flatnonzero(in_order[1:] == in_order[:-1])
         if same.size:
-            first, second = self._order[same[0]], self._order[same[0] + 1]
+            first, second = order[same[0]], order[same[0] + 1]
             raise DataError(
                 f"{self.split.folder}: {self.id_column} {self.ids[int(first)].as_py()!r} stands in rows {first:,} and "
                 f"{second:,} ({same.size:,} such pairs): keep one row an id."
@@ -70,9 +72,7 @@ class Catalogue:
 
     def rows_of_keys(self, keys: np.ndarray) -> np.ndarray:
         """The row of each 64-bit key, -1 where there is none."""
-        place = np.searchsorted(self._sorted, keys)
-        place[place == len(self._sorted)] = 0
-        return np.where(self._sorted[place] == keys, self._order[place], -1)
+        return self._table.find(keys)
 
     def rows_of(self, ids: pa.Array, where: str) -> np.ndarray:
         """The row of each outside id, -1 where there is none."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from trec_twotower.config import read_yaml
-from trec_twotower.data.hashing import is_id
+from trec_twotower.data.hashing import is_id, is_text
 from trec_twotower.errors import ConfigError, DataError, nearest
 
 USER_ID, ITEM_ID, POSITIVES, HISTORY = "user_id", "item_id", "positives", "history"
@@ -42,6 +42,7 @@ class Split:
         self.name = name
         self.row_groups: list[RowGroup] = []
         self.columns: dict[str, pa.DataType] = {}
+        self._texts: set[str] = set()  # columns of text that Parquet holds as dictionaries
         paths = sorted(folder.glob("*.parquet"))
         if not paths:
             raise DataError(f"{folder} holds no *.parquet files: run `trec-twotower prepare`, or put them there.")
@@ -49,6 +50,7 @@ class Split:
         for path in paths:
             file = _open(path)
             self._agree(path, file.schema_arrow)
+            self._texts |= _encoded_texts(file)
             sizes = [file.metadata.row_group(number).num_rows for number in range(file.metadata.num_row_groups)]
             if sum(sizes) != file.metadata.num_rows:  # no checksum covers the footer
                 raise DataError(
@@ -64,15 +66,18 @@ class Split:
             raise DataError(f"{folder} has {len(paths)} files but not one row: there is nothing to read.")
 
     def _agree(self, path: Path, schema: pa.Schema) -> None:
-        """All files have the first one's columns; order and further columns are free."""
+        """All files have the first one's columns, of its types or narrower or wider ones; order and more are free."""
         found = {field.name: field.type for field in schema}
         if not self.columns:
             self.columns = found
             return
-        for name, kind in self.columns.items():
+        for name, kind in list(self.columns.items()):
             if name not in found:
                 raise DataError(f"{path} has no column {name!r}, which the other files of {self.folder} have.")
-            if found[name] != kind:
+            wide = widest(kind, found[name])
+            if wide is not None:
+                self.columns[name] = wide
+            else:
                 raise DataError(
                     f"{path}: column {name!r} is {found[name]}, but {kind} in the first file of {self.folder}: "
                     "write all files with one type."
@@ -90,13 +95,25 @@ class Split:
             )
         return self.columns[column]
 
-    def read(self, group: RowGroup, columns: Sequence[str]) -> pa.Table:
-        """One row group, its columns each in one chunk."""
+    def read(self, group: RowGroup, columns: Sequence[str], *, dictionaries: bool = False) -> pa.Table:
+        """One row group, its columns each in one chunk; with `dictionaries`, text stays as Parquet encoded it."""
         try:
-            table = _open(group.path).read_row_group(group.number, columns=list(columns), use_threads=False)
-            return table.select(columns).combine_chunks()
+            file = _open(group.path, self._texts if dictionaries else ())
+            table = file.read_row_group(group.number, columns=list(columns), use_threads=False)
+            table = table.select(columns).combine_chunks()
+            for place, name in enumerate(columns):
+                if table.schema.types[place] != self.columns[name]:
+                    table = self._widened(table, place, name)
+            return table
         except UNREADABLE as error:
             raise DataError(f"{group}: cannot be read: {error}") from None
+
+    def _widened(self, table: pa.Table, place: int, name: str) -> pa.Table:
+        """A column of a file that has it narrower, as the widest file has it; dictionaries stay."""
+        kind = table.schema.types[place]
+        if pa.types.is_dictionary(kind) or (_is_list(kind) and pa.types.is_dictionary(kind.value_type)):
+            return table
+        return table.set_column(place, name, table[name].cast(self.columns[name]))
 
     def tables(self, columns: Sequence[str]) -> Iterator[tuple[RowGroup, pa.Table]]:
         for group in self.row_groups:
@@ -110,8 +127,8 @@ class Split:
 class Dataset:
     """The folder that `prepare`, or anything else that writes Parquet, has made."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path | str) -> None:
+        self.folder = folder = folder_of(folder)
         if not folder.is_dir():
             near = [path.name for path in folder.parent.iterdir()] if folder.parent.is_dir() else []
             raise DataError(f"There is no dataset folder {folder}{nearest(folder.name, near)}: make it with `prepare`.")
@@ -177,9 +194,59 @@ class Dataset:
             )
 
 
-def _open(path: Path) -> pq.ParquetFile:
+def widest(one: pa.DataType, other: pa.DataType) -> pa.DataType | None:
+    """The type that holds both without loss: the wider integer, the wider float, lists of such; else None."""
+    if one == other or pa.types.is_null(other):  # a file whose column is null throughout has no type to tell
+        return one
+    if pa.types.is_null(one):
+        return other
+    if _is_list(one) and _is_list(other):
+        inner = widest(one.value_type, other.value_type)
+        return None if inner is None else pa.list_(inner)
+    for is_kind in (pa.types.is_signed_integer, pa.types.is_floating):
+        if is_kind(one) and is_kind(other):
+            return one if one.bit_width > other.bit_width else other
+    texts = [kind.value_type if pa.types.is_dictionary(kind) else kind for kind in (one, other)]
+    return pa.string() if all(is_text(kind) for kind in texts) else None
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return pa.types.is_list(kind) or pa.types.is_large_list(kind)
+
+
+def _encoded_texts(file: pq.ParquetFile) -> set[str]:
+    """The paths of columns (list elements among them) whose text the first row group holds by dictionary."""
+    if not file.metadata.num_row_groups:
+        return set()
+    chunks = file.metadata.row_group(0)
+    leaves = (file.schema.column(number) for number in range(len(file.schema)))
+    return {
+        leaf.path
+        for number, leaf in enumerate(leaves)
+        if leaf.logical_type.type == "STRING" and chunks.column(number).has_dictionary_page
+    }
+
+
+def folder_of(place: Path | str) -> Path:
+    """A folder of this machine, or behind a URL that fsspec knows (s3://..., gs://..., memory://...)."""
+    if isinstance(place, str) and "://" in place:
+        from upath import UPath
+
+        there: Any = UPath(place)  # has the face of a Path
+        return there
+    return Path(place)
+
+
+def _open(path: Path, dictionaries: Iterable[str] = ()) -> pq.ParquetFile:
+    """The file: of this machine memory-mapped, pages checked against their checksums where they have some."""
+    is_here = not hasattr(path, "fs")
     try:
-        file = pq.ParquetFile(path, memory_map=True, page_checksum_verification=True)
+        file = pq.ParquetFile(
+            path if is_here else path.open("rb"),
+            memory_map=is_here,
+            page_checksum_verification=True,
+            read_dictionary=list(dictionaries),
+        )
         assert file.schema_arrow is not None  # decodes the names, which may be damaged as well
         return file
     except UNREADABLE as error:

@@ -10,6 +10,7 @@ reduction to a range (Lemire 2019), which needs no division. Both are fixed for 
 
 from __future__ import annotations
 
+from collections import deque
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -27,7 +28,9 @@ FACTORS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
 SHIFTS = (30, 27, 31)
 BLOCK = 16_384  # ids at a time: stays in the second-level cache
 MAX_BUCKETS = 1 << 32
+RECENT_WORDS = 1 << 16  # dictionaries larger than this are not kept
 _MASK = (1 << 64) - 1
+_recent: deque[tuple[pa.Array, np.ndarray]] = deque(maxlen=16)  # the last small text columns and their keys
 
 
 def mix(key: int) -> int:
@@ -59,9 +62,9 @@ def _mix_block(key: np.ndarray, out: np.ndarray, scratch: np.ndarray) -> None:
 
 
 def hash_to_bucket(keys: np.ndarray, num_buckets: int, seed: int = 0) -> np.ndarray:
-    """The bucket (int64, in 0..num_buckets-1) of every int64 key."""
+    """The bucket (0..num_buckets-1; int32 where that can hold it) of every int64 key."""
     _check_buckets(num_buckets)
-    out = np.empty(keys.size, np.int64)
+    out = np.empty(keys.size, bucket_type(num_buckets))
     flat = np.ascontiguousarray(keys).reshape(-1).view(np.uint64)
     salt = np.uint64(mix(seed))
     mixed = np.empty(min(BLOCK, keys.size), np.uint64)
@@ -97,7 +100,16 @@ def mix_torch(keys: Tensor) -> Tensor:
 
 def modulo_bucket(keys: np.ndarray, num_buckets: int) -> np.ndarray:
     """key mod num_buckets, never negative: dense ids below num_buckets keep a row each."""
-    return np.mod(keys, np.int64(num_buckets))
+    return np.mod(keys, np.int64(num_buckets)).astype(bucket_type(num_buckets))
+
+
+def bucket_type(num_buckets: int) -> type[np.signedinteger]:
+    return np.int32 if num_buckets <= 1 << 31 else np.int64
+
+
+def fingerprints(keys: np.ndarray) -> np.ndarray:
+    """32 bits (uint32) of each key's mix, to tell items apart where 2^-32 is chance enough."""
+    return mix_array(keys).astype(np.uint32)
 
 
 def uniform(*parts: int | np.ndarray) -> np.ndarray:
@@ -138,11 +150,17 @@ def is_id(kind: pa.DataType) -> bool:
 
 
 def _text_keys(ids: pa.Array) -> np.ndarray:
-    """Each distinct string is hashed once."""
+    """Each distinct string is hashed once, and a dictionary that comes again (a row group's) not at all."""
+    for words, keys in list(_recent):
+        if words is ids or (len(words) == len(ids) and words.equals(ids)):
+            return keys
     encoded = ids.dictionary_encode()
-    words = encoded.dictionary.cast(pa.binary()).to_pylist()
-    keys = np.fromiter((xxhash.xxh3_64_intdigest(word) for word in words), np.uint64, len(words)).view(np.int64)
-    return keys[encoded.indices.to_numpy(zero_copy_only=False)] if len(ids) else keys
+    distinct = encoded.dictionary.cast(pa.binary()).to_pylist()
+    keys = np.fromiter(map(xxhash.xxh3_64_intdigest, distinct), np.uint64, len(distinct)).view(np.int64)
+    keys = keys[encoded.indices.to_numpy(zero_copy_only=False)] if len(ids) else keys
+    if len(ids) <= RECENT_WORDS:
+        _recent.append((ids, keys))
+    return keys
 
 
 def _signed(value: int) -> int:

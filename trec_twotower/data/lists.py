@@ -18,6 +18,7 @@ class Lists:
     offsets: np.ndarray  # int64, one more than rows
     values: np.ndarray
     weights: np.ndarray | None = None  # float32
+    is_single: bool = False  # known to hold one value a row, so that a row's value stands at the row
 
     def __post_init__(self) -> None:
         assert self.offsets[0] == 0 and self.offsets[-1] == len(self.values), "offsets do not span the values"
@@ -30,7 +31,7 @@ class Lists:
     @classmethod
     def singles(cls, values: np.ndarray) -> Lists:
         """One value a row."""
-        return cls(np.arange(len(values) + 1), values)
+        return cls(_counting(len(values) + 1), values, None, True)
 
     @classmethod
     def empty(cls, num_rows: int) -> Lists:
@@ -48,8 +49,22 @@ class Lists:
         """The row of each value."""
         return np.repeat(np.arange(len(self)), self.lengths)
 
+    def rows_of(self, places: np.ndarray) -> np.ndarray:
+        """The row of the values at these places."""
+        return np.searchsorted(self.offsets, places, side="right") - 1
+
+    def slice(self, start: int, stop: int) -> Lists:
+        """Rows start .. stop - 1; the values are not copied."""
+        if self.is_single:
+            return Lists.singles(self.values[start:stop])
+        offsets = self.offsets[start : stop + 1]
+        part = np.s_[int(offsets[0]) : int(offsets[-1])]
+        return Lists(offsets - offsets[0], self.values[part], None if self.weights is None else self.weights[part])
+
     def take(self, rows: np.ndarray) -> Lists:
         """The given rows, in the given order."""
+        if self.is_single:
+            return Lists.singles(self.values[rows])
         starts = self.offsets[rows]
         lengths = self.offsets[rows + 1] - starts
         offsets = offsets_of(lengths)
@@ -95,11 +110,30 @@ class Lists:
         """The rows of all parts below each other."""
         if len(parts) == 1:
             return parts[0]
+        if all(part.is_single for part in parts):
+            return Lists.singles(np.concatenate([part.values for part in parts]))
         weights = None
         if any(part.weights is not None for part in parts):
             weights = np.concatenate([weights_of(part) for part in parts])
         offsets = offsets_of(np.concatenate([part.lengths for part in parts]))
         return Lists(offsets, np.concatenate([part.values for part in parts]), weights)
+
+
+def side_by_side(first: Lists, second: Lists) -> Lists:
+    """Each row of `first` followed by the same row of `second`."""
+    both = Lists.concat([Lists(first.offsets, first.values), Lists(second.offsets, second.values)])
+    order = np.arange(2 * len(first)).reshape(2, -1).T.reshape(-1)
+    mixed = both.take(order)
+    return Lists(mixed.offsets[::2], mixed.values)
+
+
+_COUNT = np.arange(1 << 14)
+_COUNT.flags.writeable = False
+
+
+def _counting(stop: int) -> np.ndarray:
+    """0 .. stop - 1, shared where it is short."""
+    return _COUNT[:stop] if stop <= len(_COUNT) else np.arange(stop)
 
 
 def offsets_of(lengths: Sequence[int] | np.ndarray) -> np.ndarray:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
 
 from trec_twotower.data.hashing import hash_to_bucket, id_keys, is_id, modulo_bucket
-from trec_twotower.data.lists import Lists, weights_of
+from trec_twotower.data.lists import Lists
 from trec_twotower.errors import DataError
 from trec_twotower.schema import FeatureSpec, TableSpec
 
@@ -32,21 +32,27 @@ class Statistics:
 class Columns:
     """The features of some rows of one side, ready for a batch.
 
-    `sparse[f]` holds the buckets of feature f (in the schema's order) and `divisor[f]` what its pooled sum is divided
-    by; `number_RN` has two columns a number: its normalised value, and 1 where it is missing.
+    `sparse[f]` holds the buckets (int32) of feature f; `numbers[f]` has two columns, its normalised value, and 1 where
+    it is missing.
     """
 
     num_rows: int
     sparse: Mapping[str, Lists]
-    divisor: Mapping[str, np.ndarray]  # float32, one a row
     numbers: Mapping[str, np.ndarray]  # float32 (rows, 2)
 
     def take(self, rows: np.ndarray) -> Columns:
         return Columns(
             len(rows),
             {name: lists.take(rows) for name, lists in self.sparse.items()},
-            {name: divisor[rows] for name, divisor in self.divisor.items()},
             {name: number[rows] for name, number in self.numbers.items()},
+        )
+
+    def slice(self, start: int, stop: int) -> Columns:
+        """Rows start .. stop - 1, without a copy."""
+        return Columns(
+            stop - start,
+            {name: lists.slice(start, stop) for name, lists in self.sparse.items()},
+            {name: number[start:stop] for name, number in self.numbers.items()},
         )
 
     def beside(self, other: Columns) -> Columns:
@@ -55,7 +61,6 @@ class Columns:
         return Columns(
             self.num_rows,
             {**self.sparse, **other.sparse},
-            {**self.divisor, **other.divisor},
             {**self.numbers, **other.numbers},
         )
 
@@ -67,7 +72,6 @@ class Columns:
         return Columns(
             sum(part.num_rows for part in parts),
             {name: Lists.concat([part.sparse[name] for part in parts]) for name in first.sparse},
-            {name: np.concatenate([part.divisor[name] for part in parts]) for name in first.divisor},
             {name: np.concatenate([part.numbers[name] for part in parts]) for name in first.numbers},
         )
 
@@ -79,17 +83,20 @@ def transform(
     table: pa.Table,
     where: str,
     given: Mapping[str, Lists] | None = None,
+    *,
+    uncut: bool = False,
 ) -> Columns:
     """The features of every row of an Arrow table; raises DataError naming `where`, the column and the row.
 
-    `given` has lists of 64-bit keys for columns that are made rather than read, such as a drawn half of a history.
+    `given` has lists of 64-bit keys for columns that are made rather than read, such as a drawn half of a history;
+    `uncut` leaves those longer than max_length.
     """
-    sparse, divisor, numbers = {}, {}, {}
+    sparse, numbers = {}, {}
     for feature in features:
         place = f"{where}, column {feature.reads!r}"
         if given is not None and feature.reads in given:
-            sparse[feature.name] = _hashed(feature, tables[feature.table_name], given[feature.reads])
-            divisor[feature.name] = pooling_divisor(feature, sparse[feature.name])
+            keys = given[feature.reads] if uncut else given[feature.reads].newest(feature.max_length)
+            sparse[feature.name] = Lists(keys.offsets, bucket(tables[feature.table_name], keys.values), keys.weights)
             continue
         array = one_chunk(table[feature.reads])
         if not feature.is_sparse:
@@ -102,10 +109,9 @@ def transform(
         elif feature.kind == "category":
             lists = Lists.singles(category(spec, array, place))
         else:
-            lists = Lists.singles(bucket(spec, id_keys(array, place)))
+            lists = Lists.singles(buckets(spec, array, place))
         sparse[feature.name] = lists
-        divisor[feature.name] = pooling_divisor(feature, lists)
-    return Columns(table.num_rows, sparse, divisor, numbers)
+    return Columns(table.num_rows, sparse, numbers)
 
 
 def bucket(spec: TableSpec, keys: np.ndarray) -> np.ndarray:
@@ -115,34 +121,41 @@ def bucket(spec: TableSpec, keys: np.ndarray) -> np.ndarray:
     return hash_to_bucket(keys, spec.buckets, spec.seed)
 
 
+def buckets(spec: TableSpec, ids: pa.Array, where: str) -> np.ndarray:
+    """The table row of each id of a column without nulls; a dictionary's values are hashed once each."""
+    if pa.types.is_dictionary(ids.type) and not ids.null_count:
+        return bucket(spec, id_keys(ids.dictionary, where))[ids.indices.to_numpy(zero_copy_only=False)]
+    return bucket(spec, id_keys(ids, where))
+
+
 def category(spec: TableSpec, array: pa.Array, where: str) -> np.ndarray:
     """Buckets 1..; null has bucket 0 to itself (if the table has more than one row)."""
     if spec.buckets == 1:
-        return np.zeros(len(array), np.int64)
+        return np.zeros(len(array), np.int32)
     rest = spec.model_copy(update={"buckets": spec.buckets - 1})
     if not array.null_count:
-        return 1 + bucket(rest, id_keys(array, where))
+        return 1 + buckets(rest, array, where)
     valid = array.is_valid().to_numpy(zero_copy_only=False)
-    out = np.full(len(array), NULL_BUCKET, np.int64)
-    out[valid] = 1 + bucket(rest, id_keys(array.drop_null(), where))
+    out = np.full(len(array), NULL_BUCKET, np.int32)
+    out[valid] = 1 + buckets(rest, array.drop_null(), where)
     return out
 
 
 def bag(feature: FeatureSpec, spec: TableSpec, array: pa.Array, weights: pa.Array | None, where: str) -> Lists:
     """Hashed lists, cut to the newest `max_length`, null elements dropped."""
-    raw = key_lists(array, where)
+    hashed = _element_lists(array, where, lambda ids: buckets(spec, ids, where))
     if weights is not None:
-        raw = _with_weights(raw, array, weights, where, str(feature.weights))
-    return _hashed(feature, spec, raw)
-
-
-def _hashed(feature: FeatureSpec, spec: TableSpec, keys: Lists) -> Lists:
-    newest = keys.newest(feature.max_length)
-    return Lists(newest.offsets, bucket(spec, newest.values), newest.weights)
+        hashed = _with_weights(hashed, array, weights, where, str(feature.weights))
+    return hashed.newest(feature.max_length)
 
 
 def key_lists(array: pa.Array, where: str) -> Lists:
     """The 64-bit keys of a column of lists of ids; null lists are empty, null elements are dropped."""
+    return _element_lists(array, where, lambda ids: id_keys(ids, where))
+
+
+def _element_lists(array: pa.Array, where: str, of_ids: Callable[[pa.Array], np.ndarray]) -> Lists:
+    """What `of_ids` makes of the elements of a column of lists of ids, less the null ones."""
     if not is_id_list(array.type):
         raise DataError(f"{where}: is {array.type}, but a list of integers or strings is needed.")
     if array.null_count:
@@ -150,11 +163,10 @@ def key_lists(array: pa.Array, where: str) -> Lists:
     elements = array.flatten()
     offsets = _offsets(array)
     if not elements.null_count:
-        return Lists(offsets, id_keys(elements, where))
+        return Lists(offsets, of_ids(elements))
     valid = elements.is_valid().to_numpy(zero_copy_only=False)
-    keys = np.zeros(len(elements), np.int64)
-    keys[valid] = id_keys(elements.drop_null(), where)
-    return Lists(offsets, keys).where(valid)
+    kept = np.concatenate([[0], np.cumsum(valid)])
+    return Lists(kept[offsets].astype(np.int64), of_ids(elements.drop_null()))
 
 
 def is_id_list(kind: pa.DataType) -> bool:
@@ -194,7 +206,10 @@ def pooling_divisor(feature: FeatureSpec, lists: Lists) -> np.ndarray:
     """
     if feature.kind != "bag" or feature.pooling == "sum":
         return np.ones(len(lists), np.float32)
-    weights = weights_of(lists).astype(np.float64)
+    if lists.weights is None:
+        total = np.maximum(lists.lengths, 1).astype(np.float32)
+        return np.sqrt(total) if feature.pooling == "sqrtn" else total
+    weights = lists.weights.astype(np.float64)
     if feature.pooling == "sqrtn":
         weights = weights**2
     total = np.add.reduceat(np.append(weights, 0.0), lists.offsets[:-1]) if len(lists) else np.empty(0)

@@ -4,9 +4,9 @@ DuckDB reads the log into a table on disk, drops what is asked for and sorts the
 beyond `memory_gb`. The sorted rows come back in batches that are cut between users, so that the past of an event is a
 range of rows, found with a few numpy passes. Memory holds a row group of each part, and all events of one user.
 
-DuckDB can make the histories itself, but slower. 2 million events of 120,000 users, sorted, with histories of 50, on two
-cores: 2 s here; 11 s by `list(item_id) OVER (... RANGE BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING)`, which is exact but
-grows with the square of a user's events (1,000 users: 1 s against 41 s); 5 s by `ROWS BETWEEN 50 PRECEDING AND
+DuckDB can make the histories itself, but slower. 2 million events of 120,000 users, sorted, with histories of 50, on
+two cores: 2 s here; 11 s by `list(item_id) OVER (... RANGE BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING)`, which is exact
+but grows with the square of a user's events (1,000 users: 1 s against 41 s); 5 s by `ROWS BETWEEN 50 PRECEDING AND
 1 PRECEDING`, which does not grow so, but takes in events of the same second.
 
 Two events of one second are not in each other's history: nobody knows which came first. Times without a zone are UTC.
@@ -610,6 +610,10 @@ def _explained(what: str, options: Options) -> Iterator[None]:
         if isinstance(error, duckdb.OutOfMemoryException) or "Out of Memory" in words:
             raise ConfigError(f"memory_gb = {options.memory_gb:g} is too little here: raise it. ({words})") from None
         raise DataError(f"{what}: DuckDB gave up: {words}") from None
+    except RuntimeError as error:
+        if str(error) == "Query interrupted":  # what DuckDB makes of Ctrl-C
+            raise KeyboardInterrupt from None
+        raise
 
 
 def _rows(database: duckdb.DuckDBPyConnection, query: str) -> list[tuple[Any, ...]]:

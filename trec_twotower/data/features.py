@@ -1,0 +1,163 @@
+"""A dataset seen through a schema: where each feature comes from, checked, and the catalogue in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import pyarrow as pa
+
+from trec_twotower.data.catalogue import Catalogue, check_side
+from trec_twotower.data.dataset import HISTORY, ITEM_ID, POSITIVES, USER_ID, Dataset, Split
+from trec_twotower.data.lists import Lists
+from trec_twotower.data.transforms import Columns, Statistics, learn_statistics, one_chunk, transform
+from trec_twotower.errors import ConfigError, DataError, nearest
+from trec_twotower.schema import FeatureSpec, Schema
+
+
+class Sources:
+    """A dataset seen through a schema: where each feature comes from, checked; catalogue and users in memory."""
+
+    def __init__(
+        self, dataset: Dataset, schema: Schema, rows: str, statistics: Mapping[str, Statistics] | None = None
+    ) -> None:
+        self.dataset = dataset
+        self.schema = schema
+        self.rows = rows
+        self.context, self.static = self._placed()
+        check_side(list(schema.item), dataset.items)
+        self._check_targets()
+        self.statistics = dict(statistics) if statistics is not None else self.learn()
+        items = {feature.name: self.statistics[f"item:{feature.name}"] for feature in schema.numbers("item")}
+        self.catalogue = Catalogue(dataset.items, ITEM_ID, list(schema.item), schema.tables, items)
+        self.users = None
+        if self.static:
+            assert dataset.users is not None
+            self.users = Catalogue(dataset.users, USER_ID, self.static, schema.tables, self._user_statistics)
+
+    @property
+    def _user_statistics(self) -> dict[str, Statistics]:
+        return {feature.name: self.statistics[f"user:{feature.name}"] for feature in self.schema.numbers("user")}
+
+    def _placed(self) -> tuple[list[FeatureSpec], list[FeatureSpec]]:
+        """The user features that stand in the rows, and those that stand in users/."""
+        train, users = self.dataset.train, self.dataset.users
+        context, static = [], []
+        for feature in self.schema.user:
+            if train.has(feature.reads) or self._is_drawn(feature.reads):
+                context.append(feature)
+                if not self._is_drawn(feature.reads):
+                    check_side([feature], train)
+                elif feature.kind != "bag" or feature.weights:
+                    raise ConfigError(
+                        f"user feature {feature.name!r} reads {HISTORY!r}, which is drawn here: make it a bag without "
+                        "weights."
+                    )
+            elif users is not None and users.has(feature.reads) and feature.reads != USER_ID:
+                static.append(feature)
+                check_side([feature], users)
+            else:
+                known = [*train.columns, *(users.columns if users is not None else [])]
+                raise ConfigError(
+                    f"user feature {feature.name!r} reads column {feature.reads!r}, which neither {train.folder} nor "
+                    f"users/ has{nearest(feature.reads, known)}: correct the config, or write the column."
+                )
+        return context, static
+
+    def _is_drawn(self, column: str) -> bool:
+        """With a row per user the history is a part of the row's own positives."""
+        return self.rows == "user" and column == HISTORY
+
+    def _check_targets(self) -> None:
+        train = self.dataset.train
+        wanted, other = (POSITIVES, "event") if self.rows == "user" else (ITEM_ID, "user")
+        if not train.has(wanted):
+            raise ConfigError(
+                f"data.rows is {self.rows!r}, which needs the column {wanted!r} in {train.folder}, but its columns are "
+                f"{', '.join(train.columns)}: set data.rows: {other}, or write {wanted!r}."
+            )
+
+    def learn(self) -> dict[str, Statistics]:
+        """One pass over the number columns of train, users/ and items/."""
+        found = {}
+        places: list[tuple[str, list[FeatureSpec], Split | None]] = [
+            ("item", list(self.schema.item), self.dataset.items),
+            ("user", self.context, self.dataset.train),
+            ("user", self.static, self.dataset.users),
+        ]
+        for side, features, split in places:
+            for feature in features:
+                if not feature.is_sparse and split is not None:
+                    found[f"{side}:{feature.name}"] = learn_statistics(
+                        feature,
+                        (
+                            (one_chunk(table[feature.reads]), f"{group}, column {feature.reads!r}")
+                            for group, table in split.tables([feature.reads])
+                        ),
+                    )
+        return found
+
+    def user_columns(self) -> list[str]:
+        """The columns of a row that user_features reads."""
+        reads = {feature.reads for feature in self.context} | {
+            feature.weights for feature in self.context if feature.weights
+        }
+        return sorted({USER_ID, *reads})
+
+    def user_features(
+        self, table: pa.Table, where: str, given: Mapping[str, Lists] | None = None, *, uncut: bool = False
+    ) -> Columns:
+        """The features of the users of these rows: from the row itself, and from users/ by user_id.
+
+        `given` has 64-bit keys for columns that are made rather than read; `uncut` leaves those longer than max_length.
+        """
+        tables, statistics = self.schema.tables, self._user_statistics
+        columns = transform(self.context, tables, statistics, table, where, given, uncut=uncut)
+        if self.users is None:
+            return columns
+        ids = one_chunk(table[USER_ID])
+        rows = self.users.rows_of(ids, f"{where}, column {USER_ID!r}")
+        if (rows < 0).any():
+            first = int(np.flatnonzero(rows < 0)[0])
+            raise DataError(
+                f"{where}: user {ids[first].as_py()!r} is not in {self.users.split.folder} ({int((rows < 0).sum()):,} "
+                "rows name such users): write a row for each user there."
+            )
+        return columns.beside(self.users.columns.take(rows))
+
+    def item_rows(self, ids: pa.Array, where: str) -> np.ndarray:
+        """The catalogue row of each item; an unknown item is a DataError."""
+        rows = self.catalogue.rows_of(ids, where)
+        if (rows < 0).any():
+            first = int(np.flatnonzero(rows < 0)[0])
+            raise self._unknown(ids[first].as_py(), int((rows < 0).sum()), where)
+        return rows
+
+    def _unknown(self, item: object, count: int, where: str) -> DataError:
+        return DataError(
+            f"{where}: item {item!r} is not in the catalogue {self.dataset.items.folder} ({count:,} entries name such "
+            "items): add it there, or leave these rows out."
+        )
+
+    def item_row_lists(self, lists: pa.Array, where: str, *, known_only: bool = False) -> Lists:
+        """Catalogue rows of lists of items; with `known_only`, items outside the catalogue are left out."""
+        rows = self.catalogue.rows_of_lists(lists, where)
+        unknown = rows.values < 0
+        if unknown.any():
+            if known_only:
+                return rows.where(~unknown)
+            row = int(rows.rows[unknown][0])
+            item = lists.flatten().drop_null()[int(unknown.argmax())].as_py()
+            raise self._unknown(item, int(unknown.sum()), f"{where}, row {row:,}")
+        return rows
+
+    def item_counts(self) -> np.ndarray:
+        """How often each item of the catalogue was taken in train (int64)."""
+        train = self.dataset.train
+        column = POSITIVES if self.rows == "user" else ITEM_ID
+        counts = np.zeros(len(self.catalogue), np.int64)
+        for group, table in train.tables([column]):
+            array, where = one_chunk(table[column]), f"{group}, column {column!r}"
+            rows = self.item_row_lists(array, where).values if self.rows == "user" else self.item_rows(array, where)
+            counts += np.bincount(rows, minlength=len(counts))
+        return counts

@@ -1,0 +1,64 @@
+"""The rows of valid/ or test/: who is asked about, what is to be found, and what is left out of the ranking."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+
+from trec_twotower.data.dataset import HISTORY, ITEM_ID, POSITIVES, USER_ID
+from trec_twotower.data.features import Sources
+from trec_twotower.data.lists import Lists
+from trec_twotower.data.transforms import Columns, one_chunk
+from trec_twotower.errors import DataError
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """The rows of valid/ or test/: who is asked about, what is to be found, and what is left out of the ranking."""
+
+    user_ids: pa.Array
+    user: Columns
+    positives: Lists  # catalogue rows
+    seen: Lists  # catalogue rows
+
+    @classmethod
+    def read(cls, sources: Sources, split_name: str, sample: int | None = None, seed: int = 0) -> HeldOut:
+        """All rows, or a seeded sample of them. Rows without anything to find are left out."""
+        split = sources.dataset.split(split_name)
+        columns = set(sources.user_columns())
+        for column in columns:
+            split.require(column, "the user tower reads")
+        single = not split.has(POSITIVES)
+        if single:
+            split.require(ITEM_ID, f"names what to find (there is no {POSITIVES!r} either)")
+        columns |= {ITEM_ID if single else POSITIVES} | ({HISTORY} if split.has(HISTORY) else set())
+        table = split.table(sorted(columns))
+        where = str(split.folder)
+        if single:
+            positives = Lists.singles(sources.item_rows(one_chunk(table[ITEM_ID]), where))
+        else:
+            positives = sources.item_row_lists(one_chunk(table[POSITIVES]), where)
+        keep = np.flatnonzero(positives.lengths > 0)
+        if sample is not None and sample < len(keep):
+            keep = np.sort(np.random.default_rng(seed).choice(keep, sample, replace=False))
+        if not keep.size:
+            raise DataError(f"{where}: no row has anything to find, so there is nothing to evaluate.")
+        table = table.take(pa.array(keep)).combine_chunks()
+        seen = Lists.empty(len(keep))
+        if split.has(HISTORY):
+            seen = sources.item_row_lists(one_chunk(table[HISTORY]), where, known_only=True)
+        return cls(one_chunk(table[USER_ID]), sources.user_features(table, where), positives.take(keep), seen)
+
+    def __len__(self) -> int:
+        return len(self.positives)
+
+    def part(self, rows: slice) -> HeldOut:
+        numbers = np.arange(len(self))[rows]
+        return HeldOut(
+            self.user_ids.take(pa.array(numbers)),
+            self.user.take(numbers),
+            self.positives.take(numbers),
+            self.seen.take(numbers),
+        )

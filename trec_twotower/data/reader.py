@@ -1,0 +1,200 @@
+"""Row groups to hashed, permuted rows: what a rank holds of a window, ready to be cut into batches.
+
+A rank owns an equal run of each window's rows, in the order of the files, and decodes and hashes no others; of the rest
+it reads the positives alone, because all ranks share a step's candidates. Which rows a step takes does not depend on
+who owns them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+
+from trec_twotower.config import DataConfig, LossConfig
+from trec_twotower.data.cache import Cache
+from trec_twotower.data.dataset import HISTORY, ITEM_ID, POSITIVES, RowGroup
+from trec_twotower.data.examples import Examples
+from trec_twotower.data.features import Sources
+from trec_twotower.data.hashing import fingerprints, uniform
+from trec_twotower.data.lists import Lists
+from trec_twotower.data.order import Window, permutation
+from trec_twotower.data.segments import gather_segments
+from trec_twotower.data.transforms import Columns, check_kind, key_lists, one_chunk
+from trec_twotower.errors import DataError
+from trec_twotower.schema import FeatureSpec
+
+WEIGHT = "weight"
+_INPUT = 0x696E  # keeps these random numbers apart from others of the same seed
+
+
+@dataclass(frozen=True)
+class WindowRows:
+    """This rank's rows of a window in the window's order, and everybody's positives."""
+
+    place: np.ndarray  # the places of this rank's rows, rising
+    examples: Examples
+    taken: Lists  # the positives of all ranks' rows, by place
+    owner: np.ndarray | None  # the rank that owns each place; None: there is one
+
+    def mine(self, start: int, stop: int) -> Examples:
+        """This rank's rows among the places start .. stop - 1."""
+        low, high = np.searchsorted(self.place, (start, stop))
+        return self.examples.slice(int(low), int(high))
+
+    def rows_per_rank(self, start: int, stop: int, num_ranks: int) -> np.ndarray:
+        if self.owner is None:
+            return np.array([stop - start])
+        return np.bincount(self.owner[start:stop], minlength=num_ranks)
+
+
+class WindowReader:
+    """Reads windows of the training rows for one rank."""
+
+    def __init__(self, sources: Sources, data: DataConfig, loss: LossConfig, rank: int, num_ranks: int) -> None:
+        self.sources = sources
+        self.data = data
+        self.loss = loss
+        self.rank, self.num_ranks = rank, num_ranks
+        train = sources.dataset.train
+        self.is_by_user = data.rows == "user"
+        self.masks_history = loss.mask_history and train.has(HISTORY) and not self.is_by_user
+        self.drawn = [feature for feature in sources.context if self.is_by_user and feature.reads == HISTORY]
+        self.cache = Cache.open(data, sources, loss.mask_history) if data.cache is not None else None
+
+    def read(self, window: Window) -> WindowRows:
+        """Decode, hash and permute; the costly part, free of the interpreter's lock most of the time."""
+        order = permutation(window, self.data.seed)
+        bounds = [window.num_rows * rank // self.num_ranks for rank in range(self.num_ranks + 1)]
+        low, high = bounds[self.rank], bounds[self.rank + 1]
+        mine = Examples.concat([self._part(*part, window.epoch) for part in _parts(window, low, high)])
+        if self.num_ranks == 1:
+            examples = _permuted(mine, order)
+            return WindowRows(np.arange(window.num_rows), examples, examples.positives, None)
+        owner = (np.searchsorted(bounds, order, side="right") - 1).astype(np.int16)
+        place = np.flatnonzero(owner == self.rank)
+        others = [
+            self._positives(*part, window.epoch)
+            for part in (*_parts(window, 0, low), *_parts(window, high, window.num_rows))
+        ]
+        before = len(_parts(window, 0, low))
+        taken = Lists.concat([*others[:before], mine.positives, *others[before:]])
+        return WindowRows(place, _permuted(mine, order[place] - np.int32(low)), gather_segments(taken, order), owner)
+
+    def _part(self, group: RowGroup, start: int, stop: int, epoch: int) -> Examples:
+        """Rows start .. stop - 1 of a row group, in the order of the file."""
+        hashed_rows = self.cache.get(group) if self.cache is not None else None
+        if hashed_rows is not None:
+            return self._drawn(hashed_rows.slice(start, stop), group.first_row + start, epoch)
+        if self.cache is not None:  # the whole group, so that its file serves every rank and every order
+            whole = self._hash(group, 0, group.num_rows)
+            self.cache.put(group, whole)
+            return self._drawn(whole.slice(start, stop), group.first_row + start, epoch)
+        return self._drawn(self._hash(group, start, stop), group.first_row + start, epoch)
+
+    def _columns(self) -> list[str]:
+        train = self.sources.dataset.train
+        columns = set(self.sources.user_columns()) - {feature.reads for feature in self.drawn}
+        columns |= {POSITIVES} if self.is_by_user else {ITEM_ID}
+        columns |= ({HISTORY} if self.masks_history else set()) | ({WEIGHT} if train.has(WEIGHT) else set())
+        return sorted(columns)
+
+    def _hash(self, group: RowGroup, start: int, stop: int) -> Examples:
+        """What does not depend on the epoch; drawn features hold all of a row's items yet."""
+        table = self.sources.dataset.train.read(group, self._columns(), dictionaries=True).slice(start, stop - start)
+        where = f"{group} (from row {start:,})" if start else str(group)
+        given, history = None, None
+        if self.is_by_user:
+            array = one_chunk(table[POSITIVES])
+            positives = self.sources.item_row_lists(array, f"{where}, column {POSITIVES!r}")
+            given = {HISTORY: key_lists(array, where)}
+        else:
+            positives = Lists.singles(self.sources.item_rows(one_chunk(table[ITEM_ID]), f"{where}, column {ITEM_ID!r}"))
+        if self.masks_history:
+            keys = key_lists(one_chunk(table[HISTORY]), f"{where}, column {HISTORY!r}")
+            history = Lists(keys.offsets, fingerprints(keys.values))
+        user = self.sources.user_features(table, where, given, uncut=self.is_by_user)
+        return Examples(user, positives, None, history, self._weights(table, where))
+
+    def _drawn(self, rows: Examples, first_row: int, epoch: int) -> Examples:
+        """With a row per user: part of the items becomes input, the rest stay positives; anew each epoch."""
+        if not self.is_by_user:
+            return rows
+        items = rows.positives
+        # By the item and not by its place in the list: an item that stands there twice falls on one side.
+        draw = uniform(_INPUT, self.data.seed, epoch, first_row + items.rows, items.values)
+        is_input = draw_inputs(items, draw, self.data.input_share)
+        sparse = dict(rows.user.sparse)
+        for feature in self.drawn:
+            sparse[feature.name] = sparse[feature.name].where(is_input).newest(feature.max_length)
+        user = Columns(rows.user.num_rows, sparse, rows.user.numbers)
+        return Examples(user, items.where(~is_input), items if self.loss.mask_history else None, None, rows.weight)
+
+    def _positives(self, group: RowGroup, start: int, stop: int, epoch: int) -> Lists:
+        """The positives of another rank's rows."""
+        hashed_rows = self.cache.get(group) if self.cache is not None else None
+        column = POSITIVES if self.is_by_user else ITEM_ID
+        if hashed_rows is not None:
+            positives = hashed_rows.positives.slice(start, stop)
+        else:
+            array = one_chunk(
+                self.sources.dataset.train.read(group, [column], dictionaries=True).slice(start, stop - start)[column]
+            )
+            where = f"{group}, column {column!r}"
+            if not self.is_by_user:
+                return Lists.singles(self.sources.item_rows(array, where))
+            positives = self.sources.item_row_lists(array, where)
+        if not self.is_by_user:
+            return positives
+        draw = uniform(_INPUT, self.data.seed, epoch, group.first_row + start + positives.rows, positives.values)
+        return positives.where(~draw_inputs(positives, draw, self.data.input_share))
+
+    def _weights(self, table: pa.Table, where: str) -> np.ndarray | None:
+        if WEIGHT not in table.column_names:
+            return None
+        array = one_chunk(table[WEIGHT])
+        check_kind(FeatureSpec(name=WEIGHT, kind="number"), array.type, where)
+        weight = array.cast(pa.float32(), safe=False).to_numpy(zero_copy_only=False)
+        bad = np.flatnonzero(~(np.isfinite(weight) & (weight >= 0)))
+        if bad.size:
+            raise DataError(
+                f"{where}, column {WEIGHT!r}, row {bad[0]:,}: {weight[bad[0]]}: weights are finite and at least 0."
+            )
+        return weight
+
+
+def _parts(window: Window, low: int, high: int) -> list[tuple[RowGroup, int, int]]:
+    """The row groups that hold the window's rows low .. high - 1, with the rows of each."""
+    parts, first = [], 0
+    for group in window.groups:
+        start, stop = max(low - first, 0), min(high - first, group.num_rows)
+        if start < stop:
+            parts.append((group, start, stop))
+        first += group.num_rows
+    return parts
+
+
+def draw_inputs(lists: Lists, draw: np.ndarray, share: float) -> np.ndarray:
+    """Which values of each row are input (bool): those drawn below `share`, but at least one stays a target."""
+    is_input = draw < share
+    targets = np.bincount(lists.rows[~is_input], minlength=len(lists))
+    for row in np.flatnonzero((targets == 0) & (lists.lengths > 0)):
+        low, high = lists.offsets[row], lists.offsets[row + 1]
+        is_input[low:high] = draw[low:high] < draw[low:high].max()
+    return is_input
+
+
+def _permuted(examples: Examples, rows: np.ndarray) -> Examples:
+    user = examples.user
+    columns = Columns(
+        len(rows),
+        {name: gather_segments(lists, rows) for name, lists in user.sparse.items()},
+        {name: number[rows] for name, number in user.numbers.items()},
+    )
+    positives, known, history = (
+        None if lists is None else gather_segments(lists, rows)
+        for lists in (examples.positives, examples.known, examples.history)
+    )
+    assert positives is not None
+    return Examples(columns, positives, known, history, None if examples.weight is None else examples.weight[rows])
