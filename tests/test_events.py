@@ -20,6 +20,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from trec_twotower.data.dataset import Dataset
 from trec_twotower.data.sources import events, prepare
 from trec_twotower.data.sources.options import read_options
 from trec_twotower.data.sources.writer import DatasetWriter
@@ -113,6 +114,13 @@ def test_the_last_event_is_test_the_one_before_valid_and_ties_do_not_see_each_ot
         "test_rows": 2,
     }
     assert manifest == yaml.safe_load((out / "dataset.yaml").read_text())
+
+
+def test_the_reader_of_datasets_takes_the_folder(tmp_path):
+    out, _ = make(tmp_path, LOG, context=["device"])
+    dataset = Dataset(out)
+    assert dataset.train.num_rows == 6 and dataset.items.num_rows == 5 and dataset.users is None
+    assert dataset.split("test").table(["positives"]).num_rows == 2
 
 
 def test_the_past_of_a_train_row_is_cut_and_that_of_a_held_out_row_is_not(tmp_path):
@@ -467,21 +475,31 @@ def test_too_little_memory_is_said_so(tmp_path, monkeypatch):
 # Atomicity
 
 
-def test_ctrl_c_inside_a_query_is_an_interruption(tmp_path):
-    script = (
-        "import os, signal, sys, threading\nfrom pathlib import Path\nfrom trec_twotower.data.sources import prepare\n"
-        "threading.Timer(1, os.kill, (os.getpid(), signal.SIGINT)).start()\n"
-        "prepare('events', Path(sys.argv[1]), {'events': sys.argv[2]})"
-    )
-    # One file under many names: long in the reading, and made at once.
+def test_ctrl_c_does_not_wait_for_the_end_of_a_query(tmp_path):
+    """150 million rows take some 15 s to read; the interruption comes after 1 s."""
     log = pa.table({name: np.arange(1_000_000) for name in ("user_id", "item_id", "timestamp")})
     pq.write_table(log, tmp_path / "log.parquet")
     (tmp_path / "parts").mkdir()
-    for number in range(300):
+    for number in range(150):  # made at once, long in the reading
         (tmp_path / "parts" / f"{number}.parquet").symlink_to(tmp_path / "log.parquet")
-    command = [sys.executable, "-c", script, str(tmp_path / "out"), str(tmp_path / "parts")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert done.stderr.strip().endswith("KeyboardInterrupt")
+    code = """if True:
+        import os, signal, sys, threading, time
+        from pathlib import Path
+        from trec_twotower.data.sources import events, prepare
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        def interrupt():
+            print(time.monotonic(), flush=True)
+            os.kill(os.getpid(), signal.SIGINT)
+        threading.Timer(1, interrupt).start()
+        try:
+            prepare("events", Path(sys.argv[1]), {"events": sys.argv[2]})
+        except KeyboardInterrupt:
+            print(time.monotonic())
+    """
+    command = [sys.executable, "-c", code, str(tmp_path / "out"), str(tmp_path / "parts")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    asked_s, ended_s = map(float, done.stdout.split())
+    assert ended_s - asked_s < 5
     assert sorted(path.name for path in tmp_path.iterdir()) == ["log.parquet", "parts"]
 
 

@@ -30,7 +30,7 @@ elif what == "kill" and rank == 1:
 elif what == "restart" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
     sys.exit(1)
 elif what == "restart":
-    print(f"attempt 1 at port {os.environ['MASTER_PORT']}\n", end="", flush=True)
+    print(f"attempt 1 at port {os.environ['MASTER_PORT']}", flush=True)
 else:
     print("started", flush=True)
     time.sleep(60)

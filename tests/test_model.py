@@ -173,7 +173,6 @@ def columns(schema: Schema, side: Any, *, ids: list[list[int]]) -> Columns:
     return Columns(
         len(ids),
         {name: Lists.from_lists(ids) for name in names},
-        {name: np.ones(len(ids), np.float32) for name in names},
         {feature.name: np.zeros((len(ids), 2), np.float32) for feature in schema.numbers(side)},
     )
 
@@ -224,7 +223,7 @@ def test_every_batch_has_the_keys_of_the_schema_in_their_order(small_world):
     expected += ["item:item_id", "item:brand", "item:tags"]
     both = {side: columns(schema, side, ids=[[1], [2, 0]]) for side in ("user", "item")}
     made = both["user"]
-    shuffled = Columns(2, dict(reversed(made.sparse.items())), made.divisor, made.numbers)
+    shuffled = Columns(2, dict(reversed(made.sparse.items())), made.numbers)
     for user, item in ((both["user"], both["item"]), (both["user"], None), (None, both["item"]), (shuffled, None)):
         assert make_batch(schema, user, item).sparse.keys() == expected
 

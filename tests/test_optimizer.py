@@ -51,7 +51,7 @@ def only_table(model: torch.nn.Module) -> np.ndarray:
 
 
 def columns(name: str, lists: list[list[int]]) -> Columns:
-    return Columns(len(lists), {name: Lists.from_lists(lists)}, {name: np.ones(len(lists), np.float32)}, {})
+    return Columns(len(lists), {name: Lists.from_lists(lists)}, {})
 
 
 @pytest.mark.parametrize("kind", ["sgd", "adagrad", "rowwise_adagrad"])

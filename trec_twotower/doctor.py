@@ -29,6 +29,7 @@ OTHERS = {  # all else that must be there, and which versions of it
     "numpy": ">=2",
     "pyarrow": "",
     "duckdb": ">=2",
+    "universal-pathlib": "",
     "pydantic": ">=2",
     "pyyaml": "",
     "xxhash": "",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import resource
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -13,6 +13,7 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from trec_twotower.checkpoint import Checkpoints
 from trec_twotower.config import RunConfig, config_hash
+from trec_twotower.data.batch import Batch
 from trec_twotower.data.features import Sources
 from trec_twotower.data.hashing import mix
 from trec_twotower.data.interactions import TrainBatches
@@ -61,7 +62,7 @@ def train(config: RunConfig, ranks: Ranks, evaluate: Callable[[Sources], Evaluat
     progress.resume(model, optimizer)
 
     model.train()
-    for batch in batches.since(progress.step, progress.num_steps):
+    for batch in progress.waiting_for(batches.since(progress.step, progress.num_steps)):
         optimizer.set_rates(progress.step, progress.num_steps)
         seed_step(config.train.seed, progress.step, ranks.rank)
         loss = model(batch.to(ranks.device))
@@ -96,7 +97,7 @@ class Progress:
         self.step = 0
         self.saved_step = -1
         self.best = -math.inf
-        self.train_s = self.evaluate_s = self.logged_s = 0.0
+        self.train_s = self.evaluate_s = self.logged_s = self.waiting_s = 0.0
         self.losses: list[float] = []
 
     def resume(self, model: DistributedModelParallel, optimizer: RunOptimizer) -> None:
@@ -112,6 +113,16 @@ class Progress:
         self.log = RunLog(self.run, self.ranks, self.step)
         self.logged_step = self.step - len(self.losses)
         self._started = time.perf_counter()
+
+    def waiting_for(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """The batches, with the time that passes until each is there added up."""
+        while True:
+            asked = time.perf_counter()
+            batch = next(batches, None)
+            self.waiting_s += time.perf_counter() - asked
+            if batch is None:
+                return
+            yield batch
 
     def took(self, loss: torch.Tensor) -> None:
         value = self.ranks.mean(loss)
@@ -194,6 +205,7 @@ class Progress:
                 "step": self.step,
                 "best": self.checkpoints.best(),
                 "train_s": round(self.train_s, 3),
+                "waiting_s": round(self.waiting_s, 3),  # of train_s, for data, since the last start
                 "evaluate_s": round(self.evaluate_s, 3),
                 "rows_per_s": round(self.step * self.num_rows / self.steps_per_epoch / max(self.train_s, 1e-9), 1),
                 "peak_rank_bytes": peak_bytes,

@@ -5,9 +5,9 @@ beyond `memory_gb`. The sorted rows come back in batches that are cut between us
 range of rows, found with a few numpy passes. Memory holds a row group of each part, and all events of one user.
 
 DuckDB can make the histories itself, but slower. 2 million events of 120,000 users, sorted, with histories of 50, on
-two cores: 2 s here; 11 s by `list(item_id) OVER (... RANGE BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING)`, which is exact
-but grows with the square of a user's events (1,000 users: 1 s against 41 s); 5 s by `ROWS BETWEEN 50 PRECEDING AND
-1 PRECEDING`, which does not grow so, but takes in events of the same second.
+two cores: 2 s here; 11 s by `list(item_id) OVER (... RANGE BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING)`, which is
+exact but grows with the square of a user's events (1,000 users: 1 s against 41 s); 5 s by `ROWS BETWEEN 50 PRECEDING
+AND 1 PRECEDING`, which does not grow so, but takes in events of the same second.
 
 Two events of one second are not in each other's history: nobody knows which came first. Times without a zone are UTC.
 """
@@ -20,6 +20,7 @@ import itertools
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -590,10 +591,10 @@ def _parts(lengths: np.ndarray) -> Iterator[slice]:
 
 def _batches(database: duckdb.DuckDBPyConnection, query: str, options: Options) -> Iterator[pa.RecordBatch]:
     with _explained("the sorted rows", options):
-        reader = database.sql(query).to_arrow_reader(_ROWS_PER_BATCH)
+        reader = _do(database, lambda: database.sql(query).to_arrow_reader(_ROWS_PER_BATCH))
     while True:
         with _explained("the sorted rows", options):
-            batch = next(reader, None)
+            batch = _do(database, lambda: next(reader, None))
         if batch is None:
             return
         if len(batch):
@@ -610,15 +611,22 @@ def _explained(what: str, options: Options) -> Iterator[None]:
         if isinstance(error, duckdb.OutOfMemoryException) or "Out of Memory" in words:
             raise ConfigError(f"memory_gb = {options.memory_gb:g} is too little here: raise it. ({words})") from None
         raise DataError(f"{what}: DuckDB gave up: {words}") from None
-    except RuntimeError as error:
-        if str(error) == "Query interrupted":  # what DuckDB makes of Ctrl-C
-            raise KeyboardInterrupt from None
-        raise
+
+
+def _do(database: duckdb.DuckDBPyConnection, action: Callable[[], Any]) -> Any:
+    """What `action` returns. It has a thread of its own: in the main one Ctrl-C would wait for the end of a scan."""
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(action)
+        try:
+            return answer.result()
+        except KeyboardInterrupt:
+            database.interrupt()
+            raise
 
 
 def _rows(database: duckdb.DuckDBPyConnection, query: str) -> list[tuple[Any, ...]]:
     """All of them: a result that is left unread keeps the connection from its next query."""
-    return database.execute(query).fetchall()
+    return _do(database, lambda: database.execute(query).fetchall())
 
 
 def _one_row(database: duckdb.DuckDBPyConnection, query: str) -> tuple[Any, ...]:
