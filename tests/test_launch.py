@@ -21,7 +21,8 @@ JOB = """
 import os, signal, sys, time
 rank, what = int(os.environ["RANK"]), sys.argv[1]
 if what == "show":
-    print("rank", rank, "of", os.environ["WORLD_SIZE"], *sys.argv[2:], flush=True)
+    sys.stdout.write(" ".join(["rank", str(rank), "of", os.environ["WORLD_SIZE"], *sys.argv[2:]]) + "\\n")
+    sys.stdout.flush()
 elif what == "exit" and rank == 1:
     print("table 'brand' is missing", file=sys.stderr, flush=True)
     sys.exit(3)
@@ -30,9 +31,11 @@ elif what == "kill" and rank == 1:
 elif what == "restart" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
     sys.exit(1)
 elif what == "restart":
-    print(f"attempt 1 at port {os.environ['MASTER_PORT']}", flush=True)
+    sys.stdout.write(f"attempt 1 at port {os.environ['MASTER_PORT']}\\n")  # one write: lines do not mix
+    sys.stdout.flush()
 else:
-    print("started", flush=True)
+    sys.stdout.write("started\\n")
+    sys.stdout.flush()
     time.sleep(60)
 """
 

@@ -11,10 +11,11 @@ import pytest
 import torch
 
 from trec_twotower.config import DataConfig, LossConfig, NegativesConfig
+from trec_twotower.data import order
 from trec_twotower.data.dataset import Dataset, RowGroup
 from trec_twotower.data.features import Sources
 from trec_twotower.data.interactions import TrainBatches
-from trec_twotower.data.order import permutation, windows_of
+from trec_twotower.data.order import Interleaving, Window, windows_of
 from trec_twotower.schema import FeatureSpec, Schema, TableSpec
 
 ITEM = TableSpec(buckets=64, dim=4)
@@ -181,6 +182,13 @@ def groups_of(sizes: list[int], tmp_path) -> list[RowGroup]:
     return [RowGroup(tmp_path / "f", number, int(first[number]), size) for number, size in enumerate(sizes)]
 
 
+def rows_in_order(window: Window, seed: int) -> list[int]:
+    """A window's rows, counted through its units, place by place and row by row."""
+    first = np.concatenate([[0], np.cumsum([unit.num_rows for unit in window.units])])
+    orders = [iter(first[number] + unit.order(seed)) for number, unit in enumerate(window.units)]
+    return [int(next(orders[unit])) for unit in Interleaving.of(window, seed).unit_at]
+
+
 @pytest.mark.parametrize("sizes", [[1], [100], [7, 7], [50, 1, 1, 50, 3], [10] * 40], ids=str)
 def test_windows_take_every_row_group_once(sizes, tmp_path):
     groups = groups_of(sizes, tmp_path)
@@ -189,7 +197,7 @@ def test_windows_take_every_row_group_once(sizes, tmp_path):
     assert [window.first for window in windows] == [sum(w.num_rows for w in windows[:n]) for n in range(len(windows))]
     assert all(window.num_rows >= 32 for window in windows[:-1])
     for window in windows:
-        assert sorted(permutation(window, 3).tolist()) == list(range(window.num_rows))
+        assert sorted(rows_in_order(window, 3)) == list(range(window.num_rows))
 
 
 def test_neighbours_in_a_file_land_a_third_of_a_window_apart(tmp_path):
@@ -198,7 +206,7 @@ def test_neighbours_in_a_file_land_a_third_of_a_window_apart(tmp_path):
     apart = []
     for window in windows_of(groups, 4000, seed=0, epoch=0):
         place = np.empty(window.num_rows, np.int64)
-        place[permutation(window, 0)] = np.arange(window.num_rows)
+        place[rows_in_order(window, 0)] = np.arange(window.num_rows)
         apart += np.abs(np.diff(place)).tolist()
     assert max(apart) < 4000
     assert np.mean(apart) == pytest.approx(4001 / 3, rel=5 * 0.71 / np.sqrt(len(apart)))
@@ -226,3 +234,22 @@ def test_narrow_files_are_widened_and_read_as_if_written_wide(tmp_path, rng, wri
     ]
     first, *others = [contents(batches_of(folder), steps=8) for folder in folders]
     assert others == [first, first]
+
+
+@pytest.mark.parametrize("unit_rows", [1, 25, 1000])
+def test_any_places_of_a_window_are_slices_of_its_units(unit_rows, tmp_path, monkeypatch):
+    """Asked in turn or out of turn, the slices hold just the rows that come there."""
+    monkeypatch.setattr(order, "UNIT_ROWS", unit_rows)
+    [window] = windows_of(groups_of([10, 20, 5, 30], tmp_path), 65, seed=1, epoch=2)
+    assert len(window.units) == {1: 4, 25: 2, 1000: 1}[unit_rows] or unit_rows == 25
+    whole = rows_in_order(window, 1)
+    interleaving = Interleaving.of(window, 1)
+    first = np.concatenate([[0], np.cumsum([unit.num_rows for unit in window.units])])
+    for start, stop in [(0, 7), (7, 7), (7, 40), (3, 4), (40, 65), (0, 65)]:
+        slices = interleaving.rows(start, stop)
+        rows = [
+            first[number] + row
+            for number, (low, high) in enumerate(slices)
+            for row in window.units[number].order(1)[low:high]
+        ]
+        assert sorted(rows) == sorted(whole[start:stop])

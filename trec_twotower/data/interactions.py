@@ -22,9 +22,9 @@ from trec_twotower.data.examples import Examples
 from trec_twotower.data.features import Sources
 from trec_twotower.data.hashing import fingerprints
 from trec_twotower.data.negatives import InclusionProbability, sampled_items
-from trec_twotower.data.order import Window, windows_of
+from trec_twotower.data.order import Interleaving, Window, windows_of
 from trec_twotower.data.probing import FingerprintTable
-from trec_twotower.data.reader import WindowReader, WindowRows
+from trec_twotower.data.reader import UnitReader, UnitRows
 from trec_twotower.errors import ConfigError
 
 
@@ -45,7 +45,7 @@ class TrainBatches:
                 f"{self.num_rows:,} rows: set it to {self.num_rows:,} or less."
             )
         self.steps_per_epoch = -(-self.num_rows // data.batch_size)
-        self.reader = WindowReader(sources, data, loss, self.rank, self.num_ranks)
+        self.reader = UnitReader(sources, data, loss, self.rank, self.num_ranks)
         per_row = count_I.sum() / self.num_rows * (1 - data.input_share if data.rows == "user" else 1)
         inclusion = InclusionProbability(loss.negatives, count_I, per_row * data.batch_size)
         self.log_q_I = inclusion.log_I * np.float32(loss.log_q)
@@ -65,27 +65,30 @@ class TrainBatches:
         return windows_of(self.sources.dataset.train.row_groups, self.data.shuffle_rows, self.data.seed, epoch)
 
     def _ahead(self, pool: _Pool, step: int, end: int) -> Iterator[Batch]:
-        """Keeps `prefetch` batches and, where there are threads, as many windows under way."""
-        waiting = self._windows_since(step, end)
-        held: deque[tuple[Window, Future[WindowRows]]] = deque()
+        """Keeps `prefetch` batches and, where there are threads, the next window's units under way."""
+        windows = self._windows_since(step, end)
+        held: deque[_Held] = deque()
         made: deque[Future[Batch]] = deque()
+
+        def hold() -> bool:
+            window = next(windows, None)
+            if window is not None:
+                held.append(_Held(window, [pool.submit(self.reader.read, unit) for unit in window.units]))
+            return window is not None
+
         while step < end or made:
             while step < end and len(made) < self.data.prefetch:
                 low, high, epoch = self._places(step)
-                while held and (held[0][0].epoch < epoch or held[0][0].end <= low):
+                while held and (held[0].window.epoch < epoch or held[0].window.end <= low):
                     held.popleft()
-                while not held or (held[-1][0].epoch, held[-1][0].end) < (epoch, high):
-                    window = next(waiting)
-                    held.append((window, pool.submit(self.reader.read, window)))
-                needed = [(window, rows) for window, rows in held if window.epoch == epoch and window.first < high]
-                while len(held) < len(needed) + self.data.threads and (ahead := next(waiting, None)) is not None:
-                    held.append((ahead, pool.submit(self.reader.read, ahead)))
-                if made and not all(rows.done() for _, rows in needed):
+                while not held or (held[-1].window.epoch, held[-1].window.end) < (epoch, high):
+                    hold()
+                needed = [each for each in held if each.window.epoch == epoch and each.window.first < high]
+                if self.data.threads and len(held) == len(needed):
+                    hold()
+                if made and not all(rows.done() for each in needed for rows in each.rows):
                     break  # give what there is before waiting for more
-                pieces = [
-                    (rows.result(), max(low - window.first, 0), min(high - window.first, window.num_rows))
-                    for window, rows in needed
-                ]
+                pieces = [piece for each in needed for piece in each.pieces(low, high, self.data.seed)]
                 made.append(pool.submit(self._batch, step, pieces))
                 step += 1
             yield made.popleft().result()
@@ -106,7 +109,7 @@ class TrainBatches:
                 if epoch > first or window.end > low:
                     yield window
 
-    def _batch(self, step: int, pieces: list[tuple[WindowRows, int, int]]) -> Batch:
+    def _batch(self, step: int, pieces: list[tuple[UnitRows, int, int]]) -> Batch:
         """This rank's batch of a step, whose candidates come from the rows of all ranks."""
         taken = np.concatenate([rows.taken.slice(start, stop).values for rows, start, stop in pieces])
         rows_R = np.sum([rows.rows_per_rank(start, stop, self.num_ranks) for rows, start, stop in pieces], axis=0)
@@ -148,7 +151,7 @@ class TrainBatches:
             known_row, known_column = examples.known.rows[is_candidate], known_column[is_candidate]
         elif examples.history is not None and self.fingerprint_I is not None:
             place, found = FingerprintTable(self.fingerprint_I[item_row]).find(examples.history.values)
-            known_row = np.concatenate([row, examples.history.rows_of(place)])
+            known_row = np.concatenate([row, examples.history.rows[place]])
             known_column = np.concatenate([column, found])
         column_I[item_row] = -1
         return Targets(row, column, np.repeat(weight, lengths), known_row, known_column)
@@ -160,6 +163,23 @@ class TrainBatches:
         column_I: np.ndarray = self._scratch.column_I
         column_I[item_row] = np.arange(len(item_row))
         return column_I
+
+
+class _Held:
+    """A window whose units are read or being read."""
+
+    def __init__(self, window: Window, rows: list[Future[UnitRows]]) -> None:
+        self.window = window
+        self.rows = rows
+        self._interleaving: Interleaving | None = None
+
+    def pieces(self, low: int, high: int, seed: int) -> list[tuple[UnitRows, int, int]]:
+        """The rows at the epoch's places low .. high - 1, as slices of units."""
+        if self._interleaving is None:
+            self._interleaving = Interleaving.of(self.window, seed)
+        start, stop = max(low - self.window.first, 0), min(high - self.window.first, self.window.num_rows)
+        slices = self._interleaving.rows(start, stop)
+        return [(rows.result(), *part) for rows, part in zip(self.rows, slices, strict=True) if part[0] < part[1]]
 
 
 def distinct(values: np.ndarray) -> np.ndarray:

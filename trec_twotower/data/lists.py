@@ -49,10 +49,6 @@ class Lists:
         """The row of each value."""
         return np.repeat(np.arange(len(self)), self.lengths)
 
-    def rows_of(self, places: np.ndarray) -> np.ndarray:
-        """The row of the values at these places."""
-        return np.searchsorted(self.offsets, places, side="right") - 1
-
     def slice(self, start: int, stop: int) -> Lists:
         """Rows start .. stop - 1; the values are not copied."""
         if self.is_single:

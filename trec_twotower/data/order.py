@@ -1,30 +1,50 @@
 """The order of an epoch: a function of (seed, epoch, global row), the same for any ranks and any reader threads.
 
-Row groups are put in random order and joined into windows of about `shuffle_rows` rows; the rows of a window are
-permuted. Rows of different row groups may come anywhere in the epoch. Two neighbours in a file share a row group and so
-a window, where they land as if drawn independently: a third of its rows apart on average, and never further than all of
-them. Memory is that of a few windows.
+Row groups are put in random order and joined into windows of about `shuffle_rows` rows; a window's rows come in random
+order. That order is drawn in two steps, which together are a uniform permutation: each unit of a window (a row group,
+or several small ones) is permuted by itself, and the units are interleaved at random. So units are read, hashed and
+permuted apart, in any number of threads, and a batch is a slice of each.
+
+Rows of different row groups may come anywhere in the epoch. Two neighbours in a file share a window, where they land as
+if drawn independently: a third of its rows apart on average, and never further than all of them. Memory is that of two
+windows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from trec_twotower.data.dataset import RowGroup
 
-_STREAM = 0x6F72  # keeps these random numbers apart from others of the same seed
+UNIT_ROWS = 1 << 16  # row groups are joined until a unit has so many
+_WINDOWS, _UNITS, _PLACES = 0x6F72, 0x6F73, 0x6F74  # streams of random numbers that must not meet
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Row groups that are read and permuted together."""
+
+    epoch: int
+    groups: tuple[RowGroup, ...]
+    num_rows: int
+
+    def order(self, seed: int) -> np.ndarray:
+        """Which of the unit's rows (counted through its groups in order) comes first, second and so on; int32."""
+        rows = np.arange(self.num_rows, dtype=np.int32)
+        _random(_UNITS, seed, self.epoch, self.groups[0].first_row).shuffle(rows)
+        return rows
 
 
 @dataclass(frozen=True)
 class Window:
-    """Row groups that are permuted together; its rows take the places first .. first + num_rows - 1 of the epoch."""
+    """Units whose rows are interleaved; they take the places first .. first + num_rows - 1 of the epoch."""
 
     epoch: int
     number: int
-    groups: tuple[RowGroup, ...]
+    units: tuple[Unit, ...]
     first: int
     num_rows: int
 
@@ -32,29 +52,56 @@ class Window:
     def end(self) -> int:
         return self.first + self.num_rows
 
+    @property
+    def groups(self) -> tuple[RowGroup, ...]:
+        return tuple(group for unit in self.units for group in unit.groups)
+
+
+@dataclass
+class Interleaving:
+    """Which unit's next row comes at each place of a window."""
+
+    unit_at: np.ndarray  # uint16, by place
+    num_units: int
+    _place: int = 0  # where the last question ended
+    _taken: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))  # rows of each unit before that
+
+    @classmethod
+    def of(cls, window: Window, seed: int) -> Interleaving:
+        unit_at = np.repeat(np.arange(len(window.units), dtype=np.uint16), [unit.num_rows for unit in window.units])
+        _random(_PLACES, seed, window.epoch, window.number).shuffle(unit_at)
+        return cls(unit_at, len(window.units))
+
+    def rows(self, start: int, stop: int) -> list[tuple[int, int]]:
+        """Which rows of each unit, in its order, come at the places start .. stop - 1: (first, one past the last)."""
+        if start != self._place or not len(self._taken):
+            self._taken = np.bincount(self.unit_at[:start], minlength=self.num_units)
+        before = self._taken
+        self._place = stop
+        self._taken = before + np.bincount(self.unit_at[start:stop], minlength=self.num_units)
+        return list(zip(before.tolist(), self._taken.tolist(), strict=True))
+
 
 def windows_of(groups: Sequence[RowGroup], shuffle_rows: int, seed: int, epoch: int) -> list[Window]:
     """An epoch's windows in order; the last one may be smaller, and one is larger where a row group is."""
     windows: list[Window] = []
+    units: list[Unit] = []
     waiting: list[RowGroup] = []
-    first = num_rows = 0
-    for number in _random(seed, epoch, 0).permutation(len(groups)):
+    first = 0
+    order = _random(_WINDOWS, seed, epoch, 0).permutation(len(groups))
+    for position, number in enumerate(order):
         waiting.append(groups[number])
-        num_rows += groups[number].num_rows
-        if num_rows >= shuffle_rows:
-            windows.append(Window(epoch, len(windows), tuple(waiting), first, num_rows))
-            first, num_rows, waiting = first + num_rows, 0, []
-    if waiting:
-        windows.append(Window(epoch, len(windows), tuple(waiting), first, num_rows))
+        unit_rows = sum(group.num_rows for group in waiting)
+        window_rows = unit_rows + sum(unit.num_rows for unit in units)
+        is_last = position == len(order) - 1
+        if unit_rows >= UNIT_ROWS or window_rows >= shuffle_rows or is_last:
+            units.append(Unit(epoch, tuple(waiting), unit_rows))
+            waiting = []
+        if window_rows >= shuffle_rows or is_last:
+            windows.append(Window(epoch, len(windows), tuple(units), first, window_rows))
+            first, units = first + window_rows, []
     return windows
 
 
-def permutation(window: Window, seed: int) -> np.ndarray:
-    """Which of the window's rows (counted through its groups in order) comes at each of its places; int32."""
-    order = np.arange(window.num_rows, dtype=np.int32)
-    _random(seed, window.epoch, window.number + 1).shuffle(order)
-    return order
-
-
-def _random(seed: int, epoch: int, stream: int) -> np.random.Generator:
-    return np.random.Generator(np.random.Philox(key=[seed, _STREAM], counter=[0, 0, epoch, stream]))
+def _random(stream: int, seed: int, epoch: int, number: int) -> np.random.Generator:
+    return np.random.Generator(np.random.Philox(key=[seed, stream], counter=[0, 0, number, epoch]))

@@ -1,6 +1,6 @@
-"""Row groups to hashed, permuted rows: what a rank holds of a window, ready to be cut into batches.
+"""Row groups to hashed, permuted rows: what a rank holds of a unit, ready to be cut into batches.
 
-A rank owns an equal run of each window's rows, in the order of the files, and decodes and hashes no others; of the rest
+A rank owns an equal run of each unit's rows, in the order of the files, and decodes and hashes no others; of the rest
 it reads the positives alone, because all ranks share a step's candidates. Which rows a step takes does not depend on
 who owns them.
 """
@@ -19,7 +19,7 @@ from trec_twotower.data.examples import Examples
 from trec_twotower.data.features import Sources
 from trec_twotower.data.hashing import fingerprints, uniform
 from trec_twotower.data.lists import Lists
-from trec_twotower.data.order import Window, permutation
+from trec_twotower.data.order import Unit
 from trec_twotower.data.segments import gather_segments
 from trec_twotower.data.transforms import Columns, check_kind, key_lists, one_chunk
 from trec_twotower.errors import DataError
@@ -30,18 +30,19 @@ _INPUT = 0x696E  # keeps these random numbers apart from others of the same seed
 
 
 @dataclass(frozen=True)
-class WindowRows:
-    """This rank's rows of a window in the window's order, and everybody's positives."""
+class UnitRows:
+    """This rank's rows of a unit in the unit's order, and everybody's positives."""
 
-    place: np.ndarray  # the places of this rank's rows, rising
+    place: np.ndarray | None  # the places of this rank's rows, rising; None: all are its own
     examples: Examples
     taken: Lists  # the positives of all ranks' rows, by place
     owner: np.ndarray | None  # the rank that owns each place; None: there is one
 
     def mine(self, start: int, stop: int) -> Examples:
         """This rank's rows among the places start .. stop - 1."""
-        low, high = np.searchsorted(self.place, (start, stop))
-        return self.examples.slice(int(low), int(high))
+        if self.place is not None:
+            start, stop = np.searchsorted(self.place, (start, stop)).tolist()
+        return self.examples.slice(start, stop)
 
     def rows_per_rank(self, start: int, stop: int, num_ranks: int) -> np.ndarray:
         if self.owner is None:
@@ -49,8 +50,8 @@ class WindowRows:
         return np.bincount(self.owner[start:stop], minlength=num_ranks)
 
 
-class WindowReader:
-    """Reads windows of the training rows for one rank."""
+class UnitReader:
+    """Reads units of the training rows for one rank."""
 
     def __init__(self, sources: Sources, data: DataConfig, loss: LossConfig, rank: int, num_ranks: int) -> None:
         self.sources = sources
@@ -63,24 +64,22 @@ class WindowReader:
         self.drawn = [feature for feature in sources.context if self.is_by_user and feature.reads == HISTORY]
         self.cache = Cache.open(data, sources, loss.mask_history) if data.cache is not None else None
 
-    def read(self, window: Window) -> WindowRows:
+    def read(self, unit: Unit) -> UnitRows:
         """Decode, hash and permute; the costly part, free of the interpreter's lock most of the time."""
-        order = permutation(window, self.data.seed)
-        bounds = [window.num_rows * rank // self.num_ranks for rank in range(self.num_ranks + 1)]
+        order = unit.order(self.data.seed)
+        bounds = [unit.num_rows * rank // self.num_ranks for rank in range(self.num_ranks + 1)]
         low, high = bounds[self.rank], bounds[self.rank + 1]
-        mine = Examples.concat([self._part(*part, window.epoch) for part in _parts(window, low, high)])
+        parts = _parts(unit, low, high) or [(unit.groups[0], 0, 0)]  # fewer rows than ranks: none, of the right kinds
+        mine = Examples.concat([self._part(*part, unit.epoch) for part in parts])
         if self.num_ranks == 1:
             examples = _permuted(mine, order)
-            return WindowRows(np.arange(window.num_rows), examples, examples.positives, None)
+            return UnitRows(None, examples, examples.positives, None)
         owner = (np.searchsorted(bounds, order, side="right") - 1).astype(np.int16)
         place = np.flatnonzero(owner == self.rank)
-        others = [
-            self._positives(*part, window.epoch)
-            for part in (*_parts(window, 0, low), *_parts(window, high, window.num_rows))
-        ]
-        before = len(_parts(window, 0, low))
-        taken = Lists.concat([*others[:before], mine.positives, *others[before:]])
-        return WindowRows(place, _permuted(mine, order[place] - np.int32(low)), gather_segments(taken, order), owner)
+        before, behind = _parts(unit, 0, low), _parts(unit, high, unit.num_rows)
+        positives = [self._positives(*part, unit.epoch) for part in (*before, *behind)]
+        taken = Lists.concat([*positives[: len(before)], mine.positives, *positives[len(before) :]])
+        return UnitRows(place, _permuted(mine, order[place] - np.int32(low)), gather_segments(taken, order), owner)
 
     def _part(self, group: RowGroup, start: int, stop: int, epoch: int) -> Examples:
         """Rows start .. stop - 1 of a row group, in the order of the file."""
@@ -164,10 +163,10 @@ class WindowReader:
         return weight
 
 
-def _parts(window: Window, low: int, high: int) -> list[tuple[RowGroup, int, int]]:
-    """The row groups that hold the window's rows low .. high - 1, with the rows of each."""
+def _parts(unit: Unit, low: int, high: int) -> list[tuple[RowGroup, int, int]]:
+    """The row groups that hold the unit's rows low .. high - 1, with the rows of each."""
     parts, first = [], 0
-    for group in window.groups:
+    for group in unit.groups:
         start, stop = max(low - first, 0), min(high - first, group.num_rows)
         if start < stop:
             parts.append((group, start, stop))
