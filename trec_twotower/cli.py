@@ -160,7 +160,7 @@ def _prepare(options: argparse.Namespace) -> int:
     from trec_twotower.data.sources import prepare
 
     made = prepare(options.source, options.out, parse_overrides(options.overrides), overwrite=options.overwrite)
-    counts = ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in made["counts"].items())
+    counts = ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in made["counts"].items() if count)
     print(f"{options.out}: {counts}")
     if made.get("counts_checked"):
         print("These are the published files, and the counts agree with the published ones.")

@@ -61,7 +61,10 @@ def _stage(command: list[str]) -> int:
     shown = ["trec-twotower" if word == sys.executable else word for word in command]
     if shown[0] == "trec-twotower":
         shown = [shown[0], *shown[3:]]
-    shown[0] = os.path.relpath(shown[0]) if os.path.isabs(shown[0]) else shown[0]
+    shown = [
+        os.path.relpath(word) if os.path.isabs(word) and Path(word).is_relative_to(Path.cwd()) else word
+        for word in shown
+    ]
     print(f"\n$ {shlex.join(shown)}", flush=True)
     return subprocess.run(command, env={**os.environ, "PYTHON": sys.executable}).returncode
 
