@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -91,7 +92,7 @@ class Targets:
 
 def make_batch(
     schema: Schema,
-    user: Columns | None = None,
+    user: Columns | Sequence[Columns] | None = None,
     item: Columns | None = None,
     *,
     num_rows: int | None = None,
@@ -99,13 +100,22 @@ def make_batch(
     targets: Targets | None = None,
     num_rows_of_all_ranks: int = 0,
 ) -> Batch:
-    """Assemble a Batch of `num_rows` (default: as many as needed); a side that is not wanted has no rows."""
+    """Assemble a Batch of `num_rows` (default: as many as needed); a side that is not wanted has no rows.
+
+    The users may come in pieces, which are laid below each other.
+    """
+    users = [] if user is None else [user] if isinstance(user, Columns) else list(user)
+    items = [] if item is None else [item]
+    num_users, num_items = (sum(piece.num_rows for piece in pieces) for pieces in (users, items))
     if num_rows is None:
-        num_rows = max(columns.num_rows if columns is not None else 0 for columns in (user, item))
+        num_rows = max(num_users, num_items)
+    sparse, divisors = _keyed_jagged(schema, {"user": users, "item": items}, num_rows)
     batch = Batch(
-        sparse=_keyed_jagged(schema, user, item, num_rows),
-        **_dense(schema, "user", user, "B"),
-        **_dense(schema, "item", item, "S"),
+        sparse=sparse,
+        user_divisor_BF=torch.from_numpy(divisors["user"][:num_users]),
+        user_number_BN=torch.from_numpy(_numbers(schema, "user", users)),
+        item_divisor_SF=torch.from_numpy(divisors["item"][:num_items]),
+        item_number_SN=torch.from_numpy(_numbers(schema, "item", items)),
         num_rows_of_all_ranks=num_rows_of_all_ranks,
     )
     if candidates is not None and targets is not None:
@@ -120,38 +130,45 @@ def make_batch(
     return batch
 
 
-def _keyed_jagged(schema: Schema, user: Columns | None, item: Columns | None, num_rows: int) -> KeyedJaggedTensor:
+def _keyed_jagged(
+    schema: Schema, sides: Mapping[Side, list[Columns]], num_rows: int
+) -> tuple[KeyedJaggedTensor, dict[Side, np.ndarray]]:
+    """All keys' bags, and for each side what its pooled sums are divided by: float32 (num_rows, features)."""
     pairs = list(schema.sparse_pairs())
     lengths = np.zeros((len(pairs), num_rows), np.int32)
     values, weights = [np.empty(0, np.int32)], [np.empty(0, np.float32)]
+    divisors = {side: np.ones((num_rows, len(schema.sparse(side))), np.float32) for side in sides}
     for number, (side, feature) in enumerate(pairs):
-        columns = user if side == "user" else item
-        if columns is None:
-            continue
-        lists = columns.sparse[feature.name]
-        lengths[number, : columns.num_rows] = lists.lengths
-        values.append(lists.values)
-        if schema.is_weighted:
-            weights.append(weights_of(lists))
-    return KeyedJaggedTensor(
+        row = 0
+        column = number if side == "user" else number - len(schema.sparse("user"))
+        for piece in sides[side]:
+            lists, rows = piece.sparse[feature.name], slice(row, row + piece.num_rows)
+            row += piece.num_rows
+            values.append(lists.values)
+            if schema.is_weighted:
+                weights.append(weights_of(lists))
+            if lists.is_single:
+                lengths[number, rows] = 1
+                continue
+            np.subtract(lists.offsets[1:], lists.offsets[:-1], out=lengths[number, rows], casting="unsafe")
+            divisors[side][rows, column] = pooling_divisor(feature, lists, lengths[number, rows])
+    sparse = KeyedJaggedTensor(
         keys=schema.keys(),
         values=torch.from_numpy(np.concatenate(values)),
         weights=torch.from_numpy(np.concatenate(weights)) if schema.is_weighted else None,
         lengths=torch.from_numpy(lengths.reshape(-1)),
         stride=num_rows,
     )
+    return sparse, divisors
 
 
-def _dense(schema: Schema, side: Side, columns: Columns | None, axis: str) -> dict[str, Tensor]:
-    num_rows = columns.num_rows if columns is not None else 0
-    divisor = np.ones((num_rows, len(schema.sparse(side))), np.float32)
-    number = np.empty((num_rows, 2 * len(schema.numbers(side))), np.float32)
-    if columns is not None:
-        for column, feature in enumerate(schema.sparse(side)):
-            divisor[:, column] = pooling_divisor(feature, columns.sparse[feature.name])
-        for column, feature in enumerate(schema.numbers(side)):
-            number[:, 2 * column : 2 * column + 2] = columns.numbers[feature.name]
-    return {
-        f"{side}_divisor_{axis}F": torch.from_numpy(divisor),
-        f"{side}_number_{axis}N": torch.from_numpy(number),
-    }
+def _numbers(schema: Schema, side: Side, pieces: list[Columns]) -> np.ndarray:
+    """(rows, two a number) of all pieces."""
+    names = [feature.name for feature in schema.numbers(side)]
+    number = np.empty((sum(piece.num_rows for piece in pieces), 2 * len(names)), np.float32)
+    row = 0
+    for piece in pieces:
+        for column, name in enumerate(names):
+            number[row : row + piece.num_rows, 2 * column : 2 * column + 2] = piece.numbers[name]
+        row += piece.num_rows
+    return number

@@ -21,6 +21,7 @@ from trec_twotower.data.batch import Batch, Candidates, Targets, make_batch
 from trec_twotower.data.examples import Examples
 from trec_twotower.data.features import Sources
 from trec_twotower.data.hashing import fingerprints
+from trec_twotower.data.lists import Lists
 from trec_twotower.data.negatives import InclusionProbability, sampled_items
 from trec_twotower.data.order import Interleaving, Window, windows_of
 from trec_twotower.data.probing import FingerprintTable
@@ -113,48 +114,58 @@ class TrainBatches:
         """This rank's batch of a step, whose candidates come from the rows of all ranks."""
         taken = np.concatenate([rows.taken.slice(start, stop).values for rows, start, stop in pieces])
         rows_R = np.sum([rows.rows_per_rank(start, stop, self.num_ranks) for rows, start, stop in pieces], axis=0)
-        examples = Examples.concat([rows.mine(start, stop) for rows, start, stop in pieces])
+        mine = [rows.mine(start, stop) for rows, start, stop in pieces]
         candidates = self._candidates(step, taken)
         first = sum(candidates.sizes[: self.rank])
         share = candidates.item_row[first : first + candidates.sizes[self.rank]]
         return make_batch(
             self.sources.schema,
-            examples.user,
+            [piece.user for piece in mine],
             self.sources.catalogue.columns.take(share),
             num_rows=max(int(rows_R.max()), *candidates.sizes),
             candidates=candidates,
-            targets=self._targets(examples, candidates.item_row),
+            targets=self._targets(mine, candidates.item_row),
             num_rows_of_all_ranks=int(rows_R.sum()),
         )
 
     def _candidates(self, step: int, taken: np.ndarray) -> Candidates:
         """The positives of all ranks and the step's sample, each item once."""
         negatives = self.loss.negatives
-        drawn = sampled_items(negatives, len(self.sources.catalogue), self.data.seed, step)
-        item_row = distinct(np.concatenate([taken, drawn]))
-        is_negative = np.ones(len(item_row), bool) if negatives.in_batch else np.isin(item_row, drawn)
+        item_row, is_negative = taken, None
+        if negatives.sampled:
+            drawn = sampled_items(negatives, len(self.sources.catalogue), self.data.seed, step)
+            item_row = np.concatenate([taken, drawn])
+        item_row = distinct(item_row)
+        if not negatives.in_batch:
+            is_negative = np.isin(item_row, drawn)
+        if is_negative is None:
+            is_negative = np.ones(len(item_row), bool)
         edges = len(item_row) * np.arange(self.num_ranks + 1) // self.num_ranks
         return Candidates(item_row, self.log_q_I[item_row], is_negative, tuple(np.diff(edges).tolist()))
 
-    def _targets(self, examples: Examples, item_row: np.ndarray) -> Targets:
+    def _targets(self, mine: list[Examples], item_row: np.ndarray) -> Targets:
         """The positives as (row, candidate) pairs, and the pairs that are no negatives."""
         column_I = self._columns(item_row)
-        row, column = examples.positives.rows, column_I[examples.positives.values]
-        lengths = examples.positives.lengths
-        weight = np.maximum(lengths, 1).astype(np.float32) ** -self.loss.positive_power
-        if examples.weight is not None:
-            weight = weight * examples.weight
+        positives = Lists.concat([piece.positives for piece in mine])
+        row, column = positives.rows, column_I[positives.values]
+        weight = np.ones(len(row), np.float32)
+        if not positives.is_single:
+            lengths = np.maximum(positives.lengths, 1).astype(np.float32)
+            weight = np.repeat(lengths**-self.loss.positive_power, positives.lengths)
+        if any(piece.weight is not None for piece in mine):
+            weight = weight * np.concatenate([piece.weight for piece in mine if piece.weight is not None])[row]
         known_row, known_column = row, column
-        if examples.known is not None:
-            known_column = column_I[examples.known.values]
+        if self.reader.is_by_user and self.loss.mask_history:
+            known = Lists.concat([piece.known for piece in mine if piece.known is not None])
+            known_column = column_I[known.values]
             is_candidate = known_column >= 0
-            known_row, known_column = examples.known.rows[is_candidate], known_column[is_candidate]
-        elif examples.history is not None and self.fingerprint_I is not None:
-            place, found = FingerprintTable(self.fingerprint_I[item_row]).find(examples.history.values)
-            known_row = np.concatenate([row, examples.history.rows[place]])
-            known_column = np.concatenate([column, found])
+            known_row, known_column = known.rows[is_candidate], known_column[is_candidate]
+        elif self.fingerprint_I is not None:
+            history = Lists.concat([piece.history for piece in mine if piece.history is not None])
+            place, found = FingerprintTable(self.fingerprint_I[item_row]).find(history.values)
+            known_row, known_column = np.append(row, history.rows[place]), np.append(column, found)
         column_I[item_row] = -1
-        return Targets(row, column, np.repeat(weight, lengths), known_row, known_column)
+        return Targets(row, column, weight, known_row, known_column)
 
     def _columns(self, item_row: np.ndarray) -> np.ndarray:
         """Each catalogue row's place among the candidates, or -1: this thread's array, to be wiped after use."""

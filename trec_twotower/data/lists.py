@@ -47,6 +47,8 @@ class Lists:
     @property
     def rows(self) -> np.ndarray:
         """The row of each value."""
+        if self.is_single:
+            return _counting(len(self))
         return np.repeat(np.arange(len(self)), self.lengths)
 
     def slice(self, start: int, stop: int) -> Lists:

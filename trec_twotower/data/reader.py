@@ -20,7 +20,7 @@ from trec_twotower.data.features import Sources
 from trec_twotower.data.hashing import fingerprints, uniform
 from trec_twotower.data.lists import Lists
 from trec_twotower.data.order import Unit
-from trec_twotower.data.segments import gather_segments
+from trec_twotower.data.segments import gather_segments, take_columns
 from trec_twotower.data.transforms import Columns, check_kind, key_lists, one_chunk
 from trec_twotower.errors import DataError
 from trec_twotower.schema import FeatureSpec
@@ -185,15 +185,10 @@ def draw_inputs(lists: Lists, draw: np.ndarray, share: float) -> np.ndarray:
 
 
 def _permuted(examples: Examples, rows: np.ndarray) -> Examples:
-    user = examples.user
-    columns = Columns(
-        len(rows),
-        {name: gather_segments(lists, rows) for name, lists in user.sparse.items()},
-        {name: number[rows] for name, number in user.numbers.items()},
+    return Examples(
+        take_columns(examples.user, rows),
+        gather_segments(examples.positives, rows),
+        None if examples.known is None else gather_segments(examples.known, rows),
+        None if examples.history is None else gather_segments(examples.history, rows),
+        None if examples.weight is None else examples.weight[rows],
     )
-    positives, known, history = (
-        None if lists is None else gather_segments(lists, rows)
-        for lists in (examples.positives, examples.known, examples.history)
-    )
-    assert positives is not None
-    return Examples(columns, positives, known, history, None if examples.weight is None else examples.weight[rows])

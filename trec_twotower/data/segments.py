@@ -9,11 +9,21 @@ import numpy as np
 import torch
 
 from trec_twotower.data.lists import Lists
+from trec_twotower.data.transforms import Columns, take_pairs
 
 with warnings.catch_warnings():
     # torch warns, once a process, of memory it must not write, such as a mapped file's. Nothing here is written.
     warnings.simplefilter("ignore")
     torch.from_numpy(np.frombuffer(bytes(4), np.int32))
+
+
+def take_columns(columns: Columns, rows: np.ndarray) -> Columns:
+    """`columns.take(rows)`, for a large part of the rows."""
+    return Columns(
+        len(rows),
+        {name: gather_segments(lists, rows) for name, lists in columns.sparse.items()},
+        {name: take_pairs(number, rows) for name, number in columns.numbers.items()},
+    )
 
 
 def gather_segments(lists: Lists, rows: np.ndarray) -> Lists:

@@ -44,7 +44,7 @@ class Columns:
         return Columns(
             len(rows),
             {name: lists.take(rows) for name, lists in self.sparse.items()},
-            {name: number[rows] for name, number in self.numbers.items()},
+            {name: take_pairs(number, rows) for name, number in self.numbers.items()},
         )
 
     def slice(self, start: int, stop: int) -> Columns:
@@ -74,6 +74,12 @@ class Columns:
             {name: Lists.concat([part.sparse[name] for part in parts]) for name in first.sparse},
             {name: np.concatenate([part.numbers[name] for part in parts]) for name in first.numbers},
         )
+
+
+def take_pairs(number: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Rows of a (rows, 2) float32 array, each moved as one 64-bit word."""
+    words = np.ascontiguousarray(number).reshape(-1).view(np.int64)
+    return words[rows].view(np.float32).reshape(-1, 2)
 
 
 def transform(
@@ -198,22 +204,23 @@ def _with_weights(lists: Lists, ids: pa.Array, weights: pa.Array, where: str, co
     return Lists(lists.offsets, lists.values, values)
 
 
-def pooling_divisor(feature: FeatureSpec, lists: Lists) -> np.ndarray:
+def pooling_divisor(feature: FeatureSpec, lists: Lists, lengths: np.ndarray | None = None) -> np.ndarray:
     """What the sum of a row's vectors is divided by: 1, the sum of weights, or the root of their squares' sum.
 
     Tables pool by SUM alone, because TorchRec's MEAN divides by counts where weights are meant, and divides other
-    tables' outputs beside row-wise sharding.
+    tables' outputs beside row-wise sharding. `lengths` spares counting the lists again.
     """
     if feature.kind != "bag" or feature.pooling == "sum":
         return np.ones(len(lists), np.float32)
+    lengths = lists.lengths if lengths is None else lengths
     if lists.weights is None:
-        total = np.maximum(lists.lengths, 1).astype(np.float32)
+        total = np.maximum(lengths, 1).astype(np.float32)
         return np.sqrt(total) if feature.pooling == "sqrtn" else total
     weights = lists.weights.astype(np.float64)
     if feature.pooling == "sqrtn":
         weights = weights**2
     total = np.add.reduceat(np.append(weights, 0.0), lists.offsets[:-1]) if len(lists) else np.empty(0)
-    total[lists.lengths == 0] = 1.0
+    total[lengths == 0] = 1.0
     total = np.sqrt(total) if feature.pooling == "sqrtn" else total
     return np.where(np.abs(total) > 1e-12, total, 1.0).astype(np.float32)
 
