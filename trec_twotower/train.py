@@ -53,7 +53,9 @@ def train(config: RunConfig, ranks: Ranks, evaluate: Callable[[Sources], Evaluat
     """Fit the two towers; return the run folder. The same call resumes a run that was cut short."""
     run = Run.join(config, ranks)
     sources = run.sources(ranks)
-    batches = TrainBatches(sources, config.data, config.loss, run.item_counts(), (ranks.rank, ranks.num_ranks))
+    share = (ranks.rank, ranks.num_ranks)
+    on_gpu = ranks.device.type == "cuda"
+    batches = TrainBatches(sources, config.data, config.loss, run.item_counts(), share, pin_memory=on_gpu)
     measure = evaluate(sources) if evaluate is not None else None
     model = build_model(config, ranks)
     optimizer = RunOptimizer(model, config.train.optimizer)
@@ -65,7 +67,7 @@ def train(config: RunConfig, ranks: Ranks, evaluate: Callable[[Sources], Evaluat
     for batch in progress.waiting_for(batches.since(progress.step, progress.num_steps)):
         optimizer.set_rates(progress.step, progress.num_steps)
         seed_step(config.train.seed, progress.step, ranks.rank)
-        loss = model(batch.to(ranks.device))
+        loss = model(batch.to(ranks.device, non_blocking=True))
         progress.took(loss)  # looks at the loss first: the backward pass updates the tables at once
         optimizer.zero_grad()
         loss.backward()

@@ -33,7 +33,14 @@ class TrainBatches:
     """The batches of this rank from any step on: `batches.since(step, end)`."""
 
     def __init__(
-        self, sources: Sources, data: DataConfig, loss: LossConfig, count_I: np.ndarray, share: tuple[int, int]
+        self,
+        sources: Sources,
+        data: DataConfig,
+        loss: LossConfig,
+        count_I: np.ndarray,
+        share: tuple[int, int],
+        *,
+        pin_memory: bool = False,
     ) -> None:
         self.sources = sources
         self.data = data
@@ -51,6 +58,7 @@ class TrainBatches:
         inclusion = InclusionProbability(loss.negatives, count_I, per_row * data.batch_size)
         self.log_q_I = inclusion.log_I * np.float32(loss.log_q)
         self.fingerprint_I = fingerprints(sources.catalogue.keys) if self.reader.masks_history else None
+        self.pin_memory = pin_memory  # for copies to a GPU that do not wait
         self._scratch = threading.local()
 
     def since(self, step: int, end: int) -> Iterator[Batch]:
@@ -118,7 +126,7 @@ class TrainBatches:
         candidates = self._candidates(step, taken)
         first = sum(candidates.sizes[: self.rank])
         share = candidates.item_row[first : first + candidates.sizes[self.rank]]
-        return make_batch(
+        batch = make_batch(
             self.sources.schema,
             [piece.user for piece in mine],
             self.sources.catalogue.columns.take(share),
@@ -127,6 +135,7 @@ class TrainBatches:
             targets=self._targets(mine, candidates.item_row),
             num_rows_of_all_ranks=int(rows_R.sum()),
         )
+        return batch.pin_memory() if self.pin_memory else batch
 
     def _candidates(self, step: int, taken: np.ndarray) -> Candidates:
         """The positives of all ranks and the step's sample, each item once."""
