@@ -21,7 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trec_twotower.data.dataset import Dataset
-from trec_twotower.data.sources import events, prepare
+from trec_twotower.data.sources import event_files, event_splits, events, prepare
 from trec_twotower.data.sources.options import read_options
 from trec_twotower.data.sources.writer import DatasetWriter
 from trec_twotower.errors import ConfigError, DataError
@@ -355,8 +355,8 @@ def test_histories_are_those_of_the_slow_way_whatever_the_order_of_the_files(
     cut = data.draw(st.integers(0, len(log)))
     limits = data.draw(st.sampled_from([(4, 3), (16, 50), (131_072, 4_000_000)]))
     with tempfile.TemporaryDirectory() as name, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(events, "_ROWS_PER_BATCH", limits[0])
-        patch.setattr(events, "_VALUES_PER_PIECE", limits[1])
+        patch.setattr(event_files, "_ROWS_PER_BATCH", limits[0])
+        patch.setattr(event_splits, "_VALUES_PER_PIECE", limits[1])
         parts = Path(name) / "parts"
         parts.mkdir()
         for number, part in enumerate((shuffled[:cut], shuffled[cut:])):
@@ -386,7 +386,7 @@ def test_periods_are_those_of_the_slow_way(log, max_history, rows_per_batch):
     log = [*log, (5, 0, 0), (5, 1, 4), (5, 2, 8)]  # no period is empty
     expected = slow_periods(log, max_history, 4, 8)
     with tempfile.TemporaryDirectory() as name, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(events, "_ROWS_PER_BATCH", rows_per_batch)
+        patch.setattr(event_files, "_ROWS_PER_BATCH", rows_per_batch)
         listed = [dict(zip(("user_id", "item_id", "timestamp"), event, strict=True)) for event in log]
         out, _ = make(Path(name), listed, max_history=max_history, split="time", valid_from=4, test_from=8)
         for split in ("train", "valid", "test"):
@@ -431,9 +431,9 @@ def test_rows_that_differ_in_context_alone_are_ordered_by_it(tmp_path):
 MEASURE = """
 import resource, sys
 from pathlib import Path
-from trec_twotower.data.sources import events
+from trec_twotower.data.sources import event_files, events
 from trec_twotower.data.sources.writer import DatasetWriter
-events._ROWS_PER_BATCH = 16_384
+event_files._ROWS_PER_BATCH = 16_384
 options = events.Options(events=sys.argv[1], context=("page",), memory_gb=0.15, min_history=10)
 with DatasetWriter(Path(sys.argv[2]), rows_per_group=16_384) as writer:
     made = events.write(options, writer)
@@ -467,7 +467,7 @@ def test_too_little_memory_is_said_so(tmp_path, monkeypatch):
 
         raise duckdb.OutOfMemoryException("Out of Memory Error: could not allocate")
 
-    monkeypatch.setattr(events, "_rows", too_much)
+    monkeypatch.setattr(events, "fetch_rows", too_much)
     said = refusal(ConfigError, tmp_path, LOG, memory_gb=0.5)
     assert "memory_gb = 0.5" in said and "raise it" in said
 

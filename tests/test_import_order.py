@@ -19,7 +19,7 @@ LAYERS = """
     data.negatives data.batch data.examples data.order data.segments data.cache data.reader data.interactions
     data.sources.options data.sources.writer data.sources.id_lines data.sources.synthetic_words
     data.sources.synthetic_reach data.sources.synthetic data.sources.gowalla data.sources.amazon_beauty
-    data.sources.events data.sources
+    data.sources.event_files data.sources.event_splits data.sources.events data.sources
     model model.embedding model.tower model.losses model.two_tower
     sharding optimizer checkpoint encode run train export
     metrics index.engine index.search index.build index

@@ -74,27 +74,24 @@ class TrainBatches:
         return windows_of(self.sources.dataset.train.row_groups, self.data.shuffle_rows, self.data.seed, epoch)
 
     def _ahead(self, pool: _Pool, step: int, end: int) -> Iterator[Batch]:
-        """Keeps `prefetch` batches and, where there are threads, the next window's units under way."""
+        """Keeps `prefetch` batches and, where there are threads, units of the next window under way."""
         windows = self._windows_since(step, end)
         held: deque[_Held] = deque()
         made: deque[Future[Batch]] = deque()
-
-        def hold() -> bool:
-            window = next(windows, None)
-            if window is not None:
-                held.append(_Held(window, [pool.submit(self.reader.read, unit) for unit in window.units]))
-            return window is not None
-
         while step < end or made:
             while step < end and len(made) < self.data.prefetch:
                 low, high, epoch = self._places(step)
                 while held and (held[0].window.epoch < epoch or held[0].window.end <= low):
                     held.popleft()
                 while not held or (held[-1].window.epoch, held[-1].window.end) < (epoch, high):
-                    hold()
+                    held.append(_Held(next(windows)))
                 needed = [each for each in held if each.window.epoch == epoch and each.window.first < high]
-                if self.data.threads and len(held) == len(needed):
-                    hold()
+                for each in needed:
+                    each.read(pool, self.reader)
+                if self.data.threads and len(held) == len(needed) and (ahead := next(windows, None)) is not None:
+                    held.append(_Held(ahead))
+                if len(held) > len(needed):  # a unit a thread at a time: batches must not wait behind a whole window
+                    held[-1].read(pool, self.reader, at_once=self.data.threads)
                 if made and not all(rows.done() for each in needed for rows in each.rows):
                     break  # give what there is before waiting for more
                 pieces = [piece for each in needed for piece in each.pieces(low, high, self.data.seed)]
@@ -186,12 +183,19 @@ class TrainBatches:
 
 
 class _Held:
-    """A window whose units are read or being read."""
+    """A window whose units are read, being read or still to be."""
 
-    def __init__(self, window: Window, rows: list[Future[UnitRows]]) -> None:
+    def __init__(self, window: Window) -> None:
         self.window = window
-        self.rows = rows
+        self.rows: list[Future[UnitRows]] = []
         self._interleaving: Interleaving | None = None
+
+    def read(self, pool: _Pool, reader: UnitReader, at_once: int | None = None) -> None:
+        """Have the units read that are not yet; with `at_once`, only while fewer than so many are under way."""
+        for unit in self.window.units[len(self.rows) :]:
+            if at_once is not None and sum(not rows.done() for rows in self.rows) >= at_once:
+                return
+            self.rows.append(pool.submit(reader.read, unit))
 
     def pieces(self, low: int, high: int, seed: int) -> list[tuple[UnitRows, int, int]]:
         """The rows at the epoch's places low .. high - 1, as slices of units."""

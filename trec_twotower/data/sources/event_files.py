@@ -1,0 +1,203 @@
+"""The files an option names, and DuckDB, which reads them: its answers, and its errors in our words."""
+
+from __future__ import annotations
+
+import glob
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import duckdb
+import pyarrow as pa
+
+from trec_twotower.errors import ConfigError, DataError, nearest
+
+if TYPE_CHECKING:
+    from trec_twotower.data.sources.events import Options
+
+READERS = {".parquet": "read_parquet", ".pq": "read_parquet", ".csv": "read_csv", ".tsv": "read_csv"}
+READERS |= dict.fromkeys((".json", ".jsonl", ".ndjson"), "read_json")
+COMPRESSED = (".gz", ".zst")
+_FILE = "file of the row"  # the column in which DuckDB gives it
+_INTEGERS = {sign + kind for sign in ("", "U") for kind in ("TINYINT", "SMALLINT", "INTEGER", "BIGINT")}
+_TEXTS = {"VARCHAR", "UUID"}
+_ROWS_PER_BATCH = 131_072
+
+
+@dataclass(frozen=True)
+class Files:
+    """The files an option names, as something DuckDB selects from; and the type of each of their columns."""
+
+    option: str
+    path: str
+    relation: str
+    types: dict[str, str]
+
+    @classmethod
+    def find(cls, database: duckdb.DuckDBPyConnection, options: Options, option: str) -> Files:
+        """DataError where there are no such files, of several formats, or of none we read."""
+        path = getattr(options, option)
+        paths = _paths(option, path)
+        readers = {READERS[ending]: file for file in reversed(paths) if (ending := _ending(file)) in READERS}
+        if len(readers) != 1:
+            odd = next((file for file in paths if _ending(file) not in READERS), paths[0])
+            found = " and ".join(sorted(file.name for file in readers.values())) if readers else odd.name
+            raise DataError(
+                f"{option} = {path}: found {found}; give files of one format: {', '.join(READERS)}, "
+                f"CSV and JSON also with {' or '.join(COMPRESSED)}."
+            )
+        names = ", ".join(sql_text(glob.escape(str(file))) for file in paths)
+        relation = f"{next(iter(readers))}([{names}], union_by_name = true, filename = {sql_text(_FILE)})"
+        with explained(f"{option} = {path}", options):
+            described = fetch_rows(database, f"DESCRIBE SELECT * FROM {relation}")
+        types = {name: kind for name, kind, *_ in described if name != _FILE}
+        return cls(option, path, relation, types)
+
+    def require(self, column: str, role: str) -> str:
+        """The column's type; DataError names the nearest where there is no such column."""
+        if column not in self.types:
+            raise DataError(
+                f"{self.option} = {self.path}: there is no column {column!r}{nearest(column, self.types)}: "
+                f"say {role} = NAME."
+            )
+        return self.types[column]
+
+    def id(self, column: str, role: str) -> str:
+        """An SQL expression: the ids of `column` as BIGINT or VARCHAR."""
+        kind = self.require(column, role)
+        if kind not in _INTEGERS | _TEXTS:
+            raise self._refusal(column, kind, "ids are whole numbers or text")
+        return f"CAST({sql_name(column)} AS {'BIGINT' if kind in _INTEGERS else 'VARCHAR'})"
+
+    def seconds(self, column: str) -> str:
+        """An SQL expression: whole seconds since 1970; NULL where the file has null, NaN or an infinity."""
+        kind = self.require(column, "timestamp")
+        name = sql_name(column)
+        if kind in _INTEGERS:
+            return f"CAST({name} AS BIGINT)"
+        if kind in ("FLOAT", "DOUBLE"):
+            return f"CASE WHEN isfinite({name}) THEN CAST(floor({name}) AS BIGINT) END"
+        if kind == "DATE" or kind.startswith("TIMESTAMP"):
+            zoned = f"CAST({name} AS {'TIMESTAMPTZ' if kind.endswith('ZONE') else 'TIMESTAMP'})"
+            return f"CASE WHEN isfinite({zoned}) THEN epoch_us({zoned}) // 1000000 END"
+        raise self._refusal(column, kind, "timestamps are whole seconds since 1970, or TIMESTAMP")
+
+    def number(self, column: str) -> str:
+        kind = self.require(column, "weight")
+        if kind not in _INTEGERS | {"FLOAT", "DOUBLE"} and not kind.startswith("DECIMAL"):
+            raise self._refusal(column, kind, "weights are numbers")
+        return f"CAST({sql_name(column)} AS DOUBLE)"
+
+    def feature(self, column: str, role: str) -> str:
+        """An SQL expression: the column as it is, but numbers of a kind that models do not read as DOUBLE."""
+        kind = self.require(column, role)
+        is_odd = kind.startswith("DECIMAL") or kind in ("HUGEINT", "UHUGEINT")
+        return f"CAST({sql_name(column)} AS DOUBLE)" if is_odd else sql_name(column)
+
+    def refuse(self, database: duckdb.DuckDBPyConnection, column: str, fault: str, count: int, why: str) -> DataError:
+        """Says how many rows have the fault (an SQL condition), and which file and row is the first."""
+        fetch_rows(database, "SET preserve_insertion_order = true")
+        select = f"FROM {self.relation} WHERE {fault}"
+        (path,) = fetch_row(database, f"SELECT min({sql_name(_FILE)}) {select}")
+        row, value = fetch_row(
+            database,
+            f"SELECT row, value FROM (SELECT row_number() OVER () - 1 AS row, CAST({sql_name(column)} AS VARCHAR) AS "
+            f"value, {fault} AS is_bad FROM {self.relation} WHERE {sql_name(_FILE)} = {sql_text(path)}) "
+            "WHERE is_bad ORDER BY row LIMIT 1",
+        )
+        found = "null" if value is None else value
+        return DataError(
+            f"{path}, row {row:,} (counted from 0): {column!r} is {found}, the first of {count:,} such rows: {why}."
+        )
+
+    def _refusal(self, column: str, kind: str, why: str) -> DataError:
+        return DataError(f"{self.option} = {self.path}: column {column!r} is {kind}, but {why}: cast it.")
+
+
+def _paths(option: str, path: str) -> list[Path]:
+    """The files, sorted by name; of a folder those with an ending we read, at any depth."""
+    place = Path(path).expanduser()
+    if place.is_dir():
+        inside = [file for file in sorted(place.rglob("*")) if file.is_file() and _is_shown(file.relative_to(place))]
+        paths = [file for file in inside if _ending(file) in READERS]
+        there = f" (there: {', '.join(file.name for file in inside[:5])})" if inside else ""
+        if not paths:
+            raise DataError(f"{option} = {path}: the folder holds no {', '.join(READERS)}{there}.")
+        return paths
+    if place.is_file():
+        return [place]
+    paths = [Path(file) for file in sorted(glob.glob(str(place), recursive=True)) if os.path.isfile(file)]
+    if not paths:
+        beside = [entry.name for entry in place.parent.iterdir()] if place.parent.is_dir() else []
+        raise DataError(f"{option} = {path}: there is no such file{nearest(place.name, sorted(beside))}.")
+    return paths
+
+
+def _is_shown(path: Path) -> bool:
+    """Not what Spark and others leave beside the data, such as _SUCCESS or ._part.crc."""
+    return not any(part.startswith((".", "_")) for part in path.parts)
+
+
+def _ending(path: Path) -> str:
+    stem = path.with_suffix("") if path.suffix in COMPRESSED else path
+    return stem.suffix.lower()
+
+
+# DuckDB
+
+
+def fetch_batches(database: duckdb.DuckDBPyConnection, query: str, options: Options) -> Iterator[pa.RecordBatch]:
+    with explained("the sorted rows", options):
+        reader = _do(database, lambda: database.sql(query).to_arrow_reader(_ROWS_PER_BATCH))
+    while True:
+        with explained("the sorted rows", options):
+            batch = _do(database, lambda: next(reader, None))
+        if batch is None:
+            return
+        if len(batch):
+            yield batch
+
+
+@contextmanager
+def explained(what: str, options: Options) -> Iterator[None]:
+    """What DuckDB raises, as a ConfigError or DataError in its words."""
+    try:
+        yield
+    except (duckdb.Error, pa.ArrowException) as error:
+        words = "; ".join(line.strip() for line in str(error).splitlines()[:3] if line.strip())
+        if isinstance(error, duckdb.OutOfMemoryException) or "Out of Memory" in words:
+            raise ConfigError(f"memory_gb = {options.memory_gb:g} is too little here: raise it. ({words})") from None
+        raise DataError(f"{what}: DuckDB gave up: {words}") from None
+
+
+def _do(database: duckdb.DuckDBPyConnection, action: Callable[[], Any]) -> Any:
+    """What `action` returns. It has a thread of its own: in the main one Ctrl-C would wait for the end of a scan."""
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(action)
+        try:
+            return answer.result()
+        except KeyboardInterrupt:
+            database.interrupt()
+            raise
+
+
+def fetch_rows(database: duckdb.DuckDBPyConnection, query: str) -> list[tuple[Any, ...]]:
+    """All of them: a result that is left unread keeps the connection from its next query."""
+    return _do(database, lambda: database.execute(query).fetchall())
+
+
+def fetch_row(database: duckdb.DuckDBPyConnection, query: str) -> tuple[Any, ...]:
+    (row,) = fetch_rows(database, query)
+    return row
+
+
+def sql_name(column: str) -> str:
+    return '"' + column.replace('"', '""') + '"'
+
+
+def sql_text(value: str) -> str:
+    return "'" + value.replace("'", "''") + "'"
