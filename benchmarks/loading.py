@@ -350,12 +350,12 @@ def measure(folder: Path, options: argparse.Namespace, parts: list[str]) -> dict
 
 
 def waiting(folder: Path, gowalla: Path | None) -> dict[str, float]:
-    from trec_twotower.config import save_config
+    from trec_twotower.config import as_values, to_yaml
 
     figures = {}
     with tempfile.TemporaryDirectory() as temporary:
         path = Path(temporary) / "loading.yaml"
-        save_config(config_of(folder, masked=True), path)
+        path.write_text(to_yaml(as_values(config_of(folder, masked=True))))
         figures["waiting_share"] = waiting_share(path, [], Path(temporary) / "generated")
         if gowalla is not None:
             overrides = [f"data.dataset={gowalla.resolve()}", "data.batch_size=4096", "train.epochs=6"]

@@ -447,3 +447,22 @@ main()
     )
     assert (ended.returncode, ended.stdout) == (USAGE, "begun\n")
     assert "There is no config file" in ended.stderr
+
+
+def test_an_index_without_users_to_tune_for_says_what_is_missing(tmp_path, write_dataset, cli):
+    """A dataset of train/ and items/ alone trains and exports; its items cannot be indexed yet."""
+    items = pa.table({"item_id": range(20)})
+    train = pa.table({"user_id": [row // 4 for row in range(40)], "item_id": [row * 7 % 20 for row in range(40)]})
+    folder = write_dataset(tmp_path / "d", train=train, items=items)
+    config = tmp_path / "alone.yaml"
+    config.write_text(
+        "user: [{name: user_id, kind: id, buckets: 16, dim: 4}]\n"
+        "item: [{name: item_id, kind: id, buckets: 32, dim: 4}]\n"
+        f"data: {{dataset: {folder}, batch_size: 20}}\nmodel: {{dim: 4}}\ntrain: {{epochs: 1}}\n"
+    )
+    run = tmp_path / "run"
+    assert cli("train", config, f"run_dir={run}").code == 0
+    assert cli("export", run).code == 0
+    said = cli("index", run)
+    assert said.code == 2 and "neither test/ nor valid/" in said.err and len(said.err.splitlines()) == 1
+    assert not (run / "index").exists()

@@ -211,6 +211,11 @@ def _index(options: argparse.Namespace) -> int:
 
     run = Run.open(options.run_dir)
     exported = read_export(run.folder / "export")
+    if not len(exported.user_QD):
+        raise ConfigError(
+            f"{run.folder / 'export'} holds no users, because {run.config.data.dataset} has neither test/ nor valid/, "
+            "but the index is tuned for users' vectors: write one of them, then train, export and index."
+        )
     index = build_index(exported.item_ID, exported.user_QD, run.config.index)
     manifest = exported.manifest
     index.save(

@@ -373,10 +373,6 @@ def as_values(config: BaseModel) -> dict[str, Any]:
     return config.model_dump(mode="json")
 
 
-def save_config(config: BaseModel, path: Path) -> None:
-    path.write_text(to_yaml(as_values(config)), encoding="utf-8")
-
-
 # What may change between two starts of one run, because it changes no batch and no weight before the next step.
 _FREE = ("train.epochs", "train.log_every", "train.evaluate_every", "train.timeout_s", "train.threads",
          "checkpoint", "evaluate", "index", "run_dir", "data.dataset", "data.prefetch",

@@ -14,7 +14,7 @@ from trec_twotower.config import (
     RunConfig,
     as_values,
     check_same_run,
-    parse_yaml,
+    read_yaml,
     to_yaml,
     validate,
 )
@@ -66,7 +66,7 @@ class Run:
         if not path.is_file():
             near = [other.name for other in folder.parent.iterdir()] if folder.parent.is_dir() else []
             raise ConfigError(f"{folder} is no run folder (it has no {CONFIG}){nearest(folder.name, near)}: train one.")
-        return cls(folder, validate(RunConfig, parse_yaml(path.read_text(encoding="utf-8"), str(path)), str(path)))
+        return cls(folder, validate(RunConfig, read_yaml(path), str(path)))
 
     def sources(self, ranks: Ranks) -> Sources:
         """The run's dataset, seen with the statistics that were learned when it began (and are learned once only)."""
