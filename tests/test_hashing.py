@@ -9,6 +9,7 @@ import sys
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 import xxhash
@@ -279,3 +280,15 @@ def test_a_uniform_number_depends_on_its_parts_alone(row, position, seed):
 def test_hashing_needs_no_torch():
     code = "import sys, trec_twotower.data.hashing; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+@pytest.mark.parametrize("dictionaries", [[], ["word"]], ids=["plain", "by dictionary"])
+def test_text_that_is_not_utf_8_is_hashed_by_its_bytes(tmp_path, dictionaries):
+    """Parquet lets it through; nothing here decodes it."""
+    raw = [b"\xff\xfe", b"plain"]
+    offsets = np.cumsum([0, *map(len, raw)]).astype(np.int32)
+    buffers = [None, pa.py_buffer(offsets), pa.py_buffer(b"".join(raw))]
+    pq.write_table(pa.table({"word": pa.Array.from_buffers(pa.string(), 2, buffers)}), tmp_path / "words.parquet")
+    column = pq.ParquetFile(tmp_path / "words.parquet", read_dictionary=dictionaries).read()["word"].chunk(0)
+    expected = [xxhash.xxh3_64_intdigest(word) for word in raw]
+    assert id_keys(column, "words").view(np.uint64).tolist() == expected
