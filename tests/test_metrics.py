@@ -105,7 +105,8 @@ def test_a_ranking_with_an_item_twice_is_void():
 
 
 def test_a_repeat_beyond_the_longest_k_is_not_looked_at():
-    ranking_metrics(np.array([[5, 3, 5]]), Lists.from_lists([[1]]), [2])
+    metrics = ranking_metrics(np.array([[5, 3, 5]]), Lists.from_lists([[3]]), [2])
+    assert metrics["recall@2"].tolist() == [1.0] and metrics["mrr@2"].tolist() == [0.5]
 
 
 def test_a_user_without_positives_is_refused():

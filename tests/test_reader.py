@@ -125,10 +125,10 @@ def test_a_cache_belongs_to_its_data_and_its_way_of_reading(folder, tmp_path, rn
     assert len(list(cache.iterdir())) == 2
     contents(batches_of(folder, cache=cache, seed=5, batch_size=7))  # the order is no part of it
     assert len(list(cache.iterdir())) == 2
-    path = sorted((folder / "train").glob("*.parquet"))[0]
-    os.utime(path, ns=(1, 1))
-    contents(batches_of(folder, cache=cache))
-    assert len(list(cache.iterdir())) == 3
+    for number, part in enumerate(("train", "items"), 3):  # the catalogue's rows are what the cache holds as positives
+        os.utime(sorted((folder / part).glob("*.parquet"))[0], (1, 1))
+        contents(batches_of(folder, cache=cache))
+        assert len(list(cache.iterdir())) == number
 
 
 def test_the_cache_keeps_to_its_size(folder, tmp_path):
@@ -253,3 +253,29 @@ def test_any_places_of_a_window_are_slices_of_its_units(unit_rows, tmp_path, mon
             for row in window.units[number].order(1)[low:high]
         ]
         assert sorted(rows) == sorted(whole[start:stop])
+
+
+@BOTH
+def test_a_rank_decodes_only_the_row_groups_its_rows_lie_in(folder, rows, monkeypatch):
+    """Of 9 row groups in one window, two ranks read the features of 5 each at most; of the rest the positives alone."""
+    monkeypatch.setattr(order, "UNIT_ROWS", 1)  # each row group by itself
+    wanted = contents(batches_of(folder, rows=rows, shuffle_rows=1000), steps=12)
+    target = {"positives"} if rows == "user" else {"item_id"}
+    whole: list[set[int]] = []
+    for rank in range(2):
+        batches = batches_of(folder, (rank, 2), rows=rows, shuffle_rows=1000)
+        next(batches.since(0, 1))  # takes what it has to of the first epoch, and the columns' kinds
+        read: dict[tuple, set[str]] = {}
+        split = batches.sources.dataset.train
+        real = type(split).read
+
+        def recorded(self, group, columns, *, read=read, real=real, **named):
+            read.setdefault((group.path, group.number), set()).update(columns)
+            return real(self, group, columns, **named)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(type(split), "read", recorded)
+            found = contents(batches, steps=12)
+        assert len(read) == 9 and len(found) == len(wanted)
+        whole.append({name for name, columns in read.items() if columns != target})
+    assert max(map(len, whole)) <= 5 and len(whole[0] | whole[1]) == 9

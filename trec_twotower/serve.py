@@ -74,7 +74,9 @@ class Retriever:
             found = item_row_BK[0][item_row_BK[0] >= 0]
             about = sources.catalogue.words(found)
             ids = sources.catalogue.ids.take(pa.array(found)).to_pylist()
-            items = [Recommendation(*entry) for entry in zip(ids, score_BK[0].tolist(), about, strict=False)]
+            items = [
+                Recommendation(*entry) for entry in zip(ids, score_BK[0][: len(found)].tolist(), about, strict=True)
+            ]
             newest = seen.values[::-1][:history_shown]
             answers.append(Recommendations(table[USER_ID][0].as_py(), items, sources.catalogue.words(newest)))
         return answers

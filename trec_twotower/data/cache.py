@@ -41,7 +41,8 @@ class Cache:
         facts = {
             "format": FORMAT,
             "dataset": sources.dataset.fingerprint,
-            "changed": sorted({(group.path, _changed(group.path)) for group in groups}),
+            # The rows of the catalogue and of users/ are in there, too.
+            "changed": [(str(path), _changed(path)) for path in sorted(sources.dataset.folder.rglob("*.parquet"))],
             "rows": data.rows,
             "masks_history": masks_history,
             "features": [feature.model_dump() for feature in sources.schema.user],
@@ -137,7 +138,7 @@ def _lists(array: pa.Array, weights: pa.Array | None = None) -> Lists:
 
 
 def _changed(path: Path) -> int:
-    return path.stat().st_mtime_ns
+    return int(path.stat().st_mtime * 1e6)
 
 
 def _size(folder: Path) -> int:

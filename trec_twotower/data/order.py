@@ -13,7 +13,8 @@ windows.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import accumulate
 
 import numpy as np
 
@@ -30,6 +31,8 @@ class Unit:
     epoch: int
     groups: tuple[RowGroup, ...]
     num_rows: int
+    first: int = 0  # its first row among those of its window, counted through the units in order
+    window_rows: int = 0
 
     def order(self, seed: int) -> np.ndarray:
         """Which of the unit's rows (counted through its groups in order) comes first, second and so on; int32."""
@@ -98,6 +101,10 @@ def windows_of(groups: Sequence[RowGroup], shuffle_rows: int, seed: int, epoch: 
             units.append(Unit(epoch, tuple(waiting), unit_rows))
             waiting = []
         if window_rows >= shuffle_rows or is_last:
+            starts = accumulate((unit.num_rows for unit in units), initial=0)  # one more than units: the end
+            units = [
+                replace(unit, first=start, window_rows=window_rows) for unit, start in zip(units, starts, strict=False)
+            ]
             windows.append(Window(epoch, len(windows), tuple(units), first, window_rows))
             first, units = first + window_rows, []
     return windows

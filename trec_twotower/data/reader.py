@@ -1,13 +1,14 @@
 """Row groups to hashed, permuted rows: what a rank holds of a unit, ready to be cut into batches.
 
-A rank owns an equal run of each unit's rows, in the order of the files, and decodes and hashes no others; of the rest
-it reads the positives alone, because all ranks share a step's candidates. Which rows a step takes does not depend on
-who owns them.
+A rank owns an equal run of each window's rows, in the order of the files: it decodes the row groups those lie in, and
+hashes no others' rows. Of the rest it reads the positives alone, because all ranks share a step's candidates. Which
+rows a step takes does not depend on who owns them.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import pyarrow as pa
@@ -67,10 +68,11 @@ class UnitReader:
     def read(self, unit: Unit) -> UnitRows:
         """Decode, hash and permute; the costly part, free of the interpreter's lock most of the time."""
         order = unit.order(self.data.seed)
-        bounds = [unit.num_rows * rank // self.num_ranks for rank in range(self.num_ranks + 1)]
-        low, high = bounds[self.rank], bounds[self.rank + 1]
-        parts = _parts(unit, low, high) or [(unit.groups[0], 0, 0)]  # fewer rows than ranks: none, of the right kinds
-        mine = Examples.concat([self._part(*part, unit.epoch) for part in parts])
+        # Where each rank's rows of the window begin and end, counted in this unit.
+        bounds = unit.window_rows * np.arange(self.num_ranks + 1) // self.num_ranks - unit.first
+        low, high = (int(bound) for bound in np.clip(bounds[self.rank : self.rank + 2], 0, unit.num_rows))
+        parts = _parts(unit, low, high)
+        mine = Examples.concat([self._part(*part, unit.epoch) for part in parts] or [self._nothing])
         if self.num_ranks == 1:
             examples = _permuted(mine, order)
             return UnitRows(None, examples, examples.positives, None)
@@ -80,6 +82,12 @@ class UnitReader:
         positives = [self._positives(*part, unit.epoch) for part in (*before, *behind)]
         taken = Lists.concat([*positives[: len(before)], mine.positives, *positives[len(before) :]])
         return UnitRows(place, _permuted(mine, order[place] - np.int32(low)), gather_segments(taken, order), owner)
+
+    @cached_property
+    def _nothing(self) -> Examples:
+        """No rows, with all their columns: what a rank holds of a unit that others own."""
+        group = self.sources.dataset.train.row_groups[0]
+        return self._drawn(self._hash(group, 0, 0), 0, 0)
 
     def _part(self, group: RowGroup, start: int, stop: int, epoch: int) -> Examples:
         """Rows start .. stop - 1 of a row group, in the order of the file."""
