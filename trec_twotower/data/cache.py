@@ -6,6 +6,7 @@ row group is one file, written whole under another name and then renamed, so tha
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -142,7 +143,12 @@ def _changed(path: Path) -> int:
 
 
 def _size(folder: Path) -> int:
-    return sum(entry.stat().st_size for entry in os.scandir(folder) if entry.is_file())
+    """Bytes of a folder's files; another rank may rename or sweep one between its listing and its look."""
+    total = 0
+    for entry in os.scandir(folder):
+        with contextlib.suppress(FileNotFoundError):
+            total += entry.stat().st_size
+    return total
 
 
 def _sweep(root: Path, keep: Path, limit_bytes: int) -> None:
