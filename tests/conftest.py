@@ -11,12 +11,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import settings
 
 from tests.ranks.launch import FATAL_BOUNDS, torchrun
 from tests.ranks.worlds import write_world
 from tests.shop import cli, on_ranks, shop, shop_copy, shop_tables  # noqa: F401 - fixtures
 
 os.environ.update(FATAL_BOUNDS)
+settings.register_profile("steady", deadline=None)  # compiling takes a first call longer, and no test asserts on time
+settings.load_profile("steady")
 
 
 @pytest.fixture

@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
+import io
 import json
+import os
+import pickle
 import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 from tests.ranks.launch import SAID_BY_TORCHREC, torchrun
 from tests.ranks.states import whole_optimizer_state, whole_state
-from tests.ranks.worlds import MIXED, event_config, user_config
+from tests.ranks.worlds import MIXED, TABLES, event_config, user_config
 from trec_twotower.checkpoint import Checkpoints, model_version
-from trec_twotower.config import RunConfig, as_values, to_yaml
+from trec_twotower.checkpoint_storage import PublishingWriter
+from trec_twotower.config import RunConfig, as_values, binding, config_hash, to_yaml
+from trec_twotower.data.dataset import Dataset
 from trec_twotower.data.interactions import TrainBatches
 from trec_twotower.distributed import Ranks
-from trec_twotower.errors import ConfigError, DataError
+from trec_twotower.errors import ConfigError, DataError, TrainingError
+from trec_twotower.files import _own_sha256, seal, write_json
 from trec_twotower.optimizer import RunOptimizer
 from trec_twotower.run import Run, RunLog
 from trec_twotower.train import build_model, train
@@ -129,6 +139,10 @@ def test_one_rank_loads_what_two_saved(runs, name, plan, make, lone_rank, small_
 # Which are kept, which is chosen
 
 
+def valid(value: float, metric: str = "recall@20") -> dict[str, Any]:
+    return {"valid": {"metric": metric, "value": value}}
+
+
 @pytest.fixture
 def small(lone_rank, small_world, tmp_path) -> tuple[Any, RunOptimizer, Checkpoints]:
     config = user_config(small_world, tmp_path / "run")
@@ -142,28 +156,35 @@ def test_the_newest_and_the_best_are_kept(small):
     assert checkpoints.best() is None
     left = {}
     for step in (5, 10, 15, 20, 25):
-        checkpoints.save(step, model, optimizer, {})
-        if step in (10, 15):
-            checkpoints.mark_best(step, "recall@20", 0.1 * step)
-        checkpoints.sweep()
+        checkpoints.save(step, model, optimizer, valid(0.1 * step if step <= 15 else 1.0))
         left[step] = [int(path.name.removeprefix("step-")) for path in checkpoints.complete()]
     assert left == {5: [5], 10: [5, 10], 15: [10, 15], 20: [15, 20], 25: [15, 20, 25]}
-    assert checkpoints.best() == {"step": 15, "metric": "recall@20", "value": 1.5}
+    assert checkpoints.best() == {"step": 15, "metric": "recall@20", "value": 0.1 * 15}
     assert checkpoints.newest() == checkpoints.path(25)
     assert len({model_version(path) for path in checkpoints.complete()}) == 3
 
 
 def test_a_stage_gets_the_checkpoint_it_names(small):
     model, optimizer, checkpoints = small
+    checkpoints.keep = 9
     for step in (5, 10):
         checkpoints.save(step, model, optimizer, {})
     assert checkpoints.choose("best") == checkpoints.path(10)  # none was evaluated
-    checkpoints.mark_best(5, "recall@20", 0.1)
-    assert checkpoints.choose("best") == checkpoints.path(5)
-    assert checkpoints.choose("newest") == checkpoints.path(10)
+    for step, value in ((15, 0.1), (20, 0.3), (25, 0.3), (30, 0.2)):
+        checkpoints.save(step, model, optimizer, valid(value))
+    assert checkpoints.choose("best") == checkpoints.path(20)  # of equal ones the first
+    assert checkpoints.choose("newest") == checkpoints.path(30)
     assert checkpoints.choose("5") == checkpoints.path(5)
-    with pytest.raises(ConfigError, match=r"no checkpoint '7' in .*: use best, newest, or one of the steps \[5, 10\]"):
+    with pytest.raises(ConfigError, match=r"no checkpoint '7' in .*: use best, newest, or one of the steps \[5, 10, "):
         checkpoints.choose("7")
+
+
+def test_values_of_another_metric_are_not_compared(small):
+    """A run that goes on with another evaluate.best begins anew."""
+    model, optimizer, checkpoints = small
+    checkpoints.save(5, model, optimizer, valid(0.9, "hit@20"))
+    checkpoints.save(10, model, optimizer, valid(0.2))
+    assert checkpoints.best() == {"step": 10, "metric": "recall@20", "value": 0.2}
 
 
 def test_without_a_checkpoint_one_is_told_to_train(lone_rank, tmp_path):
@@ -231,15 +252,202 @@ def test_leftovers_of_a_killed_save_are_ignored_and_swept(small):
     assert sorted(folder.name for folder in checkpoints.folder.iterdir()) == ["step-00000005", "step-00000010"]
 
 
-def test_a_save_that_fails_leaves_the_earlier_ones(small, monkeypatch):
+@pytest.mark.parametrize("in_background", [False, True])
+@pytest.mark.parametrize("point", ["save:opened", "save:within_file", "save:between_files", "save:sealed"])
+def test_a_save_without_room_names_path_and_need_and_leaves_the_earlier_ones(
+    point, in_background, small, lone_rank, monkeypatch
+):
+    """ENOSPC at several moments; the folder it was writing to is gone, which gives the room back."""
     model, optimizer, checkpoints = small
+    checkpoints.in_background = in_background
     path = checkpoints.save(5, model, optimizer, {})
-    with monkeypatch.context() as patched:
-        patched.setattr("trec_twotower.checkpoint.seal", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
-        with pytest.raises(OSError, match="disk full"):
-            checkpoints.save(10, model, optimizer, {})
+    checkpoints.wait()
+    state = [*whole_state(model, lone_rank).values(), *whole_optimizer_state(optimizer, lone_rank).values()]
+    need = sum(value.nbytes for value in state)
+    monkeypatch.setenv("TREC_TT_FAULT", f"{point}:step10:full")
+    with pytest.raises(TrainingError) as raised:
+        checkpoints.save(10, model, optimizer, {})
+        checkpoints.wait()
+    for said in ("step-00000010", "No space left on device", f"takes some {need:,} bytes", "goes on from them"):
+        assert said in str(raised.value)
+    assert [folder.name for folder in checkpoints.folder.iterdir()] == [path.name]
+    monkeypatch.delenv("TREC_TT_FAULT")
     assert checkpoints.newest() == path
     checkpoints.load(path, model, optimizer)
+    assert checkpoints.save(10, model, optimizer, {}).name == "step-00000010"
+    checkpoints.wait()
+
+
+# In the background
+
+
+def test_what_is_saved_is_the_state_at_the_call(small, lone_rank, monkeypatch):
+    """The save is held up while all weights change; what it writes is what they were. Its memory is used again."""
+    model, optimizer, checkpoints = small
+    checkpoints.in_background = True
+    go_on = threading.Event()
+    begin = PublishingWriter.prepare_global_plan
+
+    def late(writer: PublishingWriter, plans: Any) -> Any:
+        assert go_on.wait(30)
+        return begin(writer, plans)
+
+    monkeypatch.setattr(PublishingWriter, "prepare_global_plan", late)
+    memory = set()
+    for step in (5, 10):
+        go_on.clear()
+        saved = {name: value.clone() for name, value in whole_state(model, lone_rank).items()}
+        path = checkpoints.save(step, model, optimizer, {})
+        memory.add(frozenset(copy.data_ptr() for copy in checkpoints._snapshot._copies.values()))
+        for value in model.parameters():
+            value.data.add_(1)
+        assert not path.exists() and not checkpoints.has_failed
+        go_on.set()
+        checkpoints.wait()
+        checkpoints.load(path, model)
+        assert_same(whole_state(model, lone_rank), saved)
+    assert len(memory) == 1
+
+
+def test_the_next_save_waits_for_the_last(small):
+    model, optimizer, checkpoints = small
+    checkpoints.in_background, checkpoints.keep = True, 9
+    paths = [checkpoints.save(step, model, optimizer, {}) for step in range(1, 6)]
+    checkpoints.wait()
+    assert checkpoints.complete() == paths
+
+
+# What a checkpoint says of itself
+
+
+def test_every_file_is_digested_by_who_wrote_it_while_writing(small, monkeypatch):
+    """A bit that flips on the way to the disk is found: the digest is of what was meant, not of what came there."""
+    model, optimizer, checkpoints = small
+
+    def flipping(file: Any, data: Any) -> int:
+        written = io.BufferedWriter.write(file, bytes([bytes(data)[0] ^ 1]) + bytes(data)[1:])
+        file.sha256.update(data)
+        file.num_bytes += written
+        return written
+
+    monkeypatch.setattr("trec_twotower.checkpoint_storage._DigestedFile.write", flipping)
+    path = checkpoints.save(5, model, optimizer, {})
+    with pytest.raises(DataError, match=r"\.distcp is damaged"):
+        checkpoints.load(path, model, optimizer)
+
+
+def test_a_manifest_is_complete(train_here, small_world, tmp_path):
+    config = event_config(small_world, tmp_path / "run", "row_wise", data={"seed": 7}, train={"epochs": 2})
+    folder = train_here(config)
+    path = Checkpoints(folder / "checkpoints", None).complete()[-1]
+    manifest = json.loads((path / "manifest.json").read_text())
+    assert (manifest["format"], manifest["step"], manifest["cursor"], manifest["place"]) == (2, 6, 6, "epoch 2/2")
+    assert (manifest["seed"], manifest["num_ranks"]) == (7, 1)
+    assert manifest["config"] == config_hash(config)
+    assert manifest["data"] == Dataset(config.data.dataset).fingerprint
+    assert manifest["settings"]["model.dim"] == 6
+    assert {(each["table"], each["sharding"], each["rank"]) for each in manifest["plan"]} == {
+        (table, "row_wise", 0) for table in TABLES
+    }
+    assert manifest["versions"]["torch"] == torch.__version__
+    for name, digest in manifest["files"].items():
+        content = (path / name).read_bytes()
+        assert digest == {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    assert set(manifest["files"]) == {file.name for file in path.iterdir()} - {"manifest.json"}
+
+
+def test_a_checkpoint_of_another_config_is_refused_with_the_fields_that_differ(
+    train_here, lone_rank, small_world, tmp_path
+):
+    """Also where the run folder's config.yaml has been brought into line."""
+    folder = train_here(event_config(small_world, tmp_path / "run", train={"epochs": 1}))
+    other = event_config(small_world, tmp_path / "other", model={"user_tower": {"dropout": 0.5}}, data={"seed": 3})
+    model, optimizer = built(other, lone_rank)
+    checkpoints = Checkpoints(folder / "checkpoints", lone_rank, settings=binding(other))
+    with pytest.raises(ConfigError) as raised:
+        checkpoints.load(checkpoints.complete()[-1], model, optimizer)
+    for said in ("data.seed was 0, now 3", "model.user_tower.dropout was 0.0, now 0.5", f"--init-from {folder}"):
+        assert said in str(raised.value)
+
+
+# No pickle is executed
+
+
+class Malicious:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (os.mkdir, (str(self.path),))
+
+
+def resealed(path: Path) -> None:
+    """Bring the manifest into line with what was altered, as who means harm would."""
+    facts = json.loads((path / "manifest.json").read_text())
+    del facts["files"], facts["sha256"]
+    seal(path, facts)
+
+
+@pytest.mark.parametrize("where", ["whole", "inside", "getattr", "bytes entry", "in the tensors"])
+def test_a_pickle_in_a_checkpoint_is_not_executed(where, small, lone_rank, tmp_path):
+    model, optimizer, checkpoints = small
+    path = checkpoints.save(5, model, optimizer, {})
+    trap = tmp_path / "executed"
+    metadata = pickle.loads((path / ".metadata").read_bytes())
+    if where == "whole":
+        (path / ".metadata").write_bytes(pickle.dumps(Malicious(trap)))
+    elif where == "inside":
+        metadata.planner_data = {"x": Malicious(trap)}
+        (path / ".metadata").write_bytes(pickle.dumps(metadata))
+    elif where == "getattr":
+        (path / ".metadata").write_bytes(b"cbuiltins\ngetattr\n.")
+    elif where == "bytes entry":
+        name = next(iter(metadata.state_dict_metadata))
+        metadata.state_dict_metadata[name] = BytesStorageMetadata()
+        (path / ".metadata").write_bytes(pickle.dumps(metadata))
+    else:
+        file = io.BytesIO()
+        torch.save(Malicious(trap), file)
+        for data in path.glob("*.distcp"):
+            data.write_bytes(file.getvalue() * (data.stat().st_size // len(file.getvalue()) + 1))
+    resealed(path)
+    with pytest.raises(DataError, match=str(path)):
+        checkpoints.load(path, model, optimizer)
+    assert not trap.exists()
+    pickle.loads(pickle.dumps(Malicious(trap)))
+    assert trap.exists()  # the trap is one
+
+
+@pytest.mark.parametrize("name", ["../../elsewhere", "/etc/hostname", "a/../../b", "link"])
+def test_a_manifest_cannot_name_files_outside_its_folder(name, small, tmp_path):
+    model, optimizer, checkpoints = small
+    path = checkpoints.save(5, model, optimizer, {})
+    (path / "link").symlink_to("/etc/hostname")
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest["files"][name] = {"bytes": 3, "sha256": "00"}
+    write_json(path / "manifest.json", {**manifest, "sha256": _own_sha256(manifest)})
+    with pytest.raises(DataError, match="which is not in its folder: do not trust it"):
+        checkpoints.load(path, model, optimizer)
+
+
+def test_metadata_that_leave_the_folder_are_refused(small):
+    model, optimizer, checkpoints = small
+    path = checkpoints.save(5, model, optimizer, {})
+    metadata = pickle.loads((path / ".metadata").read_bytes())
+    index, info = next(iter(metadata.storage_data.items()))
+    for change, said in (
+        ({"relative_path": "../x.distcp"}, "which the manifest does not list"),
+        ({"offset": 10**12}, "outside '"),
+        ({"offset": -1}, "outside '"),
+        ({"transform_descriptors": ["x"]}, "outside '"),
+    ):
+        altered = {**metadata.storage_data, index: dataclasses.replace(info, **change)}
+        (path / ".metadata").write_bytes(pickle.dumps(dataclasses.replace(metadata, storage_data=altered)))
+        resealed(path)
+        with pytest.raises(DataError, match=said):
+            checkpoints.load(path, model, optimizer)
 
 
 # A run folder belongs to one config
@@ -262,13 +470,12 @@ def test_another_config_is_refused_with_the_fields_that_differ(train_here, lone_
     folder = train_here(event_config(small_world, tmp_path / "run", train={"epochs": 1}))
     free = event_config(small_world, folder, train={"epochs": 9, "log_every": 5}, checkpoint={"keep": 7})
     Run.join(free, lone_rank)
-    other = event_config(small_world, folder, "row_wise", model={"dim": 8}, train={"optimizer": {"lr": 0.25}})
+    other = event_config(small_world, folder, model={"dim": 8}, train={"optimizer": {"lr": 0.25}})
     with pytest.raises(ConfigError) as raised:
         Run.join(other, lone_rank)
     for said in (
         "model.dim was 6, now 8",
         "train.optimizer.lr was 0.5, now 0.25",
-        "tables.item.sharding was 'table_wise', now 'row_wise'",
         "(run_dir=...)",
     ):
         assert said in str(raised.value)
@@ -348,24 +555,24 @@ def test_killed_ranks_go_on_as_if_nothing_had_been(small_world, tmp_path, lone_r
         "data": {"batch_size": 11},
         "model": {"user_tower": {"dropout": 0.2}},
         "train": {"epochs": 6, "log_every": 3, **ADAGRAD},
-        "checkpoint": {"every": 4},
+        "checkpoint": {"every": 4, "in_background": False},
     }
     configs = {name: event_config(small_world, tmp_path / name, MIXED, **settings) for name in ("calm", "killed")}
     for name, config in configs.items():
         (tmp_path / f"{name}.yaml").write_text(to_yaml(as_values(config)))
-    command = ["train", tmp_path / "killed.yaml"]
+    command = ["trec_twotower", "train", tmp_path / "killed.yaml"]
     checkpoints = tmp_path / "killed" / "checkpoints"
 
     code, said = torchrun(2, "trec_twotower", "train", tmp_path / "calm.yaml")
     assert code == 0, said
-    code, said = torchrun(2, "tests.ranks.killed", "step:13", *command)
+    code, said = torchrun(2, *command, TREC_TT_FAULT="step:updated:step13:rank1")
     assert code == 128 + 9, said
     assert [path.name for path in sorted(checkpoints.glob("step-*"))] == ["step-00000008", "step-00000012"]
-    code, said = torchrun(2, "tests.ranks.killed", "save:20", *command)
+    code, said = torchrun(2, *command, TREC_TT_FAULT="save:described:step20")
     assert code == 128 + 9, said
     assert "resumed at step 12 of 30" in said
     assert (checkpoints / ".step-00000020.tmp").is_dir()
-    code, said = torchrun(2, "trec_twotower", *command)
+    code, said = torchrun(2, *command)
     assert code == 0, said
     assert "resumed at step 16 of 30" in said
     assert sorted(path.name for path in checkpoints.iterdir()) == ["step-00000028", "step-00000030"]

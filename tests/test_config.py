@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trec_twotower.config import (
+    LOSS_PARAMETERS,
     RunConfig,
     apply_overrides,
     as_values,
@@ -329,9 +330,15 @@ OTHER = {
     "data.threads": (3, False),
     "data.cache": ("elsewhere", False),
     "data.cache_gb": (2.0, False),
+    "data.drop_last": (True, True),
+    "data.follow": ({}, True),
     "tables.item.buckets": (50, True),
     "tables.item.dim": (4, True),
-    "tables.item.sharding": ("row_wise", True),
+    "tables.item.sharding": ("row_wise", False),
+    "tables.item.shard_columns": (4, False),
+    "tables.item.kernel": ("fused_uvm", False),
+    "tables.item.cache_share": (0.5, False),
+    "tables.item.dtype": ("fp16", True),
     "tables.item.hashing": ("modulo", True),
     "tables.item.seed": (1, True),
     "tables.item.init_scale": (0.5, True),
@@ -350,11 +357,20 @@ OTHER = {
     "model.item_tower.mlp": ([16], True),
     "model.similarity": ("dot", True),
     "loss.temperature": (0.2, True),
+    "loss.precision": ("bf16", True),
+    "loss.regularise.norm": (0.1, True),
+    "loss.regularise.alignment": (0.1, True),
+    "loss.regularise.uniformity": (0.1, True),
     "loss.log_q": (0.0, True),
     "loss.positive_power": (0.5, True),
     "loss.mask_history": (False, True),
+    "loss.known": ("elsewhere", True),
+    "loss.log_q_estimate": ("streaming", True),
     "loss.negatives.in_batch": (False, True),
     "loss.negatives.sampled": ("all", True),
+    "loss.negatives.power": (0.75, True),
+    "loss.negatives.queue": (4096, True),
+    "loss.negatives.hardest": (64, True),
     "train.epochs": (99, False),
     "train.seed": (1, True),
     "train.optimizer.sparse": ("sgd", True),
@@ -363,12 +379,26 @@ OTHER = {
     "train.optimizer.dense_lr": (0.01, True),
     "train.optimizer.warmup_steps": (5, True),
     "train.optimizer.schedule": ("linear", True),
+    "train.optimizer.weight_decay": (0.1, True),
+    "train.optimizer.dense_weight_decay": (0.1, True),
+    "train.optimizer.clip_norm": (1.0, True),
+    "train.optimizer.dense_warmup_steps": (5, True),
+    "train.optimizer.dense_schedule": ("cosine", True),
+    "train.optimizer.ema": (0.9, True),
+    "train.precision": ("bf16", True),
+    "train.micro_batch": (512, True),
+    "train.pipeline": ("sparse_dist", False),
+    "train.compile": (True, True),
+    "train.profile_steps": (3, False),
     "train.log_every": (1, False),
     "train.evaluate_every": (7, False),
     "train.timeout_s": (60, False),
+    "train.first_timeout_s": (60, False),
+    "train.max_failures": (3, False),
     "train.threads": (2, False),
     "checkpoint.every": (5, False),
     "checkpoint.keep": (9, False),
+    "checkpoint.in_background": (False, False),
     "evaluate.k": ([20], False),
     "evaluate.best": ("ndcg@20", False),
     "evaluate.users": (10, False),
@@ -379,12 +409,18 @@ OTHER = {
 }
 # SMALL with what lets each value above stand alone: widths that meet, and negatives beside the batch's.
 ROOM = ("model.dim=10", "loss.negatives.sampled=5")
+NEEDS = {  # what else a setting asks for
+    "tables.item.shard_columns": ("tables.item.sharding=column_wise",),
+    "tables.item.cache_share": ("tables.item.kernel=fused_uvm_caching",),
+    "train.optimizer.weight_decay": ("train.optimizer.sparse=adam",),
+}
 
 
 @pytest.mark.parametrize("name", OTHER)
 def test_the_hash_changes_exactly_with_the_settings_that_bind_a_run(name):
     value, binds = OTHER[name]
-    first, second = small(*ROOM), small(*ROOM, f"{name}={json.dumps(value)}")
+    room = (*ROOM, *NEEDS.get(name, ()))
+    first, second = small(*room), small(*room, f"{name}={json.dumps(value)}")
     assert first != second
     assert (config_hash(first) != config_hash(second)) == binds
     if not binds:
@@ -411,8 +447,10 @@ def test_every_section_is_in_the_list_of_bindings():
     of_small = set(leaves({k: v for k, v in as_values(small()).items() if k not in ("user", "item")}, ""))
     listed = set(OTHER)
     untold = {name for name in of_small - listed if not name.startswith("index.")}
-    # Only one value so far, or told for the other tower.
-    assert untold <= {"loss.kind", "model.item_tower.project", "model.item_tower.dropout"}, f"list {untold} in OTHER"
+    untold -= {"model.item_tower.project", "model.item_tower.dropout"}  # told for the other tower
+    untold -= {f"loss.negatives.{name}" for name in ("same", "mined", "refresh")}  # sections of their own
+    untold -= {"loss.kind", "loss.given", *(f"loss.{name}" for told in LOSS_PARAMETERS.values() for name in told)}
+    assert not untold, f"list {untold} in OTHER"
 
 
 def test_the_order_of_features_binds_a_run():

@@ -20,7 +20,7 @@ from trec_twotower.data.dataset import Dataset
 from trec_twotower.data.features import Sources
 from trec_twotower.data.held_out import HeldOut
 from trec_twotower.data.interactions import TrainBatches
-from trec_twotower.data.negatives import sampled_items
+from trec_twotower.data.negatives import Evenly
 from trec_twotower.data.transforms import Statistics
 from trec_twotower.errors import ConfigError, DataError
 from trec_twotower.schema import FeatureSpec, Schema, TableSpec
@@ -331,7 +331,7 @@ def test_candidates_are_the_positives_and_the_sample_each_once_in_the_order_of_t
             places = [ITEMS.index(item) for item in items_of([batch])]
             assert places == sorted(set(places))
             positives = {ITEMS.index(item) for row in rows_in([batch]) for item, _ in row.positives}
-            drawn = set(sampled_items(loss.negatives, len(ITEMS), made.data.seed, step).tolist())
+            drawn = set(Evenly(15, len(ITEMS), made.data.seed).draw(step, np.empty(0, np.int64)).tolist())
             assert set(places) == positives | drawn
             assert batch.is_negative_C.tolist() == [in_batch or place in drawn for place in places]
             assert torch.equal(batch.log_q_C, torch.from_numpy(made.log_q_I[places]))
@@ -349,9 +349,8 @@ def test_the_correction_counts_positives_a_step_by_hand(sources, rows_of, rows):
     # Positives a step: 10 rows of one each, or of their mean number less the three tenths that are input.
     draws = 10.0 if rows == "event" else 10 * sum(taken.values()) / 40 * 0.7
     for row, item in enumerate(ITEMS):
-        expected = draws * max(taken[item], 0) / sum(taken.values()) + 6 / 60
-        floor = draws / sum(taken.values())
-        by_hand = 0.5 * math.log(1 - math.exp(-max(expected, floor)))
+        missed = math.exp(-draws * taken[item] / sum(taken.values())) * (59 / 60) ** 6
+        by_hand = 0.5 * math.log(1 - missed)
         assert made.log_q_I[row] == pytest.approx(by_hand, rel=1e-5)
 
 

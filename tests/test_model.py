@@ -73,7 +73,7 @@ def test_first_weights_are_uniform_within_the_start_scale(scale):
 
 def test_first_weights_are_the_formula_cell_by_cell(monkeypatch):
     """In Python's integers, on cells of the first, a middle and the last block of rows."""
-    monkeypatch.setattr("trec_twotower.model.embedding.FILL_ROWS", 100)
+    monkeypatch.setattr("trec_twotower.model.embedding.FILL_CELLS", 600)
     schema = one_table(257, 6, init_scale=0.5)
     weights = filled(schema, seed=9)["t"]
     salt = mixed(9 ^ xxhash.xxh3_64_intdigest(b"t"))

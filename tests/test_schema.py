@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import re
 
+import pyarrow as pa
 import pytest
+import xxhash
 from pydantic import ValidationError
 
-from trec_twotower.errors import ConfigError
+from trec_twotower.data.hashing import mix
+from trec_twotower.errors import ConfigError, DataError
 from trec_twotower.schema import FeatureSpec, Schema, TableSpec, key
 
 ITEM = TableSpec(buckets=100, dim=8)
@@ -98,3 +101,43 @@ def test_a_feature_takes_only_what_its_kind_has(feature, message):
 def test_settings_cannot_be_changed_afterwards():
     with pytest.raises(ValidationError, match="frozen"):
         ITEM.dim = 9
+
+
+# Hashing offline
+
+
+def test_a_feature_hashes_a_column_as_training_does():
+    """Against the definition of the hash, value by value: nulls, dictionaries, cut lists and a shared table."""
+    user = FeatureSpec(name="user_id", kind="id", buckets=1000, dim=4)
+    assert user.hash(pa.array([5, -7, 5])).to_pylist() == [slow_bucket(key, 1000) for key in (5, -7, 5)]
+    country = FeatureSpec(name="country", kind="category", buckets=64, dim=4)
+    words = pa.array(["NO", None, "SE"])
+    keys = [xxhash.xxh3_64_intdigest(word) for word in (b"NO", b"SE")]
+    expected = [1 + slow_bucket(keys[0], 63), 0, 1 + slow_bucket(keys[1], 63)]
+    assert country.hash(words).to_pylist() == country.hash(words.dictionary_encode()).to_pylist() == expected
+    history = FeatureSpec(name="history", kind="bag", table="item", max_length=2, weights="shares")
+    seeded = TableSpec(buckets=50, dim=8, seed=3)
+    found = history.hash(pa.array([[1, 2, None, 3], None, [], [4]]), seeded).to_pylist()
+    assert found == [[slow_bucket(2, 50, 3), slow_bucket(3, 50, 3)], [], [], [slow_bucket(4, 50, 3)]]
+
+
+def slow_bucket(key: int, num_buckets: int, seed: int = 0) -> int:
+    return (mix(key % 2**64 ^ mix(seed)) >> 32) * num_buckets >> 32
+
+
+@pytest.mark.parametrize(
+    ("feature", "table", "word"),
+    [
+        (FeatureSpec(name="age", kind="number"), None, "is a number"),
+        (HISTORY, None, "names table 'item': give its"),
+        (FeatureSpec(name="user_id", kind="id", buckets=9, dim=4), ITEM, "has a table of its own"),
+    ],
+)
+def test_a_feature_that_cannot_be_hashed_says_why(feature, table, word):
+    with pytest.raises(ConfigError, match=word):
+        feature.hash(pa.array([1]), table)
+
+
+def test_hashing_a_column_of_another_kind_names_what_is_needed():
+    with pytest.raises(DataError, match="lists of integers or strings"):
+        HISTORY.hash(pa.array([1.5]), ITEM)

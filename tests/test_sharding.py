@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -10,22 +9,28 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from tests.ranks.launch import SAID_BY_TORCHREC
 from tests.ranks.worlds import MIXED, PLANS, TABLES, event_config, tables
 from trec_twotower.distributed import Ranks
 from trec_twotower.errors import ConfigError
 from trec_twotower.model.two_tower import TwoTower
-from trec_twotower.sharding import TablePlacement, describe_plan, make_plan, placements
+from trec_twotower.optimizer import fuse_table_updates
+from trec_twotower.sharding import RankMemory, TablePlacement, make_plan, placements, shard_columns
 
+pytestmark = pytest.mark.filterwarnings(*SAID_BY_TORCHREC)
 SIZES = {name: (spec["buckets"], spec["dim"]) for name, spec in tables("auto").items()}
 
 
-def planned(plan: Any, num_ranks: int, **parts: Any) -> list[TablePlacement]:
+def planned(
+    plan: Any, num_ranks: int, *, memory: RankMemory | None = None, device: str = "cpu", **parts: Any
+) -> list[TablePlacement]:
     """Made in a process that has no group: whatever asked the other ranks would fail."""
     assert not dist.is_initialized()
     config = event_config(Path("world"), Path("run"), plan, **parts)
     schema = config.feature_schema
     model = TwoTower(schema, config.model, config.loss, Ranks(0, 1, torch.device("cpu")))
-    return placements(make_plan(model, schema, num_ranks, torch.device("cpu"), 8))
+    fuse_table_updates(model, config.train.optimizer)
+    return placements(make_plan(model, schema, num_ranks, torch.device(device), 8, memory=memory))
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 3, 4])
@@ -86,73 +91,137 @@ def test_no_rank_gets_a_shard_without_rows(kind, rows, num_ranks):
 @pytest.mark.parametrize("dim", [2, 6, 10])
 def test_columns_that_do_not_split_are_refused(dim):
     wanted = tables("column_wise")
-    wanted["country"]["dim"] = dim
+    wanted["country"] |= {"dim": dim, "shard_columns": None}
     with pytest.raises(ConfigError, match=rf"'country' has dim {dim}, but column_wise sharding needs a multiple of 4"):
         planned("column_wise", 2, tables=wanted)
 
 
+@pytest.mark.parametrize(
+    ("dim", "num_ranks", "columns"),
+    [
+        (128, 1, 128),
+        (128, 2, 64),
+        (128, 3, 64),
+        (128, 4, 32),
+        (128, 64, 4),
+        (12, 2, 12),
+        (20, 2, 20),
+        (24, 2, 12),
+        (4, 8, 4),
+    ],
+)
+def test_tables_are_cut_no_narrower_than_the_ranks_need(dim, num_ranks, columns):
+    """A divisor of dim and a multiple of 4: 12 columns over two ranks would be 6 and 6, so they stay together."""
+    assert shard_columns(dim, num_ranks) == columns
+    wanted = tables("column_wise")
+    wanted["country"] |= {"dim": dim, "shard_columns": None}
+    found = [shard for shard in planned("column_wise", num_ranks, tables=wanted) if shard.table == "country"]
+    assert [shard.columns for shard in found] == [columns] * (dim // columns)
+
+
+def test_a_width_that_is_asked_for_holds_for_any_number_of_ranks():
+    """Row-wise Adagrad keeps a state for each shard: with one width a run may change its ranks."""
+    wanted = tables("column_wise")
+    wanted["country"] |= {"dim": 32, "shard_columns": 8}
+    for num_ranks in (1, 2, 8):
+        found = [shard for shard in planned("column_wise", num_ranks, tables=wanted) if shard.table == "country"]
+        assert [shard.columns for shard in found] == [8] * 4
+
+
+@pytest.mark.parametrize(
+    ("spec", "said"),
+    [
+        ({"sharding": "column_wise", "shard_columns": 6}, "shard_columns is 6 with sharding column_wise and dim 24"),
+        ({"sharding": "column_wise", "shard_columns": 16}, "multiple of 4 that divides dim"),
+        ({"sharding": "row_wise", "shard_columns": 8}, "it belongs to column_wise"),
+        ({"cache_share": 0.5}, "cache_share is 0.5, but kernel fused has no cache"),
+        ({"kernel": "fused_uvm", "cache_share": 0.5}, "kernel fused_uvm has no cache"),
+        ({"sharding": "data_parallel", "dtype": "fp16"}, "dtype fp16 need another sharding"),
+        ({"sharding": "data_parallel", "kernel": "fused_uvm"}, "kernel fused_uvm and dtype fp32 need another"),
+    ],
+)
+def test_settings_of_a_table_that_clash_are_refused(spec, said):
+    wanted = tables("auto")
+    wanted["country"] = {"buckets": 100, "dim": 24, **spec}
+    with pytest.raises(ConfigError, match=said):
+        planned("auto", 2, tables=wanted)
+
+
+# Memory
+
+
 @pytest.mark.parametrize("plan", ["auto", "table_wise", "row_wise"])
 def test_tables_that_fit_nowhere_are_a_mistake_in_the_config(plan):
-    """2^33 rows of 256 columns are 8,796 GB; the planner's own error would be a page, and no ConfigError."""
+    """2^33 rows of 256 columns are 8,796,093 MB, a number a row 34,360 more.
+
+    The planner's own error would be a page, and no ConfigError.
+    """
     wanted = tables(plan)
     wanted["item"] |= {"buckets": 2**33, "dim": 256}
-    with pytest.raises(ConfigError, match=r"do not fit on 2 ranks: .* 8,796\.1 GB, of which 'item' has 8,796\.1: use"):
-        planned(plan, 2, tables=wanted)
+    said = "on 2 ranks: .* need 8,830,453 MB, of which 'item' 8,830,453 MB, and each rank has 100,000 MB of memory, of"
+    optimizer = {"optimizer": {"sparse": "rowwise_adagrad"}}
+    with pytest.raises(ConfigError, match=said):
+        planned(plan, 2, tables=wanted, train=optimizer, memory=RankMemory(100 * 10**9))
 
 
-# In words
+def test_the_memory_of_a_rank_decides_what_fits():
+    """A table of 64 MB and Adagrad's 64 fits whole into 160 MB, less 5 %, in halves into 80, and not into 60."""
+    wanted = tables("auto")
+    wanted["item"] |= {"buckets": 1_000_000, "dim": 16}
+    adagrad = {"optimizer": {"sparse": "adagrad"}}
+
+    def shards(megabytes: int) -> int:
+        memory = RankMemory(megabytes * 10**6)
+        return sum(shard.table == "item" for shard in planned("auto", 2, tables=wanted, train=adagrad, memory=memory))
+
+    assert shards(100) == 2
+    wanted["item"]["sharding"] = "table_wise"
+    assert shards(160) == 1
+    for kind, megabytes in (("table_wise", 120), ("row_wise", 60)):
+        wanted["item"]["sharding"] = kind
+        with pytest.raises(ConfigError, match="need 128 MB, of which 'item' 128 MB"):
+            shards(megabytes)
 
 
-def test_the_plan_in_words_has_the_bytes_of_every_shard():
-    """Four bytes a weight; row-wise Adagrad keeps four more a row and shard. All by hand."""
-    wanted = {
-        "item": {"buckets": 1_000_000, "dim": 16, "sharding": "row_wise"},
-        "click": {"buckets": 2_000_000, "dim": 8, "sharding": "column_wise"},
-        "country": {"buckets": 500_000, "dim": 4, "sharding": "data_parallel"},
-        "tag": {"buckets": 250_001, "dim": 8, "sharding": "row_wise"},
-        "brand": {"buckets": 600_000, "dim": 10, "sharding": "table_wise"},
-    }
-    said = describe_plan(described("rowwise_adagrad", wanted), 2).splitlines()
-    lines = {tuple(line.split()[:3]): line.split()[3:] for line in said[1:-2]}
-    assert said[0].split() == ["table", "sharding", "rank", "rows", "columns", "weights", "MB", "state", "MB"]
-    expected = {
-        ("item", "row_wise", "0"): ["500,000", "16", "32.0", "2.0"],
-        ("item", "row_wise", "1"): ["500,000", "16", "32.0", "2.0"],
-        ("click", "column_wise", "0"): ["2,000,000", "4", "32.0", "8.0"],
-        ("click", "column_wise", "1"): ["2,000,000", "4", "32.0", "8.0"],
-        ("country", "data_parallel", "0"): ["500,000", "4", "8.0", "2.0"],
-        ("country", "data_parallel", "1"): ["500,000", "4", "8.0", "2.0"],
-        ("tag", "row_wise", "0"): ["125,001", "8", "4.0", "0.5"],
-        ("tag", "row_wise", "1"): ["125,000", "8", "4.0", "0.5"],
-    }
-    holder = next(key[2] for key in lines if key[0] == "brand")
-    expected["brand", "table_wise", holder] = ["600,000", "10", "24.0", "2.4"]
-    assert lines == expected
-    totals = {holder: "114.9", str(1 - int(holder)): "88.5"}  # 88.5 without the brands' 26.4
-    assert said[-2:] == [f"rank {rank}: {totals[rank]} MB of tables and their optimizer's state" for rank in ("0", "1")]
-
-
-def described(kind: str, wanted: dict[str, Any]) -> Any:
-    return event_config(Path("world"), Path("run"), tables=wanted, train={"optimizer": {"sparse": kind}})
-
-
-@pytest.mark.parametrize(("kind", "state"), [("sgd", "0.0"), ("adagrad", "48.0"), ("rowwise_adagrad", "4.0")])
-def test_the_state_in_words_is_the_optimizers(kind, state):
-    """A million rows of 12: Adagrad keeps as much as the table, row-wise Adagrad a number a row, SGD nothing."""
+def test_sixteen_bits_take_half():
+    """A table of 128 MB fits into 100 MB a rank as fp16 alone."""
     wanted = tables("table_wise")
-    wanted["item"]["buckets"] = 1_000_000
-    line = next(line for line in describe_plan(described(kind, wanted), 1).splitlines() if line.startswith("item"))
-    assert line.split()[-2:] == ["48.0", state]
+    wanted["item"] |= {"buckets": 2_000_000, "dim": 16}
+    with pytest.raises(ConfigError, match="do not fit"):
+        planned("auto", 1, tables=wanted, memory=RankMemory(100 * 10**6))
+    wanted["item"]["dtype"] = "fp16"
+    assert planned("auto", 1, tables=wanted, memory=RankMemory(100 * 10**6))
 
 
-def test_telling_a_plan_leaves_no_trace(monkeypatch):
-    """Whoever asked for 4 ranks and then 2, or asks under torchrun, gets the plan of one machine each time."""
-    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
-    config = event_config(Path("world"), Path("run"), "table_row_wise")
-    before = dict(os.environ)
-    fresh = describe_plan(config, 2)
-    describe_plan(config, 4)
-    assert describe_plan(config, 2) == fresh
-    assert dict(os.environ) == before
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
-    assert describe_plan(config, 2) == fresh
+@pytest.mark.parametrize("kernel", ["fused_uvm", "fused_uvm_caching"])
+def test_kernels_beside_a_gpu_are_refused_by_name_without_one(kernel):
+    wanted = tables("auto")
+    wanted["item"]["kernel"] = kernel
+    with pytest.raises(ConfigError, match=rf"'item' has kernel {kernel}, .* set kernel: fused\."):
+        planned("auto", 1, tables=wanted)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "share", "gpu_megabytes", "fits"),
+    [
+        ("fused", None, 100, False),
+        ("fused_uvm", None, 10, True),
+        ("fused_uvm_caching", 0.5, 100, True),
+        ("fused_uvm_caching", 0.5, 60, False),
+        ("fused_uvm_caching", 0.25, 60, True),
+        ("fused_uvm_caching", None, 50, True),
+    ],
+)
+def test_a_kernel_says_how_much_of_a_table_lies_on_the_gpu(kernel, share, gpu_megabytes, fits):
+    """A table of 128 MB: all of it, none, or the cache's share (by default a fifth) and what finds rows in it."""
+    wanted = tables("table_wise")
+    wanted["item"] |= {"buckets": 2_000_000, "dim": 16, "kernel": kernel, "cache_share": share}
+    memory = RankMemory(10**9, gpu_megabytes * 10**6)
+    if not fits:
+        with pytest.raises(ConfigError, match=f"has {gpu_megabytes} MB on its GPU and 1,000 MB beside it"):
+            planned("auto", 1, tables=wanted, memory=memory, device="cuda")
+        return
+    (item,) = (
+        shard for shard in planned("auto", 1, tables=wanted, memory=memory, device="cuda") if shard.table == "item"
+    )
+    assert item.kernel == kernel

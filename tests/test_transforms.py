@@ -184,6 +184,17 @@ def test_a_category_has_bucket_0_for_null_alone(values, spec):
     assert category(spec, pa.array(words, pa.string()), "here").tolist() == expected
 
 
+def test_a_category_of_billions_of_buckets_does_not_wrap():
+    """Beyond 2^31 rows, where int32 ends: with nulls, and at the size where one more than a bucket no longer fits."""
+    for num_buckets in ((1 << 31) + 1, 1 << 32):
+        spec = TableSpec(buckets=num_buckets, dim=2)
+        values = list(range(200))
+        expected = [1 + slow_bucket(value, num_buckets - 1, spec) for value in values]
+        assert max(expected) > 1.9 * 2**30
+        assert category(spec, pa.array(values), "here").tolist() == expected
+        assert category(spec, pa.array([*values, None]), "here").tolist() == [*expected, 0]
+
+
 def test_a_category_of_one_bucket_is_that_bucket():
     assert category(TableSpec(buckets=1, dim=2), pa.array([5, None]), "here").tolist() == [0, 0]
 
@@ -205,20 +216,20 @@ def test_dividing_the_sum_gives_the_pooling_of_the_name(rows, is_weighted):
         "sqrtn": [math.sqrt(math.fsum(w * w for w in row)) if row else 1.0 for row in weights],
     }
     for pooling, divisor in expected.items():
-        found = pooling_divisor(bag_of(pooling=pooling), lists)
+        found = pooling_divisor(bag_of(pooling=pooling), lists.lengths, lists if is_weighted else None)
         assert found.dtype == np.float32
         np.testing.assert_allclose(found, np.array(divisor), rtol=1e-6)
 
 
 def test_weights_that_cancel_divide_by_one():
     lists = Lists(np.array([0, 2, 4]), np.arange(4), np.array([1, -1, 0, 0], np.float32))
-    assert pooling_divisor(bag_of(pooling="mean"), lists).tolist() == [1.0, 1.0]
-    np.testing.assert_allclose(pooling_divisor(bag_of(pooling="sqrtn"), lists), [math.sqrt(2), 1.0])
+    assert pooling_divisor(bag_of(pooling="mean"), lists.lengths, lists).tolist() == [1.0, 1.0]
+    np.testing.assert_allclose(pooling_divisor(bag_of(pooling="sqrtn"), lists.lengths, lists), [math.sqrt(2), 1.0])
 
 
 def test_single_ids_are_not_divided():
     feature = FeatureSpec(name="f", kind="id", table="t")
-    assert pooling_divisor(feature, Lists.singles(np.arange(3))).tolist() == [1, 1, 1]
+    assert pooling_divisor(feature, np.ones(3, np.int64)).tolist() == [1, 1, 1]
 
 
 # Numbers

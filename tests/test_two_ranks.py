@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.ranks.worlds import NUM_EVENTS, NUM_ITEMS, PLANS
+from tests.ranks.worlds import LOSSES, NUM_EVENTS, NUM_ITEMS, PLANS
 
 Results = dict[str, Any]
 KINDS = ("sgd", "rowwise_adagrad", "adagrad")
@@ -25,6 +25,9 @@ TRAININGS = [
     "tail 7",
     "tail 11",
     "one row",
+    *(f"loss {name}" for name in LOSSES),
+    *(f"negatives {plan} {kind}" for kind in ("sgd", "rowwise_adagrad") for plan in ("table_wise", "row_wise")),
+    "negatives user sgd",
 ]
 
 

@@ -1,69 +1,139 @@
-"""Checkpoints of a run: written as new folders, verified, resumed from."""
+"""Checkpoints of a run: written beside the training as new folders, verified, resumed from."""
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import importlib.metadata
+import platform
 import shutil
+import threading
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
-from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint import CheckpointException
 
+import trec_twotower
+from trec_twotower.checkpoint_storage import PublishingWriter, SafeReader, Snapshot
+from trec_twotower.config import differences
 from trec_twotower.distributed import Ranks
-from trec_twotower.errors import ConfigError
-from trec_twotower.files import MANIFEST, open_sealed, publish_folder, read_json, seal, sha256_of, write_json
+from trec_twotower.errors import ConfigError, DataError, TrainingError
+from trec_twotower.faults import fault_point
+from trec_twotower.files import MANIFEST, read_manifest, sha256_of, verify_sealed
 from trec_twotower.optimizer import RunOptimizer
 
+FORMAT = 2  # of a checkpoint's manifest and of the names in it
+CLOSE_S = 20.0  # for a save that is under way when the training fails; its other ranks may be gone
 MEND = "remove this checkpoint; the run goes on from the one before it."
 
 
 class Checkpoints:
-    """The folder checkpoints/ of a run: step-00000100/ and so on, of which some are kept."""
+    """The folder checkpoints/ of a run: step-00000100/ and so on, of which some are kept.
 
-    def __init__(self, folder: Path, ranks: Ranks, keep: int = 2) -> None:
+    With `settings` (config.binding), checkpoints that were trained under other ones are refused.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        ranks: Ranks,
+        keep: int = 2,
+        settings: Mapping[str, Any] | None = None,
+        *,
+        in_background: bool = False,
+    ) -> None:
         self.folder = folder
         self.ranks = ranks
         self.keep = keep
+        self.settings = settings
+        self.in_background = in_background
+        self._snapshot = Snapshot()
+        self._group: dist.ProcessGroup | None = None
+        self._save: _Save | None = None
 
     def save(self, step: int, model: nn.Module, optimizer: RunOptimizer, facts: dict[str, Any]) -> Path:
-        """Write the state after `step` steps; an interrupted save leaves the earlier checkpoints as they were."""
-        path = self.folder / f"step-{step:08d}"
-        temporary = self.folder / f".{path.name}.tmp"
-        self.ranks.once(lambda: self._begin(temporary))
-        dcp.save(_state(model, optimizer), storage_writer=FileSystemWriter(temporary, overwrite=False))
-        self.ranks.once(
-            lambda: self._finish(temporary, path, {"step": step, "num_ranks": self.ranks.num_ranks, **facts})
+        """Write the state after `step` steps; an interrupted save leaves the earlier checkpoints as they were.
+
+        In the background it returns when this rank's shards are copied: a failure is then raised by the next call, or
+        by `wait`.
+        """
+        self.wait()
+        self._snapshot.take(_state(model, optimizer))
+        fault_point("save:copied", step)
+        if self._group is None:  # its own, because its messages run beside those of the training
+            self._group = self.ranks.new_group()
+        facts = {"format": FORMAT, "step": step, "num_ranks": self.ranks.num_ranks, **facts}
+        writer = PublishingWriter(self.path(step), facts, step, self._sweep)
+        self._save = _Save(writer, self._snapshot, self._group)
+        if self.in_background:
+            self._save.start()
+        else:
+            self._save.run()
+            self.wait()
+        return self.path(step)
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether the save in the background has ended in an error, which `wait` would raise."""
+        return self._save is not None and self._save.error is not None
+
+    def wait(self, timeout_s: float | None = None) -> None:
+        """Return when no save is under way; raises TrainingError where one failed."""
+        save = self._save
+        if save is None:
+            return
+        if save.ident is not None:
+            save.join(timeout_s)
+            if save.is_alive():
+                return
+        self._save = None
+        if save.error is not None:
+            raise self._told(save.writer, save.error)
+
+    def close(self) -> None:
+        """Let a save that is under way end, whatever becomes of it: the training is over."""
+        with contextlib.suppress(Exception):
+            self.wait(CLOSE_S)
+
+    def _told(self, writer: PublishingWriter, error: BaseException) -> BaseException:
+        """The error of a save, as one that says what to do."""
+        rank, cause = self.ranks.rank, error
+        if isinstance(error, CheckpointException):
+            rank, wrapped = next(iter(error.failures.items()))
+            cause = wrapped[0]
+            if self.ranks.is_first:
+                shutil.rmtree(writer.temporary, ignore_errors=True)
+        if not isinstance(cause, OSError):
+            return cause
+        need = self._snapshot.num_bytes * self.ranks.num_ranks
+        space = shutil.disk_usage(self.folder).free
+        mend = f"a checkpoint takes some {need:,} bytes and {space:,} are free; " if cause.errno == errno.ENOSPC else ""
+        return TrainingError(
+            f"Rank {rank} could not write {cause.filename or writer.temporary} for the checkpoint of step "
+            f"{writer.step:,} ({cause.strerror or cause}): {mend}the earlier checkpoints are whole, and the same "
+            "command goes on from them when there is room."
         )
-        return path
-
-    def _begin(self, temporary: Path) -> None:
-        for leftover in self.folder.glob(".step-*"):
-            shutil.rmtree(leftover)
-        temporary.mkdir(parents=True)
-
-    def _finish(self, temporary: Path, path: Path, facts: dict[str, Any]) -> None:
-        seal(temporary, facts)
-        publish_folder(temporary, path)
-
-    def mark_best(self, step: int, metric: str, value: float) -> None:
-        self.ranks.once(lambda: write_json(self.folder / "best.json", {"step": step, "metric": metric, "value": value}))
 
     def best(self) -> dict[str, Any] | None:
-        path = self.folder / "best.json"
-        return read_json(path) if path.is_file() else None
+        """The step whose evaluation was best, by what the checkpoints' manifests say: {"step", "metric", "value"}."""
+        found = [read_manifest(path, MEND, FORMAT) for path in self.complete()]
+        evaluated = [{"step": manifest["step"], **manifest["valid"]} for manifest in found if manifest.get("valid")]
+        alike = [each for each in evaluated if each["metric"] == evaluated[-1]["metric"]]
+        return max(alike, key=lambda each: each["value"], default=None)  # of equal ones the first
 
-    def sweep(self) -> None:
+    def _sweep(self) -> None:
         """Take away all checkpoints but the newest `keep` and the best."""
-
-        def remove() -> None:
-            best = self.best()
-            for path in self.complete()[: -self.keep]:
-                if best is None or path != self.path(best["step"]):
-                    shutil.rmtree(path)
-
-        self.ranks.once(remove)
+        best = self.best()
+        for path in self.complete()[: -self.keep]:
+            if best is None or path != self.path(best["step"]):
+                # Without its manifest it is no checkpoint any more, however far the removal gets.
+                (path / MANIFEST).unlink()
+                shutil.rmtree(path)
 
     def path(self, step: int) -> Path:
         return self.folder / f"step-{step:08d}"
@@ -78,8 +148,8 @@ class Checkpoints:
 
     def choose(self, which: str) -> Path:
         """The checkpoint a later stage works on: "best" (the newest where none was evaluated), "newest" or a step."""
-        best = self.best()
-        if which == "best" and best is not None and self.path(best["step"]).is_dir():
+        best = self.best() if which == "best" else None
+        if best is not None:
             return self.path(best["step"])
         if which in ("best", "newest"):
             newest = self.newest()
@@ -96,13 +166,108 @@ class Checkpoints:
     def load(self, path: Path, model: nn.Module, optimizer: RunOptimizer | None = None) -> dict[str, Any]:
         """Fill the model (and the optimizer) from a checkpoint, in place; returns its manifest.
 
-        Raises DataError when a file is missing or altered.
+        Raises DataError when a file is missing or altered, ConfigError when it was trained under other settings, or
+        its tensors are not laid out as this plan needs them.
         """
-        manifest = self.ranks.once(lambda: open_sealed(path, MEND))
+        manifest, reader = self._open(path)
+        if self.settings is not None and (found := differences(manifest.get("settings", {}), self.settings)):
+            raise ConfigError(
+                f"{path} was trained under another config: {found}. Take the old settings back, or begin another run "
+                f"with its weights: run_dir=... --init-from {self.folder.parent}"
+            )
         state = _state(model, optimizer)
-        dcp.load(state, storage_reader=FileSystemReader(path))
-        model.load_state_dict(state["model"])
+        misfits = self._misfits(state, reader.sizes, is_whole=optimizer is not None)
+        if misfits:
+            parts = sorted({_table_of(name) or name for name in misfits})
+            name, how = next(iter(misfits.items()))
+            raise ConfigError(
+                f"{path} cannot be resumed under this plan, because its state is laid out otherwise for "
+                f"{', '.join(parts)} (such as {name}: {how}). Take the old tables.*.sharding back, or begin another "
+                f"run with its weights alone: run_dir=... --init-from {self.folder.parent}"
+            )
+        self._fill(state, reader)
+        model.load_state_dict({name: state[_MODEL + name] for name in model.state_dict()})
+        fault_point("load:filled", manifest["step"])
         return manifest
+
+    def load_what_fits(self, path: Path, model: nn.Module) -> tuple[list[str], list[str]]:
+        """Fill those weights of the model that the checkpoint has in the same size; (what it took, what it left)."""
+        _, reader = self._open(path)
+        state = _state(model, None)
+        sizes = {name: _whole_size(value) for name, value in state.items()}
+        fitting = {name: value for name, value in state.items() if sizes[name] == tuple(reader.sizes.get(name, ()))}
+        self._fill(fitting, reader)
+        model.load_state_dict({name: state[_MODEL + name] for name in model.state_dict()})
+        left = [
+            f"{name.removeprefix(_MODEL)} ({_size(sizes[name])} here, "
+            + (f"{_size(reader.sizes[name])} there)" if name in reader.sizes else "not there)")
+            for name in state
+            if name not in fitting
+        ]
+        left += [
+            f"{name.removeprefix(_MODEL)} ({_size(size)} there, not here)"
+            for name, size in reader.sizes.items()
+            if name.startswith(_MODEL) and name not in state
+        ]
+        return [name.removeprefix(_MODEL) for name in fitting], left
+
+    def _open(self, path: Path) -> tuple[dict[str, Any], SafeReader]:
+        """A checkpoint's manifest and reader, when every rank has verified its share of the files."""
+        manifest = self.ranks.once(lambda: read_manifest(path, MEND, FORMAT))
+
+        def verify() -> None:
+            for name in sorted(manifest["files"])[self.ranks.rank :: self.ranks.num_ranks]:
+                verify_sealed(path, manifest, name, MEND)
+
+        self.ranks.together(verify)
+        reader = self.ranks.together(lambda: SafeReader(path, manifest, MEND))
+        fault_point("load:verified", manifest["step"])
+        return manifest, reader
+
+    def _misfits(self, state: dict[str, Any], there: Mapping[str, torch.Size], *, is_whole: bool) -> dict[str, str]:
+        """The tensors of all ranks that the checkpoint has not, or in another size, and those of it that none takes."""
+        here: dict[str, tuple[int, ...]] = {}
+        for sizes in self.ranks.collect({name: _whole_size(value) for name, value in state.items()}):
+            here |= sizes
+        found = {}
+        for name in sorted({*here, *there} if is_whole else here):
+            ours, theirs = (_size(where[name]) if name in where else "not" for where in (here, there))
+            if ours != theirs:
+                found[name] = f"{ours} here, {theirs} there"
+        return found
+
+    def _fill(self, state: dict[str, Any], reader: SafeReader) -> None:
+        try:
+            dcp.load(state, storage_reader=reader, planner=dcp.DefaultLoadPlanner(flatten_state_dict=False))
+        except CheckpointException as error:
+            rank, (cause, _) = next(iter(error.failures.items()))
+            found = f"{type(cause).__name__}: {cause}"
+            raise DataError(f"Rank {rank} cannot read {reader.path} ({found}): {MEND}") from None
+
+
+class _Save(threading.Thread):
+    """One save, beside the training or in its place."""
+
+    def __init__(self, writer: PublishingWriter, snapshot: Snapshot, group: dist.ProcessGroup) -> None:
+        super().__init__(name="checkpoint", daemon=True)
+        self.writer, self.snapshot, self.group = writer, snapshot, group
+        self.error: BaseException | None = None  # a CheckpointException is no Exception
+
+    def run(self) -> None:
+        try:
+            state = self.snapshot.state_dict
+            dcp.save(state, storage_writer=self.writer, planner=self.snapshot, process_group=self.group)
+        except (Exception, CheckpointException) as error:  # for the training's own thread
+            self.error = error
+
+
+def versions() -> dict[str, str]:
+    """Of what wrote a checkpoint."""
+    found = {"trec_twotower": trec_twotower.__version__, "python": platform.python_version()}
+    for name in ("torch", "torchrec", "fbgemm-gpu", "fbgemm-gpu-cpu"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
 def model_version(checkpoint: Path) -> str:
@@ -110,16 +275,29 @@ def model_version(checkpoint: Path) -> str:
     return sha256_of(checkpoint / MANIFEST)[:12]
 
 
+_MODEL, _OPTIMIZER = "model.", "optimizer."
+
+
 def _state(model: nn.Module, optimizer: RunOptimizer | None) -> dict[str, Any]:
     """Tensors alone; they are the live ones, so that loading writes into the model."""
-    state: dict[str, Any] = {"model": dict(model.state_dict())}
+    state: dict[str, Any] = {_MODEL + name: value for name, value in model.state_dict().items()}
     if optimizer is not None:
-        state["optimizer"] = {
-            name: {
-                part: value
-                for part, value in values.items()
-                if isinstance(value, torch.Tensor) or hasattr(value, "local_shards")
-            }
-            for name, values in optimizer.state().items()
-        }
+        for name, parts in optimizer.state().items():
+            for part, value in parts.items():
+                if isinstance(value, torch.Tensor) or hasattr(value, "local_shards"):
+                    state[f"{_OPTIMIZER}{name}/{part}"] = value
     return state
+
+
+def _whole_size(value: Any) -> tuple[int, ...]:
+    return tuple(value.metadata().size if hasattr(value, "local_shards") else value.shape)
+
+
+def _table_of(name: str) -> str | None:
+    """The table whose weight or state it is."""
+    _, found, rest = name.partition(".embedding_bags.")
+    return f"table {rest.partition('.')[0]!r}" if found else None
+
+
+def _size(size: Any) -> str:
+    return " x ".join(f"{length:,}" for length in size) or "one number"

@@ -10,11 +10,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from trec_twotower.errors import ConfigError, DataError, TrainingError
+from trec_twotower.errors import ConfigError, DataError, LostRanks, Stopped, TrainingError
 
 MAX_PLANNED_RANKS = 4096  # more, and the planner does not come back
 INTERRUPTED = 130  # the customary code after Ctrl-C
-EPILOG = "Exit codes: 0 done, 1 failed, 2 a mistake in the call or the config, 3 a mistake in the data."
+EPILOG = (
+    "Exit codes: 0 done, 1 failed, 2 a mistake in the call or the config, 3 a mistake in the data, 128 + the signal "
+    "when stopped by one (130 Ctrl-C, 138 SIGUSR1, 143 SIGTERM; training has then saved, see RUN/status.json)."
+)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -60,6 +63,10 @@ def build_parser() -> argparse.ArgumentParser:
         "overrides", nargs="*", default=[], metavar="key=value", help="settings to change, such as train.epochs=3"
     )
 
+    train.add_argument(
+        "--init-from", type=Path, metavar="RUN", help="a run whose weights a new run begins with, where they fit"
+    )
+
     export = command("export", _export, "item and user vectors to Parquet, under RUN/export")
     folder(export)
 
@@ -80,6 +87,7 @@ def build_parser() -> argparse.ArgumentParser:
     plan = command("plan", _plan, "which rank would hold which part of which table, and how many bytes")
     plan.add_argument("config", type=Path, metavar="CONFIG")
     plan.add_argument("--ranks", type=int, required=True, metavar="N")
+    plan.add_argument("--gpu-gb", type=float, metavar="GB", help="for GPUs of so much memory (default: those here)")
     plan.add_argument("overrides", nargs="*", default=[], metavar="key=value")
 
     command("doctor", _doctor, "what is installed, what does not fit, and the line that mends it")
@@ -120,8 +128,11 @@ def _run(arguments: list[str] | None) -> int:
     try:
         return options.run(options)
     except (ConfigError, DataError, TrainingError) as error:
-        _say_once(f"trec-twotower {options.command}: {error}")
+        _say_once(f"trec-twotower {options.command}: {error}", is_own=isinstance(error, LostRanks))
         return error.exit_code
+    except Stopped as stopped:
+        _say_once(f"trec-twotower {options.command}: {stopped}")
+        return _code_for_launcher(stopped.exit_code)
     except KeyboardInterrupt:
         _say_once(f"trec-twotower {options.command}: interrupted; the same command goes on from what is saved.")
         return INTERRUPTED
@@ -130,8 +141,11 @@ def _run(arguments: list[str] | None) -> int:
         return 1
 
 
-def _say_once(message: str) -> None:
-    """Tell stderr; of the ranks of one job, which mostly find the same mistake, the first to come speaks."""
+def _say_once(message: str, is_own: bool = False) -> None:
+    """Tell stderr; of the ranks of one job, which mostly find the same mistake, the first to come speaks.
+
+    Under a launcher that is not ours rank 0 speaks, and every rank of what is its own.
+    """
     said_dir = os.environ.get("TREC_TT_SAID_DIR")
     if said_dir is not None:
         import hashlib
@@ -142,9 +156,21 @@ def _say_once(message: str) -> None:
             return
         except OSError:
             pass  # the job's folder is gone: better said twice than not at all
-    elif os.environ.get("RANK", "0") != "0":
+    elif os.environ.get("RANK", "0") != "0" and not is_own:
         return
     print(message, file=sys.stderr, flush=True)
+
+
+def _code_for_launcher(exit_code: int) -> int:
+    """The code to end with: under our launcher 0, which starts no rank again, and the true one left in a file."""
+    said_dir = os.environ.get("TREC_TT_SAID_DIR")
+    if said_dir is None:
+        return exit_code
+    try:
+        (Path(said_dir) / "exit_code").write_text(str(exit_code))
+    except OSError:
+        return exit_code
+    return 0
 
 
 def _ranks(config: Any | None = None) -> Any:
@@ -152,7 +178,7 @@ def _ranks(config: Any | None = None) -> Any:
 
     if config is None:
         return start_ranks()
-    return start_ranks(config.train.timeout_s, config.train.threads)
+    return start_ranks(config.train.timeout_s, config.train.threads, config.train.first_timeout_s)
 
 
 def _prepare(options: argparse.Namespace) -> int:
@@ -181,7 +207,11 @@ def _train(options: argparse.Namespace) -> int:
                 return None
             return Evaluator.of(sources, "valid", config.evaluate, ranks, sample=config.evaluate.users)
 
-        train(config, ranks, evaluator)
+        search: Any = None
+        if config.loss.negatives.refresh is not None:
+            from trec_twotower.index.neighbours import neighbours as search
+
+        train(config, ranks, evaluator, options.init_from, search)
     return 0
 
 
@@ -278,10 +308,12 @@ def _plan(options: argparse.Namespace) -> int:
     config = load_config(options.config, options.overrides)
     if not 1 <= options.ranks <= MAX_PLANNED_RANKS:
         raise ConfigError(f"--ranks is {options.ranks}: give 1 to {MAX_PLANNED_RANKS:,}.")
+    if options.gpu_gb is not None and not options.gpu_gb > 0:
+        raise ConfigError(f"--gpu-gb is {options.gpu_gb}: give the memory of a GPU in GB, such as 80.")
     _quiet()
-    from trec_twotower.sharding import describe_plan
+    from trec_twotower.plan import describe_plan
 
-    print(describe_plan(config, options.ranks))
+    print(describe_plan(config, options.ranks, options.gpu_gb))
     return 0
 
 

@@ -13,11 +13,13 @@ import yaml
 from pydantic import (
     BaseModel,
     BeforeValidator,
+    Discriminator,
     Field,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    Tag,
     ValidationError,
     model_validator,
 )
@@ -32,6 +34,13 @@ def _plain(place: Any) -> Any:
     return str(place) if isinstance(place, Path) else place
 
 
+class FollowConfig(Settings):
+    """Files that appear in train/ while a run goes on, each of which it reads once."""
+
+    poll_s: PositiveFloat = 10.0  # seconds between looks for new files, while it waits for some
+    idle_s: NonNegativeFloat | None = None  # a run ends that has waited so long; 0: at once; default: never
+
+
 class DataConfig(Settings):
     """What is read, and in which order."""
 
@@ -43,8 +52,10 @@ class DataConfig(Settings):
     input_share: float = Field(default=0.5, gt=0, lt=1)  # rows: user - how much of a user's items is input
     threads: NonNegativeInt = 1  # that read, hash and make batches ahead; 0: the trainer's own, in between
     prefetch: PositiveInt = 4  # batches made ahead of the trainer
-    cache: Path | None = None  # a folder for hashed rows, which later epochs read in place of Parquet
+    cache: Path | None = None  # a folder for hashed rows, which later epochs read in place of Parquet, and catalogues
     cache_gb: PositiveFloat = 50.0  # the most that folder may hold
+    drop_last: bool = False  # leave out an epoch's last rows, where they are no whole batch
+    follow: FollowConfig | None = None  # train on a folder that grows: no epochs, and no cache of what is read once
 
 
 class TowerConfig(Settings):
@@ -64,59 +75,280 @@ class ModelConfig(Settings):
     similarity: Literal["cosine", "dot"] = "cosine"
 
 
+class SameConfig(Settings):
+    """Items of the positives' own categories."""
+
+    feature: str  # an item feature with one id a row
+    count: PositiveInt  # positives drawn a step, over all ranks; each brings an item of its category
+
+
+class MinedConfig(Settings):
+    """Items that a file names for each item or user."""
+
+    file: Path  # Parquet: the key's column, each id once, and `negatives`, a list of item ids
+    key: Literal["item_id", "user_id"] = "item_id"  # item_id: of the row's positives
+    count: PositiveInt  # drawn from its list for each row
+    shared: bool = True  # what one row brings also stands against the others that do not know it
+    unknown: Literal["error", "skip"] = "error"  # what becomes of items that are not in the catalogue
+
+
+class RefreshConfig(Settings):
+    """Neighbours of the positives among the items' vectors, found anew as the model changes."""
+
+    every: PositiveInt  # steps
+    ranks: tuple[PositiveInt, PositiveInt] = (50, 500)  # which neighbours; the nearest other item is the first
+    count: PositiveInt  # drawn for each row
+    shared: bool = True  # what one row brings also stands against the others that do not know it
+
+    @model_validator(mode="after")
+    def _has_a_range(self) -> Self:
+        if self.ranks[0] > self.ranks[1]:
+            raise ValueError(
+                f"loss.negatives.refresh.ranks is {list(self.ranks)}: name the nearest first, such as [50, 500]."
+            )
+        return self
+
+
 class NegativesConfig(Settings):
     """Where the items that a user did not take come from; all of them form one set of candidates."""
 
     in_batch: bool = True  # the other rows' positives, over all ranks
-    sampled: NonNegativeInt | Literal["all"] = 0  # drawn evenly from the catalogue a step, over all ranks
+    sampled: NonNegativeInt | Literal["all"] = 0  # drawn from the catalogue a step, over all ranks
+    power: NonNegativeFloat = 0.0  # an item taken n times is drawn in proportion to n ** power; 0: evenly
+    same: SameConfig | None = None
+    mined: MinedConfig | None = None
+    refresh: RefreshConfig | None = None
+    queue: NonNegativeInt = 0  # candidates of earlier steps whose vectors are kept and stand as they were
+    hardest: PositiveInt | None = None  # only so many negatives of a row count, those of the highest logits
+
+    @model_validator(mode="after")
+    def _fit_together(self) -> Self:
+        beside = [name for name in ("same", "mined", "refresh", "queue") if getattr(self, name)]
+        if self.sampled == "all" and (beside or self.power):
+            raise ValueError(
+                "loss.negatives.sampled is all, so every item is a candidate already: take "
+                f"{', '.join(beside or ['power'])} out, or set sampled to a count."
+            )
+        if self.power and not self.sampled:
+            raise ValueError(
+                f"loss.negatives.power is {self.power:g}, but nothing is drawn by it: set loss.negatives.sampled."
+            )
+        return self
+
+
+class GivenConfig(Settings):
+    """Items that a train row itself names beside its positives: impressions, hard negatives, graded lists."""
+
+    column: str  # of train/: a list of item ids, empty or null where there are none
+    labels: str | None = None  # of train/: as long; 0: refused, above: taken, or a grade; default: all are refused
+    weights: str | None = None  # of train/: as long; default: 1 (of bce and listwise)
+    shared: bool = True  # what one row refused also stands against the others that do not know it
+    unknown: Literal["error", "skip"] = "error"  # what becomes of items that are not in the catalogue
+
+
+class LearnedTemperature(Settings):
+    """A temperature that is fitted with the towers and stays between two bounds."""
+
+    learned: Literal[True]
+    start: PositiveFloat = 0.1
+    low: PositiveFloat = 0.01
+    high: PositiveFloat = 1.0
+
+    @model_validator(mode="after")
+    def _starts_within(self) -> Self:
+        if not self.low < self.start < self.high:
+            raise ValueError(
+                f"loss.temperature starts at {self.start:g}, which is not between low = {self.low:g} and high = "
+                f"{self.high:g}: a learned temperature stays between them."
+            )
+        return self
+
+
+# The names of the choices begin with |, so that messages about a value leave them out of its place.
+_NumberOrLearned = Annotated[
+    Annotated[PositiveFloat, Tag("|number")] | Annotated[LearnedTemperature, Tag("|learned")],
+    Discriminator(lambda value: "|learned" if isinstance(value, dict | LearnedTemperature) else "|number"),
+]
+
+
+class RegulariseConfig(Settings):
+    """Weights of what is added to the loss, per row; 0: none of it."""
+
+    norm: NonNegativeFloat = 0.0  # mean squared length of the users' vectors and of the candidates'
+    alignment: NonNegativeFloat = 0.0  # squared distance of positives
+    uniformity: NonNegativeFloat = 0.0  # log of the mean of exp(-2 squared distance), of users and of candidates
+
+
+# What each loss can be told, and the values it has where a config says nothing.
+LOSS_PARAMETERS: dict[str, dict[str, Any]] = {
+    "softmax": {"temperature": 0.1, "precision": "fp32"},
+    "bce": {"temperature": 0.1, "negative_weight": 1.0, "precision": "fp32"},
+    "softmax_bce": {"temperature": 0.1, "softmax_share": 0.5, "negative_weight": 1.0, "precision": "fp32"},
+    "bsl": {"temperature": 0.1, "temperature_ratio": 1.0, "precision": "fp32"},
+    "ccl": {"margin": 0.8, "negative_weight": 150.0, "precision": "fp32"},
+    "bpr": {"temperature": 0.1, "precision": "fp32"},
+    "margin": {"margin": 0.2, "precision": "fp32"},
+    "listwise": {"temperature": 0.1, "grades": "share"},
+}
+CORRECTED = ("softmax", "bce", "softmax_bce", "bsl")  # the losses that log_q is for
+SELECTIVE = ("softmax", "bsl", "ccl", "bpr", "margin")  # the losses that may keep a row's hardest negatives alone
 
 
 class LossConfig(Settings):
-    """Softmax of each positive against the candidates."""
+    """What tells a row's positives from the candidates; see model/losses for the formulas."""
 
-    kind: Literal["softmax"] = "softmax"
-    temperature: PositiveFloat = 0.1
+    kind: Literal["softmax", "bce", "softmax_bce", "bsl", "ccl", "bpr", "margin", "listwise"] = "softmax"
+    # One of LOSS_PARAMETERS each; null where the loss has no such parameter.
+    temperature: _NumberOrLearned | None = None  # scores are divided by it; {learned: true, start, low, high}: fitted
+    precision: Literal["fp32", "bf16"] | None = None  # bf16: of the gradients' products; logits stay fp32
+    softmax_share: float | None = Field(default=None, ge=0, le=1)  # softmax_bce: of softmax; the rest is bce
+    negative_weight: PositiveFloat | None = None  # bce, ccl: of all negatives of a row together
+    temperature_ratio: PositiveFloat | None = None  # bsl: the positives' temperature over the negatives'
+    margin: float | None = Field(default=None, ge=-1)  # ccl: above which a negative costs; margin: the wanted lead
+    grades: Literal["share", "softmax"] | None = None  # listwise: what is made of a list's labels
     log_q: float = Field(default=1.0, ge=0, le=1)  # strength of the correction for how often an item is a candidate
+    log_q_estimate: Literal["exact", "streaming"] = "exact"  # streaming: by how often it was one up to now
     positive_power: NonNegativeFloat = 1.0  # a row of n positives gives each the weight n ** -positive_power
     mask_history: bool = True  # items of the row's history are not its negatives
+    known: Path | None = None  # Parquet of user_id and item_ids: further items that are not its negatives
     negatives: NegativesConfig = NegativesConfig()
+    given: GivenConfig | None = None
+    regularise: RegulariseConfig = RegulariseConfig()
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """What the loss function is to be told, by name."""
+        return {name: getattr(self, name) for name in LOSS_PARAMETERS[self.kind]}
+
+    @property
+    def has_other_negatives(self) -> bool:
+        """Whether there are negatives beside the other rows' positives, or none are needed."""
+        drawn = (self.negatives.sampled, self.negatives.same, self.negatives.mined, self.given)
+        return any(each is not None and each != 0 for each in drawn)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        kind = values.get("kind", "softmax")
+        if not isinstance(kind, str) or kind not in LOSS_PARAMETERS:
+            return values  # whose kind is then refused
+        known = {**LOSS_PARAMETERS[kind], "log_q": 1.0 if kind in CORRECTED else 0.0}
+        return {**values, **{name: value for name, value in known.items() if values.get(name) is None}}
 
     @model_validator(mode="after")
-    def _has_negatives(self) -> Self:
-        if not self.negatives.in_batch and self.negatives.sampled == 0:
+    def _fits_its_kind(self) -> Self:
+        for name in sorted({name for parameters in LOSS_PARAMETERS.values() for name in parameters}):
+            if name not in LOSS_PARAMETERS[self.kind] and getattr(self, name) is not None:
+                others = ", ".join(kind for kind, parameters in LOSS_PARAMETERS.items() if name in parameters)
+                raise ValueError(
+                    f"loss.{name} is set, but loss.kind {self.kind} has no {name} (it belongs to {others}): leave it "
+                    f"out (loss.{name}=null), or choose another kind."
+                )
+        if self.kind not in CORRECTED and self.log_q:
             raise ValueError(
-                "loss.negatives has in_batch: false and sampled: 0, so nothing is left to tell a positive from: "
-                "set in_batch: true, or sampled to a count or all."
+                f"loss.log_q is {self.log_q:g}, but loss.kind {self.kind} takes no correction: leave it out, or choose "
+                f"{', '.join(CORRECTED)}."
+            )
+        if self.log_q_estimate == "streaming" and not self.log_q:
+            raise ValueError(
+                "loss.log_q_estimate is streaming, but loss.log_q is 0, so nothing is corrected by it: leave it out, "
+                "or set loss.log_q."
+            )
+        if self.negatives.hardest is not None and self.kind not in SELECTIVE:
+            raise ValueError(
+                f"loss.negatives.hardest is set, but loss.kind {self.kind} weighs all negatives of a row (those that "
+                f"select are {', '.join(SELECTIVE)}): leave it out, or choose another kind."
+            )
+        if self.kind == "ccl" and self.margin is not None and self.margin >= 1:
+            raise ValueError(
+                f"loss.margin is {self.margin:g}, but no cosine is above 1, so no negative would ever count in ccl: "
+                "choose one below 1."
+            )
+        if self.kind == "margin" and self.margin is not None and self.margin <= 0:
+            raise ValueError(
+                f"loss.margin is {self.margin:g}: equal vectors would cost nothing; choose a lead above 0."
             )
         return self
+
+    @model_validator(mode="after")
+    def _has_something_to_tell_apart(self) -> Self:
+        if self.kind == "listwise":
+            if self.given is None or self.given.labels is None:
+                raise ValueError(
+                    "loss.kind is listwise, which ranks a row's graded list, but loss.given names no column of labels: "
+                    "set loss.given.column and loss.given.labels, or choose another kind."
+                )
+            if unused := [name for name in ("same", "queue") if getattr(self.negatives, name)]:
+                raise ValueError(
+                    "loss.kind is listwise, which looks at a row's own list alone, but loss.negatives has "
+                    f"{', '.join(unused)}: take that out, or choose another kind."
+                )
+        elif not self.negatives.in_batch and not self.has_other_negatives:
+            raise ValueError(
+                "loss.negatives has in_batch: false and sampled: 0, so nothing is left to tell a positive from: "
+                "set in_batch: true, or sampled to a count or all (or same, mined, or loss.given)."
+            )
+        return self
+
+
+RateSchedule = Literal["constant", "linear", "cosine"]
 
 
 class OptimizerConfig(Settings):
     """Fused updates of the tables, and Adam for everything else."""
 
-    sparse: Literal["rowwise_adagrad", "adagrad", "sgd"] = "rowwise_adagrad"
+    # The last three on GPU alone: fbgemm has them for no other device.
+    sparse: Literal["rowwise_adagrad", "adagrad", "sgd", "adam", "partial_rowwise_adam", "lamb"] = "rowwise_adagrad"
     lr: PositiveFloat = 0.05  # of the tables
-    eps: PositiveFloat = 1e-8  # of Adagrad
+    eps: PositiveFloat = 1e-8  # of the tables' Adagrad or Adam
+    weight_decay: NonNegativeFloat = 0.0  # of the rows a step looks up; adam, partial_rowwise_adam and lamb have it
     dense_lr: PositiveFloat = 1e-3
-    warmup_steps: NonNegativeInt = 0  # both rates rise linearly over them
-    schedule: Literal["constant", "linear"] = "constant"  # linear: both rates fall to a fiftieth at the end
+    dense_weight_decay: NonNegativeFloat = 0.0  # of the layers' matrices, decoupled (AdamW)
+    clip_norm: PositiveFloat | None = None  # the most that the gradient of all but the tables may measure
+    warmup_steps: NonNegativeInt = 0  # the rates rise linearly over them
+    schedule: RateSchedule = "constant"  # the others: to a fiftieth at the end
+    dense_warmup_steps: NonNegativeInt | None = None  # default: as the tables
+    dense_schedule: RateSchedule | None = None  # default: as the tables
+    ema: float | None = Field(default=None, gt=0, lt=1)  # decay a step of averaged towers, to evaluate and export
+
+    @model_validator(mode="after")
+    def _decays_what_decays(self) -> Self:
+        if self.weight_decay and self.sparse not in GPU_OPTIMIZERS:
+            raise ValueError(
+                f"train.optimizer.weight_decay is {self.weight_decay:g}, but fbgemm's {self.sparse} has no weight "
+                f"decay: set it to 0 (dense_weight_decay is that of the layers), or take {', '.join(GPU_OPTIMIZERS)}."
+            )
+        return self
+
+
+GPU_OPTIMIZERS = ("adam", "partial_rowwise_adam", "lamb")  # of tables
 
 
 class TrainConfig(Settings):
-    """How long, and how often one looks."""
+    """How long, how, and how often one looks."""
 
     epochs: PositiveInt = 10
     seed: Seed = 0  # of the first weights
     optimizer: OptimizerConfig = OptimizerConfig()
+    precision: Literal["fp32", "bf16"] = "fp32"  # bf16: of the towers' products; weights, vectors and logits are fp32
+    micro_batch: PositiveInt | None = None  # rows that the towers take at a time, and again in the backward pass
+    pipeline: Literal["plain", "sparse_dist"] = "plain"  # sparse_dist: the next batch travels during a step
+    compile: bool = False  # the towers, by torch.compile
+    profile_steps: NonNegativeInt = 0  # steps to trace, after a few to warm up, into RUN/profile
     log_every: PositiveInt = 20  # steps
     evaluate_every: PositiveInt | None = None  # steps; default: after each epoch
-    timeout_s: PositiveInt = 300  # a collective that takes longer ends the job
+    timeout_s: PositiveInt = 300  # a collective that takes longer, as where a rank hangs, ends the job
+    first_timeout_s: PositiveInt = 900  # the same until the first step is done: ranks start and load unevenly
+    max_failures: PositiveInt = 5  # after dying so often in a row without a new checkpoint, a run refuses to start
     threads: NonNegativeInt = 0  # of torch on a rank; 0: OMP_NUM_THREADS, or the cores divided by the ranks
 
 
 class CheckpointConfig(Settings):
     every: PositiveInt | None = None  # steps; default: after each epoch
-    keep: PositiveInt = 2  # the newest so many stay, and the best
+    keep: int = Field(default=2, ge=2)  # the newest so many stay, and the best: one may turn out damaged
+    in_background: bool = True  # training goes on when a rank's shards are copied; costs memory for that copy
 
 
 class EvaluateConfig(Settings):
@@ -173,11 +405,47 @@ class RunConfig(Settings):
                     f"model.{side}_tower has project: false, so its last width {last} must be model.dim = "
                     f"{self.model.dim}: change the dims, or set project: true."
                 )
-        if self.data.batch_size < 2 and self.loss.negatives.in_batch and self.loss.negatives.sampled == 0:
+        if self.data.follow is not None:
+            for name in ("schedule", "dense_schedule"):
+                schedule = getattr(self.train.optimizer, name)
+                if schedule not in ("constant", None):
+                    raise ValueError(
+                        f"train.optimizer.{name} is {schedule!r}, which needs to know the last step, "
+                        "but with data.follow there is none: set it to constant, or take data.follow out."
+                    )
+            if self.train.pipeline != "plain":
+                raise ValueError(
+                    f"train.pipeline is {self.train.pipeline!r}, which takes batches ahead of the step, but with "
+                    "data.follow the next rows may take hours to come: set it to plain, or take data.follow out."
+                )
+        if self.loss.negatives.refresh is not None and self.train.pipeline != "plain":
+            raise ValueError(
+                f"train.pipeline is {self.train.pipeline!r}, which takes batches ahead of the step, but those behind a "
+                "refresh (loss.negatives.refresh) depend on all steps before it: set it to plain."
+            )
+        if self.data.batch_size < 2 and not self.loss.has_other_negatives:
             raise ValueError(
                 f"data.batch_size is {self.data.batch_size}, but in-batch negatives need at least 2 rows: "
                 "raise it, or set loss.negatives.sampled."
             )
+        if (same := self.loss.negatives.same) is not None:
+            kinds = {feature.name: feature.kind for feature in self.item}
+            if kinds.get(same.feature) not in ("id", "category"):
+                found = f"is a {kinds[same.feature]}" if same.feature in kinds else "is none of `item`"
+                raise ValueError(
+                    f"loss.negatives.same.feature is {same.feature!r}, which {found}"
+                    f"{nearest(same.feature, kinds) if same.feature not in kinds else ''}: name an item feature with "
+                    "one id a row (kind category or id)."
+                )
+        regularise = self.loss.regularise
+        needs = {"loss.kind ccl": self.loss.kind == "ccl", "loss.regularise.alignment": regularise.alignment,
+                 "loss.regularise.uniformity": regularise.uniformity}  # fmt: skip
+        for name, is_wanted in needs.items():
+            if is_wanted and self.model.similarity != "cosine":
+                raise ValueError(
+                    f"{name} is defined for vectors of length 1, but model.similarity is {self.model.similarity}: set "
+                    "it to cosine, or do without."
+                )
         return self
 
 
@@ -343,9 +611,10 @@ def validate(model: type[Model], values: Mapping[str, Any], origin: str) -> Mode
 
 
 def _mistake(model: type[BaseModel], detail: Any) -> str:
-    place = ".".join(str(part) for part in detail["loc"])
+    parts = [part for part in detail["loc"] if not str(part).startswith("|")]
+    place = ".".join(map(str, parts))
     if detail["type"] == "extra_forbidden":
-        *parents, last = detail["loc"]
+        *parents, last = parts
         return f"unknown key {place!r}{nearest(str(last), _fields(model, parents))}."
     if detail["type"] == "missing":
         return f"{place!r} is missing: it has no default."
@@ -360,12 +629,16 @@ def _fields(model: Any, path: list[str | int]) -> list[str]:
         if isinstance(model, type) and issubclass(model, BaseModel):
             model = model.model_fields[str(part)].annotation if str(part) in model.model_fields else None
         else:
-            inner = [arg for arg in get_args(model) if isinstance(arg, type) and issubclass(arg, BaseModel)]
-            model = inner[0] if inner else None
-    if not (isinstance(model, type) and issubclass(model, BaseModel)):
-        inner = [arg for arg in get_args(model) if isinstance(arg, type) and issubclass(arg, BaseModel)]
-        model = inner[0] if inner else None
+            model = _model_in(model)
+    model = _model_in(model)
     return list(model.model_fields) if model is not None else []
+
+
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    """The first group of settings that an annotation names, however deep."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((found for part in get_args(annotation) if (found := _model_in(part)) is not None), None)
 
 
 def as_values(config: BaseModel) -> dict[str, Any]:
@@ -374,19 +647,28 @@ def as_values(config: BaseModel) -> dict[str, Any]:
 
 
 # What may change between two starts of one run, because it changes no batch and no weight before the next step.
-_FREE = ("train.epochs", "train.log_every", "train.evaluate_every", "train.timeout_s", "train.threads",
+_FREE = ("train.epochs", "train.log_every", "train.evaluate_every", "train.timeout_s", "train.first_timeout_s",
+         "train.max_failures", "train.threads", "train.profile_steps", "train.pipeline",
          "checkpoint", "evaluate", "index", "run_dir", "data.dataset", "data.prefetch",
          "data.threads", "data.cache", "data.cache_gb")  # fmt: skip
 
 
-def _binding(config: RunConfig) -> dict[str, Any]:
-    """The settings that make a run what it is, flat: {"model.dim": 64, ...}."""
+_PLACING = (".sharding", ".shard_columns", ".kernel", ".cache_share")  # of a table
+
+
+def binding(config: RunConfig) -> dict[str, Any]:
+    """The settings that make a run what it is, flat: {"model.dim": 64, ...}.
+
+    Where a table lies is not among them: a checkpoint goes on under another plan where its state allows.
+    """
     flat: dict[str, Any] = {}
 
     def walk(value: Any, place: str) -> None:
-        if place in _FREE:
+        if place in _FREE or (place.startswith("tables.") and place.endswith(_PLACING)):
             return
-        if isinstance(value, dict):
+        if place == "data.follow":
+            flat[place] = None if value is None else {}  # whether, not for how long
+        elif isinstance(value, dict):
             for name, inner in value.items():
                 walk(inner, f"{place}.{name}" if place else name)
         elif place in ("user", "item"):
@@ -402,17 +684,20 @@ def _binding(config: RunConfig) -> dict[str, Any]:
 
 def config_hash(config: RunConfig) -> str:
     """Twelve hex digits that change with any setting that binds a run."""
-    return hashlib.sha256(json.dumps(_binding(config), sort_keys=True).encode()).hexdigest()[:12]
+    return hashlib.sha256(json.dumps(binding(config), sort_keys=True).encode()).hexdigest()[:12]
 
 
 def check_same_run(saved: RunConfig, given: RunConfig, run_dir: Path) -> None:
     """Raises ConfigError listing the fields in which a run folder's config differs from the one given."""
-    old, new = _binding(saved), _binding(given)
-    names = [name for name in sorted({*old, *new}) if old.get(name) != new.get(name)]
-    if names:
-        shown = "; ".join(f"{name} was {old.get(name)!r}, now {new.get(name)!r}" for name in names[:8])
-        more = f" (and {len(names) - 8} more)" if len(names) > 8 else ""
+    if found := differences(binding(saved), binding(given)):
         raise ConfigError(
-            f"{run_dir} belongs to another config: {shown}{more}. "
+            f"{run_dir} belongs to another config: {found}. "
             "Give this run a folder of its own (run_dir=...), or take the old settings back."
         )
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    """The settings of `binding` that differ, in words; empty where none does."""
+    names = [name for name in sorted({*old, *new}) if old.get(name) != new.get(name)]
+    shown = "; ".join(f"{name} was {old.get(name)!r}, now {new.get(name)!r}" for name in names[:8])
+    return shown + (f" (and {len(names) - 8} more)" if len(names) > 8 else "")

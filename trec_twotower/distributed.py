@@ -17,6 +17,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import _set_pg_timeout
+
+from trec_twotower.faults import fault_point
+from trec_twotower.preemption import end_with_launcher
 
 T = TypeVar("T")
 
@@ -24,10 +28,14 @@ T = TypeVar("T")
 class Ranks:
     """This process among the `num_ranks` of its job; a job of one needs no torchrun."""
 
-    def __init__(self, rank: int, num_ranks: int, device: torch.device) -> None:
+    def __init__(
+        self, rank: int, num_ranks: int, device: torch.device, timeout_s: float = 300, store: dist.Store | None = None
+    ) -> None:
         self.rank = rank
         self.num_ranks = num_ranks
         self.device = device
+        self.timeout_s = timeout_s  # for a collective, once the first step is done
+        self.store = store  # where the ranks found each other
 
     @property
     def is_first(self) -> bool:
@@ -47,6 +55,37 @@ class Ranks:
         if outcome[1] is not None:
             raise outcome[1]
         return outcome[0]
+
+    def together(self, work: Callable[[], T]) -> T:
+        """What `work` returns on this rank; if it raises on any, every rank raises the error of the first that did."""
+        outcome: list[Any] = [None, None]
+        try:
+            outcome[0] = work()
+        except Exception as error:  # carried to all ranks, so that none waits for the others
+            outcome[1] = error
+        errors = self.collect(None if outcome[1] is None else _able_to_travel(outcome[1]))
+        for failure in errors:
+            if failure is not None:
+                raise failure
+        return outcome[0]
+
+    def collect(self, value: T) -> list[T]:
+        """Every rank's `value`, which pickle must be able to carry, on every rank."""
+        if self.num_ranks == 1:
+            return [value]
+        everyone: list[Any] = [None] * self.num_ranks
+        dist.all_gather_object(everyone, value)
+        return everyone
+
+    def is_under_way(self) -> None:
+        """The first step is done: from here on a collective may take `timeout_s` and no longer."""
+        _set_pg_timeout(timedelta(seconds=self.timeout_s))
+
+    def new_group(self) -> dist.ProcessGroup:
+        """A group of all ranks for messages between CPUs that run beside others'."""
+        group = dist.new_group(backend="gloo", timeout=timedelta(seconds=self.timeout_s))
+        assert isinstance(group, dist.ProcessGroup)
+        return group
 
     def share(self, count: int) -> slice:
         """This rank's part of `count` things in order; the parts differ by one at most."""
@@ -121,8 +160,13 @@ class _AllGather(torch.autograd.Function):
         return total[ctx.rows], None, None
 
 
+# What torchrec says through the root logger of tables that are not sharded, and of starts without torchrun.
+_NO_NEWS = ("Sharding spec not found", "Could not determine LOCAL_WORLD_SIZE")
+
+
 def quiet_libraries() -> None:
     """Silence what torchrec, fbgemm and torch say at import and at start that no user can act on."""
+    logging.getLogger().addFilter(_is_news)
     for name in ("torchrec", "fbgemm_gpu", "torch.distributed", "torch.fx._symbolic_trace"):
         logging.getLogger(name).setLevel(logging.ERROR)
     for module in ("torchrec", "fbgemm_gpu", "torch", "tensordict"):
@@ -130,10 +174,18 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", message=r"(?s).*Failed to import: fbgemm_gpu")
 
 
+def _is_news(record: logging.LogRecord) -> bool:
+    return not str(record.msg).startswith(_NO_NEWS)
+
+
 @contextmanager
-def start_ranks(timeout_s: int = 300, threads: int = 0) -> Iterator[Ranks]:
-    """Join the process group of torchrun's environment (NCCL and gloo on GPU, gloo on CPU), and leave it at the end."""
+def start_ranks(timeout_s: int = 300, threads: int = 0, first_timeout_s: int | None = None) -> Iterator[Ranks]:
+    """Join the process group of torchrun's environment (NCCL and gloo on GPU, gloo on CPU), and leave it at the end.
+
+    A collective may take `first_timeout_s` until `Ranks.is_under_way` is called, and `timeout_s` from then on.
+    """
     quiet_libraries()
+    end_with_launcher()
     rank = int(os.environ.get("RANK", 0))
     num_ranks = int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
@@ -146,16 +198,19 @@ def start_ranks(timeout_s: int = 300, threads: int = 0) -> Iterator[Ranks]:
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if threads or "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(threads or max(1, cores // local_ranks))
+    first_timeout_s = max(timeout_s, first_timeout_s or timeout_s)
     with _ended_by_ctrl_c() if num_ranks > 1 else nullcontext():
+        store = _store(rank, num_ranks, first_timeout_s)
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-            store=_store(rank, num_ranks, timeout_s),
+            store=store,
             rank=rank,
             world_size=num_ranks,
-            timeout=timedelta(seconds=timeout_s),
+            timeout=timedelta(seconds=first_timeout_s),
         )
+    fault_point("start:joined")
     try:
-        yield Ranks(rank, num_ranks, device)
+        yield Ranks(rank, num_ranks, device, timeout_s, store)
     finally:
         dist.destroy_process_group()
 

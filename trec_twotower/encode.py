@@ -35,7 +35,8 @@ def encode(model: TwoTower, side: Side, columns: Columns, ranks: Ranks) -> Tenso
 
 def encode_share(model: TwoTower, side: Side, columns: Columns, ranks: Ranks) -> Tensor:
     """The vectors of this rank's share of `columns`, which all ranks hold."""
-    return encode(model, side, columns.take(np.arange(columns.num_rows)[ranks.share(columns.num_rows)]), ranks)
+    mine = ranks.share(columns.num_rows)
+    return encode(model, side, columns.slice(mine.start, mine.stop), ranks)
 
 
 def encode_everywhere(model: TwoTower, side: Side, columns: Columns, ranks: Ranks) -> Tensor:

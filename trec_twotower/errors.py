@@ -24,6 +24,22 @@ class TrainingError(RuntimeError):
     exit_code = 1
 
 
+class LostRanks(TrainingError):
+    """Other ranks did not answer: what each rank says of it is its own."""
+
+
+class Stopped(Exception):
+    """A training that was told to stop and has saved: exit code 128 + the signal."""
+
+    def __init__(self, message: str, signal_number: int) -> None:
+        super().__init__(message, signal_number)
+        self.message = message
+        self.exit_code = 128 + signal_number
+
+    def __str__(self) -> str:
+        return self.message
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """ " (nearest: 'x')" for the known name most like `name`, or the whole choice when none is alike."""
     known = list(known)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from trec_twotower.checkpoint import Checkpoints, model_version
+from trec_twotower.config import binding
 from trec_twotower.data.dataset import ITEM_ID, USER_ID
 from trec_twotower.data.features import Sources
 from trec_twotower.data.held_out import HeldOut
 from trec_twotower.distributed import Ranks
 from trec_twotower.encode import encode, encode_share
 from trec_twotower.errors import ConfigError, DataError
-from trec_twotower.files import MANIFEST, open_sealed, publish_folder, seal
+from trec_twotower.files import MANIFEST, naming_a_full_disk, open_sealed, publish_folder, seal
 from trec_twotower.model.two_tower import TwoTower
 from trec_twotower.run import Run
 from trec_twotower.train import build_model, towers
@@ -39,7 +41,7 @@ class LoadedModel:
 
 def load_model(run: Run, ranks: Ranks, which: str = "best") -> LoadedModel:
     """The towers of a run's checkpoint ("best", "newest" or a step), spread over these ranks."""
-    checkpoints = Checkpoints(run.folder / "checkpoints", ranks)
+    checkpoints = Checkpoints(run.folder / "checkpoints", ranks, settings=binding(run.config))
     path = checkpoints.choose(which)
     sources = run.sources(ranks)
     sharded = build_model(run.config, ranks)
@@ -64,7 +66,8 @@ def export(loaded: LoadedModel, ranks: Ranks) -> Path:
 
     ranks.once(begin)
     try:
-        num_users, split = _write_vectors(loaded, temporary, ranks)
+        with naming_a_full_disk(folder, temporary):
+            num_users, split = _write_vectors(loaded, temporary, ranks)
     except BaseException:
         if ranks.is_first:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -134,6 +137,36 @@ class Exported:
     item_ID: np.ndarray
     user_ids: pa.Array
     user_QD: np.ndarray
+
+
+class VectorFiles:
+    """The vectors of an export's items or users, in their order, a piece at a time."""
+
+    def __init__(self, folder: Path, what: str) -> None:
+        self._paths = sorted(folder.glob(f"{what}-*.parquet"))
+        self._num_rows = sum(pq.read_metadata(path).num_rows for path in self._paths)
+        self._dim = pq.read_schema(self._paths[0]).field(VECTOR).type.list_size if self._paths else 0
+
+    @property
+    def dim(self) -> int:
+        return self._dim
+
+    def __len__(self) -> int:
+        return self._num_rows
+
+    def pieces(self) -> Iterator[np.ndarray]:
+        """float32 blocks of up to 2^16 rows."""
+        for path in self._paths:
+            with pq.ParquetFile(path, page_checksum_verification=True) as file:
+                for batch in file.iter_batches(1 << 16, columns=[VECTOR]):
+                    yield batch.column(0).flatten().to_numpy().reshape(-1, self._dim)
+
+    def ids(self) -> pa.Array:
+        """Their outside ids."""
+        if not self._paths:
+            return pa.array([], pa.int64())
+        tables = (pq.read_table(path, columns=[pq.read_schema(path).names[0]]) for path in self._paths)
+        return pa.concat_tables(tables).combine_chunks().column(0).chunk(0)
 
 
 def read_export(folder: Path) -> Exported:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import io
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,14 +18,28 @@ from trec_twotower.config import (
     to_yaml,
     validate,
 )
+from trec_twotower.data.cache_folder import CacheFolder
 from trec_twotower.data.dataset import Dataset
 from trec_twotower.data.features import Sources
+from trec_twotower.data.negatives import count_items
+from trec_twotower.data.stream import (
+    COUNT_AGAIN,
+    COUNTS,
+    STREAM,
+    Generations,
+    counts_path,
+    forget_changed,
+    read_counts,
+    write_counts,
+)
 from trec_twotower.data.transforms import Statistics
 from trec_twotower.distributed import Ranks
 from trec_twotower.errors import ConfigError, DataError, nearest
-from trec_twotower.files import MANIFEST, read_json, write_file, write_json
+from trec_twotower.files import MANIFEST, read_json, sha256_of, write_file, write_json
+from trec_twotower.lock import LOCK
+from trec_twotower.model.watch import Histogram
 
-CONFIG, STATISTICS, COUNTS = "config.yaml", "statistics.json", "item_counts.npy"
+CONFIG, STATISTICS, STATUS = "config.yaml", "statistics.json", "status.json"
 LEARN_AGAIN = f"remove {STATISTICS}, and the next command learns from the data again."
 
 
@@ -47,14 +61,21 @@ class Run:
         folder = config.run_dir
 
         def begin() -> None:
+            for leftover in folder.glob(".*.tmp-*"):  # of a write_file that was killed
+                if leftover.is_file():
+                    leftover.unlink()
             if not (folder / CONFIG).is_file():
-                if folder.is_dir() and any(folder.iterdir()):
+                if folder.is_dir() and any(path.name != LOCK for path in folder.iterdir()):
                     raise ConfigError(f"{folder} is not empty and no run folder: name another with run_dir=...")
             elif any((folder / "checkpoints").glob(f"step-*/{MANIFEST}")):
                 check_same_run(cls.open(folder).config, config, folder)
                 write_file(folder / CONFIG, to_yaml(as_values(config)))
+                if config.data.follow is not None:
+                    trained = max(int(path.name.removeprefix("step-")) for path in folder.glob("checkpoints/step-*"))
+                    forget_changed(folder / STREAM, config.data, trained)
             else:
                 (folder / STATISTICS).unlink(missing_ok=True)
+                (folder / STREAM).unlink(missing_ok=True)
 
         ranks.once(begin)
         return cls(folder, config)
@@ -70,40 +91,84 @@ class Run:
 
     def sources(self, ranks: Ranks) -> Sources:
         """The run's dataset, seen with the statistics that were learned when it began (and are learned once only)."""
-        dataset = Dataset(self.config.data.dataset)
+        generations = self.generations(ranks)
+        dataset = Dataset(self.config.data.dataset) if generations is None else generations.dataset()
+        # What a run that follows has learned, it learned from generation 0; later rows change nothing of it.
+        first = dataset if generations is None else generations.dataset(0, 0)
+        cache = CacheFolder.of(self.config.data)
         path = self.folder / STATISTICS
+        begun: list[Sources] = []
 
         def learn() -> dict[str, dict[str, Any]]:
             if path.is_file():
                 saved = read_json(path, LEARN_AGAIN)
-                if saved["fingerprint"] != dataset.fingerprint:
+                if saved["fingerprint"] != first.fingerprint:
                     raise DataError(
-                        f"{dataset.folder} is not the dataset this run began with (fingerprint {dataset.fingerprint}, "
+                        f"{dataset.folder} is not the dataset this run began with (fingerprint {first.fingerprint}, "
                         f"then {saved['fingerprint']}): bring that one back, or train into another run_dir."
                     )
                 return saved["numbers"]
-            learned = Sources(dataset, self.config.feature_schema, self.config.data.rows)
+            learned = Sources(first, self.config.feature_schema, self.config.data.rows, cache=cache)
+            if generations is None or len(generations.taken) == 1:
+                begun.append(learned)
             numbers = {name: asdict(statistics) for name, statistics in learned.statistics.items()}
-            counts = io.BytesIO()
-            np.save(counts, learned.item_counts())
+            count_NI = count_items(learned, self.config.loss)
             # The data hold what the config wants of them: only now there is something to write.
             self.folder.mkdir(parents=True, exist_ok=True)
             write_file(self.folder / CONFIG, to_yaml(as_values(self.config)))
-            write_file(self.folder / COUNTS, counts.getvalue())
-            write_json(path, {"fingerprint": dataset.fingerprint, "numbers": numbers})
+            write_counts(self.folder / COUNTS, count_NI)
+            if generations is not None:
+                generations.write(self.folder / STREAM)
+            write_json(path, {"fingerprint": first.fingerprint, "numbers": numbers, "files": self._digests()})
             return numbers
 
         numbers = ranks.once(learn)
+        if begun:
+            return begun[0]
         statistics = {name: Statistics(**values) for name, values in numbers.items()}
-        return Sources(dataset, self.config.feature_schema, self.config.data.rows, statistics)
+        return Sources(dataset, self.config.feature_schema, self.config.data.rows, statistics, cache)
+
+    def generations(self, ranks: Ranks) -> Generations | None:
+        """The files that a run that follows has taken; one that begins takes those that are there."""
+        data = self.config.data
+        path = self.folder / STREAM
+        if data.follow is None:
+            return None
+
+        def read() -> Generations:
+            has_begun = path.is_file() or (self.folder / STATISTICS).is_file()
+            return Generations.read(path, data.dataset) if has_begun else Generations.begin(data)
+
+        return ranks.once(read)
+
+    def check_files(self) -> None:
+        """Raises DataError where a file of items that the config names is not what it was when the run began."""
+        saved = read_json(self.folder / STATISTICS, LEARN_AGAIN).get("files", {})
+        for name, digest in self._digests().items():
+            if saved.get(name) != digest:
+                raise DataError(
+                    f"{name} is not the file that this run began with (sha256 {digest[:12]}, then "
+                    f"{str(saved.get(name))[:12]}): bring that one back, or train into another run_dir."
+                )
+
+    def _digests(self) -> dict[str, str]:
+        """SHA-256 of the files that training reads beside the dataset."""
+        mined = self.config.loss.negatives.mined
+        paths = [self.config.loss.known, None if mined is None else mined.file]
+        return {str(path): sha256_of(path) for path in paths if path is not None and path.is_file()}
 
     def item_counts(self) -> np.ndarray:
-        """How often each item of the catalogue was taken in train."""
-        path = self.folder / COUNTS
-        try:
-            return np.load(path)
-        except (FileNotFoundError, ValueError, EOFError) as error:
-            raise DataError(f"{path} cannot be read ({error}): {LEARN_AGAIN}") from None
+        """How often each item of the catalogue was taken in train: (I,)."""
+        return np.atleast_2d(self.counts())[0]
+
+    def counts(self) -> np.ndarray:
+        """What negatives.count_items has counted."""
+        data = self.config.data
+        if data.follow is not None:
+            newest = len(Generations.read(self.folder / STREAM, data.dataset).taken) - 1
+            if newest:
+                return read_counts(counts_path(self.folder, newest), COUNT_AGAIN)
+        return read_counts(self.folder / COUNTS, LEARN_AGAIN)
 
 
 class RunLog:
@@ -122,14 +187,38 @@ class RunLog:
             write_file(self.path, "".join(line + "\n" for line in lines))
         self.board = SummaryWriter(str(run.folder / "tensorboard"), purge_step=step + 1)
 
-    def write(self, step: int, kind: str, values: dict[str, float]) -> None:
-        """One line, such as {"step": 20, "kind": "train", "loss": 6.1}."""
+    def write(self, step: int, kind: str, values: Mapping[str, float | Histogram]) -> None:
+        """One line, such as {"step": 20, "kind": "train", "loss": 6.1}; of a histogram its edges and counts."""
         if not self.is_written:
             return
+        plain = {
+            name: {"edges": value.edges.round(6).tolist(), "counts": value.counts.astype(int).tolist()}
+            if isinstance(value, Histogram)
+            else value
+            for name, value in values.items()
+        }
         with self.path.open("a") as file:
-            file.write(json.dumps({"step": step, "kind": kind, **values}) + "\n")
+            file.write(json.dumps({"step": step, "kind": kind, **plain}) + "\n")
         for name, value in values.items():
-            self.board.add_scalar(f"{kind}/{name}", value, step)
+            if isinstance(value, Histogram):
+                self._draw(f"{kind}/{name}", value, step)
+            else:
+                self.board.add_scalar(f"{kind}/{name}", value, step)
+
+    def _draw(self, name: str, histogram: Histogram, step: int) -> None:
+        edges, counts = histogram.edges, histogram.counts
+        middle = (edges[1:] + edges[:-1]) / 2
+        self.board.add_histogram_raw(
+            name,
+            min=edges[0],
+            max=edges[-1],
+            num=counts.sum(),
+            sum=(counts * middle).sum(),
+            sum_squares=(counts * middle**2).sum(),
+            bucket_limits=edges[1:].tolist(),
+            bucket_counts=counts.tolist(),
+            global_step=step,
+        )
 
     def close(self) -> None:
         if self.is_written:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Literal, Self
+from functools import cached_property
+from typing import TYPE_CHECKING, Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
 
 from trec_twotower.errors import ConfigError, nearest
 
+if TYPE_CHECKING:
+    import pyarrow as pa
+
 Side = Literal["user", "item"]
 Kind = Literal["id", "category", "number", "bag"]
+Kernel = Literal["fused", "fused_uvm", "fused_uvm_caching"]
 ShardingKind = Literal["auto", "table_wise", "row_wise", "column_wise", "table_row_wise", "data_parallel"]
 Seed = Annotated[int, Field(ge=0, lt=1 << 63)]
 
@@ -28,6 +33,11 @@ class TableSpec(Settings):
     buckets: PositiveInt  # rows; ids are hashed into them
     dim: PositiveInt  # columns
     sharding: ShardingKind = "auto"  # auto: the planner chooses
+    shard_columns: PositiveInt | None = None  # column_wise: of each shard; default: dim / ranks or a little more
+    # On GPU: fused_uvm keeps the table in host memory, fused_uvm_caching with a cache of it on the GPU.
+    kernel: Kernel = "fused"
+    cache_share: float | None = Field(default=None, gt=0, lt=1)  # of its rows, with fused_uvm_caching; default: 0.2
+    dtype: Literal["fp32", "fp16"] = "fp32"  # of the weights; pooled sums, gradients and states stay fp32
     hashing: Literal["mix", "modulo"] = "mix"  # modulo: ids 0..buckets-1 keep a row each, without collisions
     seed: Seed = 0  # of the hash
     init_scale: PositiveFloat | None = None  # weights start uniform in ±init_scale; default 1 / sqrt(dim)
@@ -35,6 +45,32 @@ class TableSpec(Settings):
     @property
     def start_scale(self) -> float:
         return self.init_scale if self.init_scale is not None else self.dim**-0.5
+
+    @property
+    def weight_bytes(self) -> int:
+        """Of one weight."""
+        return 2 if self.dtype == "fp16" else 4
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> Self:
+        if self.cache_share is not None and self.kernel != "fused_uvm_caching":
+            raise ValueError(
+                f"cache_share is {self.cache_share:g}, but kernel {self.kernel} has no cache: leave it out, or set "
+                "kernel: fused_uvm_caching."
+            )
+        if self.shard_columns is not None and (
+            self.sharding != "column_wise" or self.shard_columns % 4 or self.dim % self.shard_columns
+        ):
+            raise ValueError(
+                f"shard_columns is {self.shard_columns} with sharding {self.sharding} and dim {self.dim}: it belongs "
+                "to column_wise, and must be a multiple of 4 that divides dim."
+            )
+        if self.sharding == "data_parallel" and (self.kernel != "fused" or self.dtype != "fp32"):
+            raise ValueError(
+                f"sharding data_parallel keeps a whole fp32 table on every rank, without fused kernel; kernel "
+                f"{self.kernel} and dtype {self.dtype} need another sharding."
+            )
+        return self
 
 
 class FeatureSpec(Settings):
@@ -70,6 +106,34 @@ class FeatureSpec(Settings):
     def table_name(self) -> str:
         """The table this feature looks up; its own is named after it."""
         return self.table or self.name
+
+    def hash(self, array: pa.Array, table: TableSpec | None = None) -> pa.Array:
+        """The table rows that training looks up for a column: integers, or lists of them for a bag.
+
+        For offline jobs (Spark, Ray, DuckDB), which need neither torch nor a run. `table` is the spec under `tables`
+        where the feature names one. Null elements of a bag are dropped and long ones cut, as in training; raises
+        DataError where the column does not fit the kind.
+        """
+        import pyarrow as pa
+
+        from trec_twotower.data.transforms import check_kind, transform
+
+        if not self.is_sparse:
+            raise ConfigError(f"feature {self.name!r} is a number, which looks up no table: there is nothing to hash.")
+        if (table is None) != (self.table is None):
+            wanted = f"names table {self.table!r}: give its" if self.table else "has a table of its own: give no"
+            raise ConfigError(f"feature {self.name!r} {wanted} TableSpec.")
+        if table is None:
+            assert self.buckets is not None and self.dim is not None
+            table = TableSpec(buckets=self.buckets, dim=self.dim)
+        where = f"the column given for feature {self.name!r}"
+        check_kind(self, array.type, where)
+        rows = pa.table({self.reads: array})
+        lists = transform([self.model_copy(update={"weights": None})], {self.table_name: table}, {}, rows, where)
+        found = lists.sparse[self.name]
+        if found.is_single:
+            return pa.array(found.values)
+        return pa.LargeListArray.from_arrays(pa.array(found.offsets), pa.array(found.values))
 
     @model_validator(mode="after")
     def _fits_its_kind(self) -> Self:
@@ -150,13 +214,13 @@ class Schema:
 
     def keys(self) -> list[str]:
         """The keys of every KeyedJaggedTensor of this schema, in their one order (user first)."""
-        return [key(side, feature) for side, feature in self.sparse_pairs()]
+        return [key(side, feature) for side, feature in self.sparse_pairs]
 
-    def sparse_pairs(self) -> Iterator[tuple[Side, FeatureSpec]]:
-        for feature in self.sparse("user"):
-            yield "user", feature
-        for feature in self.sparse("item"):
-            yield "item", feature
+    @cached_property
+    def sparse_pairs(self) -> tuple[tuple[Side, FeatureSpec], ...]:
+        """Every feature that looks up a table with its side, in the order of the keys."""
+        users: list[tuple[Side, FeatureSpec]] = [("user", feature) for feature in self.sparse("user")]
+        return *users, *(("item", feature) for feature in self.sparse("item"))
 
     def table_of(self, feature: FeatureSpec) -> TableSpec:
         return self.tables[feature.table_name]
@@ -165,7 +229,7 @@ class Schema:
         """E: how many numbers enter the tower (pooled bags, then two per number)."""
         return sum(self.table_of(feature).dim for feature in self.sparse(side)) + 2 * len(self.numbers(side))
 
-    @property
+    @cached_property
     def is_weighted(self) -> bool:
         return any(feature.weights is not None for feature in (*self.user, *self.item))
 

@@ -14,17 +14,19 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
 from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
 from torchrec.distributed.planner.types import PlannerError
-from torchrec.distributed.types import ShardingEnv, ShardingPlan, ShardingType
+from torchrec.distributed.types import CacheParams, ShardingEnv, ShardingPlan, ShardingType
 
-from trec_twotower.config import RunConfig
 from trec_twotower.distributed import Ranks
 from trec_twotower.errors import ConfigError
-from trec_twotower.model.embedding import build_tables
+from trec_twotower.memory import host_bytes
+from trec_twotower.optimizer import state_bytes
 from trec_twotower.schema import Schema, TableSpec
 
 # What the planner may choose freely. Not column-wise: it gives each shard a row-wise Adagrad state of its own, and so
 # other updates than on one rank; that, and copies on every rank, only on request.
 AUTO = [ShardingType.TABLE_WISE.value, ShardingType.ROW_WISE.value]
+FREE_SHARE = 0.05  # of a rank's memory, which the planner leaves for everything but the tables
+CACHE_SHARE = 0.2  # of a table's rows, which fused_uvm_caching keeps on the GPU where the config says nothing
 # torchrec tells of every step of its planner, at length.
 LOUD = (
     "torchrec.distributed.planner",
@@ -42,11 +44,26 @@ class AnySharder(EmbeddingBagCollectionSharder):
 
 
 @dataclass(frozen=True)
+class RankMemory:
+    """What a rank has for tables, in bytes."""
+
+    host: int
+    gpu: int = 0
+
+    @classmethod
+    def of(cls, device: torch.device, local_ranks: int) -> RankMemory:
+        """That of this machine's ranks: its memory in equal parts, and the GPU's own."""
+        gpu = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
+        return cls(host_bytes() // local_ranks, gpu)
+
+
+@dataclass(frozen=True)
 class TablePlacement:
     """One shard of one table."""
 
     table: str
     sharding: str
+    kernel: str
     rank: int
     rows: int
     columns: int
@@ -59,44 +76,66 @@ def make_plan(
     device: torch.device,
     batch_size: int,
     local_ranks: int | None = None,
+    memory: RankMemory | None = None,
 ) -> ShardingPlan:
     """The planner's plan under the tables' constraints; the same on every rank, without talking to the others.
 
-    (`collective_plan` would leave the other ranks waiting where the first one fails.) `local_ranks` is how many ranks
-    a machine has: as torchrun says, if it is not given. Raises ConfigError where the tables do not fit.
+    (`collective_plan` would leave the other ranks waiting where the first one fails.) The tables must know their
+    optimizer by now, whose state takes memory as well. `local_ranks` is how many ranks a machine has: as torchrun says,
+    if it is not given; `memory` that of a rank, by default of this machine's. Raises ConfigError where the tables do
+    not fit, or want what this device has not.
     """
     for name in LOUD:
         logging.getLogger(name).setLevel(logging.ERROR)
     if local_ranks is None:
         local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", num_ranks))
-    constraints = {}
+    if memory is None:
+        memory = RankMemory.of(device, local_ranks)
     for name, spec in schema.tables.items():
-        if spec.sharding == "auto":
-            kinds = [kind for kind in AUTO if kind != "row_wise" or _fills_all(spec.buckets, num_ranks)]
-        else:
-            kinds = [spec.sharding]
-            _check_kind(name, spec, num_ranks, local_ranks)
-        constraints[name] = ParameterConstraints(sharding_types=kinds, min_partition=min(spec.dim, 4))
-    topology = Topology(world_size=num_ranks, local_world_size=local_ranks, compute_device=device.type)
+        _check(name, spec, num_ranks, local_ranks, device)
+    topology = Topology(
+        world_size=num_ranks,
+        local_world_size=local_ranks,
+        compute_device=device.type,
+        hbm_cap=memory.gpu,
+        ddr_cap=memory.host,
+    )
     planner = EmbeddingShardingPlanner(
         topology=topology,
         batch_size=batch_size,
-        constraints=constraints,
-        storage_reservation=FixedPercentageStorageReservation(percentage=0.05),
+        constraints={name: _constraints(spec, num_ranks) for name, spec in schema.tables.items()},
+        storage_reservation=FixedPercentageStorageReservation(percentage=FREE_SHARE),
     )
     try:
         return planner.plan(model, [AnySharder()])
     except PlannerError as error:
-        table_bytes = {name: spec.buckets * spec.dim * 4 for name, spec in schema.tables.items()}
-        largest = max(table_bytes, key=lambda name: table_bytes[name])
-        raise ConfigError(
-            f"The tables do not fit on {num_ranks} ranks: their weights are {sum(table_bytes.values()) / 1e9:,.1f} GB, "
-            f"of which {largest!r} has {table_bytes[largest] / 1e9:,.1f}: use more ranks, fewer buckets or a smaller "
-            f"dim, or leave sharding to auto. (The planner: {str(error).strip().splitlines()[0].strip()})"
-        ) from None
+        raise _too_large(model, schema, num_ranks, device, memory, error) from None
 
 
-def _check_kind(name: str, spec: TableSpec, num_ranks: int, local_ranks: int) -> None:
+def _constraints(spec: TableSpec, num_ranks: int) -> ParameterConstraints:
+    if spec.sharding == "auto":
+        kinds = [kind for kind in AUTO if kind != "row_wise" or _fills_all(spec.buckets, num_ranks)]
+    else:
+        kinds = [spec.sharding]
+    is_cached = spec.kernel == "fused_uvm_caching"
+    return ParameterConstraints(
+        sharding_types=kinds,
+        compute_kernels=None if spec.sharding == "data_parallel" else [spec.kernel],
+        min_partition=spec.shard_columns or shard_columns(spec.dim, num_ranks),
+        cache_params=CacheParams(load_factor=spec.cache_share or CACHE_SHARE) if is_cached else None,
+    )
+
+
+def shard_columns(dim: int, num_ranks: int) -> int:
+    """How wide column-wise shards are: a divisor of `dim` that is a multiple of 4, so that each rank gets one at most.
+
+    Every shard looks up all ids of its table, so that none should be narrower than it must.
+    """
+    fitting = (columns for columns in range(4, dim + 1, 4) if dim % columns == 0 and columns * num_ranks >= dim)
+    return next(fitting, dim)
+
+
+def _check(name: str, spec: TableSpec, num_ranks: int, local_ranks: int, device: torch.device) -> None:
     spread = {"row_wise": num_ranks, "table_row_wise": local_ranks}.get(spec.sharding, 1)
     if not _fills_all(spec.buckets, spread):
         raise ConfigError(
@@ -106,6 +145,11 @@ def _check_kind(name: str, spec: TableSpec, num_ranks: int, local_ranks: int) ->
     if spec.sharding == "column_wise" and spec.dim % 4:
         raise ConfigError(
             f"Table {name!r} has dim {spec.dim}, but column_wise sharding needs a multiple of 4: change dim."
+        )
+    if spec.kernel != "fused" and device.type == "cpu":
+        raise ConfigError(
+            f"Table {name!r} has kernel {spec.kernel}, which keeps it in host memory beside a GPU, but there is none "
+            "here: set kernel: fused."
         )
 
 
@@ -117,18 +161,44 @@ def _fills_all(rows: int, num_ranks: int) -> bool:
     return (num_ranks - 1) * -(-rows // num_ranks) < rows
 
 
+def _too_large(
+    model: nn.Module, schema: Schema, num_ranks: int, device: torch.device, memory: RankMemory, error: PlannerError
+) -> ConfigError:
+    """What the tables need and the ranks have."""
+    needs = {}
+    for name, spec in schema.tables.items():
+        copies = num_ranks if spec.sharding == "data_parallel" else 1
+        weight = model.tables.embedding_bags[name].weight
+        needs[name] = copies * (weight.nbytes + state_bytes(weight, *weight.shape))
+    largest = max(needs, key=lambda name: needs[name])
+    had = f"{_megabytes(memory.host)} of memory"
+    if device.type == "cuda":
+        had = f"{_megabytes(memory.gpu)} on its GPU and {_megabytes(memory.host)} beside it"
+    return ConfigError(
+        f"The tables do not fit on {num_ranks} rank{'s' * (num_ranks > 1)}: with the optimizer's state they need "
+        f"{_megabytes(sum(needs.values()))}, of which {largest!r} {_megabytes(needs[largest])}, and each rank has "
+        f"{had}, of which {FREE_SHARE:.0%} stay free: use more ranks, fewer buckets, a smaller dim or dtype: fp16, or "
+        f"leave sharding to auto. (The planner: {str(error).strip().splitlines()[0].strip()})"
+    )
+
+
+def _megabytes(num_bytes: float) -> str:
+    return f"{num_bytes / 1e6:,.0f} MB"
+
+
 def placements(plan: ShardingPlan) -> list[TablePlacement]:
     """The plan as a list, one entry a shard; a data-parallel table stands once a rank, with 0 rows and columns."""
     found = []
     for module in plan.plan.values():
         for table, parameter in module.items():
+            how = (table, parameter.sharding_type, parameter.compute_kernel)
             shards = getattr(parameter.sharding_spec, "shards", None)
             if not shards:
-                found += [TablePlacement(table, parameter.sharding_type, rank, 0, 0) for rank in parameter.ranks or []]
+                found += [TablePlacement(*how, rank, 0, 0) for rank in parameter.ranks or []]
                 continue
             for shard in shards:
                 rows, columns = shard.shard_sizes
-                found.append(TablePlacement(table, parameter.sharding_type, shard.placement.rank(), rows, columns))
+                found.append(TablePlacement(*how, shard.placement.rank(), rows, columns))
     return found
 
 
@@ -144,39 +214,3 @@ def shard(model: nn.Module, schema: Schema, ranks: Ranks, batch_size: int) -> Di
         plan=plan,
         sharders=[AnySharder()],
     )
-
-
-def describe_plan(config: RunConfig, num_ranks: int) -> str:
-    """The plan of a config as a table, made without building a table or starting a rank."""
-    schema = config.feature_schema
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    tables = _OnlyTables(build_tables(schema))
-    plan = make_plan(tables, schema, num_ranks, device, config.data.batch_size // num_ranks + 1, local_ranks=num_ranks)
-    adagrad = {"rowwise_adagrad": 1, "adagrad": None, "sgd": 0}[config.train.optimizer.sparse]
-    lines = [
-        f"{'table':<20} {'sharding':<16} {'rank':>4} {'rows':>13} {'columns':>7} {'weights MB':>11} {'state MB':>9}"
-    ]
-    total = [0] * num_ranks
-    for shard_ in placements(plan):
-        spec = schema.tables[shard_.table]
-        is_whole = shard_.sharding == ShardingType.DATA_PARALLEL.value
-        rows, columns = (spec.buckets, spec.dim) if is_whole else (shard_.rows, shard_.columns)
-        weights = rows * columns * 4
-        state = rows * 4 * (columns if adagrad is None else adagrad)
-        total[shard_.rank] += weights + state
-        lines.append(
-            f"{shard_.table:<20} {shard_.sharding:<16} {shard_.rank:>4} {rows:>13,} {columns:>7} "
-            f"{weights / 1e6:>11,.1f} {state / 1e6:>9,.1f}"
-        )
-    lines += [
-        f"rank {rank}: {size / 1e6:,.1f} MB of tables and their optimizer's state" for rank, size in enumerate(total)
-    ]
-    return "\n".join(lines)
-
-
-class _OnlyTables(nn.Module):
-    """The planner wants the tables as part of a model."""
-
-    def __init__(self, tables: nn.Module) -> None:
-        super().__init__()
-        self.tables = tables

@@ -11,7 +11,10 @@ import os
 import signal
 import sys
 import tempfile
+from pathlib import Path
 from typing import Any
+
+AGENT_PID = "TREC_TT_AGENT_PID"  # as in preemption.py; this module also runs where the package is not installed
 
 # What torch's agent logs whenever ranks fail or are stopped; this module says it once, in one line.
 _SAID_BY_US = ("failed (exitcode", "Sending process", "Received %s death signal", "Got termination signal")
@@ -19,10 +22,21 @@ _AGENT_LOGGERS = (
     "torch.distributed.elastic.multiprocessing.api",
     "torch.distributed.elastic.agent.server.api",
 )
+# Passed on to the ranks, which save and end.
+_SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
 
 
 def main(args: list[str] | None = None) -> int:
     """Run torchrun with `args`; the exit code is 0, that of the first failed rank, or 128 + the signal."""
+    os.environ[AGENT_PID] = str(os.getpid())  # ranks do not outlive it
+    with tempfile.TemporaryDirectory(prefix="trec-twotower-") as said_dir:
+        os.environ["TREC_TT_SAID_DIR"] = said_dir  # where ranks that find the same mistake agree who tells it
+        code = _run([f"--signals-to-handle={_SIGNALS}", *(sys.argv[1:] if args is None else args)])
+        left = Path(said_dir) / "exit_code"  # by ranks that were told to stop, and ended as if nothing had failed
+        return int(left.read_text()) if left.is_file() else code
+
+
+def _run(args: list[str]) -> int:
     from torch.distributed import DistError, run
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -31,9 +45,7 @@ def main(args: list[str] | None = None) -> int:
     for name in _AGENT_LOGGERS:
         logging.getLogger(name).addFilter(lambda record: not str(record.msg).startswith(_SAID_BY_US))
     try:
-        with tempfile.TemporaryDirectory(prefix="trec-twotower-") as said_dir:
-            os.environ["TREC_TT_SAID_DIR"] = said_dir  # where ranks that find the same mistake agree who tells it
-            run.run(run.parse_args(args))
+        run.run(run.parse_args(args))
     except ChildFailedError as failed:
         return _first_failure(failed.failures)
     except SignalException as stopped:

@@ -3,28 +3,41 @@
 from __future__ import annotations
 
 import math
-import resource
+import signal
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any, NoReturn
 
+import numpy as np
 import torch
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
-from trec_twotower.checkpoint import Checkpoints
-from trec_twotower.config import RunConfig, config_hash
+from trec_twotower.checkpoint import Checkpoints, versions
+from trec_twotower.config import RunConfig, binding, config_hash
 from trec_twotower.data.batch import Batch
 from trec_twotower.data.features import Sources
 from trec_twotower.data.hashing import mix
 from trec_twotower.data.interactions import TrainBatches
+from trec_twotower.data.stream import Epochs, Passes, Stream
 from trec_twotower.distributed import Ranks
-from trec_twotower.errors import TrainingError
+from trec_twotower.errors import ConfigError, Stopped, TrainingError
+from trec_twotower.failures import Attempts, describe_step
+from trec_twotower.faults import fault_point
 from trec_twotower.files import write_json
+from trec_twotower.heartbeat import Heartbeat
+from trec_twotower.lock import RunLock
+from trec_twotower.memory import peak_resident_bytes, resident_bytes
 from trec_twotower.model.embedding import fill_tables
+from trec_twotower.model.gate import NotFinite
 from trec_twotower.model.two_tower import TwoTower
-from trec_twotower.optimizer import RunOptimizer, fuse_table_updates
-from trec_twotower.run import Run, RunLog
-from trec_twotower.sharding import shard
+from trec_twotower.optimizer import RunOptimizer, check_optimizer, fuse_table_updates
+from trec_twotower.pipeline import Steps, Trace
+from trec_twotower.preemption import STOPPING, StopSignals
+from trec_twotower.refresh import Neighbours, Refresh
+from trec_twotower.run import STATUS, Run, RunLog
+from trec_twotower.sharding import placements, shard
 
 Evaluate = Callable[[TwoTower], dict[str, float]]
 
@@ -36,6 +49,9 @@ def build_model(config: RunConfig, ranks: Ranks) -> DistributedModelParallel:
     model = TwoTower(schema, config.model, config.loss, ranks)
     model.user_tower.to(ranks.device)
     model.item_tower.to(ranks.device)
+    for tower in (model.user_tower, model.item_tower):
+        tower.trains_as(config.train)
+    check_optimizer(config.train.optimizer, schema, ranks.device.type)
     fuse_table_updates(model, config.train.optimizer)
     sharded = shard(model, schema, ranks, config.data.batch_size // ranks.num_ranks + 1)
     fill_tables(sharded, schema, config.train.seed)
@@ -49,36 +65,125 @@ def towers(model: DistributedModelParallel) -> TwoTower:
     return inner
 
 
-def train(config: RunConfig, ranks: Ranks, evaluate: Callable[[Sources], Evaluate] | None = None) -> Path:
-    """Fit the two towers; return the run folder. The same call resumes a run that was cut short."""
+def train(
+    config: RunConfig,
+    ranks: Ranks,
+    evaluate: Callable[[Sources], Evaluate] | None = None,
+    init_from: Path | None = None,
+    neighbours: Neighbours | None = None,
+) -> Path:
+    """Fit the two towers; return the run folder. The same call resumes a run that was cut short.
+
+    `init_from` is a run whose best weights a new run begins with, where they fit; `neighbours` is the index package's,
+    for loss.negatives.refresh. Raises Stopped when a signal ended
+    the training after a step, which is then saved; TrainingError when it cannot go on.
+    """
+    assert config.run_dir is not None
+    lock = RunLock(config.run_dir)
+    ranks.once(lock.acquire)
+    try:
+        with Heartbeat(ranks) as heartbeat, StopSignals() as signals:
+            fault_point("start:locked")
+            return _train(config, ranks, evaluate, init_from, neighbours, heartbeat, signals)
+    finally:
+        lock.release()
+
+
+def _train(
+    config: RunConfig,
+    ranks: Ranks,
+    evaluate: Callable[[Sources], Evaluate] | None,
+    init_from: Path | None,
+    neighbours: Neighbours | None,
+    heartbeat: Heartbeat,
+    signals: StopSignals,
+) -> Path:
     run = Run.join(config, ranks)
     sources = run.sources(ranks)
-    share = (ranks.rank, ranks.num_ranks)
-    on_gpu = ranks.device.type == "cuda"
-    batches = TrainBatches(sources, config.data, config.loss, run.item_counts(), share, pin_memory=on_gpu)
-    measure = evaluate(sources) if evaluate is not None else None
+    passes = passes_of(run, sources, ranks)
+    measure = Measure(evaluate, passes)
+    fault_point("start:read")
     model = build_model(config, ranks)
     optimizer = RunOptimizer(model, config.train.optimizer)
-    checkpoints = Checkpoints(run.folder / "checkpoints", ranks, config.checkpoint.keep)
-    progress = Progress(config, ranks, run, batches, checkpoints)
-    progress.resume(model, optimizer)
+    fault_point("start:built")
+    checkpoints = Checkpoints(
+        run.folder / "checkpoints",
+        ranks,
+        config.checkpoint.keep,
+        binding(config),
+        in_background=config.checkpoint.in_background,
+    )
+    progress = Progress(config, ranks, run, passes, checkpoints, heartbeat, signals)
+    progress.resume(model, optimizer, init_from)
+    if config.loss.negatives.refresh is not None:
+        passes.lists_at = Refresh(run, ranks, towers(model), neighbours, progress.step, progress.say).at
+    if progress.owes_evaluation:
+        progress.look(measure, model, optimizer)
 
-    model.train()
-    for batch in progress.waiting_for(batches.since(progress.step, progress.num_steps)):
+    steps = Steps.of(config.train, model, optimizer, ranks)
+    measure.pause = steps.pause
+
+    def forward(batch: Batch) -> torch.Tensor:
+        progress.begins()
         optimizer.set_rates(progress.step, progress.num_steps)
         seed_step(config.train.seed, progress.step, ranks.rank)
-        loss = model(batch.to(ranks.device, non_blocking=True))
-        progress.took(loss)  # looks at the loss first: the backward pass updates the tables at once
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        progress.done()
-        if measure is not None and progress.evaluates:
-            progress.evaluated(measure(towers(model)), model, optimizer)
-        if progress.saves:
-            progress.save(model, optimizer)
-    progress.finish()
+        towers(model).watch.is_wanted = progress.is_logged_next
+        loss = model(batch)
+        progress.took(loss, batch)  # looks at the loss first: the backward pass updates the tables at once
+        return loss
+
+    model.train()
+    try:
+        with Trace(config.train.profile_steps, run.folder, ranks) as trace:
+            for _ in steps.taken(progress.waiting_for(passes.since(progress.step)), forward):
+                progress.done()
+                trace.step_is_done()
+                progress.stop_if_told(model, optimizer)
+                progress.look(measure, model, optimizer)
+        progress.stop_if_told(model, optimizer)
+        progress.look(measure, model, optimizer)  # a stream ends when no more steps have come: only now is it known
+        progress.finish()
+    except NotFinite as found:  # on all ranks, before that update
+        progress.refuse(str(found))
+    finally:
+        checkpoints.close()
     return run.folder
+
+
+def passes_of(run: Run, sources: Sources, ranks: Ranks) -> Passes:
+    """The run's batches: of its dataset so many times over, or of a folder that grows."""
+    config, on_gpu = run.config, ranks.device.type == "cuda"
+    ranks.once(run.check_files)
+    generations = run.generations(ranks)
+    if generations is not None:
+        return Stream(generations, sources, config.data, config.loss, run.folder, ranks, pin_memory=on_gpu)
+    share = (ranks.rank, ranks.num_ranks)
+    batches = TrainBatches(sources, config.data, config.loss, run.counts(), share, pin_memory=on_gpu)
+    return Epochs(batches, config.train.epochs)
+
+
+class Measure:
+    """What `evaluate` makes of the data, and makes again when items or users have come."""
+
+    def __init__(self, evaluate: Callable[[Sources], Evaluate] | None, passes: Passes) -> None:
+        self.evaluate = evaluate
+        self.passes = passes
+        self.pause: Callable[[], None] = lambda: None  # is called before the model is used
+        self._begin()
+
+    def _begin(self) -> None:
+        self.sources = self.passes.sources
+        self.of_data = self.evaluate(self.sources) if self.evaluate is not None else None
+
+    def __call__(self, model: TwoTower) -> dict[str, float] | None:
+        """The metrics; None where there is nothing to measure by."""
+        now = self.passes.sources
+        if now.catalogue is not self.sources.catalogue or now.users is not self.sources.users:
+            self._begin()
+        if self.of_data is None:
+            return None
+        self.pause()
+        return self.of_data(model)
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
@@ -90,84 +195,179 @@ class Progress:
     """Where a run stands: what is logged, evaluated and saved when, and the line that says so."""
 
     def __init__(
-        self, config: RunConfig, ranks: Ranks, run: Run, batches: TrainBatches, checkpoints: Checkpoints
+        self,
+        config: RunConfig,
+        ranks: Ranks,
+        run: Run,
+        passes: Passes,
+        checkpoints: Checkpoints,
+        heartbeat: Heartbeat,
+        signals: StopSignals,
     ) -> None:
         self.config, self.ranks, self.run, self.checkpoints = config, ranks, run, checkpoints
-        self.steps_per_epoch = batches.steps_per_epoch
-        self.num_steps = batches.steps_per_epoch * config.train.epochs
-        self.num_rows = batches.num_rows
+        self.passes, self.heartbeat, self.signals = passes, heartbeat, signals
+        if isinstance(passes, Stream):
+            passes.is_stopped = self.agrees_to_stop
+        self.told_to_stop: signal.Signals | None = None  # what all ranks have agreed on
+        self.owes_evaluation = False  # of the checkpoint it began with
+        self.valid: dict[str, Any] = {}  # what was measured after this step
+        self.attempts = Attempts(run.folder, ranks, config.train.max_failures)
+        self.follows = config.data.follow is not None
         self.step = 0
-        self.saved_step = -1
+        self.saved_step = self.evaluated_step = -1
         self.best = -math.inf
-        self.train_s = self.evaluate_s = self.logged_s = self.waiting_s = 0.0
+        self.train_s = self.evaluate_s = self.logged_s = self.waiting_s = self.logged_waiting_s = 0.0
         self.losses: list[float] = []
 
-    def resume(self, model: DistributedModelParallel, optimizer: RunOptimizer) -> None:
+    @property
+    def num_steps(self) -> int:
+        """Of a stream, as far as is known."""
+        return self.passes.num_steps
+
+    def resume(self, model: DistributedModelParallel, optimizer: RunOptimizer, init_from: Path | None = None) -> None:
+        self.heartbeat.doing = "the load of its checkpoint"
         newest = self.checkpoints.newest()
         if newest is not None:
             manifest = self.checkpoints.load(newest, model, optimizer)
-            self.step = self.saved_step = manifest["step"]
+            self.step = self.saved_step = self.evaluated_step = manifest["step"]
             self.train_s, self.evaluate_s = manifest["train_s"], manifest["evaluate_s"]
             self.losses, self.logged_s = manifest["losses"], manifest["logged_s"]
-            best = self.checkpoints.best()
-            self.best = best["value"] if best is not None and best["step"] <= self.step else -math.inf
+            self.owes_evaluation = manifest["owes_evaluation"]
+            if self.owes_evaluation:
+                self.evaluated_step = -1
+            best = self.ranks.once(self.checkpoints.best)
+            self.best = best["value"] if best is not None and best["metric"] == self.config.evaluate.best else -math.inf
             self.say(f"resumed at step {self.step:,} of {self.num_steps:,} from {newest}")
+        elif init_from is not None:
+            self._begin_with(init_from, model)
+        self.attempts.begin(self.step, self.passes)
         self.log = RunLog(self.run, self.ranks, self.step)
+        self.model, self.optimizer = towers(model), optimizer
         self.logged_step = self.step - len(self.losses)
         self._started = time.perf_counter()
+
+    def _begin_with(self, init_from: Path, model: DistributedModelParallel) -> None:
+        """Take the weights of another run where they have the same name and size, and say which."""
+        others = Checkpoints(Run.open(init_from).folder / "checkpoints", self.ranks)
+        path = others.choose("best")
+        took, left = others.load_what_fits(path, model)
+        if not took:
+            raise ConfigError(f"{path} has no weight that fits this model: {'; '.join(left[:5])}.")
+        towers(model).forget()
+        self.say(f"began with {len(took)} weights of {path}: {', '.join(took)}")
+        if left:
+            self.say(f"left {len(left)} as they were drawn: {'; '.join(left)}")
 
     def waiting_for(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """The batches, with the time that passes until each is there added up."""
         while True:
             asked = time.perf_counter()
+            self.heartbeat.doing = f"step {self.step + 1:,} (its rows)"
             batch = next(batches, None)
-            self.waiting_s += time.perf_counter() - asked
+            if self.follows and self.passes.is_end(self.step):  # waiting for new files is no part of training
+                self._started = time.perf_counter()
+            else:
+                self.waiting_s += time.perf_counter() - asked
             if batch is None:
                 return
             yield batch
 
-    def took(self, loss: torch.Tensor) -> None:
-        value = self.ranks.mean(loss)
+    def begins(self) -> None:
+        """A step does, with rows that may have come some steps ago."""
+        self.heartbeat.doing = f"step {self.step + 1:,}"
+        self.attempts.comes_to(self.step + 1)
+
+    @property
+    def is_logged_next(self) -> bool:
+        """Whether the step under way will be logged, as far as is known."""
+        step = self.step + 1
+        return step % self.config.train.log_every == 0 or (not self.follows and self.passes.is_over(step))
+
+    def took(self, loss: torch.Tensor, batch: Batch) -> None:
+        """Agree with the other ranks on the loss, on whether someone told one of them to stop, and on failed saves."""
+        fault_point("step:forward", self.step + 1)
+        self.under_way = loss.detach(), batch
+        value = self._agree(float(loss.detach()))
         if not math.isfinite(value):
-            raise TrainingError(
-                f"The loss of step {self.step + 1:,} is {value}; nothing was updated by it. The newest checkpoint is "
-                f"of step {max(self.saved_step, 0):,}. Lower train.optimizer.lr or raise loss.temperature, in a new "
-                "run_dir."
-            )
+            self.refuse(f"The loss of step {self.step + 1:,} is {value}")
         self.losses.append(value)
 
+    def _agree(self, value: float = 0.0) -> float:
+        """The mean of `value` over ranks; sets `told_to_stop` on all, and raises on all where a save has failed."""
+        told = [self.signals.received == each for each in STOPPING]
+        total = self.ranks.sum(np.array([value, *told, self.checkpoints.has_failed]))
+        self.told_to_stop = next((each for each, count in zip(STOPPING, total[1:-1], strict=True) if count), None)
+        if total[-1]:
+            self.checkpoints.wait()
+        return float(total[0]) / self.ranks.num_ranks
+
+    def agrees_to_stop(self) -> bool:
+        """Whether all ranks stop now, which wait together for new files."""
+        self._agree()
+        return self.told_to_stop is not None
+
+    def refuse(self, found: str) -> NoReturn:
+        """Leave what is known of the step under way, which cannot be taken, and end the run."""
+        folder = self.run.folder / f"not-finite-step-{self.step + 1:08d}"
+        describe_step(folder, self.ranks, self.step + 1, found, *self.under_way, self.passes)
+        raise TrainingError(
+            f"{found}; nothing was updated by it. Its rows and what their features hold are in {folder}. The newest "
+            f"checkpoint is of step {max(self.saved_step, 0):,}. Lower train.optimizer.lr or raise loss.temperature, "
+            "in a new run_dir."
+        )
+
     def done(self) -> None:
+        fault_point("step:updated", self.step + 1)
+        if self.is_first_step:
+            self.ranks.is_under_way()
+            self.is_first_step = False
         self.step += 1
+        self.valid = {}
         now = time.perf_counter()
         self.train_s += now - self._started
         self._started = now
-        if self.step % self.config.train.log_every == 0 or self.step == self.num_steps:
+        may_be_last = self.passes.is_end(self.step) if self.follows else self.passes.is_over(self.step)
+        if self.step % self.config.train.log_every == 0 or may_be_last:
             self._log()
+
+    is_first_step = True  # since the start
 
     def _log(self) -> None:
         passed_s = max(self.train_s - self.logged_s, 1e-9)
         steps = self.step - self.logged_step
-        rows_per_s = steps * self.num_rows / self.steps_per_epoch / passed_s
+        rows_per_s = (self.passes.rows_before(self.step) - self.passes.rows_before(self.logged_step)) / passed_s
         loss = sum(self.losses) / len(self.losses)
         left_s = (self.num_steps - self.step) * passed_s / steps
-        epoch = (self.step - 1) // self.steps_per_epoch + 1
         self.say(
-            f"step {self.step:>6,}/{self.num_steps:,}  epoch {epoch}/{self.config.train.epochs}  loss {loss:.4f}  "
+            f"step {self.step:>6,}/{self.num_steps:,}  {self.passes.place(self.step)}  loss {loss:.4f}  "
             f"{rows_per_s:>9,.0f} rows/s  {clock(left_s)} left"
         )
-        self.log.write(self.step, "train", {"loss": loss, "rows_per_s": rows_per_s, "train_s": self.train_s})
+        waited_s, self.logged_waiting_s = self.waiting_s - self.logged_waiting_s, self.waiting_s
+        measured = {
+            "loss": loss,
+            **self.model.figures(),
+            **self.optimizer.figures(),
+            "rows_per_s": rows_per_s,
+            "waiting_share": min(waited_s / passed_s, 1.0),
+            "train_s": self.train_s,
+            **memory_figures(self.ranks),
+        }
+        self.log.write(self.step, "train", measured)
         self.losses, self.logged_step, self.logged_s = [], self.step, self.train_s
 
-    @property
-    def evaluates(self) -> bool:
-        return (
-            self.step % (self.config.train.evaluate_every or self.steps_per_epoch) == 0 or self.step == self.num_steps
-        )
+    def look(self, measure: Measure, model: DistributedModelParallel, optimizer: RunOptimizer) -> None:
+        """Evaluate and save, each where it is due and not yet done."""
+        if self._is_due(self.config.train.evaluate_every) and self.evaluated_step != self.step:
+            self.evaluated_step = self.step
+            metrics = measure(towers(model))
+            if metrics is not None:
+                self.evaluated(metrics, model, optimizer)
+        if self._is_due(self.config.checkpoint.every) and self.saved_step != self.step:
+            self.save(model, optimizer)
 
-    @property
-    def saves(self) -> bool:
-        is_due = self.step % (self.config.checkpoint.every or self.steps_per_epoch) == 0 or self.step == self.num_steps
-        return is_due and self.saved_step != self.step
+    def _is_due(self, every: int | None) -> bool:
+        is_time = self.step % every == 0 if every is not None else self.passes.is_end(self.step)
+        return is_time or self.passes.is_over(self.step)
 
     def evaluated(self, metrics: dict[str, float], model: DistributedModelParallel, optimizer: RunOptimizer) -> None:
         model.train()
@@ -176,50 +376,106 @@ class Progress:
         self._started = now
         self.log.write(self.step, "valid", metrics)
         name = self.config.evaluate.best
+        self.valid = {"metric": name, "value": metrics[name]}
         is_best = metrics[name] > self.best
         self.say(f"step {self.step:>6,}  valid {name} {metrics[name]:.4f}" + ("  (best so far)" if is_best else ""))
         if is_best:
             self.best = metrics[name]
+        if is_best or self.owes_evaluation:
+            self.saved_step = -1  # a checkpoint without its value would lose it
+            self.owes_evaluation = False
             self.save(model, optimizer)
-            self.checkpoints.mark_best(self.step, name, self.best)
 
-    def save(self, model: DistributedModelParallel, optimizer: RunOptimizer) -> None:
+    def save(self, model: DistributedModelParallel, optimizer: RunOptimizer, *, owes_evaluation: bool = False) -> None:
         if self.saved_step != self.step:
+            self.heartbeat.doing = f"the checkpoint of step {self.step:,}"
             facts = {
-                "config": config_hash(self.config),
+                "cursor": self.step,
+                "place": self.passes.place(self.step),
                 "seed": self.config.data.seed,
+                "config": config_hash(self.config),
+                "settings": binding(self.config),
+                "data": self.passes.sources.dataset.fingerprint,
+                "plan": [asdict(placement) for placement in placements(model.plan)],
+                "versions": versions(),
+                "valid": self.valid,
+                "owes_evaluation": owes_evaluation,
                 "train_s": self.train_s,
                 "evaluate_s": self.evaluate_s,
-                "losses": self.losses,  # since the last logged step
+                "losses": list(self.losses),  # since the last logged step
                 "logged_s": self.logged_s,
             }
             self.checkpoints.save(self.step, model, optimizer, facts)
             self.saved_step = self.step
-            self.checkpoints.sweep()
         self._started = time.perf_counter()
 
+    def stop_if_told(self, model: DistributedModelParallel, optimizer: RunOptimizer) -> None:
+        """Save and raise Stopped, when a rank was told to by a signal and all have agreed on it in this step."""
+        told = self.told_to_stop
+        if told is None or (self.passes.is_over(self.step) and not self.follows):
+            return
+        is_due = self._is_due(self.config.train.evaluate_every) and self.evaluated_step != self.step
+        self.save(model, optimizer, owes_evaluation=is_due)
+        self.checkpoints.wait()
+        fault_point("stop:saved", self.step)
+        self.log.close()
+        self.attempts.end()
+        if self.ranks.is_first:
+            status = {
+                "state": "stopped",
+                "step": self.step,
+                "of_steps": self.num_steps,
+                "reason": f"told to by {told.name}",
+                "exit_code": 128 + told,
+                "meaning": "Saved after this step; the same command goes on from there.",
+            }
+            write_json(self.run.folder / STATUS, status)
+        raise Stopped(
+            f"stopped by {told.name} after step {self.step:,} of {self.num_steps:,}, which is saved; the same command "
+            "goes on from there.",
+            told,
+        )
+
     def finish(self) -> None:
-        peak_bytes = max(self.ranks.sizes(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024))
+        self.heartbeat.doing = "its end"
+        self.checkpoints.wait()
+        self.attempts.end()
+        peak_bytes = max(self.ranks.sizes(peak_resident_bytes()))
         self.log.close()
         if self.ranks.is_first:
             status = {
                 "state": "finished",
                 "step": self.step,
+                "of_steps": self.num_steps,
+                "reason": "no new files came" if self.follows else "all its epochs are done",
+                "exit_code": 0,
+                "meaning": "Nothing is left to do; the same command takes what has come since."
+                if self.follows
+                else "Nothing is left to do; more train.epochs go on from here.",
                 "best": self.checkpoints.best(),
                 "train_s": round(self.train_s, 3),
                 "waiting_s": round(self.waiting_s, 3),  # of train_s, for data, since the last start
                 "evaluate_s": round(self.evaluate_s, 3),
-                "rows_per_s": round(self.step * self.num_rows / self.steps_per_epoch / max(self.train_s, 1e-9), 1),
+                "rows_per_s": round(self.passes.rows_before(self.step) / max(self.train_s, 1e-9), 1),
                 "peak_rank_bytes": peak_bytes,
                 "num_ranks": self.ranks.num_ranks,
             }
-            write_json(self.run.folder / "status.json", status)
+            write_json(self.run.folder / STATUS, status)
         took = f"{clock(self.train_s)} (and {clock(self.evaluate_s)} of evaluation)"
         self.say(f"trained {self.step:,} steps in {took}: {self.run.folder}")
 
     def say(self, line: str) -> None:
         if self.ranks.is_first:
             print(line, flush=True)
+
+
+def memory_figures(ranks: Ranks) -> dict[str, float]:
+    """The most that any rank holds now, and of its GPU has held since the last call; all ranks call together."""
+    figures = {"resident_bytes": float(max(ranks.sizes(resident_bytes())))}
+    if ranks.device.type == "cuda":
+        figures["gpu_peak_bytes"] = float(max(ranks.sizes(torch.cuda.max_memory_allocated())))
+        torch.cuda.reset_peak_memory_stats()
+    return figures
 
 
 def clock(seconds: float) -> str:

@@ -23,7 +23,7 @@ from trec_twotower.cli import _quiet
 _quiet()
 
 from tests.ranks.states import whole_optimizer_state, whole_state  # noqa: E402
-from tests.ranks.worlds import MIXED, PLANS, event_config, tables, user_config  # noqa: E402
+from tests.ranks.worlds import LOSSES, MIXED, PLANS, event_config, negatives, tables, user_config  # noqa: E402
 from trec_twotower import encode as encoding  # noqa: E402
 from trec_twotower import train as training  # noqa: E402
 from trec_twotower.checkpoint import Checkpoints  # noqa: E402
@@ -76,6 +76,18 @@ class Work:
         one_row = tables("auto")
         one_row["brand"] = {"buckets": 1, "dim": 4}  # row-wise, the second rank would hold none
         cases["one row"] = event_config(self.world, self.out / "runs" / "one-row", "auto", tables=one_row)
+        for name, loss in LOSSES.items():
+            cases[f"loss {name}"] = user_config(self.world, self.out / "runs" / f"loss-{name}", MIXED, loss=loss)
+        for kind, lr in (("sgd", 0.5), ("rowwise_adagrad", 0.1)):
+            for plan in ("table_wise", "row_wise"):
+                wanted = {
+                    "loss": {**negatives(self.world), "log_q_estimate": "streaming" if kind == "sgd" else "exact"},
+                    "train": {"optimizer": {"sparse": kind, "lr": lr}},
+                }
+                place = self.out / "runs" / f"negatives-{plan}-{kind}"
+                cases[f"negatives {plan} {kind}"] = event_config(self.world, place, plan, **wanted)
+        of_users = {"loss": negatives(self.world, "user_id")}
+        cases["negatives user sgd"] = user_config(self.world, self.out / "runs" / "negatives-user", MIXED, **of_users)
         for name, config in cases.items():
             self.results[f"train {name}"] = self.train(config)
 

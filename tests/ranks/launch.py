@@ -12,12 +12,15 @@ SAID_BY_TORCHREC = (  # warnings filters, for tests that shard a model in their 
     "ignore:This API is deprecated. Please use Pytorch:DeprecationWarning",
     "ignore:.broadcast_buffers. is deprecated:FutureWarning",
     "ignore:Please use DTensor:FutureWarning",
+    "ignore:.torch.jit.[a-z]+. is deprecated:DeprecationWarning",
     "ignore:(?s)fbgemm.*an autograd kernel was not registered:UserWarning",  # the updates are tested
 )
 FATAL_BOUNDS = {"FBGEMM_TBE_BOUNDS_CHECK_MODE": "0"}  # an id outside its table is an error, not row 0
 
 
-def torchrun(num_ranks: int, module: str, *arguments: str | Path, timeout_s: float = 120) -> tuple[int, str]:
+def torchrun(
+    num_ranks: int, module: str, *arguments: str | Path, timeout_s: float = 120, **environ: str
+) -> tuple[int, str]:
     """Run `-m module` on some ranks of this machine; gives the exit code, and what all of them said."""
     command = [sys.executable, "-m", "trec_twotower.torchrun", "--standalone", "--local-addr=127.0.0.1"]
     command += [f"--nproc-per-node={num_ranks}", "-m", module, *map(str, arguments)]
@@ -25,7 +28,7 @@ def torchrun(num_ranks: int, module: str, *arguments: str | Path, timeout_s: flo
     process = subprocess.Popen(
         command,
         cwd=ROOT,
-        env={**os.environ, **settings},
+        env={**os.environ, **settings, **environ},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

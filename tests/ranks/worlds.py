@@ -60,6 +60,17 @@ USERS: list[dict[str, Any]] = [
     {"user_id": number, "positives": _random.sample(ITEM_IDS, 2 + number % 5)} for number in range(NUM_USERS)
 ]
 
+# Items that rows name beside those they took, in random numbers of their own.
+_names = random.Random(21)
+for _row in (*EVENTS, *USERS):
+    _shown = None if _names.random() < 0.2 else _names.choices(ITEM_IDS, k=_names.randrange(5))
+    _row["shown"] = _shown
+    _row["grade"] = None if _shown is None else [_names.choice([0, 0, 1]) for _ in _shown]
+LISTS: list[dict[str, Any]] = [  # of items, by item and by user
+    {"item_id": item_id, "user_id": number, "negatives": _names.sample(ITEM_IDS, number % 7)}
+    for number, item_id in enumerate(ITEM_IDS[:-3])
+]
+
 _ITEM_TYPES = [
     ("item_id", pa.int64()),
     ("brand", pa.string()),
@@ -75,8 +86,10 @@ _EVENT_TYPES = [
     ("click_weights", pa.list_(pa.float32())),
     ("country", pa.int64()),
     ("age", pa.float64()),
+    ("shown", pa.list_(pa.int64())),
+    ("grade", pa.list_(pa.int64())),
 ]
-_USER_TYPES = [("user_id", pa.int64()), ("positives", pa.list_(pa.int64()))]
+_USER_TYPES = [("user_id", pa.int64()), ("positives", pa.list_(pa.int64())), *_EVENT_TYPES[-2:]]
 
 
 def write_world(folder: Path) -> Path:
@@ -86,15 +99,50 @@ def write_world(folder: Path) -> Path:
             (folder / name / split).mkdir(parents=True)
             table = pa.Table.from_pylist(content, schema=pa.schema(schema))
             pq.write_table(table, folder / name / split / "part.parquet", row_group_size=16, write_page_checksum=True)
+    for key, items in (("item_id", "negatives"), ("user_id", "negatives"), ("user_id", "item_ids")):
+        lists = {key: [row[key] for row in LISTS], items: [row["negatives"] for row in LISTS]}
+        pq.write_table(pa.table(lists), folder / f"{items}-by-{key}.parquet")
     return folder
 
 
 def tables(plan: str | Mapping[str, str]) -> dict[str, Any]:
     kinds = dict.fromkeys(TABLES, plan) if isinstance(plan, str) else plan
     sizes = {"item": (37, 12), "click": (23, 8), "country": (7, 4), "tag": (16, 8), "brand": (10, 4)}
+    # Shards of one width for any number of ranks: row-wise Adagrad has a state for each.
+    cut = {"column_wise": {"shard_columns": 4}}
     return {
-        name: {"buckets": sizes[name][0], "dim": sizes[name][1], "sharding": kind, "init_scale": 0.5}
+        name: {
+            "buckets": sizes[name][0], "dim": sizes[name][1], "sharding": kind, "init_scale": 0.5, **cut.get(kind, {})
+        }
         for name, kind in kinds.items()
+    }  # fmt: skip
+
+
+LEARNED = {"learned": True, "start": 0.2}
+# Loss sections to train with, `temperature: null` where the loss has none.
+LOSSES: dict[str, dict[str, Any]] = {
+    "bce": {"kind": "bce", "negative_weight": 3.0},
+    "softmax_bce": {"kind": "softmax_bce", "temperature": LEARNED},
+    "bsl": {"kind": "bsl", "temperature_ratio": 2.0},
+    "ccl": {"kind": "ccl", "temperature": None, "margin": 0.1, "negative_weight": 10.0},
+    "bpr": {"kind": "bpr"},
+    "margin": {"kind": "margin", "temperature": None, "margin": 0.5},
+    "regularised": {"temperature": LEARNED, "regularise": {"norm": 0.1, "alignment": 0.2, "uniformity": 0.5}},
+}
+
+
+def negatives(world: Path, key: str = "item_id") -> dict[str, Any]:
+    """A loss section with all kinds of negatives at once."""
+    return {
+        "given": {"column": "shown", "labels": "grade"},
+        "known": world / "item_ids-by-user_id.parquet",
+        "negatives": {
+            "sampled": 4,
+            "power": 0.75,
+            "same": {"feature": "item_id" if key == "user_id" else "brand", "count": 3},
+            "mined": {"file": world / f"negatives-by-{key}.parquet", "key": key, "count": 2, "shared": False},
+            "queue": 70,
+        },
     }
 
 

@@ -12,8 +12,8 @@ from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from torchrec.streamable import Pipelineable
 
-from trec_twotower.data.lists import weights_of
-from trec_twotower.data.transforms import Columns, pooling_divisor
+from trec_twotower.data.lists import Lists, weights_of
+from trec_twotower.data.transforms import Columns, divides, pooling_divisor
 from trec_twotower.schema import Schema, Side
 
 
@@ -51,6 +51,13 @@ class Batch(Pipelineable):
     positive_weight_P: Tensor | None = None
     known_row_M: Tensor | None = None
     known_column_M: Tensor | None = None
+    given_row_G: Tensor | None = None  # pairs that the rows name themselves; see Relations in model/losses/blocks.py
+    given_column_G: Tensor | None = None
+    given_label_G: Tensor | None = None
+    given_weight_G: Tensor | None = None
+    item_key_C: Tensor | None = None  # what tells a candidate from others in all steps (a fingerprint), where asked for
+    listed_row_L: Tensor | None = None  # pairs of a row and the key of any item that is no negative of it, where asked
+    listed_key_L: Tensor | None = None  # for: candidates of earlier steps may be among them
 
     def to(self, device: torch.device, non_blocking: bool = False) -> Batch:
         return self._each(lambda value: value.to(device=device, non_blocking=non_blocking))
@@ -74,9 +81,10 @@ class Candidates:
     """The items of a step, the same on all ranks."""
 
     item_row: np.ndarray  # distinct, rising
-    log_q: np.ndarray
+    log_q: np.ndarray | None
     is_negative: np.ndarray
     sizes: tuple[int, ...]  # how many of them each rank encodes, in order
+    key: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -88,11 +96,20 @@ class Targets:
     positive_weight: np.ndarray
     known_row: np.ndarray  # the positives among them
     known_column: np.ndarray
+    given_row: np.ndarray | None = None  # of what the rows name beside the positives; all four or none
+    given_column: np.ndarray | None = None
+    given_label: np.ndarray | None = None
+    given_weight: np.ndarray | None = None
+    listed_row: np.ndarray | None = None  # of everything that is no negative of a row
+    listed_key: np.ndarray | None = None
+
+
+Rows = tuple[Columns, slice]  # a run of rows of some columns
 
 
 def make_batch(
     schema: Schema,
-    user: Columns | Sequence[Columns] | None = None,
+    user: Columns | Sequence[Rows] | None = None,
     item: Columns | None = None,
     *,
     num_rows: int | None = None,
@@ -104,9 +121,9 @@ def make_batch(
 
     The users may come in pieces, which are laid below each other.
     """
-    users = [] if user is None else [user] if isinstance(user, Columns) else list(user)
-    items = [] if item is None else [item]
-    num_users, num_items = (sum(piece.num_rows for piece in pieces) for pieces in (users, items))
+    users: list[Rows] = [_whole(user)] if isinstance(user, Columns) else list(user or ())
+    items: list[Rows] = [] if item is None else [_whole(item)]
+    num_users, num_items = (sum(rows.stop - rows.start for _, rows in pieces) for pieces in (users, items))
     if num_rows is None:
         num_rows = max(num_users, num_items)
     sparse, divisors = _keyed_jagged(schema, {"user": users, "item": items}, num_rows)
@@ -120,38 +137,62 @@ def make_batch(
     )
     if candidates is not None and targets is not None:
         batch.item_sizes = candidates.sizes
-        batch.log_q_C = torch.from_numpy(candidates.log_q)
-        batch.is_negative_C = torch.from_numpy(candidates.is_negative)
-        batch.positive_row_P = torch.from_numpy(targets.positive_row)
-        batch.positive_column_P = torch.from_numpy(targets.positive_column)
-        batch.positive_weight_P = torch.from_numpy(targets.positive_weight)
-        batch.known_row_M = torch.from_numpy(targets.known_row)
-        batch.known_column_M = torch.from_numpy(targets.known_column)
+        batch.log_q_C = _tensor(candidates.log_q)
+        batch.is_negative_C = _tensor(candidates.is_negative)
+        batch.item_key_C = _tensor(candidates.key)
+        batch.positive_row_P = _tensor(targets.positive_row)
+        batch.positive_column_P = _tensor(targets.positive_column)
+        batch.positive_weight_P = _tensor(targets.positive_weight)
+        batch.known_row_M = _tensor(targets.known_row)
+        batch.known_column_M = _tensor(targets.known_column)
+        batch.given_row_G = _tensor(targets.given_row)
+        batch.given_column_G = _tensor(targets.given_column)
+        batch.given_label_G = _tensor(targets.given_label)
+        batch.given_weight_G = _tensor(targets.given_weight)
+        batch.listed_row_L = _tensor(targets.listed_row)
+        batch.listed_key_L = _tensor(targets.listed_key)
     return batch
 
 
+def _tensor(values: np.ndarray | None) -> Tensor | None:
+    return None if values is None else torch.from_numpy(values)
+
+
+def _whole(columns: Columns) -> Rows:
+    return columns, slice(0, columns.num_rows)
+
+
 def _keyed_jagged(
-    schema: Schema, sides: Mapping[Side, list[Columns]], num_rows: int
+    schema: Schema, sides: Mapping[Side, list[Rows]], num_rows: int
 ) -> tuple[KeyedJaggedTensor, dict[Side, np.ndarray]]:
-    """All keys' bags, and for each side what its pooled sums are divided by: float32 (num_rows, features)."""
-    pairs = list(schema.sparse_pairs())
+    """All keys' bags, and for each side what its pooled sums are divided by: float32 (num_rows, features).
+
+    Runs for every key and piece of every step: values and lengths are cut from the pieces directly.
+    """
+    pairs = schema.sparse_pairs
+    num_user_keys = len(schema.sparse("user"))
     lengths = np.zeros((len(pairs), num_rows), np.int32)
     values, weights = [np.empty(0, np.int32)], [np.empty(0, np.float32)]
     divisors = {side: np.ones((num_rows, len(schema.sparse(side))), np.float32) for side in sides}
     for number, (side, feature) in enumerate(pairs):
-        row = 0
-        column = number if side == "user" else number - len(schema.sparse("user"))
-        for piece in sides[side]:
-            lists, rows = piece.sparse[feature.name], slice(row, row + piece.num_rows)
-            row += piece.num_rows
-            values.append(lists.values)
-            if schema.is_weighted:
-                weights.append(weights_of(lists))
-            if lists.is_single:
-                lengths[number, rows] = 1
-                continue
-            np.subtract(lists.offsets[1:], lists.offsets[:-1], out=lengths[number, rows], casting="unsafe")
-            divisors[side][rows, column] = pooling_divisor(feature, lists, lengths[number, rows])
+        pieces = [(columns.sparse[feature.name], rows) for columns, rows in sides[side]]
+        if not pieces:
+            continue
+        values += [lists.values_of(rows) for lists, rows in pieces]
+        end = sum(rows.stop - rows.start for _, rows in pieces)
+        length = lengths[number, :end]
+        if all(lists.is_single for lists, _ in pieces):
+            length.fill(1)
+        else:
+            np.concatenate([lists.lengths[rows] for lists, rows in pieces], out=length)
+        if schema.is_weighted:
+            weights += [weights_of(lists.slice(rows.start, rows.stop)) for lists, rows in pieces]
+        if divides(feature):
+            weighted = None
+            if any(lists.weights is not None for lists, _ in pieces):
+                weighted = Lists.concat([lists.slice(rows.start, rows.stop) for lists, rows in pieces])
+            column = number if side == "user" else number - num_user_keys
+            divisors[side][:end, column] = pooling_divisor(feature, length, weighted)
     sparse = KeyedJaggedTensor(
         keys=schema.keys(),
         values=torch.from_numpy(np.concatenate(values)),
@@ -162,13 +203,14 @@ def _keyed_jagged(
     return sparse, divisors
 
 
-def _numbers(schema: Schema, side: Side, pieces: list[Columns]) -> np.ndarray:
+def _numbers(schema: Schema, side: Side, pieces: list[Rows]) -> np.ndarray:
     """(rows, two a number) of all pieces."""
     names = [feature.name for feature in schema.numbers(side)]
-    number = np.empty((sum(piece.num_rows for piece in pieces), 2 * len(names)), np.float32)
+    number = np.empty((sum(rows.stop - rows.start for _, rows in pieces), 2 * len(names)), np.float32)
     row = 0
-    for piece in pieces:
-        for column, name in enumerate(names):
-            number[row : row + piece.num_rows, 2 * column : 2 * column + 2] = piece.numbers[name]
-        row += piece.num_rows
+    for columns, rows in pieces:
+        below = row + rows.stop - rows.start
+        for place, name in enumerate(names):
+            number[row:below, 2 * place : 2 * place + 2] = columns.numbers[name][rows]
+        row = below
     return number

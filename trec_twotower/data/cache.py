@@ -2,28 +2,33 @@
 
 A folder's name is the fingerprint of everything that its content depends on: the data, and how the config reads them. A
 row group is one file, written whole under another name and then renamed, so that any number of ranks may write at once.
+Its last eight bytes are the XXH3-64 of all before them.
 """
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import json
+import io
+import mmap
 import os
-import shutil
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
+import xxhash
 
 from trec_twotower.config import DataConfig
+from trec_twotower.data.cache_folder import CacheFolder, changed, size_of
 from trec_twotower.data.dataset import RowGroup
 from trec_twotower.data.examples import Examples
 from trec_twotower.data.features import Sources
 from trec_twotower.data.lists import Lists
 from trec_twotower.data.transforms import Columns
 
-FORMAT = 1
+FORMAT = 2
+DIGEST_BYTES = 8
+LISTS, ARRAYS = ("positives", "history", "given", "given_weight"), ("weight", "user_key")  # of Examples, as they lie
 
 
 class Cache:
@@ -33,60 +38,86 @@ class Cache:
         self.folder = folder
         self.limit_bytes = limit_bytes
         self._number = {(group.path, group.number): number for number, group in enumerate(groups)}
+        self._verified: set[tuple[int, int]] = set()  # files, by inode and time of their last change
 
     @classmethod
-    def open(cls, data: DataConfig, sources: Sources, masks_history: bool) -> Cache:
-        """The cache's folder, marked as used; of other fingerprints, the longest unused go until all fit `cache_gb`."""
-        assert data.cache is not None
+    def open(cls, data: DataConfig, sources: Sources, settings: Mapping[str, object]) -> Cache:
+        """The cache's folder, marked as used; of other fingerprints, the longest unused go until all fit `cache_gb`.
+
+        `settings` are what else decides which columns are kept, and how.
+        """
+        kept = sources.cache or CacheFolder.of(data)
         groups = sources.dataset.train.row_groups
         facts = {
             "format": FORMAT,
             "dataset": sources.dataset.fingerprint,
             # The rows of the catalogue and of users/ are in there, too.
-            "changed": [(str(path), _changed(path)) for path in sorted(sources.dataset.folder.rglob("*.parquet"))],
+            "changed": [(str(path), changed(path)) for path in sorted(sources.dataset.folder.rglob("*.parquet"))],
             "rows": data.rows,
-            "masks_history": masks_history,
+            **settings,
             "features": [feature.model_dump() for feature in sources.schema.user],
             "tables": {name: (spec.buckets, spec.hashing, spec.seed) for name, spec in sources.schema.tables.items()},
             "statistics": {name: asdict(values) for name, values in sources.statistics.items()},
         }
-        digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]
-        folder = Path(data.cache) / digest
+        folder = kept.place(facts)
         folder.mkdir(parents=True, exist_ok=True)
-        os.utime(folder)
-        limit_bytes = int(data.cache_gb * 1e9)
-        _sweep(Path(data.cache), folder, limit_bytes)
-        return cls(folder, limit_bytes, groups)
+        return cls(folder, kept.use(folder), groups)
 
     def path(self, group: RowGroup) -> Path:
         return self.folder / f"{self._number[group.path, group.number]:08d}.arrow"
 
     def get(self, group: RowGroup) -> Examples | None:
-        """The row group's rows, mapped and not read; None where they are not cached (or the file is damaged)."""
+        """The row group's rows, mapped and not read; None where they are not cached.
+
+        The first time that this process meets a file it reads all of it, to compare the checksum; a damaged file is
+        taken away.
+        """
         path = self.path(group)
-        if not path.is_file():
-            return None
         try:
-            reader = pa.ipc.open_file(pa.memory_map(str(path)))
-            batch = reader.get_batch(0)
-        except (pa.ArrowException, OSError, IndexError):
+            with path.open("rb") as file:
+                about = os.fstat(file.fileno())
+                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError):  # an empty file cannot be mapped
             path.unlink(missing_ok=True)
             return None
-        return _from_arrow(batch)
+        content = pa.py_buffer(mapped).slice(0, max(len(mapped) - DIGEST_BYTES, 0))
+        version = (about.st_ino, about.st_mtime_ns)
+        if version not in self._verified:
+            if xxhash.xxh3_64_digest(content) != mapped[len(content) :]:
+                path.unlink(missing_ok=True)
+                return None
+            self._verified.add(version)
+        return _from_arrow(pa.ipc.open_file(pa.BufferReader(content)).get_batch(0))
 
     def put(self, group: RowGroup, examples: Examples) -> None:
         """Keep a row group's rows, unless the cache is full or the disk is."""
         path = self.path(group)
         temporary = path.with_name(f".{path.name}.{os.getpid()}-{id(examples)}")
         batch = _to_arrow(examples)
-        if _size(self.folder) + batch.nbytes > self.limit_bytes:
+        if size_of(self.folder) + batch.nbytes > self.limit_bytes:
             return
         try:
-            with pa.OSFile(str(temporary), "wb") as file, pa.ipc.new_file(file, batch.schema) as writer:
-                writer.write_batch(batch)
+            with _DigestedFile(io.FileIO(temporary, "w")) as file:
+                with pa.ipc.new_file(file, batch.schema) as writer:
+                    writer.write_batch(batch)
+                file.write(file.digest.digest())
             os.replace(temporary, path)
         except OSError:
             temporary.unlink(missing_ok=True)
+
+
+class _DigestedFile(io.BufferedWriter):
+    """A file that knows the checksum of what was written to it."""
+
+    def __init__(self, raw: io.FileIO) -> None:
+        super().__init__(raw)
+        self.digest = xxhash.xxh3_64()
+
+    def write(self, data: Any) -> int:
+        self.digest.update(data)
+        return super().write(data)
 
 
 def _to_arrow(examples: Examples) -> pa.RecordBatch:
@@ -98,11 +129,15 @@ def _to_arrow(examples: Examples) -> pa.RecordBatch:
             arrays[f"weights:{name}"] = _list_array(Lists(lists.offsets, lists.weights))
     for name, number in examples.user.numbers.items():
         arrays[f"number:{name}"] = pa.FixedSizeListArray.from_arrays(pa.array(number.reshape(-1)), 2)
-    arrays["positives"] = _list_array(examples.positives)
-    if examples.history is not None:
-        arrays["history"] = _list_array(examples.history)
-    if examples.weight is not None:
-        arrays["weight"] = pa.array(examples.weight)
+    for name in LISTS:
+        lists = getattr(examples, name)
+        if lists is not None:
+            arrays[name] = _list_array(lists)
+            if lists.weights is not None:
+                arrays[f"{name}_weights"] = _list_array(Lists(lists.offsets, lists.weights))
+    for name in ARRAYS:
+        if getattr(examples, name) is not None:
+            arrays[name] = pa.array(getattr(examples, name))
     return pa.record_batch(list(arrays.values()), names=list(arrays))
 
 
@@ -121,14 +156,11 @@ def _from_arrow(batch: pa.RecordBatch) -> Examples:
             sparse[feature] = _lists(array, columns.get(f"weights:{feature}"))
         elif kind == "number":
             numbers[feature] = array.flatten().to_numpy().reshape(-1, 2)
-    history, weight = columns.get("history"), columns.get("weight")
-    return Examples(
-        Columns(batch.num_rows, sparse, numbers),
-        _lists(columns["positives"]),
-        None,
-        None if history is None else _lists(history),
-        None if weight is None else weight.to_numpy(),
-    )
+    parts: dict[str, Any] = {
+        name: _lists(columns[name], columns.get(f"{name}_weights")) for name in LISTS if name in columns
+    }
+    parts |= {name: columns[name].to_numpy() for name in ARRAYS if name in columns}
+    return Examples(Columns(batch.num_rows, sparse, numbers), **parts)
 
 
 def _lists(array: pa.Array, weights: pa.Array | None = None) -> Lists:
@@ -136,27 +168,3 @@ def _lists(array: pa.Array, weights: pa.Array | None = None) -> Lists:
         return Lists.singles(array.to_numpy())
     weight = None if weights is None else weights.values.to_numpy()
     return Lists(array.offsets.to_numpy(), array.values.to_numpy(), weight)
-
-
-def _changed(path: Path) -> int:
-    return int(path.stat().st_mtime * 1e6)
-
-
-def _size(folder: Path) -> int:
-    """Bytes of a folder's files; another rank may rename or sweep one between its listing and its look."""
-    total = 0
-    for entry in os.scandir(folder):
-        with contextlib.suppress(FileNotFoundError):
-            total += entry.stat().st_size
-    return total
-
-
-def _sweep(root: Path, keep: Path, limit_bytes: int) -> None:
-    others = [path for path in root.iterdir() if path.is_dir() and path != keep]
-    others.sort(key=lambda path: path.stat().st_mtime)
-    total = sum(_size(path) for path in (*others, keep))
-    for path in others:
-        if total <= limit_bytes:
-            return
-        total -= _size(path)
-        shutil.rmtree(path, ignore_errors=True)

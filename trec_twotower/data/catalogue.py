@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+import os
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from trec_twotower.data.dataset import Split
-from trec_twotower.data.hashing import id_keys
+from trec_twotower.data.arrays import ArrayWriter, InMemory, mapped_arrays
+from trec_twotower.data.cache_folder import CacheFolder, changed
+from trec_twotower.data.dataset import RowGroup, Split
+from trec_twotower.data.hashing import bucket_type, id_keys, is_text
 from trec_twotower.data.lists import Lists
 from trec_twotower.data.probing import KeyTable
 from trec_twotower.data.transforms import (
@@ -25,11 +32,20 @@ from trec_twotower.data.transforms import (
 from trec_twotower.errors import DataError
 from trec_twotower.schema import FeatureSpec, TableSpec
 
+FORMAT = 1  # of the arrays and of what the features become in them: another number has them made again
+MAPPED_CELLS = 1 << 20  # ids and features of all rows: a catalogue of more is mapped
+MAX_THREADS = 4  # that hash a catalogue
+
+T = TypeVar("T")
+S = TypeVar("S")
+
 
 class Catalogue:
     """One row a thing: its outside id, and its features as Columns.
 
-    `row` is the position in the files' order: the `item_row` of export and index. Raises DataError for an id that is
+    `row` is the position in the files' order: the `item_row` of export and index. A large catalogue is hashed into
+    files of the cache folder by the first process that asks for it; every other maps them, so that the ranks of a host
+    hold them once. Without a cache folder, or where it has no room, it is in memory. Raises DataError for an id that is
     null or stands twice.
     """
 
@@ -40,32 +56,29 @@ class Catalogue:
         features: list[FeatureSpec],
         tables: Mapping[str, TableSpec],
         statistics: Mapping[str, Statistics],
+        cache: CacheFolder | None = None,
     ) -> None:
         self.split = split
         self.id_column = id_column
-        reads = {feature.reads for feature in features} | {feature.weights for feature in features if feature.weights}
-        ids, parts = [], []
-        for group, table in split.tables(sorted({id_column, *reads})):
-            ids.append(one_chunk(table[id_column]))
-            parts.append(transform(features, tables, statistics, table, str(group)))
-        self.ids = pa.chunked_array(ids).combine_chunks()
-        if isinstance(self.ids, pa.ChunkedArray):
-            self.ids = pa.concat_arrays(self.ids.chunks)
-        self.columns = Columns.concat(parts)
-        self.keys = id_keys(self.ids, f"{split.folder}, column {id_column!r}")
-        self._refuse_doubles()
-        self._table = KeyTable(self.keys)
-
-    def _refuse_doubles(self) -> None:
-        order = np.argsort(self.keys, kind="stable")
-        in_order = self.keys[order]
-        same = np.flatnonzero(in_order[1:] == in_order[:-1])
-        if same.size:
-            first, second = order[same[0]], order[same[0] + 1]
-            raise DataError(
-                f"{self.split.folder}: {self.id_column} {self.ids[int(first)].as_py()!r} stands in rows {first:,} and "
-                f"{second:,} ({same.size:,} such pairs): keep one row an id."
-            )
+        source = _Hashing(split, id_column, features, tables, statistics)
+        arrays = None
+        if cache is not None and source.is_large:
+            try:
+                arrays = mapped_arrays(cache, source.facts(), source.write)
+            except OSError as error:
+                warnings.warn(
+                    f"The cache folder cannot hold {split.folder} hashed ({error}), so every rank has it in memory: "
+                    "name a folder with room in data.cache.",
+                    stacklevel=2,
+                )
+        if arrays is None:
+            in_memory = InMemory()
+            source.write(in_memory)
+            arrays = in_memory.arrays()
+        self.keys = arrays["keys"]
+        self.ids = source.ids(arrays)
+        self.columns = source.columns(arrays)
+        self._table = KeyTable(self.keys, arrays["slots"])
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -94,6 +107,161 @@ class Catalogue:
                 taken = table.take(pa.array(inside - group.first_row)).to_pylist()
                 found.update(zip(inside.tolist(), taken, strict=True))
         return [found[row] for row in wanted.tolist()]
+
+
+class _Hashing:
+    """How the files of a split become arrays, and those a catalogue.
+
+    keys               the 64-bit key of every row's id, and `slots`, the table that finds them
+    ids                the ids themselves where they are not the keys: integers, or text with `id_offsets`
+    counting           0 .. rows, the offsets of all features with one value a row
+    values:FEATURE     buckets; of a bag with offsets:FEATURE and, where it has some, weights:FEATURE
+    number:FEATURE     pairs of the normalised value and whether it is missing
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        id_column: str,
+        features: list[FeatureSpec],
+        tables: Mapping[str, TableSpec],
+        statistics: Mapping[str, Statistics],
+    ) -> None:
+        self.split = split
+        self.id_column = id_column
+        self.features = features
+        self.tables = tables
+        self.statistics = statistics
+        kind = split.columns[id_column]
+        self.id_kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+        # The hashed ids serve those features that are the id; hashing text is the costly part.
+        self.reuses_keys = all(feature.kind == "id" for feature in features if feature.reads == id_column)
+        reads = {feature.reads for feature in features} | {feature.weights for feature in features if feature.weights}
+        self.reads = sorted(reads - ({id_column} if self.reuses_keys else set()))
+        self.is_large = split.num_rows * (1 + len(features)) > MAPPED_CELLS
+
+    def facts(self) -> dict[str, Any]:
+        """All that the arrays depend on."""
+        paths = dict.fromkeys(group.path for group in self.split.row_groups)  # in the order of the rows
+        tables = {feature.table_name: self.tables[feature.table_name] for feature in self.features if feature.is_sparse}
+        return {
+            "format": FORMAT,
+            "files": [(str(path.absolute()), path.stat().st_size, changed(path)) for path in paths],
+            "id": self.id_column,
+            "features": [feature.model_dump() for feature in self.features],
+            "tables": {name: (spec.buckets, spec.hashing, spec.seed) for name, spec in tables.items()},
+            "statistics": {name: asdict(values) for name, values in self.statistics.items()},
+        }
+
+    def write(self, arrays: ArrayWriter) -> None:
+        """Row group by row group, hashed by threads ahead of the writing."""
+        num_rows = self.split.num_rows
+        keys = arrays.reserve("keys", np.int64, num_rows)
+        table = KeyTable(keys, arrays.reserve("slots", np.int32, KeyTable.num_slots(num_rows)))
+        has_singles = any(feature.is_sparse and feature.kind != "bag" for feature in self.features)
+        counting = arrays.reserve("counting", np.int64, num_rows + 1) if has_singles else None
+        ends: dict[str, int] = {}
+        doubles = []
+        groups = self.split.row_groups
+        threads = min(MAX_THREADS, len(os.sched_getaffinity(0))) if self.is_large else 1
+        for group, parts in zip(groups, _ahead(self._hashed, groups, threads), strict=True):
+            stop = group.first_row + group.num_rows
+            keys[group.first_row : stop] = parts.pop("keys")
+            doubles.append(table.insert(group.first_row, stop))
+            if counting is not None:
+                counting[group.first_row : stop + 1] = np.arange(group.first_row, stop + 1)
+            for name, part in parts.items():
+                if name.startswith(("offsets:", "id_offsets")):
+                    part = part + ends.get(name, 0)
+                    arrays.append(name, part if name not in ends else part[1:])
+                    ends[name] = int(part[-1])
+                else:
+                    arrays.append(name, part)
+        self._refuse(np.concatenate(doubles))
+
+    def _refuse(self, doubles: np.ndarray) -> None:
+        if not len(doubles):
+            return
+        first, second = doubles[0].tolist()
+        [group] = [group for group in self.split.row_groups if 0 <= first - group.first_row < group.num_rows]
+        name = self.split.read(group, [self.id_column])[self.id_column][first - group.first_row].as_py()
+        raise DataError(
+            f"{self.split.folder}: {self.id_column} {name!r} stands in rows {first:,} and {second:,} "
+            f"({len(doubles):,} such pairs): keep one row an id."
+        )
+
+    def _hashed(self, group: RowGroup) -> dict[str, np.ndarray]:
+        """The arrays of one row group."""
+        where = str(group)
+        ids = one_chunk(self.split.read(group, [self.id_column])[self.id_column])
+        if pa.types.is_dictionary(ids.type):
+            ids = ids.dictionary_decode()
+        keys = id_keys(ids, f"{where}, column {self.id_column!r}")
+        found = {"keys": keys}
+        if is_text(self.id_kind):
+            text = ids.cast(pa.large_string())
+            assert not text.offset, "columns are read whole"
+            _, offsets, data = text.buffers()
+            found["id_offsets"] = np.frombuffer(offsets, np.int64)[: len(text) + 1]
+            found["ids"] = np.frombuffer(data or b"", np.uint8)[: found["id_offsets"][-1]]
+        elif self.id_kind.bit_width < 64:
+            found["ids"] = ids.cast(self.id_kind).to_numpy()
+        given = {self.id_column: Lists.singles(keys)} if self.reuses_keys else None
+        table = self.split.read(group, self.reads, dictionaries=True) if self.reads else pa.table({})
+        columns = transform(self.features, self.tables, self.statistics, table, where, given)
+        for feature in self.features:
+            if not feature.is_sparse:
+                found[f"number:{feature.name}"] = columns.numbers[feature.name].reshape(-1)
+                continue
+            lists = columns.sparse[feature.name]
+            kind = bucket_type(self.tables[feature.table_name].buckets)
+            found[f"values:{feature.name}"] = lists.values.astype(kind, copy=False)
+            if feature.kind == "bag":
+                found[f"offsets:{feature.name}"] = lists.offsets
+                if lists.weights is not None:
+                    found[f"weights:{feature.name}"] = lists.weights
+        return found
+
+    def ids(self, arrays: Mapping[str, np.ndarray]) -> pa.Array:
+        """Integers of the files' type, or large strings."""
+        if is_text(self.id_kind):
+            buffers = [None, pa.py_buffer(arrays["id_offsets"]), pa.py_buffer(arrays["ids"])]
+            return pa.Array.from_buffers(pa.large_string(), len(arrays["keys"]), buffers)
+        if "ids" in arrays:
+            return pa.array(arrays["ids"])
+        return pa.array(arrays["keys"].view(self.id_kind.to_pandas_dtype()))
+
+    def columns(self, arrays: Mapping[str, np.ndarray]) -> Columns:
+        sparse, numbers = {}, {}
+        for feature in self.features:
+            name = feature.name
+            if not feature.is_sparse:
+                numbers[name] = arrays[f"number:{name}"].reshape(-1, 2)
+            elif feature.kind == "bag":
+                weights = arrays.get(f"weights:{name}")
+                sparse[name] = Lists(arrays[f"offsets:{name}"], arrays[f"values:{name}"], weights)
+            else:
+                sparse[name] = Lists(arrays["counting"], arrays[f"values:{name}"], None, True)
+        return Columns(self.split.num_rows, sparse, numbers)
+
+
+def _ahead(work: Callable[[S], T], things: Iterable[S], threads: int) -> Iterator[T]:
+    """work(thing) of each thing in their order, by threads that are a few things ahead."""
+    if threads == 1:
+        yield from map(work, things)
+        return
+    with ThreadPoolExecutor(threads, "catalogue") as pool:
+        waiting: deque[Future[T]] = deque()
+        try:
+            for thing in things:
+                waiting.append(pool.submit(work, thing))
+                if len(waiting) > threads:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
 
 
 def check_side(features: list[FeatureSpec], split: Split) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +19,7 @@ from trec_twotower.data.hashing import is_id, is_text
 from trec_twotower.errors import ConfigError, DataError, nearest
 
 USER_ID, ITEM_ID, POSITIVES, HISTORY = "user_id", "item_id", "positives", "history"
+FOOTERS = 64  # kept of the files read last
 UNREADABLE = (OSError, pa.ArrowException, KeyError, UnicodeDecodeError)  # what pyarrow raises for damaged files
 
 
@@ -35,19 +38,33 @@ class RowGroup:
 
 
 class Split:
-    """The Parquet files of one folder as one table; raises DataError for files that are not what they should be."""
+    """The Parquet files of one folder as one table; raises DataError for files that are not what they should be.
 
-    def __init__(self, folder: Path, name: str) -> None:
+    `files` are names and bytes of those that are meant, in order; by default all there are. `like` are the columns of
+    files read before these, which may be no wider.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        name: str,
+        files: Mapping[str, int] | None = None,
+        like: Mapping[str, pa.DataType] | None = None,
+    ) -> None:
         self.folder = folder
         self.name = name
         self.row_groups: list[RowGroup] = []
-        self.columns: dict[str, pa.DataType] = {}
+        self.columns: dict[str, pa.DataType] = dict(like or {})
+        self._is_settled = like is not None
+        self._bytes = {} if files is None else {folder / name: size for name, size in files.items()}
+        self._footers: dict[Path, pq.FileMetaData] = {}  # of many row groups, each would be a long read of its own
         self._texts: set[str] = set()  # columns of text that Parquet holds as dictionaries
-        paths = sorted(folder.glob("*.parquet"))
+        paths = sorted(folder.glob("*.parquet")) if files is None else list(self._bytes)
         if not paths:
             raise DataError(f"{folder} holds no *.parquet files: run `trec-twotower prepare`, or put them there.")
         first_row = 0
         for path in paths:
+            self._check_bytes(path)
             file = _open(path)
             self._agree(path, file.schema_arrow)
             self._texts |= _encoded_texts(file)
@@ -75,6 +92,11 @@ class Split:
             if name not in found:
                 raise DataError(f"{path} has no column {name!r}, which the other files of {self.folder} have.")
             wide = widest(kind, found[name])
+            if wide is not None and self._is_settled and _is_wider(wide, kind):
+                raise DataError(
+                    f"{path}: column {name!r} is {found[name]}, but {kind} in the files that this run began with: "
+                    f"write new files with {kind}."
+                )
             if wide is not None:
                 self.columns[name] = wide
             else:
@@ -82,6 +104,20 @@ class Split:
                     f"{path}: column {name!r} is {found[name]}, but {kind} in the first file of {self.folder}: "
                     "write all files with one type."
                 )
+
+    def _check_bytes(self, path: Path) -> None:
+        """Raises DataError for a file that is gone or of another size than it was said to have."""
+        if path not in self._bytes:
+            return
+        size: int | None = None
+        with contextlib.suppress(FileNotFoundError):
+            size = path.stat().st_size
+        if size != self._bytes[path]:
+            now = "is gone" if size is None else f"has {size:,} bytes"
+            raise DataError(
+                f"{path} {now}, but had {self._bytes[path]:,} when this run took it: bring that file back, or train "
+                "into another run_dir."
+            )
 
     def has(self, column: str) -> bool:
         return column in self.columns
@@ -97,16 +133,22 @@ class Split:
 
     def read(self, group: RowGroup, columns: Sequence[str], *, dictionaries: bool = False) -> pa.Table:
         """One row group, its columns each in one chunk; with `dictionaries`, text stays as Parquet encoded it."""
+        self._check_bytes(group.path)
         try:
-            file = _open(group.path, self._texts if dictionaries else ())
+            file = _open(group.path, self._texts if dictionaries else (), self._footers.get(group.path))
+            if len(self._footers) >= FOOTERS:
+                self._footers.clear()
+            self._footers[group.path] = file.metadata
             table = file.read_row_group(group.number, columns=list(columns), use_threads=False)
             table = table.select(columns).combine_chunks()
             for place, name in enumerate(columns):
                 if table.schema.types[place] != self.columns[name]:
                     table = self._widened(table, place, name)
-            return table
         except UNREADABLE as error:
             raise DataError(f"{group}: cannot be read: {error}") from None
+        if len(table) != group.num_rows:  # no checksum covers the footer
+            raise DataError(f"{group} is damaged: it holds {len(table):,} rows, its footer says {group.num_rows:,}.")
+        return table
 
     def _widened(self, table: pa.Table, place: int, name: str) -> pa.Table:
         """A column of a file that has it narrower, as the widest file has it; dictionaries stay."""
@@ -125,9 +167,19 @@ class Split:
 
 
 class Dataset:
-    """The folder that `prepare`, or anything else that writes Parquet, has made."""
+    """The folder that `prepare`, or anything else that writes Parquet, has made.
 
-    def __init__(self, folder: Path | str) -> None:
+    `files` are, for some of its parts, the files that are meant, as Split takes them; so is `like`, for train/.
+    """
+
+    def __init__(
+        self,
+        folder: Path | str,
+        files: Mapping[str, Mapping[str, int]] | None = None,
+        like: Mapping[str, pa.DataType] | None = None,
+    ) -> None:
+        self.files = files
+        self._like = like
         self.folder = folder = folder_of(folder)
         if not folder.is_dir():
             near = [path.name for path in folder.parent.iterdir()] if folder.parent.is_dir() else []
@@ -150,20 +202,21 @@ class Dataset:
 
     @cached_property
     def users(self) -> Split | None:
-        if not (self.folder / "users").is_dir():
+        if not self.has("users"):
             return None
         split = self.split("users")
         self._check_ids(split, USER_ID)
         return split
 
     def has(self, name: str) -> bool:
-        return (self.folder / name).is_dir()
+        return (self.folder / name).is_dir() and (self.files or {}).get(name) != {}
 
     def split(self, name: str) -> Split:
         if not self.has(name):
             parts = sorted(path.name for path in self.folder.iterdir() if path.is_dir())
             raise DataError(f"{self.folder} has no part {name!r}{nearest(name, parts)}.")
-        return Split(self.folder / name, name)
+        files = None if self.files is None else self.files.get(name)
+        return Split(self.folder / name, name, files, self._like if name == "train" else None)
 
     @cached_property
     def description(self) -> dict[str, Any]:
@@ -173,8 +226,14 @@ class Dataset:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Twelve hex digits that change when the data do: names and sizes of all files, and dataset.yaml's digests."""
+        """Twelve hex digits that change when the data do: names and sizes of all files, and dataset.yaml's digests.
+
+        Where only some files are meant, of those alone.
+        """
         digest = hashlib.sha256()
+        if self.files is not None:
+            digest.update(json.dumps(self.files, sort_keys=True).encode())
+            return digest.hexdigest()[:12]
         for path in sorted(self.folder.rglob("*.parquet")):
             digest.update(f"{path.relative_to(self.folder)} {path.stat().st_size}\n".encode())
         for name, facts in sorted(self.description.get("files", {}).items()):
@@ -210,6 +269,13 @@ def widest(one: pa.DataType, other: pa.DataType) -> pa.DataType | None:
     return pa.string() if all(is_text(kind) for kind in texts) else None
 
 
+def _is_wider(wide: pa.DataType, kind: pa.DataType) -> bool:
+    """Whether numbers of the type `wide`, which holds `kind`, need not fit into that."""
+    if _is_list(wide) and _is_list(kind):
+        return _is_wider(wide.value_type, kind.value_type)
+    return wide != kind and not pa.types.is_null(kind) and not is_text(wide)
+
+
 def _is_list(kind: pa.DataType) -> bool:
     return pa.types.is_list(kind) or pa.types.is_large_list(kind)
 
@@ -227,6 +293,14 @@ def _encoded_texts(file: pq.ParquetFile) -> set[str]:
     }
 
 
+def rows_if_whole(path: Path) -> int | None:
+    """How many rows a Parquet file has; None where its footer cannot be read, as while it is being written."""
+    try:
+        return _open(path).metadata.num_rows
+    except DataError:
+        return None
+
+
 def folder_of(place: Path | str) -> Path:
     """A folder of this machine, or behind a URL that fsspec knows (s3://..., gs://..., memory://...)."""
     if isinstance(place, str) and "://" in place:
@@ -237,12 +311,13 @@ def folder_of(place: Path | str) -> Path:
     return Path(place)
 
 
-def _open(path: Path, dictionaries: Iterable[str] = ()) -> pq.ParquetFile:
+def _open(path: Path, dictionaries: Iterable[str] = (), footer: pq.FileMetaData | None = None) -> pq.ParquetFile:
     """The file: of this machine memory-mapped, pages checked against their checksums where they have some."""
     is_here = not hasattr(path, "fs")
     try:
         file = pq.ParquetFile(
             path if is_here else path.open("rb"),
+            metadata=footer,
             memory_map=is_here,
             page_checksum_verification=True,
             read_dictionary=list(dictionaries),

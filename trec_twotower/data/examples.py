@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 
@@ -11,8 +12,51 @@ from trec_twotower.data.lists import Lists
 from trec_twotower.data.transforms import Columns
 
 
+class _ByRow:
+    """A dataclass of arrays, Lists and Columns that have one entry a row each; None where there are none."""
+
+    def take(self, rows: np.ndarray) -> Self:
+        """The given rows, in the given order."""
+        return self._each(lambda part: part[rows] if isinstance(part, np.ndarray) else part.take(rows))
+
+    def slice(self, start: int, stop: int) -> Self:
+        """Rows start .. stop - 1, without a copy."""
+        return self._each(lambda part: part[start:stop] if isinstance(part, np.ndarray) else part.slice(start, stop))
+
+    @classmethod
+    def concat(cls, parts: Sequence[Self]) -> Self:
+        """The rows of all parts below each other."""
+        if len(parts) == 1:
+            return parts[0]
+
+        def joined(name: str) -> Any:
+            values = [value for part in parts if (value := getattr(part, name)) is not None]
+            if not values:
+                return None
+            return np.concatenate(values) if isinstance(values[0], np.ndarray) else type(values[0]).concat(values)
+
+        return cls(*map(joined, _names(cls)))
+
+    def _each(self, change: Callable[[Any], Any]) -> Self:
+        values = (getattr(self, name) for name in _names(type(self)))
+        return type(self)(*(None if value is None else change(value) for value in values))
+
+
+def _names(kind: Any) -> list[str]:
+    return [field.name for field in fields(kind)]
+
+
 @dataclass(frozen=True)
-class Examples:
+class RowItems(_ByRow):
+    """What every rank knows of each row, its own or not: the candidates of a step come from them."""
+
+    positives: Lists  # catalogue rows
+    given: Lists | None = None  # catalogue rows that the rows name beside these, with labels as weights
+    user_key: np.ndarray | None = None  # int64: the user's id, see hashing.py
+
+
+@dataclass(frozen=True)
+class Examples(_ByRow):
     """Some training rows, hashed."""
 
     user: Columns
@@ -20,29 +64,17 @@ class Examples:
     known: Lists | None = None  # catalogue rows that are no negatives, beside the positives
     history: Lists | None = None  # the same by fingerprint, of items that may be outside the catalogue
     weight: np.ndarray | None = None  # float32, one a row; None: 1
+    given: Lists | None = None  # as in RowItems
+    given_weight: Lists | None = None  # float32, as long as those
+    user_key: np.ndarray | None = None  # as in RowItems
 
-    def slice(self, start: int, stop: int) -> Examples:
-        """Rows start .. stop - 1, without a copy."""
-        return Examples(
-            self.user.slice(start, stop),
-            self.positives.slice(start, stop),
-            None if self.known is None else self.known.slice(start, stop),
-            None if self.history is None else self.history.slice(start, stop),
-            None if self.weight is None else self.weight[start:stop],
-        )
+    @property
+    def items(self) -> RowItems:
+        return RowItems(self.positives, self.given, self.user_key)
 
-    @staticmethod
-    def concat(parts: Sequence[Examples]) -> Examples:
-        if len(parts) == 1:
-            return parts[0]
 
-        known = [part.known for part in parts if part.known is not None]
-        history = [part.history for part in parts if part.history is not None]
-        weight = [part.weight for part in parts if part.weight is not None]
-        return Examples(
-            Columns.concat([part.user for part in parts]),
-            Lists.concat([part.positives for part in parts]),
-            Lists.concat(known) if known else None,
-            Lists.concat(history) if history else None,
-            np.concatenate(weight) if weight else None,
-        )
+class Piece(NamedTuple):
+    """A run of rows of some examples, cut only where it is wanted: a batch has several pieces."""
+
+    examples: Examples
+    rows: slice

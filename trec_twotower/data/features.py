@@ -1,12 +1,15 @@
-"""A dataset seen through a schema: where each feature comes from, checked, and the catalogue in memory."""
+"""A dataset seen through a schema: where each feature comes from, checked, and the catalogue."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from copy import copy
+from typing import Protocol
 
 import numpy as np
 import pyarrow as pa
 
+from trec_twotower.data.cache_folder import CacheFolder
 from trec_twotower.data.catalogue import Catalogue, check_side
 from trec_twotower.data.dataset import HISTORY, ITEM_ID, POSITIVES, USER_ID, Dataset, Split
 from trec_twotower.data.lists import Lists
@@ -15,25 +18,45 @@ from trec_twotower.errors import ConfigError, DataError, nearest
 from trec_twotower.schema import FeatureSpec, Schema
 
 
+class Counter(Protocol):
+    """Counts something of every item in the pass over the training rows that counts how often each was taken."""
+
+    @property
+    def columns(self) -> Sequence[str]:
+        """That it reads."""
+
+    def count(self, table: pa.Table, where: str, positives: Lists) -> np.ndarray:
+        """(I,) float64: of some rows, whose positives (catalogue rows) are these."""
+
+
 class Sources:
-    """A dataset seen through a schema: where each feature comes from, checked; catalogue and users in memory."""
+    """A dataset seen through a schema: where each feature comes from, checked; catalogue and users, hashed.
+
+    With `cache`, large ones are kept there and mapped by all processes of a host; without, they are in memory.
+    """
 
     def __init__(
-        self, dataset: Dataset, schema: Schema, rows: str, statistics: Mapping[str, Statistics] | None = None
+        self,
+        dataset: Dataset,
+        schema: Schema,
+        rows: str,
+        statistics: Mapping[str, Statistics] | None = None,
+        cache: CacheFolder | None = None,
     ) -> None:
         self.dataset = dataset
         self.schema = schema
         self.rows = rows
+        self.cache = cache
         self.context, self.static = self._placed()
         check_side(list(schema.item), dataset.items)
         self._check_targets()
         self.statistics = dict(statistics) if statistics is not None else self.learn()
         items = {feature.name: self.statistics[f"item:{feature.name}"] for feature in schema.numbers("item")}
-        self.catalogue = Catalogue(dataset.items, ITEM_ID, list(schema.item), schema.tables, items)
+        self.catalogue = Catalogue(dataset.items, ITEM_ID, list(schema.item), schema.tables, items, cache)
         self.users = None
         if self.static:
             assert dataset.users is not None
-            self.users = Catalogue(dataset.users, USER_ID, self.static, schema.tables, self._user_statistics)
+            self.users = Catalogue(dataset.users, USER_ID, self.static, schema.tables, self._user_statistics, cache)
 
     @property
     def _user_statistics(self) -> dict[str, Statistics]:
@@ -97,6 +120,12 @@ class Sources:
                     )
         return found
 
+    def over(self, dataset: Dataset) -> Sources:
+        """The same catalogue and users beside other training rows, whose columns agree with those checked here."""
+        other = copy(self)
+        other.dataset = dataset
+        return other
+
     def user_columns(self) -> list[str]:
         """The columns of a row that user_features reads."""
         reads = {feature.reads for feature in self.context} | {
@@ -130,10 +159,11 @@ class Sources:
         rows = self.catalogue.rows_of(ids, where)
         if (rows < 0).any():
             first = int(np.flatnonzero(rows < 0)[0])
-            raise self._unknown(ids[first].as_py(), int((rows < 0).sum()), where)
+            raise self.unknown(ids[first].as_py(), int((rows < 0).sum()), where)
         return rows
 
-    def _unknown(self, item: object, count: int, where: str) -> DataError:
+    def unknown(self, item: object, count: int, where: str) -> DataError:
+        """What to say of an item that is in no catalogue."""
         return DataError(
             f"{where}: item {item!r} is not in the catalogue {self.dataset.items.folder} ({count:,} entries name such "
             "items): add it there, or leave these rows out."
@@ -148,16 +178,28 @@ class Sources:
                 return rows.where(~unknown)
             row = int(rows.rows[unknown][0])
             item = lists.flatten().drop_null()[int(unknown.argmax())].as_py()
-            raise self._unknown(item, int(unknown.sum()), f"{where}, row {row:,}")
+            raise self.unknown(item, int(unknown.sum()), f"{where}, row {row:,}")
         return rows
 
-    def item_counts(self) -> np.ndarray:
-        """How often each item of the catalogue was taken in train (int64)."""
-        train = self.dataset.train
+    def positives(self, table: pa.Table, where: str) -> Lists:
+        """What the rows of a table took: catalogue rows."""
         column = POSITIVES if self.rows == "user" else ITEM_ID
-        counts = np.zeros(len(self.catalogue), np.int64)
-        for group, table in train.tables([column]):
-            array, where = one_chunk(table[column]), f"{group}, column {column!r}"
-            rows = self.item_row_lists(array, where).values if self.rows == "user" else self.item_rows(array, where)
-            counts += np.bincount(rows, minlength=len(counts))
-        return counts
+        array, where = one_chunk(table[column]), f"{where}, column {column!r}"
+        if self.rows == "user":
+            return self.item_row_lists(array, where)
+        return Lists.singles(self.item_rows(array, where))
+
+    def item_counts(self, counters: Sequence[Counter] = ()) -> np.ndarray:
+        """How often each item of the catalogue was taken in train: (I,) int64.
+
+        With `counters` (1 + counters, I) float64, and behind that what each of them counted.
+        """
+        columns = {POSITIVES if self.rows == "user" else ITEM_ID, *(name for each in counters for name in each.columns)}
+        taken_I = np.zeros(len(self.catalogue), np.int64)
+        others = [np.zeros(len(self.catalogue)) for _ in counters]
+        for group, table in self.dataset.train.tables(sorted(columns)):
+            positives = self.positives(table, str(group))
+            taken_I += np.bincount(positives.values, minlength=len(taken_I))
+            for counter, other_I in zip(counters, others, strict=True):
+                other_I += counter.count(table, str(group), positives)
+        return np.stack([taken_I.astype(np.float64), *others]) if counters else taken_I

@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import xxhash
 
+from trec_twotower.data.kernels import IS_COMPILED, hash_keys, mix_keys
 from trec_twotower.errors import DataError
 
 if TYPE_CHECKING:  # offline jobs hash without torch
@@ -26,7 +27,7 @@ if TYPE_CHECKING:  # offline jobs hash without torch
 GOLDEN = 0x9E3779B97F4A7C15
 FACTORS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
 SHIFTS = (30, 27, 31)
-BLOCK = 16_384  # ids at a time: stays in the second-level cache
+BLOCK = 16_384  # ids at a time, where numpy hashes: stays in the second-level cache
 MAX_BUCKETS = 1 << 32
 RECENT_WORDS = 1 << 16  # dictionaries larger than this are not kept
 _MASK = (1 << 64) - 1
@@ -44,8 +45,11 @@ def mix(key: int) -> int:
 def mix_array(keys: np.ndarray) -> np.ndarray:
     """`mix` of every uint64 (or int64) key, as uint64."""
     out = np.empty(keys.size, np.uint64)
-    scratch = np.empty(min(BLOCK, keys.size), np.uint64)
     flat = keys.reshape(-1).view(np.uint64)
+    if IS_COMPILED:
+        mix_keys(flat, out)
+        return out.reshape(keys.shape)
+    scratch = np.empty(min(BLOCK, keys.size), np.uint64)
     for start in range(0, keys.size, BLOCK):
         _mix_block(flat[start : start + BLOCK], out[start : start + BLOCK], scratch)
     return out.reshape(keys.shape)
@@ -67,6 +71,9 @@ def hash_to_bucket(keys: np.ndarray, num_buckets: int, seed: int = 0) -> np.ndar
     out = np.empty(keys.size, bucket_type(num_buckets))
     flat = np.ascontiguousarray(keys).reshape(-1).view(np.uint64)
     salt = np.uint64(mix(seed))
+    if IS_COMPILED:
+        hash_keys(flat, salt, np.uint64(num_buckets), out)
+        return out
     mixed = np.empty(min(BLOCK, keys.size), np.uint64)
     scratch = np.empty_like(mixed)
     for start in range(0, keys.size, BLOCK):
@@ -109,7 +116,11 @@ def bucket_type(num_buckets: int) -> type[np.signedinteger]:
 
 def fingerprints(keys: np.ndarray) -> np.ndarray:
     """32 bits (uint32) of each key's mix, to tell items apart where 2^-32 is chance enough."""
-    return mix_array(keys).astype(np.uint32)
+    if not IS_COMPILED:
+        return mix_array(keys).astype(np.uint32)
+    out = np.empty(keys.size, np.uint32)
+    mix_keys(keys.view(np.uint64), out)
+    return out
 
 
 def uniform(*parts: int | np.ndarray) -> np.ndarray:

@@ -6,7 +6,6 @@ A step takes the next `batch_size` rows of its epoch, so a cursor is one integer
 
 from __future__ import annotations
 
-import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,20 +16,26 @@ from typing import Any
 import numpy as np
 
 from trec_twotower.config import DataConfig, LossConfig
-from trec_twotower.data.batch import Batch, Candidates, Targets, make_batch
-from trec_twotower.data.examples import Examples
+from trec_twotower.data.batch import Batch, make_batch
+from trec_twotower.data.candidates import CandidateSets
 from trec_twotower.data.features import Sources
-from trec_twotower.data.hashing import fingerprints
 from trec_twotower.data.lists import Lists
-from trec_twotower.data.negatives import InclusionProbability, sampled_items
+from trec_twotower.data.negatives import Negatives, StepItems
 from trec_twotower.data.order import Interleaving, Window, windows_of
-from trec_twotower.data.probing import FingerprintTable
 from trec_twotower.data.reader import UnitReader, UnitRows
+from trec_twotower.data.step_rows import StepRows, rows_at
 from trec_twotower.errors import ConfigError
+
+# (step, sources, how often each item was taken) -> lists of items, and which of them is each item's (-1: none).
+ListsAt = Callable[[int, Sources, np.ndarray], tuple[Lists, np.ndarray] | None]
 
 
 class TrainBatches:
-    """The batches of this rank from any step on: `batches.since(step, end)`."""
+    """The batches of this rank from any step on: `batches.since(step, end)`.
+
+    With loss.negatives.refresh, `lists_at` gives the lists from which the rows of a step draw. It is asked in the
+    thread that takes the batches, when all those before have been taken and none of a later step has been made.
+    """
 
     def __init__(
         self,
@@ -41,25 +46,38 @@ class TrainBatches:
         share: tuple[int, int],
         *,
         pin_memory: bool = False,
+        first_step: int = 0,
+        first_epoch: int = 0,
+        counted_rows: int | None = None,
     ) -> None:
+        """`count_I` is of negatives.count_items, in so many rows (default: these).
+
+        Their first step and epoch may be others than 0.
+        """
         self.sources = sources
         self.data = data
         self.loss = loss
         self.rank, self.num_ranks = share
         self.num_rows = sources.dataset.train.num_rows
-        if data.batch_size > self.num_rows:
+        if data.batch_size > self.num_rows and data.follow is None:
             raise ConfigError(
                 f"data.batch_size is {data.batch_size:,}, but {sources.dataset.train.folder} has only "
                 f"{self.num_rows:,} rows: set it to {self.num_rows:,} or less."
             )
-        self.steps_per_epoch = -(-self.num_rows // data.batch_size)
+        self.first_step, self.first_epoch = first_step, first_epoch
+        self.rows_per_epoch = rows_taken(self.num_rows, data)
+        self.steps_per_epoch = -(-self.rows_per_epoch // data.batch_size)
         self.reader = UnitReader(sources, data, loss, self.rank, self.num_ranks)
-        per_row = count_I.sum() / self.num_rows * (1 - data.input_share if data.rows == "user" else 1)
-        inclusion = InclusionProbability(loss.negatives, count_I, per_row * data.batch_size)
-        self.log_q_I = inclusion.log_I * np.float32(loss.log_q)
-        self.fingerprint_I = fingerprints(sources.catalogue.keys) if self.reader.masks_history else None
+        self.negatives = Negatives(sources, data, loss, count_I, counted_rows or self.num_rows)
+        masks_history = self.reader.masks_history
+        self.candidates = CandidateSets(sources, loss, self.negatives, self.num_ranks, masks_history=masks_history)
         self.pin_memory = pin_memory  # for copies to a GPU that do not wait
-        self._scratch = threading.local()
+        self.lists_at: ListsAt | None = None
+
+    @property
+    def log_q_I(self) -> np.ndarray:
+        """What is taken off the logits of each item."""
+        return self.negatives.log_I * np.float32(self.loss.log_q)
 
     def since(self, step: int, end: int) -> Iterator[Batch]:
         """Batches of the steps step .. end - 1; an error in the data is raised at the step that needs the row."""
@@ -73,13 +91,23 @@ class TrainBatches:
         """The epoch's windows, in order."""
         return windows_of(self.sources.dataset.train.row_groups, self.data.shuffle_rows, self.data.seed, epoch)
 
+    def rows_of(self, step: int) -> list[StepRows]:
+        """Where the rows of a step stand, those of all ranks."""
+        low, high, epoch = self._places(step)
+        return rows_at(self.windows(epoch), low, high, self.data.seed)
+
     def _ahead(self, pool: _Pool, step: int, end: int) -> Iterator[Batch]:
         """Keeps `prefetch` batches and, where there are threads, units of the next window under way."""
         windows = self._windows_since(step, end)
         held: deque[_Held] = deque()
         made: deque[Future[Batch]] = deque()
+        refresh = self.loss.negatives.refresh if self.lists_at is not None else None
+        stop = end if refresh is None else step  # the step before which all others must have been taken
         while step < end or made:
-            while step < end and len(made) < self.data.prefetch:
+            if refresh is not None and step == stop and not made:
+                self._refresh(step)
+                stop = min(end, step - step % refresh.every + refresh.every)
+            while step < stop and len(made) < self.data.prefetch:
                 low, high, epoch = self._places(step)
                 while held and (held[0].window.epoch < epoch or held[0].window.end <= low):
                     held.popleft()
@@ -99,11 +127,18 @@ class TrainBatches:
                 step += 1
             yield made.popleft().result()
 
+    def _refresh(self, step: int) -> None:
+        """Let the batches from this step on draw from the lists that are valid then."""
+        assert self.lists_at is not None
+        lists = self.lists_at(step, self.sources, self.negatives.facts.taken_I)
+        if lists is not None:
+            self.negatives.refresh(*lists)
+
     def _places(self, step: int) -> tuple[int, int, int]:
         """The places of a step's rows in its epoch, and the epoch."""
-        epoch, number = divmod(step, self.steps_per_epoch)
+        epoch, number = divmod(step - self.first_step, self.steps_per_epoch)
         low = number * self.data.batch_size
-        return low, min(low + self.data.batch_size, self.num_rows), epoch
+        return low, min(low + self.data.batch_size, self.rows_per_epoch), epoch + self.first_epoch
 
     def _windows_since(self, step: int, end: int) -> Iterator[Window]:
         low, _, first = self._places(step)
@@ -112,74 +147,36 @@ class TrainBatches:
             for window in self.windows(epoch):
                 if (epoch, window.first) >= (last, last_high):
                     return
-                if epoch > first or window.end > low:
+                if (epoch > first or window.end > low) and window.first < self.rows_per_epoch:
                     yield window
 
-    def _batch(self, step: int, pieces: list[tuple[UnitRows, int, int]]) -> Batch:
+    def _batch(self, step: int, pieces: list[tuple[UnitRows, slice]]) -> Batch:
         """This rank's batch of a step, whose candidates come from the rows of all ranks."""
-        taken = np.concatenate([rows.taken.slice(start, stop).values for rows, start, stop in pieces])
-        rows_R = np.sum([rows.rows_per_rank(start, stop, self.num_ranks) for rows, start, stop in pieces], axis=0)
-        mine = [rows.mine(start, stop) for rows, start, stop in pieces]
-        candidates = self._candidates(step, taken)
+        items = StepItems(step, [(unit.items, rows) for unit, rows in pieces])
+        rows_R = np.sum([unit.rows_per_rank(rows, self.num_ranks) for unit, rows in pieces], axis=0)
+        mine = [unit.mine(rows) for unit, rows in pieces]
+        candidates, targets = self.candidates.of(items, mine, lambda: _my_places(pieces))
         first = sum(candidates.sizes[: self.rank])
         share = candidates.item_row[first : first + candidates.sizes[self.rank]]
         batch = make_batch(
             self.sources.schema,
-            [piece.user for piece in mine],
+            [(piece.examples.user, piece.rows) for piece in mine],
             self.sources.catalogue.columns.take(share),
             num_rows=max(int(rows_R.max()), *candidates.sizes),
             candidates=candidates,
-            targets=self._targets(mine, candidates.item_row),
+            targets=targets,
             num_rows_of_all_ranks=int(rows_R.sum()),
         )
         return batch.pin_memory() if self.pin_memory else batch
 
-    def _candidates(self, step: int, taken: np.ndarray) -> Candidates:
-        """The positives of all ranks and the step's sample, each item once."""
-        negatives = self.loss.negatives
-        item_row, is_negative = taken, None
-        if negatives.sampled:
-            drawn = sampled_items(negatives, len(self.sources.catalogue), self.data.seed, step)
-            item_row = np.concatenate([taken, drawn])
-        item_row = distinct(item_row)
-        if not negatives.in_batch:
-            is_negative = np.isin(item_row, drawn)
-        if is_negative is None:
-            is_negative = np.ones(len(item_row), bool)
-        edges = len(item_row) * np.arange(self.num_ranks + 1) // self.num_ranks
-        return Candidates(item_row, self.log_q_I[item_row], is_negative, tuple(np.diff(edges).tolist()))
 
-    def _targets(self, mine: list[Examples], item_row: np.ndarray) -> Targets:
-        """The positives as (row, candidate) pairs, and the pairs that are no negatives."""
-        column_I = self._columns(item_row)
-        positives = Lists.concat([piece.positives for piece in mine])
-        row, column = positives.rows, column_I[positives.values]
-        weight = np.ones(len(row), np.float32)
-        if not positives.is_single:
-            lengths = np.maximum(positives.lengths, 1).astype(np.float32)
-            weight = np.repeat(lengths**-self.loss.positive_power, positives.lengths)
-        if any(piece.weight is not None for piece in mine):
-            weight = weight * np.concatenate([piece.weight for piece in mine if piece.weight is not None])[row]
-        known_row, known_column = row, column
-        if self.reader.is_by_user and self.loss.mask_history:
-            known = Lists.concat([piece.known for piece in mine if piece.known is not None])
-            known_column = column_I[known.values]
-            is_candidate = known_column >= 0
-            known_row, known_column = known.rows[is_candidate], known_column[is_candidate]
-        elif self.fingerprint_I is not None:
-            history = Lists.concat([piece.history for piece in mine if piece.history is not None])
-            place, found = FingerprintTable(self.fingerprint_I[item_row]).find(history.values)
-            known_row, known_column = np.append(row, history.rows[place]), np.append(column, found)
-        column_I[item_row] = -1
-        return Targets(row, column, weight, known_row, known_column)
-
-    def _columns(self, item_row: np.ndarray) -> np.ndarray:
-        """Each catalogue row's place among the candidates, or -1: this thread's array, to be wiped after use."""
-        if not hasattr(self._scratch, "column_I"):
-            self._scratch.column_I = np.full(len(self.sources.catalogue), -1, np.int64)
-        column_I: np.ndarray = self._scratch.column_I
-        column_I[item_row] = np.arange(len(item_row))
-        return column_I
+def _my_places(pieces: list[tuple[UnitRows, slice]]) -> np.ndarray:
+    """Where this rank's rows stand among a step's, those of all ranks one piece behind the other."""
+    places, first = [], 0
+    for unit, rows in pieces:
+        places.append(unit.my_places(rows) + first)
+        first += rows.stop - rows.start
+    return np.concatenate(places)
 
 
 class _Held:
@@ -197,21 +194,20 @@ class _Held:
                 return
             self.rows.append(pool.submit(reader.read, unit))
 
-    def pieces(self, low: int, high: int, seed: int) -> list[tuple[UnitRows, int, int]]:
+    def pieces(self, low: int, high: int, seed: int) -> list[tuple[UnitRows, slice]]:
         """The rows at the epoch's places low .. high - 1, as slices of units."""
         if self._interleaving is None:
             self._interleaving = Interleaving.of(self.window, seed)
         start, stop = max(low - self.window.first, 0), min(high - self.window.first, self.window.num_rows)
         slices = self._interleaving.rows(start, stop)
-        return [(rows.result(), *part) for rows, part in zip(self.rows, slices, strict=True) if part[0] < part[1]]
+        return [
+            (rows.result(), slice(*part)) for rows, part in zip(self.rows, slices, strict=True) if part[0] < part[1]
+        ]
 
 
-def distinct(values: np.ndarray) -> np.ndarray:
-    """The distinct values, rising: np.unique by sorting, which is faster here than its hash table."""
-    values = np.sort(values)
-    is_new = np.ones(len(values), bool)
-    np.not_equal(values[1:], values[:-1], out=is_new[1:])
-    return values[is_new]
+def rows_taken(num_rows: int, data: DataConfig) -> int:
+    """How many of an epoch's rows come in its batches."""
+    return num_rows - num_rows % data.batch_size if data.drop_last else num_rows
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
+
+from trec_twotower.data.kernels import copy_lists, find_lists
+
+Run = slice  # rows start .. stop - 1; Lists has a method of the builtin's name
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,15 +45,16 @@ class Lists:
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
-    @property
+    @cached_property
     def lengths(self) -> np.ndarray:
-        return np.diff(self.offsets)
+        """int32, one a row."""
+        return np.subtract(self.offsets[1:], self.offsets[:-1], dtype=np.int32, casting="unsafe")
 
     @property
     def rows(self) -> np.ndarray:
         """The row of each value."""
         if self.is_single:
-            return _counting(len(self))
+            return np.arange(len(self))
         return np.repeat(np.arange(len(self)), self.lengths)
 
     def slice(self, start: int, stop: int) -> Lists:
@@ -59,15 +65,25 @@ class Lists:
         part = np.s_[int(offsets[0]) : int(offsets[-1])]
         return Lists(offsets - offsets[0], self.values[part], None if self.weights is None else self.weights[part])
 
+    def values_of(self, rows: Run) -> np.ndarray:
+        """The values of rows start .. stop - 1, not copied."""
+        if self.is_single:
+            return self.values[rows]
+        return self.values[self.offsets[rows.start] : self.offsets[rows.stop]]
+
     def take(self, rows: np.ndarray) -> Lists:
         """The given rows, in the given order."""
         if self.is_single:
             return Lists.singles(self.values[rows])
-        starts = self.offsets[rows]
-        lengths = self.offsets[rows + 1] - starts
-        offsets = offsets_of(lengths)
-        source = np.repeat(starts - offsets[:-1], lengths) + np.arange(offsets[-1])
-        return Lists(offsets, self.values[source], None if self.weights is None else self.weights[source])
+        starts, offsets = np.empty(len(rows), np.int64), np.empty(len(rows) + 1, np.int64)
+        total = find_lists(self.offsets, rows, starts, offsets)
+
+        def copied(values: np.ndarray) -> np.ndarray:
+            out = np.empty(total, values.dtype)
+            copy_lists(np.ascontiguousarray(values), starts, offsets, out)
+            return out
+
+        return Lists(offsets, copied(self.values), None if self.weights is None else copied(self.weights))
 
     def where(self, keep: np.ndarray) -> Lists:
         """Only the values marked in `keep` (bool, one a value); rows stay, some shorter."""
@@ -123,6 +139,14 @@ def side_by_side(first: Lists, second: Lists) -> Lists:
     order = np.arange(2 * len(first)).reshape(2, -1).T.reshape(-1)
     mixed = both.take(order)
     return Lists(mixed.offsets[::2], mixed.values)
+
+
+def distinct(values: np.ndarray) -> np.ndarray:
+    """The distinct values, rising: np.unique by sorting, which is faster here than its hash table."""
+    values = np.sort(values)
+    is_new = np.ones(len(values), bool)
+    np.not_equal(values[1:], values[:-1], out=is_new[1:])
+    return values[is_new]
 
 
 _COUNT = np.arange(1 << 14)

@@ -19,6 +19,8 @@ from itertools import accumulate
 import numpy as np
 
 from trec_twotower.data.dataset import RowGroup
+from trec_twotower.data.hashing import mix
+from trec_twotower.data.kernels import shuffle
 
 UNIT_ROWS = 1 << 16  # row groups are joined until a unit has so many
 _WINDOWS, _UNITS, _PLACES = 0x6F72, 0x6F73, 0x6F74  # streams of random numbers that must not meet
@@ -37,7 +39,7 @@ class Unit:
     def order(self, seed: int) -> np.ndarray:
         """Which of the unit's rows (counted through its groups in order) comes first, second and so on; int32."""
         rows = np.arange(self.num_rows, dtype=np.int32)
-        _random(_UNITS, seed, self.epoch, self.groups[0].first_row).shuffle(rows)
+        shuffle(rows, _stream(_UNITS, seed, self.epoch, self.groups[0].first_row))
         return rows
 
 
@@ -72,7 +74,7 @@ class Interleaving:
     @classmethod
     def of(cls, window: Window, seed: int) -> Interleaving:
         unit_at = np.repeat(np.arange(len(window.units), dtype=np.uint16), [unit.num_rows for unit in window.units])
-        _random(_PLACES, seed, window.epoch, window.number).shuffle(unit_at)
+        shuffle(unit_at, _stream(_PLACES, seed, window.epoch, window.number))
         return cls(unit_at, len(window.units))
 
     def rows(self, start: int, stop: int) -> list[tuple[int, int]]:
@@ -91,8 +93,9 @@ def windows_of(groups: Sequence[RowGroup], shuffle_rows: int, seed: int, epoch: 
     units: list[Unit] = []
     waiting: list[RowGroup] = []
     first = 0
-    order = _random(_WINDOWS, seed, epoch, 0).permutation(len(groups))
-    for position, number in enumerate(order):
+    order = np.arange(len(groups))
+    shuffle(order, _stream(_WINDOWS, seed, epoch, 0))
+    for position, number in enumerate(order.tolist()):
         waiting.append(groups[number])
         unit_rows = sum(group.num_rows for group in waiting)
         window_rows = unit_rows + sum(unit.num_rows for unit in units)
@@ -110,5 +113,9 @@ def windows_of(groups: Sequence[RowGroup], shuffle_rows: int, seed: int, epoch: 
     return windows
 
 
-def _random(stream: int, seed: int, epoch: int, number: int) -> np.random.Generator:
-    return np.random.Generator(np.random.Philox(key=[seed, stream], counter=[0, 0, number, epoch]))
+def _stream(*parts: int) -> np.uint64:
+    """Where the random numbers of one purpose start."""
+    state = 0
+    for part in parts:
+        state = mix(state ^ part)
+    return np.uint64(state)

@@ -1,13 +1,13 @@
 """Row groups to hashed, permuted rows: what a rank holds of a unit, ready to be cut into batches.
 
 A rank owns an equal run of each window's rows, in the order of the files: it decodes the row groups those lie in, and
-hashes no others' rows. Of the rest it reads the positives alone, because all ranks share a step's candidates. Which
-rows a step takes does not depend on who owns them.
+hashes no others' rows. Of the rest it reads the items alone, because all ranks share a step's candidates. Which rows a
+step takes does not depend on who owns them.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -15,13 +15,13 @@ import pyarrow as pa
 
 from trec_twotower.config import DataConfig, LossConfig
 from trec_twotower.data.cache import Cache
-from trec_twotower.data.dataset import HISTORY, ITEM_ID, POSITIVES, RowGroup
-from trec_twotower.data.examples import Examples
+from trec_twotower.data.dataset import HISTORY, ITEM_ID, POSITIVES, USER_ID, RowGroup
+from trec_twotower.data.examples import Examples, Piece, RowItems
 from trec_twotower.data.features import Sources
-from trec_twotower.data.hashing import fingerprints, uniform
+from trec_twotower.data.hashing import fingerprints, id_keys, uniform
+from trec_twotower.data.item_lists import check_given, given_columns, read_given
 from trec_twotower.data.lists import Lists
 from trec_twotower.data.order import Unit
-from trec_twotower.data.segments import gather_segments, take_columns
 from trec_twotower.data.transforms import Columns, check_kind, key_lists, one_chunk
 from trec_twotower.errors import DataError
 from trec_twotower.schema import FeatureSpec
@@ -32,23 +32,29 @@ _INPUT = 0x696E  # keeps these random numbers apart from others of the same seed
 
 @dataclass(frozen=True)
 class UnitRows:
-    """This rank's rows of a unit in the unit's order, and everybody's positives."""
+    """This rank's rows of a unit in the unit's order, and the items of everybody's."""
 
     place: np.ndarray | None  # the places of this rank's rows, rising; None: all are its own
     examples: Examples
-    taken: Lists  # the positives of all ranks' rows, by place
+    items: RowItems  # of all ranks' rows, by place
     owner: np.ndarray | None  # the rank that owns each place; None: there is one
 
-    def mine(self, start: int, stop: int) -> Examples:
-        """This rank's rows among the places start .. stop - 1."""
+    def mine(self, rows: slice) -> Piece:
+        """This rank's rows among these places."""
         if self.place is not None:
-            start, stop = np.searchsorted(self.place, (start, stop)).tolist()
-        return self.examples.slice(start, stop)
+            rows = slice(*np.searchsorted(self.place, (rows.start, rows.stop)).tolist())
+        return Piece(self.examples, rows)
 
-    def rows_per_rank(self, start: int, stop: int, num_ranks: int) -> np.ndarray:
+    def my_places(self, rows: slice) -> np.ndarray:
+        """The places of this rank's rows among these places, counted from the first of these."""
+        if self.place is None:
+            return np.arange(rows.stop - rows.start)
+        return self.place[slice(*np.searchsorted(self.place, (rows.start, rows.stop)))] - rows.start
+
+    def rows_per_rank(self, rows: slice, num_ranks: int) -> np.ndarray:
         if self.owner is None:
-            return np.array([stop - start])
-        return np.bincount(self.owner[start:stop], minlength=num_ranks)
+            return np.array([rows.stop - rows.start])
+        return np.bincount(self.owner[rows], minlength=num_ranks)
 
 
 class UnitReader:
@@ -63,7 +69,18 @@ class UnitReader:
         self.is_by_user = data.rows == "user"
         self.masks_history = loss.mask_history and train.has(HISTORY) and not self.is_by_user
         self.drawn = [feature for feature in sources.context if self.is_by_user and feature.reads == HISTORY]
-        self.cache = Cache.open(data, sources, loss.mask_history) if data.cache is not None else None
+        self.given = loss.given
+        if self.given is not None:
+            check_given(train, self.given)
+        mined = loss.negatives.mined
+        self.keeps_user_key = loss.known is not None or (mined is not None and mined.key == USER_ID)
+        self.cache = Cache.open(data, sources, self._settings) if data.cache is not None else None
+
+    @property
+    def _settings(self) -> dict[str, object]:
+        """What of the loss decides which columns are kept."""
+        given = None if self.given is None else self.given.model_dump(exclude={"shared"})
+        return {"masks_history": self.loss.mask_history, "given": given, "keeps_user_key": self.keeps_user_key}
 
     def read(self, unit: Unit) -> UnitRows:
         """Decode, hash and permute; the costly part, free of the interpreter's lock most of the time."""
@@ -71,17 +88,16 @@ class UnitReader:
         # Where each rank's rows of the window begin and end, counted in this unit.
         bounds = unit.window_rows * np.arange(self.num_ranks + 1) // self.num_ranks - unit.first
         low, high = (int(bound) for bound in np.clip(bounds[self.rank : self.rank + 2], 0, unit.num_rows))
-        parts = _parts(unit, low, high)
-        mine = Examples.concat([self._part(*part, unit.epoch) for part in parts] or [self._nothing])
+        mine = Examples.concat([self._part(*part, unit.epoch) for part in _parts(unit, low, high)] or [self._nothing])
         if self.num_ranks == 1:
-            examples = _permuted(mine, order)
-            return UnitRows(None, examples, examples.positives, None)
+            examples = mine.take(order)
+            return UnitRows(None, examples, examples.items, None)
         owner = (np.searchsorted(bounds, order, side="right") - 1).astype(np.int16)
         place = np.flatnonzero(owner == self.rank)
         before, behind = _parts(unit, 0, low), _parts(unit, high, unit.num_rows)
-        positives = [self._positives(*part, unit.epoch) for part in (*before, *behind)]
-        taken = Lists.concat([*positives[: len(before)], mine.positives, *positives[len(before) :]])
-        return UnitRows(place, _permuted(mine, order[place] - np.int32(low)), gather_segments(taken, order), owner)
+        others = [self._items(*part, unit.epoch) for part in (*before, *behind)]
+        items = RowItems.concat([*others[: len(before)], mine.items, *others[len(before) :]])
+        return UnitRows(place, mine.take(order[place] - np.int32(low)), items.take(order), owner)
 
     @cached_property
     def _nothing(self) -> Examples:
@@ -103,14 +119,20 @@ class UnitReader:
     def _columns(self) -> list[str]:
         train = self.sources.dataset.train
         columns = set(self.sources.user_columns()) - {feature.reads for feature in self.drawn}
-        columns |= {POSITIVES} if self.is_by_user else {ITEM_ID}
+        columns |= set(self._item_columns())
         columns |= ({HISTORY} if self.masks_history else set()) | ({WEIGHT} if train.has(WEIGHT) else set())
         return sorted(columns)
+
+    def _item_columns(self) -> list[str]:
+        """Those that RowItems are made of."""
+        columns = {POSITIVES} if self.is_by_user else {ITEM_ID}
+        columns |= set(given_columns(self.given)) if self.given is not None else set()
+        return sorted(columns | ({USER_ID} if self.keeps_user_key else set()))
 
     def _hash(self, group: RowGroup, start: int, stop: int) -> Examples:
         """What does not depend on the epoch; drawn features hold all of a row's items yet."""
         table = self.sources.dataset.train.read(group, self._columns(), dictionaries=True).slice(start, stop - start)
-        where = f"{group} (from row {start:,})" if start else str(group)
+        where = _place(group, start)
         given, history = None, None
         if self.is_by_user:
             array = one_chunk(table[POSITIVES])
@@ -122,7 +144,17 @@ class UnitReader:
             keys = key_lists(one_chunk(table[HISTORY]), f"{where}, column {HISTORY!r}")
             history = Lists(keys.offsets, fingerprints(keys.values))
         user = self.sources.user_features(table, where, given, uncut=self.is_by_user)
-        return Examples(user, positives, None, history, self._weights(table, where))
+        own, own_weight, user_key = self._own(table, where)
+        return Examples(user, positives, None, history, self._weights(table, where), own, own_weight, user_key)
+
+    def _own(self, table: pa.Table, where: str) -> tuple[Lists | None, Lists | None, np.ndarray | None]:
+        """Given items, their weights and users' keys, each where the loss asks for it."""
+        items = weight = user_key = None
+        if self.given is not None:
+            items, weight = read_given(self.sources, self.given, table, where)
+        if self.keeps_user_key:
+            user_key = id_keys(one_chunk(table[USER_ID]), f"{where}, column {USER_ID!r}")
+        return items, weight, user_key
 
     def _drawn(self, rows: Examples, first_row: int, epoch: int) -> Examples:
         """With a row per user: part of the items becomes input, the rest stay positives; anew each epoch."""
@@ -136,26 +168,24 @@ class UnitReader:
         for feature in self.drawn:
             sparse[feature.name] = sparse[feature.name].where(is_input).newest(feature.max_length)
         user = Columns(rows.user.num_rows, sparse, rows.user.numbers)
-        return Examples(user, items.where(~is_input), items if self.loss.mask_history else None, None, rows.weight)
+        known = items if self.loss.mask_history else None
+        return replace(rows, user=user, positives=items.where(~is_input), known=known)
 
-    def _positives(self, group: RowGroup, start: int, stop: int, epoch: int) -> Lists:
-        """The positives of another rank's rows."""
+    def _items(self, group: RowGroup, start: int, stop: int, epoch: int) -> RowItems:
+        """The items of another rank's rows."""
         hashed_rows = self.cache.get(group) if self.cache is not None else None
-        column = POSITIVES if self.is_by_user else ITEM_ID
         if hashed_rows is not None:
-            positives = hashed_rows.positives.slice(start, stop)
+            items = hashed_rows.items.slice(start, stop)
         else:
-            array = one_chunk(
-                self.sources.dataset.train.read(group, [column], dictionaries=True).slice(start, stop - start)[column]
-            )
-            where = f"{group}, column {column!r}"
-            if not self.is_by_user:
-                return Lists.singles(self.sources.item_rows(array, where))
-            positives = self.sources.item_row_lists(array, where)
+            whole = self.sources.dataset.train.read(group, self._item_columns(), dictionaries=True)
+            table = whole.slice(start, stop - start)
+            given, _, user_key = self._own(table, _place(group, start))
+            items = RowItems(self.sources.positives(table, _place(group, start)), given, user_key)
         if not self.is_by_user:
-            return positives
+            return items
+        positives = items.positives
         draw = uniform(_INPUT, self.data.seed, epoch, group.first_row + start + positives.rows, positives.values)
-        return positives.where(~draw_inputs(positives, draw, self.data.input_share))
+        return replace(items, positives=positives.where(~draw_inputs(positives, draw, self.data.input_share)))
 
     def _weights(self, table: pa.Table, where: str) -> np.ndarray | None:
         if WEIGHT not in table.column_names:
@@ -169,6 +199,11 @@ class UnitReader:
                 f"{where}, column {WEIGHT!r}, row {bad[0]:,}: {weight[bad[0]]}: weights are finite and at least 0."
             )
         return weight
+
+
+def _place(group: RowGroup, start: int) -> str:
+    """Where a row that an error names is counted from."""
+    return f"{group} (from row {start:,})" if start else str(group)
 
 
 def _parts(unit: Unit, low: int, high: int) -> list[tuple[RowGroup, int, int]]:
@@ -190,13 +225,3 @@ def draw_inputs(lists: Lists, draw: np.ndarray, share: float) -> np.ndarray:
         low, high = lists.offsets[row], lists.offsets[row + 1]
         is_input[low:high] = draw[low:high] < draw[low:high].max()
     return is_input
-
-
-def _permuted(examples: Examples, rows: np.ndarray) -> Examples:
-    return Examples(
-        take_columns(examples.user, rows),
-        gather_segments(examples.positives, rows),
-        None if examples.known is None else gather_segments(examples.known, rows),
-        None if examples.history is None else gather_segments(examples.history, rows),
-        None if examples.weight is None else examples.weight[rows],
-    )

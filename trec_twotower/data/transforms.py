@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from trec_twotower.data.hashing import hash_to_bucket, id_keys, is_id, modulo_bucket
+from trec_twotower.data.hashing import bucket_type, hash_to_bucket, id_keys, is_id, modulo_bucket
 from trec_twotower.data.lists import Lists
 from trec_twotower.errors import DataError
 from trec_twotower.schema import FeatureSpec, TableSpec
@@ -139,11 +139,12 @@ def category(spec: TableSpec, array: pa.Array, where: str) -> np.ndarray:
     if spec.buckets == 1:
         return np.zeros(len(array), np.int32)
     rest = spec.model_copy(update={"buckets": spec.buckets - 1})
+    kind = bucket_type(spec.buckets)
     if not array.null_count:
-        return 1 + buckets(rest, array, where)
+        return buckets(rest, array, where).astype(kind, copy=False) + kind(1)
     valid = array.is_valid().to_numpy(zero_copy_only=False)
-    out = np.full(len(array), NULL_BUCKET, np.int32)
-    out[valid] = 1 + buckets(rest, array.drop_null(), where)
+    out = np.full(len(array), NULL_BUCKET, kind)
+    out[valid] = buckets(rest, array.drop_null(), where).astype(kind, copy=False) + kind(1)
     return out
 
 
@@ -151,7 +152,7 @@ def bag(feature: FeatureSpec, spec: TableSpec, array: pa.Array, weights: pa.Arra
     """Hashed lists, cut to the newest `max_length`, null elements dropped."""
     hashed = _element_lists(array, where, lambda ids: buckets(spec, ids, where))
     if weights is not None:
-        hashed = _with_weights(hashed, array, weights, where, str(feature.weights))
+        hashed = with_weights(hashed, array, weights, where, str(feature.weights))
     return hashed.newest(feature.max_length)
 
 
@@ -184,7 +185,8 @@ def _offsets(array: pa.Array) -> np.ndarray:
     return offsets - offsets[0]
 
 
-def _with_weights(lists: Lists, ids: pa.Array, weights: pa.Array, where: str, column: str) -> Lists:
+def with_weights(lists: Lists, ids: pa.Array, weights: pa.Array, where: str, column: str) -> Lists:
+    """`lists`, which were made of `ids`, with the numbers that stand beside these in another column, `column`."""
     check_weights(column, weights.type, where)
     weights = weights.fill_null(pa.scalar([], type=weights.type)) if weights.null_count else weights
     wanted = _offsets(ids.fill_null(pa.scalar([], type=ids.type)) if ids.null_count else ids)
@@ -204,22 +206,28 @@ def _with_weights(lists: Lists, ids: pa.Array, weights: pa.Array, where: str, co
     return Lists(lists.offsets, lists.values, values)
 
 
-def pooling_divisor(feature: FeatureSpec, lists: Lists, lengths: np.ndarray | None = None) -> np.ndarray:
+def divides(feature: FeatureSpec) -> bool:
+    """Whether the feature's pooled sums are divided by anything."""
+    return feature.kind == "bag" and feature.pooling != "sum"
+
+
+def pooling_divisor(feature: FeatureSpec, lengths: np.ndarray, weighted: Lists | None = None) -> np.ndarray:
     """What the sum of a row's vectors is divided by: 1, the sum of weights, or the root of their squares' sum.
 
     Tables pool by SUM alone, because TorchRec's MEAN divides by counts where weights are meant, and divides other
-    tables' outputs beside row-wise sharding. `lengths` spares counting the lists again.
+    tables' outputs beside row-wise sharding. `lengths` are the rows'; `weighted` are their lists where these have
+    weights.
     """
-    if feature.kind != "bag" or feature.pooling == "sum":
-        return np.ones(len(lists), np.float32)
-    lengths = lists.lengths if lengths is None else lengths
-    if lists.weights is None:
+    if not divides(feature):
+        return np.ones(len(lengths), np.float32)
+    if weighted is None:
         total = np.maximum(lengths, 1).astype(np.float32)
         return np.sqrt(total) if feature.pooling == "sqrtn" else total
-    weights = lists.weights.astype(np.float64)
+    assert weighted.weights is not None
+    weights = weighted.weights.astype(np.float64)
     if feature.pooling == "sqrtn":
         weights = weights**2
-    total = np.add.reduceat(np.append(weights, 0.0), lists.offsets[:-1]) if len(lists) else np.empty(0)
+    total = np.add.reduceat(np.append(weights, 0.0), weighted.offsets[:-1]) if len(weighted) else np.empty(0)
     total[lengths == 0] = 1.0
     total = np.sqrt(total) if feature.pooling == "sqrtn" else total
     return np.where(np.abs(total) > 1e-12, total, 1.0).astype(np.float32)

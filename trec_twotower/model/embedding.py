@@ -8,19 +8,19 @@ import torch
 import xxhash
 from torch import Tensor, nn
 from torch.distributed._shard.sharded_tensor import ShardedTensor
-from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
+from torchrec.modules.embedding_configs import DataType, EmbeddingBagConfig, PoolingType
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
 from trec_twotower.data.hashing import mix, mix_torch
 from trec_twotower.schema import Schema, Side, key
 
-FILL_ROWS = 1 << 16  # table rows that are filled together: bounds the scratch memory
+FILL_CELLS = 1 << 18  # weights that are filled together: bounds the scratch memory, and keeps it in the cache
 
 
 def build_tables(schema: Schema) -> EmbeddingBagCollection:
     """All tables, without memory yet; every one pools by SUM (see pooling_divisor in data/transforms.py)."""
     features: dict[str, list[str]] = {name: [] for name in schema.tables}
-    for side, feature in schema.sparse_pairs():
+    for side, feature in schema.sparse_pairs:
         features[feature.table_name].append(key(side, feature))
     return EmbeddingBagCollection(
         device=torch.device("meta"),
@@ -32,6 +32,7 @@ def build_tables(schema: Schema) -> EmbeddingBagCollection:
                 embedding_dim=spec.dim,
                 feature_names=features[name],
                 pooling=PoolingType.SUM,
+                data_type=DataType.FP16 if spec.dtype == "fp16" else DataType.FP32,
             )
             for name, spec in schema.tables.items()
         ],
@@ -74,8 +75,9 @@ def fill_tables(model: nn.Module, schema: Schema, seed: int) -> None:
         salt = mix(seed ^ xxhash.xxh3_64_intdigest(table.encode()))
         salt = salt - (1 << 64) if salt >> 63 else salt
         columns = torch.arange(first_column, first_column + weights.shape[1], device=weights.device)
-        for start in range(0, weights.shape[0], FILL_ROWS):
-            part = weights[start : start + FILL_ROWS]
+        step = max(1, FILL_CELLS // weights.shape[1])
+        for start in range(0, weights.shape[0], step):
+            part = weights[start : start + step]
             rows = torch.arange(first_row + start, first_row + start + len(part), device=weights.device)
             bits = mix_torch((rows[:, None] * spec.dim + columns) ^ salt)
             unit = ((bits >> 40) & 0xFFFFFF).to(torch.float32) * 2.0**-24  # [0, 1), 24 bits: exact in float32

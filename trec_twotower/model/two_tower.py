@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+import math
+from dataclasses import replace
+from functools import partial
 
-from trec_twotower.config import LossConfig, ModelConfig
+import torch
+from torch import Tensor, nn
+from torchrec.sparse.jagged_tensor import KeyedTensor
+
+from trec_twotower.config import LearnedTemperature, LossConfig, ModelConfig
 from trec_twotower.data.batch import Batch
 from trec_twotower.distributed import Ranks
 from trec_twotower.model.embedding import build_tables, tower_input
-from trec_twotower.model.losses import sampled_softmax
+from trec_twotower.model.frequency import Frequency
+from trec_twotower.model.gate import gate
+from trec_twotower.model.losses import LOSSES, Pairs, Relations
+from trec_twotower.model.losses.regularisers import alignment, nearness, squared_lengths
+from trec_twotower.model.queue import ItemQueue
+from trec_twotower.model.temperature import Temperature
 from trec_twotower.model.tower import Tower
+from trec_twotower.model.watch import Histogram, Watch
 from trec_twotower.schema import Schema
 
 
@@ -29,6 +41,14 @@ class TwoTower(nn.Module):
         is_unit = model.similarity == "cosine"
         self.user_tower = Tower(schema.width("user"), model.dim, model.user_tower, is_unit=is_unit)
         self.item_tower = Tower(schema.width("item"), model.dim, model.item_tower, is_unit=is_unit)
+        self.watch = Watch(is_unit=is_unit)
+        self.user_tower.note_length = partial(self.watch.note_length, "user")
+        self.item_tower.note_length = partial(self.watch.note_length, "item")
+        learned = loss.temperature if isinstance(loss.temperature, LearnedTemperature) else None
+        self.temperature = None if learned is None else Temperature(learned, ranks.device)
+        self.frequency = Frequency(ranks.device) if loss.log_q_estimate == "streaming" else None
+        size = loss.negatives.queue
+        self.queue = ItemQueue(size, model.dim, loss.log_q, ranks.device) if size else None
 
     def encode_users(self, batch: Batch) -> Tensor:
         """(B, D)."""
@@ -41,27 +61,101 @@ class TwoTower(nn.Module):
     def forward(self, batch: Batch) -> Tensor:
         """The loss of this rank's rows, scaled so that its mean over ranks is the mean over all rows of the step."""
         pooled = self._pooled(batch)
+        user_BD = self._users(batch, pooled)
         item_CD = self.ranks.gather(self._items(batch, pooled), list(batch.item_sizes))
-        total = sampled_softmax(
-            self._users(batch, pooled),
-            item_CD,
-            positive_row_P=batch.positive_row_P,
-            positive_column_P=batch.positive_column_P,
-            positive_weight_P=batch.positive_weight_P,
-            known_row_M=batch.known_row_M,
-            known_column_M=batch.known_column_M,
-            correction_C=batch.log_q_C,
-            is_negative_C=batch.is_negative_C,
-            temperature=self.loss.temperature,
-        )
-        return total * (self.ranks.num_ranks / batch.num_rows_of_all_ranks)
+        relations = relations_of(batch)
+        assert relations.given is not None or self.loss.given is None, "loss.given is set, but the batch has no pairs"
+        if self.frequency is not None:
+            assert batch.item_key_C is not None
+            log_p_C = self.frequency(batch.item_key_C, batch.is_negative_C)
+            relations = replace(relations, log_q_C=self.loss.log_q * log_p_C)
+        relations = replace(relations, hardest=self.loss.negatives.hardest)
+        column_CD, among = (item_CD, relations) if self.queue is None else self._with_queue(item_CD, batch, relations)
+        parameters = self.loss.parameters
+        if self.temperature is not None:
+            parameters["temperature"] = self.temperature()
+        self.watch.look(user_BD, column_CD, among)
+        loss = LOSSES[self.loss.kind](user_BD, column_CD, among, **parameters)
+        share = self.ranks.num_ranks / batch.num_rows_of_all_ranks
+        return loss * share + self._regularised(user_BD, item_CD, batch, relations, share)
+
+    def _with_queue(self, item_CD: Tensor, batch: Batch, relations: Relations) -> tuple[Tensor, Relations]:
+        """The candidates with those of earlier steps behind them; in training this step's are kept for later ones."""
+        assert self.queue is not None and batch.item_key_C is not None
+        assert batch.listed_row_L is not None and batch.listed_key_L is not None
+        listed = Pairs(batch.listed_row_L, batch.listed_key_L)
+        both = self.queue.beside(item_CD, batch.item_key_C, relations, listed)
+        if self.training:
+            self.queue.push(item_CD, batch.item_key_C, relations)
+        return both
+
+    def forget(self) -> None:
+        """Let go of what is remembered of earlier steps: they were another run's."""
+        for memory in (self.frequency, self.queue):
+            if memory is not None:
+                memory.forget()
+
+    def _regularised(
+        self, user_BD: Tensor, item_CD: Tensor, batch: Batch, relations: Relations, share: float
+    ) -> Tensor:
+        """What loss.regularise adds, scaled as the loss is."""
+        wanted = self.loss.regularise
+        added = user_BD.new_zeros(())
+        if wanted.norm:
+            added = added + wanted.norm * (squared_lengths(user_BD).sum() * share + squared_lengths(item_CD).mean())
+        if wanted.alignment:
+            added = added + wanted.alignment * share * alignment(user_BD, item_CD, relations.positive)
+        if wanted.uniformity:
+            sizes = self.ranks.sizes(user_BD.shape[0])
+            users = self._uniformity(self.ranks.gather(user_BD, sizes), sizes)
+            added = added + wanted.uniformity / 2 * (users + self._uniformity(item_CD, list(batch.item_sizes)))
+        return added
+
+    def _uniformity(self, vector_ND: Tensor, sizes: list[int]) -> Tensor:
+        """Of vectors that all ranks hold: each compares its share with all of them.
+
+        The log is of the sum over ranks; so that the mean of their gradients is that of the log, each adds its own part
+        as many times as there are ranks.
+        """
+        rank, num_ranks, total = self.ranks.rank, self.ranks.num_ranks, sum(sizes)
+        if total < 2:
+            return vector_ND.sum() * 0
+        mine = nearness(vector_ND, sum(sizes[:rank]), sizes[rank])
+        everyone = self.ranks.mean(mine) * num_ranks
+        return (mine - mine.detach()) * (num_ranks / everyone) + math.log(everyone / (total * (total - 1)))
+
+    def figures(self) -> dict[str, float | Histogram]:
+        """What the log should show beside the loss; all ranks call together."""
+        temperature = {} if self.temperature is None else {"temperature": self.temperature().item()}
+        return {**temperature, **self.watch.figures(self.ranks)}
 
     def _pooled(self, batch: Batch) -> dict[str, Tensor]:
         assert batch.sparse.keys() == self.schema.keys()
-        return self.tables(batch.sparse).to_dict()
+        pooled = self.tables(batch.sparse)
+        if torch.is_grad_enabled():
+            weights = [*self.user_tower.parameters(), *self.item_tower.parameters()]
+            values = gate(pooled.values(), weights, self.ranks)
+            pooled = KeyedTensor(pooled.keys(), pooled.length_per_key(), values)
+        return pooled.to_dict()
 
     def _users(self, batch: Batch, pooled: dict[str, Tensor]) -> Tensor:
         return self.user_tower(tower_input(self.schema, "user", pooled, batch.user_divisor_BF, batch.user_number_BN))
 
     def _items(self, batch: Batch, pooled: dict[str, Tensor]) -> Tensor:
         return self.item_tower(tower_input(self.schema, "item", pooled, batch.item_divisor_SF, batch.item_number_SN))
+
+
+def relations_of(batch: Batch) -> Relations:
+    """How a training batch's rows and candidates relate."""
+    assert batch.positive_row_P is not None and batch.positive_column_P is not None
+    assert batch.known_row_M is not None and batch.known_column_M is not None
+    given = None
+    if batch.given_row_G is not None and batch.given_column_G is not None:
+        given = Pairs(batch.given_row_G, batch.given_column_G, batch.given_weight_G, batch.given_label_G)
+    return Relations(
+        positive=Pairs(batch.positive_row_P, batch.positive_column_P, batch.positive_weight_P),
+        known=Pairs(batch.known_row_M, batch.known_column_M),
+        given=given,
+        log_q_C=batch.log_q_C,
+        is_negative_C=batch.is_negative_C,
+    )

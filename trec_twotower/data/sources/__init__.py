@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trec_twotower.errors import ConfigError, nearest
+from trec_twotower.files import naming_a_full_disk
 
 if TYPE_CHECKING:
     from trec_twotower.data.sources.options import SourceOptions
@@ -63,5 +64,5 @@ def prepare(source: str, out: Path, overrides: dict[str, Any], overwrite: bool =
 
     chosen = SOURCES[source]
     options = read_options(source, chosen.options, overrides)
-    with DatasetWriter(out, overwrite=overwrite) as writer:
+    with DatasetWriter(out, overwrite=overwrite) as writer, naming_a_full_disk(writer.out, writer.temporary):
         return chosen.function(options, writer)

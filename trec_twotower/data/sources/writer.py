@@ -65,28 +65,28 @@ class DatasetWriter:
         self.groups_per_part = max(1, rows_per_part // rows_per_group)
         self._overwrite = overwrite
         self._mark = f"{os.getpid()}@{socket.gethostname()}"
-        self._temporary = self.out.with_name(f".{self.out.name}.tmp-{self._mark}")
+        self.temporary = self.out.with_name(f".{self.out.name}.tmp-{self._mark}")
         self._splits: dict[str, _Split] = {}
 
     def __enter__(self) -> Self:
-        if self._temporary in _in_use:
+        if self.temporary in _in_use:
             raise ConfigError(f"{self.out} is being written by another thread of this process: wait for it.")
         _sweep(self.out)
         self._refuse_if_taken()
-        self._temporary.mkdir(parents=True)
-        _in_use.add(self._temporary)
+        self.temporary.mkdir(parents=True)
+        _in_use.add(self.temporary)
         return self
 
     def write(self, split: str, table: pa.Table) -> None:
         """Add rows to train, valid, test, items or users; all tables of a split have one schema."""
         assert split in SPLITS, split
         if split not in self._splits:
-            self._splits[split] = _Split(self._temporary / split, self.rows_per_group, self.groups_per_part)
+            self._splits[split] = _Split(self.temporary / split, self.rows_per_group, self.groups_per_part)
         self._splits[split].write(table)
 
     def scratch_dir(self) -> Path:
         """A folder for what a source spills to disk; `finish`, or leaving the `with` block, removes it."""
-        folder = self._temporary / SCRATCH
+        folder = self.temporary / SCRATCH
         folder.mkdir(exist_ok=True)
         return folder
 
@@ -97,8 +97,8 @@ class DatasetWriter:
         """
         for split in self._splits.values():
             split.close()
-        if (self._temporary / SCRATCH).exists():
-            shutil.rmtree(self._temporary / SCRATCH)
+        if (self.temporary / SCRATCH).exists():
+            shutil.rmtree(self.temporary / SCRATCH)
         written = [name for name in SPLITS if name in self._splits and self._splits[name].files]
         rows = {f"{name}_rows": self._rows(name) for name in ("train", "valid", "test")}
         manifest = {
@@ -110,11 +110,11 @@ class DatasetWriter:
             "columns": {name: self._splits[name].columns() for name in written},
             "files": {key: value for name in written for key, value in self._splits[name].describe().items()},
         }
-        with (self._temporary / MANIFEST).open("w", encoding="utf-8") as file:
+        with (self.temporary / MANIFEST).open("w", encoding="utf-8") as file:
             yaml.safe_dump(manifest, file, sort_keys=False, allow_unicode=True)
             file.flush()
             os.fsync(file.fileno())
-        for folder in (*(self._temporary / name for name in written), self._temporary):
+        for folder in (*(self.temporary / name for name in written), self.temporary):
             _fsync(folder)
         self._put_in_place()
         return manifest
@@ -125,8 +125,8 @@ class DatasetWriter:
         for split in self._splits.values():
             with contextlib.suppress(Exception):  # what went wrong is already on its way up
                 split.abandon()
-        shutil.rmtree(self._temporary, ignore_errors=True)
-        _in_use.discard(self._temporary)
+        shutil.rmtree(self.temporary, ignore_errors=True)
+        _in_use.discard(self.temporary)
 
     def _rows(self, split: str) -> int:
         return self._splits[split].rows if split in self._splits else 0
@@ -150,12 +150,12 @@ class DatasetWriter:
     def _put_in_place(self) -> None:
         self._refuse_if_taken()  # it may have come while we wrote
         if not self.out.exists():
-            self._temporary.rename(self.out)
+            self.temporary.rename(self.out)
         else:
             old = self.out.with_name(f".{self.out.name}.old-{self._mark}")
             self.out.rename(old)
             try:
-                self._temporary.rename(self.out)
+                self.temporary.rename(self.out)
             except BaseException:
                 old.rename(self.out)
                 raise

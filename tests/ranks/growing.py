@@ -1,0 +1,65 @@
+"""The command line on a folder that grows: `-m tests.ranks.growing PLAN ARGUMENTS...`.
+
+PLAN is a JSON file: {"step": {"3": [[FROM, TO], ...]}, "term_in_sleep": 2, "rows": FOLDER}. The first rank renames
+files when step 3 is done; the last rank sends itself SIGTERM in the second sleep of its wait for new files; and what
+each rank's batches hold is noted in FOLDER/RANK.jsonl, a line a step: [step, [row, ...]].
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from trec_twotower.cli import _quiet, main
+
+_quiet()
+
+from trec_twotower.data import stream  # noqa: E402
+from trec_twotower.model.two_tower import TwoTower  # noqa: E402
+from trec_twotower.train import Progress  # noqa: E402
+
+
+def arm(plan: dict[str, Any]) -> None:
+    rank, last = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]) - 1
+    notes = Path(plan["rows"]) / f"{rank}.jsonl"
+    now = {"step": 0, "sleeps": 0}
+    comes_to, done, forward = Progress.waiting_for, Progress.done, TwoTower.forward
+
+    def knowing_the_step(progress: Progress, batches: Any) -> Any:
+        for batch in comes_to(progress, batches):
+            now["step"] = progress.step + 1
+            yield batch
+
+    def noting(model: TwoTower, batch: Any) -> Any:
+        with notes.open("a") as file:
+            file.write(json.dumps([now["step"], batch.sparse["user:row"].values().tolist()]) + "\n")
+        return forward(model, batch)
+
+    def publishing(progress: Progress) -> None:
+        if rank == 0:
+            for there, here in plan.get("step", {}).get(str(progress.step + 1), []):
+                if os.path.exists(there):  # a step may be taken again
+                    os.rename(there, here)
+        done(progress)
+
+    def sleep(seconds: float) -> None:
+        now["sleeps"] += 1
+        if rank == last and now["sleeps"] == plan.get("term_in_sleep"):
+            os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(seconds)
+
+    Progress.waiting_for = knowing_the_step  # type: ignore[method-assign]
+    Progress.done = publishing  # type: ignore[method-assign]
+    TwoTower.forward = noting  # type: ignore[method-assign]
+    stream.time = SimpleNamespace(monotonic=time.monotonic, sleep=sleep)  # type: ignore[assignment]
+
+
+if __name__ == "__main__":
+    arm(json.loads(Path(sys.argv[1]).read_text()))
+    sys.exit(main(sys.argv[2:]))

@@ -1,0 +1,471 @@
+"""The faults, each tried so many times against a run that nobody disturbs."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tests.ranks.worlds import MIXED
+from tests.soak.jobs import Ended, History, Job, difference, in_child, newest_files
+from tests.soak.world import NUM_STEPS, SAVE_EVERY, config, write_config, write_world
+from trec_twotower.faults import POINTS
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+STOPPED = {signal.SIGTERM: 143, signal.SIGUSR1: 138, signal.SIGINT: 130}
+
+
+@dataclass
+class Tally:
+    """One line of the table."""
+
+    fault: str
+    wanted: int
+    tried: int = 0
+    exact: int = 0
+    lost: int = 0  # rows
+    doubled: int = 0
+    silent: int = 0  # wrong without a word
+    longest_s: float = 0.0
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def is_good(self) -> bool:
+        return self.tried > 0 and self.exact == self.tried and not (self.lost or self.doubled or self.silent)
+
+    def note(self, text: str) -> None:
+        if len(self.notes) < 20:
+            self.notes.append(text[-2000:])
+
+
+class Run:
+    """A run folder that is trained in attempts, with what each left."""
+
+    def __init__(self, soak: Soak, name: str, **parts: Any) -> None:
+        self.soak = soak
+        self.folder = soak.folder / "runs" / name
+        self.parts = parts
+        self.audits: list[Path] = []
+
+    @property
+    def run_dir(self) -> Path:
+        return self.folder / "run"
+
+    def start(self, num_ranks: int = 2, plan: Any = MIXED, init_from: Path | None = None, **environ: str) -> Job:
+        number = len(self.audits)
+        attempt = self.folder / f"attempt-{number}"
+        self.audits.append(attempt / "audit")
+        made = config(self.soak.world, self.run_dir, plan, **self.parts)
+        write_config(attempt / "config.yaml", made)
+        arguments = ["train", str(attempt / "config.yaml")]
+        return Job(num_ranks, arguments, attempt, SOAK_AUDIT=str(self.audits[-1]), **environ)
+
+    def finish(self, num_ranks: int = 2) -> Ended:
+        return self.start(num_ranks).end()
+
+    @property
+    def history(self) -> History:
+        return History.of(self.audits)
+
+    def judge(self, tally: Tally, tried: int, *, calm: Run | None = None) -> None:
+        """Count the tries of a run that has come to its end as exact, if it came to that of the calm one."""
+        calm = calm or self.soak.calm
+        expected, found = calm.history, self.history
+        lost, doubled = difference(expected, found)
+        tally.lost += lost
+        tally.doubled += doubled
+        tally.tried += tried
+        is_exact = found.losses == expected.losses and found.rows == expected.rows
+        if is_exact and newest_files(self.run_dir) == newest_files(calm.run_dir):
+            tally.exact += tried
+            shutil.rmtree(self.folder)
+        else:
+            tally.silent += not is_exact
+            unlike = [step for step in expected.losses if found.losses.get(step) != expected.losses[step]]
+            tally.note(f"{self.folder}: lost {lost}, doubled {doubled}, losses differ from step {unlike[:1]}")
+
+
+class Soak:
+    """All faults; `share` of the tries of each, drawn by `seed`."""
+
+    def __init__(self, folder: Path, share: float, seed: int) -> None:
+        self.folder = folder
+        self.share = share
+        self.random = random.Random(seed)
+        self.world = folder / "world"
+        in_child(lambda: write_world(self.world))
+        self.calm = Run(self, "calm")
+        ended = self.calm.finish()
+        assert ended.is_done, ended.said
+        self.calm_s = ended.seconds
+
+    def tries(self, full: int) -> int:
+        return max(1, round(full * self.share))
+
+    def all(self) -> Iterator[Tally]:
+        for scenario in SCENARIOS:
+            yield scenario(self)
+
+
+def kill_anywhere(soak: Soak) -> Tally:
+    """kill -9 of one rank or of all at random instants, from the first import of a rank to its end."""
+    tally = Tally("kill -9 of a rank or of all, at random instants", 120)
+    wanted = soak.tries(120)
+    number = 0
+    while tally.tried < wanted:
+        run = Run(soak, f"anywhere-{number}")
+        number += 1
+        kills = 0
+        while tally.tried + kills < wanted and kills < 6:
+            job = run.start()
+            time.sleep(soak.random.uniform(0, 1.1 * soak.calm_s))
+            if not job.is_running:
+                job.end()
+                break
+            job.kill(signal.SIGKILL, soak.random.choice([[0], [1], [0, 1]]))
+            kills += 1
+            job.end()
+        ended = run.finish()
+        if not ended.is_done:
+            tally.tried += kills
+            tally.note(f"does not go on: {ended.said}")
+            continue
+        run.judge(tally, kills)
+    return tally
+
+
+def kill_at_points(soak: Soak) -> Tally:
+    """kill -9 at every named point; those of a save come in `kill_in_save`."""
+    points = [point for point in POINTS if not point.startswith(("save:", "stop:"))]
+    return _at_points(soak, "kill -9 at named points of start, load and step", points, 30)
+
+
+def kill_in_save(soak: Soak) -> Tally:
+    points = [point for point in POINTS if point.startswith("save:")]
+    return _at_points(soak, "kill -9 inside a save, at named points", points, 100)
+
+
+def _at_points(soak: Soak, name: str, points: list[str], full: int) -> Tally:
+    tally = Tally(name, full)
+    wanted = soak.tries(full)
+    order = soak.random.sample(points, len(points))
+    number = 0  # of the points in turn
+    while tally.tried < wanted:
+        run = Run(soak, f"points-{soak.random.randrange(10**9)}")
+        struck = 0
+        while tally.tried + struck < wanted and struck < 6:
+            point = order[number % len(order)]
+            step = ""
+            if point.startswith(("step:", "save:")):
+                left = [number for number in range(1, NUM_STEPS + 1) if number > _newest_step(run.run_dir)]
+                if point.startswith("save:"):
+                    left = [number for number in left if number % SAVE_EVERY == 0 or number == NUM_STEPS]
+                if not left:
+                    break  # through; the next chain goes on with the next point
+                step = f":step{soak.random.choice(left[:4])}"
+            elif point.startswith("load:") and _newest_step(run.run_dir) == 0:
+                run.start(TREC_TT_FAULT=f"step:forward:step{SAVE_EVERY + 2}").end()  # so that there is one to load
+            rank = soak.random.choice(["", ":rank0"] if point in FIRST_RANK_ALONE else ["", ":rank0", ":rank1"])
+            ended = run.start(TREC_TT_FAULT=point + step + rank).end()
+            assert -signal.SIGKILL in ended.codes, f"{point}{step}{rank} did not strike: {ended.said[-900:]}"
+            number += 1
+            struck += 1
+            if (run.run_dir / "checkpoints").is_dir():
+                _check_all_whole(run.run_dir, tally)
+        ended = run.finish()
+        if ended.is_done:
+            run.judge(tally, struck)
+        else:
+            tally.tried += struck
+            tally.note(f"does not go on: {ended.said}")
+    return tally
+
+
+FIRST_RANK_ALONE = {"save:opened", "save:described", "save:sealed", "save:published", "save:swept"}
+
+
+def _newest_step(run_dir: Path) -> int:
+    found = [int(path.parent.name[5:]) for path in run_dir.glob("checkpoints/step-*/manifest.json")]
+    return max(found, default=0)
+
+
+def _check_all_whole(run_dir: Path, tally: Tally) -> None:
+    """Whatever has a manifest after a kill is what the manifest says."""
+    from trec_twotower.checkpoint import FORMAT
+    from trec_twotower.files import read_manifest, verify_sealed
+
+    for path in run_dir.glob("checkpoints/step-*"):
+        if (path / "manifest.json").is_file():
+            manifest = read_manifest(path, "", FORMAT)
+            for name in manifest["files"]:
+                verify_sealed(path, manifest, name, "")
+
+
+def kill_within_save(soak: Soak) -> Tally:
+    """kill -9 at a random instant after the temporary folder of a save has appeared."""
+    tally = Tally("kill -9 inside a save, at random instants", 100)
+    wanted = soak.tries(100)
+    while tally.tried < wanted:
+        run = Run(soak, f"within-{tally.tried}-{soak.random.randrange(10**9)}")
+        kills = 0
+        for _ in range(min(5, wanted - tally.tried)):
+            job = run.start()
+            skipped = soak.random.randrange(3)
+            seen: set[str] = set()
+            while job.is_running and len(seen) <= skipped:
+                seen |= {path.name for path in run.run_dir.glob("checkpoints/.step-*.tmp")}
+            time.sleep(soak.random.uniform(0, 0.02))
+            if job.is_running:
+                job.kill(signal.SIGKILL, soak.random.choice([[0], [1], [0, 1]]))
+                kills += 1
+            job.end()
+            if (run.run_dir / "checkpoints").is_dir():
+                _check_all_whole(run.run_dir, tally)
+        ended = run.finish()
+        if ended.is_done and kills:
+            run.judge(tally, kills)
+        elif not ended.is_done:
+            tally.tried += kills
+            tally.note(f"does not go on: {ended.said}")
+    return tally
+
+
+def stopped_rank(soak: Soak) -> Tally:
+    """SIGSTOP: the other rank says who does not answer, and at which step."""
+    tally = Tally("SIGSTOP of a rank", 5)
+    timeout_s = 3
+    for number in range(soak.tries(5)):
+        rank, step = soak.random.randrange(2), soak.random.randrange(2, NUM_STEPS)
+        run = Run(soak, f"stop-{number}", train={"timeout_s": timeout_s})
+        ended = run.start(TREC_TT_FAULT=f"step:forward:step{step}:rank{rank}:stop").end()
+        tally.longest_s = max(tally.longest_s, ended.seconds)
+        said = f"Rank {1 - rank} lost the others at step {step}"
+        if said not in ended.said or ended.codes[1 - rank] != 1:
+            tally.tried += 1
+            tally.note(f"expected {said!r}: {ended.codes} {ended.said}")
+            continue
+        again = run.finish()
+        if again.is_done:
+            run.judge(tally, 1)
+        else:
+            tally.tried += 1
+            tally.note(again.said)
+    return tally
+
+
+def told_to_stop(soak: Soak) -> Tally:
+    """SIGTERM, SIGUSR1 and Ctrl-C to one rank or all: a checkpoint, a status, an exit code, and exact afterwards."""
+    tally = Tally("SIGTERM, SIGUSR1 or SIGINT to a rank or to all", 30)
+    for number in range(soak.tries(30)):
+        run = Run(soak, f"told-{number}")
+        told = soak.random.choice(list(STOPPED))
+        step = soak.random.randrange(1, NUM_STEPS)
+        ranks = soak.random.choice(["", ":rank0", ":rank1"])
+        action = {signal.SIGTERM: "term", signal.SIGUSR1: "usr1", signal.SIGINT: "int"}[told]
+        point = soak.random.choice(["step:forward", "step:backward", "step:updated"])
+        ended = run.start(TREC_TT_FAULT=f"{point}:step{step}{ranks}:{action}").end()
+        tally.longest_s = max(tally.longest_s, ended.seconds - soak.calm_s)
+        stopped_at = step + (point != "step:forward")
+        path = run.run_dir / "status.json"
+        status = json.loads(path.read_text()) if path.is_file() else {}
+        if stopped_at >= NUM_STEPS:  # it was through before it could stop
+            is_told = ended.is_done and status.get("state") == "finished"
+        else:
+            wanted = {"state": "stopped", "step": stopped_at, "exit_code": STOPPED[told]}
+            is_told = ended.codes == [STOPPED[told]] * 2 and wanted.items() <= status.items()
+            is_told = is_told and _newest_step(run.run_dir) == stopped_at
+        again = run.finish()
+        if is_told and again.is_done:
+            run.judge(tally, 1)
+        else:
+            tally.tried += 1
+            tally.note(f"{point} {step} {action}{ranks}: {ended.codes} {status} {ended.said[-800:]}")
+    return tally
+
+
+def other_ranks(soak: Soak) -> Tally:
+    """1 -> 2 -> 4 -> 1 ranks, with other plans: the same rows in the same steps, the same losses but for rounding."""
+    tally = Tally("ranks 1 -> 2 -> 4 -> 1, plans changed", 12)
+    plans = ["table_wise", "row_wise", "table_row_wise"]
+    rounds = max(1, soak.tries(12) // 4)
+    for number in range(rounds):
+        run = Run(soak, f"ranks-{number}-{soak.random.randrange(10**9)}")
+        stops = sorted(soak.random.sample(range(2, NUM_STEPS - 1), 3))
+        failed = None
+        tables: list[Any] = []
+        for place, num_ranks in enumerate((1, 2, 4, 1)):
+            plan = soak.random.choice(plans)
+            fault = {"TREC_TT_FAULT": f"step:forward:step{stops[place]}:rank0:term"} if place < 3 else {}
+            ended = run.start(num_ranks, plan, **fault).end()
+            if ended.codes != [143 if place < 3 else 0] * num_ranks:
+                failed = ended.said
+                break
+            if place < 3:
+                views = [in_child(_state_of, run, ranks, other) for ranks, other in ((1, plan), (1, "row_wise"))]
+                tables.append(views[0] == views[1])
+        tally.tried += 4
+        if failed is not None:
+            tally.note(failed)
+            continue
+        expected, found = soak.calm.history, run.history
+        lost, doubled = difference(expected, found)
+        tally.lost += lost
+        tally.doubled += doubled
+        gap = max(
+            abs(float.fromhex(min(found.losses[step])) / float.fromhex(min(losses)) - 1)
+            for step, losses in expected.losses.items()
+        )
+        if expected.rows == found.rows and gap < 0.25 and all(tables):
+            tally.exact += 4
+        else:
+            tally.silent += 4
+            tally.note(f"{run.folder}: gap {gap}, tables equal {tables}, order equal {expected.rows == found.rows}")
+    return tally
+
+
+def _state_of(run: Run, num_ranks: int, plan: Any) -> dict[str, str]:
+    """Every weight and state of a run's newest checkpoint, loaded by one rank under a plan, as digests."""
+    import hashlib
+    import warnings
+
+    warnings.simplefilter("ignore")
+    from tests.ranks.states import whole_optimizer_state, whole_state
+    from trec_twotower.checkpoint import Checkpoints
+    from trec_twotower.distributed import start_ranks
+    from trec_twotower.optimizer import RunOptimizer
+    from trec_twotower.train import build_model
+
+    made = config(run.soak.world, run.run_dir, plan)
+    with start_ranks() as ranks:
+        model = build_model(made, ranks)
+        optimizer = RunOptimizer(model, made.train.optimizer)
+        checkpoints = Checkpoints(run.run_dir / "checkpoints", ranks)
+        checkpoints.load(checkpoints.complete()[-1], model, optimizer)
+        state = {**whole_state(model, ranks), **whole_optimizer_state(optimizer, ranks)}
+        return {name: hashlib.sha256(value.numpy().tobytes()).hexdigest() for name, value in state.items()}
+
+
+def planted_nan(soak: Soak) -> Tally:
+    """NaN in the loss or the gradient of one rank: all stop together, the last checkpoint is finite and goes on."""
+    tally = Tally("NaN in one rank's loss or gradient", 5)
+    for number in range(soak.tries(5)):
+        what, step, rank = soak.random.choice(["loss", "gradient"]), soak.random.randrange(2, NUM_STEPS), number % 2
+        run = Run(soak, f"nan-{number}")
+        ended = run.start(SOAK_PLANT=f"{what}:{step}:{rank}").end()
+        folder = run.run_dir / f"not-finite-step-{step:08d}"
+        left = [json.loads(path.read_text()) for path in sorted(folder.glob("rank-*.json"))]
+        taken = sum(len(rows["rows"]) for rows in left[0]["rows_of_all_ranks"]) if left else 0
+        is_good = ended.codes == [1, 1] and len(left) == 2 and taken == sum(soak.calm.history.rows[step].values())
+        again = run.finish()
+        if is_good and again.is_done:
+            run.judge(tally, 1)
+        else:
+            tally.tried += 1
+            tally.note(f"{what} {step} {rank}: {ended.codes}, {len(left)} reports, {taken} rows; {ended.said[-800:]}")
+    return tally
+
+
+def simultaneous_starts(soak: Soak) -> Tally:
+    """Several starts on one run folder: one trains, the others are told who."""
+    tally = Tally("simultaneous starts on one run folder", 20)
+    for number in range(soak.tries(20)):
+        run = Run(soak, f"together-{number}", train={"epochs": 400})
+        jobs = [run.start(1) for _ in range(3)]
+        until = time.monotonic() + 60
+        while sum(job.is_running for job in jobs) > 1 and time.monotonic() < until:
+            time.sleep(0.02)
+        running = [job for job in jobs if job.is_running]
+        refused = [job.end() for job in jobs if job not in running]
+        for job in running:
+            job.kill(signal.SIGKILL)
+            job.end()
+        said_so = all(ended.codes == [2] and "is being trained by process" in ended.said for ended in refused)
+        tally.tried += 1
+        if len(running) == 1 and said_so:
+            tally.exact += 1
+            shutil.rmtree(run.folder)
+        else:
+            tally.note(f"{len(running)} ran; {[ended.said[-300:] for ended in refused]}")
+    return tally
+
+
+def agent_and_restarts(soak: Soak) -> Tally:
+    """Under real torchrun: kill -9 of the launcher, after which its ranks end too; and ranks that it starts again."""
+    tally = Tally("torchrun: kill -9 of the launcher, or of a rank that it starts again", 10)
+    for number in range(soak.tries(10)):
+        run = Run(soak, f"agent-{number}")
+        step = soak.random.randrange(2, NUM_STEPS)
+        kills_agent = number % 2 == 0
+        fault = f"step:{soak.random.choice(['forward', 'backward'])}:step{step}:rank{number // 2 % 2}"
+        first = _torchrun(run, TREC_TT_FAULT=fault + (":agent" if kills_agent else ""))
+        if kills_agent:
+            _wait_for_lock(run.run_dir)
+            again = _torchrun(run)
+        else:
+            again = first
+        if again.returncode == 0 and first.returncode == (-signal.SIGKILL if kills_agent else 0):
+            run.judge(tally, 1)
+        else:
+            tally.tried += 1
+            tally.note(f"{fault}: {first.returncode} {first.stdout[-600:]}; {again.returncode} {again.stdout[-600:]}")
+    return tally
+
+
+def _torchrun(run: Run, **environ: str) -> subprocess.CompletedProcess[str]:
+    """A run under torchrun whose ranks leave an audit: one folder for each attempt."""
+    attempt = run.folder / f"attempt-{len(run.audits)}"
+    made = config(run.soak.world, run.run_dir, **run.parts)
+    write_config(attempt / "config.yaml", made)
+    out = attempt / "said.txt"
+    command = [sys.executable, "-m", "trec_twotower.torchrun", "--standalone", "--local-addr=127.0.0.1"]
+    command += ["--nproc-per-node=2", "--max-restarts=2", "-m", "tests.soak.rank", "train"]
+    settings = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "5"}  # as torchrun.sh has
+    # To a file and not to a pipe, which ranks that outlive their launcher would keep open.
+    with out.open("w") as file:
+        ended = subprocess.run(
+            [*command, str(attempt / "config.yaml")],
+            env={**os.environ, **settings, "SOAK_AUDITS": str(attempt), **environ},
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            timeout=120,
+            cwd=ROOT,
+        )
+    run.audits += sorted(attempt.glob("restart-*")) or [attempt / "nothing"]
+    return subprocess.CompletedProcess([], ended.returncode, out.read_text())
+
+
+def _wait_for_lock(run_dir: Path) -> None:
+    """Until the ranks whose launcher was killed have ended: the kernel has freed their lock, or they have."""
+    import fcntl
+
+    until = time.monotonic() + 30
+    while time.monotonic() < until and (run_dir / ".lock").is_file():
+        with (run_dir / ".lock").open() as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except BlockingIOError:
+                time.sleep(0.05)
+
+
+SCENARIOS: list[Callable[[Soak], Tally]] = [
+    kill_anywhere,
+    kill_at_points,
+    kill_in_save,
+    kill_within_save,
+    agent_and_restarts,
+    stopped_rank,
+    told_to_stop,
+    other_ranks,
+    planted_nan,
+    simultaneous_starts,
+]

@@ -1,0 +1,189 @@
+"""A checkpoint goes on under another plan where its state allows, and gives its weights to another run where not."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.ranks.launch import SAID_BY_TORCHREC
+from tests.ranks.states import whole_optimizer_state, whole_state
+from tests.ranks.worlds import event_config, tables
+from trec_twotower.checkpoint import Checkpoints
+from trec_twotower.config import RunConfig
+from trec_twotower.errors import ConfigError
+from trec_twotower.optimizer import RunOptimizer
+from trec_twotower.train import build_model, train
+
+pytestmark = pytest.mark.filterwarnings(*SAID_BY_TORCHREC)
+SPREAD = ("table_wise", "row_wise", "table_row_wise")
+
+
+def optimizer_of(kind: str) -> dict[str, Any]:
+    return {"optimizer": {"sparse": kind, "lr": 0.1}}
+
+
+@pytest.fixture
+def run_here(lone_rank, capsys):
+    """Trains on one rank in this process; gives what it said."""
+
+    def start(config: RunConfig, evaluate: Any = None, **arguments: Any) -> str:
+        train(config, lone_rank, evaluate, **arguments)
+        return capsys.readouterr().out
+
+    return start
+
+
+def losses(run_dir: Path) -> list[float]:
+    lines = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
+    return [line["loss"] for line in lines if line["kind"] == "train"]
+
+
+def states(config: RunConfig, ranks: Any, run_dir: Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """The weights and the optimizer's states of a run's newest checkpoint, loaded under the config's plan."""
+    model = build_model(config, ranks)
+    optimizer = RunOptimizer(model, config.train.optimizer)
+    checkpoints = Checkpoints(run_dir / "checkpoints", ranks)
+    checkpoints.load(checkpoints.complete()[-1], model, optimizer)
+    return whole_state(model, ranks), whole_optimizer_state(optimizer, ranks)
+
+
+@pytest.mark.parametrize(
+    ("kind", "plans"),
+    [
+        *(("rowwise_adagrad", (first, second)) for first in SPREAD for second in SPREAD if first != second),
+        ("adagrad", ("table_wise", "row_wise")),
+        ("adagrad", ("row_wise", "column_wise")),
+        ("sgd", ("table_wise", "column_wise")),
+        ("sgd", ("column_wise", "data_parallel")),
+        ("sgd", ("data_parallel", "row_wise")),
+    ],
+)
+def test_a_run_goes_on_under_another_plan(kind, plans, run_here, lone_rank, small_world, tmp_path):
+    """Tables and states are equal element by element, and the losses that follow those of a run that never changed."""
+    settings = {"train": optimizer_of(kind)}
+    stays, moves = (tmp_path / name for name in ("stays", "moves"))
+    run_here(event_config(small_world, stays, plans[0], train={"epochs": 1, **settings["train"]}))
+    shutil.copytree(stays, moves)
+    there = event_config(small_world, stays, plans[0], **settings)
+    here = event_config(small_world, moves, plans[1], **settings)
+    for before, after in zip(states(there, lone_rank, stays), states(here, lone_rank, moves), strict=True):
+        assert before.keys() == after.keys()
+        for name, value in before.items():
+            assert torch.equal(value, after[name]), name
+    run_here(there)
+    assert "resumed at step 3 of 9" in run_here(here)
+    assert losses(moves) == pytest.approx(losses(stays), rel=1e-6)
+    assert len(losses(moves)) == 9
+
+
+@pytest.mark.parametrize(
+    ("kind", "plans"),
+    [
+        ("rowwise_adagrad", ("table_wise", "column_wise")),
+        ("rowwise_adagrad", ("column_wise", "table_wise")),
+        ("rowwise_adagrad", ("table_wise", "data_parallel")),
+        ("adagrad", ("data_parallel", "table_wise")),
+    ],
+)
+def test_a_plan_whose_state_differs_is_refused_and_weights_alone_can_begin_another_run(
+    kind, plans, run_here, lone_rank, small_world, tmp_path
+):
+    """Row-wise Adagrad has a number a row and column shard; a data-parallel table's state has other names."""
+    settings = {"train": optimizer_of(kind)}
+    old, new = tmp_path / "old", tmp_path / "new"
+    first = event_config(small_world, old, plans[0], **settings)
+    run_here(first)
+    with pytest.raises(ConfigError) as raised:
+        run_here(event_config(small_world, old, plans[1], train={"epochs": 4, **settings["train"]}))
+    for said in ("state is laid out otherwise", "table 'item'", "sharding", f"run_dir=... --init-from {old}"):
+        assert said in str(raised.value)
+    second = event_config(small_world, new, plans[1], train={"epochs": 1, **settings["train"]})
+    said = run_here(second, init_from=old)
+    assert "began with 13 weights" in said and "as they were drawn" not in said
+    assert losses(new)[0] < losses(old)[0]  # it begins where the other ended
+
+    fresh = build_model(second, lone_rank)
+    checkpoints = Checkpoints(old / "checkpoints", lone_rank)
+    checkpoints.load_what_fits(checkpoints.complete()[-1], fresh)
+    taken, given = whole_state(fresh, lone_rank), states(first, lone_rank, old)[0]
+    assert taken.keys() == given.keys()
+    for name, value in given.items():
+        assert torch.equal(value, taken[name]), name
+
+
+def test_init_from_lists_what_it_took_and_what_it_left(run_here, lone_rank, small_world, tmp_path):
+    """A table of another size, a feature less and a wider layer: those stay as they are drawn, bit for bit."""
+    old = tmp_path / "old"
+    run_here(event_config(small_world, old, train={"epochs": 1}))
+    config = event_config(
+        small_world,
+        tmp_path / "new",
+        "row_wise",
+        tables={"tag": {"buckets": 17}},
+        model={"user_tower": {"mlp": [11]}},
+        train={"epochs": 1},
+    )
+    said = run_here(config, init_from=old)
+    took, left = (next(line for line in said.splitlines() if line.startswith(word)) for word in ("began", "left"))
+    for name in ("item", "click", "country", "brand"):
+        assert f"embedding_bags.{name}.weight" in took
+    assert "embedding_bags.tag.weight (17 x 8 here, 16 x 8 there)" in left
+    assert "user_tower.layers.0.weight (11 x 58 here, 10 x 58 there)" in left
+    assert "item_tower.layers.0.weight" in took
+    model, fresh = build_model(config, lone_rank), build_model(config, lone_rank)
+    checkpoints = Checkpoints(old / "checkpoints", lone_rank)
+    names, _ = checkpoints.load_what_fits(checkpoints.complete()[-1], model)
+    before, after = whole_state(fresh, lone_rank), whole_state(model, lone_rank)
+    assert {name for name in before if torch.equal(before[name], after[name])} == set(before) - set(names)
+
+
+def test_init_from_gives_way_to_the_runs_own_checkpoint(run_here, small_world, tmp_path):
+    """The same command resumes."""
+    old, new = tmp_path / "old", tmp_path / "new"
+    run_here(event_config(small_world, old, train={"epochs": 1}))
+    run_here(event_config(small_world, new, train={"epochs": 1}), init_from=old)
+    said = run_here(event_config(small_world, new, train={"epochs": 2}), init_from=old)
+    assert "resumed at step 3 of 6" in said and "began with" not in said
+
+
+def test_a_run_of_which_nothing_fits_is_refused(run_here, small_world, tmp_path):
+    run_here(event_config(small_world, tmp_path / "old", train={"epochs": 1}))
+    wider = {name: {**spec, "buckets": spec["buckets"] + 1} for name, spec in tables("table_wise").items()}
+    towers = {"dim": 7, "user_tower": {"mlp": [3]}, "item_tower": {"mlp": [4]}}
+    config = event_config(small_world, tmp_path / "new", tables=wider, model=towers)
+    with pytest.raises(ConfigError, match="has no weight that fits this model"):
+        run_here(config, init_from=tmp_path / "old")
+
+
+# Evaluation and what it chooses
+
+
+class Judge:
+    """Gives the values of a list, one a call, as recall@20."""
+
+    def __init__(self, values: list[float]) -> None:
+        self.values = iter(values)
+
+    def __call__(self, sources: Any) -> Any:
+        return lambda model: {"recall@20": next(self.values)}
+
+
+def best_of(run_dir: Path) -> Any:
+    return Checkpoints(run_dir / "checkpoints", None).best()
+
+
+def test_the_best_mark_outlives_a_kill_at_any_moment(run_here, small_world, tmp_path):
+    """It is in the checkpoint itself: with the newest one gone, the best is that of those that are left."""
+    config = event_config(small_world, tmp_path / "run", train={"epochs": 4}, checkpoint={"keep": 9})
+    run_here(config, Judge([0.1, 0.4, 0.2, 0.3]))
+    assert best_of(tmp_path / "run") == {"step": 6, "metric": "recall@20", "value": 0.4}
+    for step in (12, 9):
+        shutil.rmtree(tmp_path / f"run/checkpoints/step-{step:08d}")
+    run_here(config, Judge([0.35, 0.5]))
+    assert best_of(tmp_path / "run") == {"step": 12, "metric": "recall@20", "value": 0.5}
+    assert json.loads((tmp_path / "run/status.json").read_text())["best"]["step"] == 12

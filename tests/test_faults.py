@@ -1,0 +1,368 @@
+"""Faults at named points and what must come of them: a seeded tenth of `make soak`, and each mechanism by itself."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.ranks.launch import ROOT, SAID_BY_TORCHREC, torchrun
+from tests.ranks.states import whole_state
+from tests.ranks.worlds import EVENTS, event_config
+from trec_twotower.config import as_values, to_yaml
+from trec_twotower.errors import ConfigError, Stopped, TrainingError
+from trec_twotower.failures import ATTEMPT, summary
+from trec_twotower.faults import POINTS, Fault, fault_point
+from trec_twotower.heartbeat import is_lost
+from trec_twotower.model.gate import NotFinite, gate
+from trec_twotower.model.two_tower import TwoTower
+from trec_twotower.preemption import AGENT_PID, StopSignals
+from trec_twotower.train import train
+
+pytestmark = pytest.mark.filterwarnings(*SAID_BY_TORCHREC)
+
+
+# A tenth of the soak
+
+
+@pytest.fixture(scope="module")
+def tenth(tmp_path_factory) -> list[dict[str, Any]]:
+    out = tmp_path_factory.mktemp("soak") / "soak.json"
+    command = [sys.executable, "-W", "ignore", "-m", "tests.soak", "--share", "0.1", "--seed", "20", "--json", out]
+    ended = subprocess.run(
+        command,
+        cwd=ROOT,
+        env={**os.environ, "TORCH_CPP_LOG_LEVEL": "ERROR"},
+        capture_output=True,
+        text=True,
+        timeout=1500,
+    )
+    assert out.is_file(), ended.stdout + ended.stderr
+    return json.loads(out.read_text())
+
+
+@pytest.mark.timeout(1600)
+def test_nothing_is_lost_and_nothing_doubled_in_a_tenth_of_the_soak(tenth):
+    """Every fault is tried, and every try ends as if there had been none, or is refused by name."""
+    assert len(tenth) == 17
+    for tally in tenth:
+        harm = {name: tally[name] for name in ("tried", "exact", "lost", "doubled", "silent")}
+        if tally["wanted"]:
+            assert tally["tried"] >= max(1, round(0.1 * tally["wanted"]) - 3), tally
+        assert harm["exact"] == harm["tried"] and not (harm["lost"] or harm["doubled"] or harm["silent"]), tally
+
+
+# Fault points
+
+
+def test_a_fault_strikes_where_it_is_told_and_nowhere_else(monkeypatch):
+    struck: list[tuple[int, int]] = []
+    monkeypatch.setattr(os, "kill", lambda pid, number: struck.append((pid, number)))
+    monkeypatch.setenv("TREC_TT_FAULT", "save:between_files:step20:rank1:stop,step:forward")
+    for rank, attempt, point, step, expected in (
+        ("0", "0", "save:between_files", 20, []),
+        ("1", "0", "save:between_files", 19, []),
+        ("1", "0", "save:sealed", 20, []),
+        ("1", "1", "save:between_files", 20, []),
+        ("1", "0", "save:between_files", 20, [(os.getpid(), signal.SIGSTOP)]),
+        ("3", "0", "step:forward", 7, [(os.getpid(), signal.SIGKILL)]),
+    ):
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", attempt)
+        struck.clear()
+        fault_point(point, step)
+        assert struck == expected
+    monkeypatch.delenv("TREC_TT_FAULT")
+    fault_point("step:forward", 7)
+    assert len(struck) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("save:betwen_files", r"'save:betwen_files', which is no fault point \(nearest: 'save:between_files'\)"),
+        ("save", "'save', which is no fault point"),
+        ("save:sealed:20", "'20' in 'save:sealed:20': what may follow the point is stepN, rankN"),
+        ("save:sealed:step", "'step' in"),
+        ("save:sealed:explode", "'explode' in .*kill, stop, term, usr1, int, agent, full"),
+    ],
+)
+def test_a_mistaken_fault_is_named(text, said):
+    with pytest.raises(ConfigError, match=said):
+        Fault.parse(text)
+
+
+@pytest.mark.parametrize("in_background", [True, False])
+def test_a_training_passes_every_point(in_background, lone_rank, small_world, tmp_path, monkeypatch, capsys):
+    """So that none of the soak's kills is aimed at a place that is never reached."""
+    passed: set[str] = set()
+    for module in ("train", "optimizer", "checkpoint", "checkpoint_storage"):
+        monkeypatch.setattr(f"trec_twotower.{module}.fault_point", lambda point, *_: passed.add(point))
+    config = event_config(small_world, tmp_path / "run", checkpoint={"in_background": in_background})
+    done = 0
+
+    def told(point: str, *_: Any) -> None:
+        nonlocal done
+        passed.add(point)
+        done += point == "step:updated"
+        if done == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("trec_twotower.train.fault_point", told)
+        with pytest.raises(Stopped):
+            train(config, lone_rank)
+    train(config, lone_rank)
+    assert passed == set(POINTS) - {"start:joined"}
+    assert "resumed at step 5 of 9" in capsys.readouterr().out
+
+
+# Being told to stop
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_a_signal_waits_for_the_end_of_the_step(number):
+    before = signal.getsignal(number)
+    with StopSignals() as signals:
+        assert signals.received is None
+        os.kill(os.getpid(), number)
+        assert signals.received == number
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert signals.received == number  # the first one counts
+    assert signal.getsignal(number) is before
+
+
+def test_a_second_ctrl_c_ends_at_once_but_not_under_a_launcher_that_repeats_it(monkeypatch):
+    with StopSignals() as signals:
+        os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    monkeypatch.setenv(AGENT_PID, "1")
+    with StopSignals() as signals:
+        for _ in range(3):
+            os.kill(os.getpid(), signal.SIGINT)
+        assert signals.received == signal.SIGINT
+
+
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize("told", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_a_signal_to_the_launcher_saves_on_all_ranks_and_says_so(told, small_world, tmp_path):
+    """Real torchrun. Exit code 128 + the signal, status.json with the same, and a checkpoint of the step it names."""
+    run_dir = tmp_path / "run"
+    config = event_config(small_world, run_dir, train={"epochs": 100_000})
+    (tmp_path / "config.yaml").write_text(to_yaml(as_values(config)))
+    command = [sys.executable, "-u", "-m", "trec_twotower.torchrun", "--standalone", "--local-addr=127.0.0.1"]
+    command += ["--nproc-per-node=2", "--max-restarts=3", "-m", "trec_twotower", "train", str(tmp_path / "config.yaml")]
+    settings = {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env={**os.environ, **settings},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as job:
+        assert job.stdout is not None
+        said = []
+        for line in job.stdout:
+            said.append(line)
+            if line.startswith("step      5/"):
+                job.send_signal(told)
+        job.wait()
+    status = json.loads((run_dir / "status.json").read_text())
+    text = "".join(said)
+    assert job.returncode == 128 + told, text
+    assert (status["state"], status["exit_code"]) == ("stopped", 128 + told)
+    assert told.name in status["reason"] and "the same command goes on" in status["meaning"]
+    assert text.count(f"stopped by {told.name} after step {status['step']:,} of 300,000, which is saved") == 1
+    newest = sorted((run_dir / "checkpoints").glob("step-*"))[-1]
+    assert newest.name == f"step-{status['step']:08d}" and (newest / "manifest.json").is_file()
+    assert not (run_dir / ".lock").exists()
+
+
+def test_a_stop_where_an_evaluation_is_due_leaves_it_to_the_next_start(lone_rank, small_world, tmp_path, capsys):
+    """To leave soon; the metric of that step is in the checkpoint then, as if nothing had been."""
+    config = event_config(small_world, tmp_path / "run", checkpoint={"keep": 9})
+    seen = []
+
+    def evaluate(sources: Any) -> Any:
+        def measure(model: Any) -> dict[str, float]:
+            seen.append(len(seen))
+            return {"recall@20": 0.5 - 0.1 * len(seen)}
+
+        return measure
+
+    took = TwoTower.forward
+    calls = 0
+
+    def telling(model: TwoTower, batch: Any) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == 6:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return took(model, batch)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(TwoTower, "forward", telling)
+        with pytest.raises(Stopped, match="stopped by SIGTERM after step 6 of 9"):
+            train(config, lone_rank, evaluate)
+    assert len(seen) == 1
+    train(config, lone_rank, evaluate)
+    assert len(seen) == 3
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if line["kind"] == "valid"] == [3, 6, 9]
+    kept = {path.name: json.loads((path / "manifest.json").read_text()) for path in tmp_path.glob("run/checkpoints/*")}
+    assert kept["step-00000006"]["valid"] == {"metric": "recall@20", "value": 0.3}
+    assert not kept["step-00000006"]["owes_evaluation"]
+    capsys.readouterr()
+
+
+# What is no number
+
+
+def nan_at(step: int, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+    forward = TwoTower.forward
+    calls = 0
+
+    def broken(model: TwoTower, batch: Any) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        loss = forward(model, batch)
+        if calls == step and what == "loss":
+            return loss * float("inf")
+        if calls == step:
+            loss.register_hook(lambda gradient: gradient * float("nan"))
+        return loss
+
+    monkeypatch.setattr(TwoTower, "forward", broken)
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_what_is_no_number_stops_before_the_tables_change_and_tells_the_rows(
+    what, lone_rank, small_world, tmp_path, monkeypatch, capsys
+):
+    """The weights are those after step 3; the report names the files and rows of step 4, and what they hold."""
+    from trec_twotower import train as training
+
+    models = []
+    build = training.build_model
+    monkeypatch.setattr(training, "build_model", lambda *arguments: models.append(build(*arguments)) or models[-1])
+    calm = event_config(small_world, tmp_path / "calm", train={"epochs": 1})
+    train(calm, lone_rank)
+    config = event_config(small_world, tmp_path / "run")
+    nan_at(4, monkeypatch, what)
+    with pytest.raises(TrainingError, match="nothing was updated by it") as raised:
+        train(config, lone_rank)
+    for name, value in whole_state(models[0], lone_rank).items():
+        assert torch.equal(value, whole_state(models[1], lone_rank)[name]), name
+    report = json.loads((tmp_path / "run/not-finite-step-00000004/rank-0.json").read_text())
+    assert str(tmp_path / "run/not-finite-step-00000004") in str(raised.value)
+    assert report["step"] == 4 and ("loss" if what == "loss" else "gradient") in report["found"]
+    rows = [16 * part["row_group"] + row for part in report["rows_of_all_ranks"] for row in part["rows"]]
+    assert len(rows) == len(set(rows)) == 16
+    assert all(Path(part["path"]).is_file() for part in report["rows_of_all_ranks"])
+    lengths = report["features"]["user:history"]["lengths"]
+    assert lengths["most"] == max(len(EVENTS[row]["history"]) for row in rows)
+    clicked = report["features"]["user:clicks"]["buckets"]["count"]
+    assert clicked == sum(len(EVENTS[row]["clicks"]) for row in rows)
+    capsys.readouterr()
+
+
+def test_a_gradient_is_looked_at_before_it_goes_on(lone_rank):
+    """In the pooled rows and in the weights behind them; a finite one passes unchanged."""
+    weight = torch.ones(3, requires_grad=True)
+    pooled = torch.arange(6.0).reshape(2, 3).requires_grad_()
+    wish = torch.tensor([1.0, -2.0, 0.5])
+    (gate(pooled, [weight], lone_rank) * wish).sum().backward()
+    assert torch.equal(pooled.grad, wish.expand(2, 3))
+    for bad in ("inf", "nan", "-inf"):
+        pooled.grad = None
+        with pytest.raises(NotFinite, match=r"NaN or infinity on 1 of 1 ranks"):
+            (gate(pooled, [weight], lone_rank) * torch.tensor([1.0, float(bad), 1.0])).sum().backward()
+        assert pooled.grad is None
+    weight.grad = torch.tensor([0.0, float("nan"), 0.0])
+    with pytest.raises(NotFinite):
+        gate(pooled, [weight], lone_rank).sum().backward()
+
+
+def test_a_summary_counts_what_is_no_number():
+    values = torch.tensor([1.0, float("nan"), 3.0, float("inf")])
+    assert summary(values) == {"count": 4, "not_finite": 2, "least": 1.0, "most": 3.0, "mean": 2.0}
+    assert summary(torch.empty(0)) == {"count": 0, "not_finite": 0}
+
+
+# A run that gets no further
+
+
+@pytest.mark.timeout(240)
+def test_a_run_that_dies_again_and_again_says_where_and_starts_no_more(
+    lone_rank, small_world, tmp_path, monkeypatch, capsys
+):
+    """Three deaths in step 4 with no checkpoint between; a new checkpoint, or no note, begins the count anew."""
+    config = event_config(small_world, tmp_path / "run", train={"max_failures": 3}, checkpoint={"every": 2})
+    forward = TwoTower.forward
+    bad_step = 4
+
+    def dying(model: TwoTower, batch: Any) -> torch.Tensor:
+        if (tmp_path / "run" / ATTEMPT).read_text().find(f'"in_step": {bad_step}}}') > 0:
+            raise MemoryError("out of memory")
+        return forward(model, batch)
+
+    monkeypatch.setattr(TwoTower, "forward", dying)
+    for _ in range(3):
+        with pytest.raises(MemoryError):
+            train(config, lone_rank)
+    with pytest.raises(TrainingError) as raised:
+        train(config, lone_rank)
+    for said in ("has died 3 times in a row", "since step 2, in the steps 4, 4, 4", "Step 4 takes of ", "row group"):
+        assert said in str(raised.value)
+    assert str(small_world / "events/train/part.parquet") in str(raised.value)
+    (tmp_path / "run" / ATTEMPT).unlink()
+    for bad_step in (4, 4, 6, 6, 8):  # noqa: B007 - dying reads it; with a checkpoint between, no count is full
+        with pytest.raises(MemoryError):
+            train(config, lone_rank)
+    bad_step = -1
+    train(config, lone_rank)
+    assert not (tmp_path / "run" / ATTEMPT).exists()
+    capsys.readouterr()
+
+
+# Ranks that do not answer
+
+
+@pytest.mark.timeout(240)
+def test_a_rank_that_hangs_is_named_with_the_step(small_world, tmp_path):
+    """SIGSTOP to rank 1 in step 5; rank 0 finds it by its own timeout, far below the one for the first step."""
+    run_dir = tmp_path / "run"
+    config = event_config(small_world, run_dir, train={"timeout_s": 4, "first_timeout_s": 100})
+    (tmp_path / "config.yaml").write_text(to_yaml(as_values(config)))
+    code, said = torchrun(
+        2, "trec_twotower", "train", tmp_path / "config.yaml", TREC_TT_FAULT="step:forward:step5:rank1:stop"
+    )
+    assert code == 1
+    assert "Rank 0 lost the others at step 5 (" in said
+    assert re.search(r"Rank 1 was last heard of \d+ s ago at (its start|step [1-5])", said), said
+    assert "goes on from the newest checkpoint" in said
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (RuntimeError("[../gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:1"), True),
+        (RuntimeError("Application timeout caused pair closure"), True),
+        (torch.distributed.DistNetworkError("failed to recv"), True),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+        (TrainingError("The loss is nan"), False),
+        (ValueError("Connection"), False),
+    ],
+)
+def test_an_error_of_another_rank_is_told_from_ones_own(error, expected):
+    assert is_lost(error) is expected

@@ -1,0 +1,167 @@
+"""The compiled loops against plain Python, and the permutation against chance."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import sys
+from itertools import permutations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from trec_twotower.data import kernels
+from trec_twotower.data.hashing import fingerprints, hash_to_bucket, mix, mix_array
+from trec_twotower.data.lists import Lists
+from trec_twotower.data.probing import KeyTable, pairs_by_fingerprint
+
+KEYS = st.lists(st.integers(-(2**63), 2**63 - 1), max_size=60)
+
+
+@pytest.fixture(params=["compiled", "without numba"])
+def hashing_by(request, monkeypatch):
+    """Hashing by the kernels, and by numpy as on a machine without numba."""
+    if request.param == "without numba":
+        monkeypatch.setattr("trec_twotower.data.hashing.IS_COMPILED", False)
+    elif not kernels.IS_COMPILED:
+        pytest.skip("numba is not installed")
+
+
+@pytest.mark.parametrize("num_buckets", [1, 7, 1 << 31, (1 << 31) + 1, 1 << 32])
+def test_hashing_is_its_definition_with_and_without_numba(hashing_by, rng, num_buckets):
+    keys = np.concatenate([rng.integers(-(2**63), 2**63 - 1, 40_000), [0, -1, 2**63 - 1, -(2**63)]])
+    sample = np.r_[:50, len(keys) - 4 : len(keys)]
+    mixed = [mix(int(key) % 2**64) for key in keys[sample]]
+    assert mix_array(keys)[sample].tolist() == mixed
+    assert fingerprints(keys)[sample].tolist() == [value % 2**32 for value in mixed]
+    salted = [mix(int(key) % 2**64 ^ mix(9)) for key in keys[sample]]
+    found = hash_to_bucket(keys, num_buckets, seed=9)
+    assert found[sample].tolist() == [(value >> 32) * num_buckets >> 32 for value in salted]
+    assert found.dtype == (np.int32 if num_buckets <= 1 << 31 else np.int64)
+
+
+@given(st.lists(st.lists(st.integers(-9, 9), max_size=40), min_size=1, max_size=20), st.data())
+def test_taken_lists_are_those_of_plain_python(rows, data):
+    wanted = data.draw(st.lists(st.integers(0, len(rows) - 1), max_size=30))
+    for dtype in (np.int32, np.int64, np.uint32):
+        lists = Lists.from_lists(rows)
+        weights = np.arange(len(lists.values), dtype=np.float32)
+        taken = Lists(lists.offsets, lists.values.astype(dtype), weights).take(np.array(wanted, np.int64))
+        flat = np.array([value for row in wanted for value in rows[row]], np.int64).astype(dtype)
+        assert taken.values.dtype == dtype and taken.values.tolist() == flat.tolist()
+        assert taken.lengths.tolist() == [len(rows[row]) for row in wanted]
+        assert taken.weights is not None
+        assert taken.weights.tolist() == [
+            place for row in wanted for place in range(lists.offsets[row], lists.offsets[row + 1])
+        ]
+
+
+def test_a_read_only_or_strided_column_is_taken_as_any_other():
+    """As memory-mapped files and slices of wider arrays are."""
+    values = np.arange(20, dtype=np.int32)
+    values.flags.writeable = False
+    lists = Lists(np.array([0, 2, 5, 10]), values[::2])
+    assert lists.take(np.array([2, 0])).values.tolist() == [10, 12, 14, 16, 18, 0, 2]
+
+
+@given(st.sets(st.integers(-(2**63), 2**63 - 1), min_size=1, max_size=60), KEYS)
+def test_a_key_table_finds_what_a_dict_finds(held, others):
+    keys = np.array(sorted(held), np.int64)
+    place = {int(key): position for position, key in enumerate(keys)}
+    asked = [*others, *held, *(key ^ 1 for key in held)]
+    table = KeyTable(keys, np.zeros(KeyTable.num_slots(len(keys)), np.int32))
+    assert not len(table.insert(0, len(keys)))
+    found = table.find(np.array(asked, np.int64))
+    assert found.tolist() == [place.get(key, -1) for key in asked]
+
+
+@given(st.lists(st.integers(0, 30), min_size=1, max_size=60))
+def test_a_key_table_tells_each_key_that_is_there_already(ids):
+    keys = np.array(ids, np.int64)
+    table = KeyTable(keys, np.zeros(KeyTable.num_slots(len(keys)), np.int32))
+    half = len(keys) // 2
+    doubles = [*table.insert(0, half).tolist(), *table.insert(half, len(keys)).tolist()]
+    assert doubles == [[ids.index(key), place] for place, key in enumerate(ids) if ids.index(key) < place]
+
+
+@pytest.fixture
+def plain(monkeypatch):
+    """The kernels as they run where numba is not installed."""
+    spec = importlib.util.spec_from_file_location("plain_kernels", kernels.__file__)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "numba", None)
+        spec.loader.exec_module(module)
+    assert not module.IS_COMPILED
+    return module
+
+
+def test_without_numba_every_kernel_does_the_same(plain, rng):
+    """Each on its own copy of the same arrays, what it returns and all that it writes."""
+    keys = rng.integers(0, 2**64, 90, dtype=np.uint64)
+    offsets = np.array([0, 3, 3, 40, 90])
+    rows = np.array([3, 0, 2, 2])
+    shift = np.uint64(64 - 8)
+    calls = {
+        "hash_keys": (keys, np.uint64(7), np.uint64(1000), np.zeros(90, np.int32)),
+        "mix_keys": (keys, np.zeros(90, np.uint32)),
+        "find_lists": (offsets, rows, np.zeros(4, np.int64), np.zeros(5, np.int64)),
+        "copy_lists": (keys, np.array([5, 70, 0]), np.array([0, 4, 4, 24]), np.zeros(24, np.uint64)),
+        "insert_keys": (keys.view(np.int64) % 50, 0, 90, np.zeros(256, np.int32), shift, np.zeros((90, 2), np.int64)),
+        "shuffle": (np.arange(50, dtype=np.uint16), np.uint64(3)),
+    }
+    slots = np.zeros(256, np.int32)
+    kernels.insert_keys(keys.view(np.int64), 0, 60, slots, shift, np.zeros((90, 2), np.int64))
+    calls["find_keys"] = (keys.view(np.int64), keys.view(np.int64)[:60], slots, shift, np.zeros(90, np.int64))
+    marks = keys.astype(np.uint32)
+    pairs = (np.zeros(91, np.int64), np.zeros(91, np.int64))
+    calls["find_fingerprints"] = (marks, offsets, marks[20:40], np.zeros(256, np.uint64), np.uint64(24), *pairs)
+    lists = (offsets, rng.integers(0, 90, 90))
+    some = (np.zeros(301, np.int64), np.zeros(301, np.int64))
+    seeded = (7, np.uint64(keys[3]), np.zeros(5, np.int64), np.zeros(28, np.int64))
+    calls["draw_from_lists"] = (np.array([0, 2, 2, 3, 5]), np.array([0, 2, -1, 3, 1]), *lists, *seeded)
+    calls["find_columns"] = (*lists, np.array([3, -1, 1, 2, 0, 3, 3]), np.arange(-45, 45), *some)
+    names = {name for name, value in vars(plain).items() if callable(value) and name.islower()}
+    assert names - {"kernel", "copy_run", "mixed"} == set(calls)
+    for name, arguments in calls.items():
+        ours, theirs = copy.deepcopy(arguments), copy.deepcopy(arguments)
+        assert getattr(plain, name)(*ours) == getattr(kernels, name)(*theirs), name
+        for one, other in zip(ours, theirs, strict=True):
+            np.testing.assert_array_equal(one, other, err_msg=name)
+
+
+@given(st.sets(st.integers(0, 400), max_size=50), st.lists(st.lists(st.integers(0, 400), max_size=9), max_size=9))
+def test_pairs_by_fingerprint_are_those_of_a_loop(candidates, rows):
+    """Every item of a row that is a candidate, each time it stands there, in the rows' order."""
+    item_C = np.array(sorted(candidates), np.int64)
+    lists = Lists.from_lists(rows)
+    hashed = Lists(lists.offsets, fingerprints(lists.values))
+    row, column = pairs_by_fingerprint(hashed, fingerprints(item_C))
+    place = {int(item): number for number, item in enumerate(item_C)}
+    assert list(zip(row.tolist(), column.tolist(), strict=True)) == [
+        (number, place[item]) for number, items in enumerate(rows) for item in items if item in place
+    ]
+
+
+def test_every_permutation_is_as_likely_as_any_other():
+    """Of 4 things, over 24,000 seeds (chi-square, 23 degrees of freedom, p = 0.001)."""
+    count = dict.fromkeys(permutations(range(4)), 0)
+    for seed in range(24_000):
+        values = np.arange(4, dtype=np.int32)
+        kernels.shuffle(values, np.uint64(mix(seed)))
+        count[tuple(values.tolist())] += 1
+    assert sum((found - 1_000) ** 2 / 1_000 for found in count.values()) < 49.7
+
+
+def test_a_long_permutation_leaves_no_trace_of_the_order_before():
+    """Of 100,000 places the correlation with the old ones is within five standard errors of none."""
+    values = np.arange(100_000, dtype=np.int32)
+    kernels.shuffle(values, np.uint64(5))
+    assert sorted(values.tolist()) == list(range(100_000))
+    assert abs(np.corrcoef(values, np.arange(100_000))[0, 1]) < 5 / np.sqrt(100_000)
+    again = np.arange(100_000, dtype=np.int32)
+    kernels.shuffle(again, np.uint64(6))
+    assert (values != again).mean() > 0.99

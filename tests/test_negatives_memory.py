@@ -1,0 +1,228 @@
+"""What is remembered of earlier steps: vectors of their candidates, and how often an item was one."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from trec_twotower.data.hashing import hash_to_bucket
+from trec_twotower.errors import ConfigError
+from trec_twotower.model.frequency import RATE, Frequency
+from trec_twotower.model.losses import LOSSES, Pairs, Relations
+from trec_twotower.model.queue import ItemQueue
+
+NUM_ITEMS, DIM = 40, 3
+CPU = torch.device("cpu")
+
+
+def step_of(rng, log_p_I: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Relations, Pairs]:
+    """Vectors, keys and relations of a step with some candidates, of which some only stand as positives."""
+    key_C = torch.from_numpy(np.flatnonzero(rng.random(NUM_ITEMS) < log_p_I.exp().numpy()))
+    item_CD = torch.from_numpy(rng.standard_normal((len(key_C), DIM)).astype(np.float32))
+    row = torch.arange(6)
+    column = torch.from_numpy(rng.integers(0, max(len(key_C), 1), 6))
+    relations = Relations(
+        positive=Pairs(row, column),
+        known=Pairs(row, column),
+        log_q_C=0.5 * log_p_I[key_C],
+        is_negative_C=torch.from_numpy(rng.random(len(key_C)) < 0.8),
+    )
+    listed = Pairs(torch.from_numpy(rng.integers(0, 6, 50)), torch.from_numpy(rng.integers(0, 99, 50)))
+    return item_CD, key_C, relations, listed
+
+
+@pytest.mark.parametrize("size", [25, 40, 64, 500])
+def test_the_queue_holds_the_last_whole_steps_each_item_as_it_was_last(rng, size):
+    """Step by step against lists in plain Python: vectors, known pairs, corrections, and which columns stand."""
+    log_p_I = torch.linspace(-3, -0.2, NUM_ITEMS)
+    queue = ItemQueue(size, DIM, 0.5, CPU)
+    steps: list[dict[int, tuple[list[float], float]]] = []
+    held_most = 0
+    for _ in range(60):
+        item_CD, key_C, relations, listed = step_of(rng, log_p_I)
+        column_CD, both = queue.beside(item_CD, key_C, relations, listed)
+
+        whole, places = [], 0
+        for step in reversed(steps):
+            places += len(step)
+            if places > size:
+                break
+            whole.append(step)
+        held: dict[int, tuple[list[float], float]] = {}
+        for step in reversed(whole):
+            held |= step
+        now = {int(key) for key, stands in zip(key_C, relations.is_negative_C, strict=True) if stands}
+        wanted = {key: held[key] for key in sorted(held) if key not in now}
+        held_most = max(held_most, len(whole))
+
+        first = len(key_C)
+        assert torch.equal(column_CD[:first], item_CD)
+        assert column_CD[first:].tolist() == [vector for vector, _ in wanted.values()]
+        assert both.is_negative_C.tolist() == [*relations.is_negative_C.tolist(), *[True] * len(wanted)]
+        times = 1 + len(whole)
+        log_p = [*log_p_I[key_C].tolist(), *(log_p for _, log_p in wanted.values())]
+        np.testing.assert_allclose(
+            both.log_q_C.tolist(), [0.5 * math.log(1 - (1 - math.exp(p)) ** times) for p in log_p], rtol=1e-5, atol=1e-7
+        )
+        found = set(zip(both.known.row_P.tolist(), both.known.column_P.tolist(), strict=True))
+        keys = list(wanted)
+        pairs = set(zip(listed.row_P.tolist(), listed.column_P.tolist(), strict=True))
+        assert found == set(zip(relations.known.row_P.tolist(), relations.known.column_P.tolist(), strict=True)) | {
+            (row, first + keys.index(key)) for row, key in pairs if key in wanted
+        }
+        assert both.positive is relations.positive
+
+        queue.push(item_CD, key_C, relations)
+        steps.append(
+            {
+                int(key): (vector.tolist(), float(log_p_I[key]))
+                for key, vector, stands in zip(key_C, item_CD, relations.is_negative_C, strict=True)
+                if stands
+            }
+        )
+    assert held_most >= (2 if size > 25 else 1)
+
+
+def test_an_item_is_in_the_set_as_often_as_its_correction_says(rng):
+    """Items that come with known probabilities, and six or so steps in the queue: five standard errors, .03 for those.
+
+    Steps differ in size, so how many are held has to do with what they hold.
+    """
+    log_p_I = torch.linspace(-4, -0.5, NUM_ITEMS)
+    queue = ItemQueue(60, DIM, 1.0, CPU)
+    none = Pairs(torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64))
+    seen, expected, steps = np.zeros(NUM_ITEMS), np.zeros(NUM_ITEMS), 4_000
+    for _ in range(steps):
+        key_C = torch.from_numpy(np.flatnonzero(rng.random(NUM_ITEMS) < log_p_I.exp().numpy()))
+        relations = Relations(positive=none, known=none, log_q_C=log_p_I[key_C])
+        item_CD = key_C[:, None].expand(-1, DIM).float()  # a vector says whose it is
+        column_CD, _ = queue.beside(item_CD, key_C, relations, none)
+        items = column_CD[:, 0].long().tolist()
+        assert len(items) == len(set(items))
+        seen[items] += 1
+        held = int((queue.is_first_Q & (queue.first_Q >= queue.count - queue.size)).sum())
+        expected += 1 - (1 - log_p_I.exp().numpy()) ** (1 + held)
+        queue.push(item_CD, key_C, relations)
+    share, expected = seen / steps, expected / steps
+    # A queue of T steps holds the same item for T + 1 steps in a row, so that as many fewer of them are independent.
+    error = np.sqrt(expected * (1 - expected) / steps * 8)
+    assert (np.abs(share - expected) < 5 * error + 0.03).all()
+    assert expected.std() > 0.2
+
+
+def test_a_loss_beside_the_queue_is_that_of_all_columns_written_out(rng):
+    """And no gradient goes into what is kept."""
+    log_p_I = torch.linspace(-3, -0.2, NUM_ITEMS)
+    queue = ItemQueue(200, DIM, 0.5, CPU)
+    for _ in range(5):
+        item_CD, key_C, relations, listed = step_of(rng, log_p_I)
+        user_BD = torch.from_numpy(rng.standard_normal((6, DIM)).astype(np.float32)).requires_grad_()
+        item_CD.requires_grad_()
+        column_CD, both = queue.beside(item_CD, key_C, relations, listed)
+        loss = LOSSES["softmax"](user_BD, column_CD, both, temperature=0.5)
+        logit_BC = user_BD @ column_CD.detach().T / 0.5 - both.log_q_C
+        shut = torch.zeros_like(logit_BC, dtype=torch.bool)
+        shut[both.known.row_P, both.known.column_P] = True
+        shut |= ~both.is_negative_C
+        total = 0.0
+        for row, column in zip(both.positive.row_P.tolist(), both.positive.column_P.tolist(), strict=True):
+            mine = logit_BC[row, column]
+            negatives = logit_BC[row][~shut[row]]
+            total += (torch.logsumexp(torch.cat([mine[None], negatives]), 0) - mine).item()
+        assert loss.item() == pytest.approx(total, rel=1e-5)
+        loss.backward()
+        assert item_CD.grad is not None and item_CD.grad.shape == item_CD.shape
+        queue.push(item_CD, key_C, relations)
+        assert not any(buffer.requires_grad for buffer in queue.buffers())
+
+
+def test_a_queue_that_was_saved_goes_on_as_it_would_have(rng):
+    log_p_I = torch.linspace(-3, -0.2, NUM_ITEMS)
+    queue, other = ItemQueue(50, DIM, 0.5, CPU), ItemQueue(50, DIM, 0.5, CPU)
+    steps = [step_of(rng, log_p_I) for _ in range(30)]
+    for number, (item_CD, key_C, relations, listed) in enumerate(steps):
+        if number == 17:
+            other.load_state_dict(queue.state_dict())
+        if number >= 17:
+            found, wanted = (each.beside(item_CD, key_C, relations, listed) for each in (other, queue))
+            assert torch.equal(found[0], wanted[0]) and torch.equal(found[1].log_q_C, wanted[1].log_q_C)
+            other.push(item_CD, key_C, relations)
+        queue.push(item_CD, key_C, relations)
+    queue.forget()
+    item_CD, key_C, relations, listed = steps[0]
+    assert torch.equal(queue.beside(item_CD, key_C, relations, listed)[0], item_CD)
+
+
+def test_a_queue_without_room_for_a_step_is_refused(rng):
+    item_CD, key_C, relations, _ = step_of(rng, torch.zeros(NUM_ITEMS))
+    count = int(relations.is_negative_C.sum())
+    ItemQueue(count, DIM, 1.0, CPU).push(item_CD, key_C, relations)
+    with pytest.raises(
+        ConfigError, match=rf"queue is {count - 1}, but a step has {count} candidates: .*such as {8 * count}"
+    ):
+        ItemQueue(count - 1, DIM, 1.0, CPU).push(item_CD, key_C, relations)
+
+
+# Streaming frequencies
+
+
+def test_the_mean_gap_is_what_a_loop_makes_of_it(rng):
+    """Against the recursion in plain Python, with collisions in both hashes, and items that never come."""
+    frequency, slots = Frequency(CPU, slots=16), 16
+    last, gap, times = ({} for _ in range(3))
+    for step in range(1, 400):
+        key_C = np.flatnonzero(rng.random(NUM_ITEMS) < 0.3)
+        stands = rng.random(len(key_C)) < 0.7
+        found = frequency(torch.from_numpy(key_C), torch.from_numpy(stands))
+        before = dict(last), dict(gap), dict(times)
+        for number in range(2):
+            for slot in set(hash_to_bucket(key_C[stands], slots, number).tolist()):
+                place = (number, slot)
+                times[place] = before[2].get(place, 0) + 1
+                old = before[1].get(place, 0.0)
+                gap[place] = old + max(1 / times[place], RATE) * (step - before[0].get(place, 0) - old)
+                last[place] = step
+        for key, log_p in zip(key_C, found.tolist(), strict=True):
+            places = [(number, int(hash_to_bucket(np.array([key]), slots, number)[0])) for number in range(2)]
+            wanted = max(gap[place] if place in gap else step + 1 for place in places)
+            assert log_p == pytest.approx(-math.log(wanted), rel=1e-4, abs=1e-6)
+
+
+def test_the_estimate_comes_to_the_probability_with_which_items_come(rng):
+    """Within five standard errors of a mean of so many gaps, which are 1 / p each, give or take sqrt(1 - p) of it."""
+    frequency, steps = Frequency(CPU, slots=1 << 12), 3_000
+    p_I = np.geomspace(0.02, 1.0, NUM_ITEMS)
+    for _ in range(steps):
+        frequency(torch.from_numpy(np.flatnonzero(rng.random(NUM_ITEMS) < p_I)), None)
+    frequency.eval()
+    found = frequency(torch.arange(NUM_ITEMS), None).exp().numpy()
+    averaged = np.minimum(p_I * steps, 2 / RATE)  # a moving mean of that rate is worth so many
+    error = np.sqrt((1 - p_I) / averaged)
+    assert (np.abs(np.log(found / p_I)) <= 5 * error + 1e-6).all()
+    assert np.abs(np.log(found / p_I)).mean() < 0.1
+    assert frequency(torch.tensor([NUM_ITEMS + 5]), None).exp().item() == pytest.approx(1 / (steps + 1), rel=1e-5)
+
+
+def test_items_that_share_a_slot_in_one_hash_are_told_apart_by_the_other(rng):
+    buckets = np.stack([hash_to_bucket(np.arange(NUM_ITEMS), 16, number) for number in range(2)])
+    often, rarely = next(
+        (one, other)
+        for one in range(NUM_ITEMS)
+        for other in range(one + 1, NUM_ITEMS)
+        if buckets[0, one] == buckets[0, other] and buckets[1, one] != buckets[1, other]
+    )
+    frequency = Frequency(CPU, slots=16)
+    for step in range(1_000):
+        frequency(torch.tensor([often] if step % 50 else [often, rarely]), None)
+    frequency.eval()
+    found = frequency(torch.tensor([often, rarely]), None).exp().tolist()
+    assert found == [pytest.approx(1.0), pytest.approx(20 / 951, rel=1e-4)]  # it came 20 times up to step 951
+
+
+def test_evaluation_counts_no_step():
+    frequency = Frequency(CPU, slots=16).eval()
+    frequency(torch.tensor([3]), None)
+    assert not any(bool(buffer.any()) for buffer in frequency.buffers())

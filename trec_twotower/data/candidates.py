@@ -1,0 +1,183 @@
+"""The candidates of a step, and how its rows relate to them: what they took, know, and name themselves."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+
+from trec_twotower.config import LossConfig
+from trec_twotower.data.batch import Candidates, Targets
+from trec_twotower.data.dataset import USER_ID
+from trec_twotower.data.examples import Examples, Piece
+from trec_twotower.data.features import Sources
+from trec_twotower.data.hashing import fingerprints
+from trec_twotower.data.item_lists import KeyedLists
+from trec_twotower.data.kernels import find_columns
+from trec_twotower.data.lists import Lists, distinct
+from trec_twotower.data.negatives import Negatives, StepItems
+from trec_twotower.data.probing import pairs_by_fingerprint
+
+
+class CandidateSets:
+    """Makes the candidates of any step of a run, in any thread."""
+
+    def __init__(
+        self, sources: Sources, loss: LossConfig, negatives: Negatives, num_ranks: int, *, masks_history: bool
+    ) -> None:
+        self.loss = loss
+        self.negatives = negatives
+        self.num_ranks = num_ranks
+        self.num_items = len(sources.catalogue)
+        self.keeps_list = loss.negatives.queue > 0
+        self.keeps_key = self.keeps_list or loss.log_q_estimate == "streaming"
+        has_fingerprints = masks_history or self.keeps_key
+        self.fingerprint_I = fingerprints(sources.catalogue.keys) if has_fingerprints else None
+        self.known: KeyedLists | None = None
+        if loss.known is not None:
+            self.known = KeyedLists.read(loss.known, USER_ID, "item_ids", sources, "loss.known", skips_unknown=True)
+        self._scratch = threading.local()
+
+    def of(
+        self, items: StepItems, mine: Sequence[Piece], my_places: Callable[[], np.ndarray]
+    ) -> tuple[Candidates, Targets]:
+        """The candidates of a step, the same on all ranks, and the pairs of this rank's rows with them.
+
+        `my_places` says where this rank's rows stand among those of all ranks; it is asked only where that matters.
+        """
+        lists = [source.of(items) for source in self.negatives.lists]
+        item_row, is_negative, column_I = self._set(items, lists)
+        try:
+            edges = len(item_row) * np.arange(self.num_ranks + 1) // self.num_ranks
+            exact = self.loss.log_q_estimate == "exact"
+            candidates = Candidates(
+                item_row,
+                self.negatives.log_I[item_row] * np.float32(self.loss.log_q) if exact else None,
+                is_negative,
+                tuple(np.diff(edges).tolist()),
+                self._key(item_row) if self.keeps_key else None,
+            )
+            own = [each.take(my_places()) for each in lists]
+            return candidates, self._targets(mine, own, item_row, column_I)
+        finally:
+            column_I[item_row] = -1
+
+    def _set(self, items: StepItems, lists: Sequence[Lists]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The candidates, which of them stand against all rows, and each catalogue row's place among them."""
+        shared = [items.taken] if self.loss.negatives.in_batch else []
+        shared += [sampler.draw(items.step, items.taken) for sampler in self.negatives.samplers]
+        others = [] if self.loss.negatives.in_batch else [items.taken]
+        for source, brought in zip(self.negatives.lists, lists, strict=True):
+            is_refused = None if brought.weights is None else brought.weights <= 0
+            if not source.shared:
+                others.append(brought.values)
+            elif is_refused is None:
+                shared.append(brought.values)
+            else:
+                shared.append(brought.values[is_refused])
+                others.append(brought.values[~is_refused])
+        item_row = distinct(np.concatenate([*shared, *others]))
+        column_I = self._columns(item_row)
+        if not others:
+            return item_row, np.ones(len(item_row), bool), column_I
+        is_negative = np.zeros(len(item_row), bool)
+        for part in shared:
+            is_negative[column_I[part]] = True
+        return item_row, is_negative, column_I
+
+    def _targets(
+        self, mine: Sequence[Piece], own: Sequence[Lists], item_row: np.ndarray, column_I: np.ndarray
+    ) -> Targets:
+        """The pairs of this rank's rows; `own` are the items that they bring themselves, by source."""
+        positives = _rows_of(mine, lambda examples: examples.positives)
+        assert positives is not None
+        row, column = positives.rows, column_I[positives.values]
+        weight = np.ones(len(row), np.float32)
+        if not positives.is_single:
+            lengths = np.maximum(positives.lengths, 1).astype(np.float32)
+            weight = np.repeat(lengths**-self.loss.positive_power, positives.lengths)
+        row_weights = [piece.examples.weight[piece.rows] for piece in mine if piece.examples.weight is not None]
+        if row_weights:
+            weight = weight * np.concatenate(row_weights)[row]
+        known = [(row, column), *self._known(mine, item_row, column_I)]
+        known_row, known_column = (_joined(parts) for parts in zip(*known, strict=True))
+        given = self._given(mine, own, column_I) if own else (None,) * 4
+        listed = self._listed(mine, own) if self.keeps_list else (None, None)
+        return Targets(row, column, weight, known_row, known_column, *given, *listed)
+
+    def _known(
+        self, mine: Sequence[Piece], item_row: np.ndarray, column_I: np.ndarray
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Pairs of rows and candidates that are no negatives of theirs, beside the positives."""
+        known = _rows_of(mine, lambda examples: examples.known)
+        if known is not None:
+            column = column_I[known.values]
+            is_candidate = column >= 0
+            yield known.rows[is_candidate], column[is_candidate]
+        history = _rows_of(mine, lambda examples: examples.history)
+        if history is not None:
+            assert self.fingerprint_I is not None
+            yield pairs_by_fingerprint(history, self.fingerprint_I[item_row])
+        if self.known is not None:
+            lists, list_of_row = self.known.lists, self._list_of_row(mine)
+            longest = lists.lengths[list_of_row[list_of_row >= 0]].sum()
+            row, column = (np.empty(longest + 1, np.int64) for _ in range(2))  # the last place is for no pair
+            count = find_columns(lists.offsets, lists.values, list_of_row, column_I, row, column)
+            yield row[:count], column[:count]
+
+    def _given(self, mine: Sequence[Piece], own: Sequence[Lists], column_I: np.ndarray) -> tuple[np.ndarray, ...]:
+        """The pairs that rows bring themselves: rows, columns, labels and weights."""
+        label = [np.zeros(len(each.values), np.float32) if each.weights is None else each.weights for each in own]
+        weight = [np.ones(len(each.values), np.float32) for each in own]
+        given_weight = _rows_of(mine, lambda examples: examples.given_weight)
+        if given_weight is not None:  # of the column that rows name, which is the first source
+            weight[0] = given_weight.values
+        column = [column_I[each.values] for each in own]
+        return tuple(map(np.concatenate, ([each.rows for each in own], column, label, weight)))
+
+    def _listed(self, mine: Sequence[Piece], own: Sequence[Lists]) -> tuple[np.ndarray, np.ndarray]:
+        """Rows, and keys of all items that are no negatives of theirs from elsewhere, candidates or not."""
+        positives, known = (_rows_of(mine, lists_of) for lists_of in (lambda e: e.positives, lambda e: e.known))
+        lists = [each for each in (positives, known, *own) if each is not None]
+        pairs = [(each.rows, self._key(each.values)) for each in lists]
+        if (history := _rows_of(mine, lambda examples: examples.history)) is not None:
+            pairs.append((history.rows, history.values.astype(np.int64)))
+        if self.known is not None:
+            list_of_row = self._list_of_row(mine)
+            has_list = np.flatnonzero(list_of_row >= 0)
+            listed = self.known.lists.take(list_of_row[has_list])
+            pairs.append((has_list[listed.rows], self._key(listed.values)))
+        row, key = zip(*pairs, strict=True)
+        return np.concatenate(row), np.concatenate(key)
+
+    def _list_of_row(self, mine: Sequence[Piece]) -> np.ndarray:
+        """Which list of `known` is each row's, -1: it has none."""
+        assert self.known is not None
+        keys = [piece.examples.user_key[piece.rows] for piece in mine if piece.examples.user_key is not None]
+        return self.known.rows_of(np.concatenate(keys))
+
+    def _key(self, item_row: np.ndarray) -> np.ndarray:
+        """What tells items apart in all steps, and is the same when the catalogue has grown: int64."""
+        assert self.fingerprint_I is not None
+        return self.fingerprint_I[item_row].astype(np.int64)
+
+    def _columns(self, item_row: np.ndarray) -> np.ndarray:
+        """Each catalogue row's place among the candidates, or -1: this thread's array, to be wiped after use."""
+        if not hasattr(self._scratch, "column_I"):
+            self._scratch.column_I = np.full(self.num_items, -1, np.int64)
+        column_I: np.ndarray = self._scratch.column_I
+        column_I[item_row] = np.arange(len(item_row))
+        return column_I
+
+
+def _rows_of(pieces: Sequence[Piece], lists_of: Callable[[Examples], Lists | None]) -> Lists | None:
+    """The pieces' rows of these lists of their examples, below each other; None where there are none."""
+    parts = [(lists, piece.rows) for piece in pieces if (lists := lists_of(piece.examples)) is not None]
+    if not parts:
+        return None
+    return Lists.concat([lists.slice(rows.start, rows.stop) for lists, rows in parts])
+
+
+def _joined(parts: Sequence[np.ndarray]) -> np.ndarray:
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)

@@ -1,0 +1,242 @@
+"""The loops over single rows and ids, compiled by numba: several times faster than numpy's passes over whole arrays,
+and without the interpreter's lock, so that reader threads do not wait for each other.
+
+The first call of a kernel compiles it (under a second) and keeps the result on disk beside this file, or in the user's
+cache where that cannot be written. Without numba they run as plain Python: right, and far too slow to train from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+njit: Any
+try:
+    from numba import njit, types
+    from numba.core import cgutils
+    from numba.extending import intrinsic
+    from numba.np.arrayobj import make_array
+except ImportError:  # pragma: no cover - doctor says so
+    njit = None
+
+Kernel = Callable[..., Any]
+IS_COMPILED = njit is not None
+
+
+def kernel(function: Kernel) -> Kernel:
+    """The function compiled."""
+    if not IS_COMPILED:
+        return np.errstate(over="ignore")(function)  # 64-bit products are meant to overflow
+    try:
+        return njit(nogil=True, cache=True)(function)
+    except RuntimeError:  # there is no folder to keep it in
+        return njit(nogil=True)(function)
+
+
+if not IS_COMPILED:
+
+    def copy_run(out: np.ndarray, at: int, values: np.ndarray, low: int, count: int) -> None:
+        out[at : at + count] = values[low : low + count]
+
+else:
+
+    @intrinsic
+    def copy_run(context: Any, out: Any, at: Any, values: Any, low: Any, count: Any) -> Any:
+        """out[at : at + count] = values[low : low + count] by the C library's memcpy: a loop takes twice the time."""
+        assert out.dtype == values.dtype and out.layout == values.layout == "C"
+
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            pointers = [
+                builder.gep(make_array(kind)(context, builder, array).data, [place])
+                for kind, array, place in zip(signature.args[:4:2], arguments[:4:2], arguments[1:4:2], strict=True)
+            ]
+            item_bytes = make_array(signature.args[0])(context, builder, arguments[0]).itemsize
+            cgutils.raw_memcpy(builder, pointers[0], pointers[1], arguments[4], item_bytes)
+            return context.get_dummy_value()
+
+        return types.void(out, types.int64, values, types.int64, types.int64), generate
+
+
+@kernel
+def mixed(key: np.uint64) -> np.uint64:
+    """The finaliser of splitmix64, see data/hashing.py."""
+    key = key + np.uint64(0x9E3779B97F4A7C15)
+    key = (key ^ (key >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    key = (key ^ (key >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return key ^ (key >> np.uint64(31))
+
+
+@kernel
+def hash_keys(keys: np.ndarray, salt: np.uint64, num_buckets: np.uint64, out: np.ndarray) -> None:
+    """The bucket of each uint64 key, see data/hashing.py."""
+    for i in range(keys.size):
+        out[i] = ((mixed(keys[i] ^ salt) >> np.uint64(32)) * num_buckets) >> np.uint64(32)
+
+
+@kernel
+def mix_keys(keys: np.ndarray, out: np.ndarray) -> None:
+    """The mix of each uint64 key, or its lower bits, as wide as `out` is."""
+    for i in range(keys.size):
+        out[i] = mixed(keys[i])
+
+
+@kernel
+def find_lists(offsets: np.ndarray, rows: np.ndarray, starts: np.ndarray, out_offsets: np.ndarray) -> int:
+    """Where each list to be taken starts, and where its copy will, with the end of all at last; returns that end."""
+    end = 0
+    out_offsets[0] = 0
+    for i in range(rows.size):
+        row = rows[i]
+        starts[i] = offsets[row]
+        end += offsets[row + 1] - offsets[row]
+        out_offsets[i + 1] = end
+    return end
+
+
+@kernel
+def copy_lists(values: np.ndarray, starts: np.ndarray, out_offsets: np.ndarray, out: np.ndarray) -> None:
+    """Copies what find_lists found.
+
+    Apart from it, because a length that is still under way from memory would hold up all that comes behind it.
+    """
+    for i in range(starts.size):
+        at = out_offsets[i]
+        copy_run(out, at, values, starts[i], out_offsets[i + 1] - at)
+
+
+@kernel
+def shuffle(values: np.ndarray, seed: np.uint64) -> None:
+    """A uniform permutation in place (Durstenfeld 1964), by splitmix64's numbers from `seed` on.
+
+    A number below the bound comes without division and without bias (Lemire 2019).
+    """
+    state = seed
+    for i in range(values.size - 1, 0, -1):
+        bound = np.uint64(i + 1)
+        while True:
+            product = (mixed(state) >> np.uint64(32)) * bound
+            state += np.uint64(0x9E3779B97F4A7C15)
+            low = product & np.uint64(0xFFFFFFFF)
+            if low >= bound or low >= (np.uint64(0x100000000) - bound) % bound:
+                break
+        j = product >> np.uint64(32)
+        values[i], values[j] = values[j], values[i]
+
+
+@kernel
+def insert_keys(
+    keys: np.ndarray, start: int, stop: int, slots: np.ndarray, shift: np.uint64, doubles: np.ndarray
+) -> int:
+    """Take up keys[start:stop] in a KeyTable's slots (see data/probing.py).
+
+    Of a key that is there already, (position there, position here) goes into `doubles`; returns how many there are.
+    """
+    num_doubles = 0
+    last = slots.size - 1
+    for position in range(start, stop):
+        slot = np.int64(mixed(np.uint64(keys[position])) >> shift)
+        while slots[slot] != 0 and keys[slots[slot] - 1] != keys[position]:
+            slot = (slot + 1) & last
+        if slots[slot] == 0:
+            slots[slot] = position + 1
+        else:
+            doubles[num_doubles, 0] = slots[slot] - 1
+            doubles[num_doubles, 1] = position
+            num_doubles += 1
+    return num_doubles
+
+
+@kernel
+def find_keys(wanted: np.ndarray, keys: np.ndarray, slots: np.ndarray, shift: np.uint64, out: np.ndarray) -> None:
+    """The position of each wanted key in a KeyTable, -1 where there is none."""
+    last = slots.size - 1
+    for i in range(wanted.size):
+        slot = np.int64(mixed(np.uint64(wanted[i])) >> shift)
+        while slots[slot] != 0 and keys[slots[slot] - 1] != wanted[i]:
+            slot = (slot + 1) & last
+        out[i] = slots[slot] - 1
+
+
+@kernel
+def find_fingerprints(
+    values: np.ndarray, offsets: np.ndarray, fingerprint_C: np.ndarray, slots: np.ndarray, shift: np.uint64,
+    row_M: np.ndarray, column_M: np.ndarray,
+) -> int:  # fmt: skip
+    """The pairs of a row and a candidate whose fingerprint is on the row's list, by row; returns how many.
+
+    A slot holds the fingerprint and the column + 1, so that finding none or the right one takes one look, and no
+    branch that the processor cannot foresee: half of all values may be found.
+    """
+    last = slots.size - 1
+    low = np.uint64(0xFFFFFFFF)
+    slots[:] = np.uint64(0)
+    for column in range(fingerprint_C.size):
+        fingerprint = np.uint64(fingerprint_C[column])
+        slot = np.int64(fingerprint >> shift)
+        while slots[slot] != np.uint64(0):
+            slot = (slot + 1) & last
+        slots[slot] = (fingerprint << np.uint64(32)) | np.uint64(column + 1)
+    found = 0
+    for row in range(offsets.size - 1):
+        for i in range(offsets[row], offsets[row + 1]):
+            fingerprint = np.uint64(values[i])
+            slot = np.int64(fingerprint >> shift)
+            entry = slots[slot]
+            while entry != np.uint64(0) and (entry >> np.uint64(32)) != fingerprint:
+                slot = (slot + 1) & last
+                entry = slots[slot]
+            row_M[found] = row
+            column_M[found] = np.int64(entry & low) - 1
+            found += int(entry != np.uint64(0))
+    return found
+
+
+@kernel
+def draw_from_lists(
+    list_offsets: np.ndarray, list_rows: np.ndarray, offsets: np.ndarray, values: np.ndarray,
+    count: int, seed: np.uint64, out_offsets: np.ndarray, out: np.ndarray,
+) -> int:  # fmt: skip
+    """For each row one of its lists, drawn evenly (-1: none), and of that `count` values, each drawn evenly.
+
+    The lists of row r are list_rows[list_offsets[r]:list_offsets[r + 1]]. Returns how many values were drawn.
+    """
+    at = 0
+    out_offsets[0] = 0
+    for row in range(list_offsets.size - 1):
+        low = list_offsets[row]
+        choices = np.uint64(list_offsets[row + 1] - low)
+        state = mixed(seed ^ np.uint64(row))
+        chosen = np.int64(-1)
+        if choices > np.uint64(0):
+            chosen = np.int64(list_rows[low + np.int64(((state >> np.uint64(32)) * choices) >> np.uint64(32))])
+        if chosen >= 0:
+            first = offsets[chosen]
+            length = np.uint64(offsets[chosen + 1] - first)
+            if length > np.uint64(0):
+                for _ in range(count):
+                    state = mixed(state)
+                    out[at] = values[first + np.int64(((state >> np.uint64(32)) * length) >> np.uint64(32))]
+                    at += 1
+        out_offsets[row + 1] = at
+    return at
+
+
+@kernel
+def find_columns(
+    offsets: np.ndarray, values: np.ndarray, list_of_row: np.ndarray, column_I: np.ndarray,
+    row_M: np.ndarray, column_M: np.ndarray,
+) -> int:  # fmt: skip
+    """The pairs of a row and a candidate that is on the row's list (-1: it has none), by row; returns how many."""
+    found = 0
+    for row in range(list_of_row.size):
+        chosen = list_of_row[row]
+        if chosen < 0:
+            continue
+        for i in range(offsets[chosen], offsets[chosen + 1]):
+            column = column_I[values[i]]
+            row_M[found] = row
+            column_M[found] = column
+            found += 1 if column >= 0 else 0
+    return found

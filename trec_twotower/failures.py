@@ -1,0 +1,127 @@
+"""What is left behind for whoever looks for a failure: the rows of a step, what their features hold, past attempts."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trec_twotower.data.batch import Batch
+from trec_twotower.data.stream import Passes
+from trec_twotower.distributed import Ranks
+from trec_twotower.errors import TrainingError
+from trec_twotower.files import write_json
+
+ATTEMPT = ".attempt.json"
+
+
+class Attempts:
+    """How often in a row a run has died without a new checkpoint; the first rank notes each step it comes to.
+
+    A run that was told to stop, or has ended, has not died.
+    """
+
+    def __init__(self, run_dir: Path, ranks: Ranks, most: int) -> None:
+        self.path = run_dir / ATTEMPT
+        self.ranks = ranks
+        self.most = most
+        self._file: int | None = None
+        self._note: dict[str, Any] = {}
+
+    def begin(self, step: int, passes: Passes) -> None:
+        """Note a start at `step`; raises TrainingError on all ranks where too many before it got no further."""
+
+        def look() -> list[int]:
+            before = self._read()
+            died_in = before.get("died_in", []) if before.get("from_step") == step else []
+            if before.get("in_step"):  # which came after `step`, even where that attempt began before it
+                died_in = [*died_in, before["in_step"]]
+            if len(died_in) >= self.most:
+                raise TrainingError(self._said(step, died_in, passes))
+            self._file = os.open(self.path, os.O_WRONLY | os.O_CREAT, 0o644)
+            self._write({"from_step": step, "died_in": died_in, "in_step": None})
+            return died_in
+
+        self.ranks.once(look)
+
+    def comes_to(self, step: int) -> None:
+        if self._file is not None:
+            self._write({**self._note, "in_step": step})
+
+    def end(self) -> None:
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None
+            self.path.unlink(missing_ok=True)
+
+    def _read(self) -> dict[str, Any]:
+        try:
+            found = json.loads(self.path.read_bytes()[: 1 << 16])
+        except (OSError, ValueError):
+            return {}
+        return found if isinstance(found, dict) else {}
+
+    def _write(self, note: dict[str, Any]) -> None:
+        assert self._file is not None
+        self._note = note
+        os.pwrite(self._file, json.dumps(note).encode().ljust(1024), 0)  # in place: it is written every step
+
+    def _said(self, step: int, died_in: list[int], passes: Passes) -> str:
+        last = died_in[-1]
+        rows = "; ".join(map(str, passes.rows_of(last - 1))) or "rows of the newest files"
+        return (
+            f"This run has died {len(died_in)} times in a row without a new checkpoint since step {step:,}, in the "
+            f"steps {', '.join(f'{each:,}' for each in died_in)}. Step {last:,} takes {rows}. Look at what its last "
+            f"attempts said, mend it, and remove {self.path} to try again (or raise train.max_failures)."
+        )
+
+
+def describe_step(
+    folder: Path, ranks: Ranks, step: int, found: str, loss: Tensor, batch: Batch, passes: Passes
+) -> None:
+    """Write FOLDER/rank-0.json and so on: the step's rows by file, and what this rank's batch holds."""
+    ranks.together(lambda: folder.mkdir(parents=True, exist_ok=True))
+    content = {
+        "step": step,
+        "found": found,
+        "rank": ranks.rank,
+        "loss_here": _number(float(loss.detach())),
+        "rows_of_all_ranks": [vars(rows) for rows in passes.rows_of(step - 1)],
+        "features": _statistics(batch),
+    }
+    ranks.together(lambda: write_json(folder / f"rank-{ranks.rank}.json", content))
+
+
+def _statistics(batch: Batch) -> dict[str, Any]:
+    """Range and mean of every tensor of the batch, bag by bag; how many values are NaN or infinite."""
+    found: dict[str, Any] = {}
+    for key in batch.sparse.keys():  # noqa: SIM118 - a list, not a dict
+        bags = batch.sparse[key]
+        found[key] = {"buckets": summary(bags.values()), "lengths": summary(bags.lengths())}
+        weights = bags.weights_or_none()
+        if weights is not None:
+            found[key]["weights"] = summary(weights)
+    for name, value in vars(batch).items():
+        if isinstance(value, Tensor):
+            found[name] = summary(value)
+    return found
+
+
+def summary(values: Tensor) -> dict[str, Any]:
+    """How many values there are, how many of them are no finite numbers, and least, most and mean of the others."""
+    flat = values.detach().flatten().to("cpu", torch.float64)
+    finite = flat[flat.isfinite()]
+    described: dict[str, Any] = {"count": flat.numel(), "not_finite": flat.numel() - finite.numel()}
+    if finite.numel():
+        described |= {"least": float(finite.min()), "most": float(finite.max()), "mean": float(finite.mean())}
+    return described
+
+
+def _number(value: float) -> float | str:
+    """JSON has no NaN."""
+    return value if math.isfinite(value) else str(value)

@@ -1,0 +1,102 @@
+"""Faults on purpose: a process that dies, hangs or is told to stop at a named point, by one environment variable.
+
+    TREC_TT_FAULT=save:between_files:step20          kill -9 of every rank that comes to this point at step 20
+    TREC_TT_FAULT=step:backward:step13:rank1:stop    SIGSTOP of rank 1 there
+
+Without the variable a point costs one look at a name. Tests and `make soak` are built on it.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+from dataclasses import dataclass
+
+from trec_twotower.errors import ConfigError, nearest
+
+VARIABLE = "TREC_TT_FAULT"
+POINTS = (
+    "start:joined",  # the process group stands
+    "start:locked",  # the run folder is this job's
+    "start:read",  # the catalogue is in memory
+    "start:built",  # the model is sharded and filled
+    "load:verified",  # the checkpoint's files are what their manifest says
+    "load:filled",  # the model has its weights
+    "step:forward",
+    "step:backward",  # done, and with it the update of the tables
+    "step:updated",
+    "save:copied",  # the local shards lie beside the live ones
+    "save:opened",  # the temporary folder is there, empty
+    "save:within_file",  # some of this rank's file is written
+    "save:between_files",  # this rank's file is written, .metadata is not
+    "save:described",  # .metadata is written, the manifest is not
+    "save:sealed",  # the manifest is written, the folder has its temporary name
+    "save:published",  # the folder has its name, older ones are still there
+    "save:swept",
+    "stop:saved",  # told to stop, and saved
+)
+_SIGNALS = {
+    "kill": signal.SIGKILL,
+    "stop": signal.SIGSTOP,
+    "term": signal.SIGTERM,
+    "usr1": signal.SIGUSR1,
+    "int": signal.SIGINT,
+}
+_ACTIONS = (*_SIGNALS, "agent", "full")
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What happens where: `rank` and `step` None mean any."""
+
+    point: str
+    step: int | None
+    rank: int | None
+    attempt: int  # torchrun's count of restarts
+    action: str
+
+    @classmethod
+    def parse(cls, text: str) -> Fault:
+        """Of PHASE:POINT[:stepN][:rankN][:attemptN][:ACTION]; raises ConfigError."""
+        parts = text.split(":")
+        point, numbers, action = ":".join(parts[:2]), {}, "kill"
+        if point not in POINTS:
+            raise ConfigError(f"{VARIABLE} names {point!r}, which is no fault point{nearest(point, POINTS)}.")
+        for part in parts[2:]:
+            name = part.rstrip("0123456789")
+            if name in ("step", "rank", "attempt") and name != part:
+                numbers[name] = int(part[len(name) :])
+            elif part in _ACTIONS:
+                action = part
+            else:
+                known = ", ".join(("stepN", "rankN", "attemptN", *_ACTIONS))
+                raise ConfigError(f"{VARIABLE} has {part!r} in {text!r}: what may follow the point is {known}.")
+        return cls(point, numbers.get("step"), numbers.get("rank"), numbers.get("attempt", 0), action)
+
+    def is_due(self, point: str, step: int | None) -> bool:
+        return (
+            point == self.point
+            and self.step in (None, step)
+            and self.rank in (None, int(os.environ.get("RANK", "0")))
+            and self.attempt == int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+        )
+
+    def strike(self, path: str | None) -> None:
+        if self.action == "full":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
+        if self.action == "agent":
+            os.kill(os.getppid(), signal.SIGKILL)
+        else:
+            os.kill(os.getpid(), _SIGNALS[self.action])
+
+
+def fault_point(point: str, step: int | None = None, path: str | None = None) -> None:
+    """A place where TREC_TT_FAULT may strike; `path` is the file that is being written there."""
+    wanted = os.environ.get(VARIABLE)
+    if not wanted:
+        return
+    assert point in POINTS
+    for fault in map(Fault.parse, wanted.split(",")):
+        if fault.is_due(point, step):
+            fault.strike(path)

@@ -1,0 +1,98 @@
+"""Which rank is where: told to the others every second, and said when one does not answer."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from datetime import timedelta
+from typing import Any, Self
+
+import torch.distributed as dist
+
+from trec_twotower.distributed import Ranks
+from trec_twotower.errors import LostRanks
+
+BEAT_S = 1.0
+ANSWER_S = 5.0  # for the store, which may have gone with the rank that held it
+LOST = ("gloo", "NCCL", "Application timeout", "Connection", "Broken pipe")
+
+
+class Heartbeat:
+    """While entered, `doing` is known to the other ranks; a collective that fails becomes a LostRanks naming them.
+
+    A collective fails when a rank has died, or has not come to it within train.timeout_s.
+    """
+
+    def __init__(self, ranks: Ranks) -> None:
+        self.ranks = ranks
+        self.doing = "its start"
+        self._is_over = threading.Event()
+        self._beats: threading.Thread | None = None
+
+    def __enter__(self) -> Self:
+        if self.ranks.num_ranks > 1 and self.ranks.store is not None:
+            self._beats = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
+            self._beats.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        self._is_over.set()
+        if error is not None and self.ranks.num_ranks > 1 and is_lost(error):
+            raise LostRanks(
+                f"Rank {self.ranks.rank} lost the others at {self.doing} ({_first_line(error)}). {self._others()} "
+                "The same command goes on from the newest checkpoint; if the others are only slow, raise "
+                "train.timeout_s."
+            ) from error
+
+    def _store(self) -> dist.Store:
+        assert self.ranks.store is not None
+        store = self.ranks.store.clone()  # a connection of its own: nobody waits for another's answer
+        store.set_timeout(timedelta(seconds=ANSWER_S))
+        return store
+
+    def _beat(self) -> None:
+        try:
+            store = self._store()
+            while True:
+                store.set(f"beat_{self.ranks.rank}", json.dumps([time.time(), self.doing]))
+                if self._is_over.wait(BEAT_S):
+                    return
+        except dist.DistError:
+            return  # the store has gone: the next collective fails and says so
+
+    def _others(self) -> str:
+        """What is known of the other ranks, in words."""
+        said: list[str] = []
+        asking = threading.Thread(target=self._ask, args=(said,), daemon=True)
+        asking.start()
+        asking.join(ANSWER_S + 1)
+        return " ".join(said) or "Rank 0, which keeps the ranks' addresses, does not answer."
+
+    def _ask(self, said: list[str]) -> None:
+        try:
+            store = self._store()
+            for rank in range(self.ranks.num_ranks):
+                if rank != self.ranks.rank and (line := self._about(store, rank)):
+                    said.append(line)
+        except dist.DistError:
+            said.append("Rank 0, which keeps the ranks' addresses, is gone.")
+
+    def _about(self, store: dist.Store, rank: int) -> str:
+        if not store.check([f"beat_{rank}"]):
+            return f"Rank {rank} was never heard of."
+        beat: list[Any] = json.loads(store.get(f"beat_{rank}"))
+        silent_s = time.time() - beat[0]
+        return f"Rank {rank} was last heard of {silent_s:,.0f} s ago at {beat[1]}."
+
+
+def is_lost(error: BaseException) -> bool:
+    """Whether it says that another rank did not answer."""
+    if isinstance(error, dist.DistError):
+        return True
+    return type(error) is RuntimeError and any(word in str(error) for word in LOST)
+
+
+def _first_line(error: BaseException) -> str:
+    line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return line.rpartition("] ")[2][:160] if line.startswith("[") else line[:160]

@@ -1,0 +1,47 @@
+"""How much memory this process may use, and how much it does."""
+
+from __future__ import annotations
+
+import os
+import resource
+from pathlib import Path
+
+CGROUPS = Path("/sys/fs/cgroup")
+
+
+def host_bytes(cgroups: Path = CGROUPS, membership: Path = Path("/proc/self/cgroup")) -> int:
+    """The machine's memory, or less where a control group (a container, a Slurm job) allows less.
+
+    Every group from this process's own up to the root may set a limit; of version 2 and version 1.
+    """
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for line in membership.read_text().splitlines() if membership.is_file() else []:
+        number, controllers, path = line.split(":", 2)
+        if number == "0":
+            root, name = cgroups, "memory.max"
+        elif "memory" in controllers.split(","):
+            root, name = cgroups / "memory", "memory.limit_in_bytes"
+        else:
+            continue
+        group = root / path.lstrip("/")
+        # Seen from within a container the path may not exist: its own group is then the root.
+        for place in (group, *group.parents):
+            if (place / name).is_file():
+                text = (place / name).read_text().strip()
+                limits += [int(text)] if text.isdigit() else []  # else "max"
+            if place == root:
+                break
+    return min(limits)
+
+
+def resident_bytes() -> int:
+    """Of this process, now."""
+    statm = Path("/proc/self/statm")
+    if not statm.is_file():
+        return peak_resident_bytes()
+    return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def peak_resident_bytes() -> int:
+    """Of this process, since it began."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

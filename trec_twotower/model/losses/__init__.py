@@ -1,0 +1,29 @@
+"""The losses, each a function of two sets of vectors and how they relate, by the word that config gives it.
+
+All have the same face: `loss(user_BD, item_CD, relations, **parameters)` gives a scalar, the sum over the rows; the
+parameters are those of `config.LOSS_PARAMETERS`. A new loss is a function here, an entry there, and a test.
+"""
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from trec_twotower.model.losses.blocks import Pairs, Relations
+from trec_twotower.model.losses.contrastive import bsl, softmax
+from trec_twotower.model.losses.graded import listwise
+from trec_twotower.model.losses.mixture import softmax_bce
+from trec_twotower.model.losses.pairwise import bpr, margin
+from trec_twotower.model.losses.pointwise import bce, ccl
+
+__all__ = ["LOSSES", "Pairs", "Relations"]
+
+LOSSES: dict[str, Callable[..., Tensor]] = {
+    "softmax": softmax,
+    "bce": bce,
+    "softmax_bce": softmax_bce,
+    "bsl": bsl,
+    "ccl": ccl,
+    "bpr": bpr,
+    "margin": margin,
+    "listwise": listwise,
+}

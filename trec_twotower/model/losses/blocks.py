@@ -1,0 +1,339 @@
+"""The matrix of B rows by C candidates, walked in blocks of rows and never held whole.
+
+A loss says what a block of rows costs and how that changes with each logit (a `Rule`); here the logits are made, cells
+that are no negatives taken out, and the rule's slopes turned into gradients by two further products. All of it happens
+in the forward pass, so nothing of a block outlives it: memory is O(B + C + pairs + block).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+Precision = Literal["fp32", "bf16"]
+
+# Cells of the matrix at a time. On CPU 4 MiB of float32, so that a block is still in the cache when it is read again;
+# on a GPU enough to keep it busy.
+BLOCK_CELLS = {"cpu": 1 << 20, "cuda": 1 << 26}
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Cells of the matrix in any order, the same cell as often as one likes."""
+
+    row_P: Tensor
+    column_P: Tensor
+    weight_P: Tensor | None = None  # default: 1
+    label_P: Tensor | None = None  # default: 1
+
+    def weights(self, like: Tensor) -> Tensor:
+        """(P,) in the type of `like`."""
+        return like.new_ones(self.row_P.shape[0]) if self.weight_P is None else self.weight_P.to(like.dtype)
+
+    def labels(self, like: Tensor) -> Tensor:
+        """(P,) in the type of `like`."""
+        return like.new_ones(self.row_P.shape[0]) if self.label_P is None else self.label_P.to(like.dtype)
+
+    def is_refused(self) -> Tensor:
+        """(P,): whether the label is 0 or below."""
+        return torch.zeros_like(self.row_P, dtype=torch.bool) if self.label_P is None else self.label_P <= 0
+
+    def where(self, is_kept_P: Tensor) -> Pairs:
+        """Those marked."""
+        parts = (self.row_P, self.column_P, self.weight_P, self.label_P)
+        return Pairs(*(None if part is None else part[is_kept_P] for part in parts))
+
+
+@dataclass(frozen=True)
+class Relations:
+    """What is known of the rows and the candidates of a step.
+
+    positive       what the rows took, with weights
+    known          pairs that are nobody's negatives; must include the positives
+    given          pairs that the data name beside the positives, with labels: at most 0 for what the row refused, above
+                   it a grade. The former are negatives of their row, whatever `is_negative_C` says, but not where the
+                   pair is known; the latter are not.
+    log_q_C        log of how likely each item is a candidate; what a loss takes off the logits (logQ)
+    is_negative_C  whether an item stands against all rows that do not know it; default: every one does
+    hardest        only so many negatives of a row count, those of the highest logits (corrected where a loss corrects)
+    """
+
+    positive: Pairs
+    known: Pairs
+    given: Pairs | None = None
+    log_q_C: Tensor | None = None
+    is_negative_C: Tensor | None = None
+    hardest: int | None = None
+
+    def is_known(self, pairs: Pairs, num_columns: int) -> Tensor:
+        """(P,): which pairs are among the known."""
+        return torch.isin(_cells(pairs, num_columns), _cells(self.known, num_columns))
+
+    def uncorrected(self) -> Relations:
+        """The same without log q."""
+        return replace(self, log_q_C=None)
+
+    def corrected(self, logit_P: Tensor, pairs: Pairs) -> Tensor:
+        """The logits of pairs without log q."""
+        return logit_P if self.log_q_C is None else logit_P - self.log_q_C.to(logit_P.dtype)[pairs.column_P]
+
+
+@dataclass
+class Block:
+    """Some rows: the logits of all their negatives, and their pairs. A rule may overwrite the logits."""
+
+    logit_bC: Tensor  # -inf where a cell is no negative
+    num_negatives_b: Tensor
+    row_p: Tensor  # of the block, rising
+    logit_p: Tensor
+    weight_p: Tensor
+    label_p: Tensor
+
+    def per_row(self, value_p: Tensor) -> Tensor:
+        """(b,): the sum over each row's pairs."""
+        return torch.zeros_like(self.num_negatives_b).index_add_(0, self.row_p, value_p)
+
+
+@dataclass
+class Slopes:
+    """What a block costs, and its derivatives with respect to the logits."""
+
+    loss: Tensor  # scalar
+    cell_bC: Tensor  # but for a factor of the row, and 0 where a cell is no negative
+    factor_b: Tensor
+    pair_p: Tensor
+
+
+Rule = Callable[[Block], Slopes]
+
+
+def scaled(user_BD: Tensor, item_CD: Tensor, temperature: float | Tensor = 1.0) -> tuple[Tensor, Tensor]:
+    """Vectors whose products are logits, in float32 at least; a temperature that is a tensor gets its gradient."""
+    wide = torch.float64 if user_BD.dtype == torch.float64 else torch.float32
+    return user_BD.to(wide) / temperature, item_CD.to(wide)
+
+
+def pair_logits(user_BD: Tensor, item_CD: Tensor, pairs: Pairs) -> Tensor:
+    """(P,): the products of the vectors of each pair, without keeping P vectors."""
+    with torch.autocast(user_BD.device.type, enabled=False):
+        return _PairLogits.apply(user_BD, item_CD, pairs.row_P, pairs.column_P)
+
+
+def in_blocks(
+    user_BD: Tensor,
+    item_CD: Tensor,
+    relations: Relations,
+    rule: Rule,
+    *,
+    pairs: Pairs | None = None,
+    logit_P: Tensor | None = None,
+    given_apart: bool = False,
+    precision: Precision = "fp32",
+) -> Tensor:
+    """The sum over blocks of what `rule` makes of them; a scalar with gradients for the vectors and `logit_P`.
+
+    The rule sees the logits u . v - log q of each row's negatives, and the row's `pairs` (default: the positives, with
+    logits corrected alike). Row i's negatives are the columns in `is_negative_C` and what it refused, but no pair it
+    knows; with `given_apart` no given pair either, whatever its label. With precision bf16 the gradients' products are
+    made of bfloat16 numbers (relative error some 1e-3); logits and sums stay as they are.
+    """
+    if pairs is None:
+        pairs = relations.positive
+        logit_P = relations.corrected(pair_logits(user_BD, item_CD, pairs), pairs)
+    assert logit_P is not None
+    order_P = None if _is_rising(pairs.row_P) else torch.argsort(pairs.row_P, stable=True)
+    parts = [pairs.row_P, logit_P, pairs.weights(logit_P), pairs.labels(logit_P)]
+    row_P, logit_P, weight_P, label_P = parts if order_P is None else [part[order_P] for part in parts]
+    with torch.autocast(user_BD.device.type, enabled=False):
+        negatives = _Negatives.of(user_BD.detach(), item_CD.detach(), relations, given_apart)
+        return _InBlocks.apply(
+            user_BD, item_CD, logit_P, (row_P, weight_P.detach(), label_P.detach()), negatives, rule, precision
+        )
+
+
+def row_log_sum_exp(value_P: Tensor, row_P: Tensor, num_rows: int) -> Tensor:
+    """(rows,): log of the sum of exp over each row's pairs; 0 for a row without."""
+    peak = value_P.new_full((num_rows,), float("-inf"))
+    peak = peak.scatter_reduce(0, row_P, value_P.detach(), "amax")
+    peak = peak.where(peak > float("-inf"), 0.0)
+    total = torch.zeros_like(peak).index_add(0, row_P, (value_P - peak[row_P]).exp())
+    return peak + total.where(total > 0, 1.0).log()
+
+
+def softplus_sum(value_bC: Tensor) -> Tensor:
+    """(b,): the sums over rows of log(1 + exp(value)), whatever the size of the values, with one block of scratch."""
+    scratch_bC = value_bC.abs().neg_().exp_().log1p_()
+    total_b = scratch_bC.sum(1)
+    return total_b + torch.clamp(value_bC, min=0, out=scratch_bC).sum(1)
+
+
+def rows_a_block(num_columns: int, device: torch.device) -> int:
+    cells = BLOCK_CELLS["cpu" if device.type == "cpu" else "cuda"]
+    return max(1, cells // max(num_columns, 1))
+
+
+@dataclass(frozen=True)
+class _Negatives:
+    """Which cells are negatives: columns by their offset, and cells by number (row * C + column), rising, distinct."""
+
+    offset_C: Tensor  # -log q, and -inf for columns that are not everybody's negatives
+    shut: Tensor  # cells of negative columns that are none
+    opened: Tensor  # cells of other columns that are some
+    opened_logit: Tensor
+    num_negatives_B: Tensor
+    hardest: int | None
+
+    @classmethod
+    def of(cls, user_BD: Tensor, item_CD: Tensor, relations: Relations, given_apart: bool) -> _Negatives:
+        num_rows, num_columns = user_BD.shape[0], item_CD.shape[0]
+        given, is_negative_C = relations.given, relations.is_negative_C
+        offset_C = item_CD.new_zeros(num_columns) if relations.log_q_C is None else -relations.log_q_C
+        shut = _cells(relations.known, num_columns)
+        opened = shut[:0]
+        if given is not None:
+            cell_G = _cells(given, num_columns)
+            shut = torch.cat([shut, cell_G if given_apart else cell_G[~given.is_refused()]])
+            if is_negative_C is not None and not given_apart:
+                opened = _distinct(cell_G[given.is_refused() & ~is_negative_C[given.column_P]])
+                opened = opened[~torch.isin(opened, shut)]
+        shut = _distinct(shut)
+        num_negatives = num_columns
+        if is_negative_C is not None:
+            offset_C = offset_C.where(is_negative_C, float("-inf"))
+            shut = shut[is_negative_C[shut % max(num_columns, 1)]]
+            num_negatives = int(is_negative_C.sum())
+        num_negatives_B = torch.full((num_rows,), num_negatives, device=user_BD.device)
+        for cells, change in ((shut, -1), (opened, 1)):
+            if len(cells):
+                num_negatives_B += change * torch.bincount(cells // num_columns, minlength=num_rows)
+        width = max(num_columns, 1)
+        opened_logit = _dots(user_BD, item_CD, opened // width, opened % width)
+        if relations.hardest is not None:
+            num_negatives_B.clamp_(max=relations.hardest)
+        num_negatives_B = num_negatives_B.to(user_BD.dtype)
+        return cls(offset_C.to(item_CD.dtype), shut, opened, opened_logit, num_negatives_B, relations.hardest)
+
+
+class _InBlocks(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        user_BD: Tensor,
+        item_CD: Tensor,
+        logit_P: Tensor,
+        pairs: tuple[Tensor, Tensor, Tensor],
+        negatives: _Negatives,
+        rule: Rule,
+        precision: Precision,
+    ) -> Tensor:
+        row_P, weight_P, label_P = pairs
+        num_rows, num_columns = user_BD.shape[0], item_CD.shape[0]
+        size = rows_a_block(num_columns, user_BD.device)
+        edges = torch.arange(0, num_rows + size, size, device=user_BD.device).clamp_(max=num_rows)
+        edges_P = torch.searchsorted(row_P.contiguous(), edges).tolist()
+        edges_shut = torch.searchsorted(negatives.shut, edges * num_columns).tolist()
+        edges_opened = torch.searchsorted(negatives.opened, edges * num_columns).tolist()
+
+        narrow = torch.bfloat16 if precision == "bf16" else user_BD.dtype
+        narrow_CD = item_CD.to(narrow)
+        loss = user_BD.new_zeros(())
+        grad_user_BD = torch.zeros_like(user_BD)
+        grad_item_DC = torch.zeros_like(item_CD.T, memory_format=torch.contiguous_format)
+        grad_logit_P = torch.zeros_like(logit_P)
+        room = user_BD.new_empty(min(size, num_rows), num_columns)  # one block, used again and again
+        narrow_room = room if narrow == room.dtype else room.new_empty(room.shape, dtype=narrow)
+        for number, start in enumerate(range(0, num_rows if num_columns else 0, size)):
+            stop = min(start + size, num_rows)
+            mine = slice(edges_P[number], edges_P[number + 1])
+            shut = negatives.shut[edges_shut[number] : edges_shut[number + 1]]
+            opened = slice(edges_opened[number], edges_opened[number + 1])
+            part_bD = user_BD[start:stop]
+            logit_bC = torch.addmm(negatives.offset_C, part_bD, item_CD.T, out=room[: stop - start])
+            logit_bC.view(-1).index_fill_(0, shut - start * num_columns, float("-inf"))
+            logit_bC.view(-1).index_copy_(
+                0, negatives.opened[opened] - start * num_columns, negatives.opened_logit[opened]
+            )
+            if negatives.hardest is not None and negatives.hardest < num_columns:
+                top_bK, place_bK = logit_bC.topk(negatives.hardest, dim=1, sorted=False)
+                logit_bC.fill_(float("-inf")).scatter_(1, place_bK, top_bK)
+            slopes = rule(
+                Block(
+                    logit_bC,
+                    negatives.num_negatives_B[start:stop],
+                    row_P[mine] - start,
+                    logit_P[mine],
+                    weight_P[mine],
+                    label_P[mine],
+                )
+            )
+            loss += slopes.loss
+            grad_logit_P[mine] = slopes.pair_p
+            cell_bC = slopes.cell_bC
+            if narrow != cell_bC.dtype:
+                cell_bC = narrow_room[: stop - start].copy_(cell_bC)
+            factor_b1 = slopes.factor_b[:, None]
+            grad_user_BD[start:stop] = factor_b1 * (cell_bC @ narrow_CD)
+            weighted_Db = (factor_b1 * part_bD).to(narrow).T
+            # (D, C), since this product is faster than its transpose.
+            if narrow == user_BD.dtype:
+                grad_item_DC.addmm_(weighted_Db, cell_bC)
+            else:
+                grad_item_DC += weighted_Db @ cell_bC
+        del room, narrow_room
+        ctx.save_for_backward(grad_user_BD, grad_item_DC.T.contiguous(), grad_logit_P)
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        return *(made * gradients[0] for made in ctx.saved_tensors), None, None, None, None
+
+
+class _PairLogits(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, user_BD: Tensor, item_CD: Tensor, row_P: Tensor, column_P: Tensor) -> Tensor:
+        ctx.save_for_backward(user_BD, item_CD, row_P, column_P)
+        return _dots(user_BD, item_CD, row_P, column_P)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        user_BD, item_CD, row_P, column_P = ctx.saved_tensors
+        grad_user_BD, grad_item_CD = torch.zeros_like(user_BD), torch.zeros_like(item_CD)
+        for part in _portions(row_P, user_BD):
+            row, column, slope = row_P[part], column_P[part], gradients[0][part, None]
+            grad_user_BD.index_add_(0, row, slope * item_CD[column])
+            grad_item_CD.index_add_(0, column, slope * user_BD[row])
+        return grad_user_BD, grad_item_CD, None, None
+
+
+def _dots(user_BD: Tensor, item_CD: Tensor, row_P: Tensor, column_P: Tensor) -> Tensor:
+    out_P = user_BD.new_empty(row_P.shape[0])
+    for part in _portions(row_P, user_BD):
+        out_P[part] = torch.linalg.vecdot(user_BD[row_P[part]], item_CD[column_P[part]])
+    return out_P
+
+
+def _portions(row_P: Tensor, user_BD: Tensor) -> list[slice]:
+    """Runs of pairs whose vectors are a small part of a block."""
+    size = rows_a_block(8 * user_BD.shape[1], user_BD.device)
+    return [slice(start, start + size) for start in range(0, row_P.shape[0], size)]
+
+
+def _cells(pairs: Pairs, num_columns: int) -> Tensor:
+    return pairs.row_P * num_columns + pairs.column_P
+
+
+def _distinct(values: Tensor) -> Tensor:
+    """Rising, each once."""
+    is_done = len(values) < 2 or bool((values[1:] > values[:-1]).all())
+    return values if is_done else torch.unique(values)
+
+
+def _is_rising(values: Tensor) -> bool:
+    return len(values) < 2 or bool((values[1:] >= values[:-1]).all())

@@ -1,0 +1,27 @@
+"""Losses made of others."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from trec_twotower.model.losses.blocks import Precision, Relations
+from trec_twotower.model.losses.contrastive import softmax
+from trec_twotower.model.losses.pointwise import bce
+
+
+def softmax_bce(
+    user_BD: Tensor,
+    item_CD: Tensor,
+    relations: Relations,
+    *,
+    softmax_share: float = 0.5,
+    temperature: float | Tensor = 1.0,
+    negative_weight: float = 1.0,
+    precision: Precision = "fp32",
+) -> Tensor:
+    """softmax_share * `softmax` + (1 - softmax_share) * `bce`: the one ranks, the other calibrates."""
+    ranking = softmax(user_BD, item_CD, relations, temperature=temperature, precision=precision)
+    calibration = bce(
+        user_BD, item_CD, relations, temperature=temperature, negative_weight=negative_weight, precision=precision
+    )
+    return softmax_share * ranking + (1 - softmax_share) * calibration

@@ -1,0 +1,80 @@
+"""Losses of a positive against each negative of its row by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from trec_twotower.model.losses.blocks import Block, Precision, Relations, Slopes, in_blocks, scaled, softplus_sum
+
+
+def bpr(
+    user_BD: Tensor,
+    item_CD: Tensor,
+    relations: Relations,
+    *,
+    temperature: float | Tensor = 1.0,
+    precision: Precision = "fp32",
+) -> Tensor:
+    """The weighted sum over positives of the mean over their row's negatives of -log sigmoid(l_p - l_n), in nats.
+
+    l = u . v / temperature. Rendle et al. 2009, "BPR: Bayesian Personalized Ranking from Implicit Feedback".
+    """
+
+    def cost(gap_pC: Tensor) -> Tensor:
+        total_p = softplus_sum(gap_pC)
+        gap_pC.sigmoid_()
+        return total_p
+
+    user_BD, item_CD = scaled(user_BD, item_CD, temperature)
+    return in_blocks(user_BD, item_CD, relations.uncorrected(), _each_pair(cost), precision=precision)
+
+
+def margin(
+    user_BD: Tensor,
+    item_CD: Tensor,
+    relations: Relations,
+    *,
+    margin: float = 0.2,
+    precision: Precision = "fp32",
+) -> Tensor:
+    """The weighted sum over positives of the mean over their row's negatives of max(0, margin - s_p + s_n).
+
+    s = u . v. The ranking hinge, as in WSABIE (Weston et al. 2011) without its weights.
+    """
+
+    def cost(gap_pC: Tensor) -> Tensor:
+        total_p = gap_pC.add_(margin).clamp_(min=0).sum(1)
+        gap_pC.sign_()
+        return total_p
+
+    return in_blocks(*scaled(user_BD, item_CD), relations.uncorrected(), _each_pair(cost), precision=precision)
+
+
+def _each_pair(cost: Callable[[Tensor], Tensor]) -> Callable[[Block], Slopes]:
+    """A rule from the cost of the gaps l_n - l_p, (pairs, C) and -inf where there is no negative.
+
+    `cost` returns the sums over negatives, and turns the gaps into their slopes.
+    """
+
+    def rule(block: Block) -> Slopes:
+        weight_p = block.weight_p / block.num_negatives_b.clamp(min=1)[block.row_p]
+        loss = block.logit_bC.new_zeros(())
+        pair_p = torch.zeros_like(block.logit_p)
+        num_rows = len(block.logit_bC)
+        is_one_each = torch.equal(block.row_p, torch.arange(num_rows, device=block.row_p.device))
+        cell_bC = block.logit_bC if is_one_each else torch.zeros_like(block.logit_bC)
+        for start in range(0, len(block.row_p), num_rows):  # as many pairs at a time as the block has rows
+            part = slice(start, start + num_rows)
+            gap_pC = cell_bC if is_one_each else block.logit_bC[block.row_p[part]]  # one each: all in place
+            gap_pC.sub_(block.logit_p[part, None])
+            loss += (weight_p[part] * cost(gap_pC)).sum()
+            gap_pC.mul_(weight_p[part, None])
+            pair_p[part] = -gap_pC.sum(1)
+            if not is_one_each:
+                cell_bC.index_add_(0, block.row_p[part], gap_pC)
+        return Slopes(loss=loss, cell_bC=cell_bC, factor_b=torch.ones_like(block.num_negatives_b), pair_p=pair_p)
+
+    return rule

@@ -1,0 +1,121 @@
+"""Candidates of earlier steps, whose vectors stand as they were then: Wang et al. 2020, "Cross-Batch Memory"."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from trec_twotower.errors import ConfigError
+from trec_twotower.model.losses import Pairs, Relations
+
+NEVER = -(1 << 62)
+
+
+class ItemQueue(nn.Module):
+    """The last candidates that stood against all rows, in a ring of `size` places, the same on all ranks.
+
+    It holds whole steps alone, and an item once: as it was when it was last a candidate. With the step's own candidates
+    it makes up one set, of which an item is with probability 1 - (1 - p) ** (1 + steps held), if p is its probability
+    to be a candidate of one step.
+    """
+
+    def __init__(self, size: int, dim: int, log_q: float, device: torch.device) -> None:
+        super().__init__()
+        self.size = size
+        self.strength = log_q
+        self.vector_QD: Tensor
+        self.key_Q: Tensor
+        self.log_p_Q: Tensor
+        self.first_Q: Tensor
+        self.is_first_Q: Tensor
+        self.count: Tensor
+        self.register_buffer("vector_QD", torch.zeros(size, dim, device=device))
+        self.register_buffer("key_Q", torch.zeros(size, dtype=torch.int64, device=device))  # Batch.item_key_C; -1: none
+        self.register_buffer("log_p_Q", torch.zeros(size, device=device))  # of being a candidate, when it was one
+        # How many had come before its step. A place whose step has lost its first item holds nothing any more.
+        self.register_buffer("first_Q", torch.full((size,), NEVER, dtype=torch.int64, device=device))
+        self.register_buffer("is_first_Q", torch.zeros(size, dtype=torch.bool, device=device))
+        self.register_buffer("count", torch.zeros(1, dtype=torch.int64, device=device))  # that have come
+
+    def forget(self) -> None:
+        """Hold nothing."""
+        self.first_Q.fill_(NEVER)
+
+    def beside(self, item_CD: Tensor, key_C: Tensor, relations: Relations, listed: Pairs) -> tuple[Tensor, Relations]:
+        """The step's candidates with those of earlier steps behind them, and how all of them relate to the rows.
+
+        An item that stands against all rows in this step counts as it is now. `listed` are the keys (as columns) that
+        are no negatives of a row.
+        """
+        is_whole_Q = self.first_Q >= self.count - self.size
+        is_negative_C = relations.is_negative_C
+        key_now = key_C if is_negative_C is None else key_C[is_negative_C]
+        place_K = torch.nonzero(is_whole_Q & (self.key_Q >= 0) & ~torch.isin(self.key_Q, key_now)).squeeze(1)
+        order_K = torch.argsort(self.key_Q[place_K])
+        place_K = place_K[order_K]
+        key_K = self.key_Q[place_K]
+        row, column = _found(listed, key_K)
+        first = item_CD.shape[0]
+        known = relations.known
+        ones_K = torch.ones_like(key_K, dtype=torch.bool)
+        log_q = relations.log_q_C
+        if log_q is not None and self.strength:
+            num_steps = (is_whole_Q & self.is_first_Q).sum()
+            log_p = torch.cat([log_q / self.strength, self.log_p_Q[place_K].to(log_q.dtype)])
+            log_q = self.strength * _at_least_once(log_p, 1 + num_steps)
+        elif log_q is not None:
+            log_q = torch.cat([log_q, torch.zeros_like(key_K, dtype=log_q.dtype)])
+        return torch.cat([item_CD, self.vector_QD[place_K].to(item_CD.dtype)]), replace(
+            relations,
+            known=Pairs(torch.cat([known.row_P, row]), torch.cat([known.column_P, first + column])),
+            log_q_C=log_q,
+            is_negative_C=ones_K.new_ones(first + len(place_K))
+            if is_negative_C is None
+            else torch.cat([is_negative_C, ones_K]),
+        )
+
+    @torch.no_grad()
+    def push(self, item_CD: Tensor, key_C: Tensor, relations: Relations) -> None:
+        """Take in a step's candidates that stand against all rows; raises ConfigError where there is no room."""
+        log_p_C = torch.zeros_like(item_CD[:, 0])
+        if relations.log_q_C is not None and self.strength:
+            log_p_C = relations.log_q_C / self.strength
+        parts = (item_CD.detach(), key_C, log_p_C)
+        if relations.is_negative_C is not None:
+            vector_ND, key_N, log_p_N = (part[relations.is_negative_C] for part in parts)
+        else:
+            vector_ND, key_N, log_p_N = parts
+        count = len(key_N)
+        if count > self.size:
+            raise ConfigError(
+                f"loss.negatives.queue is {self.size:,}, but a step has {count:,} candidates: make room for those of "
+                f"several steps (such as {8 * count:,}), or take queue out."
+            )
+        if not count:
+            return
+        self.key_Q.masked_fill_(torch.isin(self.key_Q, key_N), -1)
+        place_N = (self.count + torch.arange(count, device=key_N.device)) % self.size
+        self.vector_QD[place_N] = vector_ND.to(self.vector_QD.dtype)
+        self.key_Q[place_N] = key_N
+        self.log_p_Q[place_N] = log_p_N.to(self.log_p_Q.dtype)
+        self.first_Q[place_N] = self.count.expand(count)
+        self.is_first_Q[place_N] = False
+        self.is_first_Q[place_N[:1]] = True
+        self.count += count
+
+
+def _found(listed: Pairs, key_K: Tensor) -> tuple[Tensor, Tensor]:
+    """Of the pairs those whose key is one of `key_K` (rising): rows, and places there."""
+    if not len(key_K):
+        return listed.row_P[:0], listed.column_P[:0]
+    place = torch.searchsorted(key_K, listed.column_P).clamp_(max=len(key_K) - 1)
+    is_there = key_K[place] == listed.column_P
+    return listed.row_P[is_there], place[is_there]
+
+
+def _at_least_once(log_p: Tensor, times: Tensor) -> Tensor:
+    """log(1 - (1 - p) ** times)."""
+    log_missed = torch.log1p(-log_p.double().clamp(max=0).exp()) * times
+    return torch.log(-torch.expm1(log_missed)).to(log_p.dtype)

@@ -1,0 +1,224 @@
+"""What a config would take, told before anything is built: where its tables go, their bytes, and what a step sends."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import pyarrow.parquet as pq
+import torch
+from torch import nn
+
+from trec_twotower.config import RunConfig
+from trec_twotower.data.dataset import POSITIVES, UNREADABLE, folder_of
+from trec_twotower.errors import ConfigError, DataError
+from trec_twotower.model.embedding import build_tables
+from trec_twotower.optimizer import check_optimizer, fuse_table_updates, state_bytes
+from trec_twotower.schema import FeatureSpec, Schema, Side
+from trec_twotower.sharding import CACHE_SHARE, RankMemory, TablePlacement, make_plan, placements
+
+ASSUMED_IDS = 20  # of a bag, where neither the data nor max_length say how many
+LENGTH_BYTES = VALUE_BYTES = 4  # int32 lengths, float32 sums and gradients
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """What one rank sends to the others in a step for one table, in bytes, as a mean over ranks."""
+
+    ids: float = 0.0
+    vectors: float = 0.0
+    gradients: float = 0.0
+
+
+@dataclass(frozen=True)
+class StepSize:
+    """What a step looks up, on one rank."""
+
+    rows: int  # of the KeyedJaggedTensor: the larger of users and candidates
+    ids: Mapping[str, float]  # by key, of all rows
+    is_weighted: bool
+
+
+def describe_plan(config: RunConfig, num_ranks: int, gpu_gb: float | None = None) -> str:
+    """The plan of a config as a table, made without building a table or starting a rank.
+
+    All ranks are taken to be on this machine. `gpu_gb`: for GPUs of so much memory, of which there need be none here.
+    Raises ConfigError where the tables do not fit.
+    """
+    schema = config.feature_schema
+    is_gpu = gpu_gb is not None or torch.cuda.is_available()
+    device = torch.device("cuda" if is_gpu else "cpu")
+    memory = RankMemory.of(device if gpu_gb is None else torch.device("cpu"), num_ranks)
+    if gpu_gb is not None:
+        memory = RankMemory(memory.host, int(gpu_gb * 1e9))
+    check_optimizer(config.train.optimizer, schema, device.type)
+    model = OnlyTables(schema)
+    fuse_table_updates(model, config.train.optimizer)
+    plan = make_plan(
+        model, schema, num_ranks, device, config.data.batch_size // num_ranks + 1, local_ranks=num_ranks, memory=memory
+    )
+    shards = placements(plan)
+    return "\n".join([*_about_memory(model, shards, num_ranks), "", *_about_exchange(config, shards, num_ranks)])
+
+
+class OnlyTables(nn.Module):
+    """The tables as the planner wants them, part of a model; they take no memory."""
+
+    def __init__(self, schema: Schema) -> None:
+        super().__init__()
+        self.schema = schema
+        self.tables = build_tables(schema)
+
+
+@dataclass(frozen=True)
+class ShardBytes:
+    """The memory that a shard takes; of a table with a cache, the cache and its books are what lies on the GPU."""
+
+    weights: int
+    state: int
+    gpu: int
+    host: int
+
+
+def bytes_of(model: OnlyTables, shard: TablePlacement) -> ShardBytes:
+    """What a shard takes on its rank."""
+    spec = model.schema.tables[shard.table]
+    rows, columns = (shard.rows, shard.columns) if shard.rows else (spec.buckets, spec.dim)
+    weights = rows * columns * spec.weight_bytes
+    state = state_bytes(model.tables.embedding_bags[shard.table].weight, rows, columns)
+    if shard.kernel not in ("fused_uvm", "fused_uvm_caching"):
+        return ShardBytes(weights, state, weights + state, 0)
+    share = (spec.cache_share or CACHE_SHARE) if shard.kernel == "fused_uvm_caching" else 0.0
+    books = rows * (4 + 16 * share) if share else 0.0  # where each row lies, and whose each place is, since when
+    return ShardBytes(weights, state, int(weights * share + books), weights + state)
+
+
+def _about_memory(model: OnlyTables, shards: list[TablePlacement], num_ranks: int) -> list[str]:
+    lines = [
+        f"{'table':<20} {'sharding':<16} {'kernel':<18} {'rank':>4} {'rows':>13} {'columns':>7} {'weights MB':>11} "
+        f"{'state MB':>9}"
+    ]
+    main, beside = [0] * num_ranks, [0] * num_ranks
+    for shard in shards:
+        spec, size = model.schema.tables[shard.table], bytes_of(model, shard)
+        rows, columns = (shard.rows, shard.columns) if shard.rows else (spec.buckets, spec.dim)
+        main[shard.rank] += size.gpu
+        beside[shard.rank] += size.host
+        lines.append(
+            f"{shard.table:<20} {shard.sharding:<16} {shard.kernel:<18} {shard.rank:>4} {rows:>13,} {columns:>7} "
+            f"{size.weights / 1e6:>11,.1f} {size.state / 1e6:>9,.1f}"
+        )
+    for rank in range(num_ranks):
+        more = f", and {beside[rank] / 1e6:,.1f} in host memory beside the GPU" if any(beside) else ""
+        lines.append(f"rank {rank}: {main[rank] / 1e6:,.1f} MB of tables and their optimizer's state{more}")
+    return lines
+
+
+# ---------------------------------------------------------------- what a step sends
+
+
+def _about_exchange(config: RunConfig, shards: list[TablePlacement], num_ranks: int) -> list[str]:
+    step, source = step_size(config, num_ranks)
+    sent = exchange(config.feature_schema, shards, step, num_ranks)
+    lines = [
+        f"What a rank sends to others in a step of {config.data.batch_size:,} rows ({source}), in KB",
+        f"{'table':<20} {'ids':>11} {'vectors':>11} {'gradients':>11}",
+    ]
+    total = Exchange(*(sum(getattr(each, name) for each in sent.values()) for name in ("ids", "vectors", "gradients")))
+    for table, each in {**sent, "all": total}.items():
+        lines.append(
+            f"{table:<20} {each.ids / 1e3:>11,.1f} {each.vectors / 1e3:>11,.1f} {each.gradients / 1e3:>11,.1f}"
+        )
+    return lines
+
+
+def exchange(schema: Schema, shards: list[TablePlacement], step: StepSize, num_ranks: int) -> dict[str, Exchange]:
+    """What each table costs a step in messages between ranks, as torchrec sends them.
+
+    With N ranks, K keys that look a table up, n ids and R rows a rank: a whole table (or a shard of its columns) is
+    sent every rank's ids and lengths and returns R * K sums, of which one part in N stays at home; a table cut by rows
+    is sent each id once, but lengths and sums go from every rank to every other. A data-parallel table's gradient is
+    summed over all ranks, whole.
+    """
+    away = (num_ranks - 1) / num_ranks
+    id_bytes = 4 if all(spec.buckets <= 1 << 31 for spec in schema.tables.values()) else 8
+    found = {}
+    for table, spec in schema.tables.items():
+        keys = [key for key, (_, feature) in zip(schema.keys(), schema.sparse_pairs, strict=True)
+                if feature.table_name == table]  # fmt: skip
+        ids = sum(step.ids[key] for key in keys) * (id_bytes + VALUE_BYTES * step.is_weighted)
+        lengths = step.rows * len(keys) * LENGTH_BYTES
+        sums = step.rows * len(keys) * spec.dim * VALUE_BYTES
+        parts = [shard for shard in shards if shard.table == table]
+        match parts[0].sharding:
+            case "data_parallel":
+                found[table] = Exchange(gradients=2 * away * spec.buckets * spec.dim * VALUE_BYTES)
+            case "row_wise" | "table_row_wise":
+                others = num_ranks - 1
+                found[table] = Exchange(away * ids + others * lengths, others * sums, others * sums)
+            case _:
+                found[table] = Exchange(away * len(parts) * (ids + lengths), away * sums, away * sums)
+    return found
+
+
+def step_size(config: RunConfig, num_ranks: int) -> tuple[StepSize, str]:
+    """What a rank looks up in a step, and how that is known: from the data's footers where they can be read.
+
+    All candidates are taken to be distinct, as far as the catalogue goes, and ranks to have equal shares.
+    """
+    schema, data = config.feature_schema, config.data
+    footers, source = {}, "bags as long as in the data"
+    try:
+        folder = folder_of(data.dataset)
+        for name in ("train", "items"):
+            with pq.ParquetFile(next(iter(sorted((folder / name).glob("*.parquet"))))) as file:
+                footers[name] = _Footer(file)
+    except (*UNREADABLE, StopIteration, ConfigError, DataError):
+        source = f"no data at {data.dataset}: bags as long as max_length, or {ASSUMED_IDS}"
+    train, items = footers.get("train"), footers.get("items")
+    positives = float(data.batch_size)
+    if data.rows == "user":
+        positives *= (train.mean_length(POSITIVES) if train else None) or ASSUMED_IDS
+        positives *= 1 - data.input_share
+    catalogue = items.num_rows if items else float("inf")
+    sampled = config.loss.negatives.sampled
+    candidates = min(positives + (catalogue if sampled == "all" else sampled), catalogue)
+    if candidates == float("inf"):
+        candidates = positives
+    rows = {"user": data.batch_size / num_ranks, "item": candidates / num_ranks}
+    ids = {
+        key: rows[side] * _mean_ids(side, feature, config, train if side == "user" else items)
+        for key, (side, feature) in zip(schema.keys(), schema.sparse_pairs, strict=True)
+    }
+    return StepSize(round(max(rows.values())), ids, schema.is_weighted), source
+
+
+class _Footer:
+    """What a Parquet file's end tells of lengths, without reading a value."""
+
+    def __init__(self, file: pq.ParquetFile) -> None:
+        metadata = file.metadata
+        self.num_rows = metadata.num_rows
+        self._ids: dict[str, int] = {}
+        for group in range(metadata.num_row_groups):
+            for number in range(metadata.num_columns):
+                column = metadata.row_group(group).column(number)
+                nulls = column.statistics.null_count if column.statistics else 0  # an empty list counts as one, too
+                name = column.path_in_schema.split(".")[0]
+                self._ids[name] = self._ids.get(name, 0) + column.num_values - (nulls or 0)
+
+    def mean_length(self, column: str) -> float | None:
+        """Elements a row; None where there is no such column."""
+        return self._ids[column] / max(self.num_rows, 1) if column in self._ids else None
+
+
+def _mean_ids(side: Side, feature: FeatureSpec, config: RunConfig, footer: _Footer | None) -> float:
+    if feature.kind != "bag":
+        return 1.0
+    mean = footer.mean_length(feature.reads) if footer else None
+    if mean is None and footer and side == "user" and config.data.rows == "user":
+        taken = footer.mean_length(POSITIVES)  # of which a part is input
+        mean = None if taken is None else taken * config.data.input_share
+    if mean is None:
+        mean = float(feature.max_length or ASSUMED_IDS)
+    return min(mean, feature.max_length or mean)
