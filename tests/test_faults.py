@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -14,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.ranks.launch import ROOT, SAID_BY_TORCHREC, torchrun
+from tests.ranks.launch import ROOT, SAID_BY_TORCHREC
 from tests.ranks.states import whole_state
 from tests.ranks.worlds import EVENTS, event_config
 from trec_twotower.config import as_values, to_yaml
@@ -335,22 +334,7 @@ def test_a_run_that_dies_again_and_again_says_where_and_starts_no_more(
     capsys.readouterr()
 
 
-# Ranks that do not answer
-
-
-@pytest.mark.timeout(240)
-def test_a_rank_that_hangs_is_named_with_the_step(small_world, tmp_path):
-    """SIGSTOP to rank 1 in step 5; rank 0 finds it by its own timeout, far below the one for the first step."""
-    run_dir = tmp_path / "run"
-    config = event_config(small_world, run_dir, train={"timeout_s": 4, "first_timeout_s": 100})
-    (tmp_path / "config.yaml").write_text(to_yaml(as_values(config)))
-    code, said = torchrun(
-        2, "trec_twotower", "train", tmp_path / "config.yaml", TREC_TT_FAULT="step:forward:step5:rank1:stop"
-    )
-    assert code == 1
-    assert "Rank 0 lost the others at step 5 (" in said
-    assert re.search(r"Rank 1 was last heard of \d+ s ago at (its start|step [1-5])", said), said
-    assert "goes on from the newest checkpoint" in said
+# Ranks that do not answer (that one which hangs is named by the others is in the tenth)
 
 
 @pytest.mark.parametrize(
