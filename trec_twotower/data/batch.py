@@ -92,7 +92,9 @@ class Batch(Pipelineable):
 
     def _each(self, change: Any) -> Batch:
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        changed = {name: change(value) for name, value in values.items() if isinstance(value, Tensor | KeyedJaggedTensor)}
+        changed = {
+            name: change(value) for name, value in values.items() if isinstance(value, Tensor | KeyedJaggedTensor)
+        }
         return replace(self, **changed, listed={name: part.each(change) for name, part in self.listed.items()})
 
 
@@ -241,9 +243,7 @@ def _joined(name: str, pieces: list[Rows]) -> Lists:
     return Lists.concat([columns.sparse[name].slice(rows.start, rows.stop) for columns, rows in pieces])
 
 
-def _sequences(
-    schema: Schema, sides: Mapping[Side, list[Rows]]
-) -> tuple[KeyedJaggedTensor, dict[str, Listed]]:
+def _sequences(schema: Schema, sides: Mapping[Side, list[Rows]]) -> tuple[KeyedJaggedTensor, dict[str, Listed]]:
     """The ids of all listed keys, each key in one row (so that ranks need not agree on a number), and how they lie.
 
     Of a sequence every item stands once, however many steps of the rows it takes.
