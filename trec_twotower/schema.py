@@ -312,11 +312,10 @@ class Schema:
                         f"user feature {feature.name!r} has the attribute {name!r}, which {found}: name item features "
                         "that look up a table."
                     )
-                attribute = by_name[name]
-                if self.table_of(attribute).dim != dim:
+                if (other := self.table_of(by_name[name]).dim) != dim:
                     raise ConfigError(
-                        f"user feature {feature.name!r} adds {name!r}, whose vectors have {self.table_of(attribute).dim} "
-                        f"numbers, to its own of {dim}: give both tables one dim."
+                        f"user feature {feature.name!r} adds {name!r}, whose vectors have {other} numbers, to its own "
+                        f"of {dim}: give both tables one dim."
                     )
             heads = feature.encoding.heads
             if heads is not None and dim % heads:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -32,8 +32,7 @@ class Listed:
     action: Tensor | None = None
 
     def each(self, change: Any) -> Listed:
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return Listed(**{name: value if value is None else change(value) for name, value in values.items()})
+        return Listed(**{name: None if value is None else change(value) for name, value in vars(self).items()})
 
 
 @dataclass
@@ -91,10 +90,8 @@ class Batch(Pipelineable):
         self._each(lambda value: value.record_stream(stream))
 
     def _each(self, change: Any) -> Batch:
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        changed = {
-            name: change(value) for name, value in values.items() if isinstance(value, Tensor | KeyedJaggedTensor)
-        }
+        values = vars(self).items()
+        changed = {name: change(value) for name, value in values if isinstance(value, Tensor | KeyedJaggedTensor)}
         return replace(self, **changed, listed={name: part.each(change) for name, part in self.listed.items()})
 
 

@@ -34,10 +34,8 @@ class _Gate(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         # A sum is finite exactly where all of it is (short of values that no training survives), and reads it once.
-        sums = [
-            *(each.sum() for each in gradients),
-            *(weight.grad.sum() for weight in ctx.weights if weight.grad is not None),
-        ]
+        found = [*gradients, *(weight.grad for weight in ctx.weights if weight.grad is not None)]
+        sums = [each.sum() for each in found]
         is_bad = not bool(torch.stack(sums).isfinite().all())
         if bad := int(ctx.ranks.sum(np.array([is_bad]))[0]):
             here = "this one" if is_bad else "not this one"

@@ -50,10 +50,7 @@ class Tower(nn.Module):
                 self.register_buffer(_average_of(name), weight.detach().clone())
 
     def forward(self, feature_BE: Tensor) -> Tensor:
-        if self.training:
-            vector_BD = self._in_parts(feature_BE)
-        else:
-            vector_BD = self._averaging(self.layers, "layers.", feature_BE)
+        vector_BD = self._in_parts(feature_BE) if self.training else self._averaging(self.layers, "layers.", feature_BE)
         if self.note_length is not None:
             self.note_length(vector_BD)
         return F.normalize(vector_BD, dim=1) if self.is_unit else vector_BD
