@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import pyarrow as pa
@@ -56,7 +57,7 @@ def make_slices(
 
 
 def _tail(count_I: np.ndarray) -> Slice:
-    """Items nobody took in train, the most taken fifth of the others, and the rest; of equals the first in the files."""
+    """Items nobody took in train, the most taken fifth of the others, and the rest; of equals the first goes up."""
     order = np.argsort(-count_I, kind="stable")
     num_taken = int((count_I > 0).sum())
     part_I = np.zeros(len(count_I), np.int64)
@@ -91,8 +92,10 @@ def _column(split: Split, column: str, name: str) -> pa.Array:
         raise ConfigError(f"The slice {name!r} asks for column {column!r} of {split.folder}{nearest(column, known)}.")
     values = one_chunk(split.table([column])[column])
     if pa.types.is_nested(values.type):
-        raise ConfigError(f"The slice {name!r} asks for column {column!r} of {split.folder}, which holds {values.type}: "
-                          "name one with a value a row.")  # fmt: skip
+        raise ConfigError(
+            f"The slice {name!r} asks for column {column!r} of {split.folder}, which holds {values.type}: name one "
+            "with a value a row."
+        )
     return values.dictionary_decode() if pa.types.is_dictionary(values.type) else values
 
 
@@ -105,7 +108,7 @@ def _parts(values: pa.Array, name: str) -> tuple[tuple[str, ...], np.ndarray]:
         known = np.isfinite(number)
         inner = np.unique(np.quantile(number[known], [0.25, 0.5, 0.75]))
         ends = [f"{end:g}" for end in (number[known].min(), *inner, number[known].max())]
-        labels = [f"{low} to {high}" for low, high in zip(ends, ends[1:], strict=False)]
+        labels = [f"{low} to {high}" for low, high in pairwise(ends)]
         part = np.where(known, np.searchsorted(inner, number, side="right"), len(labels))
         return (*labels, NONE), part.astype(np.int64)
     # Most frequent first; of equals in their order as text.
