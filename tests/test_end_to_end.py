@@ -134,6 +134,43 @@ def test_metrics_equal_those_of_the_rankings_scored_slowly(world):
     assert slow == pytest.approx(reported, abs=1e-6)
 
 
+def test_what_is_told_of_popularity_equals_a_slow_count(world):
+    """The bias of the lists, and recall by how often an item was taken in train/."""
+    ranked = {row["user_id"]: row["item_ids"][:10] for row in pq.read_table(world.rankings).to_pylist()}
+    test = table(world.dataset / "test")
+    taken = dict.fromkeys((row["item_id"] for row in table(world.dataset / "items")), 0)
+    for row in table(world.dataset / "train"):
+        taken[row["item_id"]] += 1
+    listed = [np.mean([taken[item] for item in items]) for items in ranked.values()]
+    wanted = [np.mean([taken[item] for item in row["positives"]]) for row in test]
+    found = world.evaluation["lists"]["two towers, exact search"]
+    assert found["popularity_bias@10"] == pytest.approx(np.mean(listed) / np.mean(wanted), rel=1e-6)
+    assert world.evaluation["lists"]["popularity"]["popularity_bias@10"] > 2 * found["popularity_bias@10"]
+
+    ordered = sorted((item for item in taken if taken[item]), key=lambda item: -taken[item])  # sorted keeps the order
+    head = set(ordered[: math.ceil(len(ordered) / 5)])
+
+    def part(item: Any, name: str) -> str:
+        if name == "tail":
+            cold = "cold (never taken in train)"
+            return cold if not taken[item] else "head (the most taken fifth)" if item in head else "tail"
+        low = 2 ** int(math.log2(taken[item])) if taken[item] else 0
+        return str(low) if low < 2 else f"{low:,} - {2 * low - 1:,}"
+
+    for name in ("tail", "popularity"):
+        recalls: dict[str, list[float]] = {}
+        for row in test:
+            for label in {part(item, name) for item in row["positives"]}:
+                mine = {item for item in row["positives"] if part(item, name) == label}
+                recalls.setdefault(label, []).append(len(mine & set(ranked[row["user_id"]])) / len(mine))
+        told = world.evaluation["slices"][name]
+        assert told.keys() == recalls.keys() and len(told) >= 2
+        for label, each in recalls.items():
+            assert told[label]["users"] == len(each)
+            reported = told[label]["metrics"]["two towers, exact search"]["recall@10"]
+            assert reported == pytest.approx(np.mean(each), abs=1e-9)
+
+
 def test_rankings_leave_out_the_history_and_name_no_item_twice(world):
     rows = pq.read_table(world.rankings).to_pylist()
     test = histories(table(world.dataset / "test"))
