@@ -47,13 +47,21 @@ def test_a_resumed_run_is_one_that_never_stopped(bazaar, one, lone_rank):
     assert losses_of(whole) == one[0]["losses"]
 
 
-def test_every_kind_is_indexed_evaluated_and_recommended(one, cli):
-    run = one[1]
-    for command in (("index", run), ("evaluate", run, "--index")):
-        said = cli(*command)
-        assert said.code == 0, said.err
-    said = cli("recommend", run, "--user", 103, "--k", 3)
-    assert said.code == 0 and said.out.count("[item-") == 3
+@pytest.fixture(scope="module")
+def retriever(one, lone_rank, cli):
+    from trec_twotower.serve import Retriever
+
+    said = cli("index", one[1])
+    assert said.code == 0, said.err
+    return Retriever.open(one[1], lone_rank, "newest")
+
+
+def test_every_kind_is_evaluated_and_recommended(one, retriever, lone_rank):
+    from trec_twotower.evaluate import evaluate_run
+
+    assert "through the index" in evaluate_run(retriever.loaded.run, lone_rank, checkpoint="newest", through_index=True)
+    (answer,) = retriever.recommend([103], k=3)
+    assert len({item.item_id for item in answer.items}) == 3
     assert len(one[0]["items"]) == NUM_ITEMS
 
 

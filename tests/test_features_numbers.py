@@ -40,9 +40,7 @@ def test_a_number_by_quantile_is_the_share_of_the_learned_values_below_it(values
         assert is_missing == (value is None)
         if value is None:
             assert share == 0
-        elif not known:
-            assert share == 0.5
-        elif known[0] == known[-1]:
+        elif not known or known[0] == known[-1]:
             assert share == 0.5
         elif value <= known[0] and known.count(known[0]) == 1:
             assert share == 0
@@ -119,7 +117,7 @@ def test_bins_of_few_distinct_values_stay_within_the_table(values, bins):
         statistics = learned(feature, values)
         assert list(statistics.points) == sorted(set(statistics.points))
         found = binned(feature, pa.array([-1e9, *values, 1e9], pa.float64()), statistics, "here")
-        assert 0 <= found.values.min() and found.values.max() < feature.own_table.buckets
+        assert found.values.min() >= 0 and found.values.max() < feature.own_table.buckets
 
 
 @given(VALUES, st.lists(st.integers(-15, 15), min_size=2, max_size=5, unique=True).map(sorted))
@@ -154,8 +152,8 @@ def test_bins_are_a_table_and_no_numbers():
         ({"bins": 4}, "a number with `bins` looks up rows of `dim`"),
         ({"dim": 4}, "a number with `bins` looks up rows of `dim`"),
         ({"soft": True}, "a number with `bins` looks up rows of `dim`"),
-        ({"bins": [], "dim": 4}, "write rising values, one or more"),
-        ({"bins": [1, 1], "dim": 4}, "write rising values, one or more"),
+        ({"bins": [], "dim": 4}, "write rising values, at least one"),
+        ({"bins": [1, 1], "dim": 4}, "write rising values, at least one"),
         ({"bins": [1], "dim": 4, "soft": True}, "name two values or more"),
         ({"bins": 4, "dim": 4, "normalise": "minmax"}, "normalise: minmax makes no difference"),
         ({"clip": [3, 1]}, "clip [3.0, 1.0]: write the least first"),

@@ -79,6 +79,7 @@ def bazaar_config(folder: Path, run_dir: Path, **changes: Any) -> Any:
         "loss": {"temperature": 0.2, "negatives": {"in_batch": True, "sampled": 5}},
         "train": {"epochs": 2, "log_every": 1, "optimizer": {"sparse": "sgd", "lr": 0.5, "dense_lr": 0.01}},
         "index": {"k": 5},
+        "evaluate": {"k": [5, 10], "best": "recall@5"},
         "run_dir": run_dir,
     }
     values["train"] |= changes
