@@ -111,7 +111,7 @@ class FeatureSpec(Settings):
     def reads(self) -> str:
         return self.column or self.name
 
-    @cached_property
+    @property
     def all_columns(self) -> tuple[str, ...]:
         """Every column that the feature reads, `reads` first."""
         return tuple(dict.fromkeys(name for name in (self.reads, self.weights) if name is not None))
