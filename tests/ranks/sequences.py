@@ -56,13 +56,13 @@ def main(world: Path, out: Path, ranks: Ranks) -> None:
         items = loaded.sources.catalogue.columns
         results[f"items {name}"] = encode_everywhere(loaded.model, "item", items, ranks)
         export(loaded, ranks)
-    for name in ("plan row_wise", "encoder gru"):  # three steps more, from the checkpoint and in one go
+    for name in ("plan row_wise", "encoder gru"):  # six steps, with a stop in between and in one go
         plan, parts = CASES[name]
         longer = {**parts, "train": {**parts.get("train", {"log_every": 1, "optimizer": {"lr": 0.1}}), "epochs": 2}}
-        place = out / "runs" / name.replace(" ", "-")
-        for way, folder in (("resumed", place), ("at once", out / "runs" / f"whole-{place.name}")):
-            config = steps_config(world, folder, plan, **longer)
-            training.train(config, ranks)
+        for way, lengths in (("resumed", (parts, longer)), ("at once", (longer,))):
+            for length in lengths:
+                config = steps_config(world, out / "runs" / f"{way}-{name}".replace(" ", "-"), plan, **length)
+                training.train(config, ranks)
             results[f"{way} {name}"] = losses(config)
     if ranks.is_first:
         torch.save(results, out / "results.pt")
