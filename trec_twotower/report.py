@@ -26,7 +26,7 @@ from trec_twotower.files import MANIFEST, read_json, read_manifest, write_file
 from trec_twotower.index import ItemIndex, exact_search
 from trec_twotower.run import STATUS, Run
 from trec_twotower.serve import in_words
-from trec_twotower.slices import column_of, parts_of
+from trec_twotower.slices import NONE, OTHERS, column_of, parts_of
 
 REPORT = "report.html"
 INK = "#010203"  # of text and axes; becomes the page's own colour, which differs in light and dark
@@ -44,6 +44,7 @@ STYLE: Any = {  # matplotlib's type names each of its settings
 MAPPED_ITEMS = 4000  # points on the map
 SHOWN_USERS, SHOWN_ITEMS, SHOWN_HISTORY = 4, 8, 5
 TIMED_USERS = 256
+FEWEST_USERS = 30  # whose mean is drawn as a point
 
 CSS = """
 :root { color-scheme: light dark; --line: #8886; --back: #fff; --ink: #1b1f24; --soft: #8881; }
@@ -163,7 +164,11 @@ def _evaluation(run: Run) -> str:
         [escape(name), *(f"{lists[column]:.4f}" if column in lists else "-" for column in names)]
         for name, lists in result.get("lists", {}).items()
     ])  # fmt: skip
-    drawn = [(name, parts) for name, parts in result.get("slices", {}).items() if len(parts) > 1]
+    drawn = []
+    for name, parts in result.get("slices", {}).items():
+        enough = {label: part for label, part in parts.items() if part["users"] >= FEWEST_USERS}
+        if len(enough) > 1:
+            drawn.append((name, enough))
     if drawn:
         rows = -(-len(drawn) // 2)
         figure = Figure(figsize=(9, 2.9 * rows))
@@ -179,7 +184,7 @@ def _evaluation(run: Run) -> str:
             axes.set_ylim(bottom=0)
             if place == 1:
                 axes.legend(fontsize=8)
-        page += _svg(figure, "recall by slices")
+        page += _svg(figure, "recall by slices") + f"<p>Parts of fewer than {FEWEST_USERS} users are left out.</p>\n"
     return page
 
 
@@ -231,8 +236,8 @@ def _index(run: Run, exported: Exported | None) -> str:
         f"<p>{escape(str(report['kind']))} of {len(index):,} items, {report['bytes'] / 1e6:,.1f} MB: recall@{k} "
         f"{reached:.4f} against exact search (target {report['target_recall']}), scanning "
         f"{report['scanned_share']:.1%} of the items. Measured here on {len(user_BD)} users: "
-        f"{len(user_BD) / index_s:,.0f} queries/s in one batch, exact search {len(user_BD) / exact_s:,.0f}; one user at "
-        f"a time p50 {middle:.2f} ms, p99 {slow:.2f} ms.</p>\n"
+        f"{len(user_BD) / index_s:,.0f} queries/s in one batch, exact search {len(user_BD) / exact_s:,.0f}; one user "
+        f"at a time p50 {middle:.2f} ms, p99 {slow:.2f} ms.</p>\n"
     )
     return said + _svg(figure, "index")
 
@@ -272,9 +277,9 @@ def _map(run: Run, exported: Exported | None, colour: str | None) -> str:
     palette = matplotlib.colormaps["tab20"](np.arange(20))
     figure = Figure(figsize=(9, 4.6))
     axes = figure.add_subplot(1, 1, 1, title=f"{len(drawn):,} of {num_items:,} items by {name}")
-    for part in used:
+    for part in sorted(used, key=lambda part: labels[part] not in (OTHERS, NONE)):  # these lie below
         here = plane_IP[drawn[part_I[drawn] == part]]
-        axes.scatter(here[:, 0], here[:, 1], s=7, label=labels[part], color=palette[part % 20], linewidths=0,
+        axes.scatter(here[:, 0], here[:, 1], s=7, label=labels[part], color="#88888866" if labels[part] in (OTHERS, NONE) else palette[part % 20], linewidths=0,
                      rasterized=True)  # fmt: skip
     axes.set_xticks([])
     axes.set_yticks([])
