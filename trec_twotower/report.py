@@ -44,7 +44,7 @@ STYLE: Any = {  # matplotlib's type names each of its settings
 MAPPED_ITEMS = 4000  # points on the map
 SHOWN_USERS, SHOWN_ITEMS, SHOWN_HISTORY = 4, 8, 5
 TIMED_USERS = 256
-FEWEST_USERS = 30  # whose mean is drawn as a point
+FEWEST_USERS = 20  # whose mean is drawn as a point
 
 CSS = """
 :root { color-scheme: light dark; --line: #8886; --back: #fff; --ink: #1b1f24; --soft: #8881; }
@@ -279,8 +279,8 @@ def _map(run: Run, exported: Exported | None, colour: str | None) -> str:
     axes = figure.add_subplot(1, 1, 1, title=f"{len(drawn):,} of {num_items:,} items by {name}")
     for part in sorted(used, key=lambda part: labels[part] not in (OTHERS, NONE)):  # these lie below
         here = plane_IP[drawn[part_I[drawn] == part]]
-        axes.scatter(here[:, 0], here[:, 1], s=7, label=labels[part], color="#88888866" if labels[part] in (OTHERS, NONE) else palette[part % 20], linewidths=0,
-                     rasterized=True)  # fmt: skip
+        shade = "#88888866" if labels[part] in (OTHERS, NONE) else palette[part % 20]
+        axes.scatter(*here.T, s=7, label=labels[part], color=shade, linewidths=0, rasterized=True)
     axes.set_xticks([])
     axes.set_yticks([])
     axes.legend(fontsize=8, markerscale=2.5, loc="center left", bbox_to_anchor=(1, 0.5))
