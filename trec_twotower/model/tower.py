@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +10,18 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from trec_twotower.config import TowerConfig, TrainConfig
+from trec_twotower.data.batch import Listed
+
+
+class Summed(nn.Module):
+    """The sum of features that stand side by side, each as wide as the others."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.count = count
+
+    def forward(self, feature_BE: Tensor) -> Tensor:
+        return feature_BE.unflatten(1, (self.count, -1)).sum(1) if self.count > 1 else feature_BE
 
 
 class Tower(nn.Module):
@@ -19,16 +31,21 @@ class Tower(nn.Module):
     encodes with the averaged weights when it is not being trained, and keeps both.
     """
 
-    def __init__(self, width: int, dim: int, config: TowerConfig, *, is_unit: bool) -> None:
+    def __init__(self, widths: Sequence[int], dim: int, config: TowerConfig, *, is_unit: bool) -> None:
         super().__init__()
+        width = sum(widths)
         self.is_unit = is_unit  # cosine similarity: the vectors have length 1
         layers: list[nn.Module] = [nn.Dropout(config.dropout)] if config.dropout else []
+        if config.combine == "sum":
+            layers.append(Summed(len(widths)))
+            width = widths[0]
         for hidden in config.mlp:
             layers += [nn.Linear(width, hidden), nn.ReLU()]
             width = hidden
         if config.project:
             layers.append(nn.Linear(width, dim))
         self.layers = nn.Sequential(*layers)
+        self.encoders = nn.ModuleDict()  # of the sequences, by the features' names
         self._compiled: Callable[[Tensor], Tensor] | None = None
         self._precision = "fp32"
         self._micro_batch: int | None = None
@@ -42,21 +59,35 @@ class Tower(nn.Module):
         if config.compile:
             self._compiled = torch.compile(self.layers.forward, dynamic=True)
         if config.optimizer.ema is not None:
-            self._averaged = [name for name, _ in self.layers.named_parameters()]
-            for name, weight in self.layers.named_parameters():
+            weights = dict(self.named_parameters())
+            self._averaged = list(weights)
+            for name, weight in weights.items():
                 self.register_buffer(_average_of(name), weight.detach().clone())
 
     def forward(self, feature_BE: Tensor) -> Tensor:
-        if self.training:
-            vector_BD = self._in_parts(feature_BE)
-        elif self._averaged:
-            averages = {name: getattr(self, _average_of(name)) for name in self._averaged}
-            vector_BD = torch.func.functional_call(self.layers, averages, (feature_BE,))
-        else:
-            vector_BD = self.layers(feature_BE)
+        vector_BD = self._in_parts(feature_BE) if self.training else self._averaging(self.layers, "layers.", feature_BE)
         if self.note_length is not None:
             self.note_length(vector_BD)
         return F.normalize(vector_BD, dim=1) if self.is_unit else vector_BD
+
+    def encode_steps(self, name: str, item_UD: Tensor, listed: Listed) -> Tensor:
+        """(B, D): the vectors of a sequence, of the distinct items' vectors and of how its steps take them."""
+        encoder = self.encoders[name]
+        if not self.training:
+            return self._averaging(encoder, f"encoders.{name}.", item_UD, listed)
+        if self._precision == "fp32":
+            return encoder(item_UD, listed)
+        with torch.autocast(item_UD.device.type, torch.bfloat16):
+            return encoder(item_UD, listed).float()
+
+    def _averaging(self, part: nn.Module, prefix: str, *inputs: object) -> Tensor:
+        """What a part of this tower makes of its inputs, with averaged weights where there are some."""
+        averages = {
+            name.removeprefix(prefix): getattr(self, _average_of(name))
+            for name in self._averaged
+            if name.startswith(prefix)
+        }
+        return torch.func.functional_call(part, averages, inputs) if averages else part(*inputs)
 
     def _in_parts(self, feature_BE: Tensor) -> Tensor:
         """All rows, or `micro_batch` of them at a time, of which the backward pass recomputes what it needs.
@@ -79,11 +110,11 @@ class Tower(nn.Module):
     @torch.no_grad()
     def move_average(self, decay: float) -> None:
         """average = decay * average + (1 - decay) * weight."""
-        weights = dict(self.layers.named_parameters())
+        weights = dict(self.named_parameters())
         averages = [getattr(self, _average_of(name)) for name in self._averaged]
         if averages:
             torch._foreach_lerp_(averages, [weights[name] for name in self._averaged], 1.0 - decay)
 
 
 def _average_of(name: str) -> str:
-    return "average_" + name.replace(".", "_")
+    return "average_" + name.removeprefix("layers.").replace(".", "_")
