@@ -80,7 +80,7 @@ def test_the_page_needs_no_other_file_and_its_pictures_are_whole(reported):
                             ("exact search, measured now", index), ("40 of 40 items by colour", items),
                             ("red", items)):  # fmt: skip
         assert f">{wanted}</text>" in picture
-    ids = [re.findall(r'(?<!\w)id="(m\w+|p\w+)"', picture) for picture in pictures]
+    ids = [re.findall(r'(?<!\w)id="([mp][0-9a-f]{10})"', picture) for picture in pictures]
     flat = [each for part in ids for each in part]
     assert len(flat) == len(set(flat)), "one picture's shapes would be drawn in another"
 
