@@ -280,7 +280,7 @@ def _map(run: Run, exported: Exported | None, colour: str | None) -> str:
     for part in sorted(used, key=lambda part: labels[part] not in (OTHERS, NONE)):  # these lie below
         here = plane_IP[drawn[part_I[drawn] == part]]
         shade = "#88888866" if labels[part] in (OTHERS, NONE) else palette[part % 20]
-        axes.scatter(*here.T, s=7, label=labels[part], color=shade, linewidths=0, rasterized=True)
+        axes.scatter(here[:, 0], here[:, 1], s=7, label=labels[part], color=shade, linewidths=0, rasterized=True)
     axes.set_xticks([])
     axes.set_yticks([])
     axes.legend(fontsize=8, markerscale=2.5, loc="center left", bbox_to_anchor=(1, 0.5))
