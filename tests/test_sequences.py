@@ -22,7 +22,7 @@ from trec_twotower.export import read_export
 from trec_twotower.index import build_index
 from trec_twotower.run import Run
 from trec_twotower.schema import ENCODER_PARAMETERS, FeatureSpec, Schema, TableSpec
-from trec_twotower.serve import Retriever
+from trec_twotower.serve import Retriever, state_table
 from trec_twotower.train import build_model, towers
 
 pytestmark = [pytest.mark.filterwarnings(each) for each in SAID_BY_TORCHREC]
@@ -285,3 +285,18 @@ def test_every_part_is_indexed_and_recommends(case, made, lone_rank):
     expected = np.sort(exported.item_ID @ exported.user_QD[user])[::-1]
     found = [item.score for item in answer.items]
     assert len(found) == 4 and all(np.abs(expected - score).min() < 1e-5 for score in found)
+    # The same row given at request time, and one event more, which changes the answer.
+    state = run.sources(lone_rank).dataset.split("test").table(["user_id", "history", "when", "did"]).to_pylist()[3]
+    assert retriever.recommend_now([state], k=4) == [answer]
+    taken = {**state, "history": [*state["history"], 7], "when": [*state["when"], state["when"][-1] + 5],
+             "did": [*state["did"], "took"]}  # fmt: skip
+    [changed] = retriever.recommend_now([taken], k=4)
+    assert changed.items != answer.items and 7 not in [item.item_id for item in changed.items]
+
+
+def test_a_state_with_an_unknown_column_or_type_is_refused(world, tmp_path):
+    sources = Sources(Dataset(world), steps_config(world, tmp_path).feature_schema, "event")
+    with pytest.raises(ConfigError, match=r"has a column 'histori', which no user feature reads.*'history'"):
+        state_table(sources, {"histori": [1]}, "state 0")
+    with pytest.raises(DataError, match="state 0 does not have the types of"):
+        state_table(sources, {"history": ["one"]}, "state 0")

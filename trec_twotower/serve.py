@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from trec_twotower.data.lists import Lists, side_by_side
 from trec_twotower.data.transforms import key_lists, one_chunk
 from trec_twotower.distributed import Ranks
 from trec_twotower.encode import encode
-from trec_twotower.errors import ConfigError, DataError
+from trec_twotower.errors import ConfigError, DataError, nearest
 from trec_twotower.export import LoadedModel, load_model
 from trec_twotower.index import ItemIndex
 from trec_twotower.run import Run
@@ -60,26 +60,76 @@ class Retriever:
     def recommend(self, user_ids: Sequence[Any], k: int = 10, *, history_shown: int = 5) -> list[Recommendations]:
         """The best `k` items each user has not taken; raises DataError for a user that no part of the dataset has."""
         sources = self.loaded.sources
-        if not 1 <= k <= len(self.index):
-            raise ConfigError(
-                f"k is {k:,}, but the catalogue has {len(self.index):,} items: ask for 1 to {len(self.index):,}."
-            )
         answers = []
         for user_id in user_ids:
             table, split = find_user(sources, user_id)
             given, seen = _state(sources, table, split)
-            features = sources.user_features(table, str(split.folder), given)
-            user_BD = encode(self.loaded.model, "user", features, self.ranks).cpu().numpy()
-            score_BK, item_row_BK = self.index.search_unseen(user_BD, k, seen)
-            found = item_row_BK[0][item_row_BK[0] >= 0]
-            about = sources.catalogue.words(found)
-            ids = sources.catalogue.ids.take(pa.array(found)).to_pylist()
-            items = [
-                Recommendation(*entry) for entry in zip(ids, score_BK[0][: len(found)].tolist(), about, strict=True)
-            ]
-            newest = seen.values[::-1][:history_shown]
-            answers.append(Recommendations(table[USER_ID][0].as_py(), items, sources.catalogue.words(newest)))
+            answers.append(self._answer(table, str(split.folder), given, seen, k, history_shown))
         return answers
+
+    def recommend_now(
+        self, states: Sequence[Mapping[str, Any]], k: int = 10, *, history_shown: int = 5
+    ) -> list[Recommendations]:
+        """The best `k` items for users as they are at this moment: each state is a row as train/ has it, as a dict.
+
+        A session's newest events change the answer so without training. Columns that are left out are null. Raises
+        ConfigError for a column that no feature of the user reads, DataError for values that training would refuse.
+        """
+        sources = self.loaded.sources
+        answers = []
+        for number, state in enumerate(states):
+            where = f"state {number:,}"
+            table = state_table(sources, state, where)
+            seen = Lists.empty(1)
+            given = None
+            if HISTORY in table.column_names:
+                history = one_chunk(table[HISTORY])
+                seen = sources.item_row_lists(history, where, known_only=True)
+                given = {HISTORY: key_lists(history, where)} if sources.rows == "user" else None
+            answers.append(self._answer(table, where, given, seen, k, history_shown))
+        return answers
+
+    def _answer(
+        self,
+        table: pa.Table,
+        where: str,
+        given: dict[str, Lists] | None,
+        seen: Lists,
+        k: int,
+        history_shown: int,
+    ) -> Recommendations:
+        """For the user of one row."""
+        sources = self.loaded.sources
+        if not 1 <= k <= len(self.index):
+            raise ConfigError(
+                f"k is {k:,}, but the catalogue has {len(self.index):,} items: ask for 1 to {len(self.index):,}."
+            )
+        features = sources.user_features(table, where, given)
+        user_BD = encode(self.loaded.model, "user", features, self.ranks).cpu().numpy()
+        score_BK, item_row_BK = self.index.search_unseen(user_BD, k, seen)
+        found = item_row_BK[0][item_row_BK[0] >= 0]
+        about = sources.catalogue.words(found)
+        ids = sources.catalogue.ids.take(pa.array(found)).to_pylist()
+        items = [Recommendation(*entry) for entry in zip(ids, score_BK[0][: len(found)].tolist(), about, strict=True)]
+        newest = seen.values[::-1][:history_shown]
+        return Recommendations(table[USER_ID][0].as_py(), items, sources.catalogue.words(newest))
+
+
+def state_table(sources: Sources, state: Mapping[str, Any], where: str) -> pa.Table:
+    """One row with the columns that the user's features read, of the types that train/ has."""
+    train = sources.dataset.train.columns
+    kinds = {name: train[name] for name in sources.user_columns() if name in train}
+    if sources.rows == "user":
+        kinds[HISTORY] = train[POSITIVES]
+    elif HISTORY in train:
+        kinds[HISTORY] = train[HISTORY]
+    for name in state:
+        if name not in kinds:
+            raise ConfigError(f"{where} has a column {name!r}, which no user feature reads{nearest(name, kinds)}.")
+    try:
+        return pa.table({name: pa.array([state.get(name)], kind) for name, kind in kinds.items()})
+    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+        raise DataError(f"{where} does not have the types of {sources.dataset.train.folder}: {error}") from None
 
 
 def find_user(sources: Sources, user_id: Any) -> tuple[pa.Table, Split]:
