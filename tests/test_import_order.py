@@ -28,7 +28,7 @@ LAYERS = """
     model.losses.blocks model.losses.contrastive model.losses.pointwise model.losses.pairwise model.losses.graded
     model.losses.mixture model.losses model.losses.regularisers model.queue model.gate model.watch model.two_tower
     optimizer sharding plan checkpoint_storage checkpoint encode run failures refresh pipeline train export
-    metrics index.engine index.search index.build index.neighbours index
+    metrics index.engine index.probing index.recipe index.scan index.filters index.search index.build index.neighbours index
     evaluate rerank serve
     torchrun doctor demo cli __main__
 """
