@@ -1,13 +1,15 @@
 PYTHON ?= python3
 PY := .venv/bin/python
 PYTEST_ARGS ?=
+SOAK_ARGS ?=
 
-.PHONY: help setup setup-test demo lint test clean
+.PHONY: help setup setup-test demo lint test soak clean
 
 help:
 	@echo "make setup   .venv with everything that belongs to this machine (CPU or NVIDIA GPU)"
 	@echo "make demo    the whole way on a generated world: train, evaluate, index, recommend"
 	@echo "make test    what must pass before a commit: lint, types, tests (PYTEST_ARGS='-k index')"
+	@echo "make soak    every fault as often as it takes (some 25 minutes), to soak.json (SOAK_ARGS='--share 0.1')"
 	@echo "make lint    style and types alone"
 	@echo "make clean   remove what tools left behind; .venv, data and runs stay"
 	@echo "PYTHON=python3.12 picks another interpreter; TREC_TT_DEVICE=cpu|gpu overrides what setup detects"
@@ -28,6 +30,9 @@ lint: setup-test
 
 test: lint
 	OMP_NUM_THREADS=1 $(PY) -m pytest $(PYTEST_ARGS)
+
+soak: setup-test
+	OMP_NUM_THREADS=1 $(PY) -m tests.soak $(SOAK_ARGS)
 
 clean:
 	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info

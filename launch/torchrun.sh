@@ -72,6 +72,8 @@ if [[ ${GLIBC_TUNABLES:-} != *glibc.malloc* ]]; then
     malloc=glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=17179869184
     export GLIBC_TUNABLES="${GLIBC_TUNABLES:+$GLIBC_TUNABLES:}$malloc:glibc.malloc.top_pad=268435456"
 fi
+# On a GPU: batches differ in size, and blocks of fixed size would leave gaps that no later batch fits.
+export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}
 # Ranks that are told to end may write a checkpoint first.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-110} # seconds
 export TORCH_CPP_LOG_LEVEL=${TORCH_CPP_LOG_LEVEL:-ERROR}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from tests.ranks.worlds import write_world
 from tests.shop import cli, on_ranks, shop, shop_copy, shop_tables  # noqa: F401 - fixtures
 
 os.environ.update(FATAL_BOUNDS)
+# A shell that starts this in the background has it ignored, which all processes started from here would inherit.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 settings.register_profile("steady", deadline=None)  # compiling takes a first call longer, and no test asserts on time
 settings.load_profile("steady")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -10,6 +11,7 @@ from trec_twotower.errors import DataError
 from trec_twotower.files import (
     MANIFEST,
     _own_sha256,
+    naming,
     new_folder,
     open_sealed,
     publish_folder,
@@ -162,3 +164,22 @@ def test_a_sealed_folder_tells_what_is_missing_cut_or_of_another_format(sealed):
     (sealed / MANIFEST).write_text("[]")
     with pytest.raises(DataError, match=r"manifest\.json is damaged"):
         open_sealed(sealed, MEND)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no device that is always full")
+def test_an_error_while_an_open_file_is_written_names_it(tmp_path):
+    """Python names the file when it cannot be opened, and no more when it is written."""
+    place = tmp_path / "metrics.jsonl"
+    with pytest.raises(OSError, match="No space left") as caught, naming(place), open("/dev/full", "w") as file:
+        file.write("a line")
+    assert caught.value.filename == str(place)
+    with pytest.raises(FileNotFoundError) as caught, naming(tmp_path / "one"):
+        (tmp_path / "other").read_text()
+    assert caught.value.filename == str(tmp_path / "other")
+
+
+def test_a_file_that_cannot_be_replaced_leaves_nothing_behind(tmp_path):
+    (tmp_path / "place").mkdir()
+    with pytest.raises(OSError, match="place"):
+        write_file(tmp_path / "place", "content")  # a folder stands there
+    assert [path.name for path in tmp_path.iterdir()] == ["place"]

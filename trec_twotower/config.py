@@ -326,11 +326,26 @@ class OptimizerConfig(Settings):
 GPU_OPTIMIZERS = ("adam", "partial_rowwise_adam", "lamb")  # of tables
 
 
+class SpectralStart(Settings):
+    """The closed form of spectral.py as the first weights of a history's table and of the item's."""
+
+    history: str  # the user's bag of items
+    item: str = "item_id"  # the item's id
+    user_power: NonNegativeFloat = 0.4  # how much users with many items count for less
+    item_power: NonNegativeFloat = 0.4  # the same of popular items
+    history_power: NonNegativeFloat = 0.4  # how much less a popular item says of a user
+    length_power: float = 0.3  # how much higher a popular item scores
+    spectrum_power: NonNegativeFloat = 0.3  # weight of strong directions; 0: all alike
+    oversampling: PositiveInt = 64  # directions beyond the tables' dim that the search keeps
+    iterations: PositiveInt = 2
+
+
 class TrainConfig(Settings):
     """How long, how, and how often one looks."""
 
-    epochs: PositiveInt = 10
+    epochs: NonNegativeInt = 10  # 0: the first weights, as they are
     seed: Seed = 0  # of the first weights
+    start: SpectralStart | None = None  # default: small random weights
     optimizer: OptimizerConfig = OptimizerConfig()
     precision: Literal["fp32", "bf16"] = "fp32"  # bf16: of the towers' products; weights, vectors and logits are fp32
     micro_batch: PositiveInt | None = None  # rows that the towers take at a time, and again in the backward pass

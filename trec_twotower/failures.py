@@ -15,7 +15,7 @@ from trec_twotower.data.batch import Batch
 from trec_twotower.data.stream import Passes
 from trec_twotower.distributed import Ranks
 from trec_twotower.errors import TrainingError
-from trec_twotower.files import write_json
+from trec_twotower.files import naming, write_json
 
 ATTEMPT = ".attempt.json"
 
@@ -69,7 +69,8 @@ class Attempts:
     def _write(self, note: dict[str, Any]) -> None:
         assert self._file is not None
         self._note = note
-        os.pwrite(self._file, json.dumps(note).encode().ljust(1024), 0)  # in place: it is written every step
+        with naming(self.path):
+            os.pwrite(self._file, json.dumps(note).encode().ljust(1024), 0)  # in place: it is written every step
 
     def _said(self, step: int, died_in: list[int], passes: Passes) -> str:
         last = died_in[-1]

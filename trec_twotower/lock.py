@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from trec_twotower.errors import ConfigError
+from trec_twotower.files import naming
 
 LOCK = ".lock"
 BEAT_S = 2.0
@@ -113,4 +114,5 @@ class RunLock:
     def _beat(self) -> None:
         assert self._file is not None
         content = json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "heartbeat": time.time()})
-        os.pwrite(self._file, content.encode().ljust(256), 0)  # in place: a lock is on the file, not on its name
+        with naming(self.path):
+            os.pwrite(self._file, content.encode().ljust(256), 0)  # in place: a lock is on the file, not on its name

@@ -35,7 +35,7 @@ from trec_twotower.data.stream import (
 from trec_twotower.data.transforms import Statistics
 from trec_twotower.distributed import Ranks
 from trec_twotower.errors import ConfigError, DataError, nearest
-from trec_twotower.files import MANIFEST, read_json, sha256_of, write_file, write_json
+from trec_twotower.files import MANIFEST, naming, read_json, sha256_of, write_file, write_json
 from trec_twotower.lock import LOCK
 from trec_twotower.model.watch import Histogram
 
@@ -185,7 +185,9 @@ class RunLog:
             whole = self.path.read_text().split("\n")[:-1]  # a line that was cut short has no end
             lines = [line for line in whole if json.loads(line)["step"] <= step]
             write_file(self.path, "".join(line + "\n" for line in lines))
-        self.board = SummaryWriter(str(run.folder / "tensorboard"), purge_step=step + 1)
+        self.board_folder = run.folder / "tensorboard"
+        with naming(self.board_folder):
+            self.board = SummaryWriter(str(self.board_folder), purge_step=step + 1)
 
     def write(self, step: int, kind: str, values: Mapping[str, float | Histogram]) -> None:
         """One line, such as {"step": 20, "kind": "train", "loss": 6.1}; of a histogram its edges and counts."""
@@ -197,13 +199,14 @@ class RunLog:
             else value
             for name, value in values.items()
         }
-        with self.path.open("a") as file:
+        with naming(self.path), self.path.open("a") as file:
             file.write(json.dumps({"step": step, "kind": kind, **plain}) + "\n")
-        for name, value in values.items():
-            if isinstance(value, Histogram):
-                self._draw(f"{kind}/{name}", value, step)
-            else:
-                self.board.add_scalar(f"{kind}/{name}", value, step)
+        with naming(self.board_folder):
+            for name, value in values.items():
+                if isinstance(value, Histogram):
+                    self._draw(f"{kind}/{name}", value, step)
+                else:
+                    self.board.add_scalar(f"{kind}/{name}", value, step)
 
     def _draw(self, name: str, histogram: Histogram, step: int) -> None:
         edges, counts = histogram.edges, histogram.counts
@@ -222,4 +225,5 @@ class RunLog:
 
     def close(self) -> None:
         if self.is_written:
-            self.board.close()
+            with naming(self.board_folder):
+                self.board.close()

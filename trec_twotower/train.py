@@ -38,6 +38,7 @@ from trec_twotower.preemption import STOPPING, StopSignals
 from trec_twotower.refresh import Neighbours, Refresh
 from trec_twotower.run import STATUS, Run, RunLog
 from trec_twotower.sharding import placements, shard
+from trec_twotower.spectral import check_start, start_spectral
 
 Evaluate = Callable[[TwoTower], dict[str, float]]
 
@@ -52,6 +53,8 @@ def build_model(config: RunConfig, ranks: Ranks) -> DistributedModelParallel:
     for tower in (model.user_tower, model.item_tower):
         tower.trains_as(config.train)
     check_optimizer(config.train.optimizer, schema, ranks.device.type)
+    if config.train.start is not None:
+        check_start(schema, config.train.start)
     fuse_table_updates(model, config.train.optimizer)
     sharded = shard(model, schema, ranks, config.data.batch_size // ranks.num_ranks + 1)
     fill_tables(sharded, schema, config.train.seed)
@@ -114,6 +117,9 @@ def _train(
         in_background=config.checkpoint.in_background,
     )
     progress = Progress(config, ranks, run, passes, checkpoints, heartbeat, signals)
+    if config.train.start is not None and init_from is None and checkpoints.newest() is None:
+        heartbeat.doing = "its spectral start"
+        start_spectral(model, config.feature_schema, config.train.start, sources, config.train.seed, ranks)
     progress.resume(model, optimizer, init_from)
     if config.loss.negatives.refresh is not None:
         passes.lists_at = Refresh(run, ranks, towers(model), neighbours, progress.step, progress.say).at

@@ -27,7 +27,7 @@ from tests.ranks.worlds import LOSSES, MIXED, PLANS, event_config, negatives, ta
 from trec_twotower import encode as encoding  # noqa: E402
 from trec_twotower import train as training  # noqa: E402
 from trec_twotower.checkpoint import Checkpoints  # noqa: E402
-from trec_twotower.config import RunConfig  # noqa: E402
+from trec_twotower.config import RunConfig, SpectralStart  # noqa: E402
 from trec_twotower.data.dataset import Dataset  # noqa: E402
 from trec_twotower.data.features import Sources  # noqa: E402
 from trec_twotower.data.transforms import Columns  # noqa: E402
@@ -35,7 +35,9 @@ from trec_twotower.distributed import Ranks, start_ranks  # noqa: E402
 from trec_twotower.errors import DataError, TrainingError  # noqa: E402
 from trec_twotower.model.two_tower import TwoTower  # noqa: E402
 from trec_twotower.optimizer import RunOptimizer  # noqa: E402
+from trec_twotower.schema import Schema  # noqa: E402
 from trec_twotower.sharding import make_plan, placements  # noqa: E402
+from trec_twotower.spectral import Taken, spectral_tables  # noqa: E402
 
 warnings.filterwarnings("error", module=r"trec_twotower(\.|$)")
 
@@ -90,6 +92,21 @@ class Work:
         cases["negatives user sgd"] = user_config(self.world, self.out / "runs" / "negatives-user", MIXED, **of_users)
         for name, config in cases.items():
             self.results[f"train {name}"] = self.train(config)
+
+    def spectral(self) -> None:
+        """What the closed form makes of both kinds of rows: users' scores, which no turn of the space changes."""
+        for name, rows in (("events", "event"), ("users", "user")):
+            schema = event_config(self.world, self.out).feature_schema
+            sources = Sources(Dataset(self.world / name), Schema(schema.tables, (), schema.item), rows)
+            taken = Taken.read(sources, self.ranks)
+            history_ID, item_ID = spectral_tables(taken, 5, SpectralStart(history="history"), 7, self.ranks)
+            pairs = self.ranks.collect(list(zip(taken.user_P.tolist(), taken.item_P.tolist(), strict=True)))
+            self.results[f"spectral {name}"] = {
+                "scores": history_ID @ item_ID.T,
+                "users": sum(self.ranks.collect(taken.num_users)),
+                "pairs": sum(map(len, pairs)),
+                "items": sorted(item for part in pairs for _, item in part),
+            }
 
     def train(self, config: RunConfig) -> dict[str, Any]:
         """The losses, step by step, and every weight and state at the end."""
@@ -297,6 +314,7 @@ def main() -> None:
         work.first_weights()
         work.tower_inputs()
         work.trainings()
+        work.spectral()
         work.not_a_number()
         for runs in sys.argv[3:]:
             work.foreign_checkpoints(Path(runs))

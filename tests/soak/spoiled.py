@@ -320,7 +320,7 @@ def _without_room(soak: Soak, place: Path, writer: str) -> str | None:
     need = sum(path.stat().st_size for path in artefact.rglob("*") if path.is_file())
     space = shutil.disk_usage(place).free
     with (place / "ballast").open("wb") as file:
-        file.write(bytes(max(space - soak.random.randrange(4096, max(need // 4096 * 4096 // 2, 8192)), 0)))
+        file.write(bytes(max(space - soak.random.randrange(max(need // 4096 * 4096 // 2, 8192)), 0)))
     ended = Job(1, command, soak.folder / "small-job").end()
     if ended.codes == [0]:
         return "it found room"

@@ -1,0 +1,165 @@
+"""The closed form against a whole decomposition, over ranks, in the tables, and as a recommender."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+from tests.ranks.launch import SAID_BY_TORCHREC
+from tests.ranks.worlds import EVENTS, ITEM_IDS, USERS
+from trec_twotower.config import RunConfig, SpectralStart, validate
+from trec_twotower.errors import ConfigError, DataError
+from trec_twotower.spectral import Taken, spectral_tables
+from trec_twotower.train import towers, train
+
+pytestmark = pytest.mark.filterwarnings(*SAID_BY_TORCHREC)
+
+
+def taken_of(matrix_UI: np.ndarray) -> Taken:
+    users, items = np.nonzero(matrix_UI)
+    return Taken(users, items, *matrix_UI.shape)
+
+
+def by_whole_decomposition(matrix_UI: np.ndarray, dim: int, start: SpectralStart) -> np.ndarray:
+    """A B^T in float64 by numpy's SVD of the dense matrix."""
+    n_U, d_I = matrix_UI.sum(1), matrix_UI.sum(0)
+    normal = np.maximum(n_U, 1)[:, None] ** -start.user_power * matrix_UI * np.maximum(d_I, 1) ** -start.item_power
+    _, s, vt = np.linalg.svd(normal, full_matrices=False)
+    s, v = s[:dim], vt[:dim].T * (d_I > 0)[:, None]
+    d = np.maximum(d_I, 1)[:, None]
+    return (d**-start.history_power * v * (s / s[0]) ** start.spectrum_power) @ (d**start.length_power * v).T
+
+
+@pytest.mark.parametrize(
+    "powers",
+    [
+        {},
+        {"user_power": 0.5, "item_power": 0.5, "history_power": 0.0, "length_power": 0.0, "spectrum_power": 1.0},
+        {"user_power": 0.0, "item_power": 0.2, "history_power": 1.0, "length_power": -0.3, "spectrum_power": 0.0},
+    ],
+)
+def test_it_is_what_a_whole_decomposition_gives(powers, rng, lone_rank):
+    matrix = (rng.random((70, 40)) < np.linspace(0.02, 0.5, 40)).astype(float)
+    matrix[:, 3] = 0  # an item that nobody took
+    matrix[5] = 0  # a user who took nothing
+    start = SpectralStart(history="history", **powers)
+    history, item = spectral_tables(taken_of(matrix), 9, start, 0, lone_rank)
+    expected = by_whole_decomposition(matrix, 9, start)
+    assert np.abs((history @ item.T).numpy() - expected).max() < 2e-4 * np.abs(expected).max()
+    assert not history[3].any() and not item[3].any()
+
+
+def test_users_in_blocks_are_users_at_once(rng, lone_rank, monkeypatch):
+    taken = taken_of((rng.random((50, 30)) < 0.2).astype(float))
+    start = SpectralStart(history="history")
+    whole = spectral_tables(taken, 6, start, 0, lone_rank)
+    monkeypatch.setattr("trec_twotower.spectral.BLOCK_ROWS", 7)
+    parts = spectral_tables(taken, 6, start, 0, lone_rank)
+    assert torch.allclose(whole[0] @ whole[1].T, parts[0] @ parts[1].T, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["events", "users"])
+def test_two_ranks_make_what_one_makes(name, on_one_rank, on_two_ranks):
+    rows = EVENTS if name == "events" else USERS
+    pairs = {
+        (row["user_id"], item) for row in rows for item in ([row["item_id"]] if name == "events" else row["positives"])
+    }
+    one, two = (results[0][f"spectral {name}"] for results in (on_one_rank, on_two_ranks))
+    assert torch.allclose(one["scores"], two["scores"], atol=1e-4 * float(one["scores"].abs().max()))
+    for found in (one, two):
+        assert found["users"] == len({user for user, _ in pairs})
+        assert found["items"] == sorted(ITEM_IDS.index(item) for _, item in pairs)
+
+
+def clusters(write_dataset: Any, folder: Path) -> Path:
+    """Forty users who each took three of the five items of their cluster; the other two are to be found."""
+    random = np.random.default_rng(3)
+    train, test = [], []
+    for user in range(40):
+        items = (random.permutation(5) + 5 * (user % 4) + 100).tolist()
+        train.append({"user_id": user, "positives": items[:3]})
+        test.append({"user_id": user, "positives": items[3:], "history": items[:3]})
+    tables = {"train": train, "test": test, "valid": test, "items": [{"item_id": 100 + n} for n in range(20)]}
+    return write_dataset(folder, **{name: pa.Table.from_pylist(rows) for name, rows in tables.items()})
+
+
+def config(dataset: Path, run_dir: Path, **changed: Any) -> RunConfig:
+    values: dict[str, Any] = {
+        "run_dir": str(run_dir),
+        "data": {"dataset": str(dataset), "rows": "user", "batch_size": 8},
+        "tables": {name: {"buckets": 128, "dim": 4, "hashing": "modulo"} for name in ("history", "item")},
+        "user": [{"name": "history", "kind": "bag", "table": "history", "pooling": "sum"}],
+        "item": [{"name": "item_id", "kind": "id", "table": "item"}],
+        "model": {"dim": 4, "similarity": "dot", "user_tower": {"project": False}, "item_tower": {"project": False}},
+        "train": {"epochs": 0, "start": {"history": "history"}},
+        "evaluate": {"k": [2], "best": "recall@2"},
+    }
+    return validate(RunConfig, {**values, **changed}, "here")
+
+
+def test_without_an_epoch_it_is_a_recommender_and_training_goes_on_from_it(write_dataset, tmp_path, lone_rank, capsys):
+    from trec_twotower.encode import encode_everywhere
+    from trec_twotower.evaluate import Evaluator
+    from trec_twotower.export import load_model
+    from trec_twotower.run import Run
+
+    wanted = config(clusters(write_dataset, tmp_path / "data"), tmp_path / "run")
+    train(wanted, lone_rank)
+    loaded = load_model(Run.open(tmp_path / "run"), lone_rank)
+    model, sources = loaded.model, loaded.sources
+    evaluator = Evaluator.of(sources, "test", wanted.evaluate, lone_rank)
+    assert evaluator(model)["recall@2"] == 1.0  # two of two, out of seventeen that were not seen
+    item_ID = encode_everywhere(model, "item", sources.catalogue.columns, lone_rank)
+    _, item = spectral_tables(Taken.read(sources, lone_rank), 4, wanted.train.start, 0, lone_rank)
+    assert torch.allclose(item_ID, item)
+
+    seen = []
+
+    def measure(sources: Any) -> Any:
+        def of(model: Any) -> dict[str, float]:
+            seen.append(towers(model) if hasattr(model, "module") else model)
+            return evaluator(model)
+
+        return of
+
+    more = config(tmp_path / "data", tmp_path / "run", train={"epochs": 2, "start": {"history": "history"}})
+    train(more, lone_rank, measure)
+    out = capsys.readouterr().out
+    assert "resumed at step 0 of 10" in out and "trained 10 steps" in out
+    assert len(seen) == 2
+    other = config(tmp_path / "data", tmp_path / "run", train={"start": {"history": "history", "item_power": 1.0}})
+    with pytest.raises(ConfigError, match=r"train\.start\.item_power was 0\.4, now 1\.0"):
+        train(other, lone_rank)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"start": {"history": "clicks"}}, "train.start.history is 'clicks', but the user features .* are: history"),
+        ({"start": {"history": "history", "item": "brand"}}, "train.start.item is 'brand', but the item features"),
+        ({"dims": (4, 8)}, "needs tables of one dim, but 'history' has 4 and 'item' 8"),
+        ({"shared": True}, "both look up table 'item': give each a table"),
+    ],
+)
+def test_what_cannot_hold_it_is_said_before_the_first_step(changed, message, write_dataset, tmp_path, lone_rank):
+    names = ("item",) if changed.get("shared") else ("history", "item")
+    dims = dict(zip(names, changed.get("dims", (4, 4)), strict=False))
+    bag = {"name": "history", "kind": "bag", "table": names[0], "pooling": "sum"}
+    tables = {name: {"buckets": 128, "dim": dim, "hashing": "modulo"} for name, dim in dims.items()}
+    start = {"epochs": 0, "start": changed.get("start", {"history": "history"})}
+    item_tower = {"project": len(set(dims.values())) > 1}
+    model = {"dim": 4, "similarity": "dot", "user_tower": {"project": False}, "item_tower": item_tower}
+    folder = clusters(write_dataset, tmp_path / "data")
+    wrong = config(folder, tmp_path / "run", tables=tables, user=[bag], train=start, model=model)
+    with pytest.raises(ConfigError, match=message):
+        train(wrong, lone_rank)
+
+
+def test_a_rank_that_the_data_have_not_is_said(lone_rank):
+    with pytest.raises(DataError, match="dim 9, but a matrix of 5 users and 30 items has no such rank"):
+        spectral_tables(taken_of(np.ones((5, 30))), 9, SpectralStart(history="history"), 0, lone_rank)
