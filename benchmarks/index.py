@@ -212,9 +212,7 @@ def against_stock(num_items: int, rounds: int, folder: Path) -> dict[str, float]
             for name, (search, _, _) in some.items()
         }
         seconds = in_turn(calls, rounds)
-        rate[batch] = {
-            name: (few if name.startswith("exact") else asked) / second for name, second in seconds.items()
-        }
+        rate[batch] = {name: (few if name.startswith("exact") else asked) / second for name, second in seconds.items()}
     for name, (search, built, num_bytes) in contenders.items():
         asked = users if not name.startswith("exact") else users[:64]
         found = search(asked)[1]

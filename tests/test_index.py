@@ -9,17 +9,18 @@ import pyarrow as pa
 import pytest
 
 from trec_twotower import files
+from trec_twotower.config import IndexConfig
 from trec_twotower.data.lists import Lists
 from trec_twotower.errors import ConfigError, DataError
 from trec_twotower.index import ItemIndex, build_index, engine, exact_search, faiss, search
 
 
 def settings(**changed):
-    given = {
-        "target_recall": 0.99, "k": 20, "lists": None, "max_train_vectors": 500_000, "tune_users": 1000,
-        "seed": 0, "device": "cpu",
-    }  # fmt: skip
-    return SimpleNamespace(**(given | changed))
+    """Lists of whole vectors, also where the rule would score every item."""
+    given = {"k": 20, "tune_users": 1500, "device": "cpu"}
+    if not {"factory", "lists", "memory_gb"} & changed.keys():
+        given["factory"] = "IVF128,Flat"
+    return IndexConfig(**(given | changed))
 
 
 def clustered(num_items, num_users, dim=32, spread=0.0, seed=0):

@@ -2,9 +2,9 @@
 
 from trec_twotower.index.build import build_index
 from trec_twotower.index.engine import Matrix, Vectors, exact_search, faiss
-from trec_twotower.index.filters import Allowed
+from trec_twotower.index.filters import Allowed, mask_of
 from trec_twotower.index.recipe import Recipe, choose_recipe
-from trec_twotower.index.search import IndexReport, ItemIndex, mask_of
+from trec_twotower.index.search import IndexReport, ItemIndex
 
 __all__ = [
     "Allowed",

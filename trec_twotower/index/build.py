@@ -1,18 +1,19 @@
 """Building an index, and tuning it against exact search on users' own vectors.
 
-How the lists are drawn decides how much must be scanned. FAISS's own training for inner products (centroids of length 1)
-sorts items by direction alone, though vectors of dot-product models carry popularity in their length: the few long items
-every user gets lie scattered over all lists. And it draws lists where the items are, not where users look. Here lists
-are drawn and filled by Euclidean distance, so that items of like direction AND length lie together, from items drawn
-the more often the more users have them among their best, and probed by inner product with their centroid. Share of the
-items scanned for 99 % recall of the best 100, on held-out users, 809 lists, with the same lists for everybody:
+How the lists are drawn decides how much must be scanned. FAISS's own training for inner products (centroids of length
+1) sorts items by direction alone, though vectors of dot-product models carry popularity in their length: the few long
+items every user gets lie scattered over all lists. And it draws lists where the items are, not where users look. Here
+lists are drawn and filled by Euclidean distance, so that items of like direction AND length lie together, from items
+drawn the more often the more users have them among their best, and probed by inner product with their centroid. Share
+of the items scanned for 99 % recall of the best 100, on held-out users, 809 lists, with the same lists for everybody:
 
     40,981 x 64 vectors                  length-1 centroids   distance   distance, by hits (ours)
     a trained Gowalla run, all of length 1     .060              .060          .047
     the same, lengths exp(0.5 z)                 -               .135          .071
     spectral factors of Gowalla (dot)            -               .023          .012
 
-and with as many lists as each user needs (see probing.py) .033, .049 and .008 of ours. One recipe serves cosine and dot.
+and with as many lists as each user needs (see probing.py) .033, .049 and .008 of ours. One recipe serves cosine and
+dot.
 """
 
 from __future__ import annotations
@@ -55,30 +56,29 @@ LONG_USERS = 256  # users that longer answers are tuned for
 STEPS = 9  # of a bisection
 
 
-def build_index(items: Vectors | np.ndarray, user_QD: np.ndarray, config: IndexConfig) -> ItemIndex:
+def build_index(items: Vectors | np.ndarray, users: Vectors | np.ndarray, config: IndexConfig) -> ItemIndex:
     """An index of the items in their order, tuned to `config.target_recall` for users such as these.
 
-    Of `user_QD`, `config.tune_users` are drawn: a third says where lists are needed, a third how much is scanned, a
+    Of the users, `config.tune_users` are drawn: a third says where lists are needed, a third how much is scanned, a
     third what that reaches. The items are gone through three times and never held whole outside the index. Raises
     DataError for vectors that are not finite, ConfigError for a recipe or a target that cannot be.
     """
-    if isinstance(items, np.ndarray):
-        items = Matrix(items, "item")
-    user_QD = as_vectors(user_QD, "user")
-    check_same_dim(items.dim, user_QD.shape[1])
-    for count, what in ((len(items), "item"), (len(user_QD), "user")):
-        if count == 0:
+    items = Matrix(items, "item") if isinstance(items, np.ndarray) else items
+    users = Matrix(users, "user") if isinstance(users, np.ndarray) else users
+    for vectors, what in ((items, "item"), (users, "user")):
+        if not len(vectors):
             raise DataError(f"There is no {what} vector to build the index with: export the {what}s first.")
+    check_same_dim(items.dim, users.dim)
     recipe = choose_recipe(len(items), items.dim, config, on_gpu=uses_gpu(config.device))
     started = time.perf_counter()
-    users = _Users(user_QD, config)
-    truth = _Truth(users, items, config, hits=recipe.lists is not None)
     template = _template(items, recipe)
-    centroid_LD = _train(template, items, users.points_BD, truth.hits_I, config)
+    drawn = _Users(users, config)
+    truth = _Truth(drawn, items, recipe, config)
+    centroid_LD = _train(template, items, drawn.points_BD, truth.hits_I, config)
     trained = time.perf_counter()
     wholes = _filled(template, centroid_LD, items, recipe, config)
     built = time.perf_counter()
-    scanner, tuned = _tune(wholes, users, truth, recipe, config)
+    scanner, tuned = _tune(wholes, truth, config)
     report = IndexReport(
         kind=recipe.factory,
         device=scanner.device,
@@ -100,19 +100,22 @@ def build_index(items: Vectors | np.ndarray, user_QD: np.ndarray, config: IndexC
 class _Users:
     """Users for drawing lists, for tuning, and for saying what the tuning reaches; nobody is in two parts."""
 
-    def __init__(self, user_QD: np.ndarray, config: IndexConfig) -> None:
-        order = np.random.default_rng(config.seed).permutation(len(user_QD))
-        rows, rest = np.split(order, [config.tune_users])
-        lists, tune, report = np.array_split(rows, 3) if len(rows) >= 3 else [rows] * 3
-        self.lists_BD, self.tune_BD, self.report_BD = (user_QD[part] for part in (lists, tune, report))
-        self.points_BD = user_QD[np.concatenate([lists, rest])[: USER_POINTS]]  # for drawing lists as well
+    def __init__(self, users: Vectors, config: IndexConfig) -> None:
+        rng = np.random.default_rng(config.seed)
+        rows = rng.permutation(len(users))[: config.tune_users + USER_POINTS]
+        drawn_BD = as_vectors(_rows_of(users, np.sort(rows)), "user")
+        drawn_BD = drawn_BD[rng.permutation(len(drawn_BD))]
+        tuning_BD, rest_BD = np.split(drawn_BD, [config.tune_users])
+        parts = np.array_split(tuning_BD, 3) if len(tuning_BD) >= 3 else [tuning_BD] * 3
+        self.lists_BD, self.tune_BD, self.report_BD = parts
+        self.points_BD = np.concatenate([self.lists_BD, rest_BD])[:USER_POINTS]  # for drawing lists as well
 
 
 class _Truth:
     """Exact search's answers: how often each item is among the best, and the users' best items with their scores."""
 
-    def __init__(self, users: _Users, items: Vectors, config: IndexConfig, *, hits: bool) -> None:
-        num_items = len(items)
+    def __init__(self, users: _Users, items: Vectors, recipe: Recipe, config: IndexConfig) -> None:
+        num_items, hits = len(items), recipe.lists is not None
         self.ks = sorted({min(config.k * factor, num_items) for factor in (1, 4, 16)})
         k = self.ks[0]
         long_BD = users.tune_BD[:LONG_USERS]
@@ -128,10 +131,11 @@ class _Truth:
         first_row, longest = 0, 0.0
         for item_CD in items.pieces():
             item_CD = as_vectors(item_CD, "item")
-            if float(np.abs(item_CD).max(initial=0)) > HALF_MAX:
+            if "fp16" in recipe.factory and float(np.abs(item_CD).max(initial=0)) > HALF_MAX:
                 raise DataError(
-                    f"The items' vectors have numbers beyond {HALF_MAX:,.0f}, which half precision cannot hold: "
-                    "scale them, or train with model.similarity: cosine."
+                    f"The items' vectors have numbers beyond {HALF_MAX:,.0f}, which the half precision of "
+                    f"{recipe.factory} cannot hold: scale them, train with model.similarity: cosine, or set "
+                    "index.factory to lists of Flat."
                 )
             longest = max(longest, float(np.sqrt(np.einsum("id,id->i", item_CD, item_CD).max(initial=0))))
             for best in found.values():
@@ -315,16 +319,14 @@ def _file_bytes(whole: Any) -> int:
 # ---------------------------------------------------------------- tuning
 
 
-def _tune(
-    wholes: list[Any], users: _Users, truth: _Truth, recipe: Recipe, config: IndexConfig
-) -> tuple[Scanner, dict[str, Any]]:
+def _tune(wholes: list[Any], truth: _Truth, config: IndexConfig) -> tuple[Scanner, dict[str, Any]]:
     """The scanner that reaches the target, and what the report says of it."""
     scanner = Scanner(wholes, config.device)
     judges = [truth.judge(truth.tune if k == truth.ks[0] else truth.long, k) for k in truth.ks]
     _choose_refinement(scanner, judges[0], config)
     fits: list[Fit] = []
     for judge in judges:
-        fits.append(_fit(scanner, judge, fits[-1] if fits else None, recipe, config))
+        fits.append(_fit(scanner, judge, fits[-1] if fits else None, config))
     report = truth.judge(truth.report, truth.ks[0])
     recall, shares, lists, _ = _reached(scanner, report, fits[0])
     tuned = {
@@ -376,10 +378,10 @@ def _choose_refinement(scanner: Scanner, judge: _Judge, config: IndexConfig) -> 
             return
 
 
-def _fit(scanner: Scanner, judge: _Judge, shorter: Fit | None, recipe: Recipe, config: IndexConfig) -> Fit:
+def _fit(scanner: Scanner, judge: _Judge, shorter: Fit | None, config: IndexConfig) -> Fit:
     """The least scanning that reaches the target recall for the judge's users and k."""
     if scanner.coarse is None:
-        return _fit_codes(scanner, judge, shorter, recipe, config)
+        return _fit_codes(scanner, judge, shorter, config)
     vector_BD = scanner.parts[0].transformed(judge.user_BD)
     most = scanner.num_lists if scanner.num_lists < GRAPH_LISTS else 2048
     # What users need when nothing is capped says where the cap may be
@@ -432,7 +434,7 @@ def _with_margin(scanner: Scanner, judge: _Judge, fit: Fit, config: IndexConfig,
     return replace(fit, margin=high)
 
 
-def _fit_codes(scanner: Scanner, judge: _Judge, shorter: Fit | None, recipe: Recipe, config: IndexConfig) -> Fit:
+def _fit_codes(scanner: Scanner, judge: _Judge, shorter: Fit | None, config: IndexConfig) -> Fit:
     """Codes without lists are all scanned; of a graph, as much as reaches the target."""
     effort = max(judge.k, shorter.most_lists if shorter else 16)
     best = 0.0

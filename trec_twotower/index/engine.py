@@ -11,11 +11,13 @@ import torch
 
 # isort: split
 # After torch, whose CUDA libraries have to be loaded first where there is a GPU.
-import faiss
+import faiss as _faiss
 
 from trec_twotower.data.lists import Lists
 from trec_twotower.errors import ConfigError, DataError
 from trec_twotower.metrics import blocks_by_length, first_kept
+
+faiss: Any = _faiss  # its type stubs lack what its classes have beyond the plain ones, and the GPU's whole
 
 GPU_LIMIT = 2048  # FAISS's GPU kernels select no more than this, neither neighbours nor lists
 USER_BLOCK, ITEM_BLOCK = 256, 1 << 17  # exact search's matrix on a GPU: 128 MiB

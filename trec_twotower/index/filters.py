@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from trec_twotower.errors import ConfigError, DataError
 from trec_twotower.index.probing import Fit, fit_for
@@ -75,3 +78,25 @@ def num_to_fetch(k: int, share: float) -> int:
     """Neighbours of which `k` are allowed in all but one case in a thousand, were the filter blind to the scores."""
     wanted = k / share
     return int(np.ceil(wanted + 3.1 * np.sqrt(wanted * (1 - share) / share)))
+
+
+def mask_of(cells: pa.Array, values: Sequence[Any], column: str) -> np.ndarray:
+    """Bool (I,): the items that have one of `values` in a column of the catalogue, or in the column's list.
+
+    Values may be words where the column has numbers. Raises ConfigError for one that the column's type cannot be.
+    """
+    if pa.types.is_dictionary(cells.type):
+        cells = cells.dictionary_decode()
+    is_list = pa.types.is_list(cells.type) or pa.types.is_large_list(cells.type)
+    flat = cells.flatten() if is_list else cells
+    try:
+        wanted = pa.array(values)
+        wanted = wanted.cast(flat.type)
+    except pa.ArrowException as error:
+        raise ConfigError(f"The filter on {column!r}, a column of {flat.type}, has {list(values)}: {error}.") from None
+    hit = pc.is_in(flat, value_set=wanted).to_numpy(zero_copy_only=False)
+    if not is_list:
+        return hit
+    mask = np.zeros(len(cells), bool)
+    mask[pc.list_parent_indices(cells).to_numpy()[hit]] = True
+    return mask

@@ -108,7 +108,7 @@ class Coarse:
         self.num_lists = len(size_L)
         self._graph = quantizer if isinstance(quantizer, faiss.IndexHNSW) else None
         self.is_lossy = self._graph is not None  # may come back with fewer lists, which then score -inf
-        self._centroid_LD = None if self._graph is not None else quantizer.reconstruct_n(0, self.num_lists)
+        self._centroid_LD: Any = None if self._graph is not None else quantizer.reconstruct_n(0, self.num_lists)
         self._on_gpu = torch.from_numpy(self._centroid_LD).cuda() if on_gpu and self._graph is None else None
 
     def nearest(

@@ -42,7 +42,7 @@ class Part:
                 "index.factory has an IDMap, which hides the lists from tuning and is not needed: item rows are ids "
                 "already. Leave it out."
             )
-        self.refine = None
+        self.refine: Any = None
         self.wrappers = []  # what stands around the scanned index
         if isinstance(inner, faiss.IndexRefine):
             self.wrappers.append(inner)
@@ -123,7 +123,7 @@ class Part:
 def _codes_view(refine: Any) -> np.ndarray | None:
     """The refining vectors themselves where they are float32 or float16, not copied."""
     if isinstance(refine, faiss.IndexScalarQuantizer) and refine.sq.qtype == faiss.ScalarQuantizer.QT_fp16:
-        dtype = np.float16
+        dtype: type[np.floating] = np.float16
     elif isinstance(refine, faiss.IndexFlat):
         dtype = np.float32
     else:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from trec_twotower.data.lists import Lists
-from trec_twotower.errors import ConfigError, DataError, nearest
+from trec_twotower.errors import ConfigError, DataError
 from trec_twotower.files import MANIFEST, new_folder, open_sealed, read_manifest, seal, verify_sealed
 from trec_twotower.index.engine import Device, as_vectors, faiss
 from trec_twotower.index.filters import Allowed, Way, choose_way, make_allowed, num_to_fetch
@@ -24,6 +23,7 @@ from trec_twotower.metrics import blocks_by_length, find_repeats, first_kept
 MEND = "build the index again: trec-twotower index RUN"
 ITEMS = "items.parquet"
 HEAD_BYTES = 1 << 20  # of each index file, read and verified before it is mapped
+BLOCK = 4096  # users that are searched for together
 WIDER = 4  # times the lists, where an answer came back short
 
 
@@ -48,6 +48,17 @@ class IndexReport:
     build_s: float  # of all before the tuning: exact search, training, and add_s
     add_s: float  # of reading and adding the items
     tune_s: float
+
+    def in_words(self) -> str:
+        """What was built and what it reaches, for people to read."""
+        how = f"{self.shards} x {self.kind}" if self.shards > 1 else self.kind
+        lists = f"{self.mean_lists:.1f} of {self.lists:,} lists and " if self.lists else ""
+        most = f" (at most {self.scanned_most:.1%} for 99 of 100 users)" if self.lists else ""
+        return (
+            f"{how} on {self.device}; recall@{self.k} against exact search {self.reached_recall:.4f} "
+            f"(target {self.target_recall}) on users not tuned for, scanning {lists}{self.scanned_share:.1%} of the "
+            f"items{most}, {self.bytes / 1e6:.1f} MB, built in {self.build_s + self.tune_s:.1f} s"
+        )
 
     @classmethod
     def read(cls, saved: dict[str, Any]) -> IndexReport:
@@ -124,17 +135,21 @@ class ItemIndex:
                 f"The filter is for {len(allowed.mask_I):,} items but the index has {len(self):,}: "
                 "make it by this index's `allow`."
             )
-        if seen is None or not len(seen.values):
-            if seen is not None and len(seen) != len(user_BD):
-                raise ConfigError(f"{len(user_BD):,} users but {len(seen):,} lists of seen items: give one list each.")
-            return self._search_block(user_BD, k, None, allowed)
-        if len(seen) != len(user_BD):
+        if seen is not None and len(seen) != len(user_BD):
             raise ConfigError(f"{len(user_BD):,} users but {len(seen):,} lists of seen items: give one list each.")
-        seen = self._seen_here(seen, allowed)
+        if seen is None or not len(seen.values):
+            if len(user_BD) <= BLOCK:
+                return self._search_block(user_BD, k, None, allowed)
+            blocks, seen = [np.arange(len(user_BD))], None
+        else:
+            seen = self._seen_here(seen, allowed)
+            blocks = list(blocks_by_length(seen.lengths, extra=k))
         score_BK, item_row_BK = empty_answer(len(user_BD), k)
-        for users in blocks_by_length(seen.lengths, extra=k):
-            part = seen.take(users)
-            score_BK[users], item_row_BK[users] = self._search_block(user_BD[users], k, part, allowed)
+        for block in blocks:
+            for start in range(0, len(block), BLOCK):
+                users = block[start : start + BLOCK]
+                taken = None if seen is None else seen.take(users)
+                score_BK[users], item_row_BK[users] = self._search_block(user_BD[users], k, taken, allowed)
         return score_BK, item_row_BK
 
     def search_unseen(self, user_BD: np.ndarray, k: int, seen: Lists) -> Answer:
