@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from trec_twotower.config import TowerConfig, TrainConfig
+from trec_twotower.data.batch import Listed
 
 
 class Tower(nn.Module):
@@ -29,6 +30,7 @@ class Tower(nn.Module):
         if config.project:
             layers.append(nn.Linear(width, dim))
         self.layers = nn.Sequential(*layers)
+        self.encoders = nn.ModuleDict()  # of the sequences, by the features' names
         self._compiled: Callable[[Tensor], Tensor] | None = None
         self._precision = "fp32"
         self._micro_batch: int | None = None
@@ -42,21 +44,35 @@ class Tower(nn.Module):
         if config.compile:
             self._compiled = torch.compile(self.layers.forward, dynamic=True)
         if config.optimizer.ema is not None:
-            self._averaged = [name for name, _ in self.layers.named_parameters()]
-            for name, weight in self.layers.named_parameters():
+            weights = dict(self.named_parameters())
+            self._averaged = list(weights)
+            for name, weight in weights.items():
                 self.register_buffer(_average_of(name), weight.detach().clone())
 
     def forward(self, feature_BE: Tensor) -> Tensor:
-        if self.training:
-            vector_BD = self._in_parts(feature_BE)
-        elif self._averaged:
-            averages = {name: getattr(self, _average_of(name)) for name in self._averaged}
-            vector_BD = torch.func.functional_call(self.layers, averages, (feature_BE,))
-        else:
-            vector_BD = self.layers(feature_BE)
+        vector_BD = self._in_parts(feature_BE) if self.training else self._averaging(self.layers, "layers.", feature_BE)
         if self.note_length is not None:
             self.note_length(vector_BD)
         return F.normalize(vector_BD, dim=1) if self.is_unit else vector_BD
+
+    def encode_steps(self, name: str, item_UD: Tensor, listed: Listed) -> Tensor:
+        """(B, D): the vectors of a sequence, of the distinct items' vectors and of how its steps take them."""
+        encoder = self.encoders[name]
+        if not self.training:
+            return self._averaging(encoder, f"encoders.{name}.", item_UD, listed)
+        if self._precision == "fp32":
+            return encoder(item_UD, listed)
+        with torch.autocast(item_UD.device.type, torch.bfloat16):
+            return encoder(item_UD, listed).float()
+
+    def _averaging(self, part: nn.Module, prefix: str, *inputs: object) -> Tensor:
+        """What a part of this tower makes of its inputs, with averaged weights where there are some."""
+        averages = {
+            name.removeprefix(prefix): getattr(self, _average_of(name))
+            for name in self._averaged
+            if name.startswith(prefix)
+        }
+        return torch.func.functional_call(part, averages, inputs) if averages else part(*inputs)
 
     def _in_parts(self, feature_BE: Tensor) -> Tensor:
         """All rows, or `micro_batch` of them at a time, of which the backward pass recomputes what it needs.
@@ -79,11 +95,11 @@ class Tower(nn.Module):
     @torch.no_grad()
     def move_average(self, decay: float) -> None:
         """average = decay * average + (1 - decay) * weight."""
-        weights = dict(self.layers.named_parameters())
+        weights = dict(self.named_parameters())
         averages = [getattr(self, _average_of(name)) for name in self._averaged]
         if averages:
             torch._foreach_lerp_(averages, [weights[name] for name in self._averaged], 1.0 - decay)
 
 
 def _average_of(name: str) -> str:
-    return "average_" + name.replace(".", "_")
+    return "average_" + name.removeprefix("layers.").replace(".", "_")
