@@ -25,7 +25,7 @@ from pydantic import (
 )
 
 from trec_twotower.errors import ConfigError, nearest
-from trec_twotower.schema import FeatureSpec, Schema, Seed, Settings, TableSpec
+from trec_twotower.schema import FeatureSpec, Schema, Seed, Settings, Side, TableSpec
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -61,6 +61,7 @@ class DataConfig(Settings):
 class TowerConfig(Settings):
     """A multi-layer perceptron from the features to the vector."""
 
+    combine: Literal["concat", "sum"] = "concat"  # of the features' vectors; sum: all are of one dim, none a number
     mlp: tuple[PositiveInt, ...] = ()  # widths of the hidden layers, each with ReLU
     project: bool = True  # a last linear layer to model.dim; false: the features' width must be model.dim
     dropout: float = Field(default=0.0, ge=0, lt=1)  # of the features that enter
@@ -445,8 +446,18 @@ class RunConfig(Settings):
     @model_validator(mode="after")
     def _parts_fit(self) -> Self:
         schema = self.feature_schema
-        for side, tower in (("user", self.model.user_tower), ("item", self.model.item_tower)):
-            width = schema.width(side)  # type: ignore[arg-type]
+        sides: list[tuple[Side, TowerConfig]] = [("user", self.model.user_tower), ("item", self.model.item_tower)]
+        for side, tower in sides:
+            widths = schema.widths(side)
+            width = sum(widths)
+            if tower.combine == "sum":
+                if len(set(widths)) > 1 or schema.numbers(side):
+                    numbers = ", numbers among them" if schema.numbers(side) else ""
+                    raise ValueError(
+                        f"model.{side}_tower.combine is sum, but the {side} features are {list(widths)} wide{numbers}: "
+                        "give all tables one dim and let numbers have bins, or set combine: concat."
+                    )
+                width = widths[0]
             last = tower.mlp[-1] if tower.mlp else width
             if not tower.project and last != self.model.dim:
                 raise ValueError(

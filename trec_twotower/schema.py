@@ -450,6 +450,11 @@ class Schema:
     def table_of(self, feature: FeatureSpec) -> TableSpec:
         return self.tables[feature.table_name]
 
+    def widths(self, side: Side) -> tuple[int, ...]:
+        """How many numbers each feature brings into the tower, in their order there; those without table together."""
+        numbers = sum(feature.num_numbers for feature in self.numbers(side))
+        return *(self.table_of(feature).dim for feature in self.sparse(side)), *([numbers] if numbers else [])
+
     def width(self, side: Side) -> int:
         """E: how many numbers enter the tower (pooled bags, then the features without table)."""
         numbers = sum(feature.num_numbers for feature in self.numbers(side))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +13,17 @@ from trec_twotower.config import TowerConfig, TrainConfig
 from trec_twotower.data.batch import Listed
 
 
+class Summed(nn.Module):
+    """The sum of features that stand side by side, each as wide as the others."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.count = count
+
+    def forward(self, feature_BE: Tensor) -> Tensor:
+        return feature_BE.unflatten(1, (self.count, -1)).sum(1) if self.count > 1 else feature_BE
+
+
 class Tower(nn.Module):
     """Hidden layers with ReLU, then (unless `project` is off) a linear layer to `dim`; E in, D out.
 
@@ -20,10 +31,14 @@ class Tower(nn.Module):
     encodes with the averaged weights when it is not being trained, and keeps both.
     """
 
-    def __init__(self, width: int, dim: int, config: TowerConfig, *, is_unit: bool) -> None:
+    def __init__(self, widths: Sequence[int], dim: int, config: TowerConfig, *, is_unit: bool) -> None:
         super().__init__()
+        width = sum(widths)
         self.is_unit = is_unit  # cosine similarity: the vectors have length 1
         layers: list[nn.Module] = [nn.Dropout(config.dropout)] if config.dropout else []
+        if config.combine == "sum":
+            layers.append(Summed(len(widths)))
+            width = widths[0]
         for hidden in config.mlp:
             layers += [nn.Linear(width, hidden), nn.ReLU()]
             width = hidden

@@ -41,8 +41,8 @@ class TwoTower(nn.Module):
         self.tables = build_tables(schema)
         self.lists = build_lists(schema)
         is_unit = model.similarity == "cosine"
-        self.user_tower = Tower(schema.width("user"), model.dim, model.user_tower, is_unit=is_unit)
-        self.item_tower = Tower(schema.width("item"), model.dim, model.item_tower, is_unit=is_unit)
+        self.user_tower = Tower(schema.widths("user"), model.dim, model.user_tower, is_unit=is_unit)
+        self.item_tower = Tower(schema.widths("item"), model.dim, model.item_tower, is_unit=is_unit)
         for feature in schema.sequences:
             self.user_tower.encoders[feature.name] = SequenceInput(feature, schema.table_of(feature).dim)
         self.watch = Watch(is_unit=is_unit)
