@@ -413,7 +413,8 @@ def _with_margin(scanner: Scanner, judge: _Judge, fit: Fit, config: IndexConfig,
     score_BP, list_BP = scanner.coarse.nearest(vector_BD, min(fit.most_lists, scanner.num_lists))
     foretold_B = fit.foretell(score_BP, scanner.coarse.size_L[list_BP], judge.k)
     lowest_B = np.where(np.isfinite(score_BP), score_BP, np.inf).min(axis=1)
-    low, most = float((foretold_B - score_BP[:, 0]).min()), float((foretold_B - lowest_B).max()) * 1.0001 + 1e-6
+    low, most = float((foretold_B - score_BP[:, 0]).min()), float((foretold_B - lowest_B).max())
+    most += 1e-4 * abs(most) + 1e-6  # below 0 where a k near the whole catalogue has a worse k-th best than any list
 
     def recall(margin: float) -> float:
         return judge.recall(_scan(scanner, judge, replace(fit, margin=margin))[0])
@@ -453,7 +454,7 @@ def _unreachable(best: float, k: int, scanner: Scanner, config: IndexConfig) -> 
         f"index.target_recall {config.target_recall:g} cannot be reached by {type(scanner.parts[0].base).__name__} of "
         f"this recipe: scanning everything finds {best:.4f} of the best {k:,}, since its codes are too coarse. Lower "
         f"index.target_recall to {np.floor(best * 1000) / 1000:g}, or allow finer codes: more index.memory_gb, or an "
-        "index.factory with SQfp16 or Refine(SQfp16)."
+        f"index.factory such as IVF{scanner.num_lists or 1024},Flat."
     )
 
 
