@@ -62,6 +62,8 @@ def features(score_BP: np.ndarray, size_BP: np.ndarray, k: int) -> np.ndarray:
     else:
         place_BR = (held_BP[:, :, None] < REACH * k).sum(axis=1)
     np.minimum(place_BR, score_BP.shape[1] - 1, out=place_BR)
+    if (score_BP[:, -1] == -np.inf).any():  # lists that do not count, behind those that do
+        np.minimum(place_BR, np.maximum((score_BP > -np.inf).sum(axis=1) - 1, 0)[:, None], out=place_BR)
     feature_BF = np.empty((len(score_BP), 1 + len(REACH)))
     feature_BF[:, 0] = score_BP[:, 0]
     feature_BF[:, 1:] = score_BP[np.arange(len(score_BP))[:, None], place_BR]
