@@ -97,6 +97,10 @@ def build_parser() -> argparse.ArgumentParser:
         "--without", action="append", default=[], metavar="ID", help="not this item; may be repeated"
     )
 
+    report = command("report", _report, "the run in pictures, one HTML file of all that was done so far")
+    report.add_argument("run_dir", metavar="RUN", type=Path, help="a run folder, made by train")
+    report.add_argument("--colour", metavar="COLUMN", help="of items/, for the map (default: the first category)")
+
     plan = command("plan", _plan, "which rank would hold which part of which table, and how many bytes")
     plan.add_argument("config", type=Path, metavar="CONFIG")
     plan.add_argument("--ranks", type=int, required=True, metavar="N")
@@ -314,6 +318,17 @@ def _recommend(options: argparse.Namespace) -> int:
             print("and gets:")
             for place, item in enumerate(answer.items, 1):
                 print(f"  {place:>3}  {item.score:>8.4f}  {in_words(item.about)}  [{item.item_id}]")
+    return 0
+
+
+def _report(options: argparse.Namespace) -> int:
+    from trec_twotower.run import Run
+
+    run = Run.open(options.run_dir)
+    _quiet()
+    from trec_twotower.report import write_report
+
+    print(write_report(run, options.colour))
     return 0
 
 
