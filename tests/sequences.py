@@ -13,6 +13,16 @@ from trec_twotower.config import RunConfig, validate
 
 NUM_ITEMS, NUM_ROWS = 23, 90
 LISTS = {"history": pa.list_(pa.int64()), "when": pa.list_(pa.int64()), "did": pa.list_(pa.string())}
+TOWERS: dict[str, dict[str, Any]] = {
+    "sum": {"combine": "sum"},
+    "short": {"short": ["history"]},
+    "gating": {"gating": {"reduction": 1}, "mlp": [8]},
+    "gating by": {"gating": {"by": ["liked"]}},
+    "crosses": {"crosses": 2},
+    "experts": {"experts": {"count": 3, "width": 8}},
+    "experts of few": {"experts": {"count": 3, "width": 8, "top": 1, "balance": 0.5}},
+    "all": {"crosses": 1, "short": ["history"], "gating": {}, "experts": {"count": 2, "width": 8}, "mlp": [8]},
+}
 
 
 def write_steps(folder: Path, num_rows: int = NUM_ROWS) -> Path:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tests.ranks.launch import SAID_BY_TORCHREC, torchrun
-from tests.sequences import NUM_ITEMS, steps_config, write_steps
+from tests.sequences import NUM_ITEMS, TOWERS, steps_config, write_steps
 from trec_twotower.data.batch import make_batch
 from trec_twotower.data.dataset import Dataset
 from trec_twotower.data.features import Sources
@@ -231,7 +231,12 @@ def furthest(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) ->
     return max(float((first[name] - second[name]).abs().max()) for name in first if first[name].numel())
 
 
-CASES = [*(f"plan {plan}" for plan in PLANS), *(f"encoder {kind}" for kind in ENCODER_PARAMETERS), "pipeline"]
+CASES = [
+    *(f"plan {plan}" for plan in PLANS),
+    *(f"encoder {kind}" for kind in ENCODER_PARAMETERS),
+    *(f"tower {name}" for name in TOWERS),
+    "pipeline",
+]
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -261,10 +266,10 @@ def test_a_resumed_run_goes_on_as_one_that_never_stopped(case, num_ranks, made):
     assert results[f"resumed {case}"] == results[f"at once {case}"]
 
 
-@pytest.mark.parametrize("kind", ENCODER_PARAMETERS)
-def test_every_encoder_is_indexed_and_recommends(kind, made, lone_rank):
+@pytest.mark.parametrize("case", [case for case in CASES if case.startswith(("encoder", "tower"))])
+def test_every_part_is_indexed_and_recommends(case, made, lone_rank):
     """What two ranks trained and exported, one rank indexes and serves; the history names items of no catalogue."""
-    run = Run.open(made[2][1] / f"encoder-{kind}")
+    run = Run.open(made[2][1] / case.replace(" ", "-"))
     exported = read_export(run.folder / "export")
     index = build_index(exported.item_ID, exported.user_QD, run.config.index)
     manifest = exported.manifest

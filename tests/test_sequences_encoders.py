@@ -11,7 +11,7 @@ from torch import Tensor
 
 from trec_twotower.config import validate
 from trec_twotower.errors import ConfigError
-from trec_twotower.model.sequence import ENCODERS, Heads, SequenceEncoder, turned
+from trec_twotower.model.sequence import ENCODERS, Dropout, Heads, SequenceEncoder, turned
 from trec_twotower.schema import ENCODER_PARAMETERS, EncoderSpec
 
 DIM, LONGEST = 8, 12
@@ -159,6 +159,17 @@ def test_a_causal_transformer_equals_torchs_own_layer():
     mask = torch.nn.Transformer.generate_square_subsequent_mask(5)
     expected = encoder.last(layer(step_ND[None], src_mask=mask, is_causal=True)[0, -1])
     assert torch.allclose(encoder(step_ND, length_B)[0], expected, atol=1e-5)
+
+
+def test_dropout_keeps_the_mean_and_a_share_of_the_numbers():
+    torch.manual_seed(0)
+    dropped = Dropout(0.6)(torch.ones(1001, 33))
+    assert sorted(dropped.unique().tolist()) == pytest.approx([0.0, 256 / 102])  # .6 is 154 / 256, nearly
+    assert float((dropped == 0).float().mean()) == pytest.approx(0.6, abs=0.01)
+    assert float(dropped.mean()) == pytest.approx(1.0, abs=0.02)
+    columns = (dropped == 0).float()
+    assert float((columns[:, 0] * columns[:, 1]).mean()) == pytest.approx(0.36, abs=0.05)  # neighbours are independent
+    assert Dropout(0.6).eval()(columns).equal(columns) and Dropout(0.0)(columns).equal(columns)
 
 
 def test_turned_products_depend_on_distances_alone():

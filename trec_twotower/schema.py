@@ -455,6 +455,16 @@ class Schema:
         numbers = sum(feature.num_numbers for feature in self.numbers(side))
         return *(self.table_of(feature).dim for feature in self.sparse(side)), *([numbers] if numbers else [])
 
+    def parts(self, side: Side) -> list[str]:
+        """The feature of each of `widths`; of numbers, the first stands for all."""
+        numbers = self.numbers(side)
+        return [feature.name for feature in (*self.sparse(side), *numbers[:1])]
+
+    def place(self, side: Side, name: str) -> int:
+        """Which of `widths` a feature is in."""
+        names = self.parts(side)
+        return names.index(name) if name in names else len(names) - 1
+
     def width(self, side: Side) -> int:
         """E: how many numbers enter the tower (pooled bags, then the features without table)."""
         numbers = sum(feature.num_numbers for feature in self.numbers(side))

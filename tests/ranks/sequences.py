@@ -19,7 +19,7 @@ from trec_twotower.cli import _quiet
 _quiet()
 
 from tests.ranks.states import whole_state  # noqa: E402
-from tests.sequences import steps_config  # noqa: E402
+from tests.sequences import TOWERS, steps_config  # noqa: E402
 from trec_twotower import train as training  # noqa: E402
 from trec_twotower.config import RunConfig  # noqa: E402
 from trec_twotower.distributed import Ranks, start_ranks  # noqa: E402
@@ -35,6 +35,10 @@ SGD = {"epochs": 1, "log_every": 1, "optimizer": {"sparse": "sgd", "lr": 0.5}}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     **{f"plan {plan}": (plan, {"train": SGD}) for plan in ("table_wise", "row_wise", "column_wise")},
     **{f"encoder {kind}": ("auto", {"history": {"encoder": {"kind": kind}}}) for kind in ENCODER_PARAMETERS},
+    **{
+        f"tower {name}": ("auto", {"model": {"dim": 8, "user_tower": parts}, "train": SGD})
+        for name, parts in TOWERS.items()
+    },
     "pipeline": ("row_wise", {"train": {**SGD, "pipeline": "sparse_dist"}}),
 }
 

@@ -37,7 +37,7 @@ class SequenceInput(nn.Module):
         # They start at zero: what a gap or an action says is learned as a difference from saying nothing.
         self.gap = _zeros(GAP_BUCKETS, dim) if feature.times else None
         self.action = _zeros(feature.action_buckets, dim) if feature.actions else None
-        self.dropout = nn.Dropout(spec.dropout)
+        self.dropout = Dropout(spec.dropout)
         self.encoder = ENCODERS[spec.kind](spec, dim, feature.max_length)
 
     def forward(self, item_UD: Tensor, listed: Listed) -> Tensor:
@@ -51,6 +51,24 @@ class SequenceInput(nn.Module):
             assert listed.action is not None
             step_ND = step_ND + self.action(listed.action)
         return self.encoder(self.dropout(step_ND), listed.length)
+
+
+class Dropout(nn.Module):
+    """Zero for a share of the numbers in training, the others scaled up; the share is rounded to a 256th.
+
+    torch's own draws a float each, which took a fifth of a step of wide sequences on CPU; this one draws a byte.
+    """
+
+    def __init__(self, share: float) -> None:
+        super().__init__()
+        self.least = round(share * 256)
+
+    def forward(self, value: Tensor) -> Tensor:
+        if not self.training or not self.least:
+            return value
+        words = torch.empty(-(-value.numel() // 8), dtype=torch.int64, device=value.device).random_(-(1 << 63), None)
+        is_kept = words.view(torch.uint8)[: value.numel()].view_as(value) >= self.least
+        return value * (is_kept * (256 / max(256 - self.least, 1)))
 
 
 def _zeros(rows: int, dim: int) -> nn.Embedding:

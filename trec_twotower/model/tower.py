@@ -11,17 +11,8 @@ from torch.utils.checkpoint import checkpoint
 
 from trec_twotower.config import TowerConfig, TrainConfig
 from trec_twotower.data.batch import Listed
-
-
-class Summed(nn.Module):
-    """The sum of features that stand side by side, each as wide as the others."""
-
-    def __init__(self, count: int) -> None:
-        super().__init__()
-        self.count = count
-
-    def forward(self, feature_BE: Tensor) -> Tensor:
-        return feature_BE.unflatten(1, (self.count, -1)).sum(1) if self.count > 1 else feature_BE
+from trec_twotower.distributed import Ranks
+from trec_twotower.model.parts import Crosses, Experts, FeatureDropout, FeatureGates, ShortLong, Summed
 
 
 class Tower(nn.Module):
@@ -31,15 +22,36 @@ class Tower(nn.Module):
     encodes with the averaged weights when it is not being trained, and keeps both.
     """
 
-    def __init__(self, widths: Sequence[int], dim: int, config: TowerConfig, *, is_unit: bool) -> None:
+    def __init__(
+        self,
+        widths: Sequence[int],
+        dim: int,
+        config: TowerConfig,
+        *,
+        is_unit: bool,
+        place: Callable[[str], int] = lambda name: 0,
+    ) -> None:
+        """`widths` are those of the features that enter side by side, and `place` says which of them a name is."""
         super().__init__()
-        width = sum(widths)
         self.is_unit = is_unit  # cosine similarity: the vectors have length 1
         layers: list[nn.Module] = [nn.Dropout(config.dropout)] if config.dropout else []
+        if config.drop:
+            by_place = {place(name): rate for name, rate in config.drop.items()}
+            layers.append(FeatureDropout(widths, [by_place.get(number, 0.0) for number in range(len(widths))]))
+        if config.gating is not None:
+            layers.append(FeatureGates(widths, config.gating, sorted({place(name) for name in config.gating.by})))
+        if config.crosses:
+            layers.append(Crosses(sum(widths), config.crosses))
         if config.combine == "sum":
             layers.append(Summed(len(widths)))
-            width = widths[0]
-        for hidden in config.mlp:
+        width = widths[0] if config.combine == "sum" else sum(widths)
+        if config.short:
+            layers.append(ShortLong(widths, sorted({place(name) for name in config.short}), dim))
+            width = dim
+        if config.experts is not None:
+            layers.append(Experts(width, config.experts))
+        width, *hidden_widths = config.widths(widths, dim)
+        for hidden in hidden_widths:
             layers += [nn.Linear(width, hidden), nn.ReLU()]
             width = hidden
         if config.project:
@@ -69,6 +81,21 @@ class Tower(nn.Module):
         if self.note_length is not None:
             self.note_length(vector_BD)
         return F.normalize(vector_BD, dim=1) if self.is_unit else vector_BD
+
+    def penalty(self, ranks: Ranks) -> Tensor | None:
+        """What its experts add to the loss of the last batch; None where nothing. All ranks call together."""
+        added = [part.penalty(ranks) for part in self.layers if isinstance(part, Experts) and part.config.top]
+        return added[0] if added else None
+
+    def figures(self) -> dict[str, float]:
+        """What its parts tell of this rank's last batch."""
+        found: dict[str, float] = {}
+        for part in self.layers:
+            if isinstance(part, ShortLong) and part.mean_gate is not None:
+                found["gate"] = float(part.mean_gate)
+            if isinstance(part, Experts):
+                found |= {f"expert_{number}": weight for number, weight in enumerate(part.use())}
+        return found
 
     def encode_steps(self, name: str, item_UD: Tensor, listed: Listed) -> Tensor:
         """(B, D): the vectors of a sequence, of the distinct items' vectors and of how its steps take them."""

@@ -23,7 +23,9 @@ from trec_twotower.model.sequence import SequenceInput
 from trec_twotower.model.temperature import Temperature
 from trec_twotower.model.tower import Tower
 from trec_twotower.model.watch import Histogram, Watch
-from trec_twotower.schema import Schema, key, part_of
+from trec_twotower.schema import Schema, Side, key, part_of
+
+SIDES: tuple[Side, Side] = ("user", "item")
 
 
 class TwoTower(nn.Module):
@@ -41,8 +43,10 @@ class TwoTower(nn.Module):
         self.tables = build_tables(schema)
         self.lists = build_lists(schema)
         is_unit = model.similarity == "cosine"
-        self.user_tower = Tower(schema.widths("user"), model.dim, model.user_tower, is_unit=is_unit)
-        self.item_tower = Tower(schema.widths("item"), model.dim, model.item_tower, is_unit=is_unit)
+        self.user_tower, self.item_tower = (
+            Tower(schema.widths(side), model.dim, config, is_unit=is_unit, place=partial(schema.place, side))
+            for side, config in zip(SIDES, (model.user_tower, model.item_tower), strict=True)
+        )
         for feature in schema.sequences:
             self.user_tower.encoders[feature.name] = SequenceInput(feature, schema.table_of(feature).dim)
         self.watch = Watch(is_unit=is_unit)
@@ -81,6 +85,9 @@ class TwoTower(nn.Module):
         self.watch.look(user_BD, column_CD, among)
         loss = LOSSES[self.loss.kind](user_BD, column_CD, among, **parameters)
         share = self.ranks.num_ranks / batch.num_rows_of_all_ranks
+        for tower in (self.user_tower, self.item_tower):
+            penalty = tower.penalty(self.ranks)
+            loss = loss if penalty is None else loss + penalty / share
         return loss * share + self._regularised(user_BD, item_CD, batch, relations, share)
 
     def _with_queue(self, item_CD: Tensor, batch: Batch, relations: Relations) -> tuple[Tensor, Relations]:
@@ -131,7 +138,12 @@ class TwoTower(nn.Module):
     def figures(self) -> dict[str, float | Histogram]:
         """What the log should show beside the loss; all ranks call together."""
         temperature = {} if self.temperature is None else {"temperature": self.temperature().item()}
-        return {**temperature, **self.watch.figures(self.ranks)}
+        parts = {
+            f"{side}_{name}": value
+            for side, tower in zip(SIDES, (self.user_tower, self.item_tower), strict=True)
+            for name, value in tower.figures().items()
+        }
+        return {**temperature, **parts, **self.watch.figures(self.ranks)}
 
     def _pooled(self, batch: Batch) -> dict[str, Tensor]:
         """The pooled bags by key, and what the encoders make of the sequences."""
