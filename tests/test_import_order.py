@@ -30,7 +30,7 @@ LAYERS = """
     optimizer sharding plan checkpoint_storage checkpoint encode run failures refresh pipeline spectral train export
     metrics index.engine index.probing index.recipe index.scan index.filters index.search index.build index.neighbours
     index
-    baselines slices evaluate rerank serve report
+    exhaustive baselines slices evaluate rerank serve report
     torchrun doctor demo cli __main__
 """
 ORDER = LAYERS.split()
