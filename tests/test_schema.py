@@ -86,11 +86,11 @@ def test_what_clashes_is_refused_by_name(tables, user, item, message):
         ({"kind": "id", "table": "t", "dim": 5}, "names table 't' and also gives buckets or dim"),
         ({"kind": "id"}, "needs `table` (one declared under tables), or both `buckets` and `dim`"),
         ({"kind": "bag", "buckets": 5}, "needs `table` (one declared under tables), or both `buckets` and `dim`"),
-        ({"kind": "number", "table": "t"}, "is a number, which has no table: remove that"),
-        ({"kind": "number", "buckets": 5, "dim": 5}, "is a number, which has no buckets, dim: remove that"),
-        ({"kind": "number", "max_length": 5}, "is a number, which has no max_length"),
-        ({"kind": "id", "table": "t", "max_length": 5}, "of kind 'id'; max_length and weights belong to a bag"),
-        ({"kind": "category", "table": "t", "weights": "w"}, "of kind 'category'; max_length and weights belong"),
+        ({"kind": "number", "table": "t"}, "is of kind 'number', which has no table: remove that"),
+        ({"kind": "number", "buckets": 5, "dim": 5}, "is of kind 'number', which has no buckets: remove that"),
+        ({"kind": "number", "max_length": 5}, "is of kind 'number', which has no max_length"),
+        ({"kind": "id", "table": "t", "max_length": 5}, "of kind 'id', which has no max_length"),
+        ({"kind": "category", "table": "t", "weights": "w"}, "of kind 'category', which has no weights"),
     ],
 )
 def test_a_feature_takes_only_what_its_kind_has(feature, message):

@@ -17,6 +17,7 @@ from trec_twotower.data.catalogue import check_side
 from trec_twotower.data.dataset import Split
 from trec_twotower.data.hashing import mix
 from trec_twotower.data.lists import Lists
+from trec_twotower.data.numbers import learn_statistics, normalise
 from trec_twotower.data.transforms import (
     Columns,
     Statistics,
@@ -25,8 +26,6 @@ from trec_twotower.data.transforms import (
     check_kind,
     is_id_list,
     key_lists,
-    learn_statistics,
-    normalise,
     one_chunk,
     pooling_divisor,
     transform,

@@ -77,6 +77,9 @@ def build_parser() -> argparse.ArgumentParser:
     folder(evaluate)
     evaluate.add_argument("--split", default="test", help="the part of the dataset to find (default test)")
     evaluate.add_argument("--index", action="store_true", help="also through the tuned index")
+    evaluate.add_argument(
+        "--slice", action="append", default=[], metavar="NAME", help="also told apart by user.COLUMN or item.COLUMN"
+    )
     evaluate.add_argument("--rankings", type=Path, metavar="FILE", help="also write user_id, item_ids as Parquet")
 
     recommend = command("recommend", _recommend, "what a user gets, and from which history")
@@ -278,6 +281,7 @@ def _evaluate(options: argparse.Namespace) -> int:
             checkpoint=options.checkpoint,
             through_index=options.index,
             rankings=options.rankings,
+            slices=options.slice,
         )
         if ranks.is_first:
             print(table)

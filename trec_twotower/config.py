@@ -366,17 +366,36 @@ class CheckpointConfig(Settings):
     in_background: bool = True  # training goes on when a rank's shards are copied; costs memory for that copy
 
 
+METRICS = ("recall", "ndcg", "hit", "mrr", "map", "precision")  # of one user's ranking, each at every evaluate.k
+SLICES = ("tail", "popularity", "activity")  # beside user.COLUMN and item.COLUMN
+
+
 class EvaluateConfig(Settings):
     k: tuple[PositiveInt, ...] = (10, 20, 50)
     best: str = "recall@20"  # the validation metric that chooses the best step
     users: PositiveInt | None = None  # during training: a seeded sample of so many; default: all
     block: PositiveInt = 1024  # users scored together
+    # What `evaluate` reports beside the metrics; training measures none of it.
+    slices: tuple[str, ...] = SLICES
+    item_to_item: bool = True  # the baseline of items that were taken together
+    bootstrap: int = Field(default=1000, ge=0)  # resamples of the users, for intervals; 0: no intervals
 
     @model_validator(mode="after")
     def _best_is_measured(self) -> Self:
-        known = [f"{name}@{k}" for k in self.k for name in ("recall", "ndcg", "hit", "mrr", "precision")]
+        known = [f"{name}@{k}" for k in self.k for name in METRICS]
         if self.best not in known:
             raise ValueError(f"evaluate.best is {self.best!r}, which is not measured{nearest(self.best, known)}.")
+        return self
+
+    @model_validator(mode="after")
+    def _slices_are_known(self) -> Self:
+        for name in self.slices:
+            side, dot, column = name.partition(".")
+            if name not in SLICES and not (side in ("user", "item") and dot and column):
+                known = [*SLICES, "user.COLUMN", "item.COLUMN"]
+                raise ValueError(
+                    f"evaluate.slices names {name!r}{nearest(name, known)}: give any of {', '.join(known)}."
+                )
         return self
 
 

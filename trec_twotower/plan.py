@@ -214,7 +214,7 @@ class _Footer:
 
 def _mean_ids(side: Side, feature: FeatureSpec, config: RunConfig, footer: _Footer | None) -> float:
     if feature.kind != "bag":
-        return 1.0
+        return 2.0 if feature.soft else 1.0
     mean = footer.mean_length(feature.reads) if footer else None
     if mean is None and footer and side == "user" and config.data.rows == "user":
         taken = footer.mean_length(POSITIVES)  # of which a part is input

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import TYPE_CHECKING, Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
@@ -19,6 +20,13 @@ Kind = Literal["id", "category", "number", "bag"]
 Kernel = Literal["fused", "fused_uvm", "fused_uvm_caching"]
 ShardingKind = Literal["auto", "table_wise", "row_wise", "column_wise", "table_row_wise", "data_parallel"]
 Seed = Annotated[int, Field(ge=0, lt=1 << 63)]
+# What a feature may say beside name, kind and column, by its kind.
+SETTINGS: dict[Kind, frozenset[str]] = {
+    "id": frozenset({"table", "buckets", "dim"}),
+    "category": frozenset({"table", "buckets", "dim"}),
+    "bag": frozenset({"table", "buckets", "dim", "max_length", "pooling", "weights"}),
+    "number": frozenset({"dim", "normalise", "nan", "clip", "bins", "soft"}),
+}
 
 
 class Settings(BaseModel):
@@ -79,7 +87,8 @@ class FeatureSpec(Settings):
     id        one int64 or string a row, never null
     category  one int64 or string a row; null has a table row of its own
     bag       a list of ids a row, pooled; null and empty lists are the zero vector, null elements are dropped
-    number    one number a row, normalised, beside an indicator that is 1 where it is null
+    number    one number a row, clipped and normalised, beside an indicator that is 1 where it is null; with `bins`
+              a row of a table for each bin and one for null
     """
 
     name: str = Field(min_length=1)
@@ -91,21 +100,61 @@ class FeatureSpec(Settings):
     max_length: PositiveInt | None = None  # bag: the newest (last) so many elements count
     pooling: Literal["sum", "mean", "sqrtn"] = "mean"  # bag
     weights: str | None = None  # bag: a column of lists, as long as the ids' lists
-    normalise: Literal["zscore", "minmax", "log1p", "none"] = "zscore"  # number
+    normalise: Literal["zscore", "minmax", "log1p", "quantile", "none"] = "zscore"  # number
     nan: Literal["error", "missing"] = "error"  # number: whether NaN and infinity may stand for null
+    clip: tuple[float | None, float | None] | None = None  # number: least and most, or null; before all else
+    # number: so many bins of equal count, or the values at which a new bin begins; each has a row of `dim`.
+    bins: Annotated[int, Field(ge=2, le=10_000)] | tuple[float, ...] | None = None
+    soft: bool = False  # number: between two bins' values the row of each, in proportion, so that near is alike
 
     @property
     def reads(self) -> str:
         return self.column or self.name
 
     @property
+    def all_columns(self) -> tuple[str, ...]:
+        """Every column that the feature reads, `reads` first."""
+        return tuple(dict.fromkeys(name for name in (self.reads, self.weights) if name is not None))
+
+    @property
     def is_sparse(self) -> bool:
-        return self.kind != "number"
+        """Whether it looks up a table; the others enter the tower as they are."""
+        return self.kind != "number" or self.bins is not None
+
+    @property
+    def is_list(self) -> bool:
+        """Whether a row may hold any number of table rows."""
+        return self.kind == "bag" or self.soft
+
+    @property
+    def is_weighted(self) -> bool:
+        """Whether its table rows come with weights."""
+        return self.weights is not None or self.soft
+
+    @property
+    def learns(self) -> bool:
+        """Whether something is learned from the data before the first step, and kept with the run."""
+        return self.kind == "number"
+
+    @property
+    def num_numbers(self) -> int:
+        """How many numbers enter the tower from a feature without table: a number and its indicator."""
+        return 0 if self.is_sparse else 2
 
     @property
     def table_name(self) -> str:
         """The table this feature looks up; its own is named after it."""
         return self.table or self.name
+
+    @property
+    def own_table(self) -> TableSpec:
+        """The table of a feature that names none."""
+        buckets = self.buckets
+        if self.bins is not None:
+            values = self.bins if isinstance(self.bins, int) else len(self.bins) + (not self.soft)
+            buckets = values + 1  # the first is null's
+        assert buckets is not None and self.dim is not None
+        return TableSpec(buckets=buckets, dim=self.dim)
 
     def hash(self, array: pa.Array, table: TableSpec | None = None) -> pa.Array:
         """The table rows that training looks up for a column: integers, or lists of them for a bag.
@@ -118,33 +167,35 @@ class FeatureSpec(Settings):
 
         from trec_twotower.data.transforms import check_kind, transform
 
-        if not self.is_sparse:
-            raise ConfigError(f"feature {self.name!r} is a number, which looks up no table: there is nothing to hash.")
+        if self.kind not in ("id", "category", "bag"):
+            raise ConfigError(f"feature {self.name!r} is a {self.kind}, whose column is not hashed by itself.")
         if (table is None) != (self.table is None):
             wanted = f"names table {self.table!r}: give its" if self.table else "has a table of its own: give no"
             raise ConfigError(f"feature {self.name!r} {wanted} TableSpec.")
-        if table is None:
-            assert self.buckets is not None and self.dim is not None
-            table = TableSpec(buckets=self.buckets, dim=self.dim)
         where = f"the column given for feature {self.name!r}"
         check_kind(self, array.type, where)
         rows = pa.table({self.reads: array})
-        lists = transform([self.model_copy(update={"weights": None})], {self.table_name: table}, {}, rows, where)
-        found = lists.sparse[self.name]
+        tables = {self.table_name: table or self.own_table}
+        found = transform([self.model_copy(update={"weights": None})], tables, {}, rows, where).sparse[self.name]
         if found.is_single:
             return pa.array(found.values)
         return pa.LargeListArray.from_arrays(pa.array(found.offsets), pa.array(found.values))
 
     @model_validator(mode="after")
     def _fits_its_kind(self) -> Self:
-        own = self.buckets is not None or self.dim is not None
+        own = {"name", "kind", "column"} | SETTINGS[self.kind]
+        given = [
+            key
+            for key, field in type(self).model_fields.items()
+            if key not in own and getattr(self, key) != field.default
+        ]
+        if given:
+            raise ValueError(
+                f"feature {self.name!r} is of kind {self.kind!r}, which has no {', '.join(given)}: remove that."
+            )
         if self.kind == "number":
-            given = [
-                key for key in ("table", "buckets", "dim", "max_length", "weights") if getattr(self, key) is not None
-            ]
-            if given:
-                raise ValueError(f"feature {self.name!r} is a number, which has no {', '.join(given)}: remove that.")
-        elif self.table is not None and own:
+            self._bins_fit()
+        elif self.table is not None and (self.buckets is not None or self.dim is not None):
             raise ValueError(
                 f"feature {self.name!r} names table {self.table!r} and also gives buckets or dim: "
                 f"keep `table` and set the size under tables.{self.table}, or drop `table`."
@@ -153,9 +204,28 @@ class FeatureSpec(Settings):
             raise ValueError(
                 f"feature {self.name!r} needs `table` (one declared under tables), or both `buckets` and `dim`."
             )
-        if self.kind != "bag" and (self.max_length is not None or self.weights is not None):
-            raise ValueError(f"feature {self.name!r} is of kind {self.kind!r}; max_length and weights belong to a bag.")
         return self
+
+    def _bins_fit(self) -> None:
+        low, high = self.clip or (None, None)
+        if low is not None and high is not None and low >= high:
+            raise ValueError(f"feature {self.name!r} has clip {[low, high]}: write the least first, then the most.")
+        if (self.bins is None) != (self.dim is None) or (self.bins is None and self.soft):
+            raise ValueError(
+                f"feature {self.name!r} has bins {self.bins}, dim {self.dim} and soft: {str(self.soft).lower()}: a "
+                "number with `bins` looks up rows of `dim`, one without has neither."
+            )
+        if isinstance(self.bins, tuple):
+            if not self.bins or any(one >= other for one, other in pairwise(self.bins)):
+                raise ValueError(
+                    f"feature {self.name!r} has bins {list(self.bins)}: write rising values, at least one."
+                )
+            if self.soft and len(self.bins) < 2:
+                raise ValueError(f"feature {self.name!r} is soft between {list(self.bins)}: name two values or more.")
+        if self.bins is not None and self.normalise != "zscore":
+            raise ValueError(
+                f"feature {self.name!r} has bins, to which normalise: {self.normalise} makes no difference: remove it."
+            )
 
 
 @dataclass(frozen=True)
@@ -189,13 +259,12 @@ class Schema:
                             f"`tables`{nearest(feature.table, tables)}: declare it, or give buckets and dim."
                         )
                     continue
-                assert feature.buckets is not None and feature.dim is not None
                 if feature.name in resolved:
                     raise ConfigError(
                         f"{side} feature {feature.name!r} would make a table {feature.name!r}, which exists already: "
                         f"share it with table: {feature.name}, or rename the feature (and set `column`)."
                     )
-                resolved[feature.name] = TableSpec(buckets=feature.buckets, dim=feature.dim)
+                resolved[feature.name] = feature.own_table
         used = {feature.table_name for feature in (*user, *item) if feature.is_sparse}
         idle = [name for name in resolved if name not in used]
         if idle:
@@ -210,6 +279,7 @@ class Schema:
         return [feature for feature in self.features(side) if feature.is_sparse]
 
     def numbers(self, side: Side) -> list[FeatureSpec]:
+        """The features without table."""
         return [feature for feature in self.features(side) if not feature.is_sparse]
 
     def keys(self) -> list[str]:
@@ -226,12 +296,13 @@ class Schema:
         return self.tables[feature.table_name]
 
     def width(self, side: Side) -> int:
-        """E: how many numbers enter the tower (pooled bags, then two per number)."""
-        return sum(self.table_of(feature).dim for feature in self.sparse(side)) + 2 * len(self.numbers(side))
+        """E: how many numbers enter the tower (pooled bags, then the features without table)."""
+        numbers = sum(feature.num_numbers for feature in self.numbers(side))
+        return sum(self.table_of(feature).dim for feature in self.sparse(side)) + numbers
 
     @cached_property
     def is_weighted(self) -> bool:
-        return any(feature.weights is not None for feature in (*self.user, *self.item))
+        return any(feature.is_weighted for feature in (*self.user, *self.item))
 
 
 def key(side: Side, feature: FeatureSpec) -> str:

@@ -204,13 +204,15 @@ def _keyed_jagged(
 
 
 def _numbers(schema: Schema, side: Side, pieces: list[Rows]) -> np.ndarray:
-    """(rows, two a number) of all pieces."""
-    names = [feature.name for feature in schema.numbers(side)]
-    number = np.empty((sum(rows.stop - rows.start for _, rows in pieces), 2 * len(names)), np.float32)
+    """(rows, all their columns) of the features without table, of all pieces."""
+    features = schema.numbers(side)
+    width = sum(feature.num_numbers for feature in features)
+    number = np.empty((sum(rows.stop - rows.start for _, rows in pieces), width), np.float32)
     row = 0
     for columns, rows in pieces:
-        below = row + rows.stop - rows.start
-        for place, name in enumerate(names):
-            number[row:below, 2 * place : 2 * place + 2] = columns.numbers[name][rows]
+        below, column = row + rows.stop - rows.start, 0
+        for feature in features:
+            number[row:below, column : column + feature.num_numbers] = columns.numbers[feature.name][rows]
+            column += feature.num_numbers
         row = below
     return number

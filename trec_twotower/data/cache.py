@@ -121,14 +121,14 @@ class _DigestedFile(io.BufferedWriter):
 
 
 def _to_arrow(examples: Examples) -> pa.RecordBatch:
-    """One column a feature: single values plain, bags as lists, numbers as pairs."""
+    """One column a feature: single values plain, bags as lists, numbers as lists of one length."""
     arrays: dict[str, pa.Array] = {}
     for name, lists in examples.user.sparse.items():
         arrays[f"sparse:{name}"] = _list_array(lists)
         if lists.weights is not None:
             arrays[f"weights:{name}"] = _list_array(Lists(lists.offsets, lists.weights))
     for name, number in examples.user.numbers.items():
-        arrays[f"number:{name}"] = pa.FixedSizeListArray.from_arrays(pa.array(number.reshape(-1)), 2)
+        arrays[f"number:{name}"] = pa.FixedSizeListArray.from_arrays(pa.array(number.reshape(-1)), number.shape[1])
     for name in LISTS:
         lists = getattr(examples, name)
         if lists is not None:
@@ -155,7 +155,7 @@ def _from_arrow(batch: pa.RecordBatch) -> Examples:
         if kind == "sparse":
             sparse[feature] = _lists(array, columns.get(f"weights:{feature}"))
         elif kind == "number":
-            numbers[feature] = array.flatten().to_numpy().reshape(-1, 2)
+            numbers[feature] = array.flatten().to_numpy().reshape(-1, array.type.list_size)
     parts: dict[str, Any] = {
         name: _lists(columns[name], columns.get(f"{name}_weights")) for name in LISTS if name in columns
     }

@@ -115,8 +115,8 @@ class _Hashing:
     keys               the 64-bit key of every row's id, and `slots`, the table that finds them
     ids                the ids themselves where they are not the keys: integers, or text with `id_offsets`
     counting           0 .. rows, the offsets of all features with one value a row
-    values:FEATURE     buckets; of a bag with offsets:FEATURE and, where it has some, weights:FEATURE
-    number:FEATURE     pairs of the normalised value and whether it is missing
+    values:FEATURE     buckets; of lists with offsets:FEATURE and, where they have some, weights:FEATURE
+    number:FEATURE     what enters the tower of features without table, such as a value and whether it is missing
     """
 
     def __init__(
@@ -136,9 +136,10 @@ class _Hashing:
         self.id_kind = kind.value_type if pa.types.is_dictionary(kind) else kind
         # The hashed ids serve those features that are the id; hashing text is the costly part.
         self.reuses_keys = all(feature.kind == "id" for feature in features if feature.reads == id_column)
-        reads = {feature.reads for feature in features} | {feature.weights for feature in features if feature.weights}
+        reads = {column for feature in features for column in feature.all_columns}
         self.reads = sorted(reads - ({id_column} if self.reuses_keys else set()))
-        self.is_large = split.num_rows * (1 + len(features)) > MAPPED_CELLS
+        num_cells = sum(1 + max(feature.num_numbers - 2, 0) for feature in features)
+        self.is_large = split.num_rows * (1 + num_cells) > MAPPED_CELLS
 
     def facts(self) -> dict[str, Any]:
         """All that the arrays depend on."""
@@ -158,7 +159,7 @@ class _Hashing:
         num_rows = self.split.num_rows
         keys = arrays.reserve("keys", np.int64, num_rows)
         table = KeyTable(keys, arrays.reserve("slots", np.int32, KeyTable.num_slots(num_rows)))
-        has_singles = any(feature.is_sparse and feature.kind != "bag" for feature in self.features)
+        has_singles = any(feature.is_sparse and not feature.is_list for feature in self.features)
         counting = arrays.reserve("counting", np.int64, num_rows + 1) if has_singles else None
         ends: dict[str, int] = {}
         doubles = []
@@ -216,7 +217,7 @@ class _Hashing:
             lists = columns.sparse[feature.name]
             kind = bucket_type(self.tables[feature.table_name].buckets)
             found[f"values:{feature.name}"] = lists.values.astype(kind, copy=False)
-            if feature.kind == "bag":
+            if feature.is_list:
                 found[f"offsets:{feature.name}"] = lists.offsets
                 if lists.weights is not None:
                     found[f"weights:{feature.name}"] = lists.weights
@@ -236,8 +237,8 @@ class _Hashing:
         for feature in self.features:
             name = feature.name
             if not feature.is_sparse:
-                numbers[name] = arrays[f"number:{name}"].reshape(-1, 2)
-            elif feature.kind == "bag":
+                numbers[name] = arrays[f"number:{name}"].reshape(-1, feature.num_numbers)
+            elif feature.is_list:
                 weights = arrays.get(f"weights:{name}")
                 sparse[name] = Lists(arrays[f"offsets:{name}"], arrays[f"values:{name}"], weights)
             else:

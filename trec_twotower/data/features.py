@@ -13,9 +13,10 @@ from trec_twotower.data.cache_folder import CacheFolder
 from trec_twotower.data.catalogue import Catalogue, check_side
 from trec_twotower.data.dataset import HISTORY, ITEM_ID, POSITIVES, USER_ID, Dataset, Split
 from trec_twotower.data.lists import Lists
-from trec_twotower.data.transforms import Columns, Statistics, learn_statistics, one_chunk, transform
+from trec_twotower.data.numbers import Statistics, learn_statistics
+from trec_twotower.data.transforms import Columns, one_chunk, transform
 from trec_twotower.errors import ConfigError, DataError, nearest
-from trec_twotower.schema import FeatureSpec, Schema
+from trec_twotower.schema import FeatureSpec, Schema, Side
 
 
 class Counter(Protocol):
@@ -51,16 +52,18 @@ class Sources:
         check_side(list(schema.item), dataset.items)
         self._check_targets()
         self.statistics = dict(statistics) if statistics is not None else self.learn()
-        items = {feature.name: self.statistics[f"item:{feature.name}"] for feature in schema.numbers("item")}
-        self.catalogue = Catalogue(dataset.items, ITEM_ID, list(schema.item), schema.tables, items, cache)
+        self.catalogue = Catalogue(
+            dataset.items, ITEM_ID, list(schema.item), schema.tables, self._statistics_of("item"), cache
+        )
         self.users = None
         if self.static:
             assert dataset.users is not None
-            self.users = Catalogue(dataset.users, USER_ID, self.static, schema.tables, self._user_statistics, cache)
+            user = self._statistics_of("user")
+            self.users = Catalogue(dataset.users, USER_ID, self.static, schema.tables, user, cache)
 
-    @property
-    def _user_statistics(self) -> dict[str, Statistics]:
-        return {feature.name: self.statistics[f"user:{feature.name}"] for feature in self.schema.numbers("user")}
+    def _statistics_of(self, side: Side) -> dict[str, Statistics]:
+        learning = (feature.name for feature in self.schema.features(side) if feature.learns)
+        return {name: self.statistics[f"{side}:{name}"] for name in learning}
 
     def _placed(self) -> tuple[list[FeatureSpec], list[FeatureSpec]]:
         """The user features that stand in the rows, and those that stand in users/."""
@@ -101,7 +104,7 @@ class Sources:
             )
 
     def learn(self) -> dict[str, Statistics]:
-        """One pass over the number columns of train, users/ and items/."""
+        """What features learn of their columns: one pass over those of train, users/ and items/."""
         found = {}
         places: list[tuple[str, list[FeatureSpec], Split | None]] = [
             ("item", list(self.schema.item), self.dataset.items),
@@ -110,7 +113,7 @@ class Sources:
         ]
         for side, features, split in places:
             for feature in features:
-                if not feature.is_sparse and split is not None:
+                if feature.learns and split is not None:
                     found[f"{side}:{feature.name}"] = learn_statistics(
                         feature,
                         (
@@ -128,10 +131,7 @@ class Sources:
 
     def user_columns(self) -> list[str]:
         """The columns of a row that user_features reads."""
-        reads = {feature.reads for feature in self.context} | {
-            feature.weights for feature in self.context if feature.weights
-        }
-        return sorted({USER_ID, *reads})
+        return sorted({USER_ID, *(column for feature in self.context for column in feature.all_columns)})
 
     def user_features(
         self, table: pa.Table, where: str, given: Mapping[str, Lists] | None = None, *, uncut: bool = False
@@ -140,7 +140,7 @@ class Sources:
 
         `given` has 64-bit keys for columns that are made rather than read; `uncut` leaves those longer than max_length.
         """
-        tables, statistics = self.schema.tables, self._user_statistics
+        tables, statistics = self.schema.tables, self._statistics_of("user")
         columns = transform(self.context, tables, statistics, table, where, given, uncut=uncut)
         if self.users is None:
             return columns

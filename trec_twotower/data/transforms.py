@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -11,40 +10,30 @@ import pyarrow as pa
 
 from trec_twotower.data.hashing import bucket_type, hash_to_bucket, id_keys, is_id, modulo_bucket
 from trec_twotower.data.lists import Lists
+from trec_twotower.data.numbers import Statistics, binned, is_number, normalise
 from trec_twotower.errors import DataError
 from trec_twotower.schema import FeatureSpec, TableSpec
 
 NULL_BUCKET = 0  # of a category's table: the row that null owns
-LARGEST = float(np.finfo(np.float32).max)
-
-
-@dataclass(frozen=True)
-class Statistics:
-    """What normalising a number needs; learned from train once and saved with the run."""
-
-    mean: float = 0.0
-    std: float = 1.0
-    low: float = 0.0
-    high: float = 1.0
 
 
 @dataclass(frozen=True)
 class Columns:
     """The features of some rows of one side, ready for a batch.
 
-    `sparse[f]` holds the buckets (int32) of feature f; `numbers[f]` has two columns, its normalised value, and 1 where
-    it is missing.
+    `sparse[f]` holds the buckets (int32) of feature f; `numbers[f]` has num_numbers columns: of a number its normalised
+    value, and 1 where it is missing.
     """
 
     num_rows: int
     sparse: Mapping[str, Lists]
-    numbers: Mapping[str, np.ndarray]  # float32 (rows, 2)
+    numbers: Mapping[str, np.ndarray]  # float32 (rows, num_numbers)
 
     def take(self, rows: np.ndarray) -> Columns:
         return Columns(
             len(rows),
             {name: lists.take(rows) for name, lists in self.sparse.items()},
-            {name: take_pairs(number, rows) for name, number in self.numbers.items()},
+            {name: take_numbers(number, rows) for name, number in self.numbers.items()},
         )
 
     def slice(self, start: int, stop: int) -> Columns:
@@ -76,8 +65,10 @@ class Columns:
         )
 
 
-def take_pairs(number: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """Rows of a (rows, 2) float32 array, each moved as one 64-bit word."""
+def take_numbers(number: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Rows of a (rows, N) float32 array; pairs are moved as one 64-bit word each."""
+    if number.shape[1] != 2:
+        return number[rows]
     words = np.ascontiguousarray(number).reshape(-1).view(np.int64)
     return words[rows].view(np.float32).reshape(-1, 2)
 
@@ -109,7 +100,9 @@ def transform(
             numbers[feature.name] = normalise(feature, array, statistics[feature.name], place)
             continue
         spec = tables[feature.table_name]
-        if feature.kind == "bag":
+        if feature.kind == "number":
+            lists = binned(feature, array, statistics[feature.name], place)
+        elif feature.kind == "bag":
             weights = one_chunk(table[feature.weights]) if feature.weights else None
             lists = bag(feature, spec, array, weights, place)
         elif feature.kind == "category":
@@ -233,66 +226,8 @@ def pooling_divisor(feature: FeatureSpec, lengths: np.ndarray, weighted: Lists |
     return np.where(np.abs(total) > 1e-12, total, 1.0).astype(np.float32)
 
 
-def normalise(feature: FeatureSpec, array: pa.Array, statistics: Statistics, where: str) -> np.ndarray:
-    """(rows, 2) float32: the normalised value (0 where missing), and whether it is missing."""
-    value, missing = number_values(feature, array, where)
-    if feature.normalise == "zscore":
-        value = (value - statistics.mean) / (statistics.std or 1.0)
-    elif feature.normalise == "minmax":
-        value = (value - statistics.low) / ((statistics.high - statistics.low) or 1.0)
-    elif feature.normalise == "log1p":
-        value = np.sign(value) * np.log1p(np.abs(value))
-    return np.stack([np.where(missing, 0.0, value), missing], axis=1).astype(np.float32)
-
-
-def number_values(feature: FeatureSpec, array: pa.Array, where: str) -> tuple[np.ndarray, np.ndarray]:
-    """A number column in float64 and which rows are missing."""
-    if not is_number(array.type):
-        raise DataError(
-            f"{where}: is {array.type}, but feature {feature.name!r} is a number: cast it, or make it a category."
-        )
-    missing = array.is_null().to_numpy(zero_copy_only=False)
-    value = array.cast(pa.float64(), safe=False).fill_null(0.0).to_numpy(zero_copy_only=False)
-    odd = ~(np.abs(value) <= LARGEST)
-    if odd.any():
-        if feature.nan == "error":
-            row = int(np.flatnonzero(odd)[0])
-            raise DataError(
-                f"{where}: {int(odd.sum()):,} of {len(array):,} numbers are NaN, infinite or beyond float32, the first "
-                f"({value[row]}) in row {row:,}: write null for a missing number, or set nan: missing for feature "
-                f"{feature.name!r}."
-            )
-        missing = missing | odd
-        value = np.where(odd, 0.0, value)
-    return value, missing
-
-
-def learn_statistics(feature: FeatureSpec, arrays: Iterable[tuple[pa.Array, str]]) -> Statistics:
-    """Mean, standard deviation and range of a number over all rows that have it; each array comes with its place."""
-    count, mean, squares, low, high = 0, 0.0, 0.0, math.inf, -math.inf
-    for array, where in arrays:
-        value, missing = number_values(feature, array, where)
-        value = value[~missing]
-        if not value.size:
-            continue
-        # Squares about the mean, joined as in Chan, Golub and LeVeque 1983: times in seconds leave no digit otherwise.
-        away = float(value.mean()) - mean
-        squares += float(np.square(value - value.mean()).sum()) + away**2 * count * value.size / (count + value.size)
-        count += value.size
-        mean += away * value.size / count
-        low, high = min(low, float(value.min())), max(high, float(value.max()))
-    if not count:
-        return Statistics()
-    return Statistics(mean, math.sqrt(squares / count) or 1.0, low, high)
-
-
 def one_chunk(column: pa.ChunkedArray) -> pa.Array:
     return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
-
-
-def is_number(kind: pa.DataType) -> bool:
-    tests = (pa.types.is_integer, pa.types.is_floating, pa.types.is_boolean, pa.types.is_decimal)
-    return any(test(kind) for test in tests)
 
 
 def check_weights(column: str, kind: pa.DataType, where: str) -> None:

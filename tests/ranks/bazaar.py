@@ -1,0 +1,126 @@
+"""A world with a column for every kind of feature, and what ranks make of it: `-m tests.ranks.bazaar WORLD OUT`."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+NUM_USERS, NUM_ITEMS, NUM_EVENTS = 24, 15, 90
+
+TABLES: dict[str, Any] = {"item": {"buckets": 64, "dim": 4}}
+USER: list[dict[str, Any]] = [
+    {"name": "history", "kind": "bag", "table": "item"},
+    {"name": "spent", "kind": "number", "normalise": "quantile", "clip": [0, 80]},
+    {"name": "age", "kind": "number", "bins": 4, "dim": 4},
+]
+ITEM: list[dict[str, Any]] = [
+    {"name": "item_id", "kind": "id", "table": "item"},
+    {"name": "price", "kind": "number", "bins": 5, "soft": True, "dim": 4},
+    {"name": "weight", "kind": "number", "bins": [1, 2.5, 10], "dim": 4},
+]
+
+
+def write_bazaar(folder: Path) -> Path:
+    """24 users, 15 items, 90 events in four row groups, and a row a user in valid/ and test/."""
+    rng = np.random.default_rng(5)
+    items = [f"item-{number}" for number in range(NUM_ITEMS)]
+
+    def some(values: list[Any]) -> list[Any]:
+        """Every fifth or so null."""
+        return [None if rng.random() < 0.2 else value for value in values]
+
+    def rows(users: np.ndarray) -> dict[str, Any]:
+        histories = [rng.permutation(NUM_ITEMS)[: rng.integers(0, 5)].tolist() for _ in users]
+        return {
+            "user_id": users + 100,
+            "history": pa.array([[items[item] for item in history] for history in histories], pa.list_(pa.string())),
+            "spent": pa.array(some(rng.gamma(1.0, 40.0, len(users)).round(2).tolist()), pa.float64()),
+        }
+
+    everybody = np.arange(NUM_USERS)
+    parts = {
+        "train": {**rows(rng.integers(0, NUM_USERS, NUM_EVENTS)), "item_id": rng.choice(items, NUM_EVENTS).tolist()},
+        "valid": {**rows(everybody), "item_id": rng.choice(items, NUM_USERS).tolist()},
+        "test": {**rows(everybody), "item_id": rng.choice(items, NUM_USERS).tolist()},
+        "users": {
+            "user_id": everybody + 100,
+            "age": pa.array(some(rng.integers(18, 80, NUM_USERS).tolist()), pa.int64()),
+        },
+        "items": {
+            "item_id": items,
+            "price": pa.array(some(rng.lognormal(2.0, 1.0, NUM_ITEMS).round(2).tolist()), pa.float64()),
+            "weight": pa.array(some(rng.gamma(2.0, 2.0, NUM_ITEMS).round(3).tolist()), pa.float64()),
+        },
+    }
+    for name, columns in parts.items():
+        (folder / name).mkdir(parents=True)
+        table = pa.table(columns)
+        pq.write_table(table, folder / name / "part-0.parquet", row_group_size=25 if name == "train" else None)
+    return folder
+
+
+def bazaar_config(folder: Path, run_dir: Path, **changes: Any) -> Any:
+    """A run over all kinds of features."""
+    from trec_twotower.config import RunConfig, validate
+
+    values: dict[str, Any] = {
+        "data": {"dataset": folder, "batch_size": 16, "shuffle_rows": 60},
+        "tables": TABLES,
+        "user": USER,
+        "item": ITEM,
+        "model": {"dim": 4, "user_tower": {"mlp": [8]}, "item_tower": {"mlp": [8]}},
+        "loss": {"temperature": 0.2, "negatives": {"in_batch": True, "sampled": 5}},
+        "train": {"epochs": 2, "log_every": 1, "optimizer": {"sparse": "sgd", "lr": 0.5, "dense_lr": 0.01}},
+        "index": {"k": 5},
+        "evaluate": {"k": [5, 10], "best": "recall@5"},
+        "run_dir": run_dir,
+    }
+    values["train"] |= changes
+    return validate(RunConfig, values, "the bazaar")
+
+
+def work(world: Path, out: Path, ranks: Any) -> dict[str, Any]:
+    """One epoch, the second after a resume, and the export: the losses by step and every item's and user's vector."""
+    from trec_twotower import train as training
+    from trec_twotower.export import export, load_model, read_export
+    from trec_twotower.run import Run
+
+    for epochs in (1, 2):
+        training.train(bazaar_config(world, out, epochs=epochs), ranks)
+    made = read_export(export(load_model(Run.open(out), ranks, "newest"), ranks))
+    return {
+        "losses": losses_of(out),
+        "items": made.item_ID.tolist(),
+        "users": made.user_QD.tolist(),
+        "item_ids": made.item_ids.to_pylist(),
+    }
+
+
+def losses_of(run: Path) -> list[float]:
+    """The loss of every step that the log has."""
+    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return [line["loss"] for line in lines if line["kind"] == "train"]
+
+
+def main() -> None:
+    from trec_twotower.cli import _quiet
+    from trec_twotower.distributed import start_ranks
+
+    _quiet()
+    os.fsync = lambda _: None  # these runs outlive no power cut
+    world, out = map(Path, sys.argv[1:])
+    with start_ranks() as ranks:
+        results = work(world, out / "run", ranks)
+        if ranks.is_first:
+            (out / "results.json").write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()

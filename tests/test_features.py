@@ -1,0 +1,79 @@
+"""Every kind of feature goes all the way: trained, resumed and exported by one rank and two, asked for an answer."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.ranks.bazaar import NUM_ITEMS, bazaar_config, losses_of, work, write_bazaar
+from tests.ranks.launch import SAID_BY_TORCHREC, torchrun
+
+pytestmark = [pytest.mark.filterwarnings(said) for said in SAID_BY_TORCHREC]
+
+
+@pytest.fixture(scope="module")
+def bazaar(tmp_path_factory) -> Path:
+    return write_bazaar(tmp_path_factory.mktemp("bazaar") / "world")
+
+
+@pytest.fixture(scope="module")
+def one(bazaar, lone_rank) -> tuple[dict[str, Any], Path]:
+    """What one rank made, and its run."""
+    run = bazaar.parent / "one"
+    return work(bazaar, run, lone_rank), run
+
+
+def test_two_ranks_make_of_every_kind_what_one_makes(bazaar, one):
+    """The losses of all steps, before and after the resume, and the vectors of all items and users."""
+    out = bazaar.parent / "two"
+    out.mkdir()
+    code, said = torchrun(2, "tests.ranks.bazaar", bazaar, out)
+    assert code == 0, said
+    first, second = one[0], json.loads((out / "results.json").read_text())
+    assert len(first["losses"]) == 12 and first["item_ids"] == second["item_ids"]
+    for name in ("losses", "items", "users"):
+        np.testing.assert_allclose(first[name], second[name], rtol=2e-5, atol=2e-6)
+
+
+def test_a_resumed_run_is_one_that_never_stopped(bazaar, one, lone_rank):
+    from trec_twotower.train import train
+
+    whole = bazaar.parent / "whole"
+    train(bazaar_config(bazaar, whole), lone_rank)
+    assert losses_of(whole) == one[0]["losses"]
+
+
+@pytest.fixture(scope="module")
+def retriever(one, lone_rank, cli):
+    from trec_twotower.serve import Retriever
+
+    said = cli("index", one[1])
+    assert said.code == 0, said.err
+    return Retriever.open(one[1], lone_rank, "newest")
+
+
+def test_every_kind_is_evaluated_and_recommended(one, retriever, lone_rank):
+    from trec_twotower.evaluate import evaluate_run
+
+    assert "through the index" in evaluate_run(retriever.loaded.run, lone_rank, checkpoint="newest", through_index=True)
+    (answer,) = retriever.recommend([103], k=3)
+    assert len({item.item_id for item in answer.items}) == 3
+    assert len(one[0]["items"]) == NUM_ITEMS
+
+
+def test_statistics_are_learned_once_and_not_from_what_is_asked_for(bazaar, one, lone_rank, monkeypatch):
+    """A run that is opened again reads what it has learned; no column is looked through anew."""
+    from trec_twotower.data import features
+    from trec_twotower.run import Run
+
+    def never(*_: Any) -> None:
+        raise AssertionError("learned again")
+
+    begun = Run.open(one[1]).sources(lone_rank).statistics
+    monkeypatch.setattr(features, "learn_statistics", never)
+    assert Run.open(one[1]).sources(lone_rank).statistics == begun
+    assert len(begun["user:spent"].points) > 2 and begun["user:spent"].high == 80
