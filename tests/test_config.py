@@ -269,6 +269,13 @@ def test_what_has_no_default_must_be_there(section):
         ("evaluate.slices=[item.]", "evaluate.slices names 'item.'"),
         ("data.batch_size=1", "in-batch negatives need at least 2 rows"),
         ("model.user_tower.project=false", "its last width 10 must be model.dim = 64"),
+        ("model.user_tower={combine: sum, crosses: 1}", "crosses wants the features side by side"),
+        ("model.user_tower.short=[histori]", "names the feature 'histori' (nearest: 'history')"),
+        ("model.user_tower.short=[history, age]", "names all features"),
+        ("model.user_tower.drop={ages: 0.1}", "names the feature 'ages' (nearest: 'age')"),
+        ("model.user_tower.experts={count: 2, width: 4, top: 2}", "experts.top is 2 of 2 experts"),
+        ("model.user_tower.experts={count: 0, width: 4}", "'model.user_tower.experts.count' is 0"),
+        ("model.user_tower.combine=sum", "features are [8, 2] wide, numbers among them"),
         ("model.item_tower={project: false, mlp: [32]}", "its last width 32 must be model.dim = 64"),
     ],
 )
@@ -357,6 +364,9 @@ OTHER = {
     "model.user_tower.project": (False, True),
     "model.user_tower.dropout": (0.5, True),
     "model.item_tower.mlp": ([16], True),
+    "model.item_tower.combine": ("sum", True),
+    "model.user_tower.crosses": (2, True),
+    "model.user_tower.short": (["history"], True),
     "model.similarity": ("dot", True),
     "loss.temperature": (0.2, True),
     "loss.precision": ("bf16", True),
@@ -410,6 +420,10 @@ OTHER = {
     "evaluate.bootstrap": (0, False),
     "index.target_recall": (0.5, False),
     "index.k": (10, False),
+    "index.latency": ("batch", False),
+    "index.memory_gb": (0.5, False),
+    "index.factory": ("IVF16,SQ8", False),
+    "index.shards": (2, False),
     "run_dir": ("elsewhere", False),
 }
 # SMALL with what lets each value above stand alone: widths that meet, and negatives beside the batch's.
@@ -452,7 +466,9 @@ def test_every_section_is_in_the_list_of_bindings():
     of_small = set(leaves({k: v for k, v in as_values(small()).items() if k not in ("user", "item")}, ""))
     listed = set(OTHER)
     untold = {name for name in of_small - listed if not name.startswith("index.")}
-    untold -= {"model.item_tower.project", "model.item_tower.dropout"}  # told for the other tower
+    of_towers = {name.rpartition(".")[2] for name in listed if name.startswith("model.")}
+    untold -= {f"model.{tower}.{name}" for tower in ("user_tower", "item_tower") for name in of_towers}
+    untold -= {f"model.{tower}.{name}" for tower in ("user_tower", "item_tower") for name in ("gating", "experts")}
     untold -= {f"loss.negatives.{name}" for name in ("same", "mined", "refresh")}  # sections of their own
     untold -= {"train.start"}  # likewise
     untold -= {"loss.kind", "loss.given", *(f"loss.{name}" for told in LOSS_PARAMETERS.values() for name in told)}

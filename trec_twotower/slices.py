@@ -49,7 +49,7 @@ def make_slices(
         elif name == "activity":
             made.append(Slice(name, "user", _OCTAVES, _octave(held_out.seen.lengths)))
         elif side == "item":
-            labels, part_I = _parts(_column(sources.dataset.items, column, name), name)
+            labels, part_I = parts_of(column_of(sources.dataset.items, column, name))
             made.append(Slice(name, "item", labels, part_I))
         else:
             made.append(_of_users(name, column, sources, held_out, split))
@@ -78,15 +78,16 @@ def _of_users(name: str, column: str, sources: Sources, held_out: HeldOut, split
     """By a column of the rows that are evaluated, else of users/."""
     split, users = sources.dataset.split(split_name), sources.dataset.users
     place = split if split.has(column) or users is None else users
-    values = _column(place, column, name)
-    labels, part = _parts(values, name)
+    values = column_of(place, column, name)
+    labels, part = parts_of(values)
     ids = one_chunk(place.table([USER_ID])[USER_ID])
     row_B = pc.index_in(held_out.user_ids.cast(ids.type), value_set=ids)
     part_B = pa.array(part).take(row_B).fill_null(len(labels)).to_numpy(zero_copy_only=False)
     return Slice(name, "user", (*labels, "not in users/"), part_B)
 
 
-def _column(split: Split, column: str, name: str) -> pa.Array:
+def column_of(split: Split, column: str, name: str) -> pa.Array:
+    """The whole column; `name` is what asked for it. Raises ConfigError where there is none, or one of lists."""
     if not split.has(column):
         known = [each for each in split.columns if each not in (USER_ID, ITEM_ID)]
         raise ConfigError(f"The slice {name!r} asks for column {column!r} of {split.folder}{nearest(column, known)}.")
@@ -99,7 +100,7 @@ def _column(split: Split, column: str, name: str) -> pa.Array:
     return values.dictionary_decode() if pa.types.is_dictionary(values.type) else values
 
 
-def _parts(values: pa.Array, name: str) -> tuple[tuple[str, ...], np.ndarray]:
+def parts_of(values: pa.Array) -> tuple[tuple[str, ...], np.ndarray]:
     """Labels, and the part of each row: a value each, or quarters of numbers that have many values."""
     is_number = pa.types.is_integer(values.type) or pa.types.is_floating(values.type)
     distinct = pc.value_counts(values.drop_null())

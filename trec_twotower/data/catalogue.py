@@ -23,7 +23,9 @@ from trec_twotower.data.probing import KeyTable
 from trec_twotower.data.transforms import (
     Columns,
     Statistics,
+    check_actions,
     check_kind,
+    check_times,
     check_weights,
     key_lists,
     one_chunk,
@@ -273,6 +275,10 @@ def check_side(features: list[FeatureSpec], split: Split) -> None:
         if feature.weights:
             weights = split.require(feature.weights, f"feature {feature.name!r} takes its weights from")
             check_weights(feature.weights, weights, f"{split.folder}, column {feature.reads!r}")
+        for column, check in ((feature.times, check_times), (feature.actions, check_actions)):
+            if column is not None:
+                of_steps = split.require(column, f"feature {feature.name!r} has beside its steps")
+                check(column, of_steps, f"{split.folder}, column {feature.reads!r}")
 
 
 def find_id(ids: pa.Array, text: str) -> int | None:
