@@ -140,7 +140,7 @@ def cross_keys(columns: Iterable[tuple[pa.Array, str]]) -> np.ndarray:
     for array, where in columns:
         keys = np.full(len(array), NULL_KEY)
         keys[array.is_valid().to_numpy(zero_copy_only=False)] = id_keys(array.drop_null(), where)
-        state = mix_array(keys if state is None else keys ^ state)
+        state = mix_array(keys.view(np.uint64) if state is None else keys.view(np.uint64) ^ state)
     assert state is not None
     return state.view(np.int64)
 
