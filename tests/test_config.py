@@ -265,8 +265,17 @@ def test_what_has_no_default_must_be_there(section):
         ("user.0.table=itme", "(nearest: 'item')"),
         ("loss.negatives.in_batch=false", "nothing is left to tell a positive from"),
         ("evaluate.best=recall@21", "evaluate.best is 'recall@21', which is not measured (nearest: 'recall@2"),
+        ("evaluate.slices=[tial]", "evaluate.slices names 'tial' (nearest: 'tail'): give any of tail, popularity"),
+        ("evaluate.slices=[item.]", "evaluate.slices names 'item.'"),
         ("data.batch_size=1", "in-batch negatives need at least 2 rows"),
         ("model.user_tower.project=false", "its last width 10 must be model.dim = 64"),
+        ("model.user_tower={combine: sum, crosses: 1}", "crosses wants the features side by side"),
+        ("model.user_tower.short=[histori]", "names the feature 'histori' (nearest: 'history')"),
+        ("model.user_tower.short=[history, age]", "names all features"),
+        ("model.user_tower.drop={ages: 0.1}", "names the feature 'ages' (nearest: 'age')"),
+        ("model.user_tower.experts={count: 2, width: 4, top: 2}", "experts.top is 2 of 2 experts"),
+        ("model.user_tower.experts={count: 0, width: 4}", "'model.user_tower.experts.count' is 0"),
+        ("model.user_tower.combine=sum", "features are [8, 2] wide, numbers among them"),
         ("model.item_tower={project: false, mlp: [32]}", "its last width 32 must be model.dim = 64"),
     ],
 )
@@ -355,6 +364,9 @@ OTHER = {
     "model.user_tower.project": (False, True),
     "model.user_tower.dropout": (0.5, True),
     "model.item_tower.mlp": ([16], True),
+    "model.item_tower.combine": ("sum", True),
+    "model.user_tower.crosses": (2, True),
+    "model.user_tower.short": (["history"], True),
     "model.similarity": ("dot", True),
     "loss.temperature": (0.2, True),
     "loss.precision": ("bf16", True),
@@ -403,6 +415,9 @@ OTHER = {
     "evaluate.best": ("ndcg@20", False),
     "evaluate.users": (10, False),
     "evaluate.block": (10, False),
+    "evaluate.slices": (["tail"], False),
+    "evaluate.item_to_item": (False, False),
+    "evaluate.bootstrap": (0, False),
     "index.target_recall": (0.5, False),
     "index.k": (10, False),
     "run_dir": ("elsewhere", False),
@@ -447,7 +462,9 @@ def test_every_section_is_in_the_list_of_bindings():
     of_small = set(leaves({k: v for k, v in as_values(small()).items() if k not in ("user", "item")}, ""))
     listed = set(OTHER)
     untold = {name for name in of_small - listed if not name.startswith("index.")}
-    untold -= {"model.item_tower.project", "model.item_tower.dropout"}  # told for the other tower
+    of_towers = {name.rpartition(".")[2] for name in listed if name.startswith("model.")}
+    untold -= {f"model.{tower}.{name}" for tower in ("user_tower", "item_tower") for name in of_towers}
+    untold -= {f"model.{tower}.{name}" for tower in ("user_tower", "item_tower") for name in ("gating", "experts")}
     untold -= {f"loss.negatives.{name}" for name in ("same", "mined", "refresh")}  # sections of their own
     untold -= {"train.start"}  # likewise
     untold -= {"loss.kind", "loss.given", *(f"loss.{name}" for told in LOSS_PARAMETERS.values() for name in told)}

@@ -17,6 +17,8 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
+from trec_twotower.config import METRICS
+
 CONFIG = Path(__file__).resolve().parent.parent / "configs/demo.yaml"
 KS = (10, 20)
 
@@ -34,19 +36,21 @@ def vectors(export: Path, what: str, id_column: str) -> dict[Any, np.ndarray]:
 
 def score_slowly(ranked: dict[Any, list[Any]], test: list[dict[str, Any]], k: int) -> dict[str, float]:
     """The metrics of some rankings, a user and an item at a time."""
-    total = dict.fromkeys(("recall", "ndcg", "hit", "mrr", "precision"), 0.0)
+    total = dict.fromkeys(METRICS, 0.0)
     for row in test:
-        wanted, gained, found, first = set(row["positives"]), 0.0, 0, 0.0
+        wanted, gained, found, first, precision = set(row["positives"]), 0.0, 0, 0.0, 0.0
         for place, item in enumerate(ranked[row["user_id"]][:k], 1):
             if item in wanted:
                 found += 1
                 gained += 1 / math.log2(place + 1)
                 first = first or 1 / place
+                precision += found / place
         ideal = sum(1 / math.log2(place + 1) for place in range(1, min(k, len(wanted)) + 1))
         total["recall"] += found / len(wanted)
         total["ndcg"] += gained / ideal
         total["hit"] += found > 0
         total["mrr"] += first
+        total["map"] += precision / min(k, len(wanted))
         total["precision"] += found / k
     return {f"{name}@{k}": value / len(test) for name, value in total.items()}
 
@@ -75,8 +79,12 @@ class Trained:
     said: dict[str, Any]
 
     @property
+    def evaluation(self) -> dict[str, Any]:
+        return json.loads((self.run / "evaluation.json").read_text())
+
+    @property
     def metrics(self) -> dict[str, dict[str, float]]:
-        return json.loads((self.run / "evaluation.json").read_text())["metrics"]
+        return self.evaluation["metrics"]
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +116,8 @@ def test_two_ranks_learn_the_world(world):
     reached = world.metrics["two towers, exact search"]["recall@10"]
     assert 0.7 * best <= reached <= best + 0.02, f"{reached:.4f} of {best:.4f}"
     assert reached >= 2.5 * world.metrics["popularity"]["recall@10"]
+    # Likeness by who took them is a fair guess of clusters: between popularity and the best.
+    assert world.metrics["popularity"]["recall@10"] < world.metrics["item to item"]["recall@10"] <= best + 0.02
 
 
 def test_the_index_finds_what_exact_search_finds(world):
@@ -122,6 +132,43 @@ def test_metrics_equal_those_of_the_rankings_scored_slowly(world):
     reported = world.metrics["two towers, exact search"]
     slow = {name: value for k in KS for name, value in score_slowly(ranked, test, k).items()}
     assert slow == pytest.approx(reported, abs=1e-6)
+
+
+def test_what_is_told_of_popularity_equals_a_slow_count(world):
+    """The bias of the lists, and recall by how often an item was taken in train/."""
+    ranked = {row["user_id"]: row["item_ids"][:10] for row in pq.read_table(world.rankings).to_pylist()}
+    test = table(world.dataset / "test")
+    taken = dict.fromkeys((row["item_id"] for row in table(world.dataset / "items")), 0)
+    for row in table(world.dataset / "train"):
+        taken[row["item_id"]] += 1
+    listed = [np.mean([taken[item] for item in items]) for items in ranked.values()]
+    wanted = [np.mean([taken[item] for item in row["positives"]]) for row in test]
+    found = world.evaluation["lists"]["two towers, exact search"]
+    assert found["popularity_bias@10"] == pytest.approx(np.mean(listed) / np.mean(wanted), rel=1e-6)
+    assert world.evaluation["lists"]["popularity"]["popularity_bias@10"] > 2 * found["popularity_bias@10"]
+
+    ordered = sorted((item for item in taken if taken[item]), key=lambda item: -taken[item])  # sorted keeps the order
+    head = set(ordered[: math.ceil(len(ordered) / 5)])
+
+    def part(item: Any, name: str) -> str:
+        if name == "tail":
+            cold = "cold (never taken in train)"
+            return cold if not taken[item] else "head (the most taken fifth)" if item in head else "tail"
+        low = 2 ** int(math.log2(taken[item])) if taken[item] else 0
+        return str(low) if low < 2 else f"{low:,} - {2 * low - 1:,}"
+
+    for name in ("tail", "popularity"):
+        recalls: dict[str, list[float]] = {}
+        for row in test:
+            for label in {part(item, name) for item in row["positives"]}:
+                mine = {item for item in row["positives"] if part(item, name) == label}
+                recalls.setdefault(label, []).append(len(mine & set(ranked[row["user_id"]])) / len(mine))
+        told = world.evaluation["slices"][name]
+        assert told.keys() == recalls.keys() and len(told) >= 2
+        for label, each in recalls.items():
+            assert told[label]["users"] == len(each)
+            reported = told[label]["metrics"]["two towers, exact search"]["recall@10"]
+            assert reported == pytest.approx(np.mean(each), abs=1e-9)
 
 
 def test_rankings_leave_out_the_history_and_name_no_item_twice(world):
@@ -158,8 +205,8 @@ def test_the_run_folder_tells_what_happened(world):
 def test_the_table_stands_beside_its_baselines(world):
     lines = world.said["evaluate"].out.splitlines()
     assert "test, 3,001 users" in lines[0]
-    names = ("two towers, exact search", "two towers, through the index", "popularity", "best reachable")
-    assert [line.split("  ")[0] for line in lines[2:]] == list(names)
+    names = ("two towers, exact search", "two towers, through the index", "popularity", "item to item")
+    assert [line.split("  ")[0] for line in lines[2:7]] == [*names, "best reachable"]
     assert f"{world.metrics['popularity']['recall@10']:.4f}" in lines[4]
 
 
@@ -184,11 +231,23 @@ def test_one_rank_measures_and_exports_what_two_did(world, cli, tmp_path):
     for call in (("export", run), ("evaluate", run, "--index", "--rankings", tmp_path / "rankings.parquet")):
         said = cli(*call)
         assert said.code == 0, said.err
-    alone = json.loads((run / "evaluation.json").read_text())["metrics"]
+    evaluation = json.loads((run / "evaluation.json").read_text())
+    alone = evaluation["metrics"]
     assert alone.keys() == world.metrics.keys()
     for name, metrics in world.metrics.items():
         # Sums of floats differ in the last digit with the block they stand in, so a pair of near-equal items may swap.
         assert alone[name] == pytest.approx(metrics, abs=2 / 3001)
+    for name, intervals in world.evaluation["intervals"].items():  # of the same draws of the users
+        for metric in ("recall@10", "ndcg@20", "novelty@10", "diversity@10", "popularity_bias@10"):
+            assert evaluation["intervals"][name][metric] == pytest.approx(intervals[metric], rel=0.02, abs=0.002)
+        one, two = evaluation["lists"][name], world.evaluation["lists"][name]
+        assert one == pytest.approx(two, rel=0.02, abs=0.01)
+    for name, parts in world.evaluation["slices"].items():
+        for label, part in parts.items():
+            other = evaluation["slices"][name][label]
+            assert other["users"] == part["users"]
+            for contender, metrics in part["metrics"].items():
+                assert other["metrics"][contender] == pytest.approx(metrics, abs=2 / part["users"])
     ranked, ranked_alone = (
         pq.read_table(path)["item_ids"].to_pylist() for path in (world.rankings, tmp_path / "rankings.parquet")
     )
@@ -227,7 +286,8 @@ def test_a_dataset_of_words_for_ids_goes_all_the_way(shop_copy, cli, shop_tables
     said = cli("evaluate", shop.run, "--index", "--rankings", tmp_path / "rankings.parquet")
     assert said.code == 0, said.err
     metrics = json.loads((shop.run / "evaluation.json").read_text())["metrics"]
-    assert metrics.keys() == {"two towers, exact search", "two towers, through the index", "popularity"}
+    baselines = {"popularity", "item to item"}
+    assert metrics.keys() == {"two towers, exact search", "two towers, through the index", *baselines}
     ranked = {row["user_id"]: row["item_ids"] for row in pq.read_table(tmp_path / "rankings.parquet").to_pylist()}
     test = shop_tables["test"].to_pylist()
     slow = {**score_slowly(ranked, test, 5), **score_slowly(ranked, test, 10)}

@@ -280,16 +280,16 @@ def test_a_gradient_is_looked_at_before_it_goes_on(lone_rank):
     weight = torch.ones(3, requires_grad=True)
     pooled = torch.arange(6.0).reshape(2, 3).requires_grad_()
     wish = torch.tensor([1.0, -2.0, 0.5])
-    (gate(pooled, [weight], lone_rank) * wish).sum().backward()
+    (gate([pooled], [weight], lone_rank)[0] * wish).sum().backward()
     assert torch.equal(pooled.grad, wish.expand(2, 3))
     for bad in ("inf", "nan", "-inf"):
         pooled.grad = None
         with pytest.raises(NotFinite, match=r"NaN or infinity on 1 of 1 ranks"):
-            (gate(pooled, [weight], lone_rank) * torch.tensor([1.0, float(bad), 1.0])).sum().backward()
+            (gate([pooled], [weight], lone_rank)[0] * torch.tensor([1.0, float(bad), 1.0])).sum().backward()
         assert pooled.grad is None
     weight.grad = torch.tensor([0.0, float("nan"), 0.0])
     with pytest.raises(NotFinite):
-        gate(pooled, [weight], lone_rank).sum().backward()
+        gate([pooled], [weight], lone_rank)[0].sum().backward()
 
 
 def test_a_summary_counts_what_is_no_number():

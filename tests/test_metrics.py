@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import numpy as np
@@ -5,14 +6,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from trec_twotower.config import METRICS
 from trec_twotower.data.lists import Lists
 from trec_twotower.metrics import (
+    DRAWN_TOGETHER,
+    Hits,
     MetricSums,
     blocks_by_length,
     find_repeats,
+    list_metrics,
     mean_metrics,
     popularity_ranking,
     ranking_metrics,
+    resampled_sums,
 )
 
 
@@ -26,6 +32,7 @@ def metrics_written_out(ranked, positives, k):
         f"ndcg@{k}": sum(1 / math.log2(rank + 1) for rank in found) / ideal,
         f"hit@{k}": 1.0 if found else 0.0,
         f"mrr@{k}": 1 / found[0] if found else 0.0,
+        f"map@{k}": sum(place / rank for place, rank in enumerate(found, start=1)) / min(k, len(goal)),
         f"precision@{k}": len(found) / k,
     }
 
@@ -34,10 +41,11 @@ def test_metrics_of_one_user_by_hand():
     """Items 5 3 8 9 ranked, 3 9 1 to find: hits at ranks 2 and 4."""
     metrics = ranking_metrics(np.array([[5, 3, 8, 9]]), Lists.from_lists([[9, 1, 3]]), [1, 2, 4])
     assert {name: value[0] for name, value in metrics.items() if name.endswith("@1")} == {
-        "recall@1": 0.0, "ndcg@1": 0.0, "hit@1": 0.0, "mrr@1": 0.0, "precision@1": 0.0
+        "recall@1": 0.0, "ndcg@1": 0.0, "hit@1": 0.0, "mrr@1": 0.0, "map@1": 0.0, "precision@1": 0.0
     }  # fmt: skip
     assert metrics["recall@2"][0] == 1 / 3 and metrics["precision@2"][0] == 1 / 2
     assert metrics["recall@4"][0] == 2 / 3 and metrics["hit@4"][0] == 1.0 and metrics["mrr@4"][0] == 1 / 2
+    assert metrics["map@4"][0] == (1 / 2 + 2 / 4) / 3 and metrics["map@2"][0] == (1 / 2) / 2
     # 0.63093 = 1 / log2(3), 0.43068 = 1 / log2(5); ideal of two 1.63093, of three 2.13093
     assert metrics["ndcg@2"][0] == pytest.approx(0.63093 / 1.63093, abs=1e-5)
     assert metrics["ndcg@4"][0] == pytest.approx((0.63093 + 0.43068) / 2.13093, abs=1e-5)
@@ -80,7 +88,7 @@ def test_metrics_equal_the_definitions_written_out(data):
     ks = data.draw(st.lists(st.integers(1, 15), min_size=1, max_size=3, unique=True))
     item_row_BK = np.array([row[:cut] + [-1] * (length - cut) for row, cut in zip(ranked, cuts, strict=True)])
     metrics = ranking_metrics(item_row_BK, Lists.from_lists(wanted), ks)
-    assert metrics.keys() == {f"{name}@{k}" for name in ("recall", "ndcg", "hit", "mrr", "precision") for k in ks}
+    assert metrics.keys() == {f"{name}@{k}" for name in METRICS for k in ks}
     for k in ks:
         for user in range(num_users):
             for name, expected in metrics_written_out(ranked[user][: cuts[user]], wanted[user], k).items():
@@ -140,6 +148,96 @@ def test_sums_over_blocks_and_ranks_give_the_mean_over_all_users():
 def test_a_mean_over_no_user_is_refused():
     with pytest.raises(ValueError, match="no user to average over"):
         MetricSums().means()
+
+
+# ---------------------------------------------------------------- what lists are like, and how sure a mean is
+
+
+def test_metrics_among_some_items_are_those_of_users_who_want_only_these():
+    rng = np.random.default_rng(4)
+    item_row_BK = np.array([rng.permutation(30)[:12] for _ in range(50)])
+    item_row_BK[3, 5:] = -1
+    wanted = [rng.integers(0, 30, size=rng.integers(1, 8)).tolist() for _ in range(50)]
+    is_among_I = np.arange(30) % 3 == 0
+    found = Hits.of(item_row_BK, Lists.from_lists(wanted)).metrics_among(item_row_BK, is_among_I, [5, 12])
+    left = [(row, [item for item in want if item % 3 == 0]) for row, want in zip(item_row_BK, wanted, strict=True)]
+    left = [(row, want) for row, want in left if want]
+    assert 20 < len(left) < 50
+    for k in (5, 12):
+        expected = [metrics_written_out(row.tolist(), want, k) for row, want in left]
+        for name in expected[0]:
+            assert found[name] == pytest.approx([each[name] for each in expected], abs=1e-12)
+
+
+def lists_written_out(ranked, k, count, vectors):
+    """The definitions, an item and a pair at a time; None where there is nothing to tell."""
+    items = [item for item in ranked[:k] if item >= 0]
+    total = sum(count) + len(count)
+
+    def cosine(one, other):
+        lengths = math.hypot(*one) * math.hypot(*other)
+        return sum(a * b for a, b in zip(one, other, strict=True)) / lengths if lengths else 0.0
+
+    pairs = [(a, b) for place, a in enumerate(items) for b in items[place + 1 :]]
+    return {
+        "popularity": sum(count[item] for item in items) / len(items) if items else None,
+        "novelty": sum(-math.log2((count[item] + 1) / total) for item in items) / len(items) if items else None,
+        "diversity": sum(1 - cosine(vectors[a], vectors[b]) for a, b in pairs) / len(pairs) if pairs else None,
+    }
+
+
+def test_what_lists_are_like_equals_the_definitions_written_out(monkeypatch):
+    monkeypatch.setattr("trec_twotower.metrics.MAX_CELLS", 200)  # several blocks
+    rng = np.random.default_rng(5)
+    count_I, item_ID = rng.integers(0, 50, size=40), rng.normal(size=(40, 6)).astype(np.float32)
+    item_ID[7] = 0  # an item without a direction
+    item_row_BK = np.array([rng.permutation(40)[:10] for _ in range(30)])
+    item_row_BK[4, :3] = [7, 1, 2]
+    for user, length in ((0, 0), (1, 1), (2, 2), (3, 7)):
+        item_row_BK[user, length:] = -1
+    found = list_metrics(item_row_BK, [1, 4, 10], count_I, item_ID)
+    for k in (1, 4, 10):
+        for user, ranked in enumerate(item_row_BK.tolist()):
+            for name, expected in lists_written_out(ranked, k, count_I.tolist(), item_ID.tolist()).items():
+                value = found[f"{name}@{k}"][user]
+                assert np.isnan(value) if expected is None else value == pytest.approx(expected, abs=1e-6)
+
+
+def test_resampled_means_spread_as_draws_with_replacement_do():
+    """The second way draws whole samples of the users, as the bootstrap was first told (Efron 1979)."""
+    rng = np.random.default_rng(6)
+    value_BM = np.stack([rng.random(1500) < 0.2, rng.exponential(size=1500)], axis=1).astype(float)
+    sums = resampled_sums(value_BM, 0, 2000)
+    means = sums[:, 0] / sums[:, 1]
+    plain = np.array([value_BM[rng.integers(0, 1500, size=1500)].mean(axis=0) for _ in range(2000)])
+    for column in range(2):
+        ends, expected = (np.percentile(each[:, column], [2.5, 97.5]) for each in (means, plain))
+        assert ends == pytest.approx(expected, abs=0.15 * (expected[1] - expected[0]))
+    # Both metrics are of the same draws, or no difference between contenders could be judged.
+    assert np.array_equal(sums[:, 1, 0], sums[:, 1, 1]) and len(np.unique(sums[:, 1, 0])) > 50
+    again = resampled_sums(value_BM, 0, 5)
+    assert np.array_equal(again[:, 1], resampled_sums(value_BM * 7, 0, 5)[:, 1])
+
+
+def test_intervals_hold_the_truth_as_often_as_they_say():
+    """400 samples of 300 users whose metric is 1 with probability .3: 95 of 100 intervals hold .3."""
+    rng = np.random.default_rng(7)
+    value_BM = (rng.random((300, 400)) < 0.3).astype(float)
+    sums = resampled_sums(value_BM, 0, 1000)
+    low_M, high_M = np.percentile(sums[:, 0] / sums[:, 1], [2.5, 97.5], axis=0)
+    assert 0.92 <= np.mean((low_M <= 0.3) & (high_M >= 0.3)) <= 0.975
+
+
+def test_resampled_sums_do_not_depend_on_how_the_users_are_shared():
+    value_BM = np.random.default_rng(8).random((2 * DRAWN_TOGETHER + 100, 3))
+    value_BM[5, 1] = np.nan
+    whole = resampled_sums(value_BM, 0, 7)
+    for ends in ([0, 1000, 1001, len(value_BM)], [0, DRAWN_TOGETHER, len(value_BM)], [0, 0, len(value_BM)]):
+        shares = [resampled_sums(value_BM[a:b], a, 7) for a, b in itertools.pairwise(ends)]
+        assert sum(shares) == pytest.approx(whole, rel=1e-12)
+    without = np.delete(value_BM[:, 1], 5)
+    assert np.isfinite(whole).all() and (whole[:, 1, 1] <= whole[:, 1, 0]).all()
+    assert whole[:, 0, 1].mean() == pytest.approx(without.sum(), rel=0.1)
 
 
 ragged = st.lists(st.lists(st.integers(0, 9), max_size=6), min_size=1, max_size=6)

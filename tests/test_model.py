@@ -200,6 +200,12 @@ def test_an_id_outside_its_table_is_an_error_in_these_tests(bad, lone_rank, smal
         model.encode_items(make_batch(model.schema, None, columns(model.schema, "item", ids=[[bad]])))
 
 
+def test_a_tower_may_sum_its_features():
+    feature_BE = torch.arange(12.0).reshape(2, 6)
+    tower = Tower((2, 2, 2), 2, TowerConfig(combine="sum", project=False), is_unit=False)
+    assert tower(feature_BE).tolist() == [[0 + 2 + 4, 1 + 3 + 5], [6 + 8 + 10, 7 + 9 + 11]]
+
+
 def test_another_order_of_keys_is_refused():
     """A sharded collection remembers the first order of keys it sees and would mix up columns in silence."""
     specs = {name: TableSpec(buckets=4, dim=4) for name in ("a", "b")}
@@ -233,7 +239,7 @@ def test_every_batch_has_the_keys_of_the_schema_in_their_order(small_world):
 
 def test_a_tower_is_its_layers_written_out():
     torch.manual_seed(0)
-    tower = Tower(5, 3, TowerConfig(mlp=(7, 4)), is_unit=False)
+    tower = Tower((2, 3), 3, TowerConfig(mlp=(7, 4)), is_unit=False)
     feature_BE = torch.randn(6, 5)
     hidden = feature_BE
     for number in (0, 2):
@@ -245,14 +251,14 @@ def test_a_tower_is_its_layers_written_out():
 def test_without_layers_the_features_are_the_vector():
     feature_BE = torch.tensor([[3.0, 4.0], [0.0, 0.0]])
     config = TowerConfig(project=False)
-    assert Tower(2, 2, config, is_unit=False)(feature_BE).tolist() == feature_BE.tolist()
-    unit = Tower(2, 2, config, is_unit=True)(feature_BE)
+    assert Tower((2,), 2, config, is_unit=False)(feature_BE).tolist() == feature_BE.tolist()
+    unit = Tower((2,), 2, config, is_unit=True)(feature_BE)
     torch.testing.assert_close(unit, torch.tensor([[0.6, 0.8], [0.0, 0.0]]))  # nothing to point at: no NaN
 
 
 def test_dropout_is_for_training_alone():
     torch.manual_seed(0)
-    tower = Tower(50, 50, TowerConfig(project=False, dropout=0.4), is_unit=False)
+    tower = Tower((50,), 50, TowerConfig(project=False, dropout=0.4), is_unit=False)
     ones = torch.ones(40, 50)
     dropped = tower(ones)
     assert dropped.unique().tolist() == pytest.approx([0.0, 1 / 0.6])

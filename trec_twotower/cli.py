@@ -77,12 +77,19 @@ def build_parser() -> argparse.ArgumentParser:
     folder(evaluate)
     evaluate.add_argument("--split", default="test", help="the part of the dataset to find (default test)")
     evaluate.add_argument("--index", action="store_true", help="also through the tuned index")
+    evaluate.add_argument(
+        "--slice", action="append", default=[], metavar="NAME", help="also told apart by user.COLUMN or item.COLUMN"
+    )
     evaluate.add_argument("--rankings", type=Path, metavar="FILE", help="also write user_id, item_ids as Parquet")
 
     recommend = command("recommend", _recommend, "what a user gets, and from which history")
     folder(recommend)
     recommend.add_argument("--user", required=True, action="append", metavar="ID", help="a user_id; may be repeated")
     recommend.add_argument("--k", type=int, default=10, help="how many items (default 10)")
+
+    report = command("report", _report, "the run in pictures, one HTML file of all that was done so far")
+    report.add_argument("run_dir", metavar="RUN", type=Path, help="a run folder, made by train")
+    report.add_argument("--colour", metavar="COLUMN", help="of items/, for the map (default: the first category)")
 
     plan = command("plan", _plan, "which rank would hold which part of which table, and how many bytes")
     plan.add_argument("config", type=Path, metavar="CONFIG")
@@ -278,6 +285,7 @@ def _evaluate(options: argparse.Namespace) -> int:
             checkpoint=options.checkpoint,
             through_index=options.index,
             rankings=options.rankings,
+            slices=options.slice,
         )
         if ranks.is_first:
             print(table)
@@ -299,6 +307,17 @@ def _recommend(options: argparse.Namespace) -> int:
             print("and gets:")
             for place, item in enumerate(answer.items, 1):
                 print(f"  {place:>3}  {item.score:>8.4f}  {in_words(item.about)}  [{item.item_id}]")
+    return 0
+
+
+def _report(options: argparse.Namespace) -> int:
+    from trec_twotower.run import Run
+
+    run = Run.open(options.run_dir)
+    _quiet()
+    from trec_twotower.report import write_report
+
+    print(write_report(run, options.colour))
     return 0
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
@@ -25,7 +25,7 @@ from pydantic import (
 )
 
 from trec_twotower.errors import ConfigError, nearest
-from trec_twotower.schema import FeatureSpec, Schema, Seed, Settings, TableSpec
+from trec_twotower.schema import FeatureSpec, Schema, Seed, Settings, Side, TableSpec
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -58,12 +58,55 @@ class DataConfig(Settings):
     follow: FollowConfig | None = None  # train on a folder that grows: no epochs, and no cache of what is read once
 
 
+class GatingConfig(Settings):
+    """Weights of features, made of them."""
+
+    reduction: PositiveInt = 2  # the layer between is so many times narrower than there are features
+    by: tuple[str, ...] = ()  # features that alone decide the weights; default: the mean of each
+
+
+class ExpertsConfig(Settings):
+    """Layers side by side in place of one, among which each row's router chooses."""
+
+    count: int = Field(ge=2)
+    width: PositiveInt
+    top: PositiveInt | None = None  # only so many count for a row, those of the highest weights; default: all
+    balance: NonNegativeFloat = 0.01  # with top: weight of what is added to the loss where experts are used unevenly
+
+    @model_validator(mode="after")
+    def _some_are_left_out(self) -> Self:
+        if self.top is not None and self.top >= self.count:
+            raise ValueError(f"experts.top is {self.top} of {self.count} experts: choose fewer, or leave it out.")
+        return self
+
+
 class TowerConfig(Settings):
     """A multi-layer perceptron from the features to the vector."""
 
+    combine: Literal["concat", "sum"] = "concat"  # of the features' vectors; sum: all are of one dim, none a number
     mlp: tuple[PositiveInt, ...] = ()  # widths of the hidden layers, each with ReLU
     project: bool = True  # a last linear layer to model.dim; false: the features' width must be model.dim
     dropout: float = Field(default=0.0, ge=0, lt=1)  # of the features that enter
+    # Of a feature: the share of rows in which it is zero in training, as it is of what is new.
+    drop: dict[str, Annotated[float, Field(ge=0, lt=1)]] = Field(default_factory=dict)
+    gating: GatingConfig | None = None  # a weight for each feature
+    crosses: NonNegativeInt = 0  # learned crosses of the features (DCN-v2), one degree more each
+    short: tuple[str, ...] = ()  # features of the short term, met with all others by a learned gate
+    experts: ExpertsConfig | None = None  # before mlp
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> Self:
+        if self.combine == "sum" and (self.crosses or self.short):
+            found = "short" if self.short else "crosses"
+            raise ValueError(f"{found} wants the features side by side, but combine is sum: set it to concat.")
+        return self
+
+    def widths(self, widths: Sequence[int], dim: int) -> list[int]:
+        """What stands behind each part that changes the width: the last is what leaves the hidden layers."""
+        width = widths[0] if self.combine == "sum" else sum(widths)
+        width = dim if self.short else width
+        width = self.experts.width if self.experts is not None else width
+        return [width, *self.mlp]
 
 
 class ModelConfig(Settings):
@@ -366,17 +409,36 @@ class CheckpointConfig(Settings):
     in_background: bool = True  # training goes on when a rank's shards are copied; costs memory for that copy
 
 
+METRICS = ("recall", "ndcg", "hit", "mrr", "map", "precision")  # of one user's ranking, each at every evaluate.k
+SLICES = ("tail", "popularity", "activity")  # beside user.COLUMN and item.COLUMN
+
+
 class EvaluateConfig(Settings):
     k: tuple[PositiveInt, ...] = (10, 20, 50)
     best: str = "recall@20"  # the validation metric that chooses the best step
     users: PositiveInt | None = None  # during training: a seeded sample of so many; default: all
     block: PositiveInt = 1024  # users scored together
+    # What `evaluate` reports beside the metrics; training measures none of it.
+    slices: tuple[str, ...] = SLICES
+    item_to_item: bool = True  # the baseline of items that were taken together
+    bootstrap: int = Field(default=1000, ge=0)  # resamples of the users, for intervals; 0: no intervals
 
     @model_validator(mode="after")
     def _best_is_measured(self) -> Self:
-        known = [f"{name}@{k}" for k in self.k for name in ("recall", "ndcg", "hit", "mrr", "precision")]
+        known = [f"{name}@{k}" for k in self.k for name in METRICS]
         if self.best not in known:
             raise ValueError(f"evaluate.best is {self.best!r}, which is not measured{nearest(self.best, known)}.")
+        return self
+
+    @model_validator(mode="after")
+    def _slices_are_known(self) -> Self:
+        for name in self.slices:
+            side, dot, column = name.partition(".")
+            if name not in SLICES and not (side in ("user", "item") and dot and column):
+                known = [*SLICES, "user.COLUMN", "item.COLUMN"]
+                raise ValueError(
+                    f"evaluate.slices names {name!r}{nearest(name, known)}: give any of {', '.join(known)}."
+                )
         return self
 
 
@@ -412,9 +474,27 @@ class RunConfig(Settings):
     @model_validator(mode="after")
     def _parts_fit(self) -> Self:
         schema = self.feature_schema
-        for side, tower in (("user", self.model.user_tower), ("item", self.model.item_tower)):
-            width = schema.width(side)  # type: ignore[arg-type]
-            last = tower.mlp[-1] if tower.mlp else width
+        sides: list[tuple[Side, TowerConfig]] = [("user", self.model.user_tower), ("item", self.model.item_tower)]
+        for side, tower in sides:
+            widths = schema.widths(side)
+            if tower.combine == "sum" and (len(set(widths)) > 1 or schema.numbers(side)):
+                numbers = ", numbers among them" if schema.numbers(side) else ""
+                raise ValueError(
+                    f"model.{side}_tower.combine is sum, but the {side} features are {list(widths)} wide{numbers}: "
+                    "give all tables one dim and let numbers have bins, or set combine: concat."
+                )
+            if self.train.micro_batch is not None and tower.experts is not None and tower.experts.top is not None:
+                raise ValueError(
+                    f"model.{side}_tower.experts.top looks at the use of experts in a whole batch, but "
+                    "train.micro_batch cuts it: leave one of them out."
+                )
+            names = [feature.name for feature in schema.features(side)]
+            for name in (*tower.drop, *tower.short, *(tower.gating.by if tower.gating else ())):
+                if name not in names:
+                    raise ValueError(f"model.{side}_tower names the feature {name!r}{nearest(name, names)}.")
+            if tower.short and set(tower.short) >= set(schema.parts(side)):
+                raise ValueError(f"model.{side}_tower.short names all features: leave some for the long term.")
+            last = tower.widths(widths, self.model.dim)[-1]
             if not tower.project and last != self.model.dim:
                 raise ValueError(
                     f"model.{side}_tower has project: false, so its last width {last} must be model.dim = "

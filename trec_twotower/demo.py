@@ -25,7 +25,7 @@ def shipped(name: str) -> Path:
 
 
 def run_demo(folder: Path, num_ranks: int) -> int:
-    """Prepare, train, export, index, evaluate, recommend; returns the exit code of the first stage that fails."""
+    """Every stage, from prepare to report; returns the exit code of the first that fails."""
     if num_ranks < 1:
         raise ConfigError(f"--ranks is {num_ranks}: give 1 or more.")
     dataset, run = folder / "data" / "demo", folder / "runs" / "demo"
@@ -43,8 +43,10 @@ def run_demo(folder: Path, num_ranks: int) -> int:
     for stage in stages:
         if code := _stage(stage):
             return code
-    if code := _stage([*alone, "recommend", str(run), "--user", _some_user(dataset)]):
-        return code
+    last = (["recommend", str(run), "--user", _some_user(dataset)], ["report", str(run)])
+    for words in last:
+        if code := _stage([*alone, *words]):
+            return code
     status = read_json(run / "status.json")
     print(
         f"\nThe whole way took {time.perf_counter() - started:.0f} s, of which training {status['train_s']:.0f} s "
@@ -52,7 +54,7 @@ def run_demo(folder: Path, num_ranks: int) -> int:
         f"{status['peak_rank_bytes'] / 2**20:,.0f} MiB each)."
     )
     print(f"dataset  {dataset}")
-    print(f"run      {run}  (config.yaml, metrics.jsonl, checkpoints/, export/, index/, evaluation.json)")
+    print(f"run      {run}  (config.yaml, metrics.jsonl, checkpoints/, export/, index/, evaluation.json, report.html)")
     return 0
 
 

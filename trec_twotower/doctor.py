@@ -35,6 +35,7 @@ OTHERS = {  # all else that must be there, and which versions of it
     "xxhash": "",
     "numba": "",
     "tqdm": "",
+    "matplotlib": "",
     "tensorboard": "",
     "tensordict": "",
     "torchmetrics": "==1.0.3",

@@ -1,8 +1,8 @@
-"""How well held-out items are found: over the whole catalogue, exactly or through the index."""
+"""How well held-out items are found: over the whole catalogue, exactly or through the index, beside the baselines."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from trec_twotower.config import EvaluateConfig
+from trec_twotower.baselines import ItemToItem
+from trec_twotower.config import METRICS, EvaluateConfig, validate
 from trec_twotower.data.features import Sources
 from trec_twotower.data.held_out import HeldOut
 from trec_twotower.data.lists import Lists, offsets_of
@@ -21,11 +22,17 @@ from trec_twotower.errors import ConfigError, nearest
 from trec_twotower.export import load_model
 from trec_twotower.files import write_json
 from trec_twotower.index import ItemIndex, exact_search
-from trec_twotower.metrics import MetricSums, popularity_ranking, ranking_metrics
+from trec_twotower.metrics import Hits, MetricSums, list_metrics, popularity_ranking, ranking_metrics, resampled_sums
 from trec_twotower.model.two_tower import TwoTower
 from trec_twotower.run import Run
+from trec_twotower.slices import Slice, make_slices
+from trec_twotower.spectral import Taken
 
 Search = Callable[[np.ndarray, int, Lists], np.ndarray]  # user vectors, k, seen -> item rows
+
+EXACT, THROUGH_INDEX = "two towers, exact search", "two towers, through the index"
+POPULARITY, ITEM_TO_ITEM, REACHABLE = "popularity", "item to item", "best reachable"
+OUTSIDE = (2.5, 97.5)  # percentiles of the resampled means that an interval lies between
 
 
 @dataclass(frozen=True)
@@ -34,6 +41,7 @@ class Evaluator:
 
     sources: Sources
     held_out: HeldOut  # this rank's share
+    first_user: int  # of that share, among all ranks' users
     config: EvaluateConfig
     ranks: Ranks
 
@@ -51,27 +59,23 @@ class Evaluator:
                 f"evaluate.k asks for {largest:,} items, but the catalogue has {len(sources.catalogue):,}: lower it."
             )
         held_out = HeldOut.read(sources, split, sample)
-        return cls(sources, held_out.part(ranks.share(len(held_out))), config, ranks)
+        mine = ranks.share(len(held_out))
+        return cls(sources, held_out.part(mine), mine.start, config, ranks)
 
     def __call__(self, model: TwoTower) -> dict[str, float]:
         """Mean metrics over the users of all ranks, by exact search."""
-        return self.by_search(model, self.exact(model))
+        return self.mean(self.rankings(self.users(model), exactly(self.items(model))))
 
-    def exact(self, model: TwoTower) -> Search:
-        """Search that scores every item of the catalogue."""
-        item_ID = encode_everywhere(model, "item", self.sources.catalogue.columns, self.ranks).cpu().numpy()
-        return lambda user_BD, k, seen: exact_search(item_ID, user_BD, k, seen)[1]
+    def items(self, model: TwoTower) -> np.ndarray:
+        """(I, D): the vectors of the whole catalogue."""
+        return encode_everywhere(model, "item", self.sources.catalogue.columns, self.ranks).cpu().numpy()
 
-    def through(self, index: ItemIndex) -> Search:
-        return lambda user_BD, k, seen: index.search_unseen(user_BD, k, seen)[1]
+    def users(self, model: TwoTower) -> np.ndarray:
+        """(users of this rank, D)."""
+        return encode(model, "user", self.held_out.user, self.ranks).cpu().numpy()
 
-    def by_search(self, model: TwoTower, search: Search) -> dict[str, float]:
-        """Mean metrics over the users of all ranks, of the items that `search` finds."""
-        return self.mean(self.rankings(model, search))
-
-    def rankings(self, model: TwoTower, search: Search) -> np.ndarray:
+    def rankings(self, user_BD: np.ndarray, search: Search) -> np.ndarray:
         """(users of this rank, largest k): catalogue rows, best first, seen items left out."""
-        user_BD = encode(model, "user", self.held_out.user, self.ranks).cpu().numpy()
         k = max(self.config.k)
         ranked = np.full((len(user_BD), k), -1, np.int64)
         for start in range(0, len(user_BD), self.config.block):
@@ -79,17 +83,145 @@ class Evaluator:
             ranked[rows] = search(user_BD[rows], k, self.held_out.seen.take(rows))
         return ranked
 
-    def popularity(self, count_I: np.ndarray) -> dict[str, float]:
-        """The baseline: for everybody the most taken items, less those seen."""
-        return self.mean(popularity_ranking(count_I, self.held_out.seen, max(self.config.k)))
-
     def mean(self, ranked_BK: np.ndarray) -> dict[str, float]:
         """Mean metrics over the users of all ranks, given this rank's rankings."""
         sums = MetricSums()
         sums.add(ranking_metrics(ranked_BK, self.held_out.positives, self.config.k))
-        names = [f"{name}@{k}" for k in self.config.k for name in ("recall", "ndcg", "hit", "mrr", "precision")]
+        names = names_of(METRICS, self.config.k)
         total = self.ranks.sum(np.array([sums.num_users, *(sums.sums.get(name, 0.0) for name in names)]))
         return dict(zip(names, (total[1:] / max(total[0], 1)).tolist(), strict=True))
+
+
+def names_of(metrics: Sequence[str], ks: Sequence[int]) -> list[str]:
+    return [f"{name}@{k}" for k in ks for name in metrics]
+
+
+def exactly(item_ID: np.ndarray) -> Search:
+    """Search that scores every item of the catalogue."""
+    return lambda user_BD, k, seen: exact_search(item_ID, user_BD, k, seen)[1]
+
+
+def through(index: ItemIndex) -> Search:
+    return lambda user_BD, k, seen: index.search_unseen(user_BD, k, seen)[1]
+
+
+class Contenders:
+    """Several rankings of the same users, judged side by side; all ranks call together and get the same."""
+
+    def __init__(self, evaluator: Evaluator, item_ID: np.ndarray, count_I: np.ndarray, slices: Sequence[Slice]) -> None:
+        self.evaluator, self.ranks = evaluator, evaluator.ranks
+        self.ks = evaluator.config.k
+        self.item_ID, self.count_I = item_ID, np.asarray(count_I, np.float64)
+        self.slices = slices
+        self.columns: list[tuple[str, str]] = []  # of `values`: contender, metric
+        self.values: list[np.ndarray] = []
+        self.coverage: dict[str, dict[str, float]] = {}
+        self.by_slice: dict[str, list[np.ndarray]] = {}  # a slice: (labels, 1 + metrics), over all ranks
+        positives = evaluator.held_out.positives.distinct()
+        # The popularity of what the users take, to hold that of the lists against.
+        self.taken_B = np.bincount(
+            positives.rows, self.count_I[positives.values], minlength=len(positives)
+        ) / np.maximum(positives.lengths, 1)
+
+    def add(self, name: str, ranked_BK: np.ndarray) -> None:
+        """This rank's rankings by one contender."""
+        hits = Hits.of(ranked_BK, self.evaluator.held_out.positives)
+        of_hits = hits.metrics(self.ks)
+        per_user = {**of_hits, **list_metrics(ranked_BK, self.ks, self.count_I, self.item_ID)}
+        self.columns += [(name, metric.replace("popularity@", "popularity_bias@")) for metric in per_user]
+        self.values += per_user.values()
+        self.coverage[name] = {}
+        for k in self.ks:
+            listed = ranked_BK[:, :k]
+            shown_I = self.ranks.sum(np.bincount(listed[listed >= 0], minlength=len(self.count_I)))
+            self.coverage[name][f"coverage@{k}"] = float((shown_I > 0).mean())
+        self.by_slice[name] = [
+            self.ranks.sum(
+                self._by_users(of_hits, each) if each.side == "user" else self._by_items(hits, ranked_BK, each)
+            )
+            for each in self.slices
+        ]
+
+    def _by_users(self, of_hits: dict[str, np.ndarray], by: Slice) -> np.ndarray:
+        columns = [np.ones(len(by.part)), *of_hits.values()]
+        return np.stack([np.bincount(by.part, value, minlength=len(by.labels)) for value in columns], axis=1)
+
+    def _by_items(self, hits: Hits, ranked_BK: np.ndarray, by: Slice) -> np.ndarray:
+        total = np.zeros((len(by.labels), 1 + len(METRICS) * len(self.ks)))
+        for part in np.unique(by.part[hits.positives.values]):
+            among = hits.metrics_among(ranked_BK, by.part == part, self.ks)
+            total[part] = [len(among[f"hit@{self.ks[0]}"]), *(value.sum() for value in among.values())]
+        return total
+
+    def result(self) -> dict[str, Any]:
+        """What evaluation.json says of them: metrics, lists, intervals, index_loss, slices; see docs/evaluation.md."""
+        value_BM = np.stack([*self.values, self.taken_B], axis=1)
+        known_BM = ~np.isnan(value_BM)
+        sums = self.ranks.sum(np.stack([np.where(known_BM, value_BM, 0).sum(axis=0), known_BM.sum(axis=0)]))
+        figure_M = self._figures(sums)
+        drawn_RM = np.empty((0, len(figure_M)))
+        if self.evaluator.config.bootstrap:
+            drawn = resampled_sums(value_BM, self.evaluator.first_user, self.evaluator.config.bootstrap)
+            drawn_RM = self._figures(self.ranks.sum(drawn))
+        accuracy = names_of(METRICS, self.ks)
+        metrics: dict[str, dict[str, float]] = {name: {} for name in self.coverage}
+        lists = {name: dict(covered) for name, covered in self.coverage.items()}
+        intervals: dict[str, dict[str, list[float]]] = {name: {} for name in self.coverage}
+        for column, (name, metric) in enumerate(self.columns):
+            if not np.isfinite(figure_M[column]):
+                continue  # no list was long enough
+            (metrics if metric in accuracy else lists)[name][metric] = float(figure_M[column])
+            if len(drawn_RM):
+                intervals[name][metric] = _interval(drawn_RM[:, column])
+        result: dict[str, Any] = {"metrics": metrics, "lists": lists, "intervals": intervals, "slices": self._slices()}
+        if THROUGH_INDEX in metrics:
+            result["index_loss"] = {
+                metric: self._loss(metric, figure_M, drawn_RM) for metric in accuracy if EXACT in metrics
+            }
+        return result
+
+    def _figures(self, sums: np.ndarray) -> np.ndarray:
+        """(..., 2, M + 1) sums and numbers of users to (..., M) figures, NaN for none.
+
+        A list's popularity becomes a bias: it is divided by that of what the users take.
+        """
+        mean = np.divide(
+            sums[..., 0, :], sums[..., 1, :], where=sums[..., 1, :] > 0, out=np.full(sums[..., 0, :].shape, np.nan)
+        )
+        of_lists, of_taken = mean[..., :-1], mean[..., -1:]
+        is_bias_M = np.array([metric.startswith("popularity_bias@") for _, metric in self.columns])
+        return of_lists / np.where(is_bias_M, np.where(of_taken > 0, of_taken, np.nan), 1.0)
+
+    def _loss(self, metric: str, figure_M: np.ndarray, drawn_RM: np.ndarray) -> dict[str, Any]:
+        """Of the exact search's figure, lost through the index; its interval is of the difference, user by user."""
+        exact, index = self.columns.index((EXACT, metric)), self.columns.index((THROUGH_INDEX, metric))
+        loss: dict[str, Any] = {"value": float(figure_M[exact] - figure_M[index])}
+        if len(drawn_RM):
+            loss["interval"] = _interval(drawn_RM[:, exact] - drawn_RM[:, index])
+        return loss
+
+    def _slices(self) -> dict[str, Any]:
+        """{slice: {label: {"users": n, "metrics": {contender: {metric: mean}}}}}, of labels with users."""
+        names = names_of(METRICS, self.ks)
+        told: dict[str, Any] = {}
+        for number, by in enumerate(self.slices):
+            told[by.name] = {}
+            for part, label in enumerate(by.labels):
+                rows = {name: totals[number][part] for name, totals in self.by_slice.items()}
+                num_users = int(next(iter(rows.values()))[0])
+                if num_users:
+                    told[by.name][label] = {
+                        "users": num_users,
+                        "metrics": {
+                            name: dict(zip(names, (row[1:] / num_users).tolist(), strict=True))
+                            for name, row in rows.items()
+                        },
+                    }
+        return told
+
+
+def _interval(drawn_R: np.ndarray) -> list[float]:
+    return np.percentile(drawn_R[np.isfinite(drawn_R)], OUTSIDE).tolist()
 
 
 def _write_rankings(path: Path, user_ids: pa.Array, item_ids: pa.Array, ranked_BK: np.ndarray) -> None:
@@ -129,36 +261,77 @@ def evaluate_run(
     checkpoint: str = "best",
     through_index: bool = False,
     rankings: Path | None = None,
+    slices: Sequence[str] = (),
 ) -> str:
-    """Evaluate a run's checkpoint on a split, write RUN/evaluation.json, and return the table beside the baselines."""
+    """Evaluate a run's checkpoint on a split, write RUN/evaluation.json, and return the tables beside the baselines.
+
+    `slices` are told apart beside those of the config.
+    """
     if rankings is not None and rankings.is_dir():
         raise ConfigError(f"{rankings} is a folder: name the file that the rankings are to become.")
+    wanted = {"slices": (*dict.fromkeys([*run.config.evaluate.slices, *slices]),)}
+    config = validate(EvaluateConfig, {**run.config.evaluate.model_dump(), **wanted}, "evaluate --slice")
     loaded = load_model(run, ranks, checkpoint)
     index = ItemIndex.load(run.folder / "index", model_version=loaded.version) if through_index else None
-    evaluator = Evaluator.of(loaded.sources, split, run.config.evaluate, ranks)
-    exact = evaluator.rankings(loaded.model, evaluator.exact(loaded.model))
-    rows = {"two towers, exact search": evaluator.mean(exact)}
+    evaluator = Evaluator.of(loaded.sources, split, config, ranks)
+    held_out, count_I = evaluator.held_out, run.item_counts()
+    item_ID, user_BD = evaluator.items(loaded.model), evaluator.users(loaded.model)
+    parts = make_slices(config.slices, loaded.sources, held_out, split, count_I)
+    contenders = Contenders(evaluator, item_ID, count_I, parts)
+    exact = evaluator.rankings(user_BD, exactly(item_ID))
+    contenders.add(EXACT, exact)
     if index is not None:
-        rows["two towers, through the index"] = evaluator.by_search(loaded.model, evaluator.through(index))
-    rows["popularity"] = evaluator.popularity(run.item_counts())
+        contenders.add(THROUGH_INDEX, evaluator.rankings(user_BD, through(index)))
+    k = max(config.k)
+    contenders.add(POPULARITY, popularity_ranking(count_I, held_out.seen, k))
+    if config.item_to_item:
+        taken = ranks.together(lambda: Taken.read(loaded.sources, ranks))
+        contenders.add(ITEM_TO_ITEM, ItemToItem.of(taken, count_I, ranks).rankings(held_out.seen, k))
+    judged = contenders.result()
     best = loaded.sources.dataset.description.get("best_reachable")
     if best is not None and best.get("split", "test") == split:
-        rows["best reachable"] = {name: value for name, value in best.items() if "@" in name}
+        judged["metrics"][REACHABLE] = {name: value for name, value in best.items() if "@" in name}
     if rankings is not None:
         mine = rankings.with_name(f".{rankings.name}.{ranks.rank}")
-        _write_rankings(mine, evaluator.held_out.user_ids, loaded.sources.catalogue.ids, exact)
+        _write_rankings(mine, held_out.user_ids, loaded.sources.catalogue.ids, exact)
         ranks.barrier()
         ranks.once(lambda: _join_rankings(rankings, ranks.num_ranks))
     result = {
         "split": split,
         "step": loaded.step,
         "model_version": loaded.version,
-        "users": int(ranks.sum(np.array([len(evaluator.held_out)]))[0]),
-        "metrics": rows,
+        "users": int(ranks.sum(np.array([len(held_out)]))[0]),
+        **judged,
     }
     ranks.once(lambda: write_json(run.folder / "evaluation.json", result))
-    smallest = [name for k in run.config.evaluate.k[:2] for name in (f"recall@{k}", f"ndcg@{k}")]
-    columns = [*smallest, f"hit@{run.config.evaluate.k[0]}", f"mrr@{run.config.evaluate.k[0]}"]
-    return f"{split}, {result['users']:,} users, whole catalogue, items already taken left out\n" + comparison(
-        rows, columns
-    )
+    return told(result, config.k)
+
+
+def told(result: dict[str, Any], ks: Sequence[int]) -> str:
+    """The tables of an evaluation, as read from evaluation.json."""
+    k = ks[0]
+    smallest = [name for each in ks[:2] for name in (f"recall@{each}", f"ndcg@{each}")]
+    lines = [
+        f"{result['split']}, {result['users']:,} users, whole catalogue, items already taken left out",
+        comparison(result["metrics"], [*smallest, f"hit@{k}", f"mrr@{k}", f"map@{k}"]),
+        "",
+        f"what the lists of {k} are like, and between what recall@{k} lies, 95 times of 100",
+    ]
+    columns = {"coverage": "covered", "novelty": "bits", "diversity": "diversity", "popularity_bias": "pop. bias"}
+    rows = {}
+    for name, lists in result["lists"].items():
+        low, high = result["intervals"].get(name, {}).get(f"recall@{k}", (None, None))
+        rows[name] = {short: lists[f"{metric}@{k}"] for metric, short in columns.items() if f"{metric}@{k}" in lists}
+        rows[name] |= {"from": low, "to": high} if low is not None else {}
+    lines.append(comparison(rows, [*columns.values(), "from", "to"]))
+    for name, parts in result["slices"].items():
+        figures = (
+            f"{label} {part['metrics'][EXACT][f'recall@{k}']:.4f} ({part['users']:,})" for label, part in parts.items()
+        )
+        lines += ["", f"recall@{k} by {name} (users): " + ", ".join(figures)]
+    if "index_loss" in result:
+        loss = result["index_loss"][f"recall@{k}"]
+        low, high = loss.get("interval", (None, None))
+        between = f" ({low:+.5f} to {high:+.5f})" if low is not None else ""
+        lines += ["", f"lost through the index, of recall@{k}: {loss['value']:+.5f}{between}"]
+    return "\n".join(lines)

@@ -107,6 +107,9 @@ def _statistics(batch: Batch) -> dict[str, Any]:
         weights = bags.weights_or_none()
         if weights is not None:
             found[key]["weights"] = summary(weights)
+    if batch.sequences is not None:
+        for key in batch.sequences.keys():  # noqa: SIM118
+            found[key] = {"buckets": summary(batch.sequences[key].values())}
     for name, value in vars(batch).items():
         if isinstance(value, Tensor):
             found[name] = summary(value)

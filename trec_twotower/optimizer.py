@@ -16,6 +16,7 @@ from torchrec.optim.optimizers import in_backward_optimizer_filter
 from trec_twotower.config import GPU_OPTIMIZERS, OptimizerConfig
 from trec_twotower.errors import ConfigError
 from trec_twotower.faults import fault_point
+from trec_twotower.model.embedding import table_parameters
 from trec_twotower.model.tower import Tower
 from trec_twotower.schema import Schema
 
@@ -62,7 +63,7 @@ def check_optimizer(config: OptimizerConfig, schema: Schema, device_type: str) -
 def fuse_table_updates(model: nn.Module, config: OptimizerConfig) -> None:
     """Give every table its optimizer, to be called before sharding; without one, fbgemm would use SGD at 0.01."""
     kind, settings = _table_optimizer(config)
-    apply_optimizer_in_backward(kind, model.tables.parameters(), settings)
+    apply_optimizer_in_backward(kind, table_parameters(model).values(), settings)
 
 
 def state_bytes(weight: nn.Parameter, rows: int, columns: int) -> int:

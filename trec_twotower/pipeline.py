@@ -73,7 +73,7 @@ class OverlappedSteps(Steps):
         self._forward: Forward | None = None
         # By keyword, and only what torchrec 1.6 to 1.9 all have.
         self._pipeline = TrainPipelineSparseDist(
-            model=_Lookup(inner.tables),
+            model=_Lookup(inner.tables, inner.lists),
             optimizer=optimizer,
             device=ranks.device,
             execute_all_batches=True,
@@ -103,12 +103,15 @@ class _Lookup(nn.Module):
     It finds that out by tracing, which the loss would not survive.
     """
 
-    def __init__(self, tables: nn.Module) -> None:
+    def __init__(self, tables: nn.Module | None, lists: nn.Module | None) -> None:
         super().__init__()
         self.tables = tables
+        self.lists = lists
 
     def forward(self, batch: Batch) -> Any:
-        return self.tables(batch.sparse)
+        bags = None if self.tables is None else self.tables(batch.sparse)
+        vectors = None if self.lists is None else self.lists(batch.sequences)
+        return bags, vectors
 
 
 class Trace:

@@ -12,9 +12,9 @@ from torch import nn
 from trec_twotower.config import RunConfig
 from trec_twotower.data.dataset import POSITIVES, UNREADABLE, folder_of
 from trec_twotower.errors import ConfigError, DataError
-from trec_twotower.model.embedding import build_tables
+from trec_twotower.model.embedding import build_lists, build_tables, table_parameters
 from trec_twotower.optimizer import check_optimizer, fuse_table_updates, state_bytes
-from trec_twotower.schema import FeatureSpec, Schema, Side
+from trec_twotower.schema import FeatureSpec, Schema, Side, key, part_of
 from trec_twotower.sharding import CACHE_SHARE, RankMemory, TablePlacement, make_plan, placements
 
 ASSUMED_IDS = 20  # of a bag, where neither the data nor max_length say how many
@@ -68,6 +68,8 @@ class OnlyTables(nn.Module):
         super().__init__()
         self.schema = schema
         self.tables = build_tables(schema)
+        self.lists = build_lists(schema)
+        self.weights = table_parameters(self)
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,7 @@ def bytes_of(model: OnlyTables, shard: TablePlacement) -> ShardBytes:
     spec = model.schema.tables[shard.table]
     rows, columns = (shard.rows, shard.columns) if shard.rows else (spec.buckets, spec.dim)
     weights = rows * columns * spec.weight_bytes
-    state = state_bytes(model.tables.embedding_bags[shard.table].weight, rows, columns)
+    state = state_bytes(model.weights[shard.table], rows, columns)
     if shard.kernel not in ("fused_uvm", "fused_uvm_caching"):
         return ShardBytes(weights, state, weights + state, 0)
     share = (spec.cache_share or CACHE_SHARE) if shard.kernel == "fused_uvm_caching" else 0.0
@@ -138,18 +140,22 @@ def exchange(schema: Schema, shards: list[TablePlacement], step: StepSize, num_r
     With N ranks, K keys that look a table up, n ids and R rows a rank: a whole table (or a shard of its columns) is
     sent every rank's ids and lengths and returns R * K sums, of which one part in N stays at home; a table cut by rows
     is sent each id once, but lengths and sums go from every rank to every other. A data-parallel table's gradient is
-    summed over all ranks, whole.
+    summed over all ranks, whole. Of a table that a sequence looks up, every id's vector is sent.
     """
     away = (num_ranks - 1) / num_ranks
     id_bytes = 4 if all(spec.buckets <= 1 << 31 for spec in schema.tables.values()) else 8
     found = {}
     for table, spec in schema.tables.items():
-        keys = [key for key, (_, feature) in zip(schema.keys(), schema.sparse_pairs, strict=True)
-                if feature.table_name == table]  # fmt: skip
+        keys = [name for name, looked_up in _tables_of_keys(schema).items() if looked_up == table]
         ids = sum(step.ids[key] for key in keys) * (id_bytes + VALUE_BYTES * step.is_weighted)
         lengths = step.rows * len(keys) * LENGTH_BYTES
         sums = step.rows * len(keys) * spec.dim * VALUE_BYTES
         parts = [shard for shard in shards if shard.table == table]
+        if table in schema.listed:
+            vectors = sum(step.ids[key] for key in keys) * spec.dim * VALUE_BYTES
+            copies = len(parts) if parts[0].sharding == "column_wise" else 1
+            found[table] = Exchange(away * copies * ids, away * vectors, away * vectors)
+            continue
         match parts[0].sharding:
             case "data_parallel":
                 found[table] = Exchange(gradients=2 * away * spec.buckets * spec.dim * VALUE_BYTES)
@@ -187,10 +193,22 @@ def step_size(config: RunConfig, num_ranks: int) -> tuple[StepSize, str]:
         candidates = positives
     rows = {"user": data.batch_size / num_ranks, "item": candidates / num_ranks}
     ids = {
-        key: rows[side] * _mean_ids(side, feature, config, train if side == "user" else items)
-        for key, (side, feature) in zip(schema.keys(), schema.sparse_pairs, strict=True)
+        key(side, feature): rows[side] * _mean_ids(side, feature, config, train if side == "user" else items)
+        for side, feature in schema.sparse_pairs
     }
+    for feature in schema.sequences:  # every item of all steps once
+        name = key("user", feature)
+        ids[name] = min(ids[name], catalogue)
+        ids[part_of(name, "delta", "+")] = ids[name]
+        for attribute in (other for other in schema.item if other.name in feature.attributes):
+            ids[part_of(name, attribute.name)] = ids[name] * _mean_ids("item", attribute, config, items)
     return StepSize(round(max(rows.values())), ids, schema.is_weighted), source
+
+
+def _tables_of_keys(schema: Schema) -> dict[str, str]:
+    """The table that each key of both collections looks up."""
+    bags = {key(side, feature): feature.table_name for side, feature in schema.sparse_pairs}
+    return {**bags, **dict(schema.listed_keys)}
 
 
 class _Footer:
@@ -213,7 +231,7 @@ class _Footer:
 
 
 def _mean_ids(side: Side, feature: FeatureSpec, config: RunConfig, footer: _Footer | None) -> float:
-    if feature.kind != "bag":
+    if feature.kind not in ("bag", "sequence"):
         return 2.0 if feature.soft else 1.0
     mean = footer.mean_length(feature.reads) if footer else None
     if mean is None and footer and side == "user" and config.data.rows == "user":

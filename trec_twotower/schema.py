@@ -7,10 +7,19 @@ from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
 from itertools import pairwise
-from typing import TYPE_CHECKING, Annotated, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError, available_timezones
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
 
 from trec_twotower.errors import ConfigError, nearest
 
@@ -18,17 +27,31 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 Side = Literal["user", "item"]
-Kind = Literal["id", "category", "number", "bag", "cross", "time"]
+Kind = Literal["id", "category", "number", "bag", "cross", "time", "sequence"]
 Kernel = Literal["fused", "fused_uvm", "fused_uvm_caching"]
 ShardingKind = Literal["auto", "table_wise", "row_wise", "column_wise", "table_row_wise", "data_parallel"]
 Seed = Annotated[int, Field(ge=0, lt=1 << 63)]
 # What a feature may say beside name, kind and column, by its kind.
 SETTINGS: dict[Kind, frozenset[str]] = {
-    "id": frozenset({"table", "buckets", "dim"}),
-    "category": frozenset({"table", "buckets", "dim"}),
-    "bag": frozenset({"table", "buckets", "dim", "max_length", "pooling", "weights"}),
+    "id": frozenset({"table", "buckets", "dim", "scale"}),
+    "category": frozenset({"table", "buckets", "dim", "scale"}),
+    "bag": frozenset({"table", "buckets", "dim", "scale", "max_length", "pooling", "weights"}),
+    "sequence": frozenset(
+        {
+            "table",
+            "buckets",
+            "dim",
+            "max_length",
+            "encoder",
+            "times",
+            "actions",
+            "action_buckets",
+            "attributes",
+            "delta",
+        }
+    ),
     "number": frozenset({"dim", "normalise", "nan", "clip", "bins", "soft"}),
-    "cross": frozenset({"table", "buckets", "dim", "columns"}),
+    "cross": frozenset({"table", "buckets", "dim", "scale", "columns"}),
     "time": frozenset({"dim", "part", "zone", "unit", "until", "at", "normalise", "clip", "bins", "soft"}),
 }
 TIME_PARTS = {"hour": 24, "weekday": 7, "hour_of_week": 168, "month": 12}  # and how many values each has
@@ -53,7 +76,7 @@ class TableSpec(Settings):
     dtype: Literal["fp32", "fp16"] = "fp32"  # of the weights; pooled sums, gradients and states stay fp32
     hashing: Literal["mix", "modulo"] = "mix"  # modulo: ids 0..buckets-1 keep a row each, without collisions
     seed: Seed = 0  # of the hash
-    init_scale: PositiveFloat | None = None  # weights start uniform in ±init_scale; default 1 / sqrt(dim)
+    init_scale: NonNegativeFloat | None = None  # weights start uniform in ±init_scale; default 1 / sqrt(dim)
 
     @property
     def start_scale(self) -> float:
@@ -86,6 +109,54 @@ class TableSpec(Settings):
         return self
 
 
+# What each encoder can be told, and the values it has where a config says nothing.
+ENCODER_PARAMETERS: dict[str, dict[str, Any]] = {
+    "mean": {},
+    "heads": {"heads": 8, "fastest": 1.5, "slowest": 0.02},
+    "gru": {"layers": 1},
+    "cnn": {"layers": 2, "width": 3},
+    "transformer": {"layers": 1, "heads": 2, "positions": "learned", "causal": True},
+    "attention": {"heads": 4},
+    "hierarchical": {"segment": 8, "over": "gru"},
+}
+
+
+class EncoderSpec(Settings):
+    """What makes one vector of a sequence's steps; see model/sequence.py."""
+
+    kind: Literal["mean", "heads", "gru", "cnn", "transformer", "attention", "hierarchical"] = "mean"
+    dropout: float = Field(default=0.0, ge=0, lt=1)  # of each number of each step's vector, in training
+    # One of ENCODER_PARAMETERS each; null where the encoder has no such parameter.
+    heads: PositiveInt | None = None  # parts of the vector, each with weights or attention of its own
+    fastest: PositiveFloat | None = None  # heads: what the first one's log weights lose a step at the start ...
+    slowest: PositiveFloat | None = None  # ... and the last one's, those between in equal ratios
+    layers: PositiveInt | None = None
+    width: PositiveInt | None = None  # cnn: steps that a filter sees, the newest of them its own
+    positions: Literal["learned", "rotary"] | None = None  # transformer: counted from the newest step
+    causal: bool | None = None  # transformer: a step sees those before it alone, and the newest is the result
+    segment: PositiveInt | None = None  # hierarchical: steps that are taken together
+    over: Literal["gru", "transformer"] | None = None  # hierarchical: what reads the segments
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in(cls, values: Any) -> Any:
+        known = ENCODER_PARAMETERS.get(str(values.get("kind", "mean"))) if isinstance(values, dict) else None
+        if known is None:
+            return values  # whose kind is then refused
+        return {**values, **{name: value for name, value in known.items() if values.get(name) is None}}
+
+    @model_validator(mode="after")
+    def _fits_its_kind(self) -> Self:
+        for name in sorted({name for parameters in ENCODER_PARAMETERS.values() for name in parameters}):
+            if name not in ENCODER_PARAMETERS[self.kind] and getattr(self, name) is not None:
+                others = ", ".join(kind for kind, parameters in ENCODER_PARAMETERS.items() if name in parameters)
+                raise ValueError(
+                    f"encoder.{name} is set, but encoder.kind {self.kind} has no {name} (it belongs to {others}): "
+                    "leave it out, or choose another kind."
+                )
+        return self
+
+
 class FeatureSpec(Settings):
     """One input of a tower: which column it reads and what is made of it.
 
@@ -97,6 +168,9 @@ class FeatureSpec(Settings):
     cross     what two or three columns of ids or categories say together; null is a value like others
     time      the hour, weekday, hour of the week or month of a point in time, with a row of a table each and one for
               null; or its age in days, a number like others
+    sequence  a list of ids a row, oldest first, whose order counts; of users only, and `encoder` makes its vector.
+              A step's vector is its row of the table, and what is named of these: the gap since the step before it,
+              the action taken, the step's item's own features in the catalogue, and a table of differences
     """
 
     name: str = Field(min_length=1)
@@ -105,7 +179,7 @@ class FeatureSpec(Settings):
     table: str | None = None  # a table declared under `tables`, to share it
     buckets: PositiveInt | None = None  # or a table of its own, with so many rows ...
     dim: PositiveInt | None = None  # ... and columns
-    max_length: PositiveInt | None = None  # bag: the newest (last) so many elements count
+    max_length: PositiveInt | None = None  # bag, sequence: the newest (last) so many elements count
     pooling: Literal["sum", "mean", "sqrtn"] = "mean"  # bag
     weights: str | None = None  # bag: a column of lists, as long as the ids' lists
     normalise: Literal["zscore", "minmax", "log1p", "quantile", "none"] = "zscore"  # number
@@ -120,6 +194,21 @@ class FeatureSpec(Settings):
     unit: Literal["s", "ms", "us", "ns"] = "s"  # time: since 1970, where the column holds plain numbers
     until: str | None = None  # time, age: the column with the time at which the age is asked for ...
     at: Annotated[str, BeforeValidator(str)] | None = None  # ... or one date for all rows, such as 2023-06-30
+    scale: PositiveFloat = 1.0  # id, category, bag: what its vector is multiplied by
+    encoder: EncoderSpec | None = None  # sequence; default: the mean
+    times: str | None = None  # sequence: a column of lists as long, of rising seconds or timestamps
+    actions: str | None = None  # sequence: a column of lists as long, of what was done: integers or strings ...
+    action_buckets: PositiveInt = 64  # ... hashed into so many
+    attributes: tuple[str, ...] = ()  # sequence: item features that are added to each step's vector
+    delta: bool = False  # sequence: a second table, which starts at zero, is added to its table's vectors
+
+    @property
+    def delta_table(self) -> str:
+        return f"{self.name}_delta"
+
+    @property
+    def encoding(self) -> EncoderSpec:
+        return self.encoder or EncoderSpec()
 
     @property
     def reads(self) -> str:
@@ -128,7 +217,7 @@ class FeatureSpec(Settings):
     @property
     def all_columns(self) -> tuple[str, ...]:
         """Every column that the feature reads, `reads` first."""
-        named = (self.reads, *(self.columns or ()), self.weights, self.until)
+        named = (self.reads, *(self.columns or ()), self.weights, self.until, self.times, self.actions)
         return tuple(dict.fromkeys(name for name in named if name is not None))
 
     @property
@@ -144,7 +233,7 @@ class FeatureSpec(Settings):
     @property
     def is_list(self) -> bool:
         """Whether a row may hold any number of table rows."""
-        return self.kind == "bag" or self.soft
+        return self.kind in ("bag", "sequence") or self.soft
 
     @property
     def is_weighted(self) -> bool:
@@ -189,7 +278,7 @@ class FeatureSpec(Settings):
 
         from trec_twotower.data.transforms import check_kind, transform
 
-        if self.kind not in ("id", "category", "bag"):
+        if self.kind not in ("id", "category", "bag", "sequence"):
             raise ConfigError(f"feature {self.name!r} is a {self.kind}, whose column is not hashed by itself.")
         if (table is None) != (self.table is None):
             wanted = f"names table {self.table!r}: give its" if self.table else "has a table of its own: give no"
@@ -198,7 +287,8 @@ class FeatureSpec(Settings):
         check_kind(self, array.type, where)
         rows = pa.table({self.reads: array})
         tables = {self.table_name: table or self.own_table}
-        found = transform([self.model_copy(update={"weights": None})], tables, {}, rows, where).sparse[self.name]
+        alone = {"weights": None, "times": None, "actions": None, "attributes": ()}
+        found = transform([self.model_copy(update=alone)], tables, {}, rows, where).sparse[self.name]
         if found.is_single:
             return pa.array(found.values)
         return pa.LargeListArray.from_arrays(pa.array(found.offsets), pa.array(found.values))
@@ -233,6 +323,8 @@ class FeatureSpec(Settings):
             raise ValueError(
                 f"feature {self.name!r} needs `table` (one declared under tables), or both `buckets` and `dim`."
             )
+        if self.kind == "sequence" and self.max_length is None:
+            raise ValueError(f"feature {self.name!r} is a sequence and needs max_length: how many steps may count.")
         return self
 
     def _time_fits(self) -> None:
@@ -328,7 +420,50 @@ class Schema:
         idle = [name for name in resolved if name not in used]
         if idle:
             raise ConfigError(f"Table {idle[0]!r} is declared under `tables` but no feature looks it up: remove it.")
-        return cls(resolved, user, item)
+        for feature in (*user, *item):
+            if feature.delta:
+                if feature.delta_table in resolved:
+                    raise ConfigError(
+                        f"user feature {feature.name!r} would make a table {feature.delta_table!r} for its delta, "
+                        "which exists already: rename the feature (and set `column`)."
+                    )
+                of_ids = resolved[feature.table_name]
+                resolved[feature.delta_table] = of_ids.model_copy(update={"init_scale": 0.0})
+        schema = cls(resolved, user, item)
+        schema._check_sequences()
+        return schema
+
+    def _check_sequences(self) -> None:
+        """Raises ConfigError where a sequence, or what is added to its steps, cannot be looked up."""
+        by_name = {feature.name: feature for feature in self.item}
+        for feature in self.item:
+            if feature.kind == "sequence":
+                raise ConfigError(f"item feature {feature.name!r} is a sequence, which is for users: make it a bag.")
+        for feature in self.sequences:
+            dim = self.table_of(feature).dim
+            for name in feature.attributes:
+                if name not in by_name or not by_name[name].is_sparse:
+                    found = "is a number" if name in by_name else f"is none of `item`{nearest(name, by_name)}"
+                    raise ConfigError(
+                        f"user feature {feature.name!r} has the attribute {name!r}, which {found}: name item features "
+                        "that look up a table."
+                    )
+                if (other := self.table_of(by_name[name]).dim) != dim:
+                    raise ConfigError(
+                        f"user feature {feature.name!r} adds {name!r}, whose vectors have {other} numbers, to its own "
+                        f"of {dim}: give both tables one dim."
+                    )
+            heads = feature.encoding.heads
+            if heads is not None and dim % heads:
+                raise ConfigError(
+                    f"user feature {feature.name!r} cuts vectors of {dim} numbers into {heads} heads: take a divisor."
+                )
+        for name in sorted(self.listed):
+            if self.tables[name].sharding in ("data_parallel", "table_row_wise"):
+                raise ConfigError(
+                    f"Table {name!r} is {self.tables[name].sharding}, but a sequence looks it up, which torchrec has "
+                    "for table_wise, row_wise and column_wise alone: choose one of them, or leave it to auto."
+                )
 
     def features(self, side: Side) -> tuple[FeatureSpec, ...]:
         return self.user if side == "user" else self.item
@@ -342,8 +477,36 @@ class Schema:
         return [feature for feature in self.features(side) if not feature.is_sparse]
 
     def keys(self) -> list[str]:
-        """The keys of every KeyedJaggedTensor of this schema, in their one order (user first)."""
-        return [key(side, feature) for side, feature in self.sparse_pairs]
+        """The keys of the bags' KeyedJaggedTensor, in their one order (user first)."""
+        return [key(side, feature) for side, feature in self.sparse_pairs if feature.table_name not in self.listed]
+
+    @cached_property
+    def listed(self) -> frozenset[str]:
+        """The tables whose rows are wanted one by one: those that a sequence looks up, and all that look them up."""
+        attributes = {feature.name: feature.table_name for feature in self.item if feature.is_sparse}
+        names = set()
+        for feature in self.sequences:
+            names |= {feature.table_name, *(attributes[name] for name in feature.attributes if name in attributes)}
+            names |= {feature.delta_table} if feature.delta else set()
+        return frozenset(names)
+
+    @cached_property
+    def listed_keys(self) -> tuple[tuple[str, str], ...]:
+        """The keys of the other KeyedJaggedTensor, of ids whose vectors are wanted one by one, each with its table."""
+        found = []
+        attributes = {feature.name: feature.table_name for feature in self.item}
+        for side, feature in self.sparse_pairs:
+            if feature.table_name not in self.listed:
+                continue
+            found.append((key(side, feature), feature.table_name))
+            found += [(part_of(key(side, feature), name), attributes[name]) for name in feature.attributes]
+            if feature.delta:
+                found.append((part_of(key(side, feature), "delta", "+"), feature.delta_table))
+        return tuple(found)
+
+    @cached_property
+    def sequences(self) -> tuple[FeatureSpec, ...]:
+        return tuple(feature for feature in self.user if feature.kind == "sequence")
 
     @cached_property
     def sparse_pairs(self) -> tuple[tuple[Side, FeatureSpec], ...]:
@@ -354,6 +517,21 @@ class Schema:
     def table_of(self, feature: FeatureSpec) -> TableSpec:
         return self.tables[feature.table_name]
 
+    def widths(self, side: Side) -> tuple[int, ...]:
+        """How many numbers each feature brings into the tower, in their order there; those without table together."""
+        numbers = sum(feature.num_numbers for feature in self.numbers(side))
+        return *(self.table_of(feature).dim for feature in self.sparse(side)), *([numbers] if numbers else [])
+
+    def parts(self, side: Side) -> list[str]:
+        """The feature of each of `widths`; of numbers, the first stands for all."""
+        numbers = self.numbers(side)
+        return [feature.name for feature in (*self.sparse(side), *numbers[:1])]
+
+    def place(self, side: Side, name: str) -> int:
+        """Which of `widths` a feature is in."""
+        names = self.parts(side)
+        return names.index(name) if name in names else len(names) - 1
+
     def width(self, side: Side) -> int:
         """E: how many numbers enter the tower (pooled bags, then the features without table)."""
         numbers = sum(feature.num_numbers for feature in self.numbers(side))
@@ -362,6 +540,11 @@ class Schema:
     @cached_property
     def is_weighted(self) -> bool:
         return any(feature.is_weighted for feature in (*self.user, *self.item))
+
+
+def part_of(name: str, part: str, mark: str = "@") -> str:
+    """What stands beside a sequence under its name or key: `history@gap`."""
+    return f"{name}{mark}{part}"
 
 
 def key(side: Side, feature: FeatureSpec) -> str:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import nn
+from torchrec.distributed.embedding import EmbeddingCollectionSharder
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
@@ -19,6 +20,7 @@ from torchrec.distributed.types import CacheParams, ShardingEnv, ShardingPlan, S
 from trec_twotower.distributed import Ranks
 from trec_twotower.errors import ConfigError
 from trec_twotower.memory import host_bytes
+from trec_twotower.model.embedding import table_parameters
 from trec_twotower.optimizer import state_bytes
 from trec_twotower.schema import Schema, TableSpec
 
@@ -41,6 +43,17 @@ class AnySharder(EmbeddingBagCollectionSharder):
 
     def sharding_types(self, compute_device_type: str) -> list[str]:
         return [kind.value for kind in ShardingType]
+
+
+class AnyListSharder(EmbeddingCollectionSharder):
+    """The same for tables whose rows are wanted one by one."""
+
+    def sharding_types(self, compute_device_type: str) -> list[str]:
+        return [kind.value for kind in ShardingType]
+
+
+def _sharders() -> list[EmbeddingBagCollectionSharder | EmbeddingCollectionSharder]:
+    return [AnySharder(), AnyListSharder()]
 
 
 @dataclass(frozen=True)
@@ -107,7 +120,7 @@ def make_plan(
         storage_reservation=FixedPercentageStorageReservation(percentage=FREE_SHARE),
     )
     try:
-        return planner.plan(model, [AnySharder()])
+        return planner.plan(model, _sharders())
     except PlannerError as error:
         raise _too_large(model, schema, num_ranks, device, memory, error) from None
 
@@ -166,9 +179,10 @@ def _too_large(
 ) -> ConfigError:
     """What the tables need and the ranks have."""
     needs = {}
+    weights = table_parameters(model)
     for name, spec in schema.tables.items():
         copies = num_ranks if spec.sharding == "data_parallel" else 1
-        weight = model.tables.embedding_bags[name].weight
+        weight = weights[name]
         needs[name] = copies * (weight.nbytes + state_bytes(weight, *weight.shape))
     largest = max(needs, key=lambda name: needs[name])
     had = f"{_megabytes(memory.host)} of memory"
@@ -212,5 +226,5 @@ def shard(model: nn.Module, schema: Schema, ranks: Ranks, batch_size: int) -> Di
         env=ShardingEnv.from_process_group(group),
         device=ranks.device,
         plan=plan,
-        sharders=[AnySharder()],
+        sharders=_sharders(),
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,25 @@ from torchrec.streamable import Pipelineable
 
 from trec_twotower.data.lists import Lists, weights_of
 from trec_twotower.data.transforms import Columns, divides, pooling_divisor
-from trec_twotower.schema import Schema, Side
+from trec_twotower.schema import FeatureSpec, Schema, Side, key, part_of
+
+
+@dataclass
+class Listed:
+    """How the ids of one key are to be put together, whose vectors are looked up one by one.
+
+    Of a bag (or ids) one entry a row; of a sequence's attribute or of its items, one entry a distinct item.
+    """
+
+    length: Tensor | None = None  # int64, ids of each entry; None: one
+    weight: Tensor | None = None  # one an id
+    divisor: Tensor | None = None  # of an attribute: what each pooled sum is divided by
+    place: Tensor | None = None  # of a sequence: each step's item among the distinct ones; `length` is then the rows'
+    gap: Tensor | None = None  # of a sequence: buckets
+    action: Tensor | None = None
+
+    def each(self, change: Any) -> Listed:
+        return Listed(**{name: None if value is None else change(value) for name, value in vars(self).items()})
 
 
 @dataclass
@@ -58,6 +76,9 @@ class Batch(Pipelineable):
     item_key_C: Tensor | None = None  # what tells a candidate from others in all steps (a fingerprint), where asked for
     listed_row_L: Tensor | None = None  # pairs of a row and the key of any item that is no negative of it, where asked
     listed_key_L: Tensor | None = None  # for: candidates of earlier steps may be among them
+    # Where there are sequences: the ids whose vectors are wanted one by one, each key's in one row, and how they lie.
+    sequences: KeyedJaggedTensor | None = None
+    listed: dict[str, Listed] = field(default_factory=dict)
 
     def to(self, device: torch.device, non_blocking: bool = False) -> Batch:
         return self._each(lambda value: value.to(device=device, non_blocking=non_blocking))
@@ -69,11 +90,9 @@ class Batch(Pipelineable):
         self._each(lambda value: value.record_stream(stream))
 
     def _each(self, change: Any) -> Batch:
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return replace(
-            self,
-            **{name: change(value) for name, value in values.items() if isinstance(value, Tensor | KeyedJaggedTensor)},
-        )
+        values = vars(self).items()
+        changed = {name: change(value) for name, value in values if isinstance(value, Tensor | KeyedJaggedTensor)}
+        return replace(self, **changed, listed={name: part.each(change) for name, part in self.listed.items()})
 
 
 @dataclass(frozen=True)
@@ -135,6 +154,8 @@ def make_batch(
         item_number_SN=torch.from_numpy(_numbers(schema, "item", items)),
         num_rows_of_all_ranks=num_rows_of_all_ranks,
     )
+    if schema.sequences:
+        batch.sequences, batch.listed = _sequences(schema, {"user": users, "item": items})
     if candidates is not None and targets is not None:
         batch.item_sizes = candidates.sizes
         batch.log_q_C = _tensor(candidates.log_q)
@@ -169,18 +190,23 @@ def _keyed_jagged(
 
     Runs for every key and piece of every step: values and lengths are cut from the pieces directly.
     """
-    pairs = schema.sparse_pairs
     num_user_keys = len(schema.sparse("user"))
-    lengths = np.zeros((len(pairs), num_rows), np.int32)
+    lengths = np.zeros((len(schema.keys()), num_rows), np.int32)
     values, weights = [np.empty(0, np.int32)], [np.empty(0, np.float32)]
     divisors = {side: np.ones((num_rows, len(schema.sparse(side))), np.float32) for side in sides}
-    for number, (side, feature) in enumerate(pairs):
+    next_key = 0
+    for number, (side, feature) in enumerate(schema.sparse_pairs):
+        column = number if side == "user" else number - num_user_keys
+        if feature.table_name in schema.listed:
+            _list_divisors(feature, sides[side], divisors[side][:, column])
+            continue
+        next_key += 1
         pieces = [(columns.sparse[feature.name], rows) for columns, rows in sides[side]]
         if not pieces:
             continue
         values += [lists.values_of(rows) for lists, rows in pieces]
         end = sum(rows.stop - rows.start for _, rows in pieces)
-        length = lengths[number, :end]
+        length = lengths[next_key - 1, :end]
         if all(lists.is_single for lists, _ in pieces):
             length.fill(1)
         else:
@@ -191,7 +217,6 @@ def _keyed_jagged(
             weighted = None
             if any(lists.weights is not None for lists, _ in pieces):
                 weighted = Lists.concat([lists.slice(rows.start, rows.stop) for lists, rows in pieces])
-            column = number if side == "user" else number - num_user_keys
             divisors[side][:end, column] = pooling_divisor(feature, length, weighted)
     sparse = KeyedJaggedTensor(
         keys=schema.keys(),
@@ -201,6 +226,92 @@ def _keyed_jagged(
         stride=num_rows,
     )
     return sparse, divisors
+
+
+def _list_divisors(feature: FeatureSpec, pieces: list[Rows], divisor: np.ndarray) -> None:
+    """Fill in what the sums of a bag are divided by, which is pooled by hand."""
+    if divides(feature) and pieces:
+        bags = _joined(feature.name, pieces)
+        divisor[: len(bags)] = pooling_divisor(feature, bags.lengths, bags if bags.weights is not None else None)
+
+
+def _joined(name: str, pieces: list[Rows]) -> Lists:
+    """Some lists of all pieces, below each other."""
+    return Lists.concat([columns.sparse[name].slice(rows.start, rows.stop) for columns, rows in pieces])
+
+
+def _sequences(schema: Schema, sides: Mapping[Side, list[Rows]]) -> tuple[KeyedJaggedTensor, dict[str, Listed]]:
+    """The ids of all listed keys, each key in one row (so that ranks need not agree on a number), and how they lie.
+
+    Of a sequence every item stands once, however many steps of the rows it takes.
+    """
+    values: dict[str, np.ndarray] = {}
+    listed: dict[str, Listed] = {}
+    for side, feature in schema.sparse_pairs:
+        name, pieces = key(side, feature), sides[side]
+        if feature.table_name not in schema.listed:
+            continue
+        bags = _joined(feature.name, pieces) if pieces else Lists.empty(0)
+        if feature.kind != "sequence":
+            length = None if bags.is_single else torch.from_numpy(bags.lengths.astype(np.int64))
+            values[name], listed[name] = bags.values, Listed(length, _tensor(bags.weights))
+            continue
+        parts = {
+            part: _joined(part_of(feature.name, part), pieces).values if pieces else np.empty(0, np.int64)
+            for part, is_wanted in (("gap", feature.times), ("action", feature.actions), ("row", feature.attributes))
+            if is_wanted
+        }
+        buckets = schema.table_of(feature).buckets
+        item = bags.values.astype(np.int64)
+        if feature.attributes:
+            item = item + (parts["row"] + 1) * buckets
+        item_U, place = np.unique(item, return_inverse=True)
+        row_U, bucket_U = np.divmod(item_U, buckets)
+        values[name] = bucket_U
+        listed[name] = Listed(
+            torch.from_numpy(bags.lengths.astype(np.int64)),
+            place=torch.from_numpy(place.astype(np.int64)),
+            gap=_index(parts.get("gap")),
+            action=_index(parts.get("action")),
+        )
+        if feature.delta:
+            values[part_of(name, "delta", "+")] = bucket_U
+        if feature.attributes:
+            catalogue = next((columns.items for columns, _ in reversed(pieces) if columns.items is not None), None)
+            for attribute in feature.attributes:
+                of_item = next(other for other in schema.item if other.name == attribute)
+                found = _attributes(of_item, catalogue, row_U - 1)
+                divisor = pooling_divisor(of_item, found.lengths, found if found.weights is not None else None)
+                at = part_of(name, attribute)
+                values[at] = found.values
+                listed[at] = Listed(
+                    torch.from_numpy(found.lengths.astype(np.int64)),
+                    _tensor(found.weights),
+                    None if not divides(of_item) else torch.from_numpy(divisor),
+                )
+    keys = [name for name, _ in schema.listed_keys]
+    return KeyedJaggedTensor(
+        keys=keys,
+        values=torch.from_numpy(np.concatenate([values[name].astype(np.int64, copy=False) for name in keys])),
+        lengths=torch.tensor([len(values[name]) for name in keys], dtype=torch.int32),
+        stride=1,
+    ), listed
+
+
+def _index(values: np.ndarray | None) -> Tensor | None:
+    return None if values is None else torch.from_numpy(values.astype(np.int64))
+
+
+def _attributes(feature: FeatureSpec, catalogue: Columns | None, row_U: np.ndarray) -> Lists:
+    """The lists of an item feature of these catalogue rows; those of no row (-1) are empty."""
+    if catalogue is None:
+        assert not (row_U >= 0).any(), "steps have attributes, but their columns come without a catalogue"
+        return Lists.empty(len(row_U))
+    lists = catalogue.sparse[feature.name].take(np.maximum(row_U, 0)) if len(row_U) else Lists.empty(0)
+    is_known = row_U >= 0
+    if is_known.all():
+        return lists
+    return lists.where(is_known[lists.rows])
 
 
 def _numbers(schema: Schema, side: Side, pieces: list[Rows]) -> np.ndarray:

@@ -23,7 +23,9 @@ from trec_twotower.data.probing import KeyTable
 from trec_twotower.data.transforms import (
     Columns,
     Statistics,
+    check_actions,
     check_kind,
+    check_times,
     check_weights,
     key_lists,
     one_chunk,
@@ -268,13 +270,16 @@ def _ahead(work: Callable[[S], T], things: Iterable[S], threads: int) -> Iterato
 def check_side(features: list[FeatureSpec], split: Split) -> None:
     """Raises ConfigError or DataError where a feature's column is missing from `split` or of the wrong type."""
     for feature in features:
-        for column in feature.all_columns:
-            if column != feature.weights:
-                kind = split.require(column, f"feature {feature.name!r} reads")
-                check_kind(feature, kind, str(split.folder), column)
+        for name in feature.all_columns:
+            if name not in (feature.weights, feature.times, feature.actions):
+                check_kind(feature, split.require(name, f"feature {feature.name!r} reads"), str(split.folder), name)
         if feature.weights:
             weights = split.require(feature.weights, f"feature {feature.name!r} takes its weights from")
             check_weights(feature.weights, weights, f"{split.folder}, column {feature.reads!r}")
+        for column, check in ((feature.times, check_times), (feature.actions, check_actions)):
+            if column is not None:
+                of_steps = split.require(column, f"feature {feature.name!r} has beside its steps")
+                check(column, of_steps, f"{split.folder}, column {feature.reads!r}")
 
 
 def find_id(ids: pa.Array, text: str) -> int | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from copy import copy
+from dataclasses import replace
 from typing import Protocol
 
 import numpy as np
@@ -80,6 +81,11 @@ class Sources:
                         "weights."
                     )
             elif users is not None and users.has(feature.reads) and feature.reads != USER_ID:
+                if feature.kind == "sequence":
+                    raise ConfigError(
+                        f"user feature {feature.name!r} is a sequence, but its column {feature.reads!r} stands in "
+                        f"{users.folder}, which does not change from row to row: write it into {train.folder}."
+                    )
                 static.append(feature)
                 check_side([feature], users)
             else:
@@ -138,7 +144,9 @@ class Sources:
         `given` has 64-bit keys for columns that are made rather than read; `uncut` leaves those longer than max_length.
         """
         tables, statistics = self.schema.tables, self._statistics_of("user")
-        columns = transform(self.context, tables, statistics, table, where, given, uncut=uncut)
+        find = self.catalogue.rows_of_keys if self.steps_have_attributes else None
+        columns = transform(self.context, tables, statistics, table, where, given, uncut=uncut, item_rows=find)
+        columns = self.with_items(columns)
         if self.users is None:
             return columns
         ids = one_chunk(table[USER_ID])
@@ -150,6 +158,14 @@ class Sources:
                 "rows name such users): write a row for each user there."
             )
         return columns.beside(self.users.columns.take(rows))
+
+    @property
+    def steps_have_attributes(self) -> bool:
+        return any(feature.attributes for feature in self.schema.sequences)
+
+    def with_items(self, columns: Columns) -> Columns:
+        """Users' columns beside the catalogue that their steps' attributes stand in."""
+        return replace(columns, items=self.catalogue.columns) if self.steps_have_attributes else columns
 
     def item_rows(self, ids: pa.Array, where: str) -> np.ndarray:
         """The catalogue row of each item; an unknown item is a DataError."""

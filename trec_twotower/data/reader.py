@@ -22,7 +22,7 @@ from trec_twotower.data.hashing import fingerprints, id_keys, uniform
 from trec_twotower.data.item_lists import check_given, given_columns, read_given
 from trec_twotower.data.lists import Lists
 from trec_twotower.data.order import Unit
-from trec_twotower.data.transforms import Columns, check_kind, key_lists, one_chunk
+from trec_twotower.data.transforms import check_kind, key_lists, one_chunk
 from trec_twotower.errors import DataError
 from trec_twotower.schema import FeatureSpec
 
@@ -109,6 +109,7 @@ class UnitReader:
         """Rows start .. stop - 1 of a row group, in the order of the file."""
         hashed_rows = self.cache.get(group) if self.cache is not None else None
         if hashed_rows is not None:
+            hashed_rows = replace(hashed_rows, user=self.sources.with_items(hashed_rows.user))
             return self._drawn(hashed_rows.slice(start, stop), group.first_row + start, epoch)
         if self.cache is not None:  # the whole group, so that its file serves every rank and every order
             whole = self._hash(group, 0, group.num_rows)
@@ -167,7 +168,7 @@ class UnitReader:
         sparse = dict(rows.user.sparse)
         for feature in self.drawn:
             sparse[feature.name] = sparse[feature.name].where(is_input).newest(feature.max_length)
-        user = Columns(rows.user.num_rows, sparse, rows.user.numbers)
+        user = replace(rows.user, sparse=sparse)
         known = items if self.loss.mask_history else None
         return replace(rows, user=user, positives=items.where(~is_input), known=known)
 

@@ -13,9 +13,10 @@ from trec_twotower.data.lists import Lists
 from trec_twotower.data.numbers import Statistics, binned, is_number, normalise, number_values
 from trec_twotower.data.times import ages, is_time, parts
 from trec_twotower.errors import DataError
-from trec_twotower.schema import FeatureSpec, Kind, TableSpec
+from trec_twotower.schema import FeatureSpec, Kind, TableSpec, part_of
 
 NULL_KEY = np.int64(0x4E554C4C2D4B4559)  # stands for null in a cross
+GAP_BUCKETS = 40  # of the time between two steps: 0 where there is none before, then by powers of two
 NULL_BUCKET = 0  # of a category's table: the row that null owns
 
 
@@ -24,18 +25,22 @@ class Columns:
     """The features of some rows of one side, ready for a batch.
 
     `sparse[f]` holds the buckets (int32) of feature f; `numbers[f]` has num_numbers columns: of a number its normalised
-    value, and 1 where it is missing.
+    value, and 1 where it is missing. What stands beside the steps of a sequence is there as `sparse[f@gap]`,
+    `sparse[f@action]` and `sparse[f@row]`, lists as long: buckets, and rows of the catalogue, whose features `items`
+    has.
     """
 
     num_rows: int
     sparse: Mapping[str, Lists]
     numbers: Mapping[str, np.ndarray]  # float32 (rows, num_numbers)
+    items: Columns | None = None  # where steps have attributes: the features of the whole catalogue
 
     def take(self, rows: np.ndarray) -> Columns:
         return Columns(
             len(rows),
             {name: lists.take(rows) for name, lists in self.sparse.items()},
             {name: take_numbers(number, rows) for name, number in self.numbers.items()},
+            self.items,
         )
 
     def slice(self, start: int, stop: int) -> Columns:
@@ -44,6 +49,7 @@ class Columns:
             stop - start,
             {name: lists.slice(start, stop) for name, lists in self.sparse.items()},
             {name: number[start:stop] for name, number in self.numbers.items()},
+            self.items,
         )
 
     def beside(self, other: Columns) -> Columns:
@@ -53,6 +59,7 @@ class Columns:
             self.num_rows,
             {**self.sparse, **other.sparse},
             {**self.numbers, **other.numbers},
+            self.items or other.items,
         )
 
     @staticmethod
@@ -64,6 +71,7 @@ class Columns:
             sum(part.num_rows for part in parts),
             {name: Lists.concat([part.sparse[name] for part in parts]) for name in first.sparse},
             {name: np.concatenate([part.numbers[name] for part in parts]) for name in first.numbers},
+            parts[-1].items,
         )
 
 
@@ -84,11 +92,13 @@ def transform(
     given: Mapping[str, Lists] | None = None,
     *,
     uncut: bool = False,
+    item_rows: Callable[[np.ndarray], np.ndarray] | None = None,
 ) -> Columns:
     """The features of every row of an Arrow table; raises DataError naming `where`, the column and the row.
 
     `given` has lists of 64-bit keys for columns that are made rather than read, such as a drawn half of a history;
-    `uncut` leaves those longer than max_length.
+    `uncut` leaves those longer than max_length. `item_rows` finds the catalogue rows of keys, for sequences whose steps
+    have attributes.
     """
     sparse, numbers = {}, {}
     for feature in features:
@@ -106,6 +116,9 @@ def transform(
             continue
         array = one_chunk(table[feature.reads])
         spec = tables[feature.table_name]
+        if feature.kind == "sequence":
+            sparse |= sequence(feature, spec, array, table, place, item_rows)
+            continue
         if feature.kind == "time":
             lists = Lists.singles(parts(feature, array, place))
         elif feature.kind == "cross":
@@ -181,6 +194,59 @@ def bag(feature: FeatureSpec, spec: TableSpec, array: pa.Array, weights: pa.Arra
     return hashed.newest(feature.max_length)
 
 
+def sequence(
+    feature: FeatureSpec,
+    spec: TableSpec,
+    ids: pa.Array,
+    table: pa.Table,
+    where: str,
+    item_rows: Callable[[np.ndarray], np.ndarray] | None,
+) -> dict[str, Lists]:
+    """Hashed lists and what stands beside their steps, cut to the newest `max_length`, null elements dropped."""
+    name = feature.name
+    keys = key_lists(ids, where)
+    found = {name: Lists(keys.offsets, bucket(spec, keys.values))}
+    if feature.attributes:
+        assert item_rows is not None
+        found[part_of(name, "row")] = Lists(keys.offsets, item_rows(keys.values))
+    if feature.times:
+        times = one_chunk(table[feature.times])
+        check_times(feature.times, times.type, where)
+        gaps = gap_buckets(beside(ids, times, where, feature.times), keys, where, feature.times)
+        found[part_of(name, "gap")] = Lists(keys.offsets, gaps)
+    if feature.actions:
+        actions = one_chunk(table[feature.actions])
+        check_actions(feature.actions, actions.type, where)
+        actions = beside(ids, actions, where, feature.actions)
+        of_actions = TableSpec(buckets=feature.action_buckets, dim=1)
+        found[part_of(name, "action")] = Lists(keys.offsets, category(of_actions, actions, where))
+    return {part: lists.newest(feature.max_length) for part, lists in found.items()}
+
+
+def gap_buckets(times: pa.Array, steps: Lists, where: str, column: str) -> np.ndarray:
+    """The bucket of each step's distance in seconds from the step before it: 1 + log2(1 + seconds), 0 for the first."""
+    if times.null_count:
+        raise DataError(f"{where}: the times in {column!r} hold null beside an id: write the time of every step.")
+    if pa.types.is_timestamp(times.type):
+        times = times.cast(pa.timestamp("us", times.type.tz)).cast(pa.int64())
+        second = 1e6
+    else:
+        second = 1.0
+    value = times.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False) / second
+    gap = np.diff(value, prepend=value[:1])
+    is_first = np.zeros(len(value), bool)
+    is_first[steps.offsets[:-1][steps.lengths > 0]] = True
+    gap[is_first] = 0.0
+    if not (gap >= 0).all():
+        row = int(steps.rows[~(gap >= 0)][0])
+        raise DataError(
+            f"{where}, row {row:,}: the times in {column!r} fall or are no numbers, but a sequence is oldest first: "
+            "sort each list by time."
+        )
+    of_gap = np.minimum(1 + np.log2(1 + gap), GAP_BUCKETS - 1).astype(np.int32)
+    return np.where(is_first, 0, of_gap).astype(np.int32)
+
+
 def key_lists(array: pa.Array, where: str) -> Lists:
     """The 64-bit keys of a column of lists of ids; null lists are empty, null elements are dropped."""
     return _element_lists(array, where, lambda ids: id_keys(ids, where))
@@ -213,41 +279,48 @@ def _offsets(array: pa.Array) -> np.ndarray:
 def with_weights(lists: Lists, ids: pa.Array, weights: pa.Array, where: str, column: str) -> Lists:
     """`lists`, which were made of `ids`, with the numbers that stand beside these in another column, `column`."""
     check_weights(column, weights.type, where)
-    weights = weights.fill_null(pa.scalar([], type=weights.type)) if weights.null_count else weights
-    wanted = _offsets(ids.fill_null(pa.scalar([], type=ids.type)) if ids.null_count else ids)
-    found = _offsets(weights)
-    if not np.array_equal(wanted, found):
-        row = int(np.flatnonzero(np.diff(wanted) != np.diff(found))[0])
-        raise DataError(
-            f"{where}, row {row:,}: {np.diff(wanted)[row]} ids but {np.diff(found)[row]} weights in {column!r}: "
-            "write one weight an id."
-        )
-    values = weights.flatten().cast(pa.float32(), safe=False).to_numpy(zero_copy_only=False)
-    flat = ids.flatten()
-    if flat.null_count:
-        values = values[flat.is_valid().to_numpy(zero_copy_only=False)]
+    flat = beside(ids, weights, where, column, "weight")
+    values = flat.cast(pa.float32(), safe=False).to_numpy(zero_copy_only=False)
     if not np.isfinite(values).all():
         raise DataError(f"{where}: the weights in {column!r} hold null, NaN or infinity: write finite numbers.")
     return Lists(lists.offsets, lists.values, values)
 
 
+def beside(ids: pa.Array, other: pa.Array, where: str, column: str, what: str = "value") -> pa.Array:
+    """The elements of lists that stand beside lists of ids, in another column, less those beside null ids."""
+    other = other.fill_null(pa.scalar([], type=other.type)) if other.null_count else other
+    wanted = _offsets(ids.fill_null(pa.scalar([], type=ids.type)) if ids.null_count else ids)
+    found = _offsets(other)
+    if not np.array_equal(wanted, found):
+        row = int(np.flatnonzero(np.diff(wanted) != np.diff(found))[0])
+        raise DataError(
+            f"{where}, row {row:,}: {np.diff(wanted)[row]} ids but {np.diff(found)[row]} {what}s in {column!r}: "
+            f"write one {what} an id."
+        )
+    flat, values = ids.flatten(), other.flatten()
+    return values.filter(flat.is_valid()) if flat.null_count else values
+
+
 def divides(feature: FeatureSpec) -> bool:
     """Whether the feature's pooled sums are divided by anything."""
-    return feature.kind == "bag" and feature.pooling != "sum"
+    return (feature.kind == "bag" and feature.pooling != "sum") or feature.scale != 1.0
 
 
 def pooling_divisor(feature: FeatureSpec, lengths: np.ndarray, weighted: Lists | None = None) -> np.ndarray:
     """What the sum of a row's vectors is divided by: 1, the sum of weights, or the root of their squares' sum.
 
+    And by 1 / scale.
+
     Tables pool by SUM alone, because TorchRec's MEAN divides by counts where weights are meant, and divides other
     tables' outputs beside row-wise sharding. `lengths` are the rows'; `weighted` are their lists where these have
     weights.
     """
-    if not divides(feature):
-        return np.ones(len(lengths), np.float32)
+    scale = np.float32(feature.scale)
+    if feature.kind != "bag" or feature.pooling == "sum":
+        return np.full(len(lengths), 1 / scale, np.float32)
     if weighted is None:
         total = np.maximum(lengths, 1).astype(np.float32)
-        return np.sqrt(total) if feature.pooling == "sqrtn" else total
+        return (np.sqrt(total) if feature.pooling == "sqrtn" else total) / scale
     assert weighted.weights is not None
     weights = weighted.weights.astype(np.float64)
     if feature.pooling == "sqrtn":
@@ -255,7 +328,7 @@ def pooling_divisor(feature: FeatureSpec, lengths: np.ndarray, weighted: Lists |
     total = np.add.reduceat(np.append(weights, 0.0), weighted.offsets[:-1]) if len(weighted) else np.empty(0)
     total[lengths == 0] = 1.0
     total = np.sqrt(total) if feature.pooling == "sqrtn" else total
-    return np.where(np.abs(total) > 1e-12, total, 1.0).astype(np.float32)
+    return np.where(np.abs(total) > 1e-12, total, 1.0).astype(np.float32) / scale
 
 
 def one_chunk(column: pa.ChunkedArray) -> pa.Array:
@@ -268,10 +341,27 @@ def check_weights(column: str, kind: pa.DataType, where: str) -> None:
         raise DataError(f"{where}: its weights, column {column!r}, are {kind}, not a list of numbers: cast them.")
 
 
+def _is_list(kind: pa.DataType) -> bool:
+    return pa.types.is_list(kind) or pa.types.is_large_list(kind)
+
+
+def check_times(column: str, kind: pa.DataType, where: str) -> None:
+    """Raises DataError when a column's type cannot be the times of steps."""
+    if not (_is_list(kind) and (is_number(kind.value_type) or pa.types.is_timestamp(kind.value_type))):
+        raise DataError(f"{where}: its times, column {column!r}, are {kind}, not a list of seconds or timestamps.")
+
+
+def check_actions(column: str, kind: pa.DataType, where: str) -> None:
+    """Raises DataError when a column's type cannot be the actions of steps."""
+    if not is_id_list(kind):
+        raise DataError(f"{where}: its actions, column {column!r}, are {kind}, not a list of integers or strings.")
+
+
 NEEDED: dict[Kind, tuple[str, Callable[[pa.DataType], bool]]] = {
     "id": ("integers or strings", is_id),
     "category": ("integers or strings", is_id),
     "bag": ("lists of integers or strings", is_id_list),
+    "sequence": ("lists of integers or strings", is_id_list),
     "number": ("numbers", is_number),
     "cross": ("integers or strings", is_id),
     "time": ("timestamps, dates or numbers", is_time),

@@ -1,4 +1,8 @@
-"""The tables of both towers: one EmbeddingBagCollection, its pooling, and its first weights."""
+"""The tables of both towers: one EmbeddingBagCollection, its pooling, and its first weights.
+
+Tables that a sequence looks up are in an EmbeddingCollection beside it, with all that look up the same ones: a weight
+in both would be silently split into two by sharding. Their bags are pooled by hand.
+"""
 
 from __future__ import annotations
 
@@ -8,20 +12,30 @@ import torch
 import xxhash
 from torch import Tensor, nn
 from torch.distributed._shard.sharded_tensor import ShardedTensor
-from torchrec.modules.embedding_configs import DataType, EmbeddingBagConfig, PoolingType
-from torchrec.modules.embedding_modules import EmbeddingBagCollection
+from torchrec.modules.embedding_configs import DataType, EmbeddingBagConfig, EmbeddingConfig, PoolingType
+from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 
+from trec_twotower.data.batch import Listed
 from trec_twotower.data.hashing import mix, mix_torch
 from trec_twotower.schema import Schema, Side, key
 
 FILL_CELLS = 1 << 18  # weights that are filled together: bounds the scratch memory, and keeps it in the cache
 
 
-def build_tables(schema: Schema) -> EmbeddingBagCollection:
-    """All tables, without memory yet; every one pools by SUM (see pooling_divisor in data/transforms.py)."""
-    features: dict[str, list[str]] = {name: [] for name in schema.tables}
+COLLECTIONS = ("embedding_bags", "embeddings")  # what torchrec calls the tables in both kinds of collection
+
+
+def build_tables(schema: Schema) -> EmbeddingBagCollection | None:
+    """All tables whose bags are pooled, without memory yet; None where there are none.
+
+    Every one pools by SUM (see pooling_divisor in data/transforms.py).
+    """
+    features: dict[str, list[str]] = {name: [] for name in schema.tables if name not in schema.listed}
     for side, feature in schema.sparse_pairs:
-        features[feature.table_name].append(key(side, feature))
+        if feature.table_name in features:
+            features[feature.table_name].append(key(side, feature))
+    if not features:
+        return None
     return EmbeddingBagCollection(
         device=torch.device("meta"),
         is_weighted=schema.is_weighted,
@@ -35,8 +49,51 @@ def build_tables(schema: Schema) -> EmbeddingBagCollection:
                 data_type=DataType.FP16 if spec.dtype == "fp16" else DataType.FP32,
             )
             for name, spec in schema.tables.items()
+            if name in features
         ],
     )
+
+
+def build_lists(schema: Schema) -> EmbeddingCollection | None:
+    """All tables whose rows are wanted one by one, without memory yet; None where there are none."""
+    if not schema.listed:
+        return None
+    return EmbeddingCollection(
+        device=torch.device("meta"),
+        tables=[
+            EmbeddingConfig(
+                name=name,
+                num_embeddings=spec.buckets,
+                embedding_dim=spec.dim,
+                feature_names=[each for each, table in schema.listed_keys if table == name],
+                data_type=DataType.FP16 if spec.dtype == "fp16" else DataType.FP32,
+            )
+            for name, spec in schema.tables.items()
+            if name in schema.listed
+        ],
+    )
+
+
+def table_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The weight of each table of a model that is not sharded yet."""
+    found = {}
+    for collection in (model.tables, model.lists):
+        if collection is not None:
+            for name, parameter in collection.named_parameters():
+                found[name.split(".")[1]] = parameter
+    return found
+
+
+def pooled_by_hand(vector_ND: Tensor, listed: Listed) -> Tensor:
+    """(entries, D): the sum of the vectors of each entry, weighted where there are weights."""
+    if listed.weight is not None:
+        vector_ND = vector_ND * listed.weight[:, None]
+    if listed.length is None:
+        return vector_ND
+    entry_N = torch.repeat_interleave(
+        torch.arange(len(listed.length), device=vector_ND.device), listed.length, output_size=len(vector_ND)
+    )
+    return vector_ND.new_zeros(len(listed.length), vector_ND.shape[1]).index_add(0, entry_N, vector_ND)
 
 
 def tower_input(schema: Schema, side: Side, pooled: Mapping[str, Tensor], divisor: Tensor, number: Tensor) -> Tensor:
@@ -53,9 +110,10 @@ def table_shards(model: nn.Module) -> Iterator[tuple[str, Tensor, tuple[int, int
     """Each piece of a table on this rank: the table's name, the weights, and the piece's first row and column."""
     for name, value in model.state_dict().items():
         parts = name.split(".")
-        if "embedding_bags" not in parts:
+        collection = next((each for each in COLLECTIONS if each in parts), None)
+        if collection is None:
             continue
-        table = parts[parts.index("embedding_bags") + 1]
+        table = parts[parts.index(collection) + 1]
         if isinstance(value, ShardedTensor):
             for shard in value.local_shards():
                 row, column = shard.metadata.shard_offsets

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +10,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from trec_twotower.config import TowerConfig, TrainConfig
+from trec_twotower.data.batch import Listed
+from trec_twotower.distributed import Ranks
+from trec_twotower.model.parts import Crosses, Experts, FeatureDropout, FeatureGates, ShortLong, Summed
 
 
 class Tower(nn.Module):
@@ -19,16 +22,42 @@ class Tower(nn.Module):
     encodes with the averaged weights when it is not being trained, and keeps both.
     """
 
-    def __init__(self, width: int, dim: int, config: TowerConfig, *, is_unit: bool) -> None:
+    def __init__(
+        self,
+        widths: Sequence[int],
+        dim: int,
+        config: TowerConfig,
+        *,
+        is_unit: bool,
+        place: Callable[[str], int] = lambda name: 0,
+    ) -> None:
+        """`widths` are those of the features that enter side by side, and `place` says which of them a name is."""
         super().__init__()
         self.is_unit = is_unit  # cosine similarity: the vectors have length 1
         layers: list[nn.Module] = [nn.Dropout(config.dropout)] if config.dropout else []
-        for hidden in config.mlp:
+        if config.drop:
+            by_place = {place(name): rate for name, rate in config.drop.items()}
+            layers.append(FeatureDropout(widths, [by_place.get(number, 0.0) for number in range(len(widths))]))
+        if config.gating is not None:
+            layers.append(FeatureGates(widths, config.gating, sorted({place(name) for name in config.gating.by})))
+        if config.crosses:
+            layers.append(Crosses(sum(widths), config.crosses))
+        if config.combine == "sum":
+            layers.append(Summed(len(widths)))
+        width = widths[0] if config.combine == "sum" else sum(widths)
+        if config.short:
+            layers.append(ShortLong(widths, sorted({place(name) for name in config.short}), dim))
+            width = dim
+        if config.experts is not None:
+            layers.append(Experts(width, config.experts))
+        width, *hidden_widths = config.widths(widths, dim)
+        for hidden in hidden_widths:
             layers += [nn.Linear(width, hidden), nn.ReLU()]
             width = hidden
         if config.project:
             layers.append(nn.Linear(width, dim))
         self.layers = nn.Sequential(*layers)
+        self.encoders = nn.ModuleDict()  # of the sequences, by the features' names
         self._compiled: Callable[[Tensor], Tensor] | None = None
         self._precision = "fp32"
         self._micro_batch: int | None = None
@@ -42,21 +71,50 @@ class Tower(nn.Module):
         if config.compile:
             self._compiled = torch.compile(self.layers.forward, dynamic=True)
         if config.optimizer.ema is not None:
-            self._averaged = [name for name, _ in self.layers.named_parameters()]
-            for name, weight in self.layers.named_parameters():
+            weights = dict(self.named_parameters())
+            self._averaged = list(weights)
+            for name, weight in weights.items():
                 self.register_buffer(_average_of(name), weight.detach().clone())
 
     def forward(self, feature_BE: Tensor) -> Tensor:
-        if self.training:
-            vector_BD = self._in_parts(feature_BE)
-        elif self._averaged:
-            averages = {name: getattr(self, _average_of(name)) for name in self._averaged}
-            vector_BD = torch.func.functional_call(self.layers, averages, (feature_BE,))
-        else:
-            vector_BD = self.layers(feature_BE)
+        vector_BD = self._in_parts(feature_BE) if self.training else self._averaging(self.layers, "layers.", feature_BE)
         if self.note_length is not None:
             self.note_length(vector_BD)
         return F.normalize(vector_BD, dim=1) if self.is_unit else vector_BD
+
+    def penalty(self, ranks: Ranks) -> Tensor | None:
+        """What its experts add to the loss of the last batch; None where nothing. All ranks call together."""
+        added = [part.penalty(ranks) for part in self.layers if isinstance(part, Experts) and part.config.top]
+        return added[0] if added else None
+
+    def figures(self) -> dict[str, float]:
+        """What its parts tell of this rank's last batch."""
+        found: dict[str, float] = {}
+        for part in self.layers:
+            if isinstance(part, ShortLong) and part.mean_gate is not None:
+                found["gate"] = float(part.mean_gate)
+            if isinstance(part, Experts):
+                found |= {f"expert_{number}": weight for number, weight in enumerate(part.use())}
+        return found
+
+    def encode_steps(self, name: str, item_UD: Tensor, listed: Listed) -> Tensor:
+        """(B, D): the vectors of a sequence, of the distinct items' vectors and of how its steps take them."""
+        encoder = self.encoders[name]
+        if not self.training:
+            return self._averaging(encoder, f"encoders.{name}.", item_UD, listed)
+        if self._precision == "fp32":
+            return encoder(item_UD, listed)
+        with torch.autocast(item_UD.device.type, torch.bfloat16):
+            return encoder(item_UD, listed).float()
+
+    def _averaging(self, part: nn.Module, prefix: str, *inputs: object) -> Tensor:
+        """What a part of this tower makes of its inputs, with averaged weights where there are some."""
+        averages = {
+            name.removeprefix(prefix): getattr(self, _average_of(name))
+            for name in self._averaged
+            if name.startswith(prefix)
+        }
+        return torch.func.functional_call(part, averages, inputs) if averages else part(*inputs)
 
     def _in_parts(self, feature_BE: Tensor) -> Tensor:
         """All rows, or `micro_batch` of them at a time, of which the backward pass recomputes what it needs.
@@ -79,11 +137,11 @@ class Tower(nn.Module):
     @torch.no_grad()
     def move_average(self, decay: float) -> None:
         """average = decay * average + (1 - decay) * weight."""
-        weights = dict(self.layers.named_parameters())
+        weights = dict(self.named_parameters())
         averages = [getattr(self, _average_of(name)) for name in self._averaged]
         if averages:
             torch._foreach_lerp_(averages, [weights[name] for name in self._averaged], 1.0 - decay)
 
 
 def _average_of(name: str) -> str:
-    return "average_" + name.replace(".", "_")
+    return "average_" + name.removeprefix("layers.").replace(".", "_")

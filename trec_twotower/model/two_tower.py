@@ -13,16 +13,19 @@ from torchrec.sparse.jagged_tensor import KeyedTensor
 from trec_twotower.config import LearnedTemperature, LossConfig, ModelConfig
 from trec_twotower.data.batch import Batch
 from trec_twotower.distributed import Ranks
-from trec_twotower.model.embedding import build_tables, tower_input
+from trec_twotower.model.embedding import build_lists, build_tables, pooled_by_hand, tower_input
 from trec_twotower.model.frequency import Frequency
 from trec_twotower.model.gate import gate
 from trec_twotower.model.losses import LOSSES, Pairs, Relations
 from trec_twotower.model.losses.regularisers import alignment, nearness, squared_lengths
 from trec_twotower.model.queue import ItemQueue
+from trec_twotower.model.sequence import SequenceInput
 from trec_twotower.model.temperature import Temperature
 from trec_twotower.model.tower import Tower
 from trec_twotower.model.watch import Histogram, Watch
-from trec_twotower.schema import Schema
+from trec_twotower.schema import Schema, Side, key, part_of
+
+SIDES: tuple[Side, Side] = ("user", "item")
 
 
 class TwoTower(nn.Module):
@@ -38,9 +41,14 @@ class TwoTower(nn.Module):
         self.loss = loss
         self.ranks = ranks
         self.tables = build_tables(schema)
+        self.lists = build_lists(schema)
         is_unit = model.similarity == "cosine"
-        self.user_tower = Tower(schema.width("user"), model.dim, model.user_tower, is_unit=is_unit)
-        self.item_tower = Tower(schema.width("item"), model.dim, model.item_tower, is_unit=is_unit)
+        self.user_tower, self.item_tower = (
+            Tower(schema.widths(side), model.dim, config, is_unit=is_unit, place=partial(schema.place, side))
+            for side, config in zip(SIDES, (model.user_tower, model.item_tower), strict=True)
+        )
+        for feature in schema.sequences:
+            self.user_tower.encoders[feature.name] = SequenceInput(feature, schema.table_of(feature).dim)
         self.watch = Watch(is_unit=is_unit)
         self.user_tower.note_length = partial(self.watch.note_length, "user")
         self.item_tower.note_length = partial(self.watch.note_length, "item")
@@ -77,6 +85,9 @@ class TwoTower(nn.Module):
         self.watch.look(user_BD, column_CD, among)
         loss = LOSSES[self.loss.kind](user_BD, column_CD, among, **parameters)
         share = self.ranks.num_ranks / batch.num_rows_of_all_ranks
+        for tower in (self.user_tower, self.item_tower):
+            penalty = tower.penalty(self.ranks)
+            loss = loss if penalty is None else loss + penalty / share
         return loss * share + self._regularised(user_BD, item_CD, batch, relations, share)
 
     def _with_queue(self, item_CD: Tensor, batch: Batch, relations: Relations) -> tuple[Tensor, Relations]:
@@ -127,16 +138,51 @@ class TwoTower(nn.Module):
     def figures(self) -> dict[str, float | Histogram]:
         """What the log should show beside the loss; all ranks call together."""
         temperature = {} if self.temperature is None else {"temperature": self.temperature().item()}
-        return {**temperature, **self.watch.figures(self.ranks)}
+        parts = {
+            f"{side}_{name}": value
+            for side, tower in zip(SIDES, (self.user_tower, self.item_tower), strict=True)
+            for name, value in tower.figures().items()
+        }
+        return {**temperature, **parts, **self.watch.figures(self.ranks)}
 
     def _pooled(self, batch: Batch) -> dict[str, Tensor]:
+        """The pooled bags by key, and what the encoders make of the sequences."""
         assert batch.sparse.keys() == self.schema.keys()
-        pooled = self.tables(batch.sparse)
+        bags: KeyedTensor | None = None if self.tables is None else self.tables(batch.sparse)
+        vectors = {} if self.lists is None else self.lists(batch.sequences)
+        looked_up = [] if bags is None else [bags.values()]
+        looked_up += [vectors[name].values() for name, _ in self.schema.listed_keys]
         if torch.is_grad_enabled():
             weights = [*self.user_tower.parameters(), *self.item_tower.parameters()]
-            values = gate(pooled.values(), weights, self.ranks)
-            pooled = KeyedTensor(pooled.keys(), pooled.length_per_key(), values)
-        return pooled.to_dict()
+            looked_up = gate(looked_up, weights, self.ranks)
+        pooled = {}
+        if bags is not None:
+            values = looked_up.pop(0)
+            pooled = KeyedTensor(bags.keys(), bags.length_per_key(), values, key_dim=1).to_dict()
+        if self.lists is not None:
+            found = {name: each.float() for (name, _), each in zip(self.schema.listed_keys, looked_up, strict=True)}
+            pooled |= self._by_hand(batch, found)
+        return pooled
+
+    def _by_hand(self, batch: Batch, vectors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What is made of vectors that were looked up one by one: pooled bags, and the users' encoded sequences."""
+        found = {}
+        for side, feature in self.schema.sparse_pairs:
+            name = key(side, feature)
+            if feature.table_name not in self.schema.listed:
+                continue
+            if feature.kind != "sequence":
+                found[name] = pooled_by_hand(vectors[name], batch.listed[name])
+                continue
+            item_UD = vectors[name]
+            if feature.delta:
+                item_UD = item_UD + vectors[part_of(name, "delta", "+")]
+            for attribute in feature.attributes:
+                at = batch.listed[part_of(name, attribute)]
+                added = pooled_by_hand(vectors[part_of(name, attribute)], at)
+                item_UD = item_UD + (added if at.divisor is None else added / at.divisor[:, None])
+            found[name] = self.user_tower.encode_steps(feature.name, item_UD, batch.listed[name])
+        return found
 
     def _users(self, batch: Batch, pooled: dict[str, Tensor]) -> Tensor:
         return self.user_tower(tower_input(self.schema, "user", pooled, batch.user_divisor_BF, batch.user_number_BN))

@@ -1,0 +1,287 @@
+"""Sequences from the columns to the towers, on one rank and on two."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from tests.ranks.launch import SAID_BY_TORCHREC, torchrun
+from tests.sequences import NUM_ITEMS, TOWERS, steps_config, write_steps
+from trec_twotower.data.batch import make_batch
+from trec_twotower.data.dataset import Dataset
+from trec_twotower.data.features import Sources
+from trec_twotower.data.transforms import Columns, transform
+from trec_twotower.errors import ConfigError, DataError
+from trec_twotower.export import read_export
+from trec_twotower.index import build_index
+from trec_twotower.run import Run
+from trec_twotower.schema import ENCODER_PARAMETERS, FeatureSpec, Schema, TableSpec
+from trec_twotower.serve import Retriever
+from trec_twotower.train import build_model, towers
+
+pytestmark = [pytest.mark.filterwarnings(each) for each in SAID_BY_TORCHREC]
+TABLE = TableSpec(buckets=64, dim=4, hashing="modulo")
+PLANS = ("table_wise", "row_wise", "column_wise")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    return write_steps(tmp_path_factory.mktemp("steps") / "world")
+
+
+# From columns to lists
+
+
+def history(**parts: Any) -> FeatureSpec:
+    return FeatureSpec(**{"name": "history", "kind": "sequence", "table": "item", "max_length": 3, **parts})
+
+
+def columns_of(table: pa.Table, feature: FeatureSpec) -> Columns:
+    return transform([feature], {"item": TABLE}, {}, table, "the test")
+
+
+def plain(lists: Any) -> list[list[int]]:
+    return [part.tolist() for part in np.split(lists.values, lists.offsets[1:-1])]
+
+
+def table_of(**columns: Any) -> pa.Table:
+    kinds = {"history": pa.list_(pa.int64()), "when": pa.list_(pa.int64()), "did": pa.list_(pa.string())}
+    return pa.table({name: pa.array(values, kinds[name]) for name, values in columns.items()})
+
+
+def test_the_newest_steps_stay_and_what_is_null_goes_with_all_that_stands_beside_it():
+    table = table_of(
+        history=[[1, 2, None, 3, 4], None, [], [5]],
+        when=[[0, 10, 15, 20, 80], None, [], [7]],
+        did=[["saw", "took", "saw", None, "saw"], None, [], ["took"]],
+    )
+    found = columns_of(table, history(times="when", actions="did", action_buckets=8)).sparse
+    assert plain(found["history"]) == [[2, 3, 4], [], [], [5]]
+    # 2 comes 10 s after 1, 3 another 10 s after 2, 4 a minute after 3: 1 + floor(log2(1 + gap)); 5 has none before it.
+    assert plain(found["history@gap"]) == [[1 + 3, 1 + 3, 1 + 5], [], [], [0]]
+    did = plain(found["history@action"])
+    saw = plain(columns_of(table_of(history=[[1]], did=[["saw"]]), history(actions="did", action_buckets=8)).sparse[
+        "history@action"
+    ])[0][0]  # fmt: skip
+    assert did[0][1:] == [0, saw] and did[0][0] == did[3][0] not in (0, saw)
+
+
+def test_timestamps_are_told_apart_in_seconds():
+    day = 86_400
+    seconds = table_of(history=[[1, 2, 3]], when=[[0, day, day + 1]])
+    stamps = pa.array([[0, 1000 * day, 1000 * (day + 1)]], pa.list_(pa.timestamp("ms", "UTC")))
+    other = seconds.set_column(1, "when", stamps)
+    gaps = [plain(columns_of(each, history(times="when")).sparse["history@gap"]) for each in (seconds, other)]
+    assert gaps[0] == gaps[1] == [[0, 1 + 16, 1 + 1]]  # log2(86,401) = 16.4
+
+
+@pytest.mark.parametrize(
+    ("columns", "parts", "said"),
+    [
+        ({"when": [[3, 1]]}, {"times": "when"}, "row 0: the times in 'when' fall"),
+        ({"when": [[3]]}, {"times": "when"}, "2 ids but 1 values in 'when'"),
+        ({"when": [[3, None]]}, {"times": "when"}, "hold null"),
+        ({"did": [["saw"]]}, {"actions": "did"}, "2 ids but 1 values in 'did'"),
+        ({"did": [["saw", "saw"]]}, {"times": "did"}, "not a list of seconds"),
+    ],
+)
+def test_odd_lists_beside_the_steps_are_refused(columns, parts, said):
+    with pytest.raises(DataError, match=said):
+        columns_of(table_of(history=[[1, 2]], **columns), history(**parts))
+
+
+def test_hash_gives_the_rows_of_a_sequence_as_of_a_bag():
+    array = pa.array([[1, 2, 3, 4], None], pa.list_(pa.int64()))
+    assert history().hash(array, TABLE).to_pylist() == [[2, 3, 4], []]
+
+
+# What cannot be
+
+
+@pytest.mark.parametrize(
+    ("parts", "said"),
+    [
+        ({"history": {"max_length": None}}, "needs max_length"),
+        ({"history": {"weights": "when"}}, "is of kind 'sequence', which has no weights"),
+        ({"history": {"attributes": ["tag"]}}, "attribute 'tag', which is none of `item`.*'tags'"),
+        ({"history": {"attributes": ["shade"]}}, "adds 'shade', whose vectors have 4 numbers, to its own of 8"),
+        ({"history": {"encoder": {"kind": "heads", "heads": 3}}}, "into 3 heads: take a divisor"),
+        ({"tables": {"history_delta": {"buckets": 40, "dim": 8}}}, "'history_delta'"),
+        ({"tables": {"item": {"buckets": 40, "dim": 8, "sharding": "data_parallel"}}}, "is data_parallel, but a seq"),
+        ({"item": [{"name": "past", "kind": "sequence", "table": "tag", "max_length": 3}]}, "which is for users"),
+    ],
+)
+def test_mistakes_are_told_before_anything_is_read(parts, said, world, tmp_path):
+    with pytest.raises(ConfigError, match=said):
+        steps_config(world, tmp_path, **parts)
+
+
+def test_only_sequences_have_what_belongs_to_steps():
+    with pytest.raises(ValueError, match="'bag', which has no times, delta"):
+        FeatureSpec(name="history", kind="bag", table="item", times="when", delta=True)
+
+
+def test_a_sequence_of_users_or_of_drawn_halves_is_refused(world, tmp_path):
+    feature = FeatureSpec(name="past", kind="sequence", table="item", max_length=3, column="history")
+    item = FeatureSpec(name="item_id", kind="id", table="item")
+    schema = Schema.build({"item": TABLE}, (feature,), (item,))
+    for part in ("train", "items"):
+        (tmp_path / part).mkdir()
+    pq.write_table(pa.table({"item_id": [1]}), tmp_path / "items/a.parquet")
+    pq.write_table(pa.table({"user_id": [1], "positives": [[1]], "item_id": [1]}), tmp_path / "train/a.parquet")
+    with pytest.raises(ConfigError, match="drawn here: make it a bag"):
+        Sources(Dataset(tmp_path), schema, "user")
+    (tmp_path / "users").mkdir()
+    pq.write_table(pa.table({"user_id": [1], "history": [[1]]}), tmp_path / "users/a.parquet")
+    with pytest.raises(ConfigError, match="is a sequence, but its column 'history' stands in"):
+        Sources(Dataset(tmp_path), schema, "event")
+
+
+# From lists to the tower
+
+
+@pytest.mark.parametrize("kind", ["mean", "heads"])
+def test_what_enters_the_tower_equals_the_sum_written_out(kind, world, tmp_path, lone_rank):
+    """Each step: its row, the delta's, its item's tags (scaled, pooled by sqrtn), colour, gap and action."""
+    config = steps_config(world, tmp_path, history={"encoder": {"kind": kind}})
+    schema = config.feature_schema
+    sources = Sources(Dataset(world), schema, "event")
+    rows = sources.dataset.train.table(sources.user_columns())
+    columns = sources.user_features(rows, "the test")
+    model = towers(build_model(config, lone_rank)).eval()
+    encoder = model.user_tower.encoders["history"]
+    with torch.no_grad():
+        for weight in (encoder.gap.weight, encoder.action.weight):
+            weight += torch.randn(weight.shape)
+        state = model.state_dict()
+        weights = {name: _whole(state, f"lists.embeddings.{name}.weight") for name in ("item", "tag", "history_delta")}
+        assert not weights["history_delta"].any() and weights["item"].any()
+        weights["history_delta"] += torch.randn(weights["history_delta"].shape)  # in place: the model's own
+        seen: list[torch.Tensor] = []
+        encoder.encoder.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+        pooled = model._pooled(make_batch(schema, columns, sources.catalogue.columns))
+    item_feature = {feature.name: feature for feature in schema.item}
+    table = rows.to_pylist()
+    expected = []
+    for row, about in enumerate(table):
+        buckets = plain(columns.sparse["history"])[row]
+        newest = about["history"][-5:] if about["history"] else []
+        for step, (bucket, item) in enumerate(zip(buckets, newest, strict=True)):
+            vector = weights["item"][bucket] + weights["history_delta"][bucket]
+            if item < NUM_ITEMS:
+                tags = [int(item % 5), int(item % 3)] if item % 4 else []
+                tag = item_feature["tags"].hash(pa.array([tags], pa.list_(pa.int64())), schema.tables["tag"])
+                for at in tag.to_pylist()[0]:
+                    vector = vector + 2.0 * weights["tag"][at] / len(tags) ** 0.5
+                colour = item_feature["colour"].hash(pa.array([item % 4]), schema.tables["tag"]).to_pylist()[0]
+                vector = vector + weights["tag"][colour]
+            gap = plain(columns.sparse["history@gap"])[row][step]
+            action = plain(columns.sparse["history@action"])[row][step]
+            expected.append(vector + encoder.gap.weight[gap] + encoder.action.weight[action])
+    assert torch.allclose(seen[0], torch.stack(expected), atol=1e-5)
+    lengths = [min(len(about["history"] or []), 5) for about in table]
+    if kind == "mean":
+        means = [part.mean(0) if len(part) else torch.zeros(8) for part in torch.stack(expected).split(lengths)]
+        assert torch.allclose(pooled["user:history"], torch.stack(means), atol=1e-5)
+    # The bag that shares the table, pooled by hand: the sum of all its rows, divided later.
+    bags = plain(columns.sparse["liked"])
+    sums = torch.stack([weights["item"][bag].sum(0) for bag in bags])
+    assert torch.allclose(pooled["user:liked"], sums, atol=1e-5)
+
+
+def _whole(state: dict[str, Any], name: str) -> torch.Tensor:
+    value = state[name]
+    return value.local_shards()[0].tensor if hasattr(value, "local_shards") else value
+
+
+def test_items_stand_once_in_a_batch_however_many_steps_take_them(world, tmp_path):
+    config = steps_config(world, tmp_path)
+    sources = Sources(Dataset(world), config.feature_schema, "event")
+    rows = sources.dataset.train.table(sources.user_columns())
+    batch = make_batch(config.feature_schema, sources.user_features(rows, "the test"))
+    taken = {item for history in rows["history"].to_pylist() for item in (history or [])[-5:]}
+    at = batch.sequences.keys().index("user:history")
+    assert batch.sequences.stride() == 1
+    assert len(batch.sequences["user:history"].values()) == int(batch.sequences.lengths()[at]) == len(taken)
+
+
+# On ranks
+
+
+@pytest.fixture(scope="module")
+def made(world, tmp_path_factory) -> dict[int, tuple[dict[str, Any], Path]]:
+    """What one rank and two made of the same cases."""
+    found = {}
+    for num_ranks in (1, 2):
+        out = tmp_path_factory.mktemp(f"ranks-{num_ranks}")
+        code, said = torchrun(num_ranks, "tests.ranks.sequences", world, out)
+        assert code == 0, said
+        found[num_ranks] = torch.load(out / "results.pt", weights_only=True), out / "runs"
+    return found
+
+
+def furthest(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> float:
+    assert first.keys() == second.keys()
+    return max(float((first[name] - second[name]).abs().max()) for name in first if first[name].numel())
+
+
+CASES = [
+    *(f"plan {plan}" for plan in PLANS),
+    *(f"encoder {kind}" for kind in ENCODER_PARAMETERS),
+    *(f"tower {name}" for name in TOWERS),
+    "pipeline",
+]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_ranks_train_as_one(case, made):
+    """Three steps of the same losses, weights and vectors, under every plan and with every encoder."""
+    (one, _), (two, _) = made[1], made[2]
+    assert len(one[f"losses {case}"]) == 3
+    assert one[f"losses {case}"] == pytest.approx(two[f"losses {case}"], rel=1e-5)
+    # Adagrad and Adam divide a gradient that is nearly zero by itself, and with it its rounding.
+    tolerance = 2e-3 if case.startswith("encoder") else 1e-5
+    assert furthest(one[f"weights {case}"], two[f"weights {case}"]) < tolerance
+    assert torch.allclose(one[f"items {case}"], two[f"items {case}"], atol=tolerance)
+
+
+@pytest.mark.parametrize("case", [*(f"plan {plan}" for plan in PLANS[1:]), "pipeline"])
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_the_plan_does_not_change_the_training(case, num_ranks, made):
+    reference = made[1][0]["losses plan table_wise"]
+    assert made[num_ranks][0][f"losses {case}"] == pytest.approx(reference, rel=1e-5)
+
+
+@pytest.mark.parametrize("case", ["plan row_wise", "encoder gru"])
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_a_resumed_run_goes_on_as_one_that_never_stopped(case, num_ranks, made):
+    results = made[num_ranks][0]
+    assert len(results[f"at once {case}"]) == 6
+    assert results[f"resumed {case}"] == results[f"at once {case}"]
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.startswith(("encoder", "tower"))])
+def test_every_part_is_indexed_and_recommends(case, made, lone_rank):
+    """What two ranks trained and exported, one rank indexes and serves; the history names items of no catalogue."""
+    run = Run.open(made[2][1] / case.replace(" ", "-"))
+    exported = read_export(run.folder / "export")
+    index = build_index(exported.item_ID, exported.user_QD, run.config.index)
+    manifest = exported.manifest
+    index.save(
+        run.folder / "index",
+        model_version=manifest["model_version"],
+        item_ids=exported.item_ids,
+        similarity=manifest["similarity"],
+    )
+    retriever = Retriever.open(run.folder, lone_rank)
+    [answer] = retriever.recommend([3], k=4)
+    user = exported.user_ids.to_pylist().index(3)
+    expected = np.sort(exported.item_ID @ exported.user_QD[user])[::-1]
+    found = [item.score for item in answer.items]
+    assert len(found) == 4 and all(np.abs(expected - score).min() < 1e-5 for score in found)

@@ -1,0 +1,215 @@
+"""One contract for all encoders of sequences, and for each what it computes, by a second way."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from trec_twotower.config import validate
+from trec_twotower.errors import ConfigError
+from trec_twotower.model.sequence import ENCODERS, Dropout, Heads, SequenceEncoder, turned
+from trec_twotower.schema import ENCODER_PARAMETERS, EncoderSpec
+
+DIM, LONGEST = 8, 12
+CASES: dict[str, dict[str, Any]] = {
+    **{kind: {"kind": kind} for kind in ENCODERS},
+    "heads, one": {"kind": "heads", "heads": 1},
+    "gru, two layers": {"kind": "gru", "layers": 2},
+    "cnn, wide": {"kind": "cnn", "layers": 3, "width": 4},
+    "transformer, rotary": {"kind": "transformer", "positions": "rotary"},
+    "transformer, both ways": {"kind": "transformer", "causal": False, "layers": 2},
+    "hierarchical, short": {"kind": "hierarchical", "segment": 2},
+    "hierarchical, transformer": {"kind": "hierarchical", "segment": 3, "over": "transformer"},
+}
+BLIND_TO_ORDER = ("mean", "attention")
+LENGTHS = [3, 0, LONGEST, 1, 7]
+
+
+@pytest.fixture(params=CASES)
+def encoder(request) -> SequenceEncoder:
+    """With weights that are no longer those of the start, where some are zero."""
+    torch.manual_seed(1)
+    spec = EncoderSpec(**CASES[request.param])
+    made = ENCODERS[spec.kind](spec, DIM, LONGEST)
+    with torch.no_grad():
+        for weight in made.parameters():
+            weight.add_(0.3 * torch.randn_like(weight))
+    return made.eval()
+
+
+def steps_of(lengths: list[int]) -> tuple[Tensor, Tensor]:
+    return torch.randn(sum(lengths), DIM, generator=torch.Generator().manual_seed(2)), torch.tensor(lengths)
+
+
+def close(first: Tensor, second: Tensor) -> bool:
+    return torch.allclose(first, second, atol=1e-5)
+
+
+def test_there_is_an_encoder_for_every_word():
+    assert set(ENCODERS) == set(ENCODER_PARAMETERS) == {case["kind"] for case in CASES.values()}
+
+
+def test_a_row_becomes_what_it_becomes_alone(encoder):
+    """Nothing of the other rows, nor of padding, gets into a row's vector."""
+    step_ND, length_B = steps_of(LENGTHS)
+    vector_BD = encoder(step_ND, length_B)
+    assert vector_BD.shape == (len(LENGTHS), DIM) and vector_BD.isfinite().all()
+    for row, part in enumerate(step_ND.split(LENGTHS)):
+        assert close(encoder(part, length_B[row : row + 1])[0], vector_BD[row])
+
+
+def test_no_steps_are_the_zero_vector_and_no_rows_are_no_vectors(encoder):
+    step_ND, length_B = steps_of(LENGTHS)
+    assert not encoder(step_ND, length_B)[1].any() and encoder(step_ND, length_B)[3].any()
+    assert not encoder(step_ND[:0], torch.tensor([0, 0])).any()
+    assert encoder(step_ND[:0], length_B[:0]).shape == (0, DIM)
+
+
+def test_order_counts_where_it_should_and_not_where_it_should_not(encoder, request):
+    step_ND, length_B = steps_of([6])
+    turned_round = encoder(step_ND.flip(0), length_B)
+    is_blind = request.node.callspec.params["encoder"].split(",")[0] in BLIND_TO_ORDER
+    assert close(turned_round, encoder(step_ND, length_B)) == is_blind
+
+
+def test_every_step_is_seen_and_sends_its_gradient_back(encoder):
+    step_ND, length_B = steps_of(LENGTHS)
+    step_ND.requires_grad_(True)
+    wish_BD = torch.randn(len(LENGTHS), DIM, generator=torch.Generator().manual_seed(3))
+    (encoder(step_ND, length_B) * wish_BD).sum().backward()
+    assert step_ND.grad is not None and step_ND.grad.isfinite().all()
+    assert (step_ND.grad.abs().sum(1) > 0).all()
+    idle = [name for name, weight in encoder.named_parameters() if weight.grad is None]
+    assert not idle, "a weight without gradient leaves the other ranks waiting"
+
+
+def test_gradients_are_those_of_differences(encoder):
+    step_ND, length_B = steps_of([2, 0, 5])
+    encoder.double()
+    assert torch.autograd.gradcheck(lambda steps: encoder(steps, length_B), step_ND.double().requires_grad_(True))
+
+
+def test_no_rows_and_no_steps_still_reach_every_weight(encoder):
+    """A rank without rows takes part in the sum of gradients."""
+    steps = torch.zeros(0, DIM, requires_grad=True)
+    encoder(steps, torch.zeros(0, dtype=torch.long)).sum().backward()
+    assert all(weight.grad is not None for weight in encoder.parameters())
+
+
+# Each by a second way
+
+
+def test_heads_equal_the_formula_written_out():
+    """softmax over a row's ages of w[h, age], part by part, then h + W h."""
+    torch.manual_seed(0)
+    heads = Heads(EncoderSpec(kind="heads", heads=4), DIM, LONGEST)
+    with torch.no_grad():
+        heads.log_weight_AH += torch.randn(LONGEST, 4)
+        heads.mix.weight += torch.randn(DIM, DIM)
+    step_ND, length_B = steps_of(LENGTHS)
+    for row, part_LD in enumerate(step_ND.split(LENGTHS)):
+        expected = torch.zeros(DIM)
+        for head in range(4):
+            own = slice(2 * head, 2 * head + 2)
+            newest_first = part_LD.flip(0)[:, own]
+            weight_L = heads.log_weight_AH[: len(part_LD), head].softmax(0)
+            expected[own] = (weight_L[:, None] * newest_first).sum(0)
+        expected = expected + heads.mix.weight @ expected
+        assert close(heads(step_ND, length_B)[row], expected)
+
+
+def test_heads_start_from_short_to_long_memory_with_nothing_mixed():
+    """Rates from `fastest` to `slowest` in equal ratios: the first head is nearly the newest step, the last a mean."""
+    heads = Heads(EncoderSpec(kind="heads", heads=4, fastest=8.0, slowest=0.001), DIM, LONGEST)
+    assert torch.allclose(-heads.log_weight_AH[1], torch.tensor([8.0, 0.4, 0.02, 0.001]), rtol=1e-5)
+    assert torch.allclose(heads.log_weight_AH[5], 5 * heads.log_weight_AH[1])
+    step_ND, length_B = steps_of([LONGEST])
+    made = heads(step_ND, length_B)[0]
+    assert torch.allclose(made[:2], step_ND[-1, :2], atol=2e-3)
+    assert torch.allclose(made[6:], step_ND[:, 6:].mean(0), atol=2e-2)
+
+
+def test_a_causal_transformer_equals_torchs_own_layer():
+    """Without places: pre-norm blocks, the newest step after a last normalisation."""
+    torch.manual_seed(0)
+    spec = EncoderSpec(kind="transformer", heads=2)
+    encoder = ENCODERS["transformer"](spec, DIM, LONGEST).eval()
+    layer = torch.nn.TransformerEncoderLayer(
+        DIM, 2, 4 * DIM, 0.0, activation="gelu", batch_first=True, norm_first=True
+    ).eval()
+    with torch.no_grad():
+        encoder.place.zero_()
+        block = encoder.blocks[0]
+        for mine, theirs in (
+            (block.inward.weight, layer.self_attn.in_proj_weight),
+            (block.inward.bias, layer.self_attn.in_proj_bias),
+            (block.outward.weight, layer.self_attn.out_proj.weight),
+            (block.outward.bias, layer.self_attn.out_proj.bias),
+            (block.wide[0].weight, layer.linear1.weight),
+            (block.wide[0].bias, layer.linear1.bias),
+            (block.wide[2].weight, layer.linear2.weight),
+            (block.wide[2].bias, layer.linear2.bias),
+        ):
+            mine.copy_(theirs)
+    step_ND, length_B = steps_of([5])
+    mask = torch.nn.Transformer.generate_square_subsequent_mask(5)
+    expected = encoder.last(layer(step_ND[None], src_mask=mask, is_causal=True)[0, -1])
+    assert torch.allclose(encoder(step_ND, length_B)[0], expected, atol=1e-5)
+
+
+def test_dropout_keeps_the_mean_and_a_share_of_the_numbers():
+    torch.manual_seed(0)
+    dropped = Dropout(0.6)(torch.ones(1001, 33))
+    assert sorted(dropped.unique().tolist()) == pytest.approx([0.0, 256 / 102])  # .6 is 154 / 256, nearly
+    assert float((dropped == 0).float().mean()) == pytest.approx(0.6, abs=0.01)
+    assert float(dropped.mean()) == pytest.approx(1.0, abs=0.02)
+    columns = (dropped == 0).float()
+    assert float((columns[:, 0] * columns[:, 1]).mean()) == pytest.approx(0.36, abs=0.05)  # neighbours are independent
+    assert Dropout(0.6).eval()(columns).equal(columns) and Dropout(0.0)(columns).equal(columns)
+
+
+def test_turned_products_depend_on_distances_alone():
+    query, key = torch.randn(2, 6, generator=torch.Generator().manual_seed(4))
+    place_L = torch.tensor([0, 3, 7, 10])
+    query_LP, key_LP = turned(query.expand(4, 6), place_L), turned(key.expand(4, 6), place_L)
+    product_LL = query_LP @ key_LP.T
+    assert torch.allclose(product_LL[0, 1], product_LL[2, 3], atol=1e-5)  # both three apart
+    assert not torch.allclose(product_LL[0, 1], product_LL[1, 0], atol=1e-3)
+    assert torch.allclose(query_LP.norm(dim=1), query.norm().expand(4), atol=1e-5)
+
+
+def test_segments_are_counted_from_the_newest_step():
+    """Of seven steps by threes: one, three, three; the outer unit reads three states."""
+    torch.manual_seed(0)
+    encoder = ENCODERS["hierarchical"](EncoderSpec(kind="hierarchical", segment=3), DIM, LONGEST)
+    step_ND, length_B = steps_of([7])
+    states = torch.cat([encoder.within(part, torch.tensor([len(part)])) for part in step_ND.split([1, 3, 3])])
+    assert close(encoder(step_ND, length_B), encoder.over(states, torch.tensor([3])))
+
+
+def test_a_convolution_sees_its_past_alone():
+    encoder = ENCODERS["cnn"](EncoderSpec(kind="cnn", layers=1, width=2), DIM, LONGEST)
+    step_ND, length_B = steps_of([4])
+    [layer] = encoder.layers
+    before_ND = torch.cat([torch.zeros(1, DIM), step_ND[:-1]])
+    old, own = layer.weight[:, :, 0], layer.weight[:, :, 1]
+    step_out = step_ND + F.relu(before_ND @ old.T + step_ND @ own.T + layer.bias)
+    assert close(encoder(step_ND, length_B)[0], step_out[-1] + step_out.mean(0))
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"kind": "mean", "heads": 2}, "encoder.heads is set, but encoder.kind mean has no heads"),
+        ({"kind": "gru", "segment": 2}, "it belongs to hierarchical"),
+        ({"kind": "grn"}, "kind"),
+        ({"kind": "gru", "layer": 2}, "nearest: 'layers'"),
+    ],
+)
+def test_what_an_encoder_does_not_know_is_refused(values, said):
+    with pytest.raises(ConfigError, match=said):
+        validate(EncoderSpec, values, "the test")

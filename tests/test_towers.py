@@ -1,0 +1,155 @@
+"""What a tower may do with its features: each by a second way, and two worlds that only one part can solve."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from trec_twotower.config import ExpertsConfig, GatingConfig, TowerConfig
+from trec_twotower.distributed import Ranks
+from trec_twotower.model.parts import Crosses, Experts, FeatureDropout, FeatureGates, ShortLong
+from trec_twotower.model.tower import Tower
+
+WIDTHS = (2, 3, 2)
+
+
+@pytest.fixture
+def feature_BE() -> Tensor:
+    return torch.randn(5, 7, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(1)
+
+
+def test_features_are_dropped_whole_in_training_alone():
+    part = FeatureDropout(WIDTHS, [0.0, 0.25, 1.0])
+    ones = torch.ones(4000, 7)
+    dropped = part(ones)
+    assert dropped[:, :2].all() and not dropped[:, 5:].any()
+    assert (dropped[:, 2] == dropped[:, 3]).all() and (dropped[:, 3] == dropped[:, 4]).all()
+    assert set(dropped.unique().tolist()) == {0.0, 1.0}  # nothing is scaled up
+    assert float(dropped[:, 2].mean()) == pytest.approx(0.75, abs=0.03)
+    assert part.eval()(ones).equal(ones)
+
+
+def test_gates_start_at_one_and_equal_the_formula_written_out(feature_BE):
+    gates = FeatureGates(WIDTHS, GatingConfig(reduction=1), [])
+    assert gates(feature_BE).equal(feature_BE)
+    nn.init.normal_(gates.excite.weight)
+    mean_BF = torch.stack([feature_BE[:, :2].mean(1), feature_BE[:, 2:5].mean(1), feature_BE[:, 5:].mean(1)], dim=1)
+    weight_BF = 2 * torch.sigmoid(F.relu(gates.squeeze(mean_BF)) @ gates.excite.weight.T)
+    parts = feature_BE.split(WIDTHS, dim=1)
+    expected = torch.cat([part * weight_BF[:, [number]] for number, part in enumerate(parts)], dim=1)
+    assert torch.allclose(gates(feature_BE), expected, atol=1e-6)
+
+
+def test_gates_by_a_context_depend_on_that_alone(feature_BE):
+    part = FeatureGates(WIDTHS, GatingConfig(by=("c",), reduction=1), [1])
+    nn.init.normal_(part.excite.weight)
+    nn.init.normal_(part.squeeze.bias)
+    other = feature_BE.clone()
+    other[:, 5:] += 1
+    weight, changed = part(feature_BE) / feature_BE, part(other) / other
+    assert torch.allclose(weight, changed, atol=1e-5)
+    other[:, 2] += 1
+    assert not torch.allclose(weight, part(other) / other, atol=1e-3)
+
+
+def test_crosses_equal_the_formula_written_out(feature_BE):
+    part = Crosses(7, 2)
+    first = feature_BE * (feature_BE @ part.layers[0].weight.T + part.layers[0].bias) + feature_BE
+    second = feature_BE * (first @ part.layers[1].weight.T + part.layers[1].bias) + first
+    assert torch.allclose(part(feature_BE), second, atol=1e-5)
+
+
+def test_short_and_long_meet_by_a_gate(feature_BE):
+    part = ShortLong(WIDTHS, [1], 4)
+    short = part.short(feature_BE[:, 2:5])
+    long = part.long(torch.cat([feature_BE[:, :2], feature_BE[:, 5:]], dim=1))
+    gate = torch.sigmoid(part.gate(feature_BE))
+    assert torch.allclose(part(feature_BE), gate * short + (1 - gate) * long, atol=1e-6)
+    assert float(part.mean_gate) == pytest.approx(float(gate.detach().mean()))
+
+
+@pytest.mark.parametrize("top", [None, 1, 2])
+def test_experts_equal_the_weighted_mean_written_out(top, feature_BE):
+    part = Experts(7, ExpertsConfig(count=4, width=6, top=top))
+    logit_BK = part.router(feature_BE)
+    for row, logit_K in enumerate(logit_BK):
+        best = logit_K.argsort(descending=True)[: top or 4]
+        weight = logit_K[best].softmax(0)
+        expected = sum(weight[n] * part.experts[int(best[n])](feature_BE[row]) for n in range(len(best)))
+        assert torch.allclose(part(feature_BE)[row], expected, atol=1e-6)
+    assert part.use() == pytest.approx(logit_BK.softmax(1).mean(0).tolist())
+
+
+class _Alone(Ranks):
+    """One rank without a process group."""
+
+    def sum(self, values):
+        return values
+
+
+def test_the_penalty_of_experts_is_least_where_they_are_used_alike():
+    part = Experts(2, ExpertsConfig(count=2, width=3, top=1, balance=1.0))
+    alone = _Alone(0, 1, torch.device("cpu"))
+    part.weight_BK = torch.tensor([[0.9, 0.1], [0.1, 0.9]])
+    assert float(part.penalty(alone)) == pytest.approx(1.0)
+    part.weight_BK = torch.tensor([[0.9, 0.1], [0.7, 0.3]])
+    assert float(part.penalty(alone)) == pytest.approx(2 * (1.0 * 0.8 + 0.0 * 0.2))
+
+
+def test_a_tower_names_its_parts_figures(feature_BE):
+    config = TowerConfig(short=("b",), experts=ExpertsConfig(count=2, width=3), mlp=(4,))
+    tower = Tower(WIDTHS, 5, config, is_unit=True, place={"b": 1}.__getitem__)
+    assert tower(feature_BE).shape == (5, 5)
+    assert set(tower.figures()) == {"gate", "expert_0", "expert_1"}
+    assert tower.penalty(_Alone(0, 1, torch.device("cpu"))) is None  # all experts count: none is left out
+
+
+# Worlds that only one part can solve
+
+
+def found(
+    config: TowerConfig, feature_BE: Tensor, target_B: Tensor, widths: tuple[int, ...], steps: int = 250
+) -> float:
+    """How many rows of a half that was not trained on rank their own of the targets first."""
+    torch.manual_seed(0)
+    tower = Tower(widths, 16, config, is_unit=True, place=lambda name: int(name))
+    item_ID = nn.Parameter(torch.randn(int(target_B.max()) + 1, 16))
+    optimizer = torch.optim.Adam([*tower.parameters(), item_ID], lr=0.01)
+    half = len(feature_BE) // 2
+    for _ in range(steps):
+        logit = tower(feature_BE[:half]) @ F.normalize(item_ID, dim=1).T / 0.1
+        optimizer.zero_grad()
+        F.cross_entropy(logit, target_B[:half]).backward()
+        optimizer.step()
+    with torch.no_grad():
+        best_B = (tower(feature_BE[half:]) @ F.normalize(item_ID, dim=1).T).argmax(1)
+    return float((best_B == target_B[half:]).float().mean())
+
+
+def test_crosses_solve_a_world_of_pairs():
+    """What is taken depends on the pair of two categories: (a + b) modulo 4; a sum of the two says nothing of it."""
+    generator = torch.Generator().manual_seed(3)
+    a, b = torch.randint(0, 4, (2, 800), generator=generator)
+    features = torch.cat([F.one_hot(a, 4), F.one_hot(b, 4)], dim=1).float()
+    plain = found(TowerConfig(), features, (a + b) % 4, (4, 4))
+    crossed = found(TowerConfig(crosses=2), features, (a + b) % 4, (4, 4))
+    assert crossed > 0.95 and crossed > plain + 0.3, (crossed, plain)
+
+
+def test_the_gate_solves_a_switch_of_regimes():
+    """A user in a session wants what it shows, another what he always wanted; a sum of both cannot follow."""
+    generator = torch.Generator().manual_seed(4)
+    short, long = torch.randint(0, 6, (2, 1600), generator=generator)
+    in_session = torch.randint(0, 2, (1600,), generator=generator)
+    features = torch.cat([F.one_hot(short, 6), F.one_hot(long, 6), 4 * F.one_hot(in_session, 2)], dim=1).float()
+    target = torch.where(in_session == 1, short, long)
+    plain = found(TowerConfig(), features, target, (6, 6, 2))
+    gated = found(TowerConfig(short=("0",)), features, target, (6, 6, 2))
+    assert gated > 0.95 and gated > plain + 0.2, (gated, plain)

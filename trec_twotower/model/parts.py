@@ -1,0 +1,153 @@
+"""What a tower may do with its features before its layers: each a module of (B, E), the features side by side.
+
+`widths` are the features' in their order; where there are numbers, the last is of all of them together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from trec_twotower.config import ExpertsConfig, GatingConfig
+from trec_twotower.distributed import Ranks
+
+
+class Summed(nn.Module):
+    """The sum of features, each as wide as the others."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.count = count
+
+    def forward(self, feature_BE: Tensor) -> Tensor:
+        return feature_BE.unflatten(1, (self.count, -1)).sum(1) if self.count > 1 else feature_BE
+
+
+class FeatureDropout(nn.Module):
+    """In training zero for some features of some rows, whole: the tower learns to do without them (DropoutNet).
+
+    Nothing is scaled up: a feature that is missing later is zero, too.
+    """
+
+    rate_F: Tensor
+
+    def __init__(self, widths: Sequence[int], rates: Sequence[float]) -> None:
+        super().__init__()
+        self.register_buffer("rate_F", torch.tensor(rates), persistent=False)
+        self.widths = list(widths)
+
+    def forward(self, feature_BE: Tensor) -> Tensor:
+        if not self.training:
+            return feature_BE
+        draw_BF = torch.rand(len(feature_BE), len(self.widths), device=feature_BE.device)
+        return feature_BE * _spread((draw_BF >= self.rate_F).to(feature_BE.dtype), self.widths)
+
+
+class FeatureGates(nn.Module):
+    """Each feature times a weight between 0 and 2 that is made of all of them (squeeze and excitation; FiBiNET).
+
+    With `by`, of those features alone: a context that says which of the others to believe. All weights start at 1.
+    """
+
+    def __init__(self, widths: Sequence[int], config: GatingConfig, by: Sequence[int]) -> None:
+        super().__init__()
+        self.widths, self.by = list(widths), list(by)
+        inward = sum(widths[number] for number in by) if by else len(widths)
+        hidden = max(len(widths) // config.reduction, 1)
+        self.squeeze, self.excite = nn.Linear(inward, hidden), nn.Linear(hidden, len(widths))
+        nn.init.zeros_(self.excite.weight)
+        nn.init.zeros_(self.excite.bias)
+
+    def forward(self, feature_BE: Tensor) -> Tensor:
+        parts = feature_BE.split(self.widths, dim=1)
+        if self.by:
+            told = torch.cat([parts[number] for number in self.by], dim=1)
+        else:
+            told = torch.stack([part.mean(1) for part in parts], dim=1)
+        weight_BF = 2 * torch.sigmoid(self.excite(F.relu(self.squeeze(told))))
+        return feature_BE * _spread(weight_BF, self.widths)
+
+
+class Crosses(nn.Module):
+    """x0 * (W x + b) + x, so many times over: products of features, of one degree more each (DCN-v2, Wang 2021)."""
+
+    def __init__(self, width: int, count: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(count))
+
+    def forward(self, feature_BE: Tensor) -> Tensor:
+        crossed_BE = feature_BE
+        for layer in self.layers:
+            crossed_BE = feature_BE * layer(crossed_BE) + crossed_BE
+        return crossed_BE
+
+
+class ShortLong(nn.Module):
+    """g * short + (1 - g) * long, number by number, g from 0 to 1 and made of all features (SDM, Lv et al. 2019).
+
+    `short` are the features of what a user does now; all others are long. Each part has a linear layer to `dim`.
+    """
+
+    def __init__(self, widths: Sequence[int], short: Sequence[int], dim: int) -> None:
+        super().__init__()
+        self.widths, self.is_short = list(widths), [number in short for number in range(len(widths))]
+        of_short = sum(widths[number] for number in short)
+        self.short, self.long = nn.Linear(of_short, dim), nn.Linear(sum(widths) - of_short, dim)
+        self.gate = nn.Linear(sum(widths), dim)
+        self.mean_gate: Tensor | None = None  # of the last batch
+
+    def forward(self, feature_BE: Tensor) -> Tensor:
+        parts = list(zip(feature_BE.split(self.widths, dim=1), self.is_short, strict=True))
+        short_BD = self.short(torch.cat([part for part, is_short in parts if is_short], dim=1))
+        long_BD = self.long(torch.cat([part for part, is_short in parts if not is_short], dim=1))
+        gate_BD = torch.sigmoid(self.gate(feature_BE))
+        self.mean_gate = gate_BD.detach().mean()
+        return gate_BD * short_BD + (1 - gate_BD) * long_BD
+
+
+class Experts(nn.Module):
+    """A mean of layers of their own, weighted by what a router makes of the row; with `top`, of its best few alone.
+
+    For the few (Shazeer et al. 2017) `penalty` asks that experts be used alike: K sum_e f_e P_e, where f_e is the
+    share of rows whose best expert is e and P_e the mean of its weights (Fedus et al. 2021); 1 where all are alike.
+    """
+
+    def __init__(self, width: int, config: ExpertsConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.router = nn.Linear(width, config.count)
+        self.experts = nn.ModuleList(
+            nn.Sequential(nn.Linear(width, config.width), nn.ReLU()) for _ in range(config.count)
+        )
+        self.weight_BK: Tensor | None = None  # of the last batch, all experts'
+
+    def forward(self, feature_BE: Tensor) -> Tensor:
+        logit_BK = self.router(feature_BE)
+        self.weight_BK = weight_BK = logit_BK.softmax(1)
+        if self.config.top is not None:
+            least_B1 = logit_BK.topk(self.config.top, dim=1).values[:, -1:]
+            weight_BK = logit_BK.masked_fill(logit_BK < least_B1, float("-inf")).softmax(1)
+        each_BKW = torch.stack([expert(feature_BE) for expert in self.experts], dim=1)
+        return (weight_BK[..., None] * each_BKW).sum(1)
+
+    def penalty(self, ranks: Ranks) -> Tensor:
+        """Of the last batch of all ranks, scaled so that the mean over ranks is the whole; all ranks call together."""
+        assert self.weight_BK is not None
+        count = self.config.count
+        best_K = torch.bincount(self.weight_BK.argmax(1), minlength=count)
+        used_K = torch.from_numpy(ranks.sum(best_K.cpu().numpy())).to(self.weight_BK)
+        rows = used_K.sum().clamp(min=1)
+        share = ranks.num_ranks / rows
+        return self.config.balance * count * (used_K / rows * self.weight_BK.sum(0)).sum() * share
+
+    def use(self) -> list[float]:
+        """Each expert's mean weight in this rank's last batch."""
+        return [] if self.weight_BK is None or not len(self.weight_BK) else self.weight_BK.detach().mean(0).tolist()
+
+
+def _spread(value_BF: Tensor, widths: Sequence[int]) -> Tensor:
+    """(B, E): one number a feature, for each of the feature's columns."""
+    return torch.cat([value_BF[:, number, None].expand(-1, width) for number, width in enumerate(widths)], dim=1)

@@ -1,0 +1,375 @@
+"""A run in pictures: report.html, one file that needs no other, of what the run's folder holds so far."""
+
+from __future__ import annotations
+
+import io
+import json
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from matplotlib.figure import Figure
+
+from trec_twotower.data.dataset import HISTORY, ITEM_ID, POSITIVES, USER_ID, Dataset, Split
+from trec_twotower.data.lists import Lists
+from trec_twotower.errors import ConfigError, nearest
+from trec_twotower.evaluate import EXACT, REACHABLE
+from trec_twotower.export import Exported, read_export
+from trec_twotower.files import MANIFEST, read_json, read_manifest, write_file
+from trec_twotower.index import ItemIndex, exact_search
+from trec_twotower.run import STATUS, Run
+from trec_twotower.serve import in_words
+from trec_twotower.slices import NONE, OTHERS, column_of, parts_of
+
+REPORT = "report.html"
+INK = "#010203"  # of text and axes; becomes the page's own colour, which differs in light and dark
+BLUE, ORANGE = "#3b82c4", "#e07b39"
+STYLE: Any = {  # matplotlib's type names each of its settings
+    "svg.fonttype": "none",
+    "text.parse_math": False,
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlesize": 10,
+    "legend.frameon": False,
+    **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK),
+}
+MAPPED_ITEMS = 4000  # points on the map
+SHOWN_USERS, SHOWN_ITEMS, SHOWN_HISTORY = 4, 8, 5
+TIMED_USERS = 256
+FEWEST_USERS = 20  # whose mean is drawn as a point
+
+CSS = """
+:root { color-scheme: light dark; --line: #8886; --back: #fff; --ink: #1b1f24; --soft: #8881; }
+@media (prefers-color-scheme: dark) { :root { --back: #14171b; --ink: #e3e6ea; } }
+body { background: var(--back); color: var(--ink); font: 15px/1.5 system-ui, sans-serif; max-width: 62rem;
+  margin: 2rem auto; padding: 0 1rem; }
+h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2.4rem; border-bottom: 1px solid var(--line); }
+h3 { font-size: 1rem; margin-bottom: .3rem; }
+table { border-collapse: collapse; margin: .8rem 0; } th, td { padding: .2rem .7rem; text-align: right; }
+th:first-child, td:first-child { text-align: left; } tbody tr:nth-child(odd) { background: var(--soft); }
+small { opacity: .7; white-space: nowrap; } svg { max-width: 100%; height: auto; }
+.users { display: grid; grid-template-columns: repeat(auto-fit, minmax(26rem, 1fr)); gap: 1rem; }
+ol, ul { margin-top: .2rem; padding-left: 1.6rem; } .found { font-weight: 600; }
+"""
+
+
+def write_report(run: Run, colour: str | None = None) -> Path:
+    """RUN/report.html, of all stages that have run; those that have not say by which command they do.
+
+    `colour` is the column of items/ that colours the map; by default the first category among the item features, else
+    how often each item was taken. Raises ConfigError where there is no such column, DataError for damaged files.
+    """
+    exported = read_export(run.folder / "export") if (run.folder / "export" / MANIFEST).is_file() else None
+    parts: list[tuple[str, Callable[[], str]]] = [
+        ("Training", lambda: _training(run)),
+        ("How well held-out items are found", lambda: _evaluation(run)),
+        ("The index", lambda: _index(run, exported)),
+        ("The items", lambda: _map(run, exported, colour)),
+        ("Some users", lambda: _users(run, exported)),
+        ("Tables and memory", lambda: _memory(run)),
+    ]
+    with matplotlib.rc_context(STYLE):
+        body = "".join(f"<section><h2>{title}</h2>\n{make()}</section>\n" for title, make in parts)
+    about = f"{escape(str(run.folder))}, trained on {escape(str(run.config.data.dataset))}"
+    page = (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(run.folder.name)}</title>'
+        f'<meta name="viewport" content="width=device-width"><style>{CSS}</style></head>\n'
+        f"<body><h1>{escape(run.folder.name)}</h1>\n<p>{about}</p>\n{body}</body></html>\n"
+    )
+    write_file(run.folder / REPORT, page)
+    return run.folder / REPORT
+
+
+def _svg(figure: Figure, what: str) -> str:
+    """The figure as a part of the page, its ink the page's."""
+    figure.tight_layout()
+    out = io.StringIO()
+    with matplotlib.rc_context({"svg.hashsalt": what}):
+        figure.savefig(out, format="svg", transparent=True, dpi=150, metadata={"Date": None})
+    svg = out.getvalue()
+    svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
+    return svg.replace("<svg", f'<svg role="img" aria-label="{escape(what)}"', 1)
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Cells are HTML already."""
+    top = "".join(f"<th>{escape(cell)}</th>" for cell in head)
+    lines = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>\n" for row in rows)
+    return f"<table><thead><tr>{top}</tr></thead><tbody>\n{lines}</tbody></table>\n"
+
+
+def _missing(what: str, command: str, run: Run) -> str:
+    return f"<p>{what}: <code>trec-twotower {command} {escape(str(run.folder))}</code></p>\n"
+
+
+# ---------------------------------------------------------------- training
+
+
+def _training(run: Run) -> str:
+    path = run.folder / "metrics.jsonl"
+    events = [json.loads(line) for line in path.read_text().split("\n")[:-1]] if path.is_file() else []
+    best = run.config.evaluate.best
+    curves = [
+        ("loss", [(each["step"], each["loss"]) for each in events if each["kind"] == "train"]),
+        (f"{best} on valid/", [(each["step"], each[best]) for each in events if best in each]),
+        ("rows/s", [(each["step"], each["rows_per_s"]) for each in events if each["kind"] == "train"]),
+    ]
+    curves = [(name, points) for name, points in curves if points]
+    if not curves:
+        return "<p>Nothing was logged yet: the first figures come after train.log_every steps.</p>\n"
+    figure = Figure(figsize=(9, 2.6))
+    for place, (name, points) in enumerate(curves, 1):
+        axes = figure.add_subplot(1, len(curves), place, title=name, xlabel="step")
+        axes.plot(*zip(*points, strict=True), color=BLUE, marker="o" if len(points) < 30 else None, markersize=3)
+        if name == "rows/s":
+            axes.set_ylim(bottom=0)
+    said = ""
+    if (run.folder / STATUS).is_file():
+        status = read_json(run.folder / STATUS)
+        said = f"<p>{status['step']:,} of {status['of_steps']:,} steps, {escape(status['reason'])}"
+        if "train_s" in status:
+            said += f"; {status['train_s']:,.0f} s on {status['num_ranks']} ranks, {status['rows_per_s']:,.0f} rows/s"
+        said += ".</p>\n"
+    return said + _svg(figure, "training curves")
+
+
+# ---------------------------------------------------------------- evaluation
+
+
+def _evaluation(run: Run) -> str:
+    path = run.folder / "evaluation.json"
+    if not path.is_file():
+        return _missing("Nothing was evaluated yet", "evaluate", run)
+    result = read_json(path, "evaluate again.")
+    ks = sorted({int(name.partition("@")[2]) for name in result["metrics"][EXACT]})[:2]
+    columns = [f"{name}@{k}" for k in ks for name in ("recall", "ndcg")] + [f"mrr@{ks[0]}", f"map@{ks[0]}"]
+    page = (
+        f"<p>{escape(result['split'])}, {result['users']:,} users, whole catalogue, items already taken left out; "
+        "below each figure the interval that 95 of 100 draws of the users lie in.</p>\n"
+    )
+    page += _table(["", *columns], [
+        [escape(name), *(_with_interval(result, name, metrics, column) for column in columns)]
+        for name, metrics in result["metrics"].items()
+    ])  # fmt: skip
+    names = [f"{name}@{ks[0]}" for name in ("coverage", "novelty", "diversity", "popularity_bias")]
+    page += _table(["", *names], [
+        [escape(name), *(f"{lists[column]:.4f}" if column in lists else "-" for column in names)]
+        for name, lists in result.get("lists", {}).items()
+    ])  # fmt: skip
+    drawn = []
+    for name, parts in result.get("slices", {}).items():
+        enough = {label: part for label, part in parts.items() if part["users"] >= FEWEST_USERS}
+        if len(enough) > 1:
+            drawn.append((name, enough))
+    if drawn:
+        rows = -(-len(drawn) // 2)
+        figure = Figure(figsize=(9, 2.9 * rows))
+        contenders = [name for name in result["lists"] if name not in ("two towers, through the index", REACHABLE)]
+        for place, (name, parts) in enumerate(drawn, 1):
+            axes = figure.add_subplot(rows, 2, place, title=f"recall@{ks[0]} by {name}")
+            for number, contender in enumerate(contenders):
+                value = [part["metrics"][contender][f"recall@{ks[0]}"] for part in parts.values()]
+                axes.plot(range(len(parts)), value, marker="o", markersize=3, label=contender,
+                          color=(BLUE, ORANGE, "#5aa469", "#9a6fb0")[number % 4])  # fmt: skip
+            labels = [label.partition(" (")[0] for label in parts]
+            axes.set_xticks(range(len(parts)), labels, rotation=35, ha="right")
+            axes.set_ylim(bottom=0)
+            if place == 1:
+                axes.legend(fontsize=8)
+        page += _svg(figure, "recall by slices") + f"<p>Parts of fewer than {FEWEST_USERS} users are left out.</p>\n"
+    return page
+
+
+def _with_interval(result: dict[str, Any], name: str, metrics: dict[str, float], column: str) -> str:
+    if column not in metrics:
+        return "-"
+    interval = result.get("intervals", {}).get(name, {}).get(column)
+    between = f"<br><small>{interval[0]:.4f} – {interval[1]:.4f}</small>" if interval else ""
+    return f"{metrics[column]:.4f}{between}"
+
+
+# ---------------------------------------------------------------- index
+
+
+def _index(run: Run, exported: Exported | None) -> str:
+    folder = run.folder / "index"
+    if exported is None or not (folder / MANIFEST).is_file():
+        return _missing("There is no index yet", "index" if exported else "export", run)
+    manifest = read_manifest(folder, "build the index again.")
+    if manifest["model_version"] != exported.manifest["model_version"]:
+        return _missing("The index is of other weights than the export; build it again", "index", run)
+    report = manifest["report"]
+    index = ItemIndex.load(folder)
+    k = min(int(report["k"]), len(index))
+    user_BD = np.ascontiguousarray(exported.user_QD[:TIMED_USERS])
+    exact_s = _took_s(lambda: exact_search(exported.item_ID, user_BD, k, Lists.empty(len(user_BD))))
+    index_s = _took_s(lambda: index.search_unseen(user_BD, k, Lists.empty(len(user_BD))))
+    single_ms = (
+        np.array([_took_s(partial(index.search_unseen, user[None], k, Lists.empty(1))) for user in user_BD]) * 1e3
+    )
+    figure = Figure(figsize=(9, 3))
+    axes = figure.add_subplot(1, 2, 1, title=f"recall@{k} against queries/s", xlabel="recall", ylabel="queries/s")
+    curve = sorted((float(each[0]), float(each[-1])) for each in report.get("curve", ()) if len(each) >= 2)
+    if curve:
+        axes.plot(*zip(*curve, strict=True), color=BLUE, marker="o", markersize=3, label="this index, as tuned")
+    reached = float(report["reached_recall"])
+    axes.plot([reached], [len(user_BD) / index_s], "*", color=ORANGE, markersize=13, label="chosen, measured now")
+    axes.plot([1], [len(user_BD) / exact_s], "s", color="#5aa469", label="exact search, measured now")
+    axes.axvline(float(report["target_recall"]), color=INK, linestyle=":", linewidth=1, label="target")
+    axes.set_ylim(bottom=0)
+    axes.legend(fontsize=8)
+    axes = figure.add_subplot(1, 2, 2, title="one user at a time", xlabel="ms", ylabel="users")
+    middle, slow = np.percentile(single_ms, [50, 99])
+    axes.hist(single_ms[single_ms <= 2 * slow], bins=40, color=BLUE)
+    for at, name, style in ((middle, "p50", "-"), (slow, "p99", "--")):
+        axes.axvline(at, color=ORANGE, linestyle=style, label=f"{name} {at:.2f} ms")
+    axes.legend(fontsize=8)
+    said = (
+        f"<p>{escape(str(report['kind']))} of {len(index):,} items, {report['bytes'] / 1e6:,.1f} MB: recall@{k} "
+        f"{reached:.4f} against exact search (target {report['target_recall']}), scanning "
+        f"{report['scanned_share']:.1%} of the items. Measured here on {len(user_BD)} users: "
+        f"{len(user_BD) / index_s:,.0f} queries/s in one batch, exact search {len(user_BD) / exact_s:,.0f}; one user "
+        f"at a time p50 {middle:.2f} ms, p99 {slow:.2f} ms.</p>\n"
+    )
+    return said + _svg(figure, "index")
+
+
+def _took_s(work: Callable[[], Any]) -> float:
+    """The better of two times."""
+    best = np.inf
+    for _ in range(2):
+        started = time.perf_counter()
+        work()
+        best = min(best, time.perf_counter() - started)
+    return float(best)
+
+
+# ---------------------------------------------------------------- items and users
+
+
+def principal_plane(vector_ID: np.ndarray) -> tuple[np.ndarray, float]:
+    """(I, 2): the vectors on the plane along which they differ most (PCA), and the share of the variance it keeps."""
+    centred_ID = vector_ID.astype(np.float64) - vector_ID.mean(axis=0, dtype=np.float64)
+    values, axes = np.linalg.eigh(centred_ID.T @ centred_ID)
+    share = float(values[-2:].sum() / max(values.sum(), 1e-30))
+    return centred_ID @ axes[:, -2:][:, ::-1], min(share, 1.0)
+
+
+def _map(run: Run, exported: Exported | None, colour: str | None) -> str:
+    if colour is not None and not Dataset(run.config.data.dataset).items.has(colour):
+        known = Dataset(run.config.data.dataset).items.columns
+        raise ConfigError(f"--colour asks for column {colour!r} of items/{nearest(colour, known)}.")
+    if exported is None:
+        return _missing("There are no vectors yet", "export", run)
+    num_items = len(exported.item_ID)
+    drawn = np.sort(np.random.default_rng(0).permutation(num_items)[:MAPPED_ITEMS])
+    plane_IP, share = principal_plane(exported.item_ID)
+    name, labels, part_I = _coloured(run, colour)
+    used = [part for part in range(len(labels)) if (part_I[drawn] == part).any()]
+    palette = matplotlib.colormaps["tab20"](np.arange(20))
+    figure = Figure(figsize=(9, 4.6))
+    axes = figure.add_subplot(1, 1, 1, title=f"{len(drawn):,} of {num_items:,} items by {name}")
+    for part in sorted(used, key=lambda part: labels[part] not in (OTHERS, NONE)):  # these lie below
+        here = plane_IP[drawn[part_I[drawn] == part]]
+        shade = "#88888866" if labels[part] in (OTHERS, NONE) else palette[part % 20]
+        axes.scatter(here[:, 0], here[:, 1], s=7, label=labels[part], color=shade, linewidths=0, rasterized=True)
+    axes.set_xticks([])
+    axes.set_yticks([])
+    axes.legend(fontsize=8, markerscale=2.5, loc="center left", bbox_to_anchor=(1, 0.5))
+    said = f"<p>The item vectors on their two principal axes, which keep {share:.0%} of how they differ.</p>\n"
+    return said + _svg(figure, "map of the items")
+
+
+def _coloured(run: Run, colour: str | None) -> tuple[str, tuple[str, ...], np.ndarray]:
+    """The name, the labels and each item's label."""
+    items = Dataset(run.config.data.dataset).items
+    if colour is None:
+        colour = next(
+            (each.reads for each in run.config.item if each.kind == "category" and items.has(each.reads)), None
+        )
+    if colour is None:
+        labels, part_I = parts_of(pa.array(run.item_counts()))
+        return "times taken in train", labels, part_I
+    labels, part_I = parts_of(column_of(items, colour, f"--colour {colour}"))
+    return colour, labels, part_I
+
+
+def _users(run: Run, exported: Exported | None) -> str:
+    if exported is None or not len(exported.user_QD):
+        return _missing("There are no vectors of users yet", "export", run)
+    dataset = Dataset(run.config.data.dataset)
+    split = dataset.split(exported.manifest["users_from"])
+    chosen = np.unique(np.linspace(0, len(exported.user_QD) - 1, SHOWN_USERS).astype(int))
+    ids = exported.user_ids.take(pa.array(chosen))
+    rows: dict[Any, dict[str, Any]] = {}
+    wanted = POSITIVES if split.has(POSITIVES) else ITEM_ID
+    columns = [USER_ID, wanted, *([HISTORY] if split.has(HISTORY) else [])]
+    for _, table in split.tables(columns):
+        here = table.filter(pc.is_in(table[USER_ID], value_set=ids.cast(table.schema.field(USER_ID).type)))
+        for row in here.to_pylist():
+            rows.setdefault(row[USER_ID], row)
+    row_of = {item: row for row, item in enumerate(exported.item_ids.to_pylist())}
+    cards = []
+    for user, user_id in zip(chosen, ids.to_pylist(), strict=True):
+        row = rows[user_id]
+        history = [row_of[item] for item in row.get(HISTORY) or [] if item in row_of]
+        next_ones = row[wanted] if isinstance(row[wanted], list) else [row[wanted]]
+        score_I = exported.item_ID @ exported.user_QD[user]
+        score_I[history] = -np.inf
+        best = [item for item in np.argsort(-score_I, kind="stable")[:SHOWN_ITEMS] if np.isfinite(score_I[item])]
+        shown = history[::-1][:SHOWN_HISTORY]
+        words = dict(zip([*shown, *best], _words(dataset.items, [*shown, *best]), strict=True))
+        took = "".join(f"<li>{words[item]}</li>" for item in shown)
+        found = {row_of[item] for item in next_ones if item in row_of}
+        gets = "".join(
+            f"<li{' class=found' if item in found else ''}>{words[item]} <small>{score_I[item]:.3f}</small></li>"
+            for item in best
+        )
+        cards.append(f"<div><h3>User {escape(str(user_id))}</h3>took last<ul>{took}</ul>and gets<ol>{gets}</ol></div>")
+    said = "<p>By exact search; what they did take next is bold.</p>\n"
+    return said + f'<div class="users">{"".join(cards)}</div>\n'
+
+
+def _words(items: Split, rows: Sequence[int]) -> list[str]:
+    """What the files say of these items, as HTML."""
+    found: dict[int, str] = {}
+    for group in items.row_groups:
+        inside = [row for row in dict.fromkeys(rows) if 0 <= row - group.first_row < group.num_rows]
+        if inside:
+            table = items.read(group, list(items.columns)).take(pa.array([row - group.first_row for row in inside]))
+            found.update(zip(inside, (escape(in_words(about)) for about in table.to_pylist()), strict=True))
+    return [found[row] for row in rows]
+
+
+# ---------------------------------------------------------------- memory
+
+
+def _memory(run: Run) -> str:
+    manifests = sorted(run.folder.glob(f"checkpoints/step-*/{MANIFEST}"))
+    if not manifests:
+        return "<p>There is no checkpoint yet.</p>\n"
+    manifest = read_json(manifests[-1], "train again.")
+    tables = run.config.feature_schema.tables
+    rows, total = [], dict.fromkeys(range(manifest["num_ranks"]), 0)
+    for shard in manifest["plan"]:
+        spec = tables[shard["table"]]
+        # A table that every rank holds whole has no rows of its own in the plan.
+        height, width = (shard["rows"], shard["columns"]) if shard["rows"] else (spec.buckets, spec.dim)
+        size = height * width * spec.weight_bytes
+        total[shard["rank"]] += size
+        cells = (shard["table"], shard["sharding"], shard["kernel"])
+        rows.append([*map(escape, cells), str(shard["rank"]), f"{height:,}", f"{width:,}", f"{size / 1e6:,.2f}"])
+    page = _table(["table", "sharding", "kernel", "rank", "rows", "columns", "weights MB"], rows)
+    said = ", ".join(f"rank {rank} {size / 1e6:,.1f} MB" for rank, size in total.items())
+    page += f"<p>Weights of the tables: {said}."
+    if (run.folder / STATUS).is_file() and "peak_rank_bytes" in (status := read_json(run.folder / STATUS)):
+        page += f" The most that any rank held in all: {status['peak_rank_bytes'] / 2**20:,.0f} MiB."
+    return page + "</p>\n"
