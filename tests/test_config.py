@@ -420,6 +420,10 @@ OTHER = {
     "evaluate.bootstrap": (0, False),
     "index.target_recall": (0.5, False),
     "index.k": (10, False),
+    "index.latency": ("batch", False),
+    "index.memory_gb": (0.5, False),
+    "index.factory": ("IVF16,SQ8", False),
+    "index.shards": (2, False),
     "run_dir": ("elsewhere", False),
 }
 # SMALL with what lets each value above stand alone: widths that meet, and negatives beside the batch's.

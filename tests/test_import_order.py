@@ -27,10 +27,10 @@ LAYERS = """
     model model.embedding model.sequence model.parts model.tower model.temperature model.frequency
     model.losses.blocks model.losses.contrastive model.losses.pointwise model.losses.pairwise model.losses.graded
     model.losses.mixture model.losses model.losses.regularisers model.queue model.gate model.watch model.two_tower
-    optimizer sharding plan checkpoint_storage checkpoint encode run failures refresh pipeline spectral train
-    export
-    metrics index.engine index.search index.build index.neighbours index
-    baselines slices evaluate rerank serve report
+    optimizer sharding plan checkpoint_storage checkpoint encode run failures refresh pipeline spectral train export
+    metrics index.engine index.probing index.recipe index.scan index.filters index.search index.build index.neighbours
+    index
+    exhaustive baselines slices evaluate rerank serve report
     torchrun doctor demo cli __main__
 """
 ORDER = LAYERS.split()

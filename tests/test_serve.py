@@ -126,3 +126,23 @@ def test_a_split_without_a_column_of_the_towers_is_named(shop, shop_tables, writ
 )
 def test_items_are_told_in_words(about, words):
     assert in_words(about) == words
+
+
+def test_recommendations_can_be_kept_to_a_part_of_the_catalogue(retriever, shop_tables):
+    items = shop_tables["items"].to_pylist()
+    column = next(name for name in items[0] if name != "item_id" and isinstance(items[0][name], str))
+    value = items[0][column]
+    (answer,) = retriever.recommend(["user-1"], k=40, allowed=retriever.allow(where={column: [value]}))
+    (whole,) = retriever.recommend(["user-1"], k=40)
+    assert [item.item_id for item in answer.items] == [
+        item.item_id for item in whole.items if item.about[column] == value
+    ]
+    best = [item.item_id for item in whole.items]
+    (others,) = retriever.recommend(["user-1"], k=40, allowed=retriever.allow(without=best[:3]))
+    assert [item.item_id for item in others.items] == best[3:]
+    (chosen,) = retriever.recommend(["user-1"], k=2, allowed=retriever.allow(only=best[5:7]))
+    assert [item.item_id for item in chosen.items] == best[5:7]
+    with pytest.raises(ConfigError, match="has no column 'smell' to filter by"):
+        retriever.allow(where={"smell": ["red"]})
+    with pytest.raises(DataError, match="allows none of the 40 items"):
+        retriever.allow(where={column: ["nothing like this"]})

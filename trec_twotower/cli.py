@@ -86,6 +86,16 @@ def build_parser() -> argparse.ArgumentParser:
     folder(recommend)
     recommend.add_argument("--user", required=True, action="append", metavar="ID", help="a user_id; may be repeated")
     recommend.add_argument("--k", type=int, default=10, help="how many items (default 10)")
+    recommend.add_argument(
+        "--where",
+        action="append",
+        default=[],
+        metavar="COLUMN=VALUE",
+        help="only items with this value; may be repeated",
+    )
+    recommend.add_argument(
+        "--without", action="append", default=[], metavar="ID", help="not this item; may be repeated"
+    )
 
     report = command("report", _report, "the run in pictures, one HTML file of all that was done so far")
     report.add_argument("run_dir", metavar="RUN", type=Path, help="a run folder, made by train")
@@ -242,31 +252,25 @@ def _export(options: argparse.Namespace) -> int:
 
 
 def _index(options: argparse.Namespace) -> int:
-    from trec_twotower.export import read_export
+    from trec_twotower.export import open_export
     from trec_twotower.index import build_index
     from trec_twotower.run import Run
 
     run = Run.open(options.run_dir)
-    exported = read_export(run.folder / "export")
-    if not len(exported.user_QD):
+    manifest, items, users = open_export(run.folder / "export")
+    if not len(users):
         raise ConfigError(
             f"{run.folder / 'export'} holds no users, because {run.config.data.dataset} has neither test/ nor valid/, "
             "but the index is tuned for users' vectors: write one of them, then train, export and index."
         )
-    index = build_index(exported.item_ID, exported.user_QD, run.config.index)
-    manifest = exported.manifest
+    index = build_index(items, users, run.config.index)
     index.save(
         run.folder / "index",
         model_version=manifest["model_version"],
-        item_ids=exported.item_ids,
+        item_ids=items.ids(),
         similarity=manifest["similarity"],
     )
-    report = index.report
-    print(
-        f"{run.folder / 'index'}: {report.kind} on {report.device}, {report.nprobe} of {report.lists} lists searched; "
-        f"recall@{report.k} against exact search {report.reached_recall:.4f} (target {report.target_recall}), "
-        f"{report.scanned_share:.1%} of the items scanned, {report.bytes / 1e6:.1f} MB, built in {report.build_s:.1f} s"
-    )
+    print(f"{run.folder / 'index'}: {index.report.in_words()}")
     return 0
 
 
@@ -295,12 +299,19 @@ def _evaluate(options: argparse.Namespace) -> int:
 def _recommend(options: argparse.Namespace) -> int:
     if options.k < 1:
         raise ConfigError(f"--k is {options.k}: give 1 or more.")
+    where: dict[str, list[str]] = {}
+    for each in options.where:
+        column, found, value = each.partition("=")
+        if not found:
+            raise ConfigError(f"--where is {each!r}: give a column of the catalogue and a value, as in category=Mugs.")
+        where.setdefault(column, []).append(value)
     _quiet()
     with _ranks() as ranks:
         from trec_twotower.serve import Retriever, in_words
 
         retriever = Retriever.open(options.run_dir, ranks, options.checkpoint)
-        for answer in retriever.recommend(options.user, options.k):
+        allowed = retriever.allow(where=where, without=options.without) if where or options.without else None
+        for answer in retriever.recommend(options.user, options.k, allowed=allowed):
             print(f"User {answer.user_id} took last:")
             for about in answer.history:
                 print(f"      {in_words(about)}")

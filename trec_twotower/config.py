@@ -445,11 +445,25 @@ class EvaluateConfig(Settings):
 class IndexConfig(Settings):
     target_recall: float = Field(default=0.99, gt=0, le=1)  # of exact search's best k, on held-out users
     k: PositiveInt = 100
+    latency: Literal["online", "batch"] = "online"  # single users answered soonest, or batches of them fastest
+    memory_gb: PositiveFloat | None = None  # the most that the index may take; default: no bound
+    factory: str | None = None  # FAISS's own words for an index, such as IVF1024,SQfp16; default: by the above
     lists: PositiveInt | None = None  # default: by the size of the catalogue
+    shards: PositiveInt | None = None  # indexes that share the items; default: by their size
     max_train_vectors: PositiveInt = 500_000
     tune_users: PositiveInt = 4096
     seed: Seed = 0
     device: Literal["auto", "cpu", "gpu"] = "auto"
+
+    @model_validator(mode="after")
+    def _factory_says_it_all(self) -> Self:
+        given = [name for name in ("lists", "memory_gb") if getattr(self, name) is not None]
+        if self.factory is not None and given:
+            raise ValueError(
+                f"index.factory is {self.factory!r}, which leaves nothing to choose, but index.{given[0]} is given, "
+                "too: leave one of them out."
+            )
+        return self
 
 
 class RunConfig(Settings):

@@ -19,6 +19,7 @@ from trec_twotower.data.lists import Lists, offsets_of
 from trec_twotower.distributed import Ranks
 from trec_twotower.encode import encode, encode_everywhere
 from trec_twotower.errors import ConfigError, nearest
+from trec_twotower.exhaustive import rank_everything
 from trec_twotower.export import load_model
 from trec_twotower.files import write_json
 from trec_twotower.index import ItemIndex, exact_search
@@ -64,7 +65,7 @@ class Evaluator:
 
     def __call__(self, model: TwoTower) -> dict[str, float]:
         """Mean metrics over the users of all ranks, by exact search."""
-        return self.mean(self.rankings(self.users(model), exactly(self.items(model))))
+        return self.mean(self.rankings(self.users(model), exactly(self.items(model), self.ranks)))
 
     def items(self, model: TwoTower) -> np.ndarray:
         """(I, D): the vectors of the whole catalogue."""
@@ -96,8 +97,10 @@ def names_of(metrics: Sequence[str], ks: Sequence[int]) -> list[str]:
     return [f"{name}@{k}" for k in ks for name in metrics]
 
 
-def exactly(item_ID: np.ndarray) -> Search:
+def exactly(item_ID: np.ndarray, ranks: Ranks) -> Search:
     """Search that scores every item of the catalogue."""
+    if ranks.device.type == "cpu":
+        return lambda user_BD, k, seen: rank_everything(item_ID, user_BD, k, seen)
     return lambda user_BD, k, seen: exact_search(item_ID, user_BD, k, seen)[1]
 
 
@@ -278,7 +281,7 @@ def evaluate_run(
     item_ID, user_BD = evaluator.items(loaded.model), evaluator.users(loaded.model)
     parts = make_slices(config.slices, loaded.sources, held_out, split, count_I)
     contenders = Contenders(evaluator, item_ID, count_I, parts)
-    exact = evaluator.rankings(user_BD, exactly(item_ID))
+    exact = evaluator.rankings(user_BD, exactly(item_ID, ranks))
     contenders.add(EXACT, exact)
     if index is not None:
         contenders.add(THROUGH_INDEX, evaluator.rankings(user_BD, through(index)))

@@ -169,12 +169,17 @@ class VectorFiles:
         return pa.concat_tables(tables).combine_chunks().column(0).chunk(0)
 
 
-def read_export(folder: Path) -> Exported:
-    """The vectors and ids of an export, verified; raises ConfigError where there is none, DataError where damaged."""
+def open_export(folder: Path) -> tuple[dict[str, Any], VectorFiles, VectorFiles]:
+    """An export's manifest, items and users, verified; raises ConfigError where there is none, DataError if damaged."""
     mend = f"export again: trec-twotower export {folder.parent}"
     if not (folder / MANIFEST).is_file():
         raise ConfigError(f"{folder} holds no export: {mend}")
-    manifest = open_sealed(folder, mend)
+    return open_sealed(folder, mend), VectorFiles(folder, "items"), VectorFiles(folder, "users")
+
+
+def read_export(folder: Path) -> Exported:
+    """All vectors and ids of an export, in memory; raises as `open_export`."""
+    manifest, _, _ = open_export(folder)
     item_ids, items = _read(folder, "items", ITEM_ID, manifest["dim"])
     user_ids, users = _read(folder, "users", USER_ID, manifest["dim"])
     return Exported(manifest, item_ids, items, user_ids, users)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,9 @@ from trec_twotower.data.lists import Lists, side_by_side
 from trec_twotower.data.transforms import key_lists, one_chunk
 from trec_twotower.distributed import Ranks
 from trec_twotower.encode import encode
-from trec_twotower.errors import ConfigError, DataError
+from trec_twotower.errors import ConfigError, DataError, nearest
 from trec_twotower.export import LoadedModel, load_model
-from trec_twotower.index import ItemIndex
+from trec_twotower.index import Allowed, ItemIndex, mask_of
 from trec_twotower.run import Run
 
 
@@ -57,8 +57,41 @@ class Retriever:
         loaded = load_model(run, ranks, checkpoint)
         return cls(loaded, ItemIndex.load(run.folder / "index", model_version=loaded.version), ranks)
 
-    def recommend(self, user_ids: Sequence[Any], k: int = 10, *, history_shown: int = 5) -> list[Recommendations]:
-        """The best `k` items each user has not taken; raises DataError for a user that no part of the dataset has."""
+    def allow(
+        self,
+        *,
+        where: Mapping[str, Sequence[Any]] | None = None,
+        only: Sequence[Any] | None = None,
+        without: Sequence[Any] = (),
+    ) -> Allowed:
+        """The items that `recommend` may choose from, to be made once and used for many users.
+
+        `where` names columns of the catalogue, each with values of which an item has one (its list, where the column
+        has lists). `only` and `without` are item ids; those that the catalogue lacks say nothing. Raises ConfigError
+        for an unknown column or a value of another type, DataError when no item is left.
+        """
+        catalogue = self.loaded.sources.catalogue
+        mask_I = np.ones(len(catalogue), bool)
+        for column, values in (where or {}).items():
+            known = catalogue.split.columns
+            if column not in known:
+                raise ConfigError(
+                    f"{catalogue.split.folder} has no column {column!r} to filter by{nearest(column, known)}."
+                )
+            mask_I &= mask_of(one_chunk(catalogue.split.table([column])[column]), values, column)
+        if only is not None:
+            mask_I &= mask_of(catalogue.ids, only, ITEM_ID)
+        if len(without):
+            mask_I &= ~mask_of(catalogue.ids, without, ITEM_ID)
+        return self.index.allow(mask_I)
+
+    def recommend(
+        self, user_ids: Sequence[Any], k: int = 10, *, allowed: Allowed | None = None, history_shown: int = 5
+    ) -> list[Recommendations]:
+        """The best `k` items each user has not taken, of those `allowed`; fewer only where there are fewer.
+
+        Raises DataError for a user that no part of the dataset has.
+        """
         sources = self.loaded.sources
         if not 1 <= k <= len(self.index):
             raise ConfigError(
@@ -70,7 +103,7 @@ class Retriever:
             given, seen = _state(sources, table, split)
             features = sources.user_features(table, str(split.folder), given)
             user_BD = encode(self.loaded.model, "user", features, self.ranks).cpu().numpy()
-            score_BK, item_row_BK = self.index.search_unseen(user_BD, k, seen)
+            score_BK, item_row_BK = self.index.search(user_BD, k, seen=seen, allowed=allowed)
             found = item_row_BK[0][item_row_BK[0] >= 0]
             about = sources.catalogue.words(found)
             ids = sources.catalogue.ids.take(pa.array(found)).to_pylist()

@@ -1,7 +1,21 @@
-"""The items in a FAISS index: built, tuned against exact search, searched, saved. The only import of faiss."""
+"""The items in a FAISS index: chosen, built, tuned against exact search, searched, saved. The only import of faiss."""
 
 from trec_twotower.index.build import build_index
-from trec_twotower.index.engine import exact_search, faiss
+from trec_twotower.index.engine import Matrix, Vectors, exact_search, faiss
+from trec_twotower.index.filters import Allowed, mask_of
+from trec_twotower.index.recipe import Recipe, choose_recipe
 from trec_twotower.index.search import IndexReport, ItemIndex
 
-__all__ = ["IndexReport", "ItemIndex", "build_index", "exact_search", "faiss"]
+__all__ = [
+    "Allowed",
+    "IndexReport",
+    "ItemIndex",
+    "Matrix",
+    "Recipe",
+    "Vectors",
+    "build_index",
+    "choose_recipe",
+    "exact_search",
+    "faiss",
+    "mask_of",
+]

@@ -1,163 +1,468 @@
-"""Building and tuning an index against exact search.
+"""Building an index, and tuning it against exact search on users' own vectors.
 
-The index is IVF-Flat: items lie in lists around centroids, a search scores the items of the `nprobe`
-lists whose centroids score highest for the user. Scores are inner products; vectors that are to be
-compared by cosine come here with length 1.
+How the lists are drawn decides how much must be scanned. FAISS's own training for inner products (centroids of length
+1) sorts items by direction alone, though vectors of dot-product models carry popularity in their length: the few long
+items every user gets lie scattered over all lists. And it draws lists where the items are, not where users look. Here
+lists are drawn and filled by Euclidean distance, so that items of like direction AND length lie together, from items
+drawn the more often the more users have them among their best, and probed by inner product with their centroid. Share
+of the items scanned for 99 % recall of the best 100, on held-out users, 809 lists, with the same lists for everybody:
 
-How the lists are drawn decides how much must be scanned. FAISS's own training for inner products
-(centroids of length 1) sorts items by direction alone, though vectors of dot-product models carry
-popularity in their length: the few long items every user gets lie scattered over all lists. Letting
-items choose by inner product with centroids of any length is worse, the longest centroids attract
-everything. Here lists are drawn and filled by Euclidean distance, so items of like direction AND
-length lie together, and are probed by inner product with their centroid. Share of the catalogue
-scanned for 99% recall of the best 100, 800 lists, 2,000 held-out users:
+    40,981 x 64 vectors                  length-1 centroids   distance   distance, by hits (ours)
+    a trained Gowalla run, all of length 1     .060              .060          .047
+    the same, lengths exp(0.5 z)                 -               .135          .071
+    spectral factors of Gowalla (dot)            -               .023          .012
 
-    40,000 x 64 vectors                  length-1 centroids   inner product   distance (ours)
-    spectral factors of real check-ins        0.208                0.619          0.023
-    planted clusters, all of length 1         0.089                0.089          0.090
-    the same, length exp(0.35 z)              0.360                0.827          0.305
-    the same, length exp(0.7 z)               0.520                1.000          0.572
-
-(at 95% recall of the last: 0.325, 0.861, 0.087). One recipe therefore serves both cosine and dot.
+and with as many lists as each user needs (see probing.py) .033, .049 and .008 of ours. One recipe serves cosine and
+dot.
 """
 
 from __future__ import annotations
 
-import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from trec_twotower.config import IndexConfig
+from trec_twotower.data.lists import Lists
 from trec_twotower.errors import ConfigError, DataError
 from trec_twotower.index.engine import (
-    GPU_LIMIT,
-    ITEM_BLOCK,
-    Engine,
+    BestSoFar,
+    Device,
+    Matrix,
+    Vectors,
     as_vectors,
     check_same_dim,
-    exact_search,
     faiss,
     to_gpu,
     uses_gpu,
 )
+from trec_twotower.index.probing import REACH, Fit
+from trec_twotower.index.recipe import GRAPH_LISTS, POINTS_PER_LIST, Recipe, choose_recipe
+from trec_twotower.index.scan import Part, Scanner
 from trec_twotower.index.search import IndexReport, ItemIndex
-from trec_twotower.metrics import MAX_CELLS
 
-POINTS_PER_LIST = 39  # FAISS's own floor of training points for a centroid worth its name
-ROUNDING = 1e-6  # of |user| x |longest item|: two float32 sums of one inner product differ by less
+POINTS = 64  # training points a list, where there are so many
+CODE_POINTS = 65_536  # and at least so many where codes are trained
+UNHIT = 0.1  # of the mean number of hits: what an item counts that nobody was found to want
+USER_SHARE = 0.25  # users drawn as points of lists, as a share of the items drawn
+USER_POINTS = 1 << 15  # at most
+HALF_MAX = 65_504.0  # the largest half-precision number
+TIES = 1e-6  # of |user| x |longest item|: two float32 sums of one inner product differ by less
+LONG_USERS = 256  # users that longer answers are tuned for
+STEPS = 9  # of a bisection
 
 
-def build_index(item_ID: np.ndarray, user_QD: np.ndarray, config: IndexConfig) -> ItemIndex:
-    """An index of the items, row i of `item_ID` being item row i, tuned to `config.target_recall`.
+def build_index(items: Vectors | np.ndarray, users: Vectors | np.ndarray, config: IndexConfig) -> ItemIndex:
+    """An index of the items in their order, tuned to `config.target_recall` for users such as these.
 
-    `user_QD` are the vectors of users to tune for, of whom `config.tune_users` are drawn: half to
-    choose nprobe, half to measure what it reaches. Raises DataError for vectors that are not finite.
+    Of the users, `config.tune_users` are drawn: a third says where lists are needed, a third how much is scanned, a
+    third what that reaches. The items are gone through three times and never held whole outside the index. Raises
+    DataError for vectors that are not finite, ConfigError for a recipe or a target that cannot be.
     """
-    item_ID, user_QD = as_vectors(item_ID, "item"), as_vectors(user_QD, "user")
-    check_same_dim(item_ID, user_QD)
-    for vectors, what in ((item_ID, "item"), (user_QD, "user")):
-        if len(vectors) == 0:
+    items = Matrix(items, "item") if isinstance(items, np.ndarray) else items
+    users = Matrix(users, "user") if isinstance(users, np.ndarray) else users
+    for vectors, what in ((items, "item"), (users, "user")):
+        if not len(vectors):
             raise DataError(f"There is no {what} vector to build the index with: export the {what}s first.")
-    num_lists = _num_lists(len(item_ID), config)
+    check_same_dim(items.dim, users.dim)
+    recipe = choose_recipe(len(items), items.dim, config, on_gpu=uses_gpu(config.device))
     started = time.perf_counter()
-    engine = Engine(_fill_lists(item_ID, num_lists, config), config.device)
-    build_s = time.perf_counter() - started
+    template = _template(items, recipe)
+    drawn = _Users(users, config)
+    truth = _Truth(drawn, items, recipe, config)
+    centroid_LD = _train(template, items, drawn.points_BD, truth.hits_I, config)
+    trained = time.perf_counter()
+    wholes = _filled(template, centroid_LD, items, recipe, config)
+    built = time.perf_counter()
+    scanner, tuned = _tune(wholes, truth, config)
     report = IndexReport(
-        kind=f"IVF{num_lists},Flat",
-        device=engine.device,
-        lists=num_lists,
+        kind=recipe.factory,
+        device=scanner.device,
+        lists=scanner.num_lists,
+        shards=len(wholes),
         target_recall=config.target_recall,
-        bytes=item_ID.nbytes + len(item_ID) * 8 + num_lists * engine.dim * 4,
-        build_s=build_s,
-        **_tune(engine, item_ID, user_QD, config),
+        bytes=sum(map(_file_bytes, wholes)),
+        build_s=built - started,
+        add_s=built - trained,
+        tune_s=time.perf_counter() - built,
+        **tuned,
     )
-    return ItemIndex(engine, report)
+    return ItemIndex(scanner, report)
 
 
-def _num_lists(num_items: int, config: IndexConfig) -> int:
-    """About 4 sqrt(items), as long as each list has training points enough; 1 for a tiny catalogue."""
-    if config.lists is None:
-        num_trained = min(num_items, config.max_train_vectors)
-        return max(1, min(int(4 * math.sqrt(num_items)), num_trained // POINTS_PER_LIST))
-    if config.lists > num_items:
+# ---------------------------------------------------------------- users, and what exact search finds for them
+
+
+class _Users:
+    """Users for drawing lists, for tuning, and for saying what the tuning reaches; nobody is in two parts."""
+
+    def __init__(self, users: Vectors, config: IndexConfig) -> None:
+        rng = np.random.default_rng(config.seed)
+        rows = rng.permutation(len(users))[: config.tune_users + USER_POINTS]
+        drawn_BD = as_vectors(_rows_of(users, np.sort(rows)), "user")
+        drawn_BD = drawn_BD[rng.permutation(len(drawn_BD))]
+        tuning_BD, rest_BD = np.split(drawn_BD, [config.tune_users])
+        parts = np.array_split(tuning_BD, 3) if len(tuning_BD) >= 3 else [tuning_BD] * 3
+        self.lists_BD, self.tune_BD, self.report_BD = parts
+        self.points_BD = np.concatenate([self.lists_BD, rest_BD])[:USER_POINTS]  # for drawing lists as well
+
+
+class _Truth:
+    """Exact search's answers: how often each item is among the best, and the users' best items with their scores."""
+
+    def __init__(self, users: _Users, items: Vectors, recipe: Recipe, config: IndexConfig) -> None:
+        num_items, hits = len(items), recipe.lists is not None
+        self.ks = sorted({min(config.k * factor, num_items) for factor in (1, 4, 16)})
+        k = self.ks[0]
+        long_BD = users.tune_BD[:LONG_USERS]
+        found = {
+            name: BestSoFar(user_BD, min(width, num_items), config.device)
+            for name, user_BD, width in (
+                ("lists", users.lists_BD if hits else users.lists_BD[:0], k),
+                ("tune", users.tune_BD, 5 * k),
+                ("report", users.report_BD, 5 * k),
+                ("long", long_BD, self.ks[-1] + k if len(self.ks) > 1 else 1),
+            )
+        }
+        first_row, longest = 0, 0.0
+        for item_CD in items.pieces():
+            item_CD = as_vectors(item_CD, "item")
+            if "fp16" in recipe.factory and float(np.abs(item_CD).max(initial=0)) > HALF_MAX:
+                raise DataError(
+                    f"The items' vectors have numbers beyond {HALF_MAX:,.0f}, which the half precision of "
+                    f"{recipe.factory} cannot hold: scale them, train with model.similarity: cosine, or set "
+                    "index.factory to lists of Flat."
+                )
+            longest = max(longest, float(np.sqrt(np.einsum("id,id->i", item_CD, item_CD).max(initial=0))))
+            for best in found.values():
+                if len(best.user_BD):
+                    best.add(item_CD, first_row)
+            first_row += len(item_CD)
+        self.longest_item = longest
+        self.tune, self.report, self.long = (found[name] for name in ("tune", "report", "long"))
+        self.hits_I = np.bincount(found["lists"].item_row_BK.ravel(), minlength=num_items) if hits else None
+
+    def judge(self, best: BestSoFar, k: int) -> _Judge:
+        return _Judge(best, k, TIES * self.longest_item)
+
+
+class _Judge:
+    """The recall of answers for some users: of items with equal scores, any will do."""
+
+    def __init__(self, best: BestSoFar, k: int, slack: float) -> None:
+        self.user_BD, self.k = best.user_BD, k
+        self.worst_B = best.score_BK[:, k - 1]
+        tied_B = self.worst_B - slack * np.linalg.norm(self.user_BD, axis=1)
+        good_BC = (best.score_BK >= tied_B[:, None]) & (best.item_row_BK >= 0)
+        self._good = Lists(np.concatenate([[0], np.cumsum(good_BC.sum(axis=1))]), best.item_row_BK[good_BC])
+        # More ties than exact search was asked for: then the score alone can tell
+        self._tied_B = np.where(good_BC.all(axis=1) & (best.score_BK.shape[1] > k), tied_B, np.inf)
+
+    def recall(self, found: tuple[np.ndarray, np.ndarray]) -> float:
+        score_BK, item_row_BK = found
+        is_good_BK = self._good.contain(item_row_BK) | ((score_BK >= self._tied_B[:, None]) & (item_row_BK >= 0))
+        return float(np.minimum(is_good_BK.sum(axis=1), self.k).mean() / self.k)
+
+
+# ---------------------------------------------------------------- lists, codes, items
+
+
+def _template(items: Vectors, recipe: Recipe) -> Any:
+    """The recipe's index, empty and untrained."""
+    try:
+        template = faiss.index_factory(items.dim, recipe.factory, faiss.METRIC_INNER_PRODUCT)
+    except RuntimeError as error:
+        reason = str(error).split("Error: ")[-1].strip()
         raise ConfigError(
-            f"index.lists is {config.lists:,} but the catalogue has {num_items:,} items: set it to at most "
-            f"{num_items:,}, or leave it out for a number by rule."
-        )
-    return config.lists
+            f"index.factory {recipe.factory!r} is no index of dim {items.dim} to FAISS ({reason}): "
+            "write it as in FAISS's index_factory, such as IVF1024,SQfp16."
+        ) from None
+    base = Part(template).base
+    if isinstance(base, faiss.IndexIVFPQFastScan):
+        base.by_residual = True  # as of all other kinds: codes of what the centroid leaves are finer
+    return template
 
 
-def _fill_lists(item_ID: np.ndarray, num_lists: int, config: IndexConfig) -> Any:
-    """An IVF index on the CPU: lists drawn and filled by distance, to be probed by inner product."""
-    num_items, dim = item_ID.shape
-    num_trained = min(num_items, max(config.max_train_vectors, num_lists))
-    drawn = np.sort(np.random.default_rng(config.seed).permutation(num_items)[:num_trained])
+def _filled(
+    template: Any, centroid_LD: np.ndarray | None, items: Vectors, recipe: Recipe, config: IndexConfig
+) -> list[Any]:
+    """The trained template with all items, or copies of it that share them in their order."""
+    rows_per_shard = -(-len(items) // (8 * recipe.shards)) * 8  # whole bytes of a filter's bitmap
+    wholes: list[Any] = []
+    left = 0
+    for item_CD in items.pieces():
+        while len(item_CD):
+            if left == 0:
+                last = len(items) - len(wholes) * rows_per_shard <= rows_per_shard
+                wholes.append(template if last else faiss.clone_index(template))
+                left = rows_per_shard
+            part, item_CD = item_CD[:left], item_CD[left:]
+            with _assigned_by_distance(Part(wholes[-1]), centroid_LD, config.device):
+                wholes[-1].add(part)
+            left -= len(part)
+    return wholes
+
+
+def _train(
+    template: Any, items: Vectors, user_BD: np.ndarray, hits_I: np.ndarray | None, config: IndexConfig
+) -> np.ndarray | None:
+    """Make an empty index ready for items; returns the lists' centroids, where it has lists."""
+    part = Part(template)
+    if hits_I is None:
+        if not template.is_trained:
+            rows = np.random.default_rng(config.seed).permutation(len(items))[:CODE_POINTS]
+            template.train(_rows_of(items, np.sort(rows)))
+        return None
+    num_lists = part.base.nlist
+    num_trained = min(max(POINTS * num_lists, CODE_POINTS), max(config.max_train_vectors, num_lists))
+    rows = _drawn_by_hits(hits_I, num_trained, config.seed)
+    sample_CD = _rows_of(items, rows)
+    part.train_transforms(sample_CD)
+    point_CD = part.transformed(_with_users(sample_CD, user_BD, hits_I[rows]))
+    centroid_LD = _draw_lists(point_CD, num_lists, config)
+    part.quantizer.add(centroid_LD)
+    with _assigned_by_distance(part, centroid_LD, config.device):
+        # The lists are there already: this trains the codes, of distances to centroids
+        part.base.train(part.transformed(sample_CD))
+    if part.refine is not None and not part.refine.is_trained:
+        part.refine.train(sample_CD)
+    for wrapper in part.wrappers:
+        wrapper.is_trained = True
+    return centroid_LD
+
+
+def _drawn_by_hits(hits_I: np.ndarray, count: int, seed: int) -> np.ndarray:
+    """Item rows in order, drawn with replacement by the root of how often they are among users' best."""
+    reach_I = np.cumsum(np.sqrt(hits_I / hits_I.mean() + UNHIT))
+    at = np.sort(np.random.default_rng(seed).random(count)) * reach_I[-1]
+    return np.minimum(np.searchsorted(reach_I, at, side="right"), len(hits_I) - 1)
+
+
+def _rows_of(items: Vectors, rows: np.ndarray) -> np.ndarray:
+    """The items of some rows, which are in order."""
+    sample_CD = np.empty((len(rows), items.dim), np.float32)
+    first_row = 0
+    for item_CD in items.pieces():
+        start, stop = np.searchsorted(rows, [first_row, first_row + len(item_CD)])
+        sample_CD[start:stop] = item_CD[rows[start:stop] - first_row]
+        first_row += len(item_CD)
+    return sample_CD
+
+
+def _with_users(sample_CD: np.ndarray, user_BD: np.ndarray, hits_C: np.ndarray) -> np.ndarray:
+    """Items and, as a share of them, users, who are given the length of the items they get."""
+    length_B = np.linalg.norm(user_BD, axis=1, keepdims=True)
+    user_BD = (user_BD / np.maximum(length_B, 1e-12))[: int(USER_SHARE * len(sample_CD))]
+    length = float((np.linalg.norm(sample_CD, axis=1) * hits_C).sum() / max(hits_C.sum(), 1))
+    return np.concatenate([sample_CD, user_BD * np.float32(length)])
+
+
+def _draw_lists(vector_CD: np.ndarray, num_lists: int, config: IndexConfig) -> np.ndarray:
+    """Centroids (L, D) by k-means."""
+    dim = vector_CD.shape[1]
+    if len(vector_CD) < num_lists:  # fewer points than lists: every point is one
+        return np.resize(vector_CD, (num_lists, dim))
     clustering = faiss.Clustering(dim, num_lists)
     clustering.niter = 10
     clustering.seed = config.seed % (1 << 31)
     clustering.min_points_per_centroid = 1  # says nothing of small lists; the rule keeps its own floor
-    nearest = faiss.IndexFlatL2(dim)
-    if uses_gpu(config.device):
+    clustering.max_points_per_centroid = max(len(vector_CD) // num_lists + 1, POINTS_PER_LIST)
+    nearest, _kept_alive = _nearest(dim, num_lists, config.device)
+    clustering.train(vector_CD, nearest)
+    return faiss.vector_to_array(clustering.centroids).reshape(num_lists, dim)
+
+
+def _nearest(dim: int, num_lists: int, device: Device) -> tuple[Any, Any]:
+    """An empty index of nearest centroids by distance, on a GPU where there is one, a graph if they are many."""
+    if uses_gpu(device):
         resources = faiss.StandardGpuResources()
-        nearest = to_gpu(resources, nearest)
-    clustering.train(item_ID[drawn], nearest)
-    quantizer = faiss.IndexFlatIP(dim)
-    quantizer.add(faiss.vector_to_array(clustering.centroids).reshape(num_lists, dim))
-    index = faiss.IndexIVFFlat(quantizer, dim, num_lists, faiss.METRIC_INNER_PRODUCT)
-    index.train(item_ID[:1])  # the quantizer is full already: this only declares the index ready
-    for start in range(0, num_items, ITEM_BLOCK):
-        item_CD = item_ID[start : start + ITEM_BLOCK]
-        list_C = np.ascontiguousarray(nearest.search(item_CD, 1)[1][:, 0])
-        # `add` would choose the list by the quantizer's inner product
-        index.add_core(len(item_CD), faiss.swig_ptr(item_CD), None, faiss.swig_ptr(list_C))
-    return index
+        return to_gpu(resources, faiss.IndexFlatL2(dim)), resources
+    return (faiss.IndexHNSWFlat(dim, 32) if num_lists >= GRAPH_LISTS else faiss.IndexFlatL2(dim)), None
 
 
-def _tune(engine: Engine, item_ID: np.ndarray, user_QD: np.ndarray, config: IndexConfig) -> dict[str, Any]:
-    """What the report says of searching: the least nprobe that reaches the target, for k and beyond."""
-    started = time.perf_counter()
-    drawn = np.random.default_rng(config.seed).permutation(len(user_QD))[: config.tune_users]
-    user_BD = np.ascontiguousarray(user_QD[drawn])
-    half = max(1, len(user_BD) // 2)
-    tuned, held_out = slice(0, half), slice(half if len(user_BD) > 1 else 0, None)
-    longest = max(config.k, GPU_LIMIT)
-    ks = sorted({min(config.k * factor, longest, len(item_ID)) for factor in (1, 4, 16)})
-    exact_BK, _ = exact_search(item_ID, user_BD, ks[-1], device="cpu" if engine.device == "cpu" else "auto")
-    # Of items with equal scores any will do, and the two ways of summing round differently
-    slack_B = ROUNDING * np.linalg.norm(user_BD, axis=1) * np.linalg.norm(item_ID, axis=1).max()
+@contextmanager
+def _assigned_by_distance(part: Part, centroid_LD: np.ndarray | None, device: Device) -> Iterator[None]:
+    """Meanwhile the index chooses an item's list by distance; by the inner product the longest centroid gets most."""
+    if centroid_LD is None:
+        yield
+        return
+    base = part.base
+    nearest, _kept_alive = _nearest(base.d, len(centroid_LD), device)
+    nearest.add(centroid_LD)
+    owned, base.own_fields = base.own_fields, False
+    base.quantizer = nearest
+    try:
+        yield
+    finally:
+        base.quantizer = part.quantizer
+        base.own_fields = owned
 
-    def recall(users: slice, k: int, nprobe: int) -> float:
-        worst_B = exact_BK[users, k - 1] - slack_B[users]
-        block = max(1, MAX_CELLS // k)
-        num_found = 0
-        for start in range(0, len(worst_B), block):
-            part = slice(start, start + block)
-            score_BK, item_row_BK = engine.search(user_BD[users][part], k, nprobe)
-            num_found += ((score_BK >= worst_B[part, None]) & (item_row_BK >= 0)).sum()
-        return num_found / (len(worst_B) * k)
 
-    nprobe_at: list[tuple[int, int]] = []
-    for k in ks:
-        enough = nprobe_at[-1][1] if nprobe_at else 1
-        too_few = enough - 1
-        while recall(tuned, k, enough) < config.target_recall:
-            assert enough < engine.num_lists, f"all {engine.num_lists} lists miss items that exact search finds"
-            too_few, enough = enough, min(2 * enough, engine.num_lists)
-        while enough - too_few > 1:
-            middle = (enough + too_few) // 2
-            if recall(tuned, k, middle) < config.target_recall:
-                too_few = middle
-            else:
-                enough = middle
-        nprobe_at.append((k, enough))
-    k, nprobe = nprobe_at[0]
-    return {
-        "k": k,
-        "nprobe": nprobe,
-        "nprobe_at": tuple(nprobe_at),
-        "reached_recall": float(recall(held_out, k, nprobe)),
-        "scanned_share": engine.scanned_share(user_BD[held_out][:512], nprobe),
-        "tune_s": time.perf_counter() - started,
+def _file_bytes(whole: Any) -> int:
+    """What the index takes in a file, and about in memory."""
+    written = 0
+
+    def count(block: bytes) -> None:
+        nonlocal written
+        written += len(block)
+
+    writer = faiss.BufferedIOWriter(faiss.PyCallbackIOWriter(count), 1 << 20)
+    faiss.write_index(whole, writer)
+    del writer
+    return written
+
+
+# ---------------------------------------------------------------- tuning
+
+
+def _tune(wholes: list[Any], truth: _Truth, config: IndexConfig) -> tuple[Scanner, dict[str, Any]]:
+    """The scanner that reaches the target, and what the report says of it."""
+    scanner = Scanner(wholes, config.device)
+    judges = [truth.judge(truth.tune if k == truth.ks[0] else truth.long, k) for k in truth.ks]
+    _choose_refinement(scanner, judges[0], config)
+    fits: list[Fit] = []
+    for judge in judges:
+        fits.append(_fit(scanner, judge, fits[-1] if fits else None, config))
+    report = truth.judge(truth.report, truth.ks[0])
+    recall, shares, lists, _ = _reached(scanner, report, fits[0])
+    tuned = {
+        "k": truth.ks[0],
+        "fits": tuple(fits),
+        "refine_factor": scanner.refine_factor,
+        "reached_recall": recall,
+        "scanned_share": float(shares.mean()),
+        "scanned_most": float(np.percentile(shares, 99)),
+        "mean_lists": lists,
+        "curve": _curve(scanner, report, fits[0]),
     }
+    return scanner, tuned
+
+
+def _scan(scanner: Scanner, judge: _Judge, fit: Fit) -> tuple[tuple[np.ndarray, np.ndarray], np.ndarray, float]:
+    """The answers as a fit gives them, each user's scanned share, and the mean number of lists."""
+    if scanner.coarse is None:
+        found = scanner.scan_codes(judge.user_BD, judge.k, max(fit.most_lists, judge.k))
+        return found, np.full(len(judge.user_BD), fit.scanned_share), 0.0
+    chosen = scanner.choose_lists(judge.user_BD, judge.k, fit)
+    found = scanner.scan_lists(judge.user_BD, judge.k, chosen)
+    return found, scanner.scanned(chosen.list_BP), float((chosen.list_BP >= 0).sum(axis=1).mean())
+
+
+def _reached(scanner: Scanner, judge: _Judge, fit: Fit) -> tuple[float, np.ndarray, float, float]:
+    """Recall, each user's scanned share, mean lists and users/s."""
+    started = time.perf_counter()
+    found, shares, lists = _scan(scanner, judge, fit)
+    took = time.perf_counter() - started
+    return judge.recall(found), shares, lists, len(judge.user_BD) / max(took, 1e-9)
+
+
+def _choose_refinement(scanner: Scanner, judge: _Judge, config: IndexConfig) -> None:
+    """How many times k are scored again: the fewest that leave half of the misses allowed to the choice of lists."""
+    if scanner.parts[0].refine is None:
+        return
+    wanted = config.target_recall + (1 - config.target_recall) / 2
+    everything = Fit(judge.k, 0.0, (), 0.0, scanner.num_lists)
+    for factor in (2, 3, 4, 6, 8, 12, 16, 32):
+        scanner.refine_factor = factor
+        if scanner.coarse is None:
+            found = scanner.scan_codes(judge.user_BD, judge.k, 16 * factor * judge.k)
+        else:
+            most = min(scanner.num_lists, max(64, scanner.num_lists // 4))
+            chosen = scanner.choose_lists(judge.user_BD, judge.k, everything, most=most)
+            found = scanner.scan_lists(judge.user_BD, judge.k, chosen)
+        if judge.recall(found) >= wanted:
+            return
+
+
+def _fit(scanner: Scanner, judge: _Judge, shorter: Fit | None, config: IndexConfig) -> Fit:
+    """The least scanning that reaches the target recall for the judge's users and k."""
+    if scanner.coarse is None:
+        return _fit_codes(scanner, judge, shorter, config)
+    vector_BD = scanner.parts[0].transformed(judge.user_BD)
+    most = scanner.num_lists if scanner.num_lists < GRAPH_LISTS else 2048
+    # What users need when nothing is capped says where the cap may be
+    fit = _with_margin(scanner, judge, _refitted(scanner, vector_BD, judge, Fit(judge.k, 0.0, (), 0.0, most)), config)
+    lists_B = (scanner.choose_lists(judge.user_BD, judge.k, fit).list_BP >= 0).sum(axis=1)
+    cap = max(int(np.ceil(1.5 * np.percentile(lists_B, 99))), shorter.most_lists if shorter else 8)
+    while cap < most:
+        capped = _refitted(scanner, vector_BD, judge, replace(fit, most_lists=cap))
+        capped = _with_margin(scanner, judge, capped, config, must=False)
+        if judge.recall(_scan(scanner, judge, capped)[0]) >= config.target_recall:
+            fit = capped
+            break
+        cap *= 2
+    return replace(fit, scanned_share=float(_scan(scanner, judge, fit)[1].mean()))
+
+
+def _refitted(scanner: Scanner, vector_BD: np.ndarray, judge: _Judge, fit: Fit) -> Fit:
+    assert scanner.coarse is not None
+    score_BP, list_BP = scanner.coarse.nearest(vector_BD, min(fit.most_lists, scanner.num_lists))
+    if not fit.weights:
+        fit = replace(fit, weights=(0.0,) * (1 + len(REACH)))
+    return fit.fitted(score_BP, scanner.coarse.size_L[list_BP], judge.worst_B)
+
+
+def _with_margin(scanner: Scanner, judge: _Judge, fit: Fit, config: IndexConfig, *, must: bool = True) -> Fit:
+    """The least margin, by bisection between a single list and all that the fit allows."""
+    assert scanner.coarse is not None
+    vector_BD = scanner.parts[0].transformed(judge.user_BD)
+    score_BP, list_BP = scanner.coarse.nearest(vector_BD, min(fit.most_lists, scanner.num_lists))
+    foretold_B = fit.foretell(score_BP, scanner.coarse.size_L[list_BP], judge.k)
+    lowest_B = np.where(np.isfinite(score_BP), score_BP, np.inf).min(axis=1)
+    low, most = float((foretold_B - score_BP[:, 0]).min()), float((foretold_B - lowest_B).max())
+    most += 1e-4 * abs(most) + 1e-6  # below 0 where a k near the whole catalogue has a worse k-th best than any list
+
+    def recall(margin: float) -> float:
+        return judge.recall(_scan(scanner, judge, replace(fit, margin=margin))[0])
+
+    high = min(most, low + (most - low) / 16)
+    while (reached := recall(high)) < config.target_recall:
+        if high >= most:
+            if must:
+                raise _unreachable(reached, judge.k, scanner, config)
+            return replace(fit, margin=most)
+        low, high = high, min(most, high + 2 * (high - low))
+    for _ in range(STEPS):
+        middle = (low + high) / 2
+        if recall(middle) >= config.target_recall:
+            high = middle
+        else:
+            low = middle
+    return replace(fit, margin=high)
+
+
+def _fit_codes(scanner: Scanner, judge: _Judge, shorter: Fit | None, config: IndexConfig) -> Fit:
+    """Codes without lists are all scanned; of a graph, as much as reaches the target."""
+    effort = max(judge.k, shorter.most_lists if shorter else 16)
+    best = 0.0
+    while True:
+        fit = Fit(judge.k, 0.0, (), 0.0, effort)
+        best = max(best, judge.recall(_scan(scanner, judge, fit)[0]))
+        if best >= config.target_recall:
+            return fit
+        if not scanner.is_graph or effort >= scanner.num_items:
+            raise _unreachable(best, judge.k, scanner, config)
+        effort *= 2
+
+
+def _unreachable(best: float, k: int, scanner: Scanner, config: IndexConfig) -> ConfigError:
+    return ConfigError(
+        f"index.target_recall {config.target_recall:g} cannot be reached by {type(scanner.parts[0].base).__name__} of "
+        f"this recipe: scanning everything finds {best:.4f} of the best {k:,}, since its codes are too coarse. Lower "
+        f"index.target_recall to {np.floor(best * 1000) / 1000:g}, or allow finer codes: more index.memory_gb, or an "
+        f"index.factory such as IVF{scanner.num_lists or 1024},Flat."
+    )
+
+
+def _curve(scanner: Scanner, judge: _Judge, fit: Fit) -> tuple[tuple[float, float, float], ...]:
+    """Recall, scanned share and users/s around the chosen point, which is the fourth."""
+    points = []
+    for factor in (0.0, 0.5, 0.75, 1.0, 1.25, 1.5) if scanner.coarse is not None else (1.0,):
+        wide = replace(fit, margin=fit.margin * factor) if fit.margin > 0 else fit
+        recall, shares, _, users_per_s = _reached(scanner, judge, wide)
+        points.append((recall, float(shares.mean()), users_per_s))
+    return tuple(points)

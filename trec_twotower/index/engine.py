@@ -1,24 +1,62 @@
-"""FAISS itself: one IVF index on CPU or GPU behind one search, and exact search to judge it by."""
+"""FAISS itself: how it is imported, checked, told to use BLAS or a GPU; and exact search to judge an index by."""
 
 from __future__ import annotations
 
-import threading
-from typing import Any, Literal
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
 
 # isort: split
 # After torch, whose CUDA libraries have to be loaded first where there is a GPU.
-import faiss
+import faiss as _faiss
 
 from trec_twotower.data.lists import Lists
 from trec_twotower.errors import ConfigError, DataError
+from trec_twotower.metrics import blocks_by_length, first_kept
+
+faiss: Any = _faiss  # its type stubs lack what its classes have beyond the plain ones, and the GPU's whole
 
 GPU_LIMIT = 2048  # FAISS's GPU kernels select no more than this, neither neighbours nor lists
-USER_BLOCK, ITEM_BLOCK = 256, 1 << 17  # exact search's matrix: 128 MiB
+USER_BLOCK, ITEM_BLOCK = 256, 1 << 17  # exact search's matrix on a GPU: 128 MiB
+PIECE = 1 << 16  # items read, assigned and added at a time
 
 Device = Literal["auto", "cpu", "gpu"]
+
+
+class Vectors(Protocol):
+    """Vectors that can be gone through any number of times without holding all of them: a matrix, or an export."""
+
+    @property
+    def dim(self) -> int: ...
+
+    def __len__(self) -> int: ...
+
+    def pieces(self) -> Iterator[np.ndarray]:
+        """float32 blocks in order, some 2^16 rows each."""
+
+
+class Matrix:
+    """A matrix as `Vectors`."""
+
+    def __init__(self, vectors: np.ndarray, what: str) -> None:
+        self.vectors = as_vectors(vectors, what)
+
+    @property
+    def dim(self) -> int:
+        return self.vectors.shape[1]
+
+    def __len__(self) -> int:
+        return len(self.vectors)
+
+    def pieces(self) -> Iterator[np.ndarray]:
+        for start in range(0, len(self), PIECE):
+            yield self.vectors[start : start + PIECE]
+
+
+# ---------------------------------------------------------------- exact search
 
 
 def exact_search(
@@ -26,27 +64,74 @@ def exact_search(
 ) -> tuple[np.ndarray, np.ndarray]:
     """The `k` unseen items of highest score per user by scoring all: float32 and item rows int64, best first.
 
-    Rows end in -inf and -1 where fewer than `k` unseen items exist. Memory is bounded by blocks of
-    users x items; equal scores come in any order.
+    Rows end in -inf and -1 where fewer than `k` unseen items exist. Equal scores come in any order.
     """
     item_ID, user_BD = as_vectors(item_ID, "item"), as_vectors(user_BD, "user")
-    check_same_dim(item_ID, user_BD)
+    check_same_dim(item_ID.shape[1], user_BD.shape[1])
     if device == "gpu" and not torch.cuda.is_available():
         raise ConfigError("Exact search is asked on a GPU but torch sees none: take device 'auto' or 'cpu'.")
-    where = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
+    if device != "cpu" and torch.cuda.is_available():
+        return _exact_on_gpu(item_ID, user_BD, k, seen)
+    if seen is None:
+        return best_of_all(user_BD, item_ID, k)
+    seen = seen.distinct()
+    score_BK = np.full((len(user_BD), k), -np.inf, np.float32)
+    item_row_BK = np.full((len(user_BD), k), -1, np.int64)
+    for users in blocks_by_length(seen.lengths, extra=k):
+        taken = seen.take(users)
+        width = min(k + int(taken.lengths.max()), len(item_ID))
+        score_BC, item_row_BC = best_of_all(user_BD[users], item_ID, width)
+        keep_BC = (item_row_BC >= 0) & ~taken.contain(item_row_BC)
+        score_BK[users], item_row_BK[users] = first_kept(keep_BC, k, (score_BC, -np.inf), (item_row_BC, -1))
+    return score_BK, item_row_BK
+
+
+def best_of_all(user_BD: np.ndarray, item_ID: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """The best `k` of checked vectors on the CPU, ending in -inf and -1 where there are fewer items."""
+    use_blas_well(user_BD.shape[1])
+    if not len(user_BD) or not len(item_ID):
+        return np.full((len(user_BD), k), -np.inf, np.float32), np.full((len(user_BD), k), -1, np.int64)
+    score_BK, item_row_BK = faiss.knn(user_BD, item_ID, k, metric=faiss.METRIC_INNER_PRODUCT)
+    if k > len(item_ID):
+        score_BK[item_row_BK < 0] = -np.inf
+    return score_BK, item_row_BK
+
+
+class BestSoFar:
+    """The best `k` items of each user among all pieces that were shown: exact search of what is never held whole."""
+
+    def __init__(self, user_BD: np.ndarray, k: int, device: Device = "cpu") -> None:
+        self.user_BD, self.k, self._device = user_BD, k, device
+        self.score_BK = np.full((len(user_BD), k), -np.inf, np.float32)
+        self.item_row_BK = np.full((len(user_BD), k), -1, np.int64)
+
+    def add(self, item_CD: np.ndarray, first_row: int) -> None:
+        """Items of rows `first_row` and following."""
+        score_BC, row_BC = exact_search(item_CD, self.user_BD, min(self.k, len(item_CD)), device=self._device)
+        score = torch.from_numpy(np.concatenate([self.score_BK, score_BC], axis=1))
+        item_row_BC = np.concatenate([self.item_row_BK, row_BC + first_row], axis=1)
+        best_BK, place_BK = score.topk(self.k, dim=1)
+        self.score_BK = best_BK.numpy()
+        self.item_row_BK = np.take_along_axis(item_row_BC, place_BK.numpy(), axis=1)
+
+
+def _exact_on_gpu(
+    item_ID: np.ndarray, user_BD: np.ndarray, k: int, seen: Lists | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Exact search by torch in blocks of users x items; k is bounded by nothing."""
     best_BK = torch.full((len(user_BD), k), -torch.inf)
     item_row_BK = torch.full((len(user_BD), k), -1, dtype=torch.int64)
     for first_item in range(0, len(item_ID), ITEM_BLOCK):
-        item_CD = torch.tensor(item_ID[first_item : first_item + ITEM_BLOCK], device=where)
+        item_CD = torch.tensor(item_ID[first_item : first_item + ITEM_BLOCK], device="cuda")
         for first_user in range(0, len(user_BD), USER_BLOCK):
             users = slice(first_user, min(first_user + USER_BLOCK, len(user_BD)))
-            score_BC = torch.tensor(user_BD[users], device=where) @ item_CD.T
+            score_BC = torch.tensor(user_BD[users], device="cuda") @ item_CD.T
             if seen is not None:
                 taken = seen.take(np.arange(users.start, users.stop))
                 column = taken.values - first_item
                 is_here = (column >= 0) & (column < len(item_CD))
                 at = (torch.from_numpy(taken.rows[is_here]), torch.from_numpy(column[is_here]))
-                score_BC[tuple(part.to(where) for part in at)] = -torch.inf
+                score_BC[tuple(part.cuda() for part in at)] = -torch.inf
             block_BK, column_BK = (part.cpu() for part in score_BC.topk(min(k, len(item_CD)), dim=1))
             candidate = torch.cat([best_BK[users], block_BK], dim=1)
             candidate_row = torch.cat([item_row_BK[users], column_BK + first_item], dim=1)
@@ -56,46 +141,51 @@ def exact_search(
     return best_BK.numpy(), item_row_BK.numpy()
 
 
-class Engine:
-    """One FAISS IVF index on the CPU and, where wanted, its copy on the GPU, behind one search."""
+# ---------------------------------------------------------------- BLAS or FAISS's own loop
 
-    def __init__(self, on_cpu: Any, device: Device) -> None:
-        self.on_cpu = on_cpu
-        self.dim, self.num_items, self.num_lists = on_cpu.d, on_cpu.ntotal, on_cpu.nlist
-        self._on_gpu = _GpuCopy(on_cpu) if uses_gpu(device) else None
-        self.device = "gpu" if self._on_gpu else "cpu"
-
-    def search(self, user_BD: np.ndarray, k: int, nprobe: int) -> tuple[np.ndarray, np.ndarray]:
-        """FAISS's own answer: rows end in -1 where the probed lists hold fewer than k items."""
-        if self._on_gpu is not None and max(k, nprobe) <= GPU_LIMIT:
-            return self._on_gpu.search(user_BD, k, nprobe)
-        return self.on_cpu.search(user_BD, k, params=_probing(nprobe))
-
-    def scanned_share(self, user_BD: np.ndarray, nprobe: int) -> float:
-        """The mean share of the catalogue that lies in a user's `nprobe` lists."""
-        size_L = np.array([self.on_cpu.invlists.list_size(each) for each in range(self.num_lists)])
-        _, probed_BL = self.on_cpu.quantizer.search(user_BD, nprobe)
-        return float(size_L[probed_BL].sum(axis=1).mean() / self.num_items)
+_BLAS_FROM: dict[int, int] = {}  # dim -> the least batch that BLAS scores faster here
 
 
-class _GpuCopy:
-    """A FAISS index on this process's GPU, one search at a time: its scratch memory is not shared."""
+def use_blas_well(dim: int) -> int:
+    """The least batch of users that BLAS scores faster than FAISS's own loop on this machine; sets FAISS to it.
 
-    def __init__(self, on_cpu: Any) -> None:
-        self._resources = faiss.StandardGpuResources()
-        self._index = to_gpu(self._resources, on_cpu)
-        self._lock = threading.Lock()
+    FAISS compares users x dim with one number, by default 128,000: at dim 64 a batch of 32 users takes the loop, which
+    reads all items once a user, and five times the time. Measured at the first call of a process, in some 20 ms.
+    """
+    if dim not in _BLAS_FROM:
+        _BLAS_FROM[dim] = _measure_blas(dim)
+    batch = _BLAS_FROM[dim]
+    faiss.cvar.distance_compute_blas_threshold = batch * dim
+    return batch
 
-    def search(self, user_BD: np.ndarray, k: int, nprobe: int) -> tuple[np.ndarray, np.ndarray]:
-        with self._lock:
-            return self._index.search(user_BD, k, params=_probing(nprobe))
+
+def _measure_blas(dim: int) -> int:
+    rng = np.random.default_rng(0)
+    items = faiss.IndexFlatIP(dim)
+    items.add(rng.standard_normal((max(1024, (1 << 19) // dim), dim), dtype=np.float32))
+    from_batch = 2  # a single user is a matrix times a vector, which the loop does as well
+    for batch in (2, 4, 8, 16, 32, 64, 128):
+        users = rng.standard_normal((batch, dim), dtype=np.float32)
+        seconds = []
+        for threshold in (0, 1 << 30):
+            faiss.cvar.distance_compute_blas_threshold = threshold
+            seconds.append(least_time(lambda: items.search(users, 10), 3))  # noqa: B023 - called here and now
+        if seconds[0] > seconds[1]:
+            from_batch = 2 * batch
+    return from_batch
 
 
-def _probing(nprobe: int) -> Any:
-    """Search parameters rather than the index's own nprobe, which all threads share."""
-    parameters = faiss.SearchParametersIVF()
-    parameters.nprobe = nprobe
-    return parameters
+def least_time(call: Callable[[], Any], times: int) -> float:
+    """Seconds of the fastest of some calls."""
+    taken = []
+    for _ in range(times):
+        started = time.perf_counter()
+        call()
+        taken.append(time.perf_counter() - started)
+    return min(taken)
+
+
+# ---------------------------------------------------------------- GPU
 
 
 def uses_gpu(device: Device) -> bool:
@@ -108,13 +198,17 @@ def uses_gpu(device: Device) -> bool:
     return device != "cpu" and num_gpus > 0
 
 
-def to_gpu(resources: Any, on_cpu: Any) -> Any:
-    """A copy of a FAISS index on this process's GPU; `resources` must outlive it."""
+def to_gpu(resources: Any, on_cpu: Any, number: int | None = None) -> Any:
+    """A copy of a FAISS index on a GPU, by default this process's; `resources` must outlive it."""
     options = faiss.GpuClonerOptions()
     if hasattr(options, "use_cuvs"):
         options.use_cuvs = False  # FAISS's own kernels whatever the build: one behaviour to test
-    number = torch.cuda.current_device() if torch.cuda.is_available() else 0
+    if number is None:
+        number = torch.cuda.current_device() if torch.cuda.is_available() else 0
     return faiss.index_cpu_to_gpu(resources, number, on_cpu, options)
+
+
+# ---------------------------------------------------------------- checks
 
 
 def as_vectors(vectors: np.ndarray, what: str) -> np.ndarray:
@@ -123,6 +217,8 @@ def as_vectors(vectors: np.ndarray, what: str) -> np.ndarray:
     if vectors.ndim != 2:
         raise ConfigError(f"The {what} vectors have shape {vectors.shape}: give a matrix, one row per {what}.")
     with np.errstate(all="ignore"):
+        if np.isfinite(vectors.sum(dtype=np.float32)):  # no NaN and no infinity leaves a sum finite
+            return vectors
         suspect = np.flatnonzero(~np.isfinite(vectors.sum(axis=1)))
     bad = suspect[~np.isfinite(vectors[suspect]).all(axis=1)]
     if len(bad):
@@ -133,9 +229,8 @@ def as_vectors(vectors: np.ndarray, what: str) -> np.ndarray:
     return vectors
 
 
-def check_same_dim(item_ID: np.ndarray, user_BD: np.ndarray) -> None:
-    if item_ID.shape[1] != user_BD.shape[1]:
+def check_same_dim(item_dim: int, user_dim: int) -> None:
+    if item_dim != user_dim:
         raise ConfigError(
-            f"The items' vectors have {item_ID.shape[1]} numbers and the users' {user_BD.shape[1]}: "
-            "both must come from the same model."
+            f"The items' vectors have {item_dim} numbers and the users' {user_dim}: both must come from the same model."
         )

@@ -1,0 +1,94 @@
+"""Which index a catalogue gets, by its size, the memory there is and what it is searched for."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+
+from trec_twotower.config import IndexConfig
+from trec_twotower.errors import ConfigError
+
+EXACT_ITEMS = 16_384  # up to so many, scoring all of them is as fast as choosing which to score
+HALF_ITEMS = 131_072  # from so many on, bytes count for more than the last bits of a score
+GRAPH_LISTS = 16_384  # from so many on, the lists are themselves found through a graph
+SHARD_BYTES = 16 << 30  # a file, and a GPU's share, stays below
+POINTS_PER_LIST = 39  # FAISS's own floor of training points for a centroid worth its name
+ID_BYTES = 8
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A FAISS factory string, and how many indexes of that kind share the items."""
+
+    factory: str
+    shards: int = 1
+
+    @property
+    def lists(self) -> int | None:
+        """How many inverted lists it has; None when it has none."""
+        found = re.search(r"IVF(\d+)", self.factory)
+        return int(found[1]) if found else None
+
+
+def choose_recipe(num_items: int, dim: int, config: IndexConfig, *, on_gpu: bool = False) -> Recipe:
+    """The recipe of `config.factory`, else the fastest of ours that fits into `config.memory_gb`.
+
+    Lists of half-precision vectors serve single users fastest: half the bytes of float32 go through the processor, and
+    the rounding costs no recall; small catalogues stay in float32, whose scores are exact. Batches are served faster by
+    4-bit codes whose best are scored again in half precision. Less memory than that takes 8-bit lists, or 4-bit codes
+    scored again in 8 bits.
+    """
+    if config.factory is not None:
+        lists = Recipe(config.factory).lists
+        if lists is not None and lists > num_items:
+            raise ConfigError(
+                f"index.factory asks for {lists:,} lists but the catalogue has {num_items:,} items: "
+                f"ask for at most {num_items:,}, or leave factory out for a choice by size."
+            )
+        return Recipe(config.factory, config.shards or 1)
+    budget = math.inf if config.memory_gb is None else config.memory_gb * 1e9
+    lists = choose_lists(num_items, config)
+    choices = {"Flat": 4.0 * dim} if num_items <= EXACT_ITEMS and config.lists is None else {}
+    if not choices or 4 * dim * num_items > budget:
+        choices |= _list_recipes(num_items, lists, dim, config, on_gpu)
+    overhead = 4 * dim * lists
+    for factory, item_bytes in choices.items():
+        num_bytes = int(item_bytes * num_items) + (overhead if factory != "Flat" else 0)
+        if num_bytes <= budget:
+            shards = config.shards or math.ceil(num_bytes / SHARD_BYTES)
+            return Recipe(factory, shards)
+    raise ConfigError(
+        f"index.memory_gb is {config.memory_gb:g}, but {num_items:,} items of dim {dim} take at least "
+        f"{num_bytes / 1e9:.3g} GB as {factory}: allow so much, lower model.dim, or say what to do with index.factory."
+    )
+
+
+def choose_lists(num_items: int, config: IndexConfig) -> int:
+    """About 2 sqrt(items), as long as each list has training points enough; 1 for a tiny catalogue."""
+    if config.lists is None:
+        num_trained = min(num_items, config.max_train_vectors)
+        return max(1, min(int(2 * math.sqrt(num_items)), num_trained // POINTS_PER_LIST))
+    if config.lists > num_items:
+        raise ConfigError(
+            f"index.lists is {config.lists:,} but the catalogue has {num_items:,} items: set it to at most "
+            f"{num_items:,}, or leave it out for a number by rule."
+        )
+    return config.lists
+
+
+def _list_recipes(num_items: int, lists: int, dim: int, config: IndexConfig, on_gpu: bool) -> dict[str, float]:
+    """Factory strings, the fastest first, and the bytes an item takes in each."""
+    coarse = f"IVF{lists}" if lists < GRAPH_LISTS or on_gpu else f"IVF{lists}_HNSW32"
+    half, eighth = {f"{coarse},SQfp16": 2.0 * dim + ID_BYTES}, {f"{coarse},SQ8": 1.0 * dim + ID_BYTES}
+    if num_items < HALF_ITEMS:
+        return {f"{coarse},Flat": 4.0 * dim + ID_BYTES} | half | eighth
+    if config.latency == "online" or on_gpu or dim % 2:
+        return half | eighth
+    codes = dim // 4  # 4 bits for each two numbers
+    scan = f"{coarse},PQ{dim // 2}x4fs"
+    return {
+        f"{scan},Refine(SQfp16)": codes + 2.0 * dim + ID_BYTES,
+        f"{scan},Refine(SQ8)": codes + 1.0 * dim + ID_BYTES,
+        **eighth,
+    }
