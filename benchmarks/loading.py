@@ -188,12 +188,14 @@ def notebook(folder: Path, num_rows: int) -> int:
     return rows
 
 
-def batches_of(folder: Path, *, masked: bool = False, **data: Any) -> Any:
+def batches_of(folder: Path, *, masked: bool = False, config: Any = None, **data: Any) -> Any:
+    """The batches of the log on one rank; `config` stands in for the usual one, but for `data`."""
     from trec_twotower.data.dataset import Dataset
     from trec_twotower.data.features import Sources
     from trec_twotower.data.interactions import TrainBatches
 
-    config = config_of(folder, masked=masked, **data)
+    config = config or config_of(folder, masked=masked)
+    config = config.model_copy(update={"data": config.data.model_copy(update=data)})
     sources = Sources(Dataset(config.data.dataset), config.feature_schema, config.data.rows)
     counts = np.ones(len(sources.catalogue), np.int64)
     return TrainBatches(sources, config.data, config.loss, counts, (0, 1))
@@ -308,7 +310,7 @@ def measure(folder: Path, options: argparse.Namespace, parts: list[str]) -> dict
     if "speed" in parts:
         cache = folder.with_name(folder.name + "-cache")
         plain, masked = batches_of(folder, threads=0), batches_of(folder, threads=0, masked=True)
-        cached = batches_of(folder, threads=0, cache=str(cache))
+        cached = batches_of(folder, threads=0, cache=cache)
         read_epoch(cached)
         took = in_turn(
             {

@@ -13,6 +13,7 @@ plain_torch             nn.EmbeddingBag(sparse=True) under torch.optim.Adagrad, 
 notebook                from Parquet by a Dataset row by row; Adam, dense gradients; BCE, four sampled items a row
 
 step_vs_torchrec_naive  its step's time over ours; step_vs_torchrec_naive_tuned with tuned malloc for both
+step_bf16_vs_...        the same of ours with bf16 products (train.precision, loss.precision), float32 logits
 step_vs_plain_torch     likewise
 e2e_vs_notebook         rows per second from Parquet, ours over the notebook's
 e2e_vs_step             rows per second from Parquet over those with batches made beforehand, both tuned
@@ -45,14 +46,19 @@ NOTEBOOK_STEPS, NOTEBOOK_NEGATIVES = 4, 4
 Step = Callable[[int], None]
 
 
-def ours(folder: Path, num_batches: int) -> Step:
+def ours(folder: Path, num_batches: int, precision: str = "fp32") -> Step:
     """Steps of the training loop on batches made beforehand."""
+    from trec_twotower.config import validate
     from trec_twotower.data.batch import Batch
     from trec_twotower.optimizer import RunOptimizer
     from trec_twotower.pipeline import PlainSteps
     from trec_twotower.train import build_model
 
     config, ranks = config_of(folder), lone_rank()
+    if precision != "fp32":
+        values = config.model_dump(exclude_unset=True)
+        values["loss"]["precision"] = values["train"]["precision"] = precision
+        config = validate(type(config), values, "benchmarks/training.py")
     model = build_model(config, ranks)
     optimizer = RunOptimizer(model, config.train.optimizer)
     optimizer.set_rates(0, num_batches)
@@ -143,8 +149,14 @@ def plain_torch(folder: Path, num_batches: int) -> Step:
     return step
 
 
+def ours_bf16(folder: Path, num_batches: int) -> Step:
+    """The towers' products and those of the loss's gradient in bfloat16, logits in float32."""
+    return ours(folder, num_batches, "bf16")
+
+
 STEPS: dict[str, Callable[[Path, int], Step]] = {
     "ours": ours,
+    "ours_bf16": ours_bf16,
     "torchrec_naive": torchrec_naive,
     "plain_torch": plain_torch,
 }
@@ -408,6 +420,10 @@ def measure(folder: Path, place: Path, options: argparse.Namespace, parts: list[
         figures |= rounds(step_times, options.rounds)
         figures["step_vs_torchrec_naive"] = figures["torchrec_naive_step_s"] / figures["ours_step_s"]
         figures["step_vs_torchrec_naive_tuned"] = figures["torchrec_naive_step_s_tuned"] / figures["ours_step_s_tuned"]
+        figures["step_bf16_vs_torchrec_naive"] = figures["torchrec_naive_step_s"] / figures["ours_bf16_step_s"]
+        figures["step_bf16_vs_torchrec_naive_tuned"] = (
+            figures["torchrec_naive_step_s_tuned"] / figures["ours_bf16_step_s_tuned"]
+        )
         figures["step_vs_plain_torch"] = figures["plain_torch_step_s"] / figures["ours_step_s"]
         figures["step_over_floor"] = figures["ours_step_s_tuned"] / figures["floor_s"]
     if "e2e" in parts:

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from trec_twotower.data import numbers
-from trec_twotower.data.numbers import Statistics, binned, learn_statistics, normalise
+from trec_twotower.data.lists import Lists
+from trec_twotower.data.numbers import Statistics, learn_statistics, number_values
 from trec_twotower.schema import FeatureSpec, Schema, TableSpec
 
 ID = FeatureSpec(name="item_id", kind="id", buckets=8, dim=4)
@@ -24,7 +25,15 @@ def number(**changes) -> FeatureSpec:
 
 
 def learned(feature: FeatureSpec, *parts: list[float | None]) -> Statistics:
-    return learn_statistics(feature, [(pa.array(part, pa.float64()), "here") for part in parts])
+    return learn_statistics(feature, (number_values(feature, pa.array(part, pa.float64()), "here") for part in parts))
+
+
+def normalise(feature: FeatureSpec, array: pa.Array, statistics: Statistics) -> np.ndarray:
+    return numbers.normalise(feature, *number_values(feature, array, "here"), statistics)
+
+
+def binned(feature: FeatureSpec, array: pa.Array, statistics: Statistics) -> Lists:
+    return numbers.binned(feature, *number_values(feature, array, "here"), statistics)
 
 
 # Quantiles
@@ -35,7 +44,7 @@ def test_a_number_by_quantile_is_the_share_of_the_learned_values_below_it(values
     """Each learned value's mid-rank, where there are as few as points: values that are equal count half."""
     known = sorted(value for value in values if value is not None)
     feature = number(normalise="quantile")
-    found = normalise(feature, pa.array(asked, pa.float64()), learned(feature, values), "here")
+    found = normalise(feature, pa.array(asked, pa.float64()), learned(feature, values))
     for value, (share, is_missing) in zip(asked, found.tolist(), strict=True):
         assert is_missing == (value is None)
         if value is None:
@@ -58,7 +67,7 @@ def test_a_skewed_column_becomes_even_by_quantile(rng):
     values = rng.lognormal(0.0, 3.0, 5000)
     feature = number(normalise="quantile")
     statistics = learned(feature, values[:2000].tolist(), values[2000:].tolist())
-    found = normalise(feature, pa.array(values), statistics, "here")[:, 0]
+    found = normalise(feature, pa.array(values), statistics)[:, 0]
     exact = np.argsort(np.argsort(values)) / (len(values) - 1)
     assert np.abs(found - exact).max() < 0.01
 
@@ -86,7 +95,7 @@ def test_clipped_numbers_are_clipped_before_anything_is_learned_of_them(values, 
     known = [cut(value) for value in values if value is not None]
     statistics = learned(feature, values)
     assert (statistics.low, statistics.high) == ((min(known), max(known)) if known else (0, 1))
-    found = normalise(feature, pa.array(values, pa.float64()), statistics, "here").tolist()
+    found = normalise(feature, pa.array(values, pa.float64()), statistics).tolist()
     assert found == [[0, 1] if value is None else [cut(value), 0] for value in values]
 
 
@@ -96,7 +105,7 @@ def test_clipped_numbers_are_clipped_before_anything_is_learned_of_them(values, 
 @given(VALUES, st.lists(st.integers(-15, 15), min_size=1, max_size=5, unique=True).map(sorted))
 def test_a_number_falls_into_the_bin_that_its_value_has_reached(values, begins):
     feature = number(bins=begins, dim=4)
-    found = binned(feature, pa.array(values, pa.float64()), Statistics(), "here")
+    found = binned(feature, pa.array(values, pa.float64()), Statistics())
     assert found.is_single and feature.own_table == TableSpec(buckets=len(begins) + 2, dim=4)
     expected = [0 if value is None else 1 + sum(value >= begin for begin in begins) for value in values]
     assert found.values.tolist() == expected
@@ -105,7 +114,7 @@ def test_a_number_falls_into_the_bin_that_its_value_has_reached(values, begins):
 def test_learned_bins_hold_equally_many_rows(rng):
     values = rng.lognormal(0.0, 2.0, 1000)
     feature = number(bins=8, dim=4)
-    found = binned(feature, pa.array(values), learned(feature, values.tolist()), "here").values
+    found = binned(feature, pa.array(values), learned(feature, values.tolist())).values
     assert np.bincount(found).tolist() == [0] + [125] * 8
     assert feature.own_table.buckets == 9
 
@@ -116,7 +125,7 @@ def test_bins_of_few_distinct_values_stay_within_the_table(values, bins):
         feature = number(bins=bins, dim=4, soft=soft)
         statistics = learned(feature, values)
         assert list(statistics.points) == sorted(set(statistics.points))
-        found = binned(feature, pa.array([-1e9, *values, 1e9], pa.float64()), statistics, "here")
+        found = binned(feature, pa.array([-1e9, *values, 1e9], pa.float64()), statistics)
         assert found.values.min() >= 0 and found.values.max() < feature.own_table.buckets
 
 
@@ -124,7 +133,7 @@ def test_bins_of_few_distinct_values_stay_within_the_table(values, bins):
 def test_a_soft_bin_lies_between_its_neighbours_in_proportion(values, points):
     """The weighted mean of the points' own values gives the number back, as far as they reach."""
     feature = number(bins=points, dim=4, soft=True)
-    found = binned(feature, pa.array(values, pa.float64()), Statistics(), "here")
+    found = binned(feature, pa.array(values, pa.float64()), Statistics())
     assert feature.own_table.buckets == len(points) + 1 and len(found) == len(values)
     for row, value in enumerate(values):
         rows, weights = found.values[2 * row : 2 * row + 2], found.weights[2 * row : 2 * row + 2]

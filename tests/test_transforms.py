@@ -17,7 +17,9 @@ from trec_twotower.data.catalogue import check_side
 from trec_twotower.data.dataset import Split
 from trec_twotower.data.hashing import mix
 from trec_twotower.data.lists import Lists
-from trec_twotower.data.numbers import learn_statistics, normalise
+from trec_twotower.data.numbers import learn_statistics as learn_of_values
+from trec_twotower.data.numbers import normalise as normalise_values
+from trec_twotower.data.numbers import number_values
 from trec_twotower.data.transforms import (
     Columns,
     Statistics,
@@ -236,6 +238,14 @@ def test_single_ids_are_not_divided():
 
 def number(**changes) -> FeatureSpec:
     return FeatureSpec(**{"name": "price", "kind": "number"} | changes)
+
+
+def normalise(feature: FeatureSpec, array: pa.Array, statistics: Statistics, where: str) -> np.ndarray:
+    return normalise_values(feature, *number_values(feature, array, where), statistics)
+
+
+def learn_statistics(feature: FeatureSpec, arrays) -> Statistics:
+    return learn_of_values(feature, (number_values(feature, array, where) for array, where in arrays))
 
 
 @pytest.mark.parametrize(

@@ -4,11 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from functools import cached_property
 from itertools import pairwise
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError, available_timezones
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
 
 from trec_twotower.errors import ConfigError, nearest
 
@@ -16,7 +27,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 Side = Literal["user", "item"]
-Kind = Literal["id", "category", "number", "bag", "sequence"]
+Kind = Literal["id", "category", "number", "bag", "cross", "time", "sequence"]
 Kernel = Literal["fused", "fused_uvm", "fused_uvm_caching"]
 ShardingKind = Literal["auto", "table_wise", "row_wise", "column_wise", "table_row_wise", "data_parallel"]
 Seed = Annotated[int, Field(ge=0, lt=1 << 63)]
@@ -40,7 +51,10 @@ SETTINGS: dict[Kind, frozenset[str]] = {
         }
     ),
     "number": frozenset({"dim", "normalise", "nan", "clip", "bins", "soft"}),
+    "cross": frozenset({"table", "buckets", "dim", "scale", "columns"}),
+    "time": frozenset({"dim", "part", "zone", "unit", "until", "at", "normalise", "clip", "bins", "soft"}),
 }
+TIME_PARTS = {"hour": 24, "weekday": 7, "hour_of_week": 168, "month": 12}  # and how many values each has
 
 
 class Settings(BaseModel):
@@ -151,6 +165,9 @@ class FeatureSpec(Settings):
     bag       a list of ids a row, pooled; null and empty lists are the zero vector, null elements are dropped
     number    one number a row, clipped and normalised, beside an indicator that is 1 where it is null; with `bins`
               a row of a table for each bin and one for null
+    cross     what two or three columns of ids or categories say together; null is a value like others
+    time      the hour, weekday, hour of the week or month of a point in time, with a row of a table each and one for
+              null; or its age in days, a number like others
     sequence  a list of ids a row, oldest first, whose order counts; of users only, and `encoder` makes its vector.
               A step's vector is its row of the table, and what is named of these: the gap since the step before it,
               the action taken, the step's item's own features in the catalogue, and a table of differences
@@ -171,6 +188,12 @@ class FeatureSpec(Settings):
     # number: so many bins of equal count, or the values at which a new bin begins; each has a row of `dim`.
     bins: Annotated[int, Field(ge=2, le=10_000)] | tuple[float, ...] | None = None
     soft: bool = False  # number: between two bins' values the row of each, in proportion, so that near is alike
+    columns: tuple[str, ...] | None = None  # cross: two or three, all of one side's rows
+    part: Literal["hour", "weekday", "hour_of_week", "month", "age"] | None = None  # time
+    zone: str = "UTC"  # time: in which the part is told, such as Europe/Oslo
+    unit: Literal["s", "ms", "us", "ns"] = "s"  # time: since 1970, where the column holds plain numbers
+    until: str | None = None  # time, age: the column with the time at which the age is asked for ...
+    at: Annotated[str, BeforeValidator(str)] | None = None  # ... or one date for all rows, such as 2023-06-30
     scale: PositiveFloat = 1.0  # id, category, bag: what its vector is multiplied by
     encoder: EncoderSpec | None = None  # sequence; default: the mean
     times: str | None = None  # sequence: a column of lists as long, of rising seconds or timestamps
@@ -189,18 +212,23 @@ class FeatureSpec(Settings):
 
     @property
     def reads(self) -> str:
-        return self.column or self.name
+        return self.columns[0] if self.columns else self.column or self.name
 
     @property
     def all_columns(self) -> tuple[str, ...]:
         """Every column that the feature reads, `reads` first."""
-        names = (self.reads, self.weights, self.times, self.actions)
-        return tuple(dict.fromkeys(name for name in names if name is not None))
+        named = (self.reads, *(self.columns or ()), self.weights, self.until, self.times, self.actions)
+        return tuple(dict.fromkeys(name for name in named if name is not None))
+
+    @property
+    def is_numeric(self) -> bool:
+        """Whether it makes a number of each row, to be normalised or binned."""
+        return self.kind == "number" or (self.kind == "time" and self.part == "age")
 
     @property
     def is_sparse(self) -> bool:
         """Whether it looks up a table; the others enter the tower as they are."""
-        return self.kind != "number" or self.bins is not None
+        return not self.is_numeric or self.bins is not None
 
     @property
     def is_list(self) -> bool:
@@ -215,7 +243,7 @@ class FeatureSpec(Settings):
     @property
     def learns(self) -> bool:
         """Whether something is learned from the data before the first step, and kept with the run."""
-        return self.kind == "number"
+        return self.is_numeric
 
     @property
     def num_numbers(self) -> int:
@@ -234,6 +262,8 @@ class FeatureSpec(Settings):
         if self.bins is not None:
             values = self.bins if isinstance(self.bins, int) else len(self.bins) + (not self.soft)
             buckets = values + 1  # the first is null's
+        elif self.kind == "time":
+            buckets = TIME_PARTS[str(self.part)] + 1
         assert buckets is not None and self.dim is not None
         return TableSpec(buckets=buckets, dim=self.dim)
 
@@ -265,7 +295,7 @@ class FeatureSpec(Settings):
 
     @model_validator(mode="after")
     def _fits_its_kind(self) -> Self:
-        own = {"name", "kind", "column"} | SETTINGS[self.kind]
+        own = {"name", "kind"} | ({"column"} if self.kind != "cross" else set()) | SETTINGS[self.kind]
         given = [
             key
             for key, field in type(self).model_fields.items()
@@ -275,8 +305,15 @@ class FeatureSpec(Settings):
             raise ValueError(
                 f"feature {self.name!r} is of kind {self.kind!r}, which has no {', '.join(given)}: remove that."
             )
-        if self.kind == "number":
+        if self.kind == "time":
+            self._time_fits()
+        if self.kind == "cross" and len(self.columns or ()) not in (2, 3):
+            raise ValueError(f"feature {self.name!r} is a cross: name two or three `columns`.")
+        if self.is_numeric:
             self._bins_fit()
+        elif self.kind == "time":
+            if self.dim is None:
+                raise ValueError(f"feature {self.name!r} looks up a row for each {self.part}: give its `dim`.")
         elif self.table is not None and (self.buckets is not None or self.dim is not None):
             raise ValueError(
                 f"feature {self.name!r} names table {self.table!r} and also gives buckets or dim: "
@@ -289,6 +326,36 @@ class FeatureSpec(Settings):
         if self.kind == "sequence" and self.max_length is None:
             raise ValueError(f"feature {self.name!r} is a sequence and needs max_length: how many steps may count.")
         return self
+
+    def _time_fits(self) -> None:
+        if self.part is None:
+            raise ValueError(f"feature {self.name!r} is a time: name its `part`: {', '.join(TIME_PARTS)} or age.")
+        of_ages = ("normalise", "clip", "bins", "soft", "until", "at")
+        given = [key for key in of_ages if getattr(self, key) != type(self).model_fields[key].default]
+        if self.part != "age" and given:
+            raise ValueError(
+                f"feature {self.name!r} is the {self.part} of a time, which has no {', '.join(given)}: remove that."
+            )
+        if self.part == "age" and (self.until is None) == (self.at is None):
+            raise ValueError(
+                f"feature {self.name!r} is an age: name the column of the time at which it is asked for (`until`), or "
+                "one date for all rows (`at`)."
+            )
+        if self.part == "age" and self.zone != "UTC":
+            raise ValueError(f"feature {self.name!r} is an age, which is the same in every zone: remove zone.")
+        if self.at is not None:
+            try:
+                datetime.fromisoformat(self.at)
+            except ValueError:
+                raise ValueError(f"feature {self.name!r} has at: {self.at}: write a date such as 2023-06-30.") from None
+        if self.zone != "UTC":
+            try:
+                ZoneInfo(self.zone)
+            except (ZoneInfoNotFoundError, ValueError, OSError):
+                near = nearest(self.zone, available_timezones())
+                raise ValueError(
+                    f"feature {self.name!r} has zone {self.zone!r}, which is not known here{near}."
+                ) from None
 
     def _bins_fit(self) -> None:
         low, high = self.clip or (None, None)

@@ -19,11 +19,15 @@ USER: list[dict[str, Any]] = [
     {"name": "history", "kind": "bag", "table": "item"},
     {"name": "spent", "kind": "number", "normalise": "quantile", "clip": [0, 80]},
     {"name": "age", "kind": "number", "bins": 4, "dim": 4},
+    {"name": "country_and_device", "kind": "cross", "columns": ["country", "device"], "buckets": 50, "dim": 4},
+    {"name": "hour", "kind": "time", "column": "timestamp", "part": "hour", "zone": "Europe/Oslo", "dim": 4},
+    {"name": "since", "kind": "time", "column": "last", "part": "age", "until": "timestamp", "normalise": "log1p"},
 ]
 ITEM: list[dict[str, Any]] = [
     {"name": "item_id", "kind": "id", "table": "item"},
     {"name": "price", "kind": "number", "bins": 5, "soft": True, "dim": 4},
     {"name": "weight", "kind": "number", "bins": [1, 2.5, 10], "dim": 4},
+    {"name": "released", "kind": "time", "part": "age", "at": "2024-01-01", "bins": 3, "soft": True, "dim": 4},
 ]
 
 
@@ -41,6 +45,10 @@ def write_bazaar(folder: Path) -> Path:
         return {
             "user_id": users + 100,
             "history": pa.array([[items[item] for item in history] for history in histories], pa.list_(pa.string())),
+            "country": pa.array(some(rng.choice(["NO", "SE", "DK"], len(users)).tolist()), pa.string()),
+            "device": pa.array(some(rng.integers(0, 3, len(users)).tolist()), pa.int64()),
+            "timestamp": rng.integers(1_700_000_000, 1_710_000_000, len(users)),
+            "last": pa.array(some(rng.integers(1_600_000_000, 1_700_000_000, len(users)).tolist()), pa.int64()),
             "spent": pa.array(some(rng.gamma(1.0, 40.0, len(users)).round(2).tolist()), pa.float64()),
         }
 
@@ -56,6 +64,7 @@ def write_bazaar(folder: Path) -> Path:
         "items": {
             "item_id": items,
             "price": pa.array(some(rng.lognormal(2.0, 1.0, NUM_ITEMS).round(2).tolist()), pa.float64()),
+            "released": pa.array(some(rng.integers(1_600_000_000, 1_700_000_000, NUM_ITEMS).tolist()), pa.int64()),
             "weight": pa.array(some(rng.gamma(2.0, 2.0, NUM_ITEMS).round(3).tolist()), pa.float64()),
         },
     }

@@ -137,7 +137,7 @@ class _Hashing:
         kind = split.columns[id_column]
         self.id_kind = kind.value_type if pa.types.is_dictionary(kind) else kind
         # The hashed ids serve those features that are the id; hashing text is the costly part.
-        self.reuses_keys = all(feature.kind == "id" for feature in features if feature.reads == id_column)
+        self.reuses_keys = all(feature.kind == "id" for feature in features if id_column in feature.all_columns)
         reads = {column for feature in features for column in feature.all_columns}
         self.reads = sorted(reads - ({id_column} if self.reuses_keys else set()))
         num_cells = sum(1 + max(feature.num_numbers - 2, 0) for feature in features)
@@ -270,8 +270,9 @@ def _ahead(work: Callable[[S], T], things: Iterable[S], threads: int) -> Iterato
 def check_side(features: list[FeatureSpec], split: Split) -> None:
     """Raises ConfigError or DataError where a feature's column is missing from `split` or of the wrong type."""
     for feature in features:
-        kind = split.require(feature.reads, f"feature {feature.name!r} reads")
-        check_kind(feature, kind, str(split.folder))
+        for name in feature.all_columns:
+            if name not in (feature.weights, feature.times, feature.actions):
+                check_kind(feature, split.require(name, f"feature {feature.name!r} reads"), str(split.folder), name)
         if feature.weights:
             weights = split.require(feature.weights, f"feature {feature.name!r} takes its weights from")
             check_weights(feature.weights, weights, f"{split.folder}, column {feature.reads!r}")

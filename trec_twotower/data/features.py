@@ -15,7 +15,7 @@ from trec_twotower.data.catalogue import Catalogue, check_side
 from trec_twotower.data.dataset import HISTORY, ITEM_ID, POSITIVES, USER_ID, Dataset, Split
 from trec_twotower.data.lists import Lists
 from trec_twotower.data.numbers import Statistics, learn_statistics
-from trec_twotower.data.transforms import Columns, one_chunk, transform
+from trec_twotower.data.transforms import Columns, numeric, one_chunk, transform
 from trec_twotower.errors import ConfigError, DataError, nearest
 from trec_twotower.schema import FeatureSpec, Schema, Side
 
@@ -71,7 +71,7 @@ class Sources:
         train, users = self.dataset.train, self.dataset.users
         context, static = [], []
         for feature in self.schema.user:
-            if train.has(feature.reads) or self._is_drawn(feature.reads):
+            if self._is_drawn(feature.reads) or train.has(feature.reads):
                 context.append(feature)
                 if not self._is_drawn(feature.reads):
                     check_side([feature], train)
@@ -122,10 +122,7 @@ class Sources:
                 if feature.learns and split is not None:
                     found[f"{side}:{feature.name}"] = learn_statistics(
                         feature,
-                        (
-                            (one_chunk(table[feature.reads]), f"{group}, column {feature.reads!r}")
-                            for group, table in split.tables([feature.reads])
-                        ),
+                        (numeric(feature, table, str(group)) for group, table in split.tables(feature.all_columns)),
                     )
         return found
 

@@ -54,7 +54,11 @@ def number_values(feature: FeatureSpec, array: pa.Array, where: str) -> tuple[np
             )
         missing = missing | odd
         value = np.where(odd, 0.0, value)
-    return (value if feature.clip is None else np.clip(value, *feature.clip)), missing
+    return clipped(feature, value), missing
+
+
+def clipped(feature: FeatureSpec, value: np.ndarray) -> np.ndarray:
+    return value if feature.clip is None else np.clip(value, *feature.clip)
 
 
 def is_number(kind: pa.DataType) -> bool:
@@ -62,9 +66,8 @@ def is_number(kind: pa.DataType) -> bool:
     return any(test(kind) for test in tests)
 
 
-def normalise(feature: FeatureSpec, array: pa.Array, statistics: Statistics, where: str) -> np.ndarray:
+def normalise(feature: FeatureSpec, value: np.ndarray, missing: np.ndarray, statistics: Statistics) -> np.ndarray:
     """(rows, 2) float32: the normalised value (0 where missing), and whether it is missing."""
-    value, missing = number_values(feature, array, where)
     if feature.normalise == "zscore":
         value = (value - statistics.mean) / (statistics.std or 1.0)
     elif feature.normalise == "minmax":
@@ -89,14 +92,13 @@ def share_below(value: np.ndarray, quantiles: tuple[float, ...]) -> np.ndarray:
     return np.interp(value, distinct, middle)
 
 
-def binned(feature: FeatureSpec, array: pa.Array, statistics: Statistics, where: str) -> Lists:
+def binned(feature: FeatureSpec, value: np.ndarray, missing: np.ndarray, statistics: Statistics) -> Lists:
     """The bin of each number as rows of the feature's table, of which the first is null's.
 
     The bin of a value is how many of the points it has reached. If soft, the points have rows themselves, and a value
     between two of them takes both with weights that sum to one (as in piecewise linear encoding, Gorishniy et al.
     2022).
     """
-    value, missing = number_values(feature, array, where)
     points = np.array(feature.bins if isinstance(feature.bins, tuple) else statistics.points, np.float64)
     if not feature.soft:
         row = np.searchsorted(points, value, side="right") + 1
@@ -115,16 +117,15 @@ def binned(feature: FeatureSpec, array: pa.Array, statistics: Statistics, where:
     return Lists(offsets, rows.astype(np.int32).reshape(-1), weights.astype(np.float32).reshape(-1))
 
 
-def learn_statistics(feature: FeatureSpec, arrays: Iterable[tuple[pa.Array, str]]) -> Statistics:
+def learn_statistics(feature: FeatureSpec, parts: Iterable[tuple[np.ndarray, np.ndarray]]) -> Statistics:
     """Mean, standard deviation, range and quantiles of a number over all rows that have it, in one pass.
 
-    Each array comes with its place. Quantiles beyond SAMPLE rows are those of a sample of so many, the same whatever
-    the parts.
+    A part is some rows' values, and which of them are missing. Quantiles beyond SAMPLE rows are those of a sample of
+    so many, the same whatever the parts.
     """
     count, mean, squares, low, high = 0, 0.0, 0.0, math.inf, -math.inf
     sample = _Sample() if _num_points(feature) else None
-    for array, where in arrays:
-        value, missing = number_values(feature, array, where)
+    for value, missing in parts:
         value = value[~missing]
         if not value.size:
             continue

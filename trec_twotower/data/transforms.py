@@ -8,12 +8,14 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from trec_twotower.data.hashing import bucket_type, hash_to_bucket, id_keys, is_id, modulo_bucket
+from trec_twotower.data.hashing import bucket_type, hash_to_bucket, id_keys, is_id, mix_array, modulo_bucket
 from trec_twotower.data.lists import Lists
-from trec_twotower.data.numbers import Statistics, binned, is_number, normalise
+from trec_twotower.data.numbers import Statistics, binned, is_number, normalise, number_values
+from trec_twotower.data.times import ages, is_time, parts
 from trec_twotower.errors import DataError
-from trec_twotower.schema import FeatureSpec, TableSpec, part_of
+from trec_twotower.schema import FeatureSpec, Kind, TableSpec, part_of
 
+NULL_KEY = np.int64(0x4E554C4C2D4B4559)  # stands for null in a cross
 GAP_BUCKETS = 40  # of the time between two steps: 0 where there is none before, then by powers of two
 NULL_BUCKET = 0  # of a category's table: the row that null owns
 
@@ -105,16 +107,24 @@ def transform(
             keys = given[feature.reads] if uncut else given[feature.reads].newest(feature.max_length)
             sparse[feature.name] = Lists(keys.offsets, bucket(tables[feature.table_name], keys.values), keys.weights)
             continue
-        array = one_chunk(table[feature.reads])
-        if not feature.is_sparse:
-            numbers[feature.name] = normalise(feature, array, statistics[feature.name], place)
+        if feature.is_numeric:
+            number = numeric(feature, table, where)
+            if feature.is_sparse:
+                sparse[feature.name] = binned(feature, *number, statistics[feature.name])
+            else:
+                numbers[feature.name] = normalise(feature, *number, statistics[feature.name])
             continue
+        array = one_chunk(table[feature.reads])
         spec = tables[feature.table_name]
         if feature.kind == "sequence":
             sparse |= sequence(feature, spec, array, table, place, item_rows)
             continue
-        if feature.kind == "number":
-            lists = binned(feature, array, statistics[feature.name], place)
+        if feature.kind == "time":
+            lists = Lists.singles(parts(feature, array, place))
+        elif feature.kind == "cross":
+            assert feature.columns is not None
+            crossed = ((one_chunk(table[column]), f"{where}, column {column!r}") for column in feature.columns)
+            lists = Lists.singles(bucket(spec, cross_keys(crossed)))
         elif feature.kind == "bag":
             weights = one_chunk(table[feature.weights]) if feature.weights else None
             lists = bag(feature, spec, array, weights, place)
@@ -124,6 +134,28 @@ def transform(
             lists = Lists.singles(buckets(spec, array, place))
         sparse[feature.name] = lists
     return Columns(table.num_rows, sparse, numbers)
+
+
+def numeric(feature: FeatureSpec, table: pa.Table, where: str) -> tuple[np.ndarray, np.ndarray]:
+    """The number that a feature makes of each row (float64), and which are missing."""
+    array, place = one_chunk(table[feature.reads]), f"{where}, column {feature.reads!r}"
+    if feature.kind == "number":
+        return number_values(feature, array, place)
+    return ages(feature, array, one_chunk(table[feature.until]) if feature.until else None, place)
+
+
+def cross_keys(columns: Iterable[tuple[pa.Array, str]]) -> np.ndarray:
+    """One 64-bit key of what all columns, each with its place, say in a row; null is a value like others.
+
+    The order of the columns counts: a key is the mix of a column's own key and what the ones before it gave.
+    """
+    state: np.ndarray | None = None
+    for array, where in columns:
+        keys = np.full(len(array), NULL_KEY)
+        keys[array.is_valid().to_numpy(zero_copy_only=False)] = id_keys(array.drop_null(), where)
+        state = mix_array(keys.view(np.uint64) if state is None else keys.view(np.uint64) ^ state)
+    assert state is not None
+    return state.view(np.int64)
 
 
 def bucket(spec: TableSpec, keys: np.ndarray) -> np.ndarray:
@@ -325,19 +357,22 @@ def check_actions(column: str, kind: pa.DataType, where: str) -> None:
         raise DataError(f"{where}: its actions, column {column!r}, are {kind}, not a list of integers or strings.")
 
 
-def check_kind(feature: FeatureSpec, kind: pa.DataType, where: str) -> None:
+NEEDED: dict[Kind, tuple[str, Callable[[pa.DataType], bool]]] = {
+    "id": ("integers or strings", is_id),
+    "category": ("integers or strings", is_id),
+    "bag": ("lists of integers or strings", is_id_list),
+    "sequence": ("lists of integers or strings", is_id_list),
+    "number": ("numbers", is_number),
+    "cross": ("integers or strings", is_id),
+    "time": ("timestamps, dates or numbers", is_time),
+}
+
+
+def check_kind(feature: FeatureSpec, kind: pa.DataType, where: str, column: str | None = None) -> None:
     """Raises DataError when a column's type cannot be this kind of feature, before anything is read."""
-    needed = {"id": "integers or strings", "category": "integers or strings",
-              "bag": "lists of integers or strings", "sequence": "lists of integers or strings",
-              "number": "numbers"}[feature.kind]  # fmt: skip
-    if feature.kind in ("bag", "sequence"):
-        fits = is_id_list(kind)
-    elif feature.kind == "number":
-        fits = is_number(kind)
-    else:
-        fits = is_id(kind)
-    if not fits:
+    needed, fits = NEEDED[feature.kind]
+    if not fits(kind):
         raise DataError(
-            f"{where}: column {feature.reads!r} is {kind}, but feature {feature.name!r} of kind {feature.kind!r} needs "
-            f"{needed}: write the column so, or change the kind."
+            f"{where}: column {column or feature.reads!r} is {kind}, but feature {feature.name!r} of kind "
+            f"{feature.kind!r} needs {needed}: write the column so, or change the kind."
         )

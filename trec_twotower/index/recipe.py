@@ -10,7 +10,6 @@ from trec_twotower.config import IndexConfig
 from trec_twotower.errors import ConfigError
 
 EXACT_ITEMS = 16_384  # up to so many, scoring all of them is as fast as choosing which to score
-HALF_ITEMS = 131_072  # from so many on, bytes count for more than the last bits of a score
 GRAPH_LISTS = 16_384  # from so many on, the lists are themselves found through a graph
 SHARD_BYTES = 16 << 30  # a file, and a GPU's share, stays below
 POINTS_PER_LIST = 39  # FAISS's own floor of training points for a centroid worth its name
@@ -35,7 +34,7 @@ def choose_recipe(num_items: int, dim: int, config: IndexConfig, *, on_gpu: bool
     """The recipe of `config.factory`, else the fastest of ours that fits into `config.memory_gb`.
 
     Lists of half-precision vectors serve single users fastest: half the bytes of float32 go through the processor, and
-    the rounding costs no recall; small catalogues stay in float32, whose scores are exact. Batches are served faster by
+    the rounding costs no recall; catalogues of up to EXACT_ITEMS stay in float32, whose scores are exact. Batches are served faster by
     4-bit codes whose best are scored again in half precision. Less memory than that takes 8-bit lists, or 4-bit codes
     scored again in 8 bits.
     """
@@ -81,7 +80,7 @@ def _list_recipes(num_items: int, lists: int, dim: int, config: IndexConfig, on_
     """Factory strings, the fastest first, and the bytes an item takes in each."""
     coarse = f"IVF{lists}" if lists < GRAPH_LISTS or on_gpu else f"IVF{lists}_HNSW32"
     half, eighth = {f"{coarse},SQfp16": 2.0 * dim + ID_BYTES}, {f"{coarse},SQ8": 1.0 * dim + ID_BYTES}
-    if num_items < HALF_ITEMS:
+    if num_items <= EXACT_ITEMS:
         return {f"{coarse},Flat": 4.0 * dim + ID_BYTES} | half | eighth
     if config.latency == "online" or on_gpu or dim % 2:
         return half | eighth
