@@ -34,9 +34,9 @@ def choose_recipe(num_items: int, dim: int, config: IndexConfig, *, on_gpu: bool
     """The recipe of `config.factory`, else the fastest of ours that fits into `config.memory_gb`.
 
     Lists of half-precision vectors serve single users fastest: half the bytes of float32 go through the processor, and
-    the rounding costs no recall; catalogues of up to EXACT_ITEMS stay in float32, whose scores are exact. Batches are served faster by
-    4-bit codes whose best are scored again in half precision. Less memory than that takes 8-bit lists, or 4-bit codes
-    scored again in 8 bits.
+    the rounding costs no recall; up to EXACT_ITEMS stay in float32, whose scores are exact. Batches are served faster
+    by 4-bit codes whose best are scored again in half precision. Less memory than that takes 8-bit lists, or 4-bit
+    codes scored again in 8 bits.
     """
     if config.factory is not None:
         lists = Recipe(config.factory).lists
