@@ -48,6 +48,11 @@ class Part:
             self.wrappers.append(inner)
             self.refine = faiss.downcast_index(inner.refine_index)
             inner = faiss.downcast_index(inner.base_index)
+            if not isinstance(self.refine, faiss.IndexFlatCodes):
+                raise ConfigError(
+                    f"index.factory scores the best again by a {type(self.refine).__name__}, which does not hold the "
+                    "items in order: take RFlat, Refine(SQfp16) or Refine(SQ8)."
+                )
         self._transforms = []
         if isinstance(inner, faiss.IndexPreTransform):
             self.wrappers.append(inner)
@@ -113,7 +118,8 @@ class Part:
                 item_BCD = self._refined_codes.take(safe_BC, axis=0)
                 item_BCD = torch.from_numpy(item_BCD).float().numpy()  # a tenth of the time of numpy's astype
             else:
-                item_BCD = self.refine.reconstruct_batch(safe_BC.reshape(-1)).reshape(*safe_BC.shape, -1)
+                code_IC = _bytes_of(self.refine)  # decoded together: one at a time takes 20 times as long
+                item_BCD = self.refine.sa_decode(code_IC.take(safe_BC.reshape(-1), axis=0)).reshape(*safe_BC.shape, -1)
             score_BC[users] = (item_BCD @ user_BD[users, :, None])[:, :, 0]
         score_BC[row_BC < 0] = -np.inf
         order_BK = np.argsort(-score_BC, axis=1)[:, :k]
@@ -128,10 +134,13 @@ def _codes_view(refine: Any) -> np.ndarray | None:
         dtype = np.float32
     else:
         return None
-    if not refine.ntotal:
-        return None
-    codes = faiss.rev_swig_ptr(refine.codes.data(), refine.ntotal * refine.code_size)
-    return codes.view(dtype).reshape(refine.ntotal, refine.d)
+    return _bytes_of(refine).view(dtype) if refine.ntotal else None
+
+
+def _bytes_of(codes: Any) -> np.ndarray:
+    """The codes (I, bytes) of an index that keeps them in one piece, not copied."""
+    flat = faiss.rev_swig_ptr(codes.codes.data(), codes.ntotal * codes.code_size)
+    return flat.reshape(codes.ntotal, codes.code_size)
 
 
 class Scanner:

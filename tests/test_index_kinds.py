@@ -1,0 +1,257 @@
+"""Which index is chosen, and what every kind of index promises alike: recall, whole answers, filters, files."""
+
+from __future__ import annotations
+
+import weakref
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from tests.test_index import best_written_out, clustered, recall, settings
+from trec_twotower.config import IndexConfig
+from trec_twotower.data.lists import Lists
+from trec_twotower.errors import ConfigError, DataError
+from trec_twotower.index import ItemIndex, Matrix, build_index, choose_recipe, engine, faiss
+from trec_twotower.index.build import _Users
+from trec_twotower.index.scan import Part
+
+KINDS = (
+    ("Flat", 1),
+    ("SQfp16", 2),
+    ("IVF40,Flat", 2),
+    ("IVF40,SQfp16", 1),
+    ("IVF40,SQ8", 1),
+    ("IVF40_HNSW32,SQfp16", 1),
+    ("IVF40,PQ16x4fs,Refine(SQfp16)", 2),
+    ("RR32,IVF40,SQfp16", 1),
+    ("HNSW32", 1),
+)
+
+
+@pytest.fixture(scope="module")
+def vectors():
+    return clustered(2_000, 1_500, spread=0.3)
+
+
+@pytest.mark.parametrize(("factory", "shards"), KINDS)
+def test_every_kind_reaches_the_target_and_answers_whole_and_maps_to_the_same(vectors, factory, shards, tmp_path):
+    item_ID, user_QD = vectors
+    config = settings(factory=factory, shards=shards, target_recall=0.97, k=10)
+    index = build_index(item_ID, user_QD, config)
+    report = index.report
+    assert (report.kind, report.shards, report.lists) == (factory, shards, 40 if "IVF" in factory else 0)
+    assert report.reached_recall >= 0.93 and report.bytes > 0
+    user_BD = user_QD[:40]
+    assert recall(index.search(user_BD, 10)[1], best_written_out(item_ID, user_BD, 10)) >= 0.93
+
+    rng = np.random.default_rng(1)
+    seen = [rng.permutation(2_000)[:size].tolist() for size in rng.integers(0, 2_000, size=38)]
+    seen += [list(range(2_000)), list(range(1_995))]
+    for k in (10, 2_000):
+        score_BK, item_row_BK = index.search(user_BD, k, seen=Lists.from_lists(seen))
+        for user, (score, row) in enumerate(zip(score_BK, item_row_BK, strict=True)):
+            num_found = min(k, 2_000 - len(set(seen[user])))
+            assert len(set(row[:num_found].tolist())) == num_found and not set(row.tolist()) & set(seen[user])
+            assert (row[num_found:] == -1).all() and (score[num_found:] == -np.inf).all()
+            assert (np.diff(score[:num_found]) <= 0).all()
+
+    mask_I = rng.random(2_000) < 0.02
+    for way in ("exact", "selector", "overfetch"):
+        _, item_row_BK = index.search(user_BD, 10, allowed=index.allow(mask_I, way))
+        assert mask_I[item_row_BK].all()
+
+    index.save(tmp_path / "index", model_version="m", item_ids=pa.array(range(2_000)), similarity="dot")
+    for mapped in (False, True):
+        loaded = ItemIndex.load(tmp_path / "index", model_version="m", device="cpu", mapped=mapped)
+        for before, after in zip(index.search(user_BD, 10), loaded.search(user_BD, 10), strict=True):
+            np.testing.assert_array_equal(before, after)
+        filtered = loaded.search(user_BD, 10, allowed=loaded.allow(mask_I))[1]
+        assert mask_I[filtered].all() and loaded.item_ids.to_pylist() == list(range(2_000))
+
+
+def test_a_mapped_index_is_refused_when_cut_or_damaged_where_its_layout_stands(vectors, tmp_path):
+    item_ID, user_QD = vectors
+    folder = tmp_path / "index"
+    build_index(item_ID, user_QD, settings(lists=20)).save(
+        folder, model_version="m", item_ids=pa.array(range(2_000)), similarity="dot"
+    )
+    [path] = folder.glob("*.faiss")
+    whole = path.read_bytes()
+    damaged = bytearray(whole)
+    damaged[200] ^= 1
+    for content, said in ((bytes(damaged), "sha256 of its first"), (whole[:-1], "were written"), (b"", "has 0 bytes")):
+        path.write_bytes(content)
+        with pytest.raises(DataError, match=said):
+            ItemIndex.load(folder, mapped=True)
+    path.unlink()
+    with pytest.raises(DataError, match="is missing"):
+        ItemIndex.load(folder, mapped=True)
+
+
+def test_users_of_several_vectors_get_the_best_by_any_of_them(vectors):
+    item_ID, user_QD = vectors
+    index = build_index(item_ID, user_QD, settings(factory="Flat"))
+    user_BMD = user_QD[:60].reshape(20, 3, -1)
+    seen = [[row] for row in np.random.default_rng(0).integers(0, 2_000, size=20).tolist()]
+    score_BK, item_row_BK = index.search_merged(user_BMD, 15, seen=Lists.from_lists(seen))
+    for user in range(20):
+        best_I = (item_ID.astype(np.float64) @ user_BMD[user].T.astype(np.float64)).max(axis=1)
+        best_I[seen[user]] = -np.inf
+        expected = np.argsort(-best_I)[:15]
+        assert item_row_BK[user].tolist() == expected.tolist()
+        np.testing.assert_allclose(score_BK[user], best_I[expected], rtol=1e-5)
+
+
+def test_users_near_many_items_scan_more_than_users_whose_items_lie_together():
+    """Half of the users have their best items in one place, half have them all around."""
+    rng = np.random.default_rng(0)
+    item_ID = rng.standard_normal((4_000, 16))
+    item_ID[:1_000] = 0.05 * item_ID[:1_000] + np.eye(16)[rng.integers(0, 8, size=1_000)]
+    item_ID = (item_ID / np.linalg.norm(item_ID, axis=1, keepdims=True)).astype(np.float32)
+    near_BD = np.eye(16)[rng.integers(0, 8, size=600)] + 0.05 * rng.standard_normal((600, 16))
+    user_QD = np.concatenate([near_BD, rng.standard_normal((600, 16))])
+    user_QD = (user_QD / np.linalg.norm(user_QD, axis=1, keepdims=True)).astype(np.float32)
+    index = build_index(item_ID, user_QD, settings(lists=100, k=20, target_recall=0.95))
+    fit, scanner = index.report.fits[0], index._scanner
+    lists_B = (scanner.choose_lists(user_QD, 20, fit).list_BP >= 0).sum(axis=1)
+    assert lists_B.max() <= fit.most_lists <= 100
+    assert lists_B[:600].mean() < lists_B[600:].mean() / 2
+    expected = best_written_out(item_ID, user_QD[500:700], 20)
+    same_for_all = next(
+        most for most in range(1, 101) if recall(index._scan(user_QD[500:700], 20, fit, most=most)[1], expected) >= 0.95
+    )
+    assert lists_B.mean() < 0.8 * same_for_all, "as many lists for everybody cost more"
+
+
+def test_nobody_is_tuned_for_and_reported_on():
+    user_QD = np.arange(3_000, dtype=np.float32).reshape(-1, 1) + 1
+    users = _Users(Matrix(user_QD, "user"), IndexConfig(tune_users=900))
+    parts = [set(part[:, 0].tolist()) for part in (users.tune_BD, users.report_BD, users.points_BD)]
+    assert [len(part) for part in parts] == [300, 300, 2_400]
+    assert not parts[0] & parts[1] and not parts[0] & parts[2] and not parts[1] & parts[2]
+
+
+class Pieces:
+    """Items of which each piece is made when asked for, and how many pieces were alive at once."""
+
+    def __init__(self, item_ID, size):
+        self.item_ID, self.size, self.dim = item_ID, size, item_ID.shape[1]
+        self.alive = self.most_alive = 0
+
+    def __len__(self):
+        return len(self.item_ID)
+
+    def pieces(self):
+        for start in range(0, len(self), self.size):
+            piece = self.item_ID[start : start + self.size].copy()
+            self.alive += 1
+            self.most_alive = max(self.most_alive, self.alive)
+            weakref.finalize(piece, self.let_go)
+            yield piece
+
+    def let_go(self):
+        self.alive -= 1
+
+
+@pytest.mark.parametrize(("factory", "shards"), [("IVF40,SQfp16", 1), ("Flat", 3), ("IVF40,PQ16x4fs,Refine(SQ8)", 2)])
+def test_items_in_pieces_make_the_index_of_the_whole_and_are_not_kept(vectors, factory, shards):
+    item_ID, user_QD = vectors
+    config = settings(factory=factory, shards=shards, target_recall=0.9)
+    pieces = Pieces(item_ID, 130)
+    built = [build_index(items, user_QD, config) for items in (item_ID, pieces)]
+    assert pieces.most_alive <= 3, "of 16"
+    whole, streamed = (index._scanner.parts for index in built)
+    assert [part.num_items for part in streamed] == [part.num_items for part in whole]
+    for one, other in zip(whole, streamed, strict=True):
+        assert (faiss.serialize_index(one.whole) == faiss.serialize_index(other.whole)).all()
+
+
+# ---------------------------------------------------------------- which kind
+
+
+@pytest.mark.parametrize(
+    ("num_items", "given", "factory"),
+    [
+        (16_384, {}, "Flat"),
+        (16_385, {}, "IVF256,SQfp16"),
+        (1_000_000, {}, "IVF2000,SQfp16"),
+        (1_000_000, {"latency": "batch"}, "IVF2000,PQ32x4fs,Refine(SQfp16)"),
+        (1_000_000, {"memory_gb": 0.1}, "IVF2000,SQ8"),
+        (1_000_000, {"lists": 64}, "IVF64,SQfp16"),
+        (100_000_000, {"max_train_vectors": 2_000_000}, "IVF20000_HNSW32,SQfp16"),
+        (1_000_000, {"factory": "IVF7,Flat"}, "IVF7,Flat"),
+    ],
+)
+def test_size_memory_and_use_choose_the_kind(num_items, given, factory):
+    assert choose_recipe(num_items, 64, IndexConfig(**given)).factory == factory
+
+
+def test_a_large_catalogue_is_shared_by_several_indexes():
+    assert choose_recipe(100_000_000, 64, IndexConfig()).shards == 1
+    assert choose_recipe(200_000_000, 64, IndexConfig()).shards == 2  # 27 GB of at most 17 each
+    assert choose_recipe(1_000, 64, IndexConfig(shards=3)).shards == 3
+
+
+def test_memory_that_holds_no_kind_is_refused():
+    with pytest.raises(ConfigError, match=r"memory_gb is 0.05, but 1,000,000 items of dim 64 take at least 0.07"):
+        choose_recipe(1_000_000, 64, IndexConfig(memory_gb=0.05))
+
+
+@pytest.mark.parametrize(
+    ("factory", "said"),
+    [
+        ("IVF20,Flot", "no index of dim 32 to FAISS"),
+        ("IDMap,IVF20,Flat", "has an IDMap, which hides the lists"),
+        ("LSH", "'metric == METRIC_L2' failed"),
+        ("IVF16(PQ4x4),Flat", "finds its lists by a IndexPQ"),
+        ("IVF16,SQ8,Refine(HNSW8)", "again by a IndexHNSWFlat, which does not hold"),
+        ("NSG16", "makes a IndexNSGFlat, which cannot be tuned here"),
+    ],
+)
+def test_a_factory_that_cannot_be_tuned_is_refused(vectors, factory, said):
+    with pytest.raises(ConfigError, match=said):
+        build_index(*vectors, settings(factory=factory))
+
+
+def test_a_target_out_of_reach_says_how_far_the_codes_come_and_what_would_help(vectors):
+    with pytest.raises(
+        ConfigError, match=r"target_recall 0.99 cannot be reached .* finds 0\.\d+ .* such as IVF20,Flat"
+    ):
+        build_index(*vectors, settings(factory="IVF20,PQ4x4"))
+
+
+def test_numbers_beyond_half_precision_are_refused_where_it_is_used(vectors):
+    item_ID, user_QD = vectors[0].copy(), vectors[1]
+    item_ID[5, 0] = 1e5
+    with pytest.raises(DataError, match="beyond 65,504, which the half precision of IVF20,SQfp16"):
+        build_index(item_ID, user_QD, settings(factory="IVF20,SQfp16"))
+    build_index(item_ID, user_QD, settings(factory="IVF20,Flat"))
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: faiss.IndexFlat(8), lambda: faiss.IndexIVFFlat(faiss.IndexFlatL2(8), 8, 2, 0)]
+)
+def test_an_index_by_another_metric_is_refused(make):
+    """FAISS's metric left out is L2; and lists chosen by L2 under an inner product are another trap."""
+    with pytest.raises(ConfigError, match="compares by another metric than the inner product"):
+        Part(make())
+
+
+@pytest.mark.parametrize(("loop_wins_below", "least"), [(2, 2), (16, 16), (1_000, 256)])
+def test_blas_takes_the_batches_that_it_scores_faster(monkeypatch, loop_wins_below, least):
+    """By a clock that says which is faster for which batch."""
+
+    def time_of(call, times):
+        by_blas = faiss.cvar.distance_compute_blas_threshold == 0
+        batch = next(cell.cell_contents for cell in call.__closure__ if isinstance(cell.cell_contents, np.ndarray))
+        return 1.0 if by_blas else (0.5 if len(batch) < loop_wins_below else 2.0)
+
+    before = faiss.cvar.distance_compute_blas_threshold
+    monkeypatch.setattr(engine, "least_time", time_of)
+    monkeypatch.setattr(engine, "_BLAS_FROM", {})
+    try:
+        assert engine.use_blas_well(64) == least
+        assert faiss.cvar.distance_compute_blas_threshold == 64 * least
+    finally:
+        faiss.cvar.distance_compute_blas_threshold = before
