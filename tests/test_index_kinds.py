@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -60,6 +61,9 @@ def test_every_kind_reaches_the_target_and_answers_whole_and_maps_to_the_same(ve
     for way in ("exact", "selector", "overfetch"):
         _, item_row_BK = index.search(user_BD, 10, allowed=index.allow(mask_I, way))
         assert mask_I[item_row_BK].all()
+        few = index.allow(np.isin(np.arange(2_000), [3, 1_990]), way)
+        _, item_row_BK = index.search(user_BD, 10, allowed=few)
+        assert {tuple(sorted(row)) for row in item_row_BK.tolist()} == {(-1,) * 8 + (3, 1_990)}
 
     index.save(tmp_path / "index", model_version="m", item_ids=pa.array(range(2_000)), similarity="dot")
     for mapped in (False, True):
@@ -92,7 +96,8 @@ def test_a_mapped_index_is_refused_when_cut_or_damaged_where_its_layout_stands(v
 def test_users_of_several_vectors_get_the_best_by_any_of_them(vectors):
     item_ID, user_QD = vectors
     index = build_index(item_ID, user_QD, settings(factory="Flat"))
-    user_BMD = user_QD[:60].reshape(20, 3, -1)
+    shift_BMD = 0.1 * np.random.default_rng(1).standard_normal((20, 3, 32), dtype=np.float32)
+    user_BMD = user_QD[:20, None] + shift_BMD  # so near each other that they share items
     seen = [[row] for row in np.random.default_rng(0).integers(0, 2_000, size=20).tolist()]
     score_BK, item_row_BK = index.search_merged(user_BMD, 15, seen=Lists.from_lists(seen))
     for user in range(20):
@@ -101,6 +106,16 @@ def test_users_of_several_vectors_get_the_best_by_any_of_them(vectors):
         expected = np.argsort(-best_I)[:15]
         assert item_row_BK[user].tolist() == expected.tolist()
         np.testing.assert_allclose(score_BK[user], best_I[expected], rtol=1e-5)
+
+
+def test_shards_whose_lists_run_short_are_searched_again(vectors):
+    """A place left empty by the second shard is no item of the first."""
+    item_ID, user_QD = vectors
+    index = build_index(item_ID, user_QD, settings(factory="IVF40,Flat", shards=2, k=10))
+    fit = replace(index.report.fits[0], margin=-1e9, most_lists=1)
+    hasty = ItemIndex(index._scanner, replace(index.report, fits=(fit,)))
+    _, item_row_BK = hasty.search(user_QD[:20], 1_200)
+    assert all(len(set(row)) == 1_200 and min(row) >= 0 for row in item_row_BK.tolist())
 
 
 def test_users_near_many_items_scan_more_than_users_whose_items_lie_together():
