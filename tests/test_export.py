@@ -99,7 +99,7 @@ def test_a_failed_write_leaves_the_earlier_export(loaded, shop_copy, monkeypatch
         (["index", "RUN"], "export/items-*.parquet", "export again"),
         (["index", "RUN"], "export/users-*.parquet", "export again"),
         (["index", "RUN"], "export/manifest.json", "export again"),
-        (["recommend", "RUN", "--user", "user-1"], "index/index.faiss", "build the index again"),
+        (["recommend", "RUN", "--user", "user-1"], "index/index-*.faiss", "build the index again"),
         (["evaluate", "RUN", "--index"], "index/items.parquet", "build the index again"),
         (["export", "RUN"], "checkpoints/step-00000010/__0_0.distcp", "remove this checkpoint"),
         (["evaluate", "RUN"], "checkpoints/step-00000010/manifest.json", "remove this checkpoint"),

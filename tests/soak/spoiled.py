@@ -91,7 +91,7 @@ def _read_dataset(folder: Path) -> Any:
 
     sources = Sources(Dataset(folder), config(folder, folder).feature_schema, "event")
     columns = [sources.catalogue.columns]
-    found: list[Any] = [sources.catalogue.keys.tobytes()]
+    found: list[Any] = [sources.dataset.fingerprint, sources.catalogue.keys.tobytes()]
     for group, table in sources.dataset.train.tables([*sources.user_columns(), ITEM_ID]):
         columns.append(sources.user_features(table, str(group)))
         found.append(sources.item_rows(table[ITEM_ID].combine_chunks(), str(group)).tobytes())
@@ -202,7 +202,7 @@ PLACES = {
     "run/item_counts.npy": ["numpy", "pickle"],
     "export/manifest.json": ["pickle", "yaml"],
     "export/items-00000-of-00001.parquet": ["pickle"],
-    "index/index.faiss": ["pickle", "numpy"],
+    "index/index-00000-of-00001.faiss": ["pickle", "numpy"],
     "index/items.parquet": ["pickle"],
     "world/dataset.yaml": ["yaml"],
     "world/train/part.parquet": ["pickle", "torch.save"],
