@@ -8,6 +8,7 @@ cache where that cannot be written. Without numba they run as plain Python: righ
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -25,14 +26,16 @@ Kernel = Callable[..., Any]
 IS_COMPILED = njit is not None
 
 
-def kernel(function: Kernel) -> Kernel:
-    """The function compiled."""
+def kernel(function: Kernel | None = None, *, fastmath: bool = False) -> Any:
+    """The function compiled; with `fastmath` sums of fractions in any order, several at a time."""
+    if function is None:
+        return partial(kernel, fastmath=fastmath)
     if not IS_COMPILED:
         return np.errstate(over="ignore")(function)  # 64-bit products are meant to overflow
     try:
-        return njit(nogil=True, cache=True)(function)
+        return njit(nogil=True, cache=True, fastmath=fastmath)(function)
     except RuntimeError:  # there is no folder to keep it in
-        return njit(nogil=True)(function)
+        return njit(nogil=True, fastmath=fastmath)(function)
 
 
 if not IS_COMPILED:
