@@ -243,7 +243,8 @@ class LossConfig(Settings):
     kind: Literal["softmax", "bce", "softmax_bce", "bsl", "ccl", "bpr", "margin", "listwise"] = "softmax"
     # One of LOSS_PARAMETERS each; null where the loss has no such parameter.
     temperature: _NumberOrLearned | None = None  # scores are divided by it; {learned: true, start, low, high}: fitted
-    precision: Literal["fp32", "bf16"] | None = None  # bf16: of the gradients' products; logits stay fp32
+    # bf16: of the gradients' products; logits stay fp32. bf16_logits: of those, too, some .4 % off
+    precision: Literal["fp32", "bf16", "bf16_logits"] | None = None
     softmax_share: float | None = Field(default=None, ge=0, le=1)  # softmax_bce: of softmax; the rest is bce
     negative_weight: PositiveFloat | None = None  # bce, ccl: of all negatives of a row together
     temperature_ratio: PositiveFloat | None = None  # bsl: the positives' temperature over the negatives'
