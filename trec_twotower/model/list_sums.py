@@ -23,9 +23,7 @@ def applies_to(vector: Tensor) -> bool:
     return IS_COMPILED and vector.device.type == "cpu" and vector.dtype == torch.float32
 
 
-def head_sums(
-    vector_UD: Tensor, place_N: Tensor, length_B: Tensor, weight_LAH: Tensor, dropout: float = 0.0
-) -> Tensor:
+def head_sums(vector_UD: Tensor, place_N: Tensor, length_B: Tensor, weight_LAH: Tensor, dropout: float = 0.0) -> Tensor:
     """(B, D): each list's sum of its elements' vectors, part h of an element times weight[length - 1, age, h].
 
     `place` says which vector is an element's; the lists lie below each other, and the last element of each has age 0.

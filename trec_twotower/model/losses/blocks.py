@@ -140,8 +140,8 @@ def in_blocks(
     The rule sees the logits u . v - log q of each row's negatives, and the row's `pairs` (default: the positives, with
     logits corrected alike). Row i's negatives are the columns in `is_negative_C` and what it refused, but no pair it
     knows; with `given_apart` no given pair either, whatever its label. With precision bf16 the gradients' products are
-    made of bfloat16 numbers (relative error some 1e-3); logits and sums stay as they are. With bf16_logits the negatives'
-    logits are made of such numbers, too, and rounded to them before log q is taken off.
+    made of bfloat16 numbers (relative error some 1e-3); logits and sums stay as they are. With bf16_logits the
+    negatives' logits are made of such numbers, too, and rounded to them before log q is taken off.
     """
     if pairs is None:
         pairs = relations.positive
