@@ -24,7 +24,7 @@ from trec_twotower.data.lists import Lists
 from trec_twotower.data.order import Unit
 from trec_twotower.data.transforms import check_kind, key_lists, one_chunk
 from trec_twotower.errors import DataError
-from trec_twotower.schema import FeatureSpec
+from trec_twotower.schema import FeatureSpec, hash_parts
 
 WEIGHT = "weight"
 _INPUT = 0x696E  # keeps these random numbers apart from others of the same seed
@@ -167,7 +167,8 @@ class UnitReader:
         is_input = draw_inputs(items, draw, self.data.input_share)
         sparse = dict(rows.user.sparse)
         for feature in self.drawn:
-            sparse[feature.name] = sparse[feature.name].where(is_input).newest(feature.max_length)
+            for name in hash_parts(feature.name, self.sources.schema.table_of(feature)):
+                sparse[name] = sparse[name].where(is_input).newest(feature.max_length)
         user = replace(rows.user, sparse=sparse)
         known = items if self.loss.mask_history else None
         return replace(rows, user=user, positives=items.where(~is_input), known=known)

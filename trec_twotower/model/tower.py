@@ -57,7 +57,7 @@ class Tower(nn.Module):
         if config.project:
             layers.append(nn.Linear(width, dim))
         self.layers = nn.Sequential(*layers)
-        self.encoders = nn.ModuleDict()  # of the sequences, by the features' names
+        self.encoders = nn.ModuleDict()  # of sequences, and of features with layers of their own, by their names
         self._compiled: Callable[[Tensor], Tensor] | None = None
         self._precision = "fp32"
         self._micro_batch: int | None = None
@@ -71,7 +71,7 @@ class Tower(nn.Module):
         if config.compile:
             self._compiled = torch.compile(self.layers.forward, dynamic=True)
         if config.optimizer.ema is not None:
-            weights = dict(self.named_parameters())
+            weights = {name: weight for name, weight in self.named_parameters() if weight.requires_grad}
             self._averaged = list(weights)
             for name, weight in weights.items():
                 self.register_buffer(_average_of(name), weight.detach().clone())
@@ -97,15 +97,15 @@ class Tower(nn.Module):
                 found |= {f"expert_{number}": weight for number, weight in enumerate(part.use())}
         return found
 
-    def encode_steps(self, name: str, item_UD: Tensor, listed: Listed) -> Tensor:
-        """(B, D): the vectors of a sequence, of the distinct items' vectors and of how its steps take them."""
+    def encode(self, name: str, *given: Tensor | Listed) -> Tensor:
+        """(B, D): what the encoder of a feature makes of what it is given."""
         encoder = self.encoders[name]
         if not self.training:
-            return self._averaging(encoder, f"encoders.{name}.", item_UD, listed)
+            return self._averaging(encoder, f"encoders.{name}.", *given)
         if self._precision == "fp32":
-            return encoder(item_UD, listed)
-        with torch.autocast(item_UD.device.type, torch.bfloat16):
-            return encoder(item_UD, listed).float()
+            return encoder(*given)
+        with torch.autocast(next(encoder.parameters()).device.type, torch.bfloat16):
+            return encoder(*given).float()
 
     def _averaging(self, part: nn.Module, prefix: str, *inputs: object) -> Tensor:
         """What a part of this tower makes of its inputs, with averaged weights where there are some."""
