@@ -63,7 +63,7 @@ def text_keys(feature: FeatureSpec, array: pa.Array) -> Lists:
 
 
 def _keys(words: Any) -> np.ndarray:
-    return np.array([xxhash.xxh3_64_intdigest(word) for word in words], np.uint64).view(np.int64)
+    return np.array([xxhash.xxh3_64_intdigest(word.encode()) for word in words], np.uint64).view(np.int64)
 
 
 def _runs(words: Lists, key_W: np.ndarray, length: int) -> Lists:
@@ -116,6 +116,8 @@ def transformers() -> Any:
     """The library of that name; raises ConfigError where it is not installed."""
     try:
         import transformers as library
+
+        library.utils.logging.disable_progress_bar()
     except ImportError:
         raise ConfigError(
             "A text feature with `folder` needs transformers, which is not installed: pip install 'trec-twotower[text]'"

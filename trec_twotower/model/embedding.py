@@ -25,6 +25,18 @@ FILL_CELLS = 1 << 18  # weights that are filled together: bounds the scratch mem
 COLLECTIONS = ("embedding_bags", "embeddings")  # what torchrec calls the tables in both kinds of collection
 
 
+def table_in(name: str) -> str | None:
+    """The table that a weight or a state of this name is of; None where it is of something else.
+
+    A language model has `embeddings`, too: a table's stand first, or in the model's `tables` or `lists`.
+    """
+    parts = name.split(".")
+    for before, part, after in zip([None, *parts], parts, parts[1:], strict=False):
+        if part in COLLECTIONS and before in (None, "tables", "lists"):
+            return after
+    return None
+
+
 def build_tables(schema: Schema) -> EmbeddingBagCollection | None:
     """All tables whose bags are pooled, without memory yet; None where there are none.
 
@@ -113,11 +125,9 @@ def tower_input(schema: Schema, side: Side, pooled: Mapping[str, Tensor], diviso
 def table_shards(model: nn.Module) -> Iterator[tuple[str, Tensor, tuple[int, int]]]:
     """Each piece of a table on this rank: the table's name, the weights, and the piece's first row and column."""
     for name, value in model.state_dict().items():
-        parts = name.split(".")
-        collection = next((each for each in COLLECTIONS if each in parts), None)
-        if collection is None:
+        table = table_in(name)
+        if table is None:
             continue
-        table = parts[parts.index(collection) + 1]
         if isinstance(value, ShardedTensor):
             for shard in value.local_shards():
                 row, column = shard.metadata.shard_offsets
