@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
@@ -57,6 +58,8 @@ class Tower(nn.Module):
         if config.project:
             layers.append(nn.Linear(width, dim))
         self.layers = nn.Sequential(*layers)
+        ends = list(accumulate(widths))
+        self._wide = [slice(ends[number] - widths[number], ends[number]) for number in map(place, config.wide)]
         self.encoders = nn.ModuleDict()  # of sequences, and of features with layers of their own, by their names
         self._compiled: Callable[[Tensor], Tensor] | None = None
         self._precision = "fp32"
@@ -78,6 +81,8 @@ class Tower(nn.Module):
 
     def forward(self, feature_BE: Tensor) -> Tensor:
         vector_BD = self._in_parts(feature_BE) if self.training else self._averaging(self.layers, "layers.", feature_BE)
+        for part in self._wide:
+            vector_BD = vector_BD + feature_BE[:, part]
         if self.note_length is not None:
             self.note_length(vector_BD)
         return F.normalize(vector_BD, dim=1) if self.is_unit else vector_BD
