@@ -41,9 +41,10 @@ def test_a_vector_is_its_numbers_and_whether_it_is_missing(kind, rows, is_unit):
 
 
 def test_a_vector_of_another_length_is_refused():
-    for rows, kind in (([None, [1.0, 2.0]], pa.list_(pa.float32())), ([None, [1.0, 2.0]], pa.list_(pa.float32(), 2))):
-        with pytest.raises(DataError, match=r"here, row 1: a vector of 2 numbers, but feature 'image' has size 3 \(1 of"):
-            vectors(IMAGE, pa.array(rows, kind), "here")
+    message = r"here, row 1: a vector of 2 numbers, but feature 'image' has size 3 \(1 of"
+    for kind in (pa.list_(pa.float32()), pa.list_(pa.float32(), 2)):
+        with pytest.raises(DataError, match=message):
+            vectors(IMAGE, pa.array([None, [1.0, 2.0]], kind), "here")
 
 
 @pytest.mark.parametrize("odd", [math.nan, math.inf, 1e300, None])

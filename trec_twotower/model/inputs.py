@@ -150,11 +150,14 @@ def _hashed(token_BL: Tensor, is_there_BL: Tensor) -> Tensor:
 
 
 def _load(feature: FeatureSpec) -> Any:
+    auto = transformers().AutoModel
+    from safetensors import SafetensorError
+
     try:
-        return transformers().AutoModel.from_pretrained(
+        return auto.from_pretrained(
             str(feature.folder), local_files_only=True, use_safetensors=True, dtype=torch.float32
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ConfigError(
             f"feature {feature.name!r}: {feature.folder} has no model that transformers can read: {error}"
         ) from None
