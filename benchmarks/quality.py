@@ -33,6 +33,7 @@ import torch
 from machine import headline, write_figures
 
 ROOT = Path(__file__).resolve().parent.parent
+LISTED = 50  # items a user, in rankings files
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,7 @@ class Bench:
             score = scores_of(rows)
             seen = self.held_out.seen.take(np.arange(rows.start, rows.stop))
             score[torch.from_numpy(seen.rows), torch.from_numpy(seen.values.astype(np.int64))] = -torch.inf
-            ranked.append(score.topk(self.split.k, 1).indices.numpy())
+            ranked.append(score.topk(LISTED, 1).indices.numpy())
         return self.judged(np.concatenate(ranked), cpu_s)
 
 
@@ -151,7 +152,7 @@ def popularity(bench: Bench) -> dict[str, float]:
     from trec_twotower.metrics import popularity_ranking
 
     count_I = bench.sources.item_counts()
-    return bench.judged(popularity_ranking(count_I, bench.held_out.seen, bench.split.k), 0.0)
+    return bench.judged(popularity_ranking(count_I, bench.held_out.seen, LISTED), 0.0)
 
 
 def pure_svd(dim: int) -> Callable[[Bench], dict[str, float]]:
@@ -220,14 +221,14 @@ def of_config(name: str, *overrides: str) -> Callable[[Bench], dict[str, float]]
 
     def once(bench: Bench, seed: int) -> dict[str, float]:
         from trec_twotower.config import load_config
-        from trec_twotower.evaluate import Evaluator
+        from trec_twotower.evaluate import Evaluator, exactly, through
         from trec_twotower.export import export, load_model
         from trec_twotower.index import ItemIndex
         from trec_twotower.run import Run
         from trec_twotower.train import train
 
         folder = bench.place / f"run-{_word(name)}-{time.monotonic_ns()}"
-        place = [f"data.dataset={bench.place / 'data'}", f"run_dir={folder}", f"evaluate.k=[{bench.split.k}]"]
+        place = [f"data.dataset={bench.place / 'data'}", f"run_dir={folder}", f"evaluate.k=[{bench.split.k},{LISTED}]"]
         place += [f"evaluate.best=recall@{bench.split.k}", f"train.seed={seed}", f"data.seed={seed}"]
         config = load_config(ROOT / f"configs/{name}.yaml", [*place, *overrides])
         began = time.process_time()
@@ -235,12 +236,13 @@ def of_config(name: str, *overrides: str) -> Callable[[Bench], dict[str, float]]
         took = time.process_time() - began
         loaded = load_model(Run.open(folder), bench.ranks, "newest")
         evaluator = Evaluator.of(loaded.sources, "test", config.evaluate, bench.ranks)
-        found = bench.judged(evaluator.rankings(loaded.model, evaluator.exact(loaded.model)), took)
+        user_BD, item_ID = evaluator.users(loaded.model), evaluator.items(loaded.model)
+        found = bench.judged(evaluator.rankings(user_BD, exactly(item_ID, bench.ranks)), took)
         export(loaded, bench.ranks)
         command("index", folder)
         index = ItemIndex.load(folder / "index", model_version=loaded.version)
-        through = evaluator.by_search(loaded.model, evaluator.through(index))
-        return {**found, "index_share": through[f"recall@{bench.split.k}"] / found["recall"]}
+        by_index = evaluator.mean(evaluator.rankings(user_BD, through(index)))
+        return {**found, "index_share": by_index[f"recall@{bench.split.k}"] / found["recall"]}
 
     return fitted
 
