@@ -54,27 +54,6 @@ def test_it_is_what_a_whole_decomposition_gives(powers, rng, lone_rank):
     assert not history[3].any() and not item[3].any()
 
 
-@pytest.mark.parametrize(("strong", "growth"), [(0, 3), (1, 2), (2, 1)])
-def test_rounds_find_the_strongest_directions_among_many(strong, growth, rng, lone_rank, monkeypatch):
-    """Ten of 300 directions of nearly equal strength, beside some that are far stronger: each round comes nearer.
-
-    The share of the wanted directions that is missed is measured against numpy's decomposition of the whole matrix.
-    """
-    matrix = (rng.random((500, 300)) < 0.05).astype(float)
-    matrix[:, : 30 * strong] += rng.random((500, 30 * strong)) < 0.6
-    taken = taken_of(matrix > 0)
-    monkeypatch.setattr("trec_twotower.spectral.MOST_GROWTH", {3: 1e9, 2: 1e5, 1: 1.0}[growth])
-    powers = {"user_power": 0.0, "item_power": 0.0, "history_power": 0.0, "length_power": 0.0, "spectrum_power": 0.0}
-    _, _, vt = np.linalg.svd((matrix > 0).astype(float), full_matrices=False)
-    missed = []
-    for iterations in (1, 4, 16):
-        start = SpectralStart(history="history", iterations=iterations, oversampling=10, **powers)
-        basis = spectral_tables(taken, 10, start, 0, lone_rank)[0].double().numpy()
-        missed.append(1 - np.square(vt[:10] @ basis).sum() / 10)
-    assert missed[0] > missed[1] > missed[2]
-    assert missed[2] < (0.01 if growth == 3 else 0.1)
-
-
 def test_users_in_blocks_are_users_at_once(rng, lone_rank, monkeypatch):
     taken = taken_of((rng.random((50, 30)) < 0.2).astype(float))
     start = SpectralStart(history="history")

@@ -393,7 +393,7 @@ class SpectralStart(Settings):
     length_power: float = 0.3  # how much higher a popular item scores
     spectrum_power: NonNegativeFloat = 0.3  # weight of strong directions; 0: all alike
     oversampling: PositiveInt = 64  # directions beyond the tables' dim that the search keeps
-    iterations: PositiveInt = 3  # rounds of the search; more come nearer to the exact directions
+    iterations: PositiveInt = 2
 
 
 class TrainConfig(Settings):

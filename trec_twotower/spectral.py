@@ -16,7 +16,7 @@ of its users and some matrices of (items, k + oversampling).
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,7 +37,6 @@ from trec_twotower.model.embedding import table_shards
 from trec_twotower.schema import FeatureSpec, Schema, Side
 
 BLOCK_ROWS = 1 << 16  # users whose products are held at a time
-MOST_GROWTH = 1e5  # of the strongest direction over the weakest between two orthogonalisations in float32
 
 
 @dataclass(frozen=True)
@@ -117,13 +116,8 @@ def spectral_tables(taken: Taken, dim: int, start: SpectralStart, seed: int, ran
 
     noise = torch.randn(num_items, wide, generator=torch.Generator().manual_seed(seed)).to(ranks.device)
     basis_IK = noise
-    size_K = basis_IK.new_zeros(wide)  # eigenvalues of N^T N that the basis has a place for, roughly and from below
-    for number in range(start.iterations + 1):
-        product_IK = _filtered(squared, basis_IK, size_K) if number > 1 else squared(basis_IK)
-        basis_IK, triangle_KK = torch.linalg.qr(product_IK)
-        basis_IK = _shared(basis_IK, ranks)
-        if number == 1:
-            size_K = _shared(triangle_KK.diagonal().abs(), ranks)
+    for _ in range(start.iterations + 1):
+        basis_IK = _shared(torch.linalg.qr(squared(basis_IK))[0], ranks)
     gram_KK = torch.zeros(wide, wide, dtype=torch.float64, device=ranks.device)
     for block in blocks:
         product_UK = block.of_users @ basis_IK
@@ -139,25 +133,6 @@ def spectral_tables(taken: Taken, dim: int, start: SpectralStart, seed: int, ran
     history_ID = vector_ID * count**-start.history_power * relative_D**start.spectrum_power * is_taken
     item_ID = vector_ID * count**start.length_power * is_taken
     return _shared(history_ID, ranks), _shared(item_ID, ranks)
-
-
-def _filtered(squared: Callable[[Tensor], Tensor], basis_IK: Tensor, size_K: Tensor) -> Tensor:
-    """A basis times a polynomial of N^T N that is at most 1 up to the least of `size_K`, and grows steeply from there.
-
-    The Chebyshev polynomial of degree 3: what a plain product does in several rounds for directions that are only just
-    strong enough, it does in one (Zhou and Saad 2007). Of a lower degree where the strongest directions would grow so
-    much more than the weakest that float32 could not hold both.
-    """
-    least, most = float(size_K.min()), float(size_K.max())
-    if least <= 1e-5 * most:
-        return squared(basis_IK)
-    centre = least / 2
-    highest = most / centre - 1
-    degree = 3 if 4 * highest**3 < MOST_GROWTH else 2 if 2 * highest**2 < MOST_GROWTH else 1
-    before, now = basis_IK, squared(basis_IK) / centre - basis_IK
-    for _ in range(degree - 1):
-        before, now = now, 2 * (squared(now) / centre - now) - before
-    return now
 
 
 def start_spectral(
