@@ -285,3 +285,18 @@ def test_own_items_are_left_out_where_rows_are_read(leaky, own_item, lengths):
         refusing._part(group, 0, 3, 0)
     with pytest.raises(ValidationError, match="a history is drawn apart from what is asked for"):
         DataConfig(dataset="d", rows="user", own_item="drop")
+
+
+def test_collisions_are_those_of_the_rows_that_are_looked_up(tmp_path, write_dataset):
+    """Categories leave the first row to null: what collides is told of the rows behind it."""
+    words = [f"word-{number}" for number in range(40)]
+    items = pa.table({"item_id": list(range(40)), "colour": words})
+    folder = write_dataset(
+        tmp_path / "d", items=items, train=pa.table({"user_id": [1] * 40, "item_id": list(range(40))})
+    )
+    colour = FeatureSpec(name="colour", kind="category", buckets=30, dim=4)
+    user = FeatureSpec(name="user_id", kind="id", buckets=9, dim=4)
+    sources = Sources(Dataset(folder), Schema.build({}, (user,), (colour,)), "event")
+    row = transform([colour], {"colour": colour.own_table}, {}, items, "here").sparse["colour"].values
+    shared = sum(np.count_nonzero(row == each) > 1 for each in row)
+    assert coverage(sources)[1].collided == pytest.approx(shared / 40)
