@@ -66,6 +66,8 @@ def test_a_vocabulary_of_integers(tmp_path):
     assert feature.buckets == 4 and feature.own_table.buckets == 4
     assert make_vocabulary(feature, column.type, []).words == (7, -3)
     assert make_vocabulary(feature, pa.string(), []).words == ("7", "-3")
+    path.unlink()
+    assert FeatureSpec(**feature.model_dump()) == feature  # a run that is opened again needs no file
     path.write_text("7\nseven\n")
     with pytest.raises(ConfigError, match="is not of integers, but column 'brand' is int64"):
         make_vocabulary(feature, column.type, [])
@@ -291,9 +293,8 @@ def test_collisions_are_those_of_the_rows_that_are_looked_up(tmp_path, write_dat
     """Categories leave the first row to null: what collides is told of the rows behind it."""
     words = [f"word-{number}" for number in range(40)]
     items = pa.table({"item_id": list(range(40)), "colour": words})
-    folder = write_dataset(
-        tmp_path / "d", items=items, train=pa.table({"user_id": [1] * 40, "item_id": list(range(40))})
-    )
+    train = pa.table({"user_id": [1] * 40, "item_id": list(range(40))})
+    folder = write_dataset(tmp_path / "d", items=items, train=train)
     colour = FeatureSpec(name="colour", kind="category", buckets=30, dim=4)
     user = FeatureSpec(name="user_id", kind="id", buckets=9, dim=4)
     sources = Sources(Dataset(folder), Schema.build({}, (user,), (colour,)), "event")
