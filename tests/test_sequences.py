@@ -123,7 +123,7 @@ def test_mistakes_are_told_before_anything_is_read(parts, said, world, tmp_path)
 
 
 def test_only_sequences_have_what_belongs_to_steps():
-    with pytest.raises(ValueError, match="'bag', which has no times, delta"):
+    with pytest.raises(ValueError, match="'bag', which has no delta"):
         FeatureSpec(name="history", kind="bag", table="item", times="when", delta=True)
 
 
