@@ -28,16 +28,16 @@ TOWERS: dict[str, dict[str, Any]] = {
 
 SGD = {"epochs": 1, "log_every": 1, "optimizer": {"sparse": "sgd", "lr": 0.5}}
 USERS: dict[str, dict[str, Any]] = {  # whose vectors are more than a point
-    "routing, soft": {
+    "routing, attention": {
         "history": {"encoder": {"kind": "routing", "interests": 3}},
-        "loss": {"interests": {"choose": "soft", "diversity": 0.5}},
+        "loss": {"interests": {"score": "attention", "diversity": 0.5}, "negatives": {"sampled": 8}},
     },
     "queue": {"history": {"encoder": {"kind": "self_attention"}}, "loss": {"negatives": {"sampled": 8, "queue": 80}}},
     "gaussian": {"model": {"dim": 8, "user_vector": "gaussian"}},
 }
 
 
-RESUMED = ("plan row_wise", "encoder gru", "user routing, soft", "user gaussian")
+RESUMED = ("plan row_wise", "encoder gru", "user routing, attention", "user gaussian")
 
 
 def write_steps(folder: Path, num_rows: int = NUM_ROWS) -> Path:

@@ -245,8 +245,10 @@ LOSS_PARAMETERS: dict[str, dict[str, Any]] = {
 class InterestsConfig(Settings):
     """How several vectors of a user are trained; see model/interests.py."""
 
-    choose: Literal["hard", "soft"] = "hard"  # what meets a positive: the vector that scores it highest, or a mean
-    sharpness: PositiveFloat = 10.0  # soft: the mean's weights are softmax(sharpness * score)
+    # max: an item's score is the highest by any of them, for positives and negatives, as in search; costs a product of
+    # rows and candidates for each. attention: of the row's positive, and one mean of the vectors meets all items.
+    score: Literal["max", "attention"] = "max"
+    sharpness: PositiveFloat = 10.0  # attention: the mean's weights are softmax(sharpness * score of the positive)
     diversity: NonNegativeFloat = 0.1  # weight of what is added to the loss where a user's vectors are alike
 
 
@@ -619,6 +621,12 @@ class RunConfig(Settings):
                         f"model.user_vector is gaussian, but {found}, which cannot be together: take one of the "
                         "two out."
                     )
+        if several is not None and self.loss.interests is not None and self.loss.interests.score == "attention":
+            if self.data.rows == "user":
+                raise ValueError(
+                    "loss.interests.score is attention, of a row's one positive, but data.rows: user gives it several: "
+                    "set it to max."
+                )
         if several is None or factory is None:
             return
         scales = "L2norm" in factory and self.model.similarity == "dot"

@@ -16,7 +16,7 @@ from trec_twotower.distributed import Ranks
 from trec_twotower.model.embedding import build_lists, build_tables, pooled_by_hand, tower_input
 from trec_twotower.model.frequency import Frequency
 from trec_twotower.model.gate import gate
-from trec_twotower.model.interests import chosen, gaussian_item, gaussian_user, likeness, one_a_positive
+from trec_twotower.model.interests import attended, gaussian_item, gaussian_user, likeness, uses
 from trec_twotower.model.losses import LOSSES, Pairs, Relations
 from trec_twotower.model.losses.regularisers import alignment, nearness, squared_lengths
 from trec_twotower.model.queue import ItemQueue
@@ -60,7 +60,7 @@ class TwoTower(nn.Module):
             self.user_tower.encoders[feature.name] = SequenceInput(feature, schema.table_of(feature).dim)
         self.vectors_per_user = schema.vectors_per_user  # M
         self.interests = loss.interests or InterestsConfig()
-        self.interest_use_M: Tensor | None = None  # of the last batch
+        self.interest_uses: list[float] = []  # of the last logged batch
         self.watch = Watch(is_unit=is_unit)
         self.user_tower.note_length = partial(self.watch.note_length, "user")
         self.item_tower.note_length = partial(self.watch.note_length, "item")
@@ -98,12 +98,11 @@ class TwoTower(nn.Module):
         alike = None
         if self.vectors_per_user > 1:
             alike = self.interests.diversity * share * likeness(user_BD).sum()
-            row_R, relations = one_a_positive(relations, len(user_BD))
-            _, among = one_a_positive(among, len(user_BD))
-            column_R = relations.positive.column_P
-            user_BD, self.interest_use_M = chosen(
-                user_BD, item_CD, row_R, column_R, self.interests, is_unit=self.is_unit
-            )
+            if self.watch.is_wanted:
+                self.interest_uses = uses(user_BD, item_CD, relations.positive)
+            if self.interests.score == "attention":
+                positive, sharpness = relations.positive, self.interests.sharpness
+                user_BD = attended(user_BD, item_CD, positive, sharpness, is_unit=self.is_unit)
         self.watch.look(user_BD, column_CD, among)
         loss = LOSSES[self.loss.kind](user_BD, column_CD, among, **parameters)
         for tower in (self.user_tower, self.item_tower):
@@ -135,10 +134,12 @@ class TwoTower(nn.Module):
         wanted = self.loss.regularise
         added = user_BD.new_zeros(())
         if wanted.norm:
-            added = added + wanted.norm * (squared_lengths(user_BD).sum() * share + squared_lengths(item_CD).mean())
+            length_B = squared_lengths(user_BD) if user_BD.ndim == 2 else squared_lengths(user_BD).mean(1)
+            added = added + wanted.norm * (length_B.sum() * share + squared_lengths(item_CD).mean())
         if wanted.alignment:
             added = added + wanted.alignment * share * alignment(user_BD, item_CD, relations.positive)
         if wanted.uniformity:
+            user_BD = user_BD if user_BD.ndim == 2 else user_BD.flatten(0, 1)
             sizes = self.ranks.sizes(user_BD.shape[0])
             users = self._uniformity(self.ranks.gather(user_BD, sizes), sizes)
             added = added + wanted.uniformity / 2 * (users + self._uniformity(item_CD, list(batch.item_sizes)))
@@ -165,8 +166,7 @@ class TwoTower(nn.Module):
             for side, tower in zip(SIDES, (self.user_tower, self.item_tower), strict=True)
             for name, value in tower.figures().items()
         }
-        use = [] if self.interest_use_M is None else self.interest_use_M.tolist()
-        parts |= {f"interest_{number}": share for number, share in enumerate(use)}
+        parts |= {f"interest_{number}": share for number, share in enumerate(self.interest_uses)}
         return {**temperature, **parts, **self.watch.figures(self.ranks)}
 
     def _pooled(self, batch: Batch) -> dict[str, Tensor]:
