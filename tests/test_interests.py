@@ -217,12 +217,8 @@ def recall_of_two(kind: str, dim: int = 2, steps: int = 150, **settings: Any) ->
 
     for _ in range(steps):
         user_BMD, item_CD = users(history[:half]), F.normalize(table, dim=1)
-        loss = (
-            LOSSES["softmax"](
-                user_BMD if user_BMD.shape[1] > 1 else user_BMD[:, 0], item_CD, Relations(pairs, pairs), temperature=0.1
-            )
-            / half
-        )
+        related = Relations(pairs, pairs)
+        loss = LOSSES["softmax"](user_BMD, item_CD, related, temperature=0.1) / half
         loss = loss + (config.diversity * likeness(user_BMD).mean() if user_BMD.shape[1] > 1 else 0)
         optimizer.zero_grad()
         loss.backward()

@@ -54,8 +54,19 @@ class DataConfig(Settings):
     prefetch: PositiveInt = 4  # batches made ahead of the trainer
     cache: Path | None = None  # a folder for hashed rows, which later epochs read in place of Parquet, and catalogues
     cache_gb: PositiveFloat = 50.0  # the most that folder may hold
+    # The item that a row asks for, in its own history: kept (where things are taken again), left out, or an error.
+    own_item: Literal["keep", "drop", "refuse"] = "keep"
     drop_last: bool = False  # leave out an epoch's last rows, where they are no whole batch
     follow: FollowConfig | None = None  # train on a folder that grows: no epochs, and no cache of what is read once
+
+    @model_validator(mode="after")
+    def _own_item_stands_in_histories(self) -> Self:
+        if self.own_item != "keep" and self.rows == "user":
+            raise ValueError(
+                f"data.own_item is {self.own_item}, but with data.rows: user a history is drawn apart from what is "
+                "asked for: leave it out."
+            )
+        return self
 
 
 class GatingConfig(Settings):
@@ -93,6 +104,7 @@ class TowerConfig(Settings):
     gating: GatingConfig | None = None  # a weight for each feature
     crosses: NonNegativeInt = 0  # learned crosses of the features (DCN-v2), one degree more each
     short: tuple[str, ...] = ()  # features of the short term, met with all others by a learned gate
+    wide: tuple[str, ...] = ()  # features of model.dim that are also added to the vector, past all layers
     experts: ExpertsConfig | None = None  # before mlp
 
     @model_validator(mode="after")
@@ -523,10 +535,18 @@ class RunConfig(Settings):
                     "train.micro_batch cuts it: leave one of them out."
                 )
             names = [feature.name for feature in schema.features(side)]
-            missing = tower.missing or ()
-            for name in (*tower.drop, *tower.short, *missing, *(tower.gating.by if tower.gating else ())):
+            missing, by = tower.missing or (), tower.gating.by if tower.gating else ()
+            for name in (*tower.drop, *tower.short, *tower.wide, *missing, *by):
                 if name not in names:
                     raise ValueError(f"model.{side}_tower names the feature {name!r}{nearest(name, names)}.")
+            for name in tower.wide:
+                width = widths[schema.place(side, name)]
+                if width != self.model.dim or name not in schema.parts(side):
+                    found = "is a plain number" if name not in schema.parts(side) else f"is {width} wide"
+                    raise ValueError(
+                        f"model.{side}_tower.wide names {name!r}, which {found}, but is added to a vector of model.dim "
+                        f"= {self.model.dim}: give it that dim."
+                    )
             if tower.short and set(tower.short) >= set(schema.parts(side)):
                 raise ValueError(f"model.{side}_tower.short names all features: leave some for the long term.")
             self._missing_are_zero(side, missing, schema)
@@ -586,12 +606,12 @@ class RunConfig(Settings):
         for feature in schema.features(side):
             if feature.name not in names:
                 continue
-            if not feature.is_sparse:
+            if feature in schema.numbers(side):
                 raise ValueError(
                     f"model.{side}_tower.missing names {feature.name!r}, a number, which says itself where it is null: "
                     "leave it out."
                 )
-            scale = schema.table_of(feature).start_scale
+            scale = schema.table_of(feature).start_scale if feature.is_sparse else 0
             if feature.kind in ("id", "category", "cross") and scale > 0:
                 raise ValueError(
                     f"model.{side}_tower.missing names {feature.name!r}, but its table {feature.table_name!r} starts "
@@ -611,6 +631,7 @@ class RunConfig(Settings):
             wrong = {
                 f"user feature {several.name if several else ''!r} makes several vectors of a user": several,
                 "model.user_tower has project: false": not self.model.user_tower.project,
+                "model.user_tower has wide features": self.model.user_tower.wide,
                 "loss.kind is ccl": self.loss.kind == "ccl",
                 "loss.regularise.alignment is set": self.loss.regularise.alignment,
                 "loss.regularise.uniformity is set": self.loss.regularise.uniformity,
@@ -621,12 +642,12 @@ class RunConfig(Settings):
                         f"model.user_vector is gaussian, but {found}, which cannot be together: take one of the "
                         "two out."
                     )
-        if several is not None and self.loss.interests is not None and self.loss.interests.score == "attention":
-            if self.data.rows == "user":
-                raise ValueError(
-                    "loss.interests.score is attention, of a row's one positive, but data.rows: user gives it several: "
-                    "set it to max."
-                )
+        by_attention = self.loss.interests is not None and self.loss.interests.score == "attention"
+        if by_attention and self.data.rows == "user":
+            raise ValueError(
+                "loss.interests.score is attention, of a row's one positive, but data.rows: user gives it several: set "
+                "it to max."
+            )
         if several is None or factory is None:
             return
         scales = "L2norm" in factory and self.model.similarity == "dot"

@@ -16,6 +16,7 @@ from trec_twotower.distributed import Ranks
 from trec_twotower.model.embedding import build_lists, build_tables, pooled_by_hand, tower_input
 from trec_twotower.model.frequency import Frequency
 from trec_twotower.model.gate import gate
+from trec_twotower.model.inputs import build_input
 from trec_twotower.model.interests import attended, gaussian_item, gaussian_user, likeness, uses
 from trec_twotower.model.losses import LOSSES, Pairs, Relations
 from trec_twotower.model.losses.regularisers import alignment, nearness, squared_lengths
@@ -61,6 +62,9 @@ class TwoTower(nn.Module):
         self.vectors_per_user = schema.vectors_per_user  # M
         self.interests = loss.interests or InterestsConfig()
         self.interest_uses: list[float] = []  # of the last logged batch
+        for side in SIDES:
+            for feature in schema.layered(side):
+                self._tower(side).encoders[feature.name] = build_input(feature)
         self.watch = Watch(is_unit=is_unit)
         self.user_tower.note_length = partial(self.watch.note_length, "user")
         self.item_tower.note_length = partial(self.watch.note_length, "item")
@@ -205,11 +209,25 @@ class TwoTower(nn.Module):
                 at = batch.listed[part_of(name, attribute)]
                 added = pooled_by_hand(vectors[part_of(name, attribute)], at)
                 item_UD = item_UD + (added if at.divisor is None else added / at.divisor[:, None])
-            found[name] = self.user_tower.encode_steps(feature.name, item_UD, batch.listed[name])
+            found[name] = self.user_tower.encode(feature.name, item_UD, batch.listed[name])
         return found
+
+    def _layered(self, side: Side, batch: Batch, number: Tensor) -> dict[str, Tensor]:
+        """What the features' own layers make of their numbers or tokens, by key."""
+        found, column = {}, 0
+        for feature in self.schema.layered(side):
+            name, behind = key(side, feature), column + feature.num_numbers
+            given = batch.listed[name] if feature.is_tokens else number[:, column:behind]
+            found[name] = self._tower(side).encode(feature.name, given)
+            column = behind
+        return found
+
+    def _tower(self, side: Side) -> Tower:
+        return self.user_tower if side == "user" else self.item_tower
 
     def _users(self, batch: Batch, pooled: dict[str, Tensor]) -> Tensor:
         given = batch.user_divisor_BF, batch.user_number_BN
+        pooled = pooled | self._layered("user", batch, batch.user_number_BN)
         several = self.schema.several
         if several is None:
             raw_BD = self.user_tower(tower_input(self.schema, "user", pooled, *given))
@@ -222,7 +240,9 @@ class TwoTower(nn.Module):
         return self.user_tower(feature_BME.flatten(0, 1)).unflatten(0, feature_BME.shape[:2])
 
     def _items(self, batch: Batch, pooled: dict[str, Tensor]) -> Tensor:
-        item_SD = self.item_tower(tower_input(self.schema, "item", pooled, batch.item_divisor_SF, batch.item_number_SN))
+        number = batch.item_number_SN
+        pooled = pooled | self._layered("item", batch, number)
+        item_SD = self.item_tower(tower_input(self.schema, "item", pooled, batch.item_divisor_SF, number))
         return gaussian_item(item_SD) if self.is_gaussian else item_SD
 
 
