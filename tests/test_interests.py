@@ -13,17 +13,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trec_twotower.config import IndexConfig, InterestsConfig
+from tests.sequences import steps_config
+from trec_twotower.config import IndexConfig
 from trec_twotower.data.lists import Lists
+from trec_twotower.errors import ConfigError
 from trec_twotower.exhaustive import rank_everything
 from trec_twotower.export import VECTORS, VectorFiles, _write
 from trec_twotower.index import build_index, exact_search
 from trec_twotower.model.interests import attended, gaussian_item, gaussian_user, likeness, uses
 from trec_twotower.model.losses import LOSSES, Pairs, Relations, blocks
 from trec_twotower.model.sequence import ENCODERS
-from trec_twotower.schema import EncoderSpec
+from trec_twotower.schema import EncoderSpec, Schema
 
 ROWS, COLUMNS, INTERESTS, DIM, TEMPERATURE = 4, 9, 3, 5, 0.5
+
+
+SEVERAL = {"history": {"encoder": {"kind": "routing"}}}
 
 
 @pytest.fixture
@@ -46,6 +51,7 @@ def by_definition(kind: str, user_BMD: Tensor, item_CD: Tensor, related: Relatio
     """Row after row, over the whole list of its scores, each the highest by any of the row's vectors."""
     score_BC = torch.einsum("bmd,cd->bmc", user_BMD, item_CD).amax(1) / TEMPERATURE
     logit_BC = score_BC - related.log_q_C
+    drawn_BC = torch.where(related.is_negative_C, logit_BC, score_BC)  # what only its row refused was not drawn
     total = torch.zeros(())
     positive, known, given = related.positive, related.known, related.given
     for row in range(len(user_BMD)):
@@ -54,7 +60,7 @@ def by_definition(kind: str, user_BMD: Tensor, item_CD: Tensor, related: Relatio
         columns = [c for c in range(COLUMNS) if related.is_negative_C[c] and c not in shut and c not in refused]
         if kind == "softmax":
             columns += refused
-        negative = logit_BC[row, columns].sort(descending=True).values[:hardest]
+        negative = drawn_BC[row, columns].sort(descending=True).values[:hardest]
         own = [(c, w) for r, c, w in zip(*(part.tolist() for part in vars_of(positive)), strict=True) if r == row]
         for column, weight in own:
             logit = logit_BC[row, column]
@@ -121,7 +127,7 @@ def test_likeness_is_the_mean_square_of_cosines_above_zero():
 # Search
 
 
-@pytest.mark.parametrize("factory", [None, "IVF8,SQfp16"])
+@pytest.mark.parametrize("factory", [None, "IVF8,Flat"])
 def test_one_search_of_all_vectors_finds_the_best_by_any(factory, rng):
     """Against scoring everything: whole lists of k without items twice, seen ones left out, filters kept."""
     item_ID = rng.normal(size=(300, 8)).astype(np.float32)
@@ -139,12 +145,12 @@ def test_one_search_of_all_vectors_finds_the_best_by_any(factory, rng):
         rank_everything(item_ID, user_BMD, 12, seen),
     ):
         found = np.take_along_axis(score_BI, found_BK, axis=1)
-        assert np.allclose(found, np.take_along_axis(score_BI, best_BK, axis=1), atol=0.02 if factory else 1e-5)
+        assert np.allclose(found, np.take_along_axis(score_BI, best_BK, axis=1), atol=1e-5)
         assert all(len(set(row)) == 12 for row in found_BK.tolist())
     mask_I = np.arange(300) % 15 == 0
     score_BK, found_BK = index.search(user_BMD, 20, seen=seen, allowed=index.allow(mask_I))
     assert np.array_equal((found_BK >= 0).sum(axis=1), [mask_I.sum() - mask_I[taken].sum() for taken in seen_of(seen)])
-    assert mask_I[found_BK[found_BK >= 0]].all() and (np.diff(score_BK, axis=1)[found_BK[:, 1:] >= 0] <= 0).all()
+    assert mask_I[found_BK[found_BK >= 0]].all() and (score_BK[:, 1:] <= score_BK[:, :-1]).all()
 
 
 def seen_of(seen: Lists) -> list[np.ndarray]:
@@ -186,43 +192,109 @@ def test_a_gaussian_users_score_is_the_log_of_the_expected_similarity():
 
 # Worlds that one point a user cannot solve
 
-CLUSTERS, ITEMS_EACH, STEPS, USERS = 8, 4, 6, 800
+CLUSTERS, ITEMS_EACH, STEPS, USERS = 16, 4, 6, 800
 
 
-def two_interests() -> tuple[Tensor, Tensor]:
-    """Each user takes items of two clusters by turns: histories, and the next item, which is of either."""
+def recall_of_two(kind: str, dim: int = 4, steps: int = 150, **settings: Any) -> float:
+    """Users take items of two clusters by turns; how many of a half that was not trained on find the next one.
+
+    It is of either cluster, so among the eight best of somebody who knows both.
+    """
     generator = torch.Generator().manual_seed(0)
     pair = torch.stack([torch.randperm(CLUSTERS, generator=generator)[:2] for _ in range(USERS)])
     turn = torch.stack([torch.randperm(STEPS, generator=generator) % 2 for _ in range(USERS)])
     history = pair.gather(1, turn) * ITEMS_EACH + torch.randint(ITEMS_EACH, (USERS, STEPS), generator=generator)
     either = torch.randint(2, (USERS, 1), generator=generator)
-    target = pair.gather(1, either) * ITEMS_EACH + torch.randint(ITEMS_EACH, (USERS, 1), generator=generator)
-    return history, target[:, 0]
-
-
-def recall_of_two(kind: str, dim: int = 2, steps: int = 150, **settings: Any) -> float:
-    """Of a half that was not trained on: the share whose next item is among the eight best, as many as they like."""
+    target = (pair.gather(1, either) * ITEMS_EACH + torch.randint(ITEMS_EACH, (USERS, 1), generator=generator))[:, 0]
     torch.manual_seed(0)
-    history, target = two_interests()
     encoder = ENCODERS[kind](EncoderSpec(kind=kind, **settings), dim, STEPS)
     table, layer = nn.Parameter(torch.randn(CLUSTERS * ITEMS_EACH, dim)), nn.Linear(dim, dim)
-    optimizer = torch.optim.Adam([*encoder.parameters(), *layer.parameters(), table], lr=0.03)
-    half, config = USERS // 2, InterestsConfig()
+    optimizer = torch.optim.Adam([*encoder.parameters(), *layer.parameters(), table], lr=0.1)
+    half = USERS // 2
     length, rows = torch.full((half,), STEPS), torch.arange(half)
-    pairs = Pairs(rows, target[:half])
+    related = Relations(Pairs(rows, target[:half]), Pairs(rows, target[:half]))
 
     def users(part: Tensor) -> Tensor:
-        made = encoder(F.embedding(part, table).flatten(0, 1), length)
-        return F.normalize(layer(made if made.ndim == 3 else made[:, None]), dim=2)
+        return F.normalize(layer(encoder(F.embedding(part, table).flatten(0, 1), length)), dim=-1)
 
     for _ in range(steps):
-        user_BMD, item_CD = users(history[:half]), F.normalize(table, dim=1)
-        related = Relations(pairs, pairs)
-        loss = LOSSES["softmax"](user_BMD, item_CD, related, temperature=0.1) / half
-        loss = loss + (config.diversity * likeness(user_BMD).mean() if user_BMD.shape[1] > 1 else 0)
+        user, item_CD = users(history[:half]), F.normalize(table, dim=1)
+        loss = LOSSES["softmax"](user, item_CD, related, temperature=0.1) / half
+        loss = loss + (0.1 * likeness(user).mean() if user.ndim == 3 else 0)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
     with torch.no_grad():
-        best = (users(history[half:]) @ F.normalize(table, dim=1).T).amax(1).topk(2 * ITEMS_EACH, dim=1).indices
+        score = users(history[half:]) @ F.normalize(table, dim=1).T
+        best = (score if score.ndim == 2 else score.amax(1)).topk(2 * ITEMS_EACH, dim=1).indices
     return float((best == target[half:, None]).any(1).float().mean())
+
+
+def test_several_vectors_solve_a_world_of_two_interests():
+    """In four dimensions no point is near two of sixteen clusters and far from the others."""
+    points = max(recall_of_two("mean"), recall_of_two("attention"))
+    several = recall_of_two("self_attention", interests=8)
+    assert several > points + 0.2, (several, points)
+
+
+def right_of_two(is_gaussian: bool, groups: int = 8, each: int = 4, dim: int = 3, steps: int = 200) -> float:
+    """Each kind of user likes two of the groups; the share of their eight best that are of these."""
+    pair = torch.combinations(torch.arange(groups), 2)
+    generator = torch.Generator().manual_seed(1)
+    kind = torch.randint(len(pair), (600,), generator=generator)
+    target = pair[kind, torch.randint(2, (600,), generator=generator)] * each
+    target = target + torch.randint(each, (600,), generator=generator)
+    torch.manual_seed(0)
+    user, item = nn.Embedding(len(pair), 2 * dim if is_gaussian else dim), nn.Parameter(torch.randn(groups * each, dim))
+    optimizer = torch.optim.Adam([*user.parameters(), item], lr=0.05)
+
+    def scores() -> Tensor:
+        item_CD = F.normalize(item, dim=1)
+        if is_gaussian:
+            return gaussian_user(user.weight, is_unit=True) @ gaussian_item(item_CD).T
+        return F.normalize(user.weight, dim=1) @ item_CD.T
+
+    for _ in range(steps):
+        optimizer.zero_grad()
+        F.cross_entropy(scores()[kind] / 0.1, target).backward()
+        optimizer.step()
+    best = scores().topk(2 * each, dim=1).indices // each
+    return float((best[:, :, None] == pair[:, None, :]).any(2).float().mean())
+
+
+def test_a_variance_solves_a_world_of_opposites():
+    """With a spread along a direction a user reaches to both ends of it, where a point lies in the middle."""
+    point, gaussian = right_of_two(is_gaussian=False), right_of_two(is_gaussian=True)
+    assert gaussian > point + 0.1, (gaussian, point)
+
+
+# What cannot be
+
+
+@pytest.mark.parametrize(
+    ("parts", "said"),
+    [
+        ({"loss": {"interests": {"diversity": 1}}}, "loss.interests is set, but no user feature makes several"),
+        ({"model": {"user_vector": "gaussian"}, **SEVERAL}, "is gaussian, but user feature 'history' makes several"),
+        ({"model": {"user_vector": "gaussian", "user_tower": {"project": False}}}, "but model.user_tower has project"),
+        ({"model": {"user_vector": "gaussian"}, "loss": {"kind": "ccl"}}, "is gaussian, but loss.kind is ccl"),
+        ({"index": {"factory": "LSH"}, **SEVERAL}, "'LSH' counts bits instead of scores.*4 vectors of a user"),
+        (
+            {"index": {"factory": "L2norm,Flat"}, "model": {"similarity": "dot"}, **SEVERAL},
+            "divides each vector's scores by its own length.*leave factory out",
+        ),
+        ({"model": {"item_tower": {"missing": ["item_id"]}}}, "starts within.*set tables.item.init_scale: 0"),
+        ({"model": {"item_tower": {"missing": ["itemid"]}}}, "names the feature 'itemid'.*item_id"),
+        ({"model": {"user_tower": {"experts": {"count": 0, "width": 4}}}}, "experts.count' is 0: input should be gr"),
+    ],
+)
+def test_mistakes_are_told_before_anything_is_read(parts, said, tmp_path):
+    with pytest.raises(ConfigError, match=said):
+        steps_config(tmp_path, tmp_path, **parts)
+
+
+def test_two_sequences_of_several_vectors_are_refused(tmp_path):
+    config = steps_config(tmp_path, tmp_path, **SEVERAL)
+    other = config.user[0].model_copy(update={"name": "other", "column": "history", "delta": False})
+    with pytest.raises(ConfigError, match="features history, other each make several vectors"):
+        Schema.build(config.tables, (*config.user, other), config.item)

@@ -242,6 +242,36 @@ def test_a_convolution_sees_its_past_alone():
     assert close(encoder(step_ND, length_B)[0], step_out[-1] + step_out.mean(0))
 
 
+def next_found(spec: EncoderSpec, items: int = 12, rows: int = 300, steps: int = 6) -> float:
+    """What is taken next depends on the newest step alone; how many of a half that was not trained on find it."""
+    generator = torch.Generator().manual_seed(0)
+    history = torch.randint(items, (2 * rows, steps), generator=generator)
+    target, length = (history[:, -1] + 1) % items, torch.full((rows,), steps)
+    torch.manual_seed(0)
+    encoder, last = ENCODERS[spec.kind](spec, DIM, steps), torch.nn.Linear(DIM, items)
+    table = torch.nn.Parameter(torch.randn(items, DIM))
+    optimizer = torch.optim.Adam([*encoder.parameters(), *last.parameters(), table], lr=0.05)
+
+    def logits(part: Tensor) -> Tensor:
+        return last(encoder(F.embedding(part, table).flatten(0, 1), length))
+
+    for _ in range(50):
+        optimizer.zero_grad()
+        F.cross_entropy(logits(history[:rows]), target[:rows]).backward()
+        optimizer.step()
+    with torch.no_grad():
+        return float((logits(history[rows:]).argmax(1) == target[rows:]).float().mean())
+
+
+def test_encoders_that_know_order_solve_a_world_of_the_newest_step():
+    """The mean cannot tell which of six steps was the last."""
+    mean = next_found(EncoderSpec(kind="mean"))
+    found = {
+        kind: next_found(EncoderSpec(kind=kind)) for kind in ("heads", "gru", "cnn", "transformer", "hierarchical")
+    }
+    assert all(each > mean + 0.4 for each in found.values()), (found, mean)
+
+
 @pytest.mark.parametrize(
     ("values", "said"),
     [
