@@ -99,5 +99,5 @@ def steps_config(world: Path, run_dir: Path, sharding: str = "auto", **parts: di
         "run_dir": str(run_dir),
     }
     for name, part in parts.items():
-        values[name] = {**values[name], **part} if isinstance(part, dict) else part
+        values[name] = {**values.get(name, {}), **part} if isinstance(part, dict) else part
     return validate(RunConfig, values, "the test")
