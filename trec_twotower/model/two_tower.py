@@ -13,7 +13,7 @@ from torchrec.sparse.jagged_tensor import KeyedTensor
 from trec_twotower.config import LearnedTemperature, LossConfig, ModelConfig
 from trec_twotower.data.batch import Batch
 from trec_twotower.distributed import Ranks
-from trec_twotower.model.embedding import build_lists, build_tables, pooled_by_hand, tower_input
+from trec_twotower.model.embedding import Pooled, build_lists, build_tables, pooled_by_hand, tower_inputs
 from trec_twotower.model.frequency import Frequency
 from trec_twotower.model.gate import gate
 from trec_twotower.model.losses import LOSSES, Pairs, Relations
@@ -60,17 +60,20 @@ class TwoTower(nn.Module):
 
     def encode_users(self, batch: Batch) -> Tensor:
         """(B, D)."""
-        return self._users(batch, self._pooled(batch))
+        return self._encode(batch, "user")
 
     def encode_items(self, batch: Batch) -> Tensor:
         """(S, D)."""
-        return self._items(batch, self._pooled(batch))
+        return self._encode(batch, "item")
+
+    def _encode(self, batch: Batch, side: Side) -> Tensor:
+        return self._tower(side)(self._inputs(batch, side)[side])
 
     def forward(self, batch: Batch) -> Tensor:
         """The loss of this rank's rows, scaled so that its mean over ranks is the mean over all rows of the step."""
-        pooled = self._pooled(batch)
-        user_BD = self._users(batch, pooled)
-        item_CD = self.ranks.gather(self._items(batch, pooled), list(batch.item_sizes))
+        inputs = self._inputs(batch, *SIDES)
+        user_BD = self.user_tower(inputs["user"])
+        item_CD = self.ranks.gather(self.item_tower(inputs["item"]), list(batch.item_sizes))
         relations = relations_of(batch)
         assert relations.given is not None or self.loss.given is None, "loss.given is set, but the batch has no pairs"
         if self.frequency is not None:
@@ -145,7 +148,18 @@ class TwoTower(nn.Module):
         }
         return {**temperature, **parts, **self.watch.figures(self.ranks)}
 
-    def _pooled(self, batch: Batch) -> dict[str, Tensor]:
+    def _tower(self, side: Side) -> Tower:
+        return self.user_tower if side == "user" else self.item_tower
+
+    def _inputs(self, batch: Batch, *sides: Side) -> dict[Side, Tensor]:
+        """What the towers take, (rows, E) each."""
+        both = {
+            "user": (batch.user_divisor_BF, batch.user_number_BN),
+            "item": (batch.item_divisor_SF, batch.item_number_SN),
+        }
+        return tower_inputs(self.schema, self._pooled(batch), {side: both[side] for side in sides})
+
+    def _pooled(self, batch: Batch) -> Pooled:
         """The pooled bags by key, and what the encoders make of the sequences."""
         assert batch.sparse.keys() == self.schema.keys()
         bags: KeyedTensor | None = None if self.tables is None else self.tables(batch.sparse)
@@ -155,13 +169,13 @@ class TwoTower(nn.Module):
         if torch.is_grad_enabled():
             weights = [*self.user_tower.parameters(), *self.item_tower.parameters()]
             looked_up = gate(looked_up, weights, self.ranks)
-        pooled = {}
+        pooled = Pooled()
         if bags is not None:
-            values = looked_up.pop(0)
-            pooled = KeyedTensor(bags.keys(), bags.length_per_key(), values, key_dim=1).to_dict()
+            pooled.add(looked_up.pop(0), dict(zip(bags.keys(), bags.length_per_key(), strict=True)))
         if self.lists is not None:
             found = {name: each.float() for (name, _), each in zip(self.schema.listed_keys, looked_up, strict=True)}
-            pooled |= self._by_hand(batch, found)
+            for name, vector in self._by_hand(batch, found).items():
+                pooled.add(vector, {name: vector.shape[1]})
         return pooled
 
     def _by_hand(self, batch: Batch, vectors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -183,12 +197,6 @@ class TwoTower(nn.Module):
                 item_UD = item_UD + (added if at.divisor is None else added / at.divisor[:, None])
             found[name] = self.user_tower.encode_steps(feature.name, item_UD, batch.listed[name])
         return found
-
-    def _users(self, batch: Batch, pooled: dict[str, Tensor]) -> Tensor:
-        return self.user_tower(tower_input(self.schema, "user", pooled, batch.user_divisor_BF, batch.user_number_BN))
-
-    def _items(self, batch: Batch, pooled: dict[str, Tensor]) -> Tensor:
-        return self.item_tower(tower_input(self.schema, "item", pooled, batch.item_divisor_SF, batch.item_number_SN))
 
 
 def relations_of(batch: Batch) -> Relations:
