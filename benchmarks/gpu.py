@@ -114,7 +114,7 @@ def job(folder: Path, *, batch: int = 4096, dim: int = 64, users: int = 1_000_00
 
     values = config_of(folder).model_dump(exclude_unset=True)
     values["data"]["batch_size"] = batch
-    values["train"]["precision"] = precision
+    values["train"]["precision"] = values["loss"]["precision"] = precision
     values["model"]["dim"] = dim
     for table in values["tables"].values():
         table["dim"] = dim

@@ -152,7 +152,7 @@ class _Piece:
 
 
 class _TowerInputs(torch.autograd.Function):
-    """Every number is read and written once, in both directions; split, divided and joined by torch it is four times."""
+    """Every number is read and written once, in both directions; by torch, divided and joined, more often."""
 
     @staticmethod
     def forward(

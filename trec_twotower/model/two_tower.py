@@ -53,6 +53,9 @@ class TwoTower(nn.Module):
         self.user_tower.note_length = partial(self.watch.note_length, "user")
         self.item_tower.note_length = partial(self.watch.note_length, "item")
         learned = loss.temperature if isinstance(loss.temperature, LearnedTemperature) else None
+        self.parameters_of_loss = dict(loss.parameters)
+        if "precision" in self.parameters_of_loss:
+            self.parameters_of_loss["precision"] = ranks.precision(self.parameters_of_loss["precision"])
         self.temperature = None if learned is None else Temperature(learned, ranks.device)
         self.frequency = Frequency(ranks.device) if loss.log_q_estimate == "streaming" else None
         size = loss.negatives.queue
@@ -82,7 +85,7 @@ class TwoTower(nn.Module):
             relations = replace(relations, log_q_C=self.loss.log_q * log_p_C)
         relations = replace(relations, hardest=self.loss.negatives.hardest)
         column_CD, among = (item_CD, relations) if self.queue is None else self._with_queue(item_CD, batch, relations)
-        parameters = self.loss.parameters
+        parameters = dict(self.parameters_of_loss)
         if self.temperature is not None:
             parameters["temperature"] = self.temperature()
         self.watch.look(user_BD, column_CD, among)

@@ -33,7 +33,7 @@ if IS_COMPILED:
     from numba.extending import intrinsic
 
     @intrinsic
-    def power_of_two(context: Any, exponent: Any) -> Any:
+    def _power_of_two(context: Any, exponent: Any) -> Any:
         """2 ** exponent, -126 to 127, written into the exponent's bits."""
 
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -42,6 +42,8 @@ if IS_COMPILED:
             return builder.bitcast(bits, ir.FloatType())
 
         return types.float32(types.int32), generate
+
+    power_of_two: Any = _power_of_two  # without the context, which numba gives
 
     # exp(x) = 2 ** n * exp(r), with |r| <= log(2) / 2 and exp(r) by the polynomial of Cephes' expf (Moshier 1989).
     _PER_LOG2, _HALF, _ONE, _ZERO, _LOWEST = (np.float32(x) for x in (1.44269504, 0.5, 1.0, 0.0, -87.0))
