@@ -21,8 +21,8 @@ step_fp32_vs_...        the same of ours_fp32
 step_vs_plain_torch     likewise; step_vs_tfrs against TensorFlow Recommenders, default malloc
 e2e_vs_notebook         rows per second from Parquet, ours over the notebook's
 e2e_vs_step             rows per second from Parquet over those with batches made beforehand, both tuned
-step_over_floor         our float32 step over the machine's floor: its products at the measured rate of large ones, and every
-                        table row gathered, pooled and updated once at the measured rates
+step_over_floor         our float32 step over the machine's floor: its products at the measured rate of large ones, and
+                        every table row gathered, pooled and updated once at the measured rates
 ranks_2_vs_1            rows per second of `train` on two ranks and two cores, over one rank on one core
 """
 
@@ -93,7 +93,7 @@ def torchrec_naive(folder: Path, num_batches: int) -> Step:
     class Naive(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.tables = build_tables(schema)
+            self.tables, self.lists = build_tables(schema), None
             self.user, self.item = mlp(schema.width("user")), mlp(schema.width("item"))
 
         def forward(self, sparse: Any, user_number: Any, item_number: Any) -> Any:
