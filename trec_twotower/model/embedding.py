@@ -21,12 +21,24 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection, Embedding
 from trec_twotower.data.batch import Listed
 from trec_twotower.data.hashing import mix, mix_torch
 from trec_twotower.data.transforms import divides
-from trec_twotower.schema import Schema, Side, key
+from trec_twotower.schema import Schema, Side, key, part_of
 
 FILL_CELLS = 1 << 18  # weights that are filled together: bounds the scratch memory, and keeps it in the cache
 
 
 COLLECTIONS = ("embedding_bags", "embeddings")  # what torchrec calls the tables in both kinds of collection
+
+
+def table_in(name: str) -> str | None:
+    """The table that a weight or a state of this name is of; None where it is of something else.
+
+    A language model has `embeddings`, too: a table's stand first, or in the model's `tables` or `lists`.
+    """
+    parts = name.split(".")
+    for before, part, after in zip([None, *parts], parts, parts[1:], strict=False):
+        if part in COLLECTIONS and before in (None, "tables", "lists"):
+            return after
+    return None
 
 
 def build_tables(schema: Schema) -> EmbeddingBagCollection | None:
@@ -35,9 +47,8 @@ def build_tables(schema: Schema) -> EmbeddingBagCollection | None:
     Every one pools by SUM (see pooling_divisor in data/transforms.py).
     """
     features: dict[str, list[str]] = {name: [] for name in schema.tables if name not in schema.listed}
-    for side, feature in schema.sparse_pairs:
-        if feature.table_name in features:
-            features[feature.table_name].append(key(side, feature))
+    for lookup in schema.lookups:
+        features[lookup.feature.table_name].append(lookup.key)
     if not features:
         return None
     return EmbeddingBagCollection(
@@ -124,17 +135,24 @@ class Pooled:
 
 
 def tower_inputs(schema: Schema, pooled: Pooled, sides: Mapping[Side, tuple[Tensor, Tensor]]) -> dict[Side, Tensor]:
-    """(rows, E) of each side that is asked for: its pooled bags, divided as their pooling says, then its numbers.
+    """(rows, E) of each side that is asked for.
 
-    `sides` holds each one's divisors, (rows, features), and numbers.
+    That is its pooled bags, divided as their pooling says, what layers made, then its numbers. `sides` holds each one's
+    divisors, (rows, features), and those numbers.
     """
-    pieces = []
+    pieces: list[_Piece] = []
     for number, side in enumerate(sides):
         first = 0
-        for column, feature in enumerate(schema.sparse(side)):
-            source, columns = pooled.places[key(side, feature)]
+        for column, feature in enumerate([*schema.sparse(side), *schema.layered(side)]):
+            name = key(side, feature)
+            source, columns = pooled.places[name]
             after = first + columns.stop - columns.start
-            pieces.append(_Piece(number, slice(first, after), source, columns, column if divides(feature) else None))
+            is_bag = column < len(schema.sparse(side))
+            divisor = column if is_bag and divides(feature) else None
+            pieces.append(_Piece(number, slice(first, after), source, columns, divisor))
+            if is_bag and schema.table_of(feature).hashes == 2:
+                source, columns = pooled.places[part_of(name, "2")]
+                pieces.append(_Piece(number, slice(first, after), source, columns, divisor, is_added=True))
             first = after
     made = _TowerInputs.apply(pieces, list(sides.values()), *pooled.sources)
     return dict(zip(sides, made, strict=True))
@@ -149,6 +167,7 @@ class _Piece:
     source: int
     source_columns: slice
     divisor: int | None
+    is_added: bool = False  # to the piece before it
 
 
 class _TowerInputs(torch.autograd.Function):
@@ -169,10 +188,12 @@ class _TowerInputs(torch.autograd.Function):
             input_BE[:, width:] = numbers
             for piece in mine:
                 part = sources[piece.source][:rows, piece.source_columns]
-                if piece.divisor is None:
+                by = None if piece.divisor is None else divisor[:, piece.divisor : piece.divisor + 1]
+                if piece.is_added:
+                    input_BE[:, piece.columns] += part if by is None else part / by
+                elif by is None:
                     input_BE[:, piece.columns] = part
                 else:
-                    by = divisor[:, piece.divisor : piece.divisor + 1]
                     torch.div(part, by, out=input_BE[:, piece.columns])
             made.append(input_BE)
         return tuple(made)
@@ -203,11 +224,9 @@ class _TowerInputs(torch.autograd.Function):
 def table_shards(model: nn.Module) -> Iterator[tuple[str, Tensor, tuple[int, int]]]:
     """Each piece of a table on this rank: the table's name, the weights, and the piece's first row and column."""
     for name, value in model.state_dict().items():
-        parts = name.split(".")
-        collection = next((each for each in COLLECTIONS if each in parts), None)
-        if collection is None:
+        table = table_in(name)
+        if table is None:
             continue
-        table = parts[parts.index(collection) + 1]
         if isinstance(value, ShardedTensor):
             for shard in value.local_shards():
                 row, column = shard.metadata.shard_offsets
