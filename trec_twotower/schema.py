@@ -607,7 +607,8 @@ class Schema:
             dim = self.table_of(feature).dim
             for name in feature.attributes:
                 if name not in by_name or not by_name[name].is_sparse:
-                    found = "is a number" if name in by_name else f"is none of `item`{nearest(name, by_name)}"
+                    found = f"is none of `item`{nearest(name, by_name)}"
+                    found = f"is a {by_name[name].kind}, without table" if name in by_name else found
                     raise ConfigError(
                         f"user feature {feature.name!r} has the attribute {name!r}, which {found}: name item features "
                         "that look up a table."
