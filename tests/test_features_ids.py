@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
@@ -40,6 +40,7 @@ def brand(**changes) -> FeatureSpec:
 WORDS = st.none() | st.sampled_from(["a", "b", "c", "d", "e", "é"])
 
 
+@settings(max_examples=40)
 @given(st.lists(st.lists(WORDS, max_size=6), max_size=4), st.integers(1, 3), st.integers(3, 7))
 def test_a_vocabulary_is_what_stands_there_most(parts, least, buckets):
     columns = [pa.array(part, pa.string()) for part in parts]
@@ -168,6 +169,7 @@ def test_two_hashes_keep_ids_apart_that_one_would_confuse(tmp_path, write_datase
 # Bags that fade
 
 
+@settings(max_examples=40)
 @given(st.lists(st.tuples(st.lists(st.integers(0, 10**6), max_size=4).map(sorted), st.none() | st.integers(0, 10**6))))
 def test_an_element_weighs_half_for_every_half_life(rows):
     feature = FeatureSpec(name="tags", kind="bag", table="t", times="when", until="now", half_life_days=2.0)
