@@ -26,16 +26,16 @@ Kernel = Callable[..., Any]
 IS_COMPILED = njit is not None
 
 
-def kernel(function: Kernel | None = None, *, fastmath: bool = False) -> Any:
-    """The function compiled; with `fastmath` sums of fractions in any order, several at a time."""
+def kernel(function: Kernel | None = None, **options: Any) -> Any:
+    """The function compiled, with what else numba is to be told."""
     if function is None:
-        return partial(kernel, fastmath=fastmath)
+        return partial(kernel, **options)
     if not IS_COMPILED:
         return np.errstate(over="ignore")(function)  # 64-bit products are meant to overflow
     try:
-        return njit(nogil=True, cache=True, fastmath=fastmath)(function)
+        return njit(nogil=True, cache=True, **options)(function)
     except RuntimeError:  # there is no folder to keep it in
-        return njit(nogil=True, fastmath=fastmath)(function)
+        return njit(nogil=True, **options)(function)
 
 
 if not IS_COMPILED:

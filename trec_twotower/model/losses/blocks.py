@@ -20,9 +20,10 @@ from torch.autograd.function import once_differentiable
 
 Precision = Literal["fp32", "bf16", "bf16_logits"]
 
-# Cells of the matrix at a time. On CPU 4 MiB of float32, so that a block is still in the cache when it is read again;
-# on a GPU enough to keep it busy.
-BLOCK_CELLS = {"cpu": 1 << 20, "cuda": 1 << 26}
+# Cells of the matrix at a time. On CPU 2 MiB of float32, so that a block is still in the cache when it is read again,
+# but not so few rows that products of theirs are slow; on a GPU enough to keep it busy.
+BLOCK_CELLS = {"cpu": 1 << 19, "cuda": 1 << 26}
+BLOCK_ROWS = 96
 
 
 @dataclass(frozen=True)
@@ -187,7 +188,7 @@ def softplus_sum(value_bC: Tensor) -> Tensor:
 
 def rows_a_block(num_columns: int, device: torch.device) -> int:
     cells = BLOCK_CELLS["cpu" if device.type == "cpu" else "cuda"]
-    return max(1, cells // max(num_columns, 1))
+    return max(BLOCK_ROWS, cells // max(num_columns, 1))
 
 
 @dataclass(frozen=True)
