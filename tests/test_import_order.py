@@ -28,9 +28,9 @@ LAYERS = """
     model.losses.blocks model.losses.contrastive model.losses.pointwise model.losses.pairwise model.losses.graded
     model.losses.mixture model.losses model.losses.regularisers model.queue model.gate model.watch model.two_tower
     optimizer sharding plan checkpoint_storage checkpoint encode run failures refresh pipeline spectral train export
-    metrics index.engine index.probing index.recipe index.scan index.filters index.search index.build index.neighbours
+    metrics exhaustive index.engine index.list_scan index.probing index.recipe index.scan index.filters index.search index.build index.neighbours
     index
-    exhaustive baselines slices evaluate rerank serve report
+    baselines slices evaluate rerank serve report
     torchrun doctor demo cli __main__
 """
 ORDER = LAYERS.split()

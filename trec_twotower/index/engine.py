@@ -13,8 +13,10 @@ import torch
 # After torch, whose CUDA libraries have to be loaded first where there is a GPU.
 import faiss as _faiss
 
+from trec_twotower.data.kernels import IS_COMPILED
 from trec_twotower.data.lists import Lists
 from trec_twotower.errors import ConfigError, DataError
+from trec_twotower.exhaustive import FEW_USERS, ITEMS, best_of_few
 from trec_twotower.metrics import blocks_by_length, first_kept
 
 faiss: Any = _faiss  # its type stubs lack what its classes have beyond the plain ones, and the GPU's whole
@@ -88,9 +90,11 @@ def exact_search(
 
 def best_of_all(user_BD: np.ndarray, item_ID: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     """The best `k` of checked vectors on the CPU, ending in -inf and -1 where there are fewer items."""
-    use_blas_well(user_BD.shape[1])
+    from_batch = use_blas_well(user_BD.shape[1])
     if not len(user_BD) or not len(item_ID):
         return np.full((len(user_BD), k), -np.inf, np.float32), np.full((len(user_BD), k), -1, np.int64)
+    if IS_COMPILED and from_batch <= len(user_BD) <= FEW_USERS and len(item_ID) >= ITEMS:
+        return best_of_few(item_ID, user_BD, k)
     score_BK, item_row_BK = faiss.knn(user_BD, item_ID, k, metric=faiss.METRIC_INNER_PRODUCT)
     if k > len(item_ID):
         score_BK[item_row_BK < 0] = -np.inf
