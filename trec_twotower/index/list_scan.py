@@ -122,11 +122,11 @@ class ListScan:
         else:  # everybody's best list first, which says what is worth keeping
             later_P = (np.arange(num_lists) > 0) * (1 + self.size_L.size)
             order_N = np.argsort((list_BP + later_P).ravel(), kind="stable")
-        width = max(2 * k, k + SPARE)
+        held = num_users, max(2 * k, k + SPARE)
         _scan(
             self.kind, self._codes_L, self._ids_L, self.size_L, weight_BD, weight_BD.ctypes.data, start_BP, list_BP,
-            order_N, _NO_BITS if bits is None else bits, bound_B.astype(np.float32), np.empty((num_users, width), np.float32),
-            np.empty((num_users, width), np.int64), score_BK, row_BK,
+            order_N, _NO_BITS if bits is None else bits, bound_B.astype(np.float32), np.empty(held, np.float32),
+            np.empty(held, np.int64), score_BK, row_BK,
         )  # fmt: skip
 
 
@@ -217,7 +217,7 @@ def _more_axes(kind: int, item: int, user: int, first: int, dim: int) -> float:
             total += weight * _half_at(item, axis)
         else:
             total += weight * _byte_at(item, axis)
-    return total
+    return float(total)
 
 
 @kernel

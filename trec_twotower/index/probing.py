@@ -27,6 +27,7 @@ from trec_twotower.index.engine import faiss
 
 REACH = np.array([0.25, 1.0, 4.0, 16.0])  # of k: the items that the features look ahead to
 RIDGE = 1e-3
+STRIDE = 32  # lists whose scores are looked at together
 CHOSEN_TOGETHER = 256  # users, whose scores of all centroids stay in the cache
 
 
@@ -153,7 +154,6 @@ class Coarse:
             order_BP = np.argsort(-score_BP, axis=1)
         return _columns(score_BP, order_BP), _columns(list_BP, order_BP)
 
-
     def choose(
         self, user_BD: np.ndarray, k: int, fit: Fit, size_L: np.ndarray | None, known_B: np.ndarray | None, most: int
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
@@ -216,16 +216,19 @@ def _choose(
                     held += size_L[number_P[at]]
                 foretold += weight_F[1 + each] * score_P[at]
             foretold_B[user] = foretold
-        bound = foretold_B[user] - margin
-        count, worst = 0, np.float32(-np.inf)
-        for number in range(num_lists):
-            score = score_L[number]
-            if score >= bound and score > worst and not (skips_empty and size_L[number] == 0):
-                if count == most:
-                    worst = _insert(score, number, count, score_P, number_P)
-                else:
-                    count += 1
-                    _insert(score, number, count, score_P, number_P)
+        least = np.nextafter(np.float32(foretold_B[user] - margin), np.float32(-np.inf))
+        count = 0
+        for begin in range(0, num_lists, STRIDE):
+            end = min(begin + STRIDE, num_lists)
+            if not _any_above(score_L, begin, end, least):
+                continue
+            for number in range(begin, end):
+                score = score_L[number]
+                if score > least and not (skips_empty and size_L[number] == 0):
+                    count = min(count + 1, most)
+                    last = _insert(score, number, count, score_P, number_P)
+                    if count == most:
+                        least = last
         if count == 0:
             count = _best_lists(score_L, size_L, skips_empty, 1, score_P, number_P)
         best_BP[user, :count] = score_P[:count]
@@ -241,14 +244,26 @@ def _best_lists(
     score_L: np.ndarray, size_L: np.ndarray, skips_empty: bool, most: int, score_P: np.ndarray, number_P: np.ndarray
 ) -> int:
     """The `most` lists of highest score in order; returns how many there are."""
-    count, worst = 0, np.float32(-np.inf)
-    for number in range(score_L.size):
-        if score_L[number] > worst and not (skips_empty and size_L[number] == 0):
-            count = min(count + 1, most)
-            last = _insert(score_L[number], number, count, score_P, number_P)
-            if count == most:
-                worst = last
+    count, least = 0, np.float32(-np.inf)
+    for begin in range(0, score_L.size, STRIDE):
+        end = min(begin + STRIDE, score_L.size)
+        if not _any_above(score_L, begin, end, least):
+            continue
+        for number in range(begin, end):
+            if score_L[number] > least and not (skips_empty and size_L[number] == 0):
+                count = min(count + 1, most)
+                last = _insert(score_L[number], number, count, score_P, number_P)
+                if count == most:
+                    least = last
     return count
+
+
+@kernel
+def _any_above(score_L: np.ndarray, begin: int, end: int, least: float) -> bool:
+    above = 0
+    for number in range(begin, end):
+        above |= score_L[number] > least
+    return above != 0
 
 
 @kernel

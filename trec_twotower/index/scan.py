@@ -82,7 +82,8 @@ class Part:
                     "items are scored: build the index with METRIC_INNER_PRODUCT."
                 )
         self._refined_codes = _codes_view(self.refine)
-        self.list_scan: ListScan | bool | None = None  # None: not looked for yet; False: there is none
+        self.list_scan: ListScan | None = None
+        self.knows_list_scan = False  # whether it was looked for
 
     @property
     def rounds(self) -> bool:
@@ -260,10 +261,11 @@ class Scanner:
 
     def _list_scan(self, part: Part) -> ListScan | None:
         """Our own loop over the part's lists, where there is one for its kind; made at the first search."""
-        if part.list_scan is None:
+        if not part.knows_list_scan:
             with self._lock:
-                part.list_scan = ListScan.of(part.base) or False
-        return part.list_scan or None
+                part.list_scan = ListScan.of(part.base)
+                part.knows_list_scan = True
+        return part.list_scan
 
     def scan_codes(self, user_BD: np.ndarray, k: int, effort: int, bitmap: np.ndarray | None = None) -> Answer:
         """The best `k` of an index without lists: of all items, or of those a graph of that `effort` comes by."""
