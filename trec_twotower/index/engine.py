@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, Literal, Protocol
@@ -220,9 +221,9 @@ def as_vectors(vectors: np.ndarray, what: str) -> np.ndarray:
     vectors = np.ascontiguousarray(vectors, dtype=np.float32)
     if vectors.ndim != 2:
         raise ConfigError(f"The {what} vectors have shape {vectors.shape}: give a matrix, one row per {what}.")
+    if math.isfinite(np.vdot(vectors, vectors)):  # no NaN and no infinity leaves a sum of squares finite
+        return vectors
     with np.errstate(all="ignore"):
-        if np.isfinite(vectors.sum(dtype=np.float32)):  # no NaN and no infinity leaves a sum finite
-            return vectors
         suspect = np.flatnonzero(~np.isfinite(vectors.sum(axis=1)))
     bad = suspect[~np.isfinite(vectors[suspect]).all(axis=1)]
     if len(bad):

@@ -8,6 +8,7 @@ which costs no heap. Half precision is widened as it is read. The answers are th
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -77,27 +78,45 @@ class ListScan:
         a user's k-th best is likely to beat: where it does not, the lists are scanned again without.
         """
         found = np.empty((len(user_BD), k), np.float32), np.empty((len(user_BD), k), np.int64)
-        if bound_B is None:
-            bound_B = np.full(len(user_BD), -np.inf, np.float32)
-        threads = max(1, min(faiss.omp_get_max_threads(), len(user_BD) // USERS_PER_THREAD))
-        step = max(TOGETHER, min(-(-len(user_BD) // threads), IN_SIGHT // (2 * k)))
-        blocks = [slice(start, start + step) for start in range(0, len(user_BD), step)]
+        is_bounded = bound_B is not None
+        # A copy, as the scan raises it
+        worst_B = np.array(bound_B, np.float32) if is_bounded else np.full(len(user_BD), -np.inf, np.float32)
+        if len(user_BD) < TOGETHER:
+            self._scan(user_BD, score_BP, list_BP, bits, worst_B, *found)
+        else:
+            self._scan_blocks(user_BD, score_BP, list_BP, bits, worst_B, found)
+        if is_bounded:
+            short = np.flatnonzero(found[1][:, -1] < 0)
+            if len(short):
+                found[0][short], found[1][short] = self.scan(user_BD[short], k, score_BP[short], list_BP[short], bits)
+        return found
 
-        def scan(users: slice) -> None:
+    def _scan_blocks(
+        self,
+        user_BD: np.ndarray,
+        score_BP: np.ndarray,
+        list_BP: np.ndarray,
+        bits: np.ndarray | None,
+        worst_B: np.ndarray,
+        found: tuple[np.ndarray, np.ndarray],
+    ) -> None:
+        """Blocks of users, by several threads where FAISS would take several."""
+        threads = max(1, min(faiss.omp_get_max_threads(), len(user_BD) // USERS_PER_THREAD))
+        step = max(TOGETHER, min(-(-len(user_BD) // threads), IN_SIGHT // (2 * found[0].shape[1])))
+
+        def scan(start: int) -> None:
+            users = slice(start, start + step)
             self._scan(
-                user_BD[users], score_BP[users], list_BP[users], bits, bound_B[users], found[0][users], found[1][users]
+                user_BD[users], score_BP[users], list_BP[users], bits, worst_B[users], found[0][users], found[1][users]
             )
 
-        if threads == 1 or len(blocks) == 1:
-            for users in blocks:
-                scan(users)
+        starts = range(0, len(user_BD), step)
+        if threads == 1 or len(starts) == 1:
+            for start in starts:
+                scan(start)
         else:
             with ThreadPoolExecutor(threads) as pool:
-                list(pool.map(scan, blocks))
-        short = np.flatnonzero((found[1][:, -1] < 0) & (bound_B > -np.inf))
-        if len(short):
-            found[0][short], found[1][short] = self.scan(user_BD[short], k, score_BP[short], list_BP[short], bits)
-        return found
+                list(pool.map(scan, starts))
 
     def _scan(
         self,
@@ -105,12 +124,12 @@ class ListScan:
         score_BP: np.ndarray,
         list_BP: np.ndarray,
         bits: np.ndarray | None,
-        bound_B: np.ndarray,
+        worst_B: np.ndarray,
         score_BK: np.ndarray,
         row_BK: np.ndarray,
     ) -> None:
-        (num_users, num_lists), k = list_BP.shape, score_BK.shape[1]
-        weight_BD, start_BP = np.ascontiguousarray(user_BD, np.float32), _NOTHING
+        num_users, num_lists = list_BP.shape
+        weight_BD, start_BP = user_BD, _NOTHING
         if self._is_residual:
             start_BP = score_BP
         if self._step_D is not None:
@@ -118,16 +137,19 @@ class ListScan:
             start_BP = start_BP + least_B1 if self._is_residual else np.repeat(least_B1, num_lists, axis=1)
             weight_BD = weight_BD * self._step_D
         if num_users < TOGETHER:
-            order_N = np.arange(num_users * num_lists)
+            order_N = _counting(num_users * num_lists)
         else:  # everybody's best list first, which says what is worth keeping
-            later_P = (np.arange(num_lists) > 0) * (1 + self.size_L.size)
+            later_P = (_counting(num_lists) > 0) * (1 + self.size_L.size)
             order_N = np.argsort((list_BP + later_P).ravel(), kind="stable")
-        held = num_users, max(2 * k, k + SPARE)
         _scan(
-            self.kind, self._codes_L, self._ids_L, self.size_L, weight_BD, weight_BD.ctypes.data, start_BP, list_BP,
-            order_N, _NO_BITS if bits is None else bits, bound_B.astype(np.float32), np.empty(held, np.float32),
-            np.empty(held, np.int64), score_BK, row_BK,
+            self.kind, self._codes_L, self._ids_L, self.size_L, weight_BD, start_BP, list_BP, order_N,
+            _NO_BITS if bits is None else bits, worst_B, score_BK, row_BK,
         )  # fmt: skip
+
+
+@lru_cache
+def _counting(count: int) -> np.ndarray:
+    return np.arange(count)
 
 
 _NO_BITS = np.empty(0, np.uint8)
@@ -227,14 +249,11 @@ def _scan(
     ids_L: np.ndarray,
     size_L: np.ndarray,
     weight_BD: np.ndarray,
-    weights_at: int,
     start_BP: np.ndarray,
     list_BP: np.ndarray,
     order_N: np.ndarray,
     bits: np.ndarray,
     worst_B: np.ndarray,
-    score_BW: np.ndarray,
-    row_BW: np.ndarray,
     score_BK: np.ndarray,
     row_BK: np.ndarray,
 ) -> None:
@@ -243,7 +262,9 @@ def _scan(
     An item must beat `worst_B`, which rises with what is found; W > K candidates of each user are held.
     """
     num_users, k = score_BK.shape
-    width, dim = score_BW.shape[1], weight_BD.shape[1]
+    width, dim = max(2 * k, k + SPARE), weight_BD.shape[1]
+    score_BW, row_BW = np.empty((num_users, width), np.float32), np.empty((num_users, width), np.int64)
+    weights_at = weight_BD.ctypes.data
     blocks = dim // LANES
     is_whole = LANES * blocks == dim
     item_bytes = dim * (4 if kind == FLOAT else 2 if kind == HALF else 1)

@@ -115,7 +115,7 @@ class Coarse:
     def __init__(self, quantizer: Any, size_L: np.ndarray, *, on_gpu: bool = False) -> None:
         self.size_L = size_L
         self.num_lists = len(size_L)
-        self._graph = quantizer if isinstance(quantizer, faiss.IndexHNSW) else None
+        self._graph: Any = quantizer if isinstance(quantizer, faiss.IndexHNSW) else None
         self.is_lossy = self._graph is not None  # may come back with fewer lists, which then score -inf
         self._centroid_LD: Any = None if self._graph is not None else quantizer.reconstruct_n(0, self.num_lists)
         self._on_gpu = torch.from_numpy(self._centroid_LD).cuda() if on_gpu and self._graph is None else None
@@ -153,6 +153,17 @@ class Coarse:
             score_BP = _columns(score_BP, list_BP)
             order_BP = np.argsort(-score_BP, axis=1)
         return _columns(score_BP, order_BP), _columns(list_BP, order_BP)
+
+    def scores(self, user_BD: np.ndarray, list_BK: np.ndarray) -> np.ndarray:
+        """(B, K): how the centroids of the users' given lists score."""
+        if self._centroid_LD is None:
+            self._centroid_LD = self._graph.storage.reconstruct_n(0, self.num_lists)
+        score_BK = np.empty(list_BK.shape, np.float32)
+        for user in range(0, len(user_BD), CHOSEN_TOGETHER):
+            users = slice(user, user + CHOSEN_TOGETHER)
+            every_BL = user_BD[users] @ self._centroid_LD.T
+            score_BK[users] = np.take_along_axis(every_BL, list_BK[users].astype(np.int64), axis=1)
+        return score_BK
 
     def choose(
         self, user_BD: np.ndarray, k: int, fit: Fit, size_L: np.ndarray | None, known_B: np.ndarray | None, most: int
