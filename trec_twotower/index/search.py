@@ -176,6 +176,14 @@ class ItemIndex:
         score_BK, item_row_BK = first_kept(keep_BC, k, (score_BC, -np.inf), (item_row_BC, -1))
         return score_BK, item_row_BK
 
+    def scanned(self, user_BD: np.ndarray, k: int) -> np.ndarray:
+        """The share of the items (B,) that lies in the lists that a search for `k` scans; 1 without lists."""
+        scanner = self._scanner
+        if scanner.coarse is None:
+            return np.ones(len(user_BD))
+        chosen = scanner.choose_lists(as_vectors(user_BD, "user"), k, fit_for(self.report.fits, k))
+        return scanner.scanned(chosen.list_BP)
+
     def allow(self, mask_I: np.ndarray, way: Way | None = None) -> Allowed:
         """The items marked in a bool array (I,), made ready for searches; `way` forces how they are searched."""
         return make_allowed(self._scanner, mask_I, self.report.fits, way)
