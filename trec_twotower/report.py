@@ -55,7 +55,7 @@ h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2.4rem; border-bo
 h3 { font-size: 1rem; margin-bottom: .3rem; }
 table { border-collapse: collapse; margin: .8rem 0; } th, td { padding: .2rem .7rem; text-align: right; }
 th:first-child, td:first-child { text-align: left; } tbody tr:nth-child(odd) { background: var(--soft); }
-small { opacity: .7; white-space: nowrap; } svg { max-width: 100%; height: auto; }
+small { opacity: .7; white-space: nowrap; } svg { width: 100%; height: auto; }
 .users { display: grid; grid-template-columns: repeat(auto-fit, minmax(26rem, 1fr)); gap: 1rem; }
 ol, ul { margin-top: .2rem; padding-left: 1.6rem; } .found { font-weight: 600; }
 """
@@ -184,7 +184,8 @@ def _evaluation(run: Run) -> str:
             axes = figure.add_subplot(rows, 2, place, title=f"recall@{ks[0]} by {name}")
             for number, contender in enumerate(contenders):
                 value = [part["metrics"][contender][f"recall@{ks[0]}"] for part in parts.values()]
-                axes.plot(range(len(parts)), value, marker="o", markersize=3, label=contender,
+                line = "" if "." in name else "-"  # values of a column stand in no order
+                axes.plot(range(len(parts)), value, line, marker="o", markersize=3, label=contender,
                           color=(BLUE, ORANGE, "#5aa469", "#9a6fb0")[number % 4])  # fmt: skip
             labels = [label.partition(" (")[0] for label in parts]
             axes.set_xticks(range(len(parts)), labels, rotation=35, ha="right")
@@ -228,7 +229,8 @@ def _index(run: Run, exported: Exported | None) -> str:
     if curve:
         axes.plot(*zip(*curve, strict=True), color=BLUE, marker="o", markersize=3, label="this index, as tuned")
     reached = float(report["reached_recall"])
-    axes.plot([reached], [len(user_BD) / index_s], "*", color=ORANGE, markersize=13, label="chosen, measured now")
+    chosen = report["curve"][min(3, len(report["curve"]) - 1)]
+    axes.plot(chosen[0], chosen[-1], "*", color=ORANGE, markersize=13, label="chosen")
     axes.plot([1], [len(user_BD) / exact_s], "s", color="#5aa469", label="exact search, measured now")
     axes.axvline(float(report["target_recall"]), color=INK, linestyle=":", linewidth=1, label="target")
     axes.set_ylim(bottom=0)

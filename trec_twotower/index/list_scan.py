@@ -288,13 +288,12 @@ def _scan(
                 found = 4
                 next_place += 4
             while found < 4 and next_place < size:
-                if bits.size:
-                    row = _id_at(ids, next_place)
-                    if not (bits[row >> 3] >> (row & 7)) & 1:
-                        next_place += 1
-                        continue
                 place[found] = next_place
-                found += 1
+                if bits.size:  # counted without a branch, which nobody could foresee
+                    row = _id_at(ids, next_place)
+                    found += (bits[row >> 3] >> (row & 7)) & 1
+                else:
+                    found += 1
                 next_place += 1
             if found == 0:
                 break

@@ -192,7 +192,11 @@ class ItemIndex:
         """How a search for `k` of these items goes."""
         if k >= len(allowed.item_rows):
             return "exact"
-        return allowed.way or choose_way(self._scanner, self.report.fits, len(allowed.item_rows), k)
+        if allowed.way is not None:
+            return allowed.way
+        if k not in allowed.chosen:
+            allowed.chosen[k] = choose_way(self._scanner, self.report.fits, len(allowed.item_rows), k)
+        return allowed.chosen[k]
 
     def _seen_here(self, seen: Lists, allowed: Allowed | None) -> Lists:
         """Seen items once each, without those that could not be found anyway."""
