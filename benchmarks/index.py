@@ -200,7 +200,9 @@ class Kept:
         return ItemIndex.load(self.folder / name, device="cpu"), json.loads(facts.read_text())
 
 
-def against_stock(num_items: int, rounds: int, folder: Path, make_only: bool) -> dict[str, float]:
+def against_stock(
+    num_items: int, rounds: int, folder: Path, latencies: list[str], codes_of_stock: list[str], make_only: bool
+) -> dict[str, float]:
     kept = Kept(folder, num_items)
     items = kept.array("items", lambda: trained_like(num_items, 4096 + 2048)[0])
     users = kept.array("users", lambda: trained_like(num_items, 4096 + 2048)[1])
@@ -216,7 +218,7 @@ def against_stock(num_items: int, rounds: int, folder: Path, make_only: bool) ->
         "exact, ours": (lambda user: exact_search(items, user, K, device="cpu"), 0.0, items.nbytes),
     }
     ours = {}
-    for latency in ("online", "batch"):
+    for latency in latencies:
         asked = config.model_copy(update={"latency": latency})
         index, built = kept.ours(latency, lambda asked=asked: build_index(items, tune_users, asked))
         ours[latency] = index
@@ -226,7 +228,7 @@ def against_stock(num_items: int, rounds: int, folder: Path, make_only: bool) ->
         )  # fmt: skip
     stock_names = []
     for lists in STOCK_LISTS.get(num_items, (int(np.sqrt(num_items)), int(2 * np.sqrt(num_items)))):
-        for codes in ("Flat", "SQfp16"):
+        for codes in codes_of_stock:
             factory = f"IVF{lists},{codes}"
             stock, built, num_bytes = kept.stock(
                 factory,
@@ -436,6 +438,10 @@ def main() -> None:
     parser.add_argument("--run", type=Path, help="a run folder with an export")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument(
+        "--latencies", nargs="+", default=["online", "batch"], help="which of ours; online is the default"
+    )
+    parser.add_argument("--codes", nargs="+", default=["Flat", "SQfp16"], help="which of stock")
     parser.add_argument("--folder", type=Path, help="keep vectors and indexes here, and take those that are there")
     parser.add_argument("--make-only", action="store_true", help="make what is to be kept, and measure nothing")
     parser.add_argument("--without-building", action="store_true", help="neither the building nor the loading")
@@ -453,7 +459,9 @@ def main() -> None:
     for num_items in sorted(options.items):
         with tempfile.TemporaryDirectory() as temporary:
             kept = options.folder or Path(temporary)
-            figures |= against_stock(num_items, options.rounds, kept, options.make_only)
+            figures |= against_stock(
+                num_items, options.rounds, kept, options.latencies, options.codes, options.make_only
+            )
             if not (options.make_only or options.without_building):
                 figures |= building(num_items, options.rounds, Path(temporary))
     print("\n" + "\n".join(f"{name:<24}{value:>10.4f}" for name, value in figures.items()))
