@@ -30,9 +30,9 @@ LAYERS = """
     model.losses.graded model.losses.mixture model.losses model.losses.regularisers model.queue model.gate model.watch model.interests
     model.two_tower
     optimizer sharding plan checkpoint_storage checkpoint encode run failures refresh pipeline spectral train export
-    metrics index.engine index.probing index.recipe index.scan index.filters index.search index.build index.neighbours
-    index
-    exhaustive baselines slices evaluate rerank serve report
+    metrics exhaustive index.engine index.list_scan index.probing index.recipe index.scan index.filters index.search
+    index.build index.neighbours index
+    baselines slices sampled evaluate rerank serve report
     torchrun doctor demo cli __main__
 """
 ORDER = LAYERS.split()

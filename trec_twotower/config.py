@@ -456,13 +456,26 @@ class EvaluateConfig(Settings):
     # What `evaluate` reports beside the metrics; training measures none of it.
     slices: tuple[str, ...] = SLICES
     item_to_item: bool = True  # the baseline of items that were taken together
+    svd: int = Field(default=64, ge=0)  # dim of the baseline of two towers in closed form (spectral.py); 0: without
     bootstrap: int = Field(default=1000, ge=0)  # resamples of the users, for intervals; 0: no intervals
+    # Metrics over so many drawn items a positive, as papers give them, beside those over the whole catalogue
+    sampled: int = Field(default=0, ge=0)  # 0: none
+    sampled_same: str | None = None  # also drawn from items that are the positive's like in this column of items/
 
     @model_validator(mode="after")
     def _best_is_measured(self) -> Self:
         known = [f"{name}@{k}" for k in self.k for name in METRICS]
         if self.best not in known:
             raise ValueError(f"evaluate.best is {self.best!r}, which is not measured{nearest(self.best, known)}.")
+        return self
+
+    @model_validator(mode="after")
+    def _same_is_of_a_sample(self) -> Self:
+        if self.sampled_same is not None and not self.sampled:
+            raise ValueError(
+                f"evaluate.sampled_same is {self.sampled_same!r}, but no negatives are drawn: set evaluate.sampled = "
+                "100 or so (evaluate --sampled 100), or leave sampled_same out."
+            )
         return self
 
     @model_validator(mode="after")
