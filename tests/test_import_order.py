@@ -25,7 +25,8 @@ LAYERS = """
     data.sources.options data.sources.writer data.sources.id_lines data.sources.synthetic_words
     data.sources.synthetic_reach data.sources.synthetic data.sources.gowalla data.sources.amazon_beauty
     data.sources.event_files data.sources.event_splits data.sources.events data.sources
-    model model.embedding model.inputs model.sequence model.parts model.tower model.temperature model.frequency
+    model model.embedding model.list_sums model.inputs model.sequence model.parts model.tower
+    model.temperature model.frequency
     model.losses.cells model.losses.blocks model.losses.contrastive model.losses.pointwise model.losses.pairwise
     model.losses.graded model.losses.mixture model.losses model.losses.regularisers model.queue model.gate model.watch model.interests
     model.two_tower

@@ -277,7 +277,8 @@ class LossConfig(Settings):
     kind: Literal["softmax", "bce", "softmax_bce", "bsl", "ccl", "bpr", "margin", "listwise"] = "softmax"
     # One of LOSS_PARAMETERS each; null where the loss has no such parameter.
     temperature: _NumberOrLearned | None = None  # scores are divided by it; {learned: true, start, low, high}: fitted
-    precision: Precision | None = None  # of the gradients' products; logits stay fp32
+    # Of the gradients' products; logits stay fp32, but with bf16_logits, which makes the negatives' of bf16, too.
+    precision: Precision | Literal["bf16_logits"] | None = None
     softmax_share: float | None = Field(default=None, ge=0, le=1)  # softmax_bce: of softmax; the rest is bce
     negative_weight: PositiveFloat | None = None  # bce, ccl: of all negatives of a row together
     temperature_ratio: PositiveFloat | None = None  # bsl: the positives' temperature over the negatives'

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import xxhash
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
@@ -101,6 +102,12 @@ def table_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def pooled_by_hand(vector_ND: Tensor, listed: Listed) -> Tensor:
     """(entries, D): the sum of the vectors of each entry, weighted where there are weights."""
+    if listed.place is not None:
+        assert listed.length is not None
+        ends = listed.length.cumsum(0)
+        return F.embedding_bag(
+            listed.place, vector_ND, ends - listed.length, mode="sum", per_sample_weights=listed.weight
+        )
     if listed.weight is not None:
         vector_ND = vector_ND * listed.weight[:, None]
     if listed.length is None:

@@ -71,7 +71,8 @@ class TwoTower(nn.Module):
         learned = loss.temperature if isinstance(loss.temperature, LearnedTemperature) else None
         self.parameters_of_loss = dict(loss.parameters)
         if "precision" in self.parameters_of_loss:
-            self.parameters_of_loss["precision"] = ranks.precision(self.parameters_of_loss["precision"])
+            wanted = self.parameters_of_loss["precision"]
+            self.parameters_of_loss["precision"] = wanted if wanted == "bf16_logits" else ranks.precision(wanted)
         self.temperature = None if learned is None else Temperature(learned, ranks.device)
         self.frequency = Frequency(ranks.device) if loss.log_q_estimate == "streaming" else None
         size = loss.negatives.queue
