@@ -26,6 +26,7 @@ import torch.utils.tensorboard
 
 import trec_twotower.evaluate
 import trec_twotower.train
+from tests.soak.drifting import DRIFTING
 from tests.soak.scenarios import SCENARIOS, Soak, Tally
 from tests.soak.spoiled import SPOILED
 from trec_twotower.data.kernels import shuffle
@@ -54,14 +55,15 @@ def run(folder: Path, options: argparse.Namespace) -> list[Tally]:
     soak = Soak(folder, options.share, options.seed)
     print(f"{'fault':<72}" + "".join(f"{name:>9}" for name in COLUMNS) + f"{'took':>9}", flush=True)
     tallies = []
-    for scenario in (*SCENARIOS, *SPOILED):
+    for scenario in (*SCENARIOS, *SPOILED, *DRIFTING):
         if options.only and options.only not in scenario.__name__:
             continue
         began = time.monotonic()
         tally = scenario(soak)
+        tally.took_s = round(time.monotonic() - began, 1)
         tallies.append(tally)
         counts = "".join(f"{getattr(tally, name):>9,}" for name in COLUMNS)
-        print(f"{tally.fault:<72}{counts}{time.monotonic() - began:>8.0f}s", flush=True)
+        print(f"{tally.fault:<72}{counts}{tally.took_s:>8.0f}s", flush=True)
         for note in tally.notes:
             print(f"    {note}", flush=True)
     return tallies

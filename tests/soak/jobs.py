@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 PATIENCE_S = 60.0
+GRACE_S = 1.0  # for the ranks that are left when one has failed; torchrun ends them, too
 ROW_UNIT = 1024  # a row's number stands in its features as number / 1024, which float32 holds
 
 
@@ -62,15 +63,15 @@ class Job:
     def is_running(self) -> bool:
         return sum(self._running(rank) for rank in range(len(self.pids))) > 0  # looks at all of them
 
-    def end(self, patience_s: float = PATIENCE_S) -> Ended:
-        """Wait for all ranks; as torchrun does, kill the others soon after one has failed."""
+    def end(self, patience_s: float = PATIENCE_S, grace_s: float = GRACE_S) -> Ended:
+        """Wait for all ranks; as torchrun does, end the others soon after one has failed."""
         until = time.monotonic() + patience_s
         failed_at = None
         while self.is_running:
             now = time.monotonic()
             if failed_at is None and any(self._status.values()):
                 failed_at = now
-            if now > until or (failed_at is not None and now > failed_at + 5):
+            if now > until or (failed_at is not None and now > failed_at + grace_s):
                 self.kill(signal.SIGKILL)
             time.sleep(0.005)
         said = "".join(path.read_text(errors="replace") for path in sorted(self.folder.glob("rank-*.txt")))
@@ -119,6 +120,9 @@ def _fork(rank: int, num_ranks: int, port: int, arguments: list[str], log: Path,
         audit = os.environ.get("SOAK_AUDIT")
         if audit is not None:
             record(Path(audit), rank)
+        states = os.environ.get("SOAK_STATES")
+        if states is not None:
+            record_states(Path(states))
         plant = os.environ.get("SOAK_PLANT")
         if plant is not None:
             plant_nan(*plant.split(":"), rank)
@@ -161,6 +165,35 @@ def record(folder: Path, rank: int) -> None:
         os.write(file, (json.dumps(line) + "\n").encode())
 
     Progress.took = recording  # type: ignore[method-assign]
+
+
+def record_states(folder: Path) -> None:
+    """From here on each save and each load leaves a digest of every tensor, put together from all ranks."""
+    import hashlib
+
+    from tests.ranks.states import whole_optimizer_state, whole_state
+    from trec_twotower.checkpoint import Checkpoints
+
+    folder.mkdir(parents=True, exist_ok=True)
+    save, load = Checkpoints.save, Checkpoints.load
+
+    def note(what: str, step: int, checkpoints: Checkpoints, model: Any, optimizer: Any) -> None:
+        ranks = checkpoints.ranks
+        tensors = {**whole_state(model, ranks), **whole_optimizer_state(optimizer, ranks)}
+        if ranks.is_first:
+            digests = {name: hashlib.sha256(value.numpy().tobytes()).hexdigest() for name, value in tensors.items()}
+            (folder / f"{what}-{step}.json").write_text(json.dumps(digests))
+
+    def saving(checkpoints: Checkpoints, step: int, model: Any, optimizer: Any, facts: Any) -> Path:
+        note("saved", step, checkpoints, model, optimizer)
+        return save(checkpoints, step, model, optimizer, facts)
+
+    def loading(checkpoints: Checkpoints, path: Path, model: Any, optimizer: Any = None) -> Any:
+        manifest = load(checkpoints, path, model, optimizer)
+        note("loaded", manifest["step"], checkpoints, model, optimizer)
+        return manifest
+
+    Checkpoints.save, Checkpoints.load = saving, loading  # type: ignore[method-assign]
 
 
 def plant_nan(what: str, step: str, planted_rank: str, rank: int) -> None:
@@ -222,6 +255,11 @@ def difference(calm: History, found: History) -> tuple[int, int]:
     """How many rows `found` lost and how many it took twice."""
     expected, taken = calm.all_rows(), found.all_rows()
     return sum((expected - taken).values()), sum((taken - expected).values())
+
+
+def last_sign(audit: Path) -> float:
+    """When, by the wall clock, the last rank to take a step took it."""
+    return max(path.stat().st_mtime for path in audit.glob("*.jsonl"))
 
 
 def newest_files(run_dir: Path) -> dict[str, str]:

@@ -120,8 +120,8 @@ def _spoil(folder: Path, read: Read, change: Callable[[bytes, random.Random], by
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     named = harmless = silent = 0
     notes = []
-    for _ in range(tries):
-        path = drawn.choices(files, [file.stat().st_size for file in files])[0]
+    for number in range(tries):  # by turns in proportion to the files' sizes, and each as often as the others
+        path = drawn.choices(files, [file.stat().st_size if number % 2 else 1 for file in files])[0]
         content = path.read_bytes()
         path.write_bytes(change(content, drawn))
         try:
@@ -162,6 +162,8 @@ def _tally_spoiled(soak: Soak, tally: Tally, what: str, change: Any, tries: int)
     tally.tried += tries
     tally.exact += named + harmless
     tally.silent += silent
+    if harmless:
+        tally.note(f"{what}: {harmless} of {tries} changed nothing of what is read")
     for note in notes:
         tally.note(note)
     return tally
