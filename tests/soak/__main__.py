@@ -1,35 +1,21 @@
 """`python -m tests.soak [--share 0.1] [--seed 0] [--json soak.json]`: all faults, as a table; 1 if any did harm."""
 
-# ruff: noqa: E402, F401
-
 from __future__ import annotations
-
-import os
-
-os.environ["OMP_NUM_THREADS"] = "1"  # a process that forks must have no threads
 
 import argparse
 import json
+import os
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-from trec_twotower.cli import _quiet
+os.environ["OMP_NUM_THREADS"] = "1"  # a process that forks must have no threads
 
-_quiet()
-
-# Imported once, for all ranks that are forked from here.
-import numpy as np
-import torch.distributed.optim
-import torch.utils.tensorboard
-
-import trec_twotower.evaluate
-import trec_twotower.train
+from tests.ranks.forked import get_ready
 from tests.soak.drifting import DRIFTING
 from tests.soak.scenarios import SCENARIOS, Soak, Tally
 from tests.soak.spoiled import SPOILED
-from trec_twotower.data.kernels import shuffle
 
 COLUMNS = ("tried", "exact", "lost", "doubled", "silent")
 
@@ -49,9 +35,7 @@ def main() -> int:
 
 
 def run(folder: Path, options: argparse.Namespace) -> list[Tally]:
-    shuffle(np.arange(2, dtype=np.int32), np.uint64(0))  # numba prepares itself at its first kernel
-    threads = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
-    assert len(threads) - threads.count("jemalloc_bg_thd") == 1, f"a process that forks must have no threads: {threads}"
+    get_ready()
     soak = Soak(folder, options.share, options.seed)
     print(f"{'fault':<72}" + "".join(f"{name:>9}" for name in COLUMNS) + f"{'took':>9}", flush=True)
     tallies = []

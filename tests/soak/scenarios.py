@@ -22,6 +22,7 @@ from tests.soak.world import NUM_STEPS, SAVE_EVERY, config, write_config, write_
 from trec_twotower.faults import POINTS
 
 ROOT = Path(__file__).resolve().parent.parent.parent
+TORCHRUN_S = 9.0  # that an undisturbed one takes, most of it imports
 STOPPED = {signal.SIGTERM: 143, signal.SIGUSR1: 138, signal.SIGINT: 130}
 
 
@@ -382,48 +383,30 @@ def simultaneous_starts(soak: Soak) -> Tally:
     return tally
 
 
-def agent_and_restarts(soak: Soak) -> Tally:
-    """Under real torchrun: kill -9 of the launcher, after which its ranks end too; and ranks that it starts again."""
-    tally = Tally("torchrun: kill -9 of the launcher, or of a rank that it starts again", 10)
-    for number in range(soak.tries(10)):
-        run = Run(soak, f"agent-{number}")
-        step = soak.random.randrange(2, NUM_STEPS)
-        kills_agent = number % 2 == 0
-        fault = f"step:{soak.random.choice(['forward', 'backward'])}:step{step}:rank{number // 2 % 2}"
-        first = _torchrun(run, TREC_TT_FAULT=fault + (":agent" if kills_agent else ""))
-        if kills_agent:
-            _wait_for_lock(run.run_dir)
-            again = _torchrun(run)
-        else:
-            again = first
-        if again.returncode == 0 and first.returncode == (-signal.SIGKILL if kills_agent else 0):
-            run.judge(tally, 1)
-        else:
-            tally.tried += 1
-            tally.note(f"{fault}: {first.returncode} {first.stdout[-600:]}; {again.returncode} {again.stdout[-600:]}")
-    return tally
-
-
-def torchrun_anywhere(soak: Soak) -> Tally:
-    """Real torchrun, kill -9 of the launcher, a rank or all, from the launcher's first import on."""
-    tally = Tally("torchrun: kill -9 of the launcher, a rank or all, at random instants", 10)
-    whole_s = 0.0  # what an undisturbed one takes
-    for number in range(soak.tries(10)):
+def under_torchrun(soak: Soak) -> Tally:
+    """Real torchrun, from its first import on: kill -9 of the launcher, whose ranks end too; of ranks, which it starts
+    again; and of any at random instants."""
+    tally = Tally("torchrun: kill -9 of the launcher, a rank or all; restarts", 14)
+    kinds = ["launcher at a point", "rank at a point", "a rank", "the launcher", "all"]
+    soak.random.shuffle(kinds)
+    for number in range(soak.tries(14)):
         run = Run(soak, f"torchrun-{number}")
-        if not whole_s:
-            began = time.monotonic()
-            calm = _torchrun(Run(soak, "torchrun-calm"))
-            assert calm.returncode == 0, calm.stdout
-            whole_s = time.monotonic() - began
-        target = ("a rank", "the launcher", "all")[number % 3]
-        first = _torchrun(run, strike=(target, soak.random.uniform(0, whole_s), soak.random))
+        kind = kinds[number % len(kinds)]
+        step = soak.random.randrange(2, NUM_STEPS)
+        fault = f"step:{soak.random.choice(['forward', 'backward'])}:step{step}:rank{soak.random.randrange(2)}"
+        if kind == "launcher at a point":
+            first = _torchrun(run, TREC_TT_FAULT=f"{fault}:agent")
+        elif kind == "rank at a point":
+            first = _torchrun(run, TREC_TT_FAULT=fault)
+        else:
+            first = _torchrun(run, (kind, soak.random.uniform(0, TORCHRUN_S), soak.random))
         _wait_for_lock(run.run_dir)
-        again = _torchrun(run)
+        again = first if kind == "rank at a point" else _torchrun(run)
         if again.returncode == 0:
             run.judge(tally, 1)
         else:
             tally.tried += 1
-            tally.note(f"{target}: {first.returncode} {first.stdout[-600:]}; {again.returncode} {again.stdout[-600:]}")
+            tally.note(f"{kind} {fault}: {first.returncode} {first.stdout[-600:]}; {again.stdout[-600:]}")
     return tally
 
 
@@ -493,8 +476,7 @@ SCENARIOS: list[Callable[[Soak], Tally]] = [
     kill_at_points,
     kill_in_save,
     kill_within_save,
-    agent_and_restarts,
-    torchrun_anywhere,
+    under_torchrun,
     stopped_rank,
     told_to_stop,
     other_ranks,

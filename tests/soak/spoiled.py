@@ -85,13 +85,15 @@ def _read_index(folder: Path) -> Any:
 
 
 def _read_dataset(folder: Path) -> Any:
-    """What training takes from it: the declared columns, hashed."""
+    """All its tables, and what training takes from it: the declared columns, hashed."""
     from trec_twotower.data.dataset import ITEM_ID, Dataset
     from trec_twotower.data.features import Sources
 
     sources = Sources(Dataset(folder), config(folder, folder).feature_schema, "event")
-    columns = [sources.catalogue.columns]
+    splits = [sources.dataset.split(name) for name in ("train", "items", "test")]
     found: list[Any] = [sources.dataset.fingerprint, sources.catalogue.keys.tobytes()]
+    found += [split.table(list(split.columns)).to_pydict() for split in splits]
+    columns = [sources.catalogue.columns]
     for group, table in sources.dataset.train.tables([*sources.user_columns(), ITEM_ID]):
         columns.append(sources.user_features(table, str(group)))
         found.append(sources.item_rows(table[ITEM_ID].combine_chunks(), str(group)).tobytes())
@@ -207,7 +209,7 @@ PLACES = {
     "index/index-00000-of-00001.faiss": ["pickle", "numpy"],
     "index/items.parquet": ["pickle"],
     "world/dataset.yaml": ["yaml"],
-    "world/train/part.parquet": ["pickle", "torch.save"],
+    "world/train/part-00000.parquet": ["pickle", "torch.save"],
 }
 
 
@@ -245,6 +247,8 @@ def _take_poison(soak: Soak, folder: Path, place: str, kind: str, trap: Path) ->
     root = {"checkpoint": newest, "run": run, "export": run / "export", "index": run / "index"}
     path = root.get(what, folder / "world") / name
     path.write_bytes(poisons(trap)[kind])
+    if what == "world" and name != "dataset.yaml":
+        (folder / "world/dataset.yaml").unlink()  # which would not agree
     if what in ("checkpoint", "export", "index") and name != "manifest.json":
         facts = json.loads((path.parent / "manifest.json").read_text())
         del facts["files"], facts["sha256"]
