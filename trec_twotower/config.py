@@ -576,7 +576,7 @@ class _Loader(yaml.SafeLoader):
             parts = [part for each in inside for part in (each if isinstance(each, tuple) else (each,))]
             node.num_values = 1 + sum(part.num_values for part in parts)
         elif not hasattr(node, "num_values"):
-            raise ConfigError(f"line {line}: an alias stands inside what it names: write it out.")
+            raise ValueError(f"line {line}: an alias stands inside what it names")
         if node.num_values > MAX_YAML_VALUES:
             raise ConfigError(f"line {line}: aliases make it more than {MAX_YAML_VALUES:,} values: use fewer.")
         return node

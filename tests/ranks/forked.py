@@ -15,6 +15,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Mapping
@@ -24,6 +25,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 PATIENCE_S = 60.0
+SERVED_GRACE_S = 10.0
 GRACE_S = 1.0  # for the ranks that are left when one has failed; torchrun ends them, too
 
 
@@ -32,8 +34,19 @@ class Ended:
     """How the ranks of a job ended: exit codes, negative for signals; and what they said."""
 
     codes: list[int]
-    said: str
+    first: int  # that of the first rank that failed, or 0
+    out: str
+    err: str
     seconds: float
+
+    @property
+    def code(self) -> int:
+        """As of torchrun: that of the first rank that failed."""
+        return self.first if self.first >= 0 else 128 - self.first
+
+    @property
+    def said(self) -> str:
+        return self.out + self.err
 
     @property
     def is_done(self) -> bool:
@@ -50,7 +63,7 @@ class Job:
         around = {**environ, "WORLD_SIZE": str(num_ranks), "LOCAL_WORLD_SIZE": str(num_ranks)}
         around |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
         self.pids = [
-            _fork(work, rank, folder / f"rank-{rank}.txt", {**around, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+            _fork(work, rank, folder / f"rank-{rank}", {**around, "RANK": str(rank), "LOCAL_RANK": str(rank)})
             for rank in range(num_ranks)
         ]
         self._status: dict[int, int] = {}
@@ -74,16 +87,22 @@ class Job:
     def end(self, patience_s: float = PATIENCE_S, grace_s: float = GRACE_S) -> Ended:
         """Wait for all ranks; as torchrun does, end the others soon after one has failed."""
         until = time.monotonic() + patience_s
-        failed_at = None
-        while self.is_running:
+        failed_at, first = None, 0
+        while self.is_running or failed_at is None:
             now = time.monotonic()
             if failed_at is None and any(self._status.values()):
-                failed_at = now
+                failed_at, first = now, min(self._status.values())
+            elif not self.is_running:
+                break
             if now > until or (failed_at is not None and now > failed_at + grace_s):
                 self.kill(signal.SIGKILL)
             time.sleep(0.005)
-        said = "".join(path.read_text(errors="replace") for path in sorted(self.folder.glob("rank-*.txt")))
-        return Ended([self._status[rank] for rank in range(len(self.pids))], said, time.monotonic() - self.began)
+        out, err = (
+            "".join(path.read_text(errors="replace") for path in sorted(self.folder.glob(f"rank-*.{kind}")))
+            for kind in ("out", "err")
+        )
+        codes = [self._status[rank] for rank in range(len(self.pids))]
+        return Ended(codes, first, out, err, time.monotonic() - self.began)
 
 
 def _fork(work: Callable[[int], int], rank: int, log: Path, environ: Mapping[str, str]) -> int:
@@ -94,9 +113,8 @@ def _fork(work: Callable[[int], int], rank: int, log: Path, environ: Mapping[str
     try:
         _end_with_parent()
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(out, 1)
-        os.dup2(out, 2)
+        for number, kind in ((1, ".out"), (2, ".err")):
+            os.dup2(os.open(f"{log}{kind}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
         os.environ.update(environ)
         code = work(rank)
     except SystemExit as ended:
@@ -167,10 +185,11 @@ def get_ready() -> None:
 
 
 class Starter:
-    """The process `python -m tests.ranks.forked`, and what it is asked."""
+    """The process `python -m tests.ranks.forked`, and what it is asked; `folder` is for what ranks say."""
 
-    def __init__(self, environ: Mapping[str, str]) -> None:
+    def __init__(self, folder: Path, **environ: str) -> None:
         settings = {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR", **environ}
+        self._folder = folder
         self._process = subprocess.Popen(
             [sys.executable, "-W", "ignore", "-m", "tests.ranks.forked"],
             cwd=ROOT,
@@ -180,25 +199,21 @@ class Starter:
             text=True,
         )
 
-    def run(
-        self,
-        num_ranks: int,
-        module: str,
-        *arguments: object,
-        folder: Path,
-        timeout_s: float = PATIENCE_S,
-        grace_s: float = 5.0,
-        **environ: str,
-    ) -> Ended:
-        """`-m module` on some ranks, whose words go to files in `folder`; a job that hangs is an AssertionError."""
+    def job(self, num_ranks: int, module: str, *arguments: object, timeout_s: float = 120, **environ: str) -> Ended:
+        """`-m module` on some ranks, to its end; an AssertionError where it hangs."""
         wanted = {"num_ranks": num_ranks, "module": module, "arguments": [str(each) for each in arguments]}
-        wanted |= {"folder": str(folder), "timeout_s": timeout_s, "grace_s": grace_s, "environ": environ}
+        wanted |= {"folder": str(self._folder), "timeout_s": timeout_s, "environ": environ}
         assert self._process.stdin is not None and self._process.stdout is not None
         self._process.stdin.write(json.dumps(wanted) + "\n")
         self._process.stdin.flush()
         ended = Ended(**json.loads(self._process.stdout.readline()))
         assert ended.seconds < timeout_s, f"{module} on {num_ranks} ranks hung for {timeout_s} s:\n{ended.said}"
         return ended
+
+    def run(self, *arguments: Any, **settings: Any) -> tuple[int, str]:
+        """As `job`; gives the exit code that torchrun would end with, and what all ranks said."""
+        ended = self.job(*arguments, **settings)
+        return ended.code, ended.said
 
     def close(self) -> None:
         self._process.communicate()
@@ -217,8 +232,9 @@ def _serve() -> None:
             runpy.run_module(wanted["module"], run_name="__main__", alter_sys=True)
             return 0
 
-        ended = Job(wanted["num_ranks"], work, Path(wanted["folder"]), wanted["environ"])
-        answers.write(json.dumps(vars(ended.end(wanted["timeout_s"], wanted["grace_s"]))) + "\n")
+        folder = Path(tempfile.mkdtemp(dir=wanted["folder"]))
+        ended = Job(wanted["num_ranks"], work, folder, wanted["environ"]).end(wanted["timeout_s"], SERVED_GRACE_S)
+        answers.write(json.dumps(vars(ended)) + "\n")
         answers.flush()
 
 

@@ -24,7 +24,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--share", type=float, default=1.0, help="of the tries of each fault (at least one)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", help="scenarios whose name has this word")
+    parser.add_argument("--only", help="scenarios whose name has one of these words, as in kill,told")
     parser.add_argument("--json", type=Path, default=Path("soak.json"))
     parser.add_argument("--keep", type=Path, help="work in this folder and leave it")
     options = parser.parse_args()
@@ -40,7 +40,7 @@ def run(folder: Path, options: argparse.Namespace) -> list[Tally]:
     print(f"{'fault':<72}" + "".join(f"{name:>9}" for name in COLUMNS) + f"{'took':>9}", flush=True)
     tallies = []
     for scenario in (*SCENARIOS, *SPOILED, *DRIFTING):
-        if options.only and options.only not in scenario.__name__:
+        if options.only and not any(word in scenario.__name__ for word in options.only.split(",")):
             continue
         began = time.monotonic()
         tally = scenario(soak)

@@ -74,7 +74,7 @@ class Split:
             if footers is not None and path.name in footers and footer_digest(path) != footers[path.name]:
                 raise DataError(
                     f"{path} is not what {folder.parent / DESCRIPTION} says (its footer differs): it is damaged, or "
-                    "was written anew; make the dataset again, or take the file's entry out there."
+                    f"was written anew; make the dataset again, or remove {DESCRIPTION}."
                 )
             file = _open(path)
             self._agree(path, file.schema_arrow)
@@ -254,6 +254,8 @@ class Dataset:
         described = read_yaml(path) or {} if path.is_file() else {}
         if not isinstance(described, dict):
             raise DataError(f"{path} does not describe a dataset: make it again, or remove it.")
+        if "sha256" in described and described["sha256"] != digest_of_description(described):
+            raise DataError(f"{path} is damaged or was changed (its own sha256 differs): make it again, or remove it.")
         return described
 
     @cached_property
@@ -330,6 +332,12 @@ def _encoded_texts(file: pq.ParquetFile) -> set[str]:
         for number, leaf in enumerate(leaves)
         if leaf.logical_type.type == "STRING" and chunks.column(number).has_dictionary_page
     }
+
+
+def digest_of_description(described: Mapping[str, Any]) -> str:
+    """SHA-256 of what dataset.yaml says, but for this digest itself."""
+    rest = {name: value for name, value in described.items() if name != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def footer_digest(path: Path) -> str:

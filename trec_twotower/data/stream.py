@@ -217,7 +217,7 @@ def read_counts(path: Path, mend: str = COUNT_AGAIN) -> np.ndarray:
     """What `write_counts` has written; raises DataError."""
     try:
         return np.array(np.load(path, mmap_mode="r"))  # mapped first: no more memory than the file has bytes
-    except (FileNotFoundError, ValueError, EOFError) as error:
+    except Exception as error:  # an altered header can raise anything
         raise DataError(f"{path} cannot be read ({error}): {mend}") from None
 
 

@@ -347,7 +347,11 @@ class ItemIndex:
             if mapped:
                 _check_head(folder / name, manifest["files"][name]["bytes"], digest)
             faiss.set_deserialization_vector_byte_limit(manifest["files"][name]["bytes"])  # no part exceeds the whole
-            wholes.append(faiss.read_index(str(folder / name), faiss.IO_FLAG_MMAP_IFC if mapped else 0))
+            try:
+                wholes.append(faiss.read_index(str(folder / name), faiss.IO_FLAG_MMAP_IFC if mapped else 0))
+            except RuntimeError as error:
+                found = str(error).strip().splitlines()[-1]
+                raise DataError(f"{folder / name} is no index that FAISS reads ({found}): {MEND}") from None
         report = IndexReport.read(manifest["report"])
         scanner = Scanner(wholes, device, report.refine_factor)
         if scanner.num_items != manifest["items"]:

@@ -24,7 +24,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
-from trec_twotower.data.dataset import footer_digest
+from trec_twotower.config import parse_yaml
+from trec_twotower.data.dataset import digest_of_description, footer_digest
 from trec_twotower.errors import ConfigError
 
 FORMAT = 1
@@ -111,8 +112,10 @@ class DatasetWriter:
             "columns": {name: self._splits[name].columns() for name in written},
             "files": {key: value for name in written for key, value in self._splits[name].describe().items()},
         }
+        text = yaml.safe_dump(manifest, sort_keys=False, allow_unicode=True)
+        manifest["sha256"] = digest_of_description(parse_yaml(text, MANIFEST))
         with (self.temporary / MANIFEST).open("w", encoding="utf-8") as file:
-            yaml.safe_dump(manifest, file, sort_keys=False, allow_unicode=True)
+            file.write(f"{text}sha256: {manifest['sha256']}\n")
             file.flush()
             os.fsync(file.fileno())
         for folder in (*(self.temporary / name for name in written), self.temporary):
