@@ -236,10 +236,14 @@ def test_other_data_than_the_run_began_with_are_refused(cli, shop_copy, shop_tab
 
 
 @pytest.mark.parametrize("name", ["statistics.json", "item_counts.npy"])
-@pytest.mark.parametrize("content", [b"", b"no longer what it was"], ids=["empty", "overwritten"])
-def test_what_a_run_learned_from_the_data_can_be_learned_again(cli, shop_copy, name, content):
-    before = listing(shop_copy.run)
-    (shop_copy.run / name).write_bytes(content)
+@pytest.mark.parametrize(
+    "damage",
+    [lambda whole: b"", lambda whole: b"no longer what it was", lambda whole: whole[:-9] + b"1" + whole[-8:]],
+    ids=["empty", "overwritten", "one byte"],
+)
+def test_what_a_run_learned_from_the_data_can_be_learned_again(cli, shop_copy, name, damage):
+    before, path = listing(shop_copy.run), shop_copy.run / name
+    path.write_bytes(damage(path.read_bytes()))
     said = cli("evaluate", shop_copy.run)
     assert said.code == DATA and name in said.mistake and "remove statistics.json" in said.mistake
     (shop_copy.run / "statistics.json").unlink()
