@@ -382,6 +382,20 @@ def test_what_two_ranks_find_while_they_read_is_one_message(
     assert not (run / "checkpoints").exists()
 
 
+@pytest.mark.timeout(150)
+def test_a_rank_that_is_left_alone_says_so_in_one_line(on_forked_ranks, shop_copy):
+    """Also before the training has begun, and in the commands after it."""
+    calls = {
+        "train": ("train", shop_copy.config, f"run_dir={shop_copy.run}", "train.epochs=3"),
+        "export": ("export", shop_copy.run),
+    }
+    said = {name: on_forked_ranks(*call, TREC_TT_FAULT="start:joined:rank1") for name, call in calls.items()}
+    for name, answer in said.items():
+        assert answer.code == 128 + 9 and answer.mistake.count("\n") == 1, (name, answer.err)
+    assert "Rank 0 lost the others at its start" in said["train"].err
+    assert "export: rank 0 lost the others (" in said["export"].err
+
+
 @pytest.mark.timeout(240)
 def test_ctrl_c_ends_training_and_the_same_command_goes_on(shop, tmp_path, on_forked_ranks):
     """As a terminal does it: the launcher and all ranks get the signal. Once more, while a checkpoint is loaded."""
