@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from tests.ranks.launch import SAID_BY_TORCHREC, torchrun
+from tests.ranks.launch import SAID_BY_TORCHREC
 from tests.sequences import NUM_ITEMS, RESUMED, TOWERS, USERS, steps_config, write_steps
 from trec_twotower.data.batch import make_batch
 from trec_twotower.data.dataset import Dataset
@@ -215,12 +215,12 @@ def test_items_stand_once_in_a_batch_however_many_steps_take_them(world, tmp_pat
 
 
 @pytest.fixture(scope="module")
-def made(world, tmp_path_factory) -> dict[int, tuple[dict[str, Any], Path]]:
+def made(world, tmp_path_factory, forked) -> dict[int, tuple[dict[str, Any], Path]]:
     """What one rank and two made of the same cases."""
     found = {}
     for num_ranks in (1, 2):
         out = tmp_path_factory.mktemp(f"ranks-{num_ranks}")
-        code, said = torchrun(num_ranks, "tests.ranks.sequences", world, out)
+        code, said = forked(num_ranks, "tests.ranks.sequences", world, out)
         assert code == 0, said
         found[num_ranks] = torch.load(out / "results.pt", weights_only=True), out / "runs"
     return found

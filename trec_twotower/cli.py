@@ -166,6 +166,14 @@ def _run(arguments: list[str] | None) -> int:
     except KeyboardInterrupt:
         _say_once(f"trec-twotower {options.command}: interrupted; the same command goes on from what is saved.")
         return INTERRUPTED
+    except RuntimeError as error:
+        from trec_twotower.heartbeat import cause_of, is_lost
+
+        if int(os.environ.get("WORLD_SIZE", "1")) < 2 or not is_lost(error):
+            raise
+        lost = f"rank {os.environ['RANK']} lost the others ({cause_of(error)}): the first of them to end says why."
+        _say_once(f"trec-twotower {options.command}: {lost}", is_own=True)
+        return 1
     except OSError as error:
         _say_once(f"trec-twotower {options.command}: {error.strerror or error}: {error.filename or ''}".rstrip(": "))
         return 1
