@@ -50,7 +50,11 @@ def build_parser() -> argparse.ArgumentParser:
     demo.add_argument("--dir", type=Path, default=Path("."), help="where data/demo and runs/demo go (default: here)")
 
     prepare = command("prepare", _prepare, "raw files to a dataset folder")
-    prepare.add_argument("source", metavar="SOURCE", help="synthetic, gowalla, amazon-beauty or events")
+    prepare.add_argument(
+        "source",
+        metavar="SOURCE",
+        help="synthetic, gowalla, amazon-beauty, amazon-reviews, movielens, goodbooks or events",
+    )
     prepare.add_argument("--out", type=Path, required=True, metavar="DATASET", help="the folder to make")
     prepare.add_argument("--overwrite", action="store_true", help="replace a dataset that is there")
     prepare.add_argument(
