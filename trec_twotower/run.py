@@ -21,6 +21,7 @@ from trec_twotower.config import (
 from trec_twotower.data.cache_folder import CacheFolder
 from trec_twotower.data.dataset import Dataset
 from trec_twotower.data.features import Sources
+from trec_twotower.data.interactions import TrainBatches
 from trec_twotower.data.negatives import count_items
 from trec_twotower.data.stream import (
     COUNT_AGAIN,
@@ -113,6 +114,7 @@ class Run:
                 begun.append(learned)
             numbers = {name: asdict(statistics) for name, statistics in learned.statistics.items()}
             count_NI = count_items(learned, self.config.loss)
+            TrainBatches(learned, self.config.data, self.config.loss, count_NI, share=(0, 1))  # raises what it has to
             # The data hold what the config wants of them: only now there is something to write.
             self.folder.mkdir(parents=True, exist_ok=True)
             write_file(self.folder / CONFIG, to_yaml(as_values(self.config)))
