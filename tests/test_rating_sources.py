@@ -16,6 +16,7 @@ import pytest
 from trec_twotower.data.sources import prepare
 from trec_twotower.errors import ConfigError, DataError
 
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 DAY_MS = 86_400_000
 START_MS = 1_600_000_000_000  # 2020-09-13
 
@@ -319,7 +320,7 @@ def write_csv(folder: Path) -> Path:
     for name, lines in {"ratings": RATED, "movies": MOVIES, "tags": TAGS}.items():
         with (folder / f"{name}.csv").open("w", encoding="utf-8", newline="") as file:
             file.write(headers[name] + "\n")
-            csv.writer(file).writerows(lines)
+            csv.writer(file, lineterminator="\n").writerows(lines)
     return folder
 
 
@@ -431,3 +432,69 @@ def test_what_goodbooks_needs_is_said(tmp_path):
     assert "no column 'goodreads_book_id'" in refusal(DataError, "goodbooks", folder)
     (folder / "ratings.csv").write_text("user_id,book_id,rating\n1,2,\n")
     assert "row 0 (counted from 0): 'rating' is null" in refusal(DataError, "goodbooks", folder)
+
+
+# ---------------------------------------------------------------- a model of each, by the config that is shipped
+
+
+def amazon_world(folder: Path) -> Path:
+    """Readers keep to one writer out of six."""
+    rng = np.random.default_rng(0)
+    log, items = [], [f"I{number}" for number in range(60)]
+    for user in range(80):
+        liked = rng.permutation([item for item in range(60) if item % 6 == user % 6])[:8]
+        log += [review(f"U{user}", items[item], 1 + 3.5 * step) for step, item in enumerate(liked)]
+    books = [
+        about(item, author={"name": f"W{number % 6}"}, price=None if number % 5 else "from 3.5")
+        for number, item in enumerate(items[:55])
+    ]
+    return write_amazon(folder, log, books, gz=True)
+
+
+def movielens_world(folder: Path) -> Path:
+    folder.mkdir()
+    rated = [(user, (user * 7 + step * 3) % 30 + 1, 5, 1000 + step) for user in range(40) for step in range(6)]
+    for name, lines in {
+        "ratings": rated,
+        "movies": [(movie, f"Film ({1960 + movie})", "Drama|War") for movie in range(1, 31)],
+        "users": [(user, "FM"[user % 2], 25, 3, "1") for user in range(40)],
+    }.items():
+        (folder / f"{name}.dat").write_text("".join("::".join(map(str, line)) + "\n" for line in lines))
+    return folder
+
+
+def goodbooks_world(folder: Path) -> Path:
+    write_goodbooks(folder)
+    with (folder / "books.csv").open("a") as file:
+        file.writelines(f"{book},{book}00,{book},9,2,,,Anon,1990.0,,T,eng,4.0,11\n" for book in range(4, 13))
+    lines = [f"{user},{(user + step) % 12 + 1},5" for step in range(5) for user in range(36)]
+    (folder / "ratings.csv").write_text("\n".join(["user_id,book_id,rating", *lines]) + "\n")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("source", "config", "world", "options"),
+    [
+        ("amazon-reviews", "amazon_books", amazon_world, {**SPLIT, "category": "Books"}),
+        ("movielens", "movielens", movielens_world, {}),
+        ("goodbooks", "goodbooks", goodbooks_world, {}),
+    ],
+)
+def test_the_shipped_config_trains_on_what_was_prepared(cli, tmp_path, source, config, world, options):
+    raw, data, run = world(tmp_path / "raw"), tmp_path / "data", tmp_path / "run"
+    told = [f"{name}={value}" for name, value in options.items()]
+    said = cli("prepare", source, "--out", data, f"data_dir={raw}", *told)
+    assert said.code == 0, said.err
+    overrides = [f"data.dataset={data}", f"run_dir={run}", "data.batch_size=30", "train.epochs=2", "train.log_every=1"]
+    overrides += [
+        "loss.negatives.sampled=8",
+        "train.optimizer.warmup_steps=1",
+        "evaluate.k=[2]",
+        "evaluate.best=recall@2",
+    ]
+    if source == "amazon-reviews":
+        overrides += ["tables.item.buckets=4096", "tables.author.buckets=512", "item.store.buckets=512"]
+    said = cli("train", CONFIGS / f"{config}.yaml", *overrides)
+    assert said.code == 0, said.err
+    losses = [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines() if "loss" in line]
+    assert len(losses) >= 2 and np.isfinite(losses).all() and losses[-1] < losses[0]

@@ -197,7 +197,7 @@ def explained(what: str, options: LogOptions) -> Iterator[None]:
 def broken_line(path: Path, words: str) -> DataError:
     """Names the first line of a file of JSON lines that is no JSON object: DuckDB counts lines roughly."""
     with pa.input_stream(str(path), compression="detect") as stream:
-        for number, line in enumerate(io.BufferedReader(stream), 1):  # type: ignore[type-var]
+        for number, line in enumerate(io.BufferedReader(stream), 1):
             try:
                 is_object = not line.strip() or isinstance(json.loads(line), dict)
             except ValueError:

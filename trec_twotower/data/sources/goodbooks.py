@@ -16,6 +16,7 @@ taken, later than the ratings to be found; `to_read` (less what the user took) i
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -91,7 +92,7 @@ def write(options: Options, writer: DatasetWriter) -> dict[str, Any]:
 
 
 def _read(
-    database: duckdb.DuckDBPyConnection, options: Options, folder: Path, name: str, wanted: tuple[str, ...]
+    database: duckdb.DuckDBPyConnection, options: Options, folder: Path, name: str, wanted: Sequence[str]
 ) -> Files:
     """A file's columns, all as text; DataError where one of those `wanted` is missing."""
     path = find_file(folder, name)
@@ -108,8 +109,8 @@ def _read(
 
 def _load_items(database: duckdb.DuckDBPyConnection, options: Options, folder: Path) -> None:
     """Make the table `items`: of each book that was taken what books.csv says, and its shelves."""
-    wanted = ("book_id", "goodreads_book_id", "authors", "title", "original_publication_year", "language_code")
-    wanted = (*wanted, "average_rating", "ratings_count")
+    wanted = ["book_id", "goodreads_book_id", "authors", "title", "original_publication_year", "language_code"]
+    wanted += ["average_rating", "ratings_count"]
     books = _read(database, options, folder, "books.csv", wanted)
     refuse_doubles(database, options, books, "book_id")
     with explained(f"books = {books.path}", options):
