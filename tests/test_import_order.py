@@ -29,9 +29,10 @@ LAYERS = """
     model.losses.blocks model.losses.contrastive model.losses.pointwise model.losses.pairwise model.losses.graded
     model.losses.mixture model.losses model.losses.regularisers model.queue model.gate model.watch model.two_tower
     optimizer sharding plan checkpoint_storage checkpoint encode run failures refresh pipeline spectral train export
+    program encoder
     metrics index.engine index.probing index.recipe index.scan index.filters index.search index.build index.neighbours
     index
-    exhaustive baselines slices evaluate rerank serve report
+    exhaustive baselines slices evaluate rerank serve server report
     torchrun doctor demo cli __main__
 """
 ORDER = LAYERS.split()

@@ -239,7 +239,8 @@ class Checkpoints:
 
     def _fill(self, state: dict[str, Any], reader: SafeReader) -> None:
         try:
-            dcp.load(state, storage_reader=reader, planner=dcp.DefaultLoadPlanner(flatten_state_dict=False))
+            planner = dcp.DefaultLoadPlanner(flatten_state_dict=False)
+            dcp.load(state, storage_reader=reader, planner=planner, no_dist=self.ranks.num_ranks == 1)
         except CheckpointException as error:
             rank, (cause, _) = next(iter(error.failures.items()))
             found = f"{type(cause).__name__}: {cause}"

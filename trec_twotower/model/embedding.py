@@ -85,15 +85,18 @@ def table_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def pooled_by_hand(vector_ND: Tensor, listed: Listed) -> Tensor:
-    """(entries, D): the sum of the vectors of each entry, weighted where there are weights."""
+    """(entries, D): the sum of the vectors of each entry, weighted where there are weights.
+
+    (Sizes are read from shapes here, since torch.export takes `len` for a constant.)
+    """
     if listed.weight is not None:
         vector_ND = vector_ND * listed.weight[:, None]
     if listed.length is None:
         return vector_ND
     entry_N = torch.repeat_interleave(
-        torch.arange(len(listed.length), device=vector_ND.device), listed.length, output_size=len(vector_ND)
+        torch.arange(listed.length.shape[0], device=vector_ND.device), listed.length, output_size=vector_ND.shape[0]
     )
-    return vector_ND.new_zeros(len(listed.length), vector_ND.shape[1]).index_add(0, entry_N, vector_ND)
+    return vector_ND.new_zeros(listed.length.shape[0], vector_ND.shape[1]).index_add(0, entry_N, vector_ND)
 
 
 def tower_input(schema: Schema, side: Side, pooled: Mapping[str, Tensor], divisor: Tensor, number: Tensor) -> Tensor:

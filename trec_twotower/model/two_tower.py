@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import KeyedTensor
 
 from trec_twotower.config import LearnedTemperature, LossConfig, ModelConfig
-from trec_twotower.data.batch import Batch
+from trec_twotower.data.batch import Batch, Listed
 from trec_twotower.distributed import Ranks
 from trec_twotower.model.embedding import build_lists, build_tables, pooled_by_hand, tower_input
 from trec_twotower.model.frequency import Frequency
@@ -161,34 +162,37 @@ class TwoTower(nn.Module):
             pooled = KeyedTensor(bags.keys(), bags.length_per_key(), values, key_dim=1).to_dict()
         if self.lists is not None:
             found = {name: each.float() for (name, _), each in zip(self.schema.listed_keys, looked_up, strict=True)}
-            pooled |= self._by_hand(batch, found)
+            pooled |= put_together(self.schema, self.user_tower, batch.listed, found)
         return pooled
-
-    def _by_hand(self, batch: Batch, vectors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """What is made of vectors that were looked up one by one: pooled bags, and the users' encoded sequences."""
-        found = {}
-        for side, feature in self.schema.sparse_pairs:
-            name = key(side, feature)
-            if feature.table_name not in self.schema.listed:
-                continue
-            if feature.kind != "sequence":
-                found[name] = pooled_by_hand(vectors[name], batch.listed[name])
-                continue
-            item_UD = vectors[name]
-            if feature.delta:
-                item_UD = item_UD + vectors[part_of(name, "delta", "+")]
-            for attribute in feature.attributes:
-                at = batch.listed[part_of(name, attribute)]
-                added = pooled_by_hand(vectors[part_of(name, attribute)], at)
-                item_UD = item_UD + (added if at.divisor is None else added / at.divisor[:, None])
-            found[name] = self.user_tower.encode_steps(feature.name, item_UD, batch.listed[name])
-        return found
 
     def _users(self, batch: Batch, pooled: dict[str, Tensor]) -> Tensor:
         return self.user_tower(tower_input(self.schema, "user", pooled, batch.user_divisor_BF, batch.user_number_BN))
 
     def _items(self, batch: Batch, pooled: dict[str, Tensor]) -> Tensor:
         return self.item_tower(tower_input(self.schema, "item", pooled, batch.item_divisor_SF, batch.item_number_SN))
+
+
+def put_together(
+    schema: Schema, user_tower: Tower, listed: Mapping[str, Listed], vectors: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """What is made of vectors that were looked up one by one: pooled bags, and the users' encoded sequences."""
+    found = {}
+    for side, feature in schema.sparse_pairs:
+        name = key(side, feature)
+        if name not in vectors:
+            continue
+        if feature.kind != "sequence":
+            found[name] = pooled_by_hand(vectors[name], listed[name])
+            continue
+        item_UD = vectors[name]
+        if feature.delta:
+            item_UD = item_UD + vectors[part_of(name, "delta", "+")]
+        for attribute in feature.attributes:
+            at = listed[part_of(name, attribute)]
+            added = pooled_by_hand(vectors[part_of(name, attribute)], at)
+            item_UD = item_UD + (added if at.divisor is None else added / at.divisor[:, None])
+        found[name] = user_tower.encode_steps(feature.name, item_UD, listed[name])
+    return found
 
 
 def relations_of(batch: Batch) -> Relations:
