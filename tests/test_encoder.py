@@ -6,6 +6,7 @@ import json
 import pickle
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -108,7 +109,7 @@ def test_what_is_missing_or_damaged_is_said(folder, shop, shop_tables, tmp_path,
     content = bytearray((copy / "weights.pt").read_bytes())
     content[len(content) // 2] ^= 1
     (copy / "weights.pt").write_bytes(content)
-    with pytest.raises(DataError, match="weights.pt is damaged"):
+    with pytest.raises(DataError, match=r"weights\.pt is damaged"):
         Encoder.load(copy)
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert "leave out the launcher" in cli("export", shop.run, "--encoder").mistake
@@ -121,3 +122,67 @@ def test_the_manifest_names_the_model(folder, shop):
         name: told[name] for name in ("model_version", "step", "dim", "similarity")
     }
     assert manifest["programs"] == {"user": "ok", "item": "ok"} and {"user.pt2", "weights.pt"} <= set(manifest["files"])
+
+
+STEPS = """
+data: {dataset: DATASET, batch_size: 64}
+tables:
+  item: {buckets: 512, dim: 8}
+  colour: {buckets: 32, dim: 8}
+  own: {buckets: 64, dim: 4, dtype: fp16}
+user:
+  - {name: history, kind: sequence, table: item, max_length: 10, times: at, actions: did, attributes: [colour, tags],
+     delta: true, encoder: {kind: transformer, layers: 1, heads: 2}}
+  - {name: taken, kind: bag, column: history, table: own, weights: history_weight}
+item:
+  - {name: item_id, kind: id, table: item}
+  - {name: colour, kind: category, table: colour}
+  - {name: tags, kind: bag, table: colour, pooling: sqrtn}
+  - {name: price, kind: number, bins: 4, dim: 4, soft: true}
+model: {dim: 8}
+run_dir: run
+"""
+
+
+def test_steps_with_attributes_gaps_and_actions_are_those_of_the_dataset(shop_tables, write_dataset, tmp_path):
+    """The encoder has no catalogue but what the steps need of it; items that it lacks are in the histories, too."""
+    import torch
+    import yaml
+
+    from trec_twotower.config import RunConfig, as_values, validate
+    from trec_twotower.data.dataset import Dataset
+    from trec_twotower.data.features import Sources
+    from trec_twotower.distributed import Ranks
+    from trec_twotower.encode import encode
+    from trec_twotower.encoder import Encoder, Parts, _plain_model, _steps
+    from trec_twotower.model.embedding import fill_tables
+
+    def longer(table: pa.Table) -> pa.Table:
+        histories = [
+            ["gone", *history] if row % 3 else history for row, history in enumerate(table["history"].to_pylist())
+        ]
+        weights = [[1.0] * len(history) for history in histories]
+        table = table.drop_columns(["history", "history_weight"])
+        table = table.append_column("history", pa.array(histories, pa.list_(pa.string())))
+        table = table.append_column("history_weight", pa.array(weights, pa.list_(pa.float32())))
+        at = pa.array([[3**step for step in range(len(history))] for history in histories], pa.list_(pa.int64()))
+        did = pa.array([["saw", "bought"] * 9 for _ in histories], pa.list_(pa.string()))
+        did = pa.array([one[: len(h)] for one, h in zip(did.to_pylist(), histories, strict=True)], did.type)
+        return table.append_column("at", at).append_column("did", did)
+
+    parts = {name: longer(shop_tables[name]) for name in ("train", "test")}
+    dataset = write_dataset(tmp_path / "shop", **parts, items=shop_tables["items"])
+    config = validate(RunConfig, yaml.safe_load(STEPS.replace("DATASET", str(dataset))), "the test's config")
+    sources = Sources(Dataset(dataset), config.feature_schema, "event")
+    torch.manual_seed(0)
+    model = _plain_model(config, "cpu").eval()
+    fill_tables(model, config.feature_schema, 1)
+    for parameter in model.user_tower.parameters():
+        torch.nn.init.normal_(parameter)
+    learned = {name: asdict(values) for name, values in sources.statistics.items()}
+    made = Encoder(Parts({}, as_values(config), learned, model.state_dict(), _steps(sources)))
+    encoder = pickle.loads(pickle.dumps(made))
+    features = sources.user_features(parts["test"], "test")
+    expected = encode(model, "user", features, Ranks(0, 1, torch.device("cpu"))).numpy()
+    np.testing.assert_array_equal(encoder.encode("user", parts["test"]), expected)
+    assert len(np.unique(expected.round(4), axis=0)) > 60  # no two users are taken for one

@@ -160,7 +160,7 @@ class Encoder:
                         f"The {side} rows have no column {name!r}, which feature {feature.name!r} reads"
                         f"{nearest(name, table.column_names)}."
                     )
-                if name not in (feature.weights, feature.times, feature.actions):
+                if name not in (feature.weights, feature.times, feature.actions, feature.until):
                     check_kind(feature, table.schema.field(name).type, f"the {side} rows", name)
         named = self.schema.features(side)
         learned = {feature.name: self.statistics[f"{side}:{feature.name}"] for feature in named if feature.learns}
@@ -208,7 +208,7 @@ def _plain_model(config: RunConfig, device: str) -> TwoTower:
     for tables in (model.tables, model.lists):
         if tables is not None:
             tables.to_empty(device=device)
-    return model.to(device)
+    return model.to(device).float()  # also tables that are kept in fp16: torch's own pooling wants one type
 
 
 def _steps(sources: Sources) -> dict[str, np.ndarray]:

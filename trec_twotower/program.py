@@ -19,10 +19,11 @@ from trec_twotower.data.batch import Listed, make_batch
 from trec_twotower.data.lists import Lists, offsets_of
 from trec_twotower.data.transforms import GAP_BUCKETS, Columns
 from trec_twotower.model.embedding import pooled_by_hand, table_parameters, tower_input
-from trec_twotower.model.two_tower import TwoTower, put_together
-from trec_twotower.schema import Schema, Side, key, part_of
+from trec_twotower.model.two_tower import TwoTower, made_by_layers, put_together
+from trec_twotower.schema import Schema, Side, hash_parts, key, part_of
 
 ROWS = 5  # of the batch that is traced; any other number runs
+TOKENS = 8  # of a made-up vocabulary
 CHECKED = (1, 2, 9)  # rows of the batches on which the program is compared with the model
 
 
@@ -36,7 +37,8 @@ class Program(nn.Module):
     KEY/values   int64, the table rows of all rows' ids below each other; KEY is such as user:history
     KEY/length   int64, how many of them each row has (of a sequence's items and their attributes: each distinct item)
     KEY/weight   float32, one an id, where the feature has weights
-    KEY/place    of a sequence: int64, which of the distinct items each step is; KEY/length is then the rows'
+    KEY/place    of a sequence: int64, which of the distinct items each step is; KEY/length is then the rows'.
+                 Of text that a language model reads: its tokens
     KEY/gap, KEY/action, KEY/divisor   of a sequence and its attributes, where it has them
     divisor      float32 (rows, features with a table): what each feature's pooled sum is divided by
     number       float32 (rows, numbers): normalised values and their indicators
@@ -45,9 +47,10 @@ class Program(nn.Module):
     def __init__(self, model: TwoTower, side: Side) -> None:
         super().__init__()
         self.schema, self.side = model.schema, side
-        self.table_of = {key(side, feature): feature.table_name for feature in model.schema.sparse(side)}
-        self.bags = [name for name in self.table_of if self.table_of[name] not in model.schema.listed]
+        self.table_of = {each.key: each.feature.table_name for each in model.schema.lookups if each.side == side}
+        self.bags = list(self.table_of)
         self.table_of |= {name: table for name, table in model.schema.listed_keys if _is_of(name, side)}
+        self.tokens = [key(side, feature) for feature in model.schema.layered(side) if feature.is_tokens]
         weights = table_parameters(model)
         self.tables = nn.ParameterDict({name: weights[name] for name in sorted(set(self.table_of.values()))})
         self.tower = copy.copy(model.user_tower if side == "user" else model.item_tower)
@@ -62,7 +65,9 @@ class Program(nn.Module):
             for name, table in self.table_of.items()
         }
         pooled = {name: pooled_by_hand(vectors.pop(name), listed(name)) for name in self.bags}
-        pooled |= put_together(self.schema, self.tower, {name: listed(name) for name in vectors}, vectors)
+        by_hand = {name: listed(name) for name in (*vectors, *self.tokens)}
+        pooled |= put_together(self.schema, self.tower, by_hand, vectors)
+        pooled |= made_by_layers(self.schema, self.side, self.tower, by_hand, inputs["number"])
         return self.tower(tower_input(self.schema, self.side, pooled, inputs["divisor"], inputs["number"]))
 
 
@@ -87,9 +92,9 @@ def program_inputs(schema: Schema, side: Side, columns: Columns) -> dict[str, Te
             continue
         assert batch.sequences is not None
         found[f"{name}/values"] = batch.sequences[name].values().long()
-        if name in batch.listed:
-            parts = vars(batch.listed[name]).items()
-            found |= {f"{name}/{field}": value for field, value in parts if value is not None}
+    for name, listed in batch.listed.items():
+        if _is_of(name, side):
+            found |= {f"{name}/{field}": value for field, value in vars(listed).items() if value is not None}
     return found
 
 
@@ -137,16 +142,21 @@ def made_up(schema: Schema, side: Side, rows: int, rng: np.random.Generator) -> 
     sparse, numbers = {}, {}
     items = None
     for feature in schema.features(side):
-        if not feature.is_sparse:
+        if feature.num_numbers:
             numbers[feature.name] = rng.normal(size=(rows, feature.num_numbers)).astype(np.float32)
             continue
-        most = min(feature.max_length or 4, 6) if feature.is_list else 1
-        lengths = rng.integers(0, most + 1, rows) if feature.is_list else np.ones(rows, np.int64)
+        most = min(feature.max_length or 4, 6) if feature.is_list or feature.is_tokens else 1
+        lengths = rng.integers(0, most + 1, rows) if most > 1 else np.ones(rows, np.int64)
         lengths[0] = most
         offsets = offsets_of(lengths)
-        values = rng.integers(0, schema.table_of(feature).buckets, offsets[-1]).astype(np.int32)
-        weights = rng.random(len(values)).astype(np.float32) if feature.is_weighted else None
-        sparse[feature.name] = Lists(offsets, values, weights, not feature.is_list)
+        top, names = TOKENS, [feature.name]
+        if feature.is_sparse:
+            table = schema.table_of(feature)
+            top, names = table.buckets, hash_parts(feature.name, table)
+        weights = rng.random(offsets[-1]).astype(np.float32) if feature.is_weighted else None
+        for name in names:
+            values = rng.integers(0, top, offsets[-1]).astype(np.int32)
+            sparse[name] = Lists(offsets, values, weights, most == 1)
         if feature.kind != "sequence":
             continue
         for part, top in (("gap", GAP_BUCKETS), ("action", feature.action_buckets), ("row", ROWS)):

@@ -39,6 +39,7 @@ from trec_twotower.errors import ConfigError, DataError, nearest
 from trec_twotower.files import MANIFEST, naming, read_json, sha256_of, write_file, write_json
 from trec_twotower.lock import LOCK
 from trec_twotower.model.watch import Histogram
+from trec_twotower.schema import LEARNED
 
 CONFIG, STATISTICS, STATUS = "config.yaml", "statistics.json", "status.json"
 LEARN_AGAIN = f"remove {STATISTICS}, and the next command learns from the data again."
@@ -157,6 +158,11 @@ class Run:
         """SHA-256 of the files that training reads beside the dataset."""
         mined = self.config.loss.negatives.mined
         paths = [self.config.loss.known, None if mined is None else mined.file]
+        for feature in (*self.config.user, *self.config.item):
+            if feature.vocabulary not in (None, LEARNED):
+                paths.append(Path(str(feature.vocabulary)))
+            if feature.folder is not None:
+                paths += sorted(Path(feature.folder).glob("*.*"))
         return {str(path): sha256_of(path) for path in paths if path is not None and path.is_file()}
 
     def item_counts(self) -> np.ndarray:

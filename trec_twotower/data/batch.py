@@ -21,7 +21,8 @@ from trec_twotower.schema import FeatureSpec, Schema, Side, key, part_of
 class Listed:
     """How the ids of one key are to be put together, whose vectors are looked up one by one.
 
-    Of a bag (or ids) one entry a row; of a sequence's attribute or of its items, one entry a distinct item.
+    Of a bag (or ids) one entry a row; of a sequence's attribute or of its items, one entry a distinct item. Of text
+    that a model reads, `place` are its tokens.
     """
 
     length: Tensor | None = None  # int64, ids of each entry; None: one
@@ -156,6 +157,10 @@ def make_batch(
     )
     if schema.sequences:
         batch.sequences, batch.listed = _sequences(schema, {"user": users, "item": items})
+    for feature in schema.layered("item"):
+        if feature.is_tokens:
+            tokens = _joined(feature.name, items) if items else Lists.empty(0)
+            batch.listed[key("item", feature)] = Listed(_index(tokens.lengths), place=_index(tokens.values))
     if candidates is not None and targets is not None:
         batch.item_sizes = candidates.sizes
         batch.log_q_C = _tensor(candidates.log_q)
@@ -190,33 +195,32 @@ def _keyed_jagged(
 
     Runs for every key and piece of every step: values and lengths are cut from the pieces directly.
     """
-    num_user_keys = len(schema.sparse("user"))
     lengths = np.zeros((len(schema.keys()), num_rows), np.int32)
     values, weights = [np.empty(0, np.int32)], [np.empty(0, np.float32)]
     divisors = {side: np.ones((num_rows, len(schema.sparse(side))), np.float32) for side in sides}
-    next_key = 0
-    for number, (side, feature) in enumerate(schema.sparse_pairs):
-        column = number if side == "user" else number - num_user_keys
+    column_of = {(side, feature.name): column for side in sides for column, feature in enumerate(schema.sparse(side))}
+    for side, feature in schema.sparse_pairs:
         if feature.table_name in schema.listed:
-            _list_divisors(feature, sides[side], divisors[side][:, column])
-            continue
-        next_key += 1
-        pieces = [(columns.sparse[feature.name], rows) for columns, rows in sides[side]]
+            _list_divisors(feature, sides[side], divisors[side][:, column_of[side, feature.name]])
+    for number, lookup in enumerate(schema.lookups):
+        side, feature = lookup.side, lookup.feature
+        pieces = [(columns.sparse[lookup.part], rows) for columns, rows in sides[side]]
         if not pieces:
             continue
         values += [lists.values_of(rows) for lists, rows in pieces]
         end = sum(rows.stop - rows.start for _, rows in pieces)
-        length = lengths[next_key - 1, :end]
+        length = lengths[number, :end]
         if all(lists.is_single for lists, _ in pieces):
             length.fill(1)
         else:
             np.concatenate([lists.lengths[rows] for lists, rows in pieces], out=length)
         if schema.is_weighted:
             weights += [weights_of(lists.slice(rows.start, rows.stop)) for lists, rows in pieces]
-        if divides(feature):
+        if divides(feature) and lookup.part == feature.name:
             weighted = None
             if any(lists.weights is not None for lists, _ in pieces):
                 weighted = Lists.concat([lists.slice(rows.start, rows.stop) for lists, rows in pieces])
+            column = column_of[side, feature.name]
             divisors[side][:end, column] = pooling_divisor(feature, length, weighted)
     sparse = KeyedJaggedTensor(
         keys=schema.keys(),
@@ -316,7 +320,7 @@ def _attributes(feature: FeatureSpec, catalogue: Columns | None, row_U: np.ndarr
 
 def _numbers(schema: Schema, side: Side, pieces: list[Rows]) -> np.ndarray:
     """(rows, all their columns) of the features without table, of all pieces."""
-    features = schema.numbers(side)
+    features = schema.dense(side)
     width = sum(feature.num_numbers for feature in features)
     number = np.empty((sum(rows.stop - rows.start for _, rows in pieces), width), np.float32)
     row = 0

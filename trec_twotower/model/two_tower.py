@@ -17,6 +17,7 @@ from trec_twotower.distributed import Ranks
 from trec_twotower.model.embedding import build_lists, build_tables, pooled_by_hand, tower_input
 from trec_twotower.model.frequency import Frequency
 from trec_twotower.model.gate import gate
+from trec_twotower.model.inputs import build_input
 from trec_twotower.model.losses import LOSSES, Pairs, Relations
 from trec_twotower.model.losses.regularisers import alignment, nearness, squared_lengths
 from trec_twotower.model.queue import ItemQueue
@@ -50,6 +51,9 @@ class TwoTower(nn.Module):
         )
         for feature in schema.sequences:
             self.user_tower.encoders[feature.name] = SequenceInput(feature, schema.table_of(feature).dim)
+        for side in SIDES:
+            for feature in schema.layered(side):
+                self._tower(side).encoders[feature.name] = build_input(feature)
         self.watch = Watch(is_unit=is_unit)
         self.user_tower.note_length = partial(self.watch.note_length, "user")
         self.item_tower.note_length = partial(self.watch.note_length, "item")
@@ -165,11 +169,18 @@ class TwoTower(nn.Module):
             pooled |= put_together(self.schema, self.user_tower, batch.listed, found)
         return pooled
 
+    def _tower(self, side: Side) -> Tower:
+        return self.user_tower if side == "user" else self.item_tower
+
     def _users(self, batch: Batch, pooled: dict[str, Tensor]) -> Tensor:
-        return self.user_tower(tower_input(self.schema, "user", pooled, batch.user_divisor_BF, batch.user_number_BN))
+        number = batch.user_number_BN
+        pooled = pooled | made_by_layers(self.schema, "user", self.user_tower, batch.listed, number)
+        return self.user_tower(tower_input(self.schema, "user", pooled, batch.user_divisor_BF, number))
 
     def _items(self, batch: Batch, pooled: dict[str, Tensor]) -> Tensor:
-        return self.item_tower(tower_input(self.schema, "item", pooled, batch.item_divisor_SF, batch.item_number_SN))
+        number = batch.item_number_SN
+        pooled = pooled | made_by_layers(self.schema, "item", self.item_tower, batch.listed, number)
+        return self.item_tower(tower_input(self.schema, "item", pooled, batch.item_divisor_SF, number))
 
 
 def put_together(
@@ -191,7 +202,20 @@ def put_together(
             at = listed[part_of(name, attribute)]
             added = pooled_by_hand(vectors[part_of(name, attribute)], at)
             item_UD = item_UD + (added if at.divisor is None else added / at.divisor[:, None])
-        found[name] = user_tower.encode_steps(feature.name, item_UD, listed[name])
+        found[name] = user_tower.encode(feature.name, item_UD, listed[name])
+    return found
+
+
+def made_by_layers(
+    schema: Schema, side: Side, tower: Tower, listed: Mapping[str, Listed], number: Tensor
+) -> dict[str, Tensor]:
+    """What the features' own layers make of their numbers or tokens, by key."""
+    found, column = {}, 0
+    for feature in schema.layered(side):
+        name, behind = key(side, feature), column + feature.num_numbers
+        given = listed[name] if feature.is_tokens else number[:, column:behind]
+        found[name] = tower.encode(feature.name, given)
+        column = behind
     return found
 
 
