@@ -494,6 +494,7 @@ def test_the_shipped_config_trains_on_what_was_prepared(cli, tmp_path, source, c
     ]
     if source == "amazon-reviews":
         overrides += ["tables.item.buckets=4096", "tables.author.buckets=512", "item.store.buckets=512"]
+        overrides += ["item.title.buckets=512", "item.publisher.buckets=64", "item.categories.buckets=64"]
     said = cli("train", CONFIGS / f"{config}.yaml", *overrides)
     assert said.code == 0, said.err
     losses = [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines() if "loss" in line]
