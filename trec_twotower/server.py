@@ -71,16 +71,19 @@ class Service:
         self._filters: OrderedDict[str, Allowed] = OrderedDict()
         self._groups: dict[str, np.ndarray] = {}
 
-    def _marked(self) -> tuple[int, int]:
-        """Changes when another index takes the place of the one that is there."""
-        stat = (self.run_dir / "index" / MANIFEST).stat()
+    def _marked(self) -> tuple[int, int] | None:
+        """Changes when another index takes the place of the one that is there; None where none is."""
+        try:
+            stat = (self.run_dir / "index" / MANIFEST).stat()
+        except FileNotFoundError:
+            return None
         return stat.st_mtime_ns, stat.st_ino
 
     def reload(self) -> bool:
         """Take up what has been published since; whether there was anything. A misfit leaves what is served."""
         try:
             mark = self._marked()
-            if mark == self._mark:
+            if mark is None or mark == self._mark:  # None: between two publications
                 return False
             retriever = Retriever.alone(self.run_dir, self.checkpoint)
         except (
@@ -311,6 +314,8 @@ class Server(ThreadingHTTPServer):
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     timeout = IDLE_S
+    wbufsize = 1 << 16  # head and body leave together: apart, the second waits 40 ms for the client's delayed ACK
+    disable_nagle_algorithm = True
     server: Server
 
     def version_string(self) -> str:
@@ -344,6 +349,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.end_headers()
             if self.command != "HEAD":
                 self.wfile.write(payload)
+            self.wfile.flush()
             self.server.measured.note(path, status, time.perf_counter() - start)
         finally:
             self.server.end()
