@@ -33,7 +33,7 @@ from trec_twotower.data.transforms import Columns, Statistics, check_kind, trans
 from trec_twotower.distributed import Ranks, quiet_libraries
 from trec_twotower.encode import encode
 from trec_twotower.errors import ConfigError, DataError, nearest
-from trec_twotower.export import VECTOR, LoadedModel
+from trec_twotower.export import LoadedModel, vector_column
 from trec_twotower.files import new_folder, open_sealed, read_json, seal, write_file, write_json
 from trec_twotower.model.two_tower import SIDES, TwoTower
 from trec_twotower.program import ProgramError, export_program, program_inputs
@@ -85,7 +85,7 @@ class Encoder:
 
     @property
     def dim(self) -> int:
-        return self.config.model.dim
+        return self.config.model.vector_dim
 
     @classmethod
     def of(cls, run: Run, sources: Sources, which: str = "best") -> Encoder:
@@ -95,7 +95,7 @@ class Encoder:
         facts = {
             "model_version": loaded.version,
             "step": loaded.step,
-            "dim": run.config.model.dim,
+            "dim": run.config.model.vector_dim,
             "similarity": run.config.model.similarity,
         }
         statistics = {name: asdict(values) for name, values in sources.statistics.items()}
@@ -134,10 +134,14 @@ class Encoder:
         return sorted({column for feature in self.schema.features(side) for column in feature.all_columns})
 
     def encode(self, side: Side, rows: pa.Table | pa.RecordBatch) -> np.ndarray:
-        """(rows, dim) float32; raises DataError for a column that is missing or holds what training would refuse."""
+        """(rows, dim) float32, of users with several vectors (rows, vectors, dim).
+
+        Raises DataError for a column that is missing or holds what training would refuse.
+        """
         features = self.features(side, rows)
         if not features.num_rows:
-            return np.empty((0, self.dim), np.float32)
+            several = self.model.vectors_per_user if side == "user" else 1
+            return np.empty((0, several, self.dim) if several > 1 else (0, self.dim), np.float32)
         with self._lock:
             return encode(self.model, side, features, self._ranks()).cpu().numpy()
 
@@ -147,8 +151,9 @@ class Encoder:
         table = _table(rows)
         if name not in table.column_names:
             raise DataError(f"The rows have no column {name!r}{nearest(name, table.column_names)}.")
-        vectors = pa.FixedSizeListArray.from_arrays(pa.array(self.encode(side, table).reshape(-1)), self.dim)
-        return pa.RecordBatch.from_arrays([table[name].combine_chunks(), vectors], [name, VECTOR])
+        return pa.RecordBatch.from_pydict(
+            {name: table[name].combine_chunks(), **vector_column(self.encode(side, table))}
+        )
 
     def features(self, side: Side, rows: pa.Table | pa.RecordBatch) -> Columns:
         """What training would make of these rows."""

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from trec_twotower.data.batch import Listed, make_batch
 from trec_twotower.data.lists import Lists, offsets_of
 from trec_twotower.data.transforms import GAP_BUCKETS, Columns
-from trec_twotower.model.embedding import pooled_by_hand, table_parameters, tower_input
-from trec_twotower.model.two_tower import TwoTower, made_by_layers, put_together
+from trec_twotower.model.embedding import pooled_by_hand, table_parameters
+from trec_twotower.model.two_tower import TwoTower, item_vectors, made_by_layers, put_together, user_vectors
 from trec_twotower.schema import Schema, Side, hash_parts, key, part_of
 
 ROWS = 5  # of the batch that is traced; any other number runs
@@ -32,7 +32,7 @@ class ProgramError(RuntimeError):
 
 
 class Program(nn.Module):
-    """One side's tables and tower. `forward` takes the tensors of `program_inputs` by name, and gives (rows, D):
+    """One side's tables and tower. `forward` takes the tensors of `program_inputs` by name, and gives the rows' vectors:
 
     KEY/values   int64, the table rows of all rows' ids below each other; KEY is such as user:history
     KEY/length   int64, how many of them each row has (of a sequence's items and their attributes: each distinct item)
@@ -46,7 +46,7 @@ class Program(nn.Module):
 
     def __init__(self, model: TwoTower, side: Side) -> None:
         super().__init__()
-        self.schema, self.side = model.schema, side
+        self.schema, self.side, self.gaussian = model.schema, side, model.gaussian
         self.table_of = {each.key: each.feature.table_name for each in model.schema.lookups if each.side == side}
         self.bags = list(self.table_of)
         self.table_of |= {name: table for name, table in model.schema.listed_keys if _is_of(name, side)}
@@ -68,7 +68,8 @@ class Program(nn.Module):
         by_hand = {name: listed(name) for name in (*vectors, *self.tokens)}
         pooled |= put_together(self.schema, self.tower, by_hand, vectors)
         pooled |= made_by_layers(self.schema, self.side, self.tower, by_hand, inputs["number"])
-        return self.tower(tower_input(self.schema, self.side, pooled, inputs["divisor"], inputs["number"]))
+        vectors_of = user_vectors if self.side == "user" else item_vectors
+        return vectors_of(self.schema, self.tower, pooled, inputs["divisor"], inputs["number"], self.gaussian)
 
 
 _FIELDS = ("length", "weight", "divisor", "place", "gap", "action")

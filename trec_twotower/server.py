@@ -106,7 +106,7 @@ class Service:
             "model_version": loaded.version,
             "step": loaded.step,
             "items": len(self._retriever.index),
-            "dim": loaded.run.config.model.dim,
+            "dim": loaded.run.config.model.vector_dim,
             "similarity": loaded.run.config.model.similarity,
         }
 
