@@ -32,7 +32,7 @@ class ProgramError(RuntimeError):
 
 
 class Program(nn.Module):
-    """One side's tables and tower. `forward` takes the tensors of `program_inputs` by name, and gives the rows' vectors:
+    """One side's tables and tower. `forward` takes the tensors of `program_inputs` by name, gives vectors:
 
     KEY/values   int64, the table rows of all rows' ids below each other; KEY is such as user:history
     KEY/length   int64, how many of them each row has (of a sequence's items and their attributes: each distinct item)
