@@ -188,6 +188,10 @@ class TwoTower(nn.Module):
         parts |= {f"interest_{number}": share for number, share in enumerate(self.interest_uses)}
         return {**temperature, **parts, **self.watch.figures(self.ranks)}
 
+    @property
+    def gaussian(self) -> Gaussian:
+        return Gaussian(self.is_gaussian, self.is_unit)
+
     def _tower(self, side: Side) -> Tower:
         return self.user_tower if side == "user" else self.item_tower
 
