@@ -25,7 +25,7 @@ from trec_twotower.data.reader import without_own
 from trec_twotower.data.transforms import transform
 from trec_twotower.data.vocabulary import in_vocabulary, make_vocabulary
 from trec_twotower.errors import ConfigError, DataError
-from trec_twotower.model.embedding import tower_input
+from trec_twotower.model.embedding import Pooled, tower_inputs
 from trec_twotower.schema import FeatureSpec, Schema, TableSpec, auto_dim
 
 # Vocabularies
@@ -141,7 +141,10 @@ def test_two_hashes_are_two_rows_of_one_table():
         pooled[name] = torch.stack(
             [torch.as_tensor(each) if torch.is_tensor(each) else torch.zeros(2) for each in sums]
         )
-    found = tower_input(schema, "user", pooled, batch.user_divisor_BF, batch.user_number_BN)
+    looked_up = Pooled()
+    for name, vector in pooled.items():
+        looked_up.add(vector, {name: 2})
+    found = tower_inputs(schema, looked_up, {"user": (batch.user_divisor_BF, batch.user_number_BN)})["user"]
     both = [pooled["user:tags"] + pooled["user:tags@2"], pooled["user:item"] + pooled["user:item@2"]]
     divisor = torch.tensor([[5.0], [1.0], [4.0]])  # a weighted mean
     assert torch.allclose(found, torch.cat([both[0] / divisor, both[1]], dim=1))
