@@ -66,6 +66,8 @@ def test_a_vocabulary_of_integers(tmp_path):
     assert feature.buckets == 4 and feature.own_table.buckets == 4
     assert make_vocabulary(feature, column.type, []).words == (7, -3)
     assert make_vocabulary(feature, pa.string(), []).words == ("7", "-3")
+    path.unlink()
+    assert FeatureSpec(**feature.model_dump()) == feature  # a run that is opened again needs no file
     path.write_text("7\nseven\n")
     with pytest.raises(ConfigError, match="is not of integers, but column 'brand' is int64"):
         make_vocabulary(feature, column.type, [])
@@ -285,3 +287,42 @@ def test_own_items_are_left_out_where_rows_are_read(leaky, own_item, lengths):
         refusing._part(group, 0, 3, 0)
     with pytest.raises(ValidationError, match="a history is drawn apart from what is asked for"):
         DataConfig(dataset="d", rows="user", own_item="drop")
+
+
+def test_collisions_are_those_of_the_rows_that_are_looked_up(tmp_path, write_dataset):
+    """Categories leave the first row to null: what collides is told of the rows behind it."""
+    words = [f"word-{number}" for number in range(40)]
+    items = pa.table({"item_id": list(range(40)), "colour": words})
+    train = pa.table({"user_id": [1] * 40, "item_id": list(range(40))})
+    folder = write_dataset(tmp_path / "d", items=items, train=train)
+    colour = FeatureSpec(name="colour", kind="category", buckets=30, dim=4)
+    user = FeatureSpec(name="user_id", kind="id", buckets=9, dim=4)
+    sources = Sources(Dataset(folder), Schema.build({}, (user,), (colour,)), "event")
+    row = transform([colour], {"colour": colour.own_table}, {}, items, "here").sparse["colour"].values
+    shared = sum(np.count_nonzero(row == each) > 1 for each in row)
+    assert coverage(sources)[1].collided == pytest.approx(shared / 40)
+
+
+def test_a_drawn_history_is_the_same_items_by_both_hashes(tmp_path, write_dataset):
+    """With a row a user, what is input is drawn anew: of both rows of an id or of none."""
+    from trec_twotower.config import DataConfig, LossConfig
+    from trec_twotower.data.reader import UnitReader
+
+    items = list(range(30))
+    train = pa.table({"user_id": [1, 2], "positives": [items[:20], items[10:]]})
+    folder = write_dataset(tmp_path / "d", items=pa.table({"item_id": items}), train=train)
+    table = TableSpec(buckets=1 << 20, dim=2, hashes=2)
+    history = FeatureSpec(name="history", kind="bag", table="t")
+    item = FeatureSpec(name="item_id", kind="id", table="t")
+    sources = Sources(Dataset(folder), Schema.build({"t": table}, (history,), (item,)), "user")
+    reader = UnitReader(sources, DataConfig(dataset=folder, rows="user"), LossConfig(), 0, 1)
+    [group] = sources.dataset.train.row_groups
+    rows = reader._part(group, 0, 2, 0)
+    of_item = sources.catalogue.columns.sparse
+    for name in ("history", "history@2"):
+        drawn = rows.user.sparse[name]
+        row_of = {bucket: row for row, bucket in enumerate(of_item[name.replace("history", "item_id")].values.tolist())}
+        found = [[row_of[bucket] for bucket in drawn.slice(row, row + 1).values.tolist()] for row in range(2)]
+        for row, taken in enumerate((items[:20], items[10:])):
+            asked = rows.positives.slice(row, row + 1).values.tolist()
+            assert found[row] and sorted(found[row] + asked) == taken

@@ -322,7 +322,7 @@ def _users(run: Run, exported: Exported | None) -> str:
         row = rows[user_id]
         history = [row_of[item] for item in row.get(HISTORY) or [] if item in row_of]
         next_ones = row[wanted] if isinstance(row[wanted], list) else [row[wanted]]
-        score_I = exported.item_ID @ exported.user_QD[user]
+        score_I = (exported.item_ID @ np.atleast_2d(exported.user_QD[user]).T).max(axis=1)
         score_I[history] = -np.inf
         best = [item for item in np.argsort(-score_I, kind="stable")[:SHOWN_ITEMS] if np.isfinite(score_I[item])]
         shown = history[::-1][:SHOWN_HISTORY]

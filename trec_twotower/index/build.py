@@ -64,7 +64,8 @@ def build_index(items: Vectors | np.ndarray, users: Vectors | np.ndarray, config
     DataError for vectors that are not finite, ConfigError for a recipe or a target that cannot be.
     """
     items = Matrix(items, "item") if isinstance(items, np.ndarray) else items
-    users = Matrix(users, "user") if isinstance(users, np.ndarray) else users
+    if isinstance(users, np.ndarray):
+        users = Matrix(users.reshape(-1, users.shape[-1]), "user")  # several vectors of a user are as many queries
     for vectors, what in ((items, "item"), (users, "user")):
         if not len(vectors):
             raise DataError(f"There is no {what} vector to build the index with: export the {what}s first.")

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from trec_twotower.config import TowerConfig, TrainConfig
 from trec_twotower.data.batch import Listed
 from trec_twotower.distributed import Ranks
-from trec_twotower.model.parts import Crosses, Experts, FeatureDropout, FeatureGates, ShortLong, Summed
+from trec_twotower.model.parts import Crosses, Experts, FeatureDropout, FeatureGates, Missing, ShortLong, Summed
 
 
 class Tower(nn.Module):
@@ -39,6 +39,8 @@ class Tower(nn.Module):
         if config.drop:
             by_place = {place(name): rate for name, rate in config.drop.items()}
             layers.append(FeatureDropout(widths, [by_place.get(number, 0.0) for number in range(len(widths))]))
+        if config.missing:
+            layers.append(Missing(widths, sorted({place(name) for name in config.missing})))
         if config.gating is not None:
             layers.append(FeatureGates(widths, config.gating, sorted({place(name) for name in config.gating.by})))
         if config.crosses:

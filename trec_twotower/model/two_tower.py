@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import KeyedTensor
 
-from trec_twotower.config import LearnedTemperature, LossConfig, ModelConfig
+from trec_twotower.config import InterestsConfig, LearnedTemperature, LossConfig, ModelConfig
 from trec_twotower.data.batch import Batch
 from trec_twotower.distributed import Ranks
 from trec_twotower.model.embedding import build_lists, build_tables, pooled_by_hand, tower_input
 from trec_twotower.model.frequency import Frequency
 from trec_twotower.model.gate import gate
 from trec_twotower.model.inputs import build_input
+from trec_twotower.model.interests import attended, gaussian_item, gaussian_user, likeness, uses
 from trec_twotower.model.losses import LOSSES, Pairs, Relations
 from trec_twotower.model.losses.regularisers import alignment, nearness, squared_lengths
 from trec_twotower.model.queue import ItemQueue
@@ -43,13 +44,24 @@ class TwoTower(nn.Module):
         self.ranks = ranks
         self.tables = build_tables(schema)
         self.lists = build_lists(schema)
-        is_unit = model.similarity == "cosine"
+        self.is_unit = is_unit = model.similarity == "cosine"
+        self.is_gaussian = model.user_vector == "gaussian"
+        sizes = (model.vector_dim, model.dim)  # a Gaussian user's tower makes a mean and a spread
         self.user_tower, self.item_tower = (
-            Tower(schema.widths(side), model.dim, config, is_unit=is_unit, place=partial(schema.place, side))
-            for side, config in zip(SIDES, (model.user_tower, model.item_tower), strict=True)
+            Tower(
+                schema.widths(side),
+                dim,
+                config,
+                is_unit=is_unit and dim == model.dim,
+                place=partial(schema.place, side),
+            )
+            for side, dim, config in zip(SIDES, sizes, (model.user_tower, model.item_tower), strict=True)
         )
         for feature in schema.sequences:
             self.user_tower.encoders[feature.name] = SequenceInput(feature, schema.table_of(feature).dim)
+        self.vectors_per_user = schema.vectors_per_user  # M
+        self.interests = loss.interests or InterestsConfig()
+        self.interest_uses: list[float] = []  # of the last logged batch
         for side in SIDES:
             for feature in schema.layered(side):
                 self._tower(side).encoders[feature.name] = build_input(feature)
@@ -60,10 +72,10 @@ class TwoTower(nn.Module):
         self.temperature = None if learned is None else Temperature(learned, ranks.device)
         self.frequency = Frequency(ranks.device) if loss.log_q_estimate == "streaming" else None
         size = loss.negatives.queue
-        self.queue = ItemQueue(size, model.dim, loss.log_q, ranks.device) if size else None
+        self.queue = ItemQueue(size, model.vector_dim, loss.log_q, ranks.device) if size else None
 
     def encode_users(self, batch: Batch) -> Tensor:
-        """(B, D)."""
+        """(B, D); (B, M, D) where a user has several vectors."""
         return self._users(batch, self._pooled(batch))
 
     def encode_items(self, batch: Batch) -> Tensor:
@@ -86,13 +98,22 @@ class TwoTower(nn.Module):
         parameters = self.loss.parameters
         if self.temperature is not None:
             parameters["temperature"] = self.temperature()
+        share = self.ranks.num_ranks / batch.num_rows_of_all_ranks
+        alike = None
+        if self.vectors_per_user > 1:
+            alike = self.interests.diversity * share * likeness(user_BD).sum()
+            if self.watch.is_wanted:
+                self.interest_uses = uses(user_BD, item_CD, relations.positive)
+            if self.interests.score == "attention":
+                positive, sharpness = relations.positive, self.interests.sharpness
+                user_BD = attended(user_BD, item_CD, positive, sharpness, is_unit=self.is_unit)
         self.watch.look(user_BD, column_CD, among)
         loss = LOSSES[self.loss.kind](user_BD, column_CD, among, **parameters)
-        share = self.ranks.num_ranks / batch.num_rows_of_all_ranks
         for tower in (self.user_tower, self.item_tower):
             penalty = tower.penalty(self.ranks)
             loss = loss if penalty is None else loss + penalty / share
-        return loss * share + self._regularised(user_BD, item_CD, batch, relations, share)
+        loss = loss * share + self._regularised(user_BD, item_CD, batch, relations, share)
+        return loss if alike is None else loss + alike
 
     def _with_queue(self, item_CD: Tensor, batch: Batch, relations: Relations) -> tuple[Tensor, Relations]:
         """The candidates with those of earlier steps behind them; in training this step's are kept for later ones."""
@@ -117,10 +138,12 @@ class TwoTower(nn.Module):
         wanted = self.loss.regularise
         added = user_BD.new_zeros(())
         if wanted.norm:
-            added = added + wanted.norm * (squared_lengths(user_BD).sum() * share + squared_lengths(item_CD).mean())
+            length_B = squared_lengths(user_BD) if user_BD.ndim == 2 else squared_lengths(user_BD).mean(1)
+            added = added + wanted.norm * (length_B.sum() * share + squared_lengths(item_CD).mean())
         if wanted.alignment:
             added = added + wanted.alignment * share * alignment(user_BD, item_CD, relations.positive)
         if wanted.uniformity:
+            user_BD = user_BD if user_BD.ndim == 2 else user_BD.flatten(0, 1)
             sizes = self.ranks.sizes(user_BD.shape[0])
             users = self._uniformity(self.ranks.gather(user_BD, sizes), sizes)
             added = added + wanted.uniformity / 2 * (users + self._uniformity(item_CD, list(batch.item_sizes)))
@@ -147,6 +170,7 @@ class TwoTower(nn.Module):
             for side, tower in zip(SIDES, (self.user_tower, self.item_tower), strict=True)
             for name, value in tower.figures().items()
         }
+        parts |= {f"interest_{number}": share for number, share in enumerate(self.interest_uses)}
         return {**temperature, **parts, **self.watch.figures(self.ranks)}
 
     def _pooled(self, batch: Batch) -> dict[str, Tensor]:
@@ -202,14 +226,24 @@ class TwoTower(nn.Module):
         return self.user_tower if side == "user" else self.item_tower
 
     def _users(self, batch: Batch, pooled: dict[str, Tensor]) -> Tensor:
-        number = batch.user_number_BN
-        pooled = pooled | self._layered("user", batch, number)
-        return self.user_tower(tower_input(self.schema, "user", pooled, batch.user_divisor_BF, number))
+        given = batch.user_divisor_BF, batch.user_number_BN
+        pooled = pooled | self._layered("user", batch, batch.user_number_BN)
+        several = self.schema.several
+        if several is None:
+            raw_BD = self.user_tower(tower_input(self.schema, "user", pooled, *given))
+            return gaussian_user(raw_BD, is_unit=self.is_unit) if self.is_gaussian else raw_BD
+        name = key("user", several)  # each of its vectors meets the other features, in one and the same tower
+        each = [
+            tower_input(self.schema, "user", {**pooled, name: part_BD}, *given) for part_BD in pooled[name].unbind(1)
+        ]
+        feature_BME = torch.stack(each, dim=1)
+        return self.user_tower(feature_BME.flatten(0, 1)).unflatten(0, feature_BME.shape[:2])
 
     def _items(self, batch: Batch, pooled: dict[str, Tensor]) -> Tensor:
         number = batch.item_number_SN
         pooled = pooled | self._layered("item", batch, number)
-        return self.item_tower(tower_input(self.schema, "item", pooled, batch.item_divisor_SF, number))
+        item_SD = self.item_tower(tower_input(self.schema, "item", pooled, batch.item_divisor_SF, number))
+        return gaussian_item(item_SD) if self.is_gaussian else item_SD
 
 
 def relations_of(batch: Batch) -> Relations:
