@@ -20,6 +20,7 @@ from tests.ranks.worlds import write_world
 from tests.shop import cli, on_forked_ranks, on_ranks, shop, shop_copy, shop_tables  # noqa: F401 - fixtures
 
 os.environ.update(FATAL_BOUNDS)
+os.environ["TREC_TWOTOWER_PRECISION"] = "fp32"  # losses that are compared, on whatever processor
 # A shell that starts this in the background has it ignored, which all processes started from here would inherit.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 settings.register_profile("steady", deadline=None)  # compiling takes a first call longer, and no test asserts on time

@@ -380,6 +380,8 @@ OTHER = {
     "model.user_tower.crosses": (2, True),
     "model.user_tower.short": (["history"], True),
     "model.user_tower.wide": (["history"], True),
+    "model.user_tower.missing": (["history"], True),
+    "model.user_vector": ("gaussian", True),
     "model.similarity": ("dot", True),
     "loss.temperature": (0.2, True),
     "loss.precision": ("bf16", True),
@@ -484,7 +486,7 @@ def test_every_section_is_in_the_list_of_bindings():
     untold -= {f"model.{tower}.{name}" for tower in ("user_tower", "item_tower") for name in of_towers}
     untold -= {f"model.{tower}.{name}" for tower in ("user_tower", "item_tower") for name in ("gating", "experts")}
     untold -= {f"loss.negatives.{name}" for name in ("same", "mined", "refresh")}  # sections of their own
-    untold -= {"train.start"}  # likewise
+    untold -= {"train.start", "loss.interests"}  # likewise
     untold -= {"loss.kind", "loss.given", *(f"loss.{name}" for told in LOSS_PARAMETERS.values() for name in told)}
     assert not untold, f"list {untold} in OTHER"
 

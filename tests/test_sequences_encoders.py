@@ -169,6 +169,7 @@ def test_a_causal_transformer_equals_torchs_own_layer():
     assert torch.allclose(encoder(step_ND, length_B)[0], expected, atol=1e-5)
 
 
+@torch.no_grad()
 def test_routing_equals_capsules_written_out():
     """Steps choose among interests by softmax, interests are squashed sums, and steps choose again by agreement."""
     torch.manual_seed(0)
@@ -242,7 +243,7 @@ def test_a_convolution_sees_its_past_alone():
     assert close(encoder(step_ND, length_B)[0], step_out[-1] + step_out.mean(0))
 
 
-def next_found(spec: EncoderSpec, items: int = 12, rows: int = 300, steps: int = 6) -> float:
+def next_found(spec: EncoderSpec, items: int = 12, rows: int = 200, steps: int = 6) -> float:
     """What is taken next depends on the newest step alone; how many of a half that was not trained on find it."""
     generator = torch.Generator().manual_seed(0)
     history = torch.randint(items, (2 * rows, steps), generator=generator)

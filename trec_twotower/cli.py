@@ -80,6 +80,15 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument(
         "--slice", action="append", default=[], metavar="NAME", help="also told apart by user.COLUMN or item.COLUMN"
     )
+    evaluate.add_argument(
+        "--sampled",
+        type=int,
+        metavar="N",
+        help="also metrics over N drawn items in place of the catalogue, as papers do",
+    )
+    evaluate.add_argument(
+        "--same", metavar="COLUMN", help="with --sampled: also of items alike in this column, such as the category"
+    )
     evaluate.add_argument("--rankings", type=Path, metavar="FILE", help="also write user_id, item_ids as Parquet")
 
     recommend = command("recommend", _recommend, "what a user gets, and from which history")
@@ -302,6 +311,8 @@ def _evaluate(options: argparse.Namespace) -> int:
             through_index=options.index,
             rankings=options.rankings,
             slices=options.slice,
+            sampled=options.sampled,
+            sampled_same=options.same,
         )
         if ranks.is_first:
             print(table)

@@ -19,7 +19,7 @@ from trec_twotower.cli import _quiet
 _quiet()
 
 from tests.ranks.states import whole_state  # noqa: E402
-from tests.sequences import SGD, TOWERS, USERS, steps_config  # noqa: E402
+from tests.sequences import RESUMED, SGD, TOWERS, USERS, steps_config  # noqa: E402
 from trec_twotower import train as training  # noqa: E402
 from trec_twotower.config import RunConfig  # noqa: E402
 from trec_twotower.distributed import Ranks, start_ranks  # noqa: E402
@@ -60,12 +60,7 @@ def main(world: Path, out: Path, ranks: Ranks) -> None:
         items = loaded.sources.catalogue.columns
         results[f"items {name}"] = encode_everywhere(loaded.model, "item", items, ranks)
         export(loaded, ranks)
-    for name in (
-        "plan row_wise",
-        "encoder gru",
-        "user routing, attention",
-        "user gaussian",
-    ):  # six steps, with a stop in between and in one go
+    for name in RESUMED:  # six steps, with a stop in between and in one go
         plan, parts = CASES[name]
         longer = {**parts, "train": {**parts.get("train", {"log_every": 1, "optimizer": {"lr": 0.1}}), "epochs": 2}}
         for way, lengths in (("resumed", (parts, longer)), ("at once", (longer,))):

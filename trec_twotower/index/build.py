@@ -18,6 +18,7 @@ dot.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -45,7 +46,7 @@ from trec_twotower.index.recipe import GRAPH_LISTS, POINTS_PER_LIST, Recipe, cho
 from trec_twotower.index.scan import Part, Scanner
 from trec_twotower.index.search import IndexReport, ItemIndex
 
-POINTS = 64  # training points a list, where there are so many
+POINTS = 48  # training points a list, where there are so many
 CODE_POINTS = 65_536  # and at least so many where codes are trained
 UNHIT = 0.1  # of the mean number of hits: what an item counts that nobody was found to want
 USER_SHARE = 0.25  # users drawn as points of lists, as a share of the items drawn
@@ -53,7 +54,8 @@ USER_POINTS = 1 << 15  # at most
 HALF_MAX = 65_504.0  # the largest half-precision number
 TIES = 1e-6  # of |user| x |longest item|: two float32 sums of one inner product differ by less
 LONG_USERS = 256  # users that longer answers are tuned for
-STEPS = 9  # of a bisection
+SAFE = 0.1  # of the misses allowed are not used up, as other users' are a little more than those tuned for
+TRIES = 6  # margins that are scanned with before all lists are
 
 
 def build_index(items: Vectors | np.ndarray, users: Vectors | np.ndarray, config: IndexConfig) -> ItemIndex:
@@ -157,6 +159,7 @@ class _Judge:
     def __init__(self, best: BestSoFar, k: int, slack: float) -> None:
         self.user_BD, self.k = best.user_BD, k
         self.worst_B = best.score_BK[:, k - 1]
+        self.best_BK = best.item_row_BK[:, :k]
         tied_B = self.worst_B - slack * np.linalg.norm(self.user_BD, axis=1)
         good_BC = (best.score_BK >= tied_B[:, None]) & (best.item_row_BK >= 0)
         self._good = Lists(np.concatenate([[0], np.cumsum(good_BC.sum(axis=1))]), best.item_row_BK[good_BC])
@@ -408,32 +411,48 @@ def _refitted(scanner: Scanner, vector_BD: np.ndarray, judge: _Judge, fit: Fit) 
 
 
 def _with_margin(scanner: Scanner, judge: _Judge, fit: Fit, config: IndexConfig, *, must: bool = True) -> Fit:
-    """The least margin, by bisection between a single list and all that the fit allows."""
+    """The least margin that reaches the target.
+
+    The margin at which each of a user's best items is scanned is that of its list, so the share that any margin finds
+    is counted without scanning. Scans say what it loses beyond that, to coarse codes, and the margin makes up for it.
+    """
+    need_N, most = _needed_margins(scanner, judge, fit)
+    aim = config.target_recall + SAFE * (1 - config.target_recall)
+    lost = 0.0
+    margin, reached = most, 0.0
+    for _ in range(TRIES):
+        wanted = aim + lost
+        margin = most
+        if wanted <= 1:
+            margin = min(most, float(need_N[max(math.ceil(wanted * len(need_N)) - 1, 0)]) + 1e-6 * abs(most))
+        reached = judge.recall(_scan(scanner, judge, replace(fit, margin=margin))[0])
+        if reached >= aim or margin >= most:
+            break
+        lost += 1.1 * (aim - reached)
+    if reached < config.target_recall and margin < most:
+        margin = most
+        reached = judge.recall(_scan(scanner, judge, replace(fit, margin=most))[0])
+    if reached < config.target_recall and must:
+        raise _unreachable(reached, judge.k, scanner, config)
+    return replace(fit, margin=margin)
+
+
+def _needed_margins(scanner: Scanner, judge: _Judge, fit: Fit) -> tuple[np.ndarray, float]:
+    """In rising order, the margin from which on each of the users' best items is scanned; and that of all lists.
+
+    Infinite for items in lists beyond the most that the fit allows.
+    """
     assert scanner.coarse is not None
     vector_BD = scanner.parts[0].transformed(judge.user_BD)
     score_BP, list_BP = scanner.coarse.nearest(vector_BD, min(fit.most_lists, scanner.num_lists))
     foretold_B = fit.foretell(score_BP, scanner.coarse.size_L[list_BP], judge.k)
     lowest_B = np.where(np.isfinite(score_BP), score_BP, np.inf).min(axis=1)
-    low, most = float((foretold_B - score_BP[:, 0]).min()), float((foretold_B - lowest_B).max())
+    most = float((foretold_B - lowest_B).max())
     most += 1e-4 * abs(most) + 1e-6  # below 0 where a k near the whole catalogue has a worse k-th best than any list
-
-    def recall(margin: float) -> float:
-        return judge.recall(_scan(scanner, judge, replace(fit, margin=margin))[0])
-
-    high = min(most, low + (most - low) / 16)
-    while (reached := recall(high)) < config.target_recall:
-        if high >= most:
-            if must:
-                raise _unreachable(reached, judge.k, scanner, config)
-            return replace(fit, margin=most)
-        low, high = high, min(most, high + 2 * (high - low))
-    for _ in range(STEPS):
-        middle = (low + high) / 2
-        if recall(middle) >= config.target_recall:
-            high = middle
-        else:
-            low = middle
-    return replace(fit, margin=high)
+    own_BK = scanner.coarse.scores(vector_BD, scanner.list_of_item()[judge.best_BK])
+    need_BK = np.where(own_BK >= lowest_B[:, None] - 1e-6, foretold_B[:, None] - own_BK, np.inf)
+    need_BK[own_BK >= score_BP[:, :1] - 1e-6] = -np.inf  # a user's best list is always scanned
+    return np.sort(need_BK, axis=None), most
 
 
 def _fit_codes(scanner: Scanner, judge: _Judge, shorter: Fit | None, config: IndexConfig) -> Fit:
@@ -465,5 +484,5 @@ def _curve(scanner: Scanner, judge: _Judge, fit: Fit) -> tuple[tuple[float, floa
     for factor in (0.0, 0.5, 0.75, 1.0, 1.25, 1.5) if scanner.coarse is not None else (1.0,):
         wide = replace(fit, margin=fit.margin * factor) if fit.margin > 0 else fit
         recall, shares, _, users_per_s = _reached(scanner, judge, wide)
-        points.append((recall, float(shares.mean()), users_per_s))
+        points.append((recall, float(shares.mean()), max(users_per_s, _reached(scanner, judge, wide)[-1])))
     return tuple(points)

@@ -173,6 +173,14 @@ class ItemIndex:
         found = self.search(user_BMD.reshape(-1, dim), k, seen=each, allowed=allowed)
         return merged(found, num_users, k)
 
+    def scanned(self, user_BD: np.ndarray, k: int) -> np.ndarray:
+        """The share of the items (B,) that lies in the lists that a search for `k` scans; 1 without lists."""
+        scanner = self._scanner
+        if scanner.coarse is None:
+            return np.ones(len(user_BD))
+        chosen = scanner.choose_lists(as_vectors(user_BD, "user"), k, fit_for(self.report.fits, k))
+        return scanner.scanned(chosen.list_BP)
+
     def allow(self, mask_I: np.ndarray, way: Way | None = None) -> Allowed:
         """The items marked in a bool array (I,), made ready for searches; `way` forces how they are searched."""
         return make_allowed(self._scanner, mask_I, self.report.fits, way)
@@ -181,7 +189,11 @@ class ItemIndex:
         """How a search for `k` of these items goes."""
         if k >= len(allowed.item_rows):
             return "exact"
-        return allowed.way or choose_way(self._scanner, self.report.fits, len(allowed.item_rows), k)
+        if allowed.way is not None:
+            return allowed.way
+        if k not in allowed.chosen:
+            allowed.chosen[k] = choose_way(self._scanner, self.report.fits, len(allowed.item_rows), k)
+        return allowed.chosen[k]
 
     def _seen_here(self, seen: Lists, allowed: Allowed | None) -> Lists:
         """Seen items once each, without those that could not be found anyway."""

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from trec_twotower.data.batch import Listed
 from trec_twotower.data.transforms import GAP_BUCKETS
+from trec_twotower.model.list_sums import applies_to, head_sums
 from trec_twotower.schema import EncoderSpec, FeatureSpec
 
 
@@ -43,6 +44,8 @@ class SequenceInput(nn.Module):
     def forward(self, item_UD: Tensor, listed: Listed) -> Tensor:
         """(B, D), or (B, M, D), of the distinct items' vectors and of how the rows' steps take them."""
         assert listed.place is not None and listed.length is not None
+        if isinstance(self.encoder, Heads) and self.gap is None and self.action is None and applies_to(item_UD):
+            return self.encoder.of_items(item_UD, listed, self.dropout.share if self.training else 0.0)
         step_ND = F.embedding(listed.place, item_UD)
         if self.gap is not None:
             assert listed.gap is not None
@@ -61,6 +64,7 @@ class Dropout(nn.Module):
 
     def __init__(self, share: float) -> None:
         super().__init__()
+        self.share = share
         self.least = round(share * 256)
 
     def forward(self, value: Tensor) -> Tensor:
@@ -141,6 +145,15 @@ class Heads(SequenceEncoder):
         parts_NHP = step_ND.unflatten(1, (self.heads, -1)) * weight_NH[..., None]
         vector_BD = step_ND.new_zeros(len(length_B), step_ND.shape[1])
         vector_BD = vector_BD.index_add(0, row_N, parts_NHP.flatten(1).to(vector_BD.dtype))
+        return vector_BD + self.mix(vector_BD)
+
+    def of_items(self, item_UD: Tensor, listed: Listed, dropout: float) -> Tensor:
+        """The same of steps that are distinct items' vectors and nothing else, without a copy for each step."""
+        assert listed.place is not None and listed.length is not None
+        age = torch.arange(len(self.log_weight_AH))
+        # (lengths, ages, H): a row's weights depend on its length alone; older than its oldest step there is nothing.
+        log_weight_LAH = self.log_weight_AH.masked_fill((age > age[:, None])[..., None], -math.inf)
+        vector_BD = head_sums(item_UD, listed.place, listed.length, log_weight_LAH.softmax(1), dropout)
         return vector_BD + self.mix(vector_BD)
 
 
