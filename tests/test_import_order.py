@@ -28,7 +28,8 @@ LAYERS = """
     model model.embedding model.list_sums model.inputs model.sequence model.parts model.tower
     model.temperature model.frequency
     model.losses.cells model.losses.blocks model.losses.contrastive model.losses.pointwise model.losses.pairwise
-    model.losses.graded model.losses.mixture model.losses model.losses.regularisers model.queue model.gate model.watch model.interests
+    model.losses.graded model.losses.mixture model.losses model.losses.regularisers model.queue model.gate model.watch
+    model.interests
     model.two_tower
     optimizer sharding plan checkpoint_storage checkpoint encode run failures refresh pipeline spectral train export
     metrics exhaustive index.engine index.list_scan index.probing index.recipe index.scan index.filters index.search
