@@ -165,7 +165,7 @@ def test_what_enters_the_tower_equals_the_sum_written_out(kind, world, tmp_path,
         weights["history_delta"] += torch.randn(weights["history_delta"].shape)  # in place: the model's own
         seen: list[torch.Tensor] = []
         encoder.encoder.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
-        pooled = model._pooled(make_batch(schema, columns, sources.catalogue.columns))
+        pooled, _ = model._pooled(make_batch(schema, columns, sources.catalogue.columns))
     item_feature = {feature.name: feature for feature in schema.item}
     table = rows.to_pylist()
     expected = []

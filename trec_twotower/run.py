@@ -115,7 +115,8 @@ class Run:
                 begun.append(learned)
             numbers = {name: asdict(statistics) for name, statistics in learned.statistics.items()}
             count_NI = count_items(learned, self.config.loss)
-            TrainBatches(learned, self.config.data, self.config.loss, count_NI, share=(0, 1))  # raises what it has to
+            uncached = self.config.data.model_copy(update={"cache": None})
+            TrainBatches(learned, uncached, self.config.loss, count_NI, share=(0, 1))  # raises what it has to
             # The data hold what the config wants of them: only now there is something to write.
             self.folder.mkdir(parents=True, exist_ok=True)
             write_file(self.folder / CONFIG, to_yaml(as_values(self.config)))
