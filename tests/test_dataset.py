@@ -11,6 +11,7 @@ import pytest
 
 from trec_twotower.data.catalogue import Catalogue, find_id
 from trec_twotower.data.dataset import Dataset, Split
+from trec_twotower.data.sources.writer import DatasetWriter
 from trec_twotower.data.transforms import Statistics
 from trec_twotower.errors import ConfigError, DataError
 from trec_twotower.schema import FeatureSpec, TableSpec
@@ -177,6 +178,27 @@ def test_the_fingerprint_changes_with_the_data(dataset_dir):
     (dataset_dir / "train" / "part-1.parquet").rename(dataset_dir / "train" / "part-2.parquet")
     found.add(Dataset(dataset_dir).fingerprint)
     assert len(found) == 6
+
+
+def test_a_described_dataset_is_what_its_description_says(tmp_path):
+    """Every flipped bit of a footer, of which pyarrow may make other values or abort; every cut and changed digit."""
+    with DatasetWriter(tmp_path / "d") as writer:
+        writer.write("train", TRAIN)
+        writer.write("items", ITEMS)
+        writer.finish("here", {}, {"users": 3})
+    path, description = tmp_path / "d/train/part-00000.parquet", tmp_path / "d/dataset.yaml"
+    whole, said = path.read_bytes(), description.read_bytes()
+    footer = int.from_bytes(whole[-8:-4], "little")
+    for place in range(len(whole) - 8 - footer, len(whole), 11):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
+        refused(tmp_path / "d", r"part-00000\.parquet is not what .*dataset\.yaml says")
+    path.write_bytes(whole)
+    for changed in (*(said[:size] for size in range(1, len(said) - 1, 29)), said.replace(b"users: 3", b"users: 4")):
+        description.write_bytes(changed)
+        with pytest.raises((ConfigError, DataError), match=r"dataset\.yaml"):
+            Dataset(tmp_path / "d").train  # noqa: B018
+    description.write_bytes(said)
+    assert Dataset(tmp_path / "d").train.num_rows == 3
 
 
 def test_a_folder_may_describe_itself_or_not(dataset_dir):
