@@ -19,6 +19,7 @@ from tests.ranks.worlds import write_world
 from tests.shop import cli, on_ranks, shop, shop_copy, shop_tables  # noqa: F401 - fixtures
 
 os.environ.update(FATAL_BOUNDS)
+os.environ["TREC_TWOTOWER_PRECISION"] = "fp32"  # losses that are compared, on whatever processor
 # A shell that starts this in the background has it ignored, which all processes started from here would inherit.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 settings.register_profile("steady", deadline=None)  # compiling takes a first call longer, and no test asserts on time
@@ -84,3 +85,14 @@ def lone_rank() -> Iterator[Any]:
     _quiet()
     with start_ranks() as ranks:
         yield ranks
+
+
+_OF_ALL_CASES = {"on_one_rank", "on_two_ranks"}  # the dearest fixtures: made once, so their tests share a process
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Where tests run in several processes, those of a file stay together, and so do those of the dearest fixtures."""
+    for item in items:
+        shares = _OF_ALL_CASES & set(getattr(item, "fixturenames", ()))
+        item.add_marker(pytest.mark.xdist_group("all cases" if shares else item.path.name))

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
-from tests.ranks.bazaar import NUM_ITEMS, bazaar_config, losses_of, work, write_bazaar
+from tests.ranks.bazaar import ITEM, NUM_ITEMS, USER, bazaar_config, losses_of, work, write_bazaar
 from tests.ranks.launch import SAID_BY_TORCHREC, torchrun
 
 pytestmark = [pytest.mark.filterwarnings(said) for said in SAID_BY_TORCHREC]
@@ -63,6 +64,20 @@ def test_every_kind_is_evaluated_and_recommended(one, retriever, lone_rank):
     (answer,) = retriever.recommend([103], k=3)
     assert len({item.item_id for item in answer.items}) == 3
     assert len(one[0]["items"]) == NUM_ITEMS
+
+
+def test_a_user_given_as_a_dict_gets_what_the_same_row_gets(bazaar, retriever):
+    (row,) = pq.read_table(bazaar / "test", filters=[("user_id", "==", 103)]).to_pylist()
+    columns = retriever.loaded.sources.user_columns()
+    now = retriever.recommend_now([{name: row[name] for name in columns}], k=4)
+    assert now == retriever.recommend([103], k=4)
+
+
+def test_features_tells_of_every_kind(one, cli):
+    said = cli("features", one[1] / "config.yaml")
+    assert said.code == 0, said.err
+    told = {line.split()[1] for line in said.out.splitlines() if line.startswith(("user ", "item "))}
+    assert told == {feature["name"] for feature in [*USER, *ITEM]} | {"title_read"}
 
 
 def test_statistics_are_learned_once_and_not_from_what_is_asked_for(bazaar, one, lone_rank, monkeypatch):

@@ -26,11 +26,12 @@ LAYERS = """
     data.sources.synthetic_reach data.sources.synthetic data.sources.gowalla data.sources.amazon_beauty
     data.sources.event_files data.sources.event_splits data.sources.events data.sources
     model model.embedding model.inputs model.sequence model.parts model.tower model.temperature model.frequency
-    model.losses.blocks model.losses.contrastive model.losses.pointwise model.losses.pairwise model.losses.graded
-    model.losses.mixture model.losses model.losses.regularisers model.queue model.gate model.watch model.two_tower
+    model.losses.cells model.losses.blocks model.losses.contrastive model.losses.pointwise model.losses.pairwise
+    model.losses.graded model.losses.mixture model.losses model.losses.regularisers model.queue model.gate model.watch
+    model.interests model.two_tower
     optimizer sharding plan checkpoint_storage checkpoint encode run failures refresh pipeline spectral train export
     metrics exhaustive index.engine index.list_scan index.probing index.recipe index.scan index.filters index.search
-    index.build index.neighbours index
+    index.tuning index.build index.neighbours index
     baselines slices sampled evaluate rerank serve report
     torchrun doctor demo cli __main__
 """

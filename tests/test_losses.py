@@ -337,6 +337,7 @@ def assert_equal(kind: str, case: Case, temperature: float = 0.5, tolerance: flo
 
 
 def block_of(monkeypatch: pytest.MonkeyPatch, cells: int) -> None:
+    monkeypatch.setattr(blocks, "BLOCK_ROWS", 1)
     monkeypatch.setitem(blocks.BLOCK_CELLS, "cpu", cells)
 
 

@@ -17,18 +17,22 @@ SPARE = 64  # candidates beyond k, at least, that are held before they are thinn
 def rank_everything(item_ID: np.ndarray, user_BD: np.ndarray, k: int, seen: Lists) -> np.ndarray:
     """(B, k) item rows of highest inner product, best first and of equals the smaller row, without those on `seen`.
 
-    -1 where items run out. Raises DataError for vectors of users with NaN or infinity.
+    Of users with several vectors, (B, M, D), an item's score is the highest by any of them. -1 where items run out.
+    Raises DataError for vectors of users with NaN or infinity.
     """
     if not np.isfinite(user_BD).all():
         raise DataError("Vectors of users hold NaN or infinity: nothing can be ranked for them.")
     ranked_BK = np.full((len(user_BD), k), -1, np.int64)
     best_BK = np.full((len(user_BD), k), -np.inf, np.float32)
-    for start in range(0, len(user_BD), USERS):
-        stop = min(start + USERS, len(user_BD))
+    step = USERS if user_BD.ndim == 2 else max(1, USERS // user_BD.shape[1])
+    for start in range(0, len(user_BD), step):
+        stop = min(start + step, len(user_BD))
         user_D = np.ascontiguousarray(user_BD[start:stop])
         offsets = seen.offsets[start : stop + 1]
         for first in range(0, len(item_ID), ITEMS):
             score = user_D @ item_ID[first : first + ITEMS].T
+            if score.ndim == 3:
+                score = score.max(axis=1)
             _keep_best(score, first, offsets, seen.values, best_BK[start:stop], ranked_BK[start:stop])
     return ranked_BK
 

@@ -299,7 +299,7 @@ def _map(run: Run, exported: Exported | None, colour: str | None) -> str:
 
 def _lengths(run: Run, exported: Exported) -> str:
     """How long the vectors are, and the items' by how often they were taken; a sentence where all are alike."""
-    length_I, length_Q = (np.linalg.norm(vectors, axis=1) for vectors in (exported.item_ID, exported.user_QD))
+    length_I, length_Q = (np.linalg.norm(vectors, axis=-1).ravel() for vectors in (exported.item_ID, exported.user_QD))
     every = np.concatenate([length_I, length_Q])
     if every.max(initial=0) - every.min(initial=np.inf) <= 1e-3 * every.max(initial=1):
         return f"<p>All vectors have length {every.mean():.3g}: scores are cosines.</p>\n"
@@ -355,7 +355,7 @@ def _users(run: Run, exported: Exported | None) -> str:
         row = rows[user_id]
         history = [row_of[item] for item in row.get(HISTORY) or [] if item in row_of]
         next_ones = row[wanted] if isinstance(row[wanted], list) else [row[wanted]]
-        score_I = exported.item_ID @ exported.user_QD[user]
+        score_I = (exported.item_ID @ np.atleast_2d(exported.user_QD[user]).T).max(axis=1)
         score_I[history] = -np.inf
         best = [item for item in np.argsort(-score_I, kind="stable")[:SHOWN_ITEMS] if np.isfinite(score_I[item])]
         shown = history[::-1][:SHOWN_HISTORY]

@@ -51,7 +51,7 @@ def build_model(config: RunConfig, ranks: Ranks) -> DistributedModelParallel:
     model.user_tower.to(ranks.device)
     model.item_tower.to(ranks.device)
     for tower in (model.user_tower, model.item_tower):
-        tower.trains_as(config.train)
+        tower.trains_as(config.train, ranks)
     check_optimizer(config.train.optimizer, schema, ranks.device.type)
     if config.train.start is not None:
         check_start(schema, config.train.start)

@@ -18,7 +18,7 @@ from trec_twotower.data.kernels import IS_COMPILED
 from trec_twotower.data.lists import Lists
 from trec_twotower.errors import ConfigError, DataError
 from trec_twotower.exhaustive import FEW_USERS, ITEMS, best_of_few
-from trec_twotower.metrics import blocks_by_length, first_kept
+from trec_twotower.metrics import blocks_by_length, find_repeats, first_kept
 
 faiss: Any = _faiss  # its type stubs lack what its classes have beyond the plain ones, and the GPU's whole
 
@@ -67,8 +67,13 @@ def exact_search(
 ) -> tuple[np.ndarray, np.ndarray]:
     """The `k` unseen items of highest score per user by scoring all: float32 and item rows int64, best first.
 
-    Rows end in -inf and -1 where fewer than `k` unseen items exist. Equal scores come in any order.
+    Rows end in -inf and -1 where fewer than `k` unseen items exist. Equal scores come in any order. Of users of several
+    vectors, (B, M, D), an item's score is the highest by any of them.
     """
+    if np.ndim(user_BD) == 3:
+        num_users, per_user, dim = user_BD.shape
+        each = None if seen is None else seen.take(np.repeat(np.arange(num_users), per_user))
+        return merged(exact_search(item_ID, user_BD.reshape(-1, dim), k, each, device=device), num_users, k)
     item_ID, user_BD = as_vectors(item_ID, "item"), as_vectors(user_BD, "user")
     check_same_dim(item_ID.shape[1], user_BD.shape[1])
     if device == "gpu" and not torch.cuda.is_available():
@@ -86,6 +91,16 @@ def exact_search(
         score_BC, item_row_BC = best_of_all(user_BD[users], item_ID, width)
         keep_BC = (item_row_BC >= 0) & ~taken.contain(item_row_BC)
         score_BK[users], item_row_BK[users] = first_kept(keep_BC, k, (score_BC, -np.inf), (item_row_BC, -1))
+    return score_BK, item_row_BK
+
+
+def merged(found: tuple[np.ndarray, np.ndarray], num_users: int, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """The best `k` items of each user, once each, of the answers to its vectors, which lie below each other."""
+    score_BC, item_row_BC = (matrix.reshape(num_users, -1) for matrix in found)
+    order_BC = np.argsort(-score_BC, axis=1, kind="stable")
+    score_BC, item_row_BC = (np.take_along_axis(matrix, order_BC, axis=1) for matrix in (score_BC, item_row_BC))
+    keep_BC = (item_row_BC >= 0) & ~find_repeats(item_row_BC)
+    score_BK, item_row_BK = first_kept(keep_BC, k, (score_BC, -np.inf), (item_row_BC, -1))
     return score_BK, item_row_BK
 
 

@@ -14,11 +14,11 @@ import pyarrow.parquet as pq
 from trec_twotower.data.lists import Lists
 from trec_twotower.errors import ConfigError, DataError
 from trec_twotower.files import MANIFEST, new_folder, open_sealed, read_manifest, seal, verify_sealed
-from trec_twotower.index.engine import Device, as_vectors, faiss
+from trec_twotower.index.engine import Device, as_vectors, faiss, merged
 from trec_twotower.index.filters import Allowed, Way, choose_way, make_allowed, num_to_fetch
 from trec_twotower.index.probing import Fit, fit_for
 from trec_twotower.index.scan import Answer, Scanner
-from trec_twotower.metrics import blocks_by_length, find_repeats, first_kept
+from trec_twotower.metrics import blocks_by_length, first_kept
 
 MEND = "build the index again: trec-twotower index RUN"
 ITEMS = "items.parquet"
@@ -120,8 +120,10 @@ class ItemIndex:
 
         An item on a user's `seen` list is never among that user's, nor one that is not `allowed` (see `allow`). A row
         is shorter than `k`, ending in -inf and -1, only when fewer such items exist: rows that come back short scan
-        more lists, all in the end.
+        more lists, all in the end. Users of several vectors, (B, M, D), are those of `search_merged`.
         """
+        if np.ndim(user_BD) == 3:
+            return self.search_merged(user_BD, k, seen=seen, allowed=allowed)
         user_BD = as_vectors(user_BD, "user")
         if user_BD.shape[1] != self.dim:
             raise ConfigError(
@@ -169,12 +171,7 @@ class ItemIndex:
         num_users, per_user, dim = user_BMD.shape
         each = None if seen is None else seen.take(np.repeat(np.arange(len(seen)), per_user))
         found = self.search(user_BMD.reshape(-1, dim), k, seen=each, allowed=allowed)
-        score_BC, item_row_BC = (matrix.reshape(num_users, per_user * k) for matrix in found)
-        order_BC = np.argsort(-score_BC, axis=1, kind="stable")
-        score_BC, item_row_BC = (np.take_along_axis(matrix, order_BC, axis=1) for matrix in (score_BC, item_row_BC))
-        keep_BC = (item_row_BC >= 0) & ~find_repeats(item_row_BC)
-        score_BK, item_row_BK = first_kept(keep_BC, k, (score_BC, -np.inf), (item_row_BC, -1))
-        return score_BK, item_row_BK
+        return merged(found, num_users, k)
 
     def scanned(self, user_BD: np.ndarray, k: int) -> np.ndarray:
         """The share of the items (B,) that lies in the lists that a search for `k` scans; 1 without lists."""

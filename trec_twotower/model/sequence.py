@@ -20,11 +20,11 @@ from trec_twotower.schema import EncoderSpec, FeatureSpec
 
 
 class SequenceEncoder(nn.Module, ABC):
-    """Makes one vector of each row's steps, as wide as theirs."""
+    """Makes one vector of each row's steps, as wide as theirs, or M vectors."""
 
     @abstractmethod
     def forward(self, step_ND: Tensor, length_B: Tensor) -> Tensor:
-        """(B, D) of the steps (N, D), of which each row has `length_B`."""
+        """(B, D), or (B, M, D), of the steps (N, D), of which each row has `length_B`."""
 
 
 class SequenceInput(nn.Module):
@@ -41,7 +41,7 @@ class SequenceInput(nn.Module):
         self.encoder = ENCODERS[spec.kind](spec, dim, feature.max_length)
 
     def forward(self, item_UD: Tensor, listed: Listed) -> Tensor:
-        """(B, D) of the distinct items' vectors and of how the rows' steps take them."""
+        """(B, D), or (B, M, D), of the distinct items' vectors and of how the rows' steps take them."""
         assert listed.place is not None and listed.length is not None
         step_ND = F.embedding(listed.place, item_UD)
         if self.gap is not None:
@@ -283,6 +283,65 @@ class Hierarchical(SequenceEncoder):
         return self.over(self.within(step_ND, length_G), segments_B)
 
 
+class Routing(SequenceEncoder):
+    """M interests among which steps are shared out by agreement: capsules (Sabour et al. 2017), as in MIND (Li 2019).
+
+    With e_n = S step_n, step n gives interest m the weight w_nm = softmax over m of b_nm; so many times over
+
+        interest_m = squash(sum over n of w_nm * e_n),    b_nm <- b_nm + interest_m . e_n
+
+    with squash(z) = |z|² / (1 + |z|²) * z / |z|. MIND draws the first b at random, that interests may differ; here it
+    is e_n . start_m with learned starts, so that a user's interests are the same each time, and in whatever order.
+    """
+
+    def __init__(self, spec: EncoderSpec, dim: int, max_length: int) -> None:
+        super().__init__()
+        assert spec.interests is not None and spec.iterations is not None
+        self.iterations = spec.iterations
+        self.shared = nn.Linear(dim, dim, bias=False)
+        self.start_MD = nn.Parameter(torch.randn(spec.interests, dim))
+
+    def forward(self, step_ND: Tensor, length_B: Tensor) -> Tensor:
+        step_BLD, is_step_BL = padded(self.shared(step_ND), length_B)
+        logit_BLM = step_BLD @ self.start_MD.T
+        for number in range(self.iterations):
+            weight_BLM = logit_BLM.softmax(2) * is_step_BL[..., None]
+            interest_BMD = squashed(weight_BLM.transpose(1, 2) @ step_BLD)
+            if number < self.iterations - 1:
+                logit_BLM = logit_BLM + step_BLD @ interest_BMD.transpose(1, 2)
+        return interest_BMD
+
+
+def squashed(vector: Tensor) -> Tensor:
+    """Vectors of the same direction, and of lengths |z|² / (1 + |z|²)."""
+    square = vector.square().sum(-1, keepdim=True)
+    return vector * (square + 1e-12).sqrt() / (1 + square)
+
+
+class SelfAttention(SequenceEncoder):
+    """M weighted means of the steps, the weights of each a softmax over steps of W2 tanh(W1 (step + place)).
+
+    Lin et al. 2017; as interests, and with places (counted from the newest step), ComiRec-SA, Cen et al. 2020.
+    """
+
+    def __init__(self, spec: EncoderSpec, dim: int, max_length: int) -> None:
+        super().__init__()
+        assert spec.interests is not None
+        self.place_AD = nn.Parameter(torch.zeros(max_length, dim))
+        self.inward = nn.Linear(dim, dim, bias=False)
+        self.outward = nn.Linear(dim, spec.interests, bias=False)
+
+    def forward(self, step_ND: Tensor, length_B: Tensor) -> Tensor:
+        place_ND = F.embedding(ages_of(length_B, rows_of(length_B, len(step_ND))), self.place_AD)
+        logit_NM = self.outward(torch.tanh(self.inward(step_ND + place_ND)))
+        step_BLD, is_step_BL = padded(step_ND, length_B)
+        logit_BLM, _ = padded(logit_NM, length_B)
+        # A row without steps weighs its padding, which is zero, evenly.
+        is_hidden_BL = ~is_step_BL & (length_B > 0)[:, None]
+        weight_BLM = logit_BLM.masked_fill(is_hidden_BL[..., None], -math.inf).softmax(1)
+        return weight_BLM.transpose(1, 2) @ step_BLD.to(weight_BLM.dtype)
+
+
 ENCODERS: dict[str, Callable[[EncoderSpec, int, int], SequenceEncoder]] = {
     "mean": Mean,
     "heads": Heads,
@@ -291,4 +350,6 @@ ENCODERS: dict[str, Callable[[EncoderSpec, int, int], SequenceEncoder]] = {
     "transformer": Transformer,
     "attention": Attention,
     "hierarchical": Hierarchical,
+    "routing": Routing,
+    "self_attention": SelfAttention,
 }
