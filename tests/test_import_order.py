@@ -34,7 +34,7 @@ LAYERS = """
     optimizer sharding plan checkpoint_storage checkpoint encode run failures refresh pipeline spectral train export
     program encoder
     metrics exhaustive index.engine index.list_scan index.probing index.recipe index.scan index.filters index.search
-    index.build index.neighbours index
+    index.tuning index.build index.neighbours index
     baselines slices sampled evaluate rerank serve server report
     torchrun doctor demo cli __main__
 """
