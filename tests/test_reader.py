@@ -267,14 +267,14 @@ def test_a_rank_decodes_only_the_row_groups_its_rows_lie_in(folder, rows, monkey
         next(batches.since(0, 1))  # takes what it has to of the first epoch, and the columns' kinds
         read: dict[tuple, set[str]] = {}
         split = batches.sources.dataset.train
-        real = type(split).read
+        real = type(split).blocks
 
-        def recorded(self, group, columns, *, read=read, real=real, **named):
+        def recorded(self, group, columns, *more, read=read, real=real, **named):
             read.setdefault((group.path, group.number), set()).update(columns)
-            return real(self, group, columns, **named)
+            return real(self, group, columns, *more, **named)
 
         with monkeypatch.context() as patch:
-            patch.setattr(type(split), "read", recorded)
+            patch.setattr(type(split), "blocks", recorded)
             found = contents(batches, steps=12)
         assert len(read) == 9 and len(found) == len(wanted)
         whole.append({name for name, columns in read.items() if columns != target})

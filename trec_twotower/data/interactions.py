@@ -18,10 +18,12 @@ import numpy as np
 from trec_twotower.config import DataConfig, LossConfig
 from trec_twotower.data.batch import Batch, make_batch
 from trec_twotower.data.candidates import CandidateSets
+from trec_twotower.data.examples import Examples
 from trec_twotower.data.features import Sources
 from trec_twotower.data.lists import Lists
 from trec_twotower.data.negatives import Negatives, StepItems
 from trec_twotower.data.order import Interleaving, Window, windows_of
+from trec_twotower.data.packed import take
 from trec_twotower.data.reader import UnitReader, UnitRows
 from trec_twotower.data.step_rows import StepRows, rows_at
 from trec_twotower.errors import ConfigError
@@ -152,15 +154,18 @@ class TrainBatches:
 
     def _batch(self, step: int, pieces: list[tuple[UnitRows, slice]]) -> Batch:
         """This rank's batch of a step, whose candidates come from the rows of all ranks."""
-        items = StepItems(step, [(unit.items, rows) for unit, rows in pieces])
-        rows_R = np.sum([unit.rows_per_rank(rows, self.num_ranks) for unit, rows in pieces], axis=0)
-        mine = [unit.mine(rows) for unit, rows in pieces]
-        candidates, targets = self.candidates.of(items, mine, lambda: _my_places(pieces))
+        mine: Examples = take([(unit.mine, unit.my_rows(rows)) for unit, rows in pieces])
+        if self.num_ranks == 1:
+            items = mine.items
+        else:
+            items = take([(unit.items, unit.order[rows]) for unit, rows in pieces if unit.items is not None])
+        rows_R = np.sum([unit.rows_per_rank(rows) for unit, rows in pieces], axis=0)
+        candidates, targets = self.candidates.of(StepItems(step, items), mine, lambda: _my_places(pieces))
         first = sum(candidates.sizes[: self.rank])
         share = candidates.item_row[first : first + candidates.sizes[self.rank]]
         batch = make_batch(
             self.sources.schema,
-            [(piece.examples.user, piece.rows) for piece in mine],
+            self.sources.with_items(mine.user),
             self.sources.catalogue.columns.take(share),
             num_rows=max(int(rows_R.max()), *candidates.sizes),
             candidates=candidates,

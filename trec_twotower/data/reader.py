@@ -7,7 +7,8 @@ step takes does not depend on who owns them.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 
 import numpy as np
@@ -16,45 +17,51 @@ import pyarrow as pa
 from trec_twotower.config import DataConfig, LossConfig
 from trec_twotower.data.cache import Cache
 from trec_twotower.data.dataset import HISTORY, ITEM_ID, POSITIVES, USER_ID, RowGroup
-from trec_twotower.data.examples import Examples, Piece, RowItems
+from trec_twotower.data.examples import Examples, RowItems
 from trec_twotower.data.features import Sources
 from trec_twotower.data.hashing import fingerprints, id_keys, uniform
 from trec_twotower.data.item_lists import check_given, given_columns, read_given
 from trec_twotower.data.lists import Lists
 from trec_twotower.data.order import Unit
+from trec_twotower.data.packed import Packed, Packer, Buffers
 from trec_twotower.data.transforms import check_kind, key_lists, one_chunk
 from trec_twotower.errors import DataError
 from trec_twotower.schema import FeatureSpec
 
 WEIGHT = "weight"
+ITEM_PARTS = frozenset(field.name for field in fields(RowItems))
+BLOCK_ROWS = 1 << 14  # decoded at a time
 _INPUT = 0x696E  # keeps these random numbers apart from others of the same seed
 
 
 @dataclass(frozen=True)
 class UnitRows:
-    """This rank's rows of a unit in the unit's order, and the items of everybody's."""
+    """This rank's rows of a unit, and the items of everybody's, as records in the order of the files."""
 
-    place: np.ndarray | None  # the places of this rank's rows, rising; None: all are its own
-    examples: Examples
-    items: RowItems  # of all ranks' rows, by place
-    owner: np.ndarray | None  # the rank that owns each place; None: there is one
+    order: np.ndarray  # the unit's rows (int32), as they come
+    low: int  # this rank's are low .. high - 1
+    high: int
+    bounds: np.ndarray  # where each rank's rows of the window begin and end, counted in this unit
+    mine: Packed
+    items: Packed | None  # of all ranks' rows; None: all are this rank's
 
-    def mine(self, rows: slice) -> Piece:
-        """This rank's rows among these places."""
-        if self.place is not None:
-            rows = slice(*np.searchsorted(self.place, (rows.start, rows.stop)).tolist())
-        return Piece(self.examples, rows)
+    def my_rows(self, rows: slice) -> np.ndarray:
+        """Which of this rank's records come at these places of the unit's order."""
+        wanted = self.order[rows]
+        return wanted if self.items is None else wanted[self._are_mine(wanted)] - np.int32(self.low)
 
     def my_places(self, rows: slice) -> np.ndarray:
         """The places of this rank's rows among these places, counted from the first of these."""
-        if self.place is None:
-            return np.arange(rows.stop - rows.start)
-        return self.place[slice(*np.searchsorted(self.place, (rows.start, rows.stop)))] - rows.start
+        return np.flatnonzero(self._are_mine(self.order[rows]))
 
-    def rows_per_rank(self, rows: slice, num_ranks: int) -> np.ndarray:
-        if self.owner is None:
+    def rows_per_rank(self, rows: slice) -> np.ndarray:
+        if self.items is None:
             return np.array([rows.stop - rows.start])
-        return np.bincount(self.owner[rows], minlength=num_ranks)
+        owner = np.searchsorted(self.bounds, self.order[rows], side="right") - 1
+        return np.bincount(owner, minlength=len(self.bounds) - 1)
+
+    def _are_mine(self, rows: np.ndarray) -> np.ndarray:
+        return (rows >= self.low) & (rows < self.high)
 
 
 class UnitReader:
@@ -74,6 +81,7 @@ class UnitReader:
             check_given(train, self.given)
         mined = loss.negatives.mined
         self.keeps_user_key = loss.known is not None or (mined is not None and mined.key == USER_ID)
+        self._buffers = Buffers()
         self.cache = Cache.open(data, sources, self._settings) if data.cache is not None else None
 
     @property
@@ -83,39 +91,68 @@ class UnitReader:
         return {"masks_history": self.loss.mask_history, "given": given, "keeps_user_key": self.keeps_user_key}
 
     def read(self, unit: Unit) -> UnitRows:
-        """Decode, hash and permute; the costly part, free of the interpreter's lock most of the time."""
+        """Decode and hash; the costly part, free of the interpreter's lock most of the time."""
         order = unit.order(self.data.seed)
-        # Where each rank's rows of the window begin and end, counted in this unit.
         bounds = unit.window_rows * np.arange(self.num_ranks + 1) // self.num_ranks - unit.first
         low, high = (int(bound) for bound in np.clip(bounds[self.rank : self.rank + 2], 0, unit.num_rows))
-        mine = Examples.concat([self._part(*part, unit.epoch) for part in _parts(unit, low, high)] or [self._nothing])
-        if self.num_ranks == 1:
-            examples = mine.take(order)
-            return UnitRows(None, examples, examples.items, None)
-        owner = (np.searchsorted(bounds, order, side="right") - 1).astype(np.int16)
-        place = np.flatnonzero(owner == self.rank)
-        before, behind = _parts(unit, 0, low), _parts(unit, high, unit.num_rows)
-        others = [self._items(*part, unit.epoch) for part in (*before, *behind)]
-        items = RowItems.concat([*others[: len(before)], mine.items, *others[len(before) :]])
-        return UnitRows(place, mine.take(order[place] - np.int32(low)), items.take(order), owner)
+        mine = self._packed(_parts(unit, low, high), high - low, unit.epoch)
+        items = None
+        if self.num_ranks > 1:
+            packer = Packer(unit.num_rows)
+            for group, start, stop in _parts(unit, 0, low):
+                packer.add(self._items(group, start, stop, unit.epoch))
+            packer.add(mine.unpacked(ITEM_PARTS))
+            for group, start, stop in _parts(unit, high, unit.num_rows):
+                packer.add(self._items(group, start, stop, unit.epoch))
+            items = packer.finish()
+        return UnitRows(order, low, high, bounds, mine, items)
+
+    def _packed(self, parts: list[tuple[RowGroup, int, int]], num_rows: int, epoch: int) -> Packed:
+        """These rows of row groups, in the order of the files."""
+        if len(parts) == 1 and not self.is_by_user and (kept := self._kept(parts[0][0])) is not None:
+            return kept.slice(*parts[0][1:])  # as it lies there
+        packer = Packer(num_rows, self._buffers)
+        for group, start, stop in parts:
+            kept = self._kept(group)
+            if kept is None:
+                for row, rows in self._blocks(group, start, stop):
+                    packer.add(self._drawn(rows, group.first_row + row, epoch))
+            elif self.is_by_user:
+                packer.add(self._drawn(kept.slice(start, stop).unpacked(), group.first_row + start, epoch))
+            else:
+                packer.add_packed(kept.slice(start, stop))
+        if not parts:
+            packer.add(self._nothing)
+        return packer.finish()
 
     @cached_property
     def _nothing(self) -> Examples:
         """No rows, with all their columns: what a rank holds of a unit that others own."""
         group = self.sources.dataset.train.row_groups[0]
-        return self._drawn(self._hash(group, 0, 0), 0, 0)
+        table = self.sources.dataset.train.read(group, self._columns(), dictionaries=True).slice(0, 0)
+        return self._drawn(self._hash(table, _place(group, 0)), 0, 0)
 
-    def _part(self, group: RowGroup, start: int, stop: int, epoch: int) -> Examples:
-        """Rows start .. stop - 1 of a row group, in the order of the file."""
-        hashed_rows = self.cache.get(group) if self.cache is not None else None
-        if hashed_rows is not None:
-            hashed_rows = replace(hashed_rows, user=self.sources.with_items(hashed_rows.user))
-            return self._drawn(hashed_rows.slice(start, stop), group.first_row + start, epoch)
-        if self.cache is not None:  # the whole group, so that its file serves every rank and every order
-            whole = self._hash(group, 0, group.num_rows)
-            self.cache.put(group, whole)
-            return self._drawn(whole.slice(start, stop), group.first_row + start, epoch)
-        return self._drawn(self._hash(group, start, stop), group.first_row + start, epoch)
+    def _kept(self, group: RowGroup) -> Packed | None:
+        """The whole row group from the cache, and into it where it is not there yet; None: there is no cache."""
+        if self.cache is None:
+            return None
+        kept = self.cache.get(group)
+        if kept is None:
+            packer = Packer(group.num_rows, self._buffers)
+            for _, rows in self._blocks(group, 0, group.num_rows):
+                packer.add(rows)
+            kept = packer.finish()
+            self.cache.put(group, kept)
+        return kept
+
+    def _blocks(self, group: RowGroup, start: int, stop: int) -> Iterator[tuple[int, Examples]]:
+        """Rows start .. stop - 1 of a row group, hashed while they are in the processor's cache; each with its row."""
+        row = 0
+        for table in self.sources.dataset.train.blocks(group, self._columns(), BLOCK_ROWS, dictionaries=True):
+            low, high = max(start - row, 0), min(stop - row, len(table))
+            if low < high:
+                yield row + low, self._hash(table.slice(low, high - low), _place(group, row + low))
+            row += len(table)
 
     def _columns(self) -> list[str]:
         train = self.sources.dataset.train
@@ -130,10 +167,8 @@ class UnitReader:
         columns |= set(given_columns(self.given)) if self.given is not None else set()
         return sorted(columns | ({USER_ID} if self.keeps_user_key else set()))
 
-    def _hash(self, group: RowGroup, start: int, stop: int) -> Examples:
+    def _hash(self, table: pa.Table, where: str) -> Examples:
         """What does not depend on the epoch; drawn features hold all of a row's items yet."""
-        table = self.sources.dataset.train.read(group, self._columns(), dictionaries=True).slice(start, stop - start)
-        where = _place(group, start)
         given, history = None, None
         if self.is_by_user:
             array = one_chunk(table[POSITIVES])
@@ -174,9 +209,9 @@ class UnitReader:
 
     def _items(self, group: RowGroup, start: int, stop: int, epoch: int) -> RowItems:
         """The items of another rank's rows."""
-        hashed_rows = self.cache.get(group) if self.cache is not None else None
-        if hashed_rows is not None:
-            items = hashed_rows.items.slice(start, stop)
+        kept = self.cache.get(group) if self.cache is not None else None
+        if kept is not None:
+            items = kept.slice(start, stop).unpacked(ITEM_PARTS)
         else:
             whole = self.sources.dataset.train.read(group, self._item_columns(), dictionaries=True)
             table = whole.slice(start, stop - start)
