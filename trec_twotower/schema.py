@@ -470,15 +470,32 @@ class Schema:
 
     def sparse(self, side: Side) -> list[FeatureSpec]:
         """The features that look up a table, in the order of their keys."""
-        return [feature for feature in self.features(side) if feature.is_sparse]
+        return self._sides[side][0]
 
     def numbers(self, side: Side) -> list[FeatureSpec]:
         """The features without table."""
-        return [feature for feature in self.features(side) if not feature.is_sparse]
+        return self._sides[side][1]
+
+    @cached_property
+    def _sides(self) -> dict[Side, tuple[list[FeatureSpec], list[FeatureSpec]]]:
+        """Of each side the features that look up a table, and those without."""
+        sides: tuple[Side, ...] = ("user", "item")
+        return {
+            side: (
+                [feature for feature in self.features(side) if feature.is_sparse],
+                [feature for feature in self.features(side) if not feature.is_sparse],
+            )
+            for side in sides
+        }
 
     def keys(self) -> list[str]:
         """The keys of the bags' KeyedJaggedTensor, in their one order (user first)."""
-        return [key(side, feature) for side, feature in self.sparse_pairs if feature.table_name not in self.listed]
+        return [key(side, feature) for side, feature in self.bag_pairs]
+
+    @cached_property
+    def bag_pairs(self) -> tuple[tuple[Side, FeatureSpec], ...]:
+        """Those of `sparse_pairs` whose tables are looked up for bags."""
+        return tuple(pair for pair in self.sparse_pairs if pair[1].table_name not in self.listed)
 
     @cached_property
     def listed(self) -> frozenset[str]:

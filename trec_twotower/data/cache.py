@@ -128,4 +128,4 @@ def _to_arrow(packed: Packed) -> pa.RecordBatch:
 def _from_arrow(batch: pa.RecordBatch) -> Packed:
     [rows] = batch.columns
     layout = Layout.from_json(batch.schema.metadata[b"layout"].decode())
-    return Packed(layout, rows.offsets.to_numpy(), rows.values.to_numpy())
+    return Packed.in_order(layout, rows.offsets.to_numpy(), rows.values.to_numpy())

@@ -14,7 +14,6 @@ import numpy as np
 
 njit: Any
 try:
-    from llvmlite import ir
     from numba import njit, types
     from numba.core import cgutils
     from numba.extending import intrinsic
@@ -24,8 +23,6 @@ except ImportError:  # pragma: no cover - doctor says so
 
 Kernel = Callable[..., Any]
 IS_COMPILED = njit is not None
-LINE_WORDS = 16  # of 4 bytes, in a line of the processor's caches
-FETCHED_ROWS, FETCHED_WORDS = 12, 16 * LINE_WORDS  # how far ahead rows are fetched, and how much of each
 
 
 def kernel(function: Kernel) -> Kernel:
@@ -42,9 +39,6 @@ if not IS_COMPILED:
 
     def copy_run(out: np.ndarray, at: int, values: np.ndarray, low: int, count: int) -> None:
         out[at : at + count] = values[low : low + count]
-
-    def prefetch(values: np.ndarray, place: int) -> None:
-        """Nothing to hurry."""
 
 else:
 
@@ -63,21 +57,6 @@ else:
             return context.get_dummy_value()
 
         return types.void(out, types.int64, values, types.int64, types.int64), generate
-
-    @intrinsic
-    def prefetch(context: Any, values: Any, place: Any) -> Any:
-        """Have the processor fetch values[place], which is soon to be read, without waiting for it."""
-
-        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            word = ir.IntType(32)
-            data = make_array(signature.args[0])(context, builder, arguments[0]).data
-            pointer = builder.bitcast(builder.gep(data, [arguments[1]]), ir.IntType(8).as_pointer())
-            kind = ir.FunctionType(ir.VoidType(), [pointer.type, word, word, word])
-            function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0i8")
-            builder.call(function, [pointer, *(ir.Constant(word, number) for number in (0, 3, 1))])  # read, keep, data
-            return context.get_dummy_value()
-
-        return types.void(values, types.int64), generate
 
 
 @kernel
@@ -128,71 +107,104 @@ def copy_lists(values: np.ndarray, starts: np.ndarray, out_offsets: np.ndarray, 
 
 
 @kernel
-def put_fixed(values: np.ndarray, width: int, starts: np.ndarray, place: int, words: np.ndarray) -> None:
-    """Write `width` words of each row at `place` of its record: see data/packed.py."""
+def put_headers(header: np.ndarray, starts: np.ndarray, words: np.ndarray, cursor: np.ndarray) -> None:
+    """Write the words that each record begins with, see data/packed.py; `cursor` is then the place behind them."""
+    width = header.shape[1]
     for row in range(starts.size):
-        at = starts[row] + place
+        at = starts[row]
         for k in range(width):
-            words[at + k] = values[row * width + k]
+            words[at + k] = header[row, k]
+        cursor[row] = at + width
 
 
 @kernel
-def put_lists(
-    values: np.ndarray, width: int, offsets: np.ndarray, starts: np.ndarray, place: int, cursor: np.ndarray,
-    words: np.ndarray,
-) -> None:  # fmt: skip
-    """Write each row's list at its `cursor`, which moves on, and at `place` of its record how many values it has."""
-    for row in range(starts.size):
-        count = offsets[row + 1] - offsets[row]
-        words[starts[row] + place] = count
-        copy_run(words, cursor[row], values, offsets[row] * width, count * width)
-        cursor[row] += count * width
+def put_lists(values: np.ndarray, width: int, offsets: np.ndarray, cursor: np.ndarray, words: np.ndarray) -> None:
+    """Write each row's list, of so many words a value, at its `cursor`, which moves on."""
+    for row in range(cursor.size):
+        count = (offsets[row + 1] - offsets[row]) * width
+        copy_run(words, cursor[row], values, offsets[row] * width, count)
+        cursor[row] += count
+
+
+@kernel
+def put_records(words: np.ndarray, starts: np.ndarray, places: np.ndarray, out: np.ndarray) -> None:
+    """Copy each record to its place."""
+    for row in range(places.size):
+        copy_run(out, places[row], words, starts[row], starts[row + 1] - starts[row])
 
 
 @kernel
 def measure_rows(
-    words: np.ndarray, starts: np.ndarray, rows: np.ndarray, place: int, at: int, offsets: np.ndarray
-) -> None:  # fmt: skip
-    """The lengths of these rows' lists, which stand from `place` of a record on, added up behind offsets[:, at].
+    words: np.ndarray, starts: np.ndarray, runs: np.ndarray, place: int, at: int, offsets: np.ndarray
+) -> int:  # fmt: skip
+    """The lengths of these runs' lists, which stand from `place` of a record on, added up behind offsets[:, at].
 
-    The rows lie anywhere in memory: each is fetched while those before it are read.
+    Returns the place behind the last of these rows.
     """
-    for i in range(rows.size):
-        if i + FETCHED_ROWS < rows.size:
-            ahead = rows[i + FETCHED_ROWS]
-            end = min(starts[ahead + 1], starts[ahead] + FETCHED_WORDS)
-            for word in range(starts[ahead], end, LINE_WORDS):
-                prefetch(words, word)
-        first = starts[rows[i]] + place
-        for number in range(offsets.shape[0]):
-            offsets[number, at + i + 1] = offsets[number, at + i] + words[first + number]
+    for run in range(runs.shape[0]):
+        for row in range(runs[run, 0], runs[run, 1]):
+            first = starts[row] + place
+            for number in range(offsets.shape[0]):
+                offsets[number, at + 1] = offsets[number, at] + words[first + number]
+            at += 1
+    return at
 
 
 @kernel
 def copy_rows(
-    words: np.ndarray, starts: np.ndarray, rows: np.ndarray, at: int, offsets: np.ndarray,
+    words: np.ndarray, starts: np.ndarray, runs: np.ndarray, at: int, offsets: np.ndarray,
     fixed: np.ndarray, lists: np.ndarray, header: int, out: np.ndarray,
-) -> None:  # fmt: skip
+) -> int:  # fmt: skip
     """Take records apart: each row's part of a field goes to its place, `at` and following, in the field's array.
 
     Fields of one length are rows of `fixed`: where they stand in a record, their words, and where in `out` their array
     begins. Those of `lists`: the number of their length, the words of a value, and the array (-1: not wanted).
     """
-    for i in range(rows.size):
-        first = starts[rows[i]]
-        for field in range(fixed.shape[0]):
-            width = fixed[field, 1]
-            to = fixed[field, 2] + (at + i) * width
-            for k in range(width):
-                out[to + k] = words[first + fixed[field, 0] + k]
-        first += header
-        for field in range(lists.shape[0]):
-            number, width = lists[field, 0], lists[field, 1]
-            low = offsets[number, at + i]
-            count = (offsets[number, at + i + 1] - low) * width
-            if lists[field, 2] >= 0:
-                copy_run(out, lists[field, 2] + low * width, words, first, count)
-            first += count
+    for run in range(runs.shape[0]):
+        for row in range(runs[run, 0], runs[run, 1]):
+            first = starts[row]
+            for field in range(fixed.shape[0]):
+                width = fixed[field, 1]
+                to = fixed[field, 2] + at * width
+                for k in range(width):
+                    out[to + k] = words[first + fixed[field, 0] + k]
+            first += header
+            for field in range(lists.shape[0]):
+                number, width = lists[field, 0], lists[field, 1]
+                low = offsets[number, at]
+                count = (offsets[number, at + 1] - low) * width
+                if lists[field, 2] >= 0:
+                    copy_run(out, lists[field, 2] + low * width, words, first, count)
+                first += count
+            at += 1
+    return at
+
+
+@kernel
+def count_before(kinds: np.ndarray, places: np.ndarray, out: np.ndarray) -> None:
+    """How many of each kind stand before each of the rising places: out[place, kind], which begins as zeros."""
+    at = 0
+    for number in range(places.size):
+        if number > 0:
+            out[number] = out[number - 1]
+        while at < places[number]:
+            out[number, kinds[at]] += 1
+            at += 1
+
+
+@kernel
+def put_in_order(keys: np.ndarray, num_keys: int, ends: np.ndarray, order: np.ndarray) -> None:
+    """The positions of keys below `num_keys` by rising key, equal ones as they stand; ends[k]: behind those of key k.
+
+    `ends` begins as zeros and has one more, for 0.
+    """
+    for i in range(keys.size):
+        ends[keys[i] + 1] += 1
+    for key in range(num_keys):
+        ends[key + 1] += ends[key]
+    for i in range(keys.size):  # each key's beginning moves on to its end
+        order[ends[keys[i]]] = i
+        ends[keys[i]] += 1
 
 
 @kernel

@@ -5,8 +5,9 @@ one id, a list of ids and one of weighted words:
 
     id  2 1   17 4   9 .5                   country 5, history [17, 4], words [9] with the weight .5
 
-The rows of a batch lie anywhere in its window. Taken column by column, each would be fetched from memory as many times
-as there are columns; a record is some cache lines beside each other, fetched while those before it are copied.
+The rows of a batch lie anywhere in its window, more than the processor's caches hold, and reading memory at random
+places takes most of the time. So the records of a unit are put, as they are made, into as many heaps as batches will
+take rows of it: writing to some hundred places in turn is nearly as fast as to one, and a batch reads its heaps through.
 """
 
 from __future__ import annotations
@@ -22,13 +23,14 @@ from typing import Any
 import numpy as np
 
 from trec_twotower.data.examples import Examples, RowItems
-from trec_twotower.data.kernels import LINE_WORDS, copy_rows, measure_rows, put_fixed, put_lists
+from trec_twotower.data.kernels import copy_rows, measure_rows, put_headers, put_in_order, put_lists, put_records
 from trec_twotower.data.lists import Lists
 from trec_twotower.data.transforms import Columns
 
 WORD_BYTES = 4
+LINE_WORDS = 16  # in a line of the processor's caches
 SPARSE, NUMBER = "sparse:", "number:"  # what the fields of an Examples' columns are called
-VALUES, WEIGHTS = "values", "weights"
+WEIGHTS = "\0weights"  # behind a list's name: what its weights are called
 KINDS: dict[str, Any] = {"Examples": Examples, "RowItems": RowItems}
 
 
@@ -85,6 +87,22 @@ class Layout:
         """Words before the lists' values."""
         return self.places[-1] + len(self.lists)
 
+    @cached_property
+    def fixed_arrays(self) -> list[tuple[str, str, int, int]]:
+        """Name, type, first word and words of each fixed field."""
+        places = zip(self.fixed, self.places, strict=False)
+        return [(field.name, field.dtype, place, field.width) for field, place in places]
+
+    @cached_property
+    def list_arrays(self) -> list[tuple[str, str, int, int]]:
+        """Name, type, number of the list and words a value of all lists' values and weights, as they stand."""
+        found = []
+        for number, field in enumerate(self.lists):
+            found.append((field.name, field.dtype, number, field.width))
+            if field.weight is not None:
+                found.append((field.name + WEIGHTS, field.weight, number, 1))
+        return found
+
 
 @dataclass(frozen=True, eq=False)
 class Packed:
@@ -93,20 +111,25 @@ class Packed:
     layout: Layout
     starts: np.ndarray  # int64, one more than rows
     words: np.ndarray  # int32
+    heaps: np.ndarray  # int64 (heaps, runs, 2): the runs of rows of each heap
     whole: Packed | None = None  # whose memory this is a part of
+
+    @classmethod
+    def in_order(cls, layout: Layout, starts: np.ndarray, words: np.ndarray) -> Packed:
+        """With all rows in one heap."""
+        return cls(layout, starts, words, np.array([[[0, len(starts) - 1]]]))
 
     def __len__(self) -> int:
         return len(self.starts) - 1
 
     def slice(self, start: int, stop: int) -> Packed:
-        """Rows start .. stop - 1, without a copy."""
-        if (start, stop) == (0, len(self)):
-            return self
-        return Packed(self.layout, self.starts[start : stop + 1], self.words, self.whole or self)
+        """Rows start .. stop - 1 in one heap, without a copy."""
+        starts = self.starts[start : stop + 1]
+        return Packed(self.layout, starts, self.words, np.array([[[0, stop - start]]]), self.whole or self)
 
     def unpacked(self, names: Collection[str] | None = None) -> Any:
         """All rows, in their order."""
-        return take([(self, np.arange(len(self), dtype=np.int32))], names)
+        return take([(self, np.array([[0, len(self)]]))], names)
 
 
 class Buffers:
@@ -139,47 +162,52 @@ class Buffers:
 class Packer:
     """Puts rows below each other into one Packed."""
 
-    def __init__(self, num_rows: int, buffers: Buffers | None = None) -> None:
-        """Of so many rows in all."""
-        self._num_rows = num_rows
-        self._buffers = buffers or Buffers()
-        self._starts = np.zeros(num_rows + 1, np.int64)
+    def __init__(self, heap_of: np.ndarray, num_heaps: int, buffers: Buffers) -> None:
+        """`heap_of` is the heap of each row that will be added, in their order (int32)."""
+        self._heap_of = heap_of
+        self._num_heaps = num_heaps
+        self._buffers = buffers
+        self._starts = np.zeros(len(heap_of) + 1, np.int64)
         self._words = np.empty(0, np.int32)
         self._rows = 0
+        self._ends: list[np.ndarray] = []  # of each heap's rows, after each addition
         self._layout: Layout | None = None
 
     def add(self, rows: Examples | RowItems) -> None:
+        """The next rows."""
         layout = self._check(Layout.of(rows))
         parts = dict(_parts(rows))
-        count = _num_rows(rows)
-        end = int(self._starts[self._rows])
-        sizes = np.full(count, layout.header, np.int64)
+        sizes = np.full(len(rows.positives), layout.header, np.int64)
         for field in layout.lists:
-            values_and_weights = field.width + (field.weight is not None)
-            sizes += parts[field.name].lengths * np.int64(values_and_weights)
-        starts = self._extend(sizes)[:-1]
+            sizes += parts[field.name].lengths * np.int64(field.width + (field.weight is not None))
+        header = np.empty((len(sizes), layout.header), np.int32)
         for field, place in zip(layout.fixed, layout.places, strict=False):
             part = parts[field.name]
-            put_fixed(_as_words(part.values if field.is_single else part), field.width, starts, place, self._words)
-        cursor = starts + layout.header
-        for number, field in enumerate(layout.lists):
-            lists, place = parts[field.name], layout.places[-1] + number
-            put_lists(_as_words(lists.values), field.width, lists.offsets, starts, place, cursor, self._words)
+            words = _as_words(part.values if field.is_single else part)
+            header[:, place : place + field.width] = words.reshape(-1, field.width)
+        for place, field in enumerate(layout.lists, layout.places[-1]):
+            header[:, place] = parts[field.name].lengths
+        starts = self._extend(sizes)
+        cursor = np.empty_like(starts)
+        put_headers(header, starts, self._words, cursor)
+        for field in layout.lists:
+            lists = parts[field.name]
+            put_lists(_as_words(lists.values), field.width, lists.offsets, cursor, self._words)
             if lists.weights is not None:
-                put_lists(_as_words(lists.weights), 1, lists.offsets, starts, place, cursor, self._words)
-        assert not count or int(cursor[-1]) == int(self._starts[self._rows]) > end
+                put_lists(_as_words(lists.weights), 1, lists.offsets, cursor, self._words)
 
     def add_packed(self, packed: Packed) -> None:
+        """The next rows, as records already."""
         self._check(packed.layout)
-        first = int(packed.starts[0])
-        starts = self._extend(np.diff(packed.starts))
-        self._words[starts[0] : starts[-1]] = packed.words[first : int(packed.starts[-1])]
+        put_records(packed.words, packed.starts, self._extend(np.diff(packed.starts)), self._words)
 
     def finish(self) -> Packed:
-        assert self._layout is not None and self._rows == self._num_rows
+        assert self._layout is not None and self._rows == len(self._heap_of)
+        ends = np.stack(self._ends, axis=1)  # (1 + heaps, additions)
+        heaps = np.stack([ends[:-1], ends[1:]], axis=2)
         words = self._words[: self._starts[-1]]
         words.flags.writeable = False  # as those of a mapped file: kernels are compiled for one kind
-        return self._buffers.lend(Packed(self._layout, self._starts, words), self._words)
+        return self._buffers.lend(Packed(self._layout, self._starts, words, heaps), self._words)
 
     def _check(self, layout: Layout) -> Layout:
         if self._layout is None:
@@ -188,90 +216,81 @@ class Packer:
         return self._layout
 
     def _extend(self, sizes: np.ndarray) -> np.ndarray:
-        """Room for records of these sizes: where each begins, and the last one ends."""
-        starts = self._starts[self._rows : self._rows + len(sizes) + 1]
-        np.cumsum(sizes, out=starts[1:])
+        """Room for records of these sizes: where each begins."""
+        first, self._rows = self._rows, self._rows + len(sizes)
+        order = np.empty(len(sizes), np.int64)
+        ends = np.zeros(self._num_heaps + 1, np.int64)
+        put_in_order(self._heap_of[first : self._rows], self._num_heaps, ends, order)
+        self._ends.append(first + np.concatenate([[0], ends[:-1]]))
+        starts = self._starts[first : self._rows + 1]
+        np.cumsum(sizes[order], out=starts[1:])
         starts[1:] += starts[0]
-        self._rows += len(sizes)
         if (end := int(starts[-1])) > len(self._words):
             # As much as all rows need if the others are like these, and some more.
-            expected = int(end / max(self._rows, 1) * self._num_rows * 1.05) + 4096
+            expected = int(end / self._rows * len(self._heap_of) * 1.05) + 4096
             larger = self._buffers.take(max(end, expected))
             larger[: starts[0]] = self._words[: starts[0]]
             if len(self._words):
                 self._buffers.give(self._words)
             self._words = larger
-        return starts
+        of_row = np.empty(len(sizes), np.int64)
+        of_row[order] = starts[:-1]
+        return of_row
 
 
 def take(parts: Sequence[tuple[Packed, np.ndarray]], names: Collection[str] | None = None) -> Any:
-    """The given rows (int32) of each part in turn, as the Examples or RowItems they were made of.
+    """Runs of rows (int64 (runs, 2)) of each part in turn, as the Examples or RowItems that they were made of.
 
     With `names` these fields alone, as RowItems.
     """
     layout = parts[0][0].layout
     assert all(packed.layout == layout for packed, _ in parts), "records of different kinds in one step"
-    num_rows = sum(len(rows) for _, rows in parts)
+    num_rows = sum(int((runs[:, 1] - runs[:, 0]).sum()) for _, runs in parts)
     offsets = np.zeros((len(layout.lists), num_rows + 1), np.int64)
     at = 0
-    for packed, rows in parts:
-        measure_rows(packed.words, packed.starts, rows, layout.places[-1], at, offsets)
-        at += len(rows)
-    room = _Room()
-    wanted = {field.name for field in layout.fields} if names is None else names
-    fixed = [
-        (place, field.width, room.reserve((field.name, VALUES), field.dtype, num_rows * field.width))
-        for field, place in zip(layout.fixed, layout.places, strict=False)
-        if field.name in wanted
-    ]
-    lists = []
-    for number, (field, end) in enumerate(zip(layout.lists, offsets[:, -1].tolist(), strict=True)):
-        for part, dtype in ((VALUES, field.dtype), (WEIGHTS, field.weight)):
-            if dtype is not None:
-                width = field.width if part is VALUES else 1
-                is_wanted = field.name in wanted
-                lists.append((number, width, room.reserve((field.name, part), dtype, end * width) if is_wanted else -1))
-    out = np.empty(room.num_words, np.int32)
-    kinds = np.array(fixed, np.int64).reshape(-1, 3), np.array(lists, np.int64).reshape(-1, 3)
-    at = 0
-    for packed, rows in parts:
-        copy_rows(packed.words, packed.starts, rows, at, offsets, *kinds, layout.header, out)
-        at += len(rows)
-    arrays = room.arrays(out)
-    offsets_of = dict(zip((field.name for field in layout.lists), offsets, strict=True))
-    found: dict[str, Any] = {}
-    for field in layout.fields:
-        if field.name not in wanted:
-            continue
-        values = arrays[field.name, VALUES]
-        if field.name in offsets_of:
-            found[field.name] = Lists(offsets_of[field.name], values, arrays.get((field.name, WEIGHTS)))
-        elif field.is_single:
-            found[field.name] = Lists.singles(values)
-        else:
-            found[field.name] = values.reshape(num_rows, field.count) if field.name.startswith(NUMBER) else values
-    return _rebuilt(RowItems if names is not None else KINDS[layout.kind], num_rows, found)
+    for packed, runs in parts:
+        at = measure_rows(packed.words, packed.starts, runs, layout.places[-1], at, offsets)
+    wanted = None if names is None else {*names, *(name + WEIGHTS for name in names)}
+    num_words = 0
+    arrays: dict[str, tuple[int, int, str]] = {}  # the words that each begins and ends with
 
-
-class _Room:
-    """Arrays that are to lie in one piece of memory, each at the beginning of a cache line."""
-
-    def __init__(self) -> None:
-        self.num_words = 0
-        self._arrays: dict[tuple[str, str], tuple[int, str, int]] = {}
-
-    def reserve(self, name: tuple[str, str], dtype: str, num_words: int) -> int:
-        """The first word of a new array."""
-        first = self.num_words
-        self._arrays[name] = first, dtype, num_words
-        self.num_words += -(-num_words // LINE_WORDS) * LINE_WORDS
+    def place_of(name: str, dtype: str, size: int) -> int:
+        """Where in `out` the array begins, always a cache line."""
+        nonlocal num_words
+        first, num_words = num_words, num_words + -(-size // LINE_WORDS) * LINE_WORDS
+        arrays[name] = first, first + size, dtype
         return first
 
-    def arrays(self, words: np.ndarray) -> dict[tuple[str, str], np.ndarray]:
-        return {
-            name: words[first : first + num_words].view(dtype)
-            for name, (first, dtype, num_words) in self._arrays.items()
-        }
+    fixed = [
+        (place, width, place_of(name, dtype, num_rows * width))
+        for name, dtype, place, width in layout.fixed_arrays
+        if wanted is None or name in wanted
+    ]
+    ends = offsets[:, -1].tolist()
+    lists = [
+        (number, width, place_of(name, dtype, ends[number] * width) if wanted is None or name in wanted else -1)
+        for name, dtype, number, width in layout.list_arrays
+    ]
+    out = np.empty(num_words, np.int32)
+    kinds = np.array(fixed, np.int64).reshape(-1, 3), np.array(lists, np.int64).reshape(-1, 3)
+    at = 0
+    for packed, runs in parts:
+        at = copy_rows(packed.words, packed.starts, runs, at, offsets, *kinds, layout.header, out)
+    values = {name: out[first:end].view(dtype) for name, (first, end, dtype) in arrays.items()}
+    found: dict[str, Any] = {}
+    number = 0
+    for field in layout.fields:
+        name = field.name
+        if not field.count:
+            if name in values:
+                found[name] = Lists(offsets[number], values[name], values.get(name + WEIGHTS))
+            number += 1
+        elif name in values:
+            array = values[name]
+            if name.startswith(NUMBER):
+                array = array.reshape(num_rows, field.count)
+            found[name] = Lists.singles(array) if field.is_single else array
+    return _rebuilt(RowItems if names is not None else KINDS[layout.kind], num_rows, found)
 
 
 def _parts(rows: Examples | RowItems) -> Iterable[tuple[str, Any]]:
@@ -283,10 +302,6 @@ def _parts(rows: Examples | RowItems) -> Iterable[tuple[str, Any]]:
             yield from ((NUMBER + name, number) for name, number in value.numbers.items())
         elif value is not None:
             yield field.name, value
-
-
-def _num_rows(rows: Examples | RowItems) -> int:
-    return len(rows.positives)
 
 
 def _field(name: str, value: Lists | np.ndarray) -> Field:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
+from itertools import pairwise
 
 import numpy as np
 import pyarrow as pa
@@ -36,32 +37,21 @@ _INPUT = 0x696E  # keeps these random numbers apart from others of the same seed
 
 @dataclass(frozen=True)
 class UnitRows:
-    """This rank's rows of a unit, and the items of everybody's, as records in the order of the files."""
+    """This rank's rows of a unit, and the items of everybody's, as records, with a heap for each step.
 
-    order: np.ndarray  # the unit's rows (int32), as they come
-    low: int  # this rank's are low .. high - 1
-    high: int
-    bounds: np.ndarray  # where each rank's rows of the window begin and end, counted in this unit
+    A heap's rows stand as in the files, and this rank's are a run of them.
+    """
+
     mine: Packed
-    items: Packed | None  # of all ranks' rows; None: all are this rank's
+    items: Packed | None = None  # of all ranks' rows; None: all are this rank's
+    rows_per_rank: np.ndarray | None = None  # (heaps, ranks)
 
-    def my_rows(self, rows: slice) -> np.ndarray:
-        """Which of this rank's records come at these places of the unit's order."""
-        wanted = self.order[rows]
-        return wanted if self.items is None else wanted[self._are_mine(wanted)] - np.int32(self.low)
-
-    def my_places(self, rows: slice) -> np.ndarray:
-        """The places of this rank's rows among these places, counted from the first of these."""
-        return np.flatnonzero(self._are_mine(self.order[rows]))
-
-    def rows_per_rank(self, rows: slice) -> np.ndarray:
-        if self.items is None:
-            return np.array([rows.stop - rows.start])
-        owner = np.searchsorted(self.bounds, self.order[rows], side="right") - 1
-        return np.bincount(owner, minlength=len(self.bounds) - 1)
-
-    def _are_mine(self, rows: np.ndarray) -> np.ndarray:
-        return (rows >= self.low) & (rows < self.high)
+    def num_rows(self, heap: int) -> np.ndarray:
+        """The rows of each rank in a heap."""
+        if self.rows_per_rank is not None:
+            return self.rows_per_rank[heap]
+        runs = self.mine.heaps[heap]
+        return np.array([int((runs[:, 1] - runs[:, 0]).sum())])
 
 
 class UnitReader:
@@ -90,40 +80,58 @@ class UnitReader:
         given = None if self.given is None else self.given.model_dump(exclude={"shared"})
         return {"masks_history": self.loss.mask_history, "given": given, "keeps_user_key": self.keeps_user_key}
 
-    def read(self, unit: Unit) -> UnitRows:
-        """Decode and hash; the costly part, free of the interpreter's lock most of the time."""
-        order = unit.order(self.data.seed)
-        bounds = unit.window_rows * np.arange(self.num_ranks + 1) // self.num_ranks - unit.first
-        low, high = (int(bound) for bound in np.clip(bounds[self.rank : self.rank + 2], 0, unit.num_rows))
-        mine = self._packed(_parts(unit, low, high), high - low, unit.epoch)
-        items = None
-        if self.num_ranks > 1:
-            packer = Packer(unit.num_rows)
-            for group, start, stop in _parts(unit, 0, low):
-                packer.add(self._items(group, start, stop, unit.epoch))
-            packer.add(mine.unpacked(ITEM_PARTS))
-            for group, start, stop in _parts(unit, high, unit.num_rows):
-                packer.add(self._items(group, start, stop, unit.epoch))
-            items = packer.finish()
-        return UnitRows(order, low, high, bounds, mine, items)
+    def read(self, unit: Unit, cuts: np.ndarray) -> UnitRows:
+        """Decode and hash; the costly part, free of the interpreter's lock most of the time.
 
-    def _packed(self, parts: list[tuple[RowGroup, int, int]], num_rows: int, epoch: int) -> Packed:
-        """These rows of row groups, in the order of the files."""
-        if len(parts) == 1 and not self.is_by_user and (kept := self._kept(parts[0][0])) is not None:
-            return kept.slice(*parts[0][1:])  # as it lies there
-        packer = Packer(num_rows, self._buffers)
+        Each step takes a run of the unit's order, which is cut at these places; the first is 0, the last its end.
+        """
+        num_heaps = len(cuts) - 1
+        heap_of = np.empty(unit.num_rows, np.int32)
+        heap_of[unit.order(self.data.seed)] = np.repeat(np.arange(num_heaps, dtype=np.int32), np.diff(cuts))
+        if self.num_ranks == 1:
+            return UnitRows(self._packed(_parts(unit, 0, unit.num_rows), heap_of, num_heaps, unit.epoch))
+        # Where each rank's rows of the window begin and end, counted in this unit.
+        bounds = unit.window_rows * np.arange(self.num_ranks + 1) // self.num_ranks - unit.first
+        bounds = np.clip(bounds, 0, unit.num_rows)
+        low, high = bounds[self.rank : self.rank + 2].tolist()
+        items = Packer(heap_of, num_heaps, Buffers())
+        self._add_items(items, _parts(unit, 0, low), unit.epoch)
+        mine = self._packed(_parts(unit, low, high), heap_of[low:high], num_heaps, unit.epoch, items)
+        self._add_items(items, _parts(unit, high, unit.num_rows), unit.epoch)
+        owned = [np.bincount(heap_of[start:stop], minlength=num_heaps) for start, stop in pairwise(bounds.tolist())]
+        return UnitRows(mine, items.finish(), np.stack(owned, axis=1))
+
+    def _packed(
+        self,
+        parts: list[tuple[RowGroup, int, int]],
+        heap_of: np.ndarray,
+        num_heaps: int,
+        epoch: int,
+        items: Packer | None = None,
+    ) -> Packed:
+        """These rows of row groups, whose heaps `heap_of` has; what every rank knows of them goes into `items`, too."""
+        packer = Packer(heap_of, num_heaps, self._buffers)
         for group, start, stop in parts:
             kept = self._kept(group)
-            if kept is None:
-                for row, rows in self._blocks(group, start, stop):
-                    packer.add(self._drawn(rows, group.first_row + row, epoch))
-            elif self.is_by_user:
-                packer.add(self._drawn(kept.slice(start, stop).unpacked(), group.first_row + start, epoch))
-            else:
-                packer.add_packed(kept.slice(start, stop))
+            if kept is not None and not self.is_by_user:
+                kept = kept.slice(start, stop)
+                packer.add_packed(kept)
+                if items is not None:
+                    items.add(kept.unpacked(ITEM_PARTS))
+                continue
+            blocks = self._blocks(group, start, stop) if kept is None else [(start, kept.slice(start, stop).unpacked())]
+            for row, rows in blocks:
+                drawn = self._drawn(rows, group.first_row + row, epoch)
+                packer.add(drawn)
+                if items is not None:
+                    items.add(drawn.items)
         if not parts:
             packer.add(self._nothing)
         return packer.finish()
+
+    def _add_items(self, items: Packer, parts: list[tuple[RowGroup, int, int]], epoch: int) -> None:
+        for part in parts:
+            items.add(self._items(*part, epoch))
 
     @cached_property
     def _nothing(self) -> Examples:
@@ -138,7 +146,7 @@ class UnitReader:
             return None
         kept = self.cache.get(group)
         if kept is None:
-            packer = Packer(group.num_rows, self._buffers)
+            packer = Packer(np.zeros(group.num_rows, np.int32), 1, self._buffers)
             for _, rows in self._blocks(group, 0, group.num_rows):
                 packer.add(rows)
             kept = packer.finish()
