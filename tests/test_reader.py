@@ -11,11 +11,12 @@ import pytest
 import torch
 
 from trec_twotower.config import DataConfig, LossConfig, NegativesConfig
-from trec_twotower.data import order
+from trec_twotower.data import order, reader
 from trec_twotower.data.dataset import Dataset, RowGroup
 from trec_twotower.data.features import Sources
 from trec_twotower.data.interactions import TrainBatches
 from trec_twotower.data.order import Interleaving, Window, windows_of
+from trec_twotower.errors import DataError
 from trec_twotower.schema import FeatureSpec, Schema, TableSpec
 
 ITEM = TableSpec(buckets=64, dim=4)
@@ -252,6 +253,34 @@ def test_any_places_of_a_window_are_slices_of_its_units(unit_rows, tmp_path, mon
             for row in window.units[number].order(1)[low:high]
         ]
         assert sorted(rows) == sorted(whole[start:stop])
+
+
+@BOTH
+@pytest.mark.parametrize("share", [(0, 1), (1, 2)], ids=["one rank", "second of two"])
+def test_how_many_rows_are_decoded_at_a_time_changes_nothing(folder, tmp_path, rows, share, monkeypatch):
+    """Three of 16, with and without cache."""
+    wanted = contents(batches_of(folder, share, rows=rows))
+    monkeypatch.setattr(reader, "BLOCK_ROWS", 3)
+    assert contents(batches_of(folder, share, rows=rows)) == wanted
+    for _ in range(2):
+        assert contents(batches_of(folder, share, rows=rows, cache=tmp_path / "cache")) == wanted
+
+
+def test_an_error_counts_rows_from_the_row_group_on_however_it_was_read(tmp_path, rng, write_dataset, monkeypatch):
+    monkeypatch.setattr(reader, "BLOCK_ROWS", 3)
+    age = np.arange(40) / 2.0
+    age[29] = np.nan
+    train = rows_of(rng, 40).set_column(7, "age", pa.array(age, from_pandas=False))
+    items = pa.table({"item_id": np.arange(NUM_ITEMS) * 3, "price": rng.random(NUM_ITEMS)})
+    folder = write_dataset(tmp_path / "d", row_group_size=16, items=items, train=[train])
+    statistics = Sources(
+        Dataset(write_dataset(tmp_path / "good", items=items, train=[rows_of(rng, 9)])), SCHEMA, "event"
+    )
+    sources = Sources(Dataset(folder), SCHEMA, "event", statistics.statistics)
+    data = DataConfig(dataset=folder, batch_size=11, threads=2)
+    batches = TrainBatches(sources, data, LossConfig(), sources.item_counts(), (0, 1))
+    with pytest.raises(DataError, match=r"part-0\.parquet, row group 1, column 'age': .* in row 13: "):
+        list(batches.since(0, 4))
 
 
 @BOTH

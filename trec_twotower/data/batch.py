@@ -175,9 +175,7 @@ def _tensor(values: np.ndarray | None) -> Tensor | None:
     return None if values is None else torch.from_numpy(values)
 
 
-def _keyed_jagged(
-    schema: Schema, sides: Sides, num_rows: int
-) -> tuple[KeyedJaggedTensor, dict[Side, np.ndarray]]:
+def _keyed_jagged(schema: Schema, sides: Sides, num_rows: int) -> tuple[KeyedJaggedTensor, dict[Side, np.ndarray]]:
     """All keys' bags, and for each side what its pooled sums are divided by: float32 (num_rows, features)."""
     divisors = {side: np.ones((num_rows, len(schema.sparse(side))), np.float32) for side in sides}
     for side, columns in sides.items():
@@ -284,6 +282,8 @@ def _numbers(schema: Schema, side: Side, columns: Columns | None) -> np.ndarray:
     """(rows, all their columns) of the features without table."""
     features = schema.numbers(side)
     if columns is None or not features:
-        return np.empty((0 if columns is None else columns.num_rows, sum(feature.num_numbers for feature in features)), np.float32)
+        return np.empty(
+            (0 if columns is None else columns.num_rows, sum(feature.num_numbers for feature in features)), np.float32
+        )
     numbers = [columns.numbers[feature.name] for feature in features]
     return numbers[0] if len(numbers) == 1 else np.concatenate(numbers, axis=1)

@@ -39,9 +39,7 @@ class CandidateSets:
             self.known = KeyedLists.read(loss.known, USER_ID, "item_ids", sources, "loss.known", skips_unknown=True)
         self._scratch = threading.local()
 
-    def of(
-        self, items: StepItems, mine: Examples, my_places: Callable[[], np.ndarray]
-    ) -> tuple[Candidates, Targets]:
+    def of(self, items: StepItems, mine: Examples, my_places: Callable[[], np.ndarray]) -> tuple[Candidates, Targets]:
         """The candidates of a step, the same on all ranks, and the pairs of this rank's rows with them.
 
         `my_places` says where this rank's rows stand among those of all ranks; it is asked only where that matters.
@@ -86,9 +84,7 @@ class CandidateSets:
             is_negative[column_I[part]] = True
         return item_row, is_negative, column_I
 
-    def _targets(
-        self, mine: Examples, own: Sequence[Lists], item_row: np.ndarray, column_I: np.ndarray
-    ) -> Targets:
+    def _targets(self, mine: Examples, own: Sequence[Lists], item_row: np.ndarray, column_I: np.ndarray) -> Targets:
         """The pairs of this rank's rows; `own` are the items that they bring themselves, by source."""
         positives = mine.positives
         row, column = positives.rows, column_I[positives.values]

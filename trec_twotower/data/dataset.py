@@ -155,9 +155,20 @@ class Split:
                 found += len(table)
                 yield table
         except UNREADABLE as error:
-            raise DataError(f"{group}: cannot be read: {error}") from None
+            raise DataError(f"{group}{self._column_at_fault(group, columns)}: cannot be read: {error}") from None
         if found != group.num_rows:  # no checksum covers the footer
             raise DataError(f"{group} is damaged: it holds {found:,} rows, its footer says {group.num_rows:,}.")
+
+    def _column_at_fault(self, group: RowGroup, columns: Sequence[str]) -> str:
+        """Names the first column that cannot be read by itself; nothing where that is not to be told."""
+        for name in columns:
+            try:
+                _open(group.path).read_row_group(group.number, columns=[name], use_threads=False)
+            except DataError:  # not even opened
+                return ""
+            except UNREADABLE:
+                return f", column {name!r}"
+        return ""
 
     def _widened(self, table: pa.Table, place: int, name: str) -> pa.Table:
         """A column of a file that has it narrower, as the widest file has it; dictionaries stay."""

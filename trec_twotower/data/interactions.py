@@ -154,7 +154,10 @@ class TrainBatches:
                     yield window
 
     def _batch(self, step: int, pieces: list[tuple[UnitRows, int]]) -> Batch:
-        """This rank's batch of a step, whose candidates come from the rows of all ranks; `pieces` are heaps of units."""
+        """This rank's batch of a step, whose candidates come from the rows of all ranks.
+
+        Each piece is a heap of a unit.
+        """
         rows_of_pieces = np.stack([unit.num_rows(heap) for unit, heap in pieces])  # (pieces, ranks)
         mine: Examples = take([(unit.mine, unit.mine.heaps[heap]) for unit, heap in pieces])
         if self.num_ranks == 1:
@@ -162,7 +165,9 @@ class TrainBatches:
         else:
             items = take([(unit.items, unit.items.heaps[heap]) for unit, heap in pieces if unit.items is not None])
         rows_R = rows_of_pieces.sum(axis=0)
-        candidates, targets = self.candidates.of(StepItems(step, items), mine, lambda: _places_of(rows_of_pieces, self.rank))
+        candidates, targets = self.candidates.of(
+            StepItems(step, items), mine, lambda: _places_of(rows_of_pieces, self.rank)
+        )
         first = sum(candidates.sizes[: self.rank])
         share = candidates.item_row[first : first + candidates.sizes[self.rank]]
         batch = make_batch(

@@ -6,8 +6,8 @@ one id, a list of ids and one of weighted words:
     id  2 1   17 4   9 .5                   country 5, history [17, 4], words [9] with the weight .5
 
 The rows of a batch lie anywhere in its window, more than the processor's caches hold, and reading memory at random
-places takes most of the time. So the records of a unit are put, as they are made, into as many heaps as batches will
-take rows of it: writing to some hundred places in turn is nearly as fast as to one, and a batch reads its heaps through.
+places takes most of the time. So the records of a unit are put, as they are made, into as many heaps as steps will take
+rows of it: writing to some hundred places in turn is nearly as fast as to one, and a batch reads its heaps through.
 """
 
 from __future__ import annotations

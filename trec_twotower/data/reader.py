@@ -24,7 +24,7 @@ from trec_twotower.data.hashing import fingerprints, id_keys, uniform
 from trec_twotower.data.item_lists import check_given, given_columns, read_given
 from trec_twotower.data.lists import Lists
 from trec_twotower.data.order import Unit
-from trec_twotower.data.packed import Packed, Packer, Buffers
+from trec_twotower.data.packed import Buffers, Packed, Packer
 from trec_twotower.data.transforms import check_kind, key_lists, one_chunk
 from trec_twotower.errors import DataError
 from trec_twotower.schema import FeatureSpec
@@ -138,7 +138,7 @@ class UnitReader:
         """No rows, with all their columns: what a rank holds of a unit that others own."""
         group = self.sources.dataset.train.row_groups[0]
         table = self.sources.dataset.train.read(group, self._columns(), dictionaries=True).slice(0, 0)
-        return self._drawn(self._hash(table, _place(group, 0)), 0, 0)
+        return self._drawn(self._hash(table, str(group)), 0, 0)
 
     def _kept(self, group: RowGroup) -> Packed | None:
         """The whole row group from the cache, and into it where it is not there yet; None: there is no cache."""
@@ -155,11 +155,17 @@ class UnitReader:
 
     def _blocks(self, group: RowGroup, start: int, stop: int) -> Iterator[tuple[int, Examples]]:
         """Rows start .. stop - 1 of a row group, hashed while they are in the processor's cache; each with its row."""
-        row = 0
-        for table in self.sources.dataset.train.blocks(group, self._columns(), BLOCK_ROWS, dictionaries=True):
+        row, train = 0, self.sources.dataset.train
+        for table in train.blocks(group, self._columns(), BLOCK_ROWS, dictionaries=True):
             low, high = max(start - row, 0), min(stop - row, len(table))
             if low < high:
-                yield row + low, self._hash(table.slice(low, high - low), _place(group, row + low))
+                try:
+                    rows = self._hash(table.slice(low, high - low), str(group))
+                except DataError:
+                    if row + low:  # say it with the row as counted in the row group
+                        self._hash(train.read(group, self._columns(), dictionaries=True), str(group))
+                    raise
+                yield row + low, rows
             row += len(table)
 
     def _columns(self) -> list[str]:
