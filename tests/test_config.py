@@ -340,6 +340,7 @@ OTHER = {
     "data.cache": ("elsewhere", False),
     "data.cache_gb": (2.0, False),
     "data.drop_last": (True, True),
+    "data.own_item": ("drop", True),
     "data.follow": ({}, True),
     "tables.item.buckets": (50, True),
     "tables.item.dim": (4, True),
@@ -349,6 +350,7 @@ OTHER = {
     "tables.item.cache_share": (0.5, False),
     "tables.item.dtype": ("fp16", True),
     "tables.item.hashing": ("modulo", True),
+    "tables.item.hashes": (2, True),
     "tables.item.seed": (1, True),
     "tables.item.init_scale": (0.5, True),
     "user.0.name": ("past", True),
@@ -367,6 +369,7 @@ OTHER = {
     "model.item_tower.combine": ("sum", True),
     "model.user_tower.crosses": (2, True),
     "model.user_tower.short": (["history"], True),
+    "model.user_tower.wide": (["history"], True),
     "model.similarity": ("dot", True),
     "loss.temperature": (0.2, True),
     "loss.precision": ("bf16", True),
@@ -429,6 +432,7 @@ OTHER = {
 # SMALL with what lets each value above stand alone: widths that meet, and negatives beside the batch's.
 ROOM = ("model.dim=10", "loss.negatives.sampled=5")
 NEEDS = {  # what else a setting asks for
+    "model.user_tower.wide": ("tables.item.dim=10",),
     "tables.item.shard_columns": ("tables.item.sharding=column_wise",),
     "tables.item.cache_share": ("tables.item.kernel=fused_uvm_caching",),
     "train.optimizer.weight_decay": ("train.optimizer.sparse=adam",),

@@ -15,8 +15,9 @@ PACKAGE = Path(trec_twotower.__file__).parent
 # A package stands where its __init__ does: behind its parts, which it may import.
 LAYERS = """
     errors schema config files memory faults lock preemption distributed heartbeat
-    data data.kernels data.hashing data.lists data.probing data.numbers data.times data.transforms data.dataset
-    data.cache_folder data.arrays data.catalogue data.features data.held_out
+    data data.kernels data.hashing data.lists data.probing data.numbers data.times data.vocabulary data.vectors
+    data.text data.transforms data.dataset
+    data.cache_folder data.arrays data.catalogue data.features data.coverage data.held_out
     data.batch data.examples data.item_lists data.negatives data.order data.packed data.cache data.reader data.step_rows
     data.candidates
     data.interactions
@@ -24,7 +25,7 @@ LAYERS = """
     data.sources.options data.sources.writer data.sources.id_lines data.sources.synthetic_words
     data.sources.synthetic_reach data.sources.synthetic data.sources.gowalla data.sources.amazon_beauty
     data.sources.event_files data.sources.event_splits data.sources.events data.sources
-    model model.embedding model.sequence model.parts model.tower model.temperature model.frequency
+    model model.embedding model.inputs model.sequence model.parts model.tower model.temperature model.frequency
     model.losses.blocks model.losses.contrastive model.losses.pointwise model.losses.pairwise model.losses.graded
     model.losses.mixture model.losses model.losses.regularisers model.queue model.gate model.watch model.two_tower
     optimizer sharding plan checkpoint_storage checkpoint encode run failures refresh pipeline spectral train export
@@ -44,6 +45,9 @@ WITHOUT_TORCH = {"errors", "schema", "config", "files"} | {
         "probing",
         "numbers",
         "times",
+        "vocabulary",
+        "vectors",
+        "text",
         "transforms",
         "dataset",
         "cache_folder",

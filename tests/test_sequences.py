@@ -123,8 +123,8 @@ def test_mistakes_are_told_before_anything_is_read(parts, said, world, tmp_path)
 
 
 def test_only_sequences_have_what_belongs_to_steps():
-    with pytest.raises(ValueError, match="'bag', which has no times, delta"):
-        FeatureSpec(name="history", kind="bag", table="item", times="when", delta=True)
+    with pytest.raises(ValueError, match="'bag', which has no actions, delta"):
+        FeatureSpec(name="history", kind="bag", table="item", actions="what", delta=True)
 
 
 def test_a_sequence_of_users_or_of_drawn_halves_is_refused(world, tmp_path):

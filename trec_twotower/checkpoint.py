@@ -25,7 +25,7 @@ from trec_twotower.distributed import Ranks
 from trec_twotower.errors import ConfigError, DataError, TrainingError
 from trec_twotower.faults import fault_point
 from trec_twotower.files import MANIFEST, read_manifest, sha256_of, verify_sealed
-from trec_twotower.model.embedding import COLLECTIONS
+from trec_twotower.model.embedding import table_in
 from trec_twotower.optimizer import RunOptimizer
 
 FORMAT = 2  # of a checkpoint's manifest and of the names in it
@@ -296,11 +296,8 @@ def _whole_size(value: Any) -> tuple[int, ...]:
 
 def _table_of(name: str) -> str | None:
     """The table whose weight or state it is."""
-    for collection in COLLECTIONS:
-        _, found, rest = name.partition(f".{collection}.")
-        if found:
-            return f"table {rest.partition('.')[0]!r}"
-    return None
+    table = table_in(name.removeprefix(_MODEL).removeprefix(_OPTIMIZER).partition("/")[0])
+    return None if table is None else f"table {table!r}"
 
 
 def _size(size: Any) -> str:

@@ -107,6 +107,10 @@ def build_parser() -> argparse.ArgumentParser:
     plan.add_argument("--gpu-gb", type=float, metavar="GB", help="for GPUs of so much memory (default: those here)")
     plan.add_argument("overrides", nargs="*", default=[], metavar="key=value")
 
+    features = command("features", _features, "how well tables fit the data: nulls, unknown and new ids, collisions")
+    features.add_argument("config", type=Path, metavar="CONFIG")
+    features.add_argument("overrides", nargs="*", default=[], metavar="key=value")
+
     command("doctor", _doctor, "what is installed, what does not fit, and the line that mends it")
     return parser
 
@@ -344,6 +348,21 @@ def _plan(options: argparse.Namespace) -> int:
     from trec_twotower.plan import describe_plan
 
     print(describe_plan(config, options.ranks, options.gpu_gb))
+    return 0
+
+
+def _features(options: argparse.Namespace) -> int:
+    from trec_twotower.config import load_config
+
+    config = load_config(options.config, options.overrides)
+    _quiet()
+    from trec_twotower.data.cache_folder import CacheFolder
+    from trec_twotower.data.coverage import describe_coverage
+    from trec_twotower.data.dataset import Dataset
+    from trec_twotower.data.features import Sources
+
+    dataset, cache = Dataset(config.data.dataset), CacheFolder.of(config.data)
+    print(describe_coverage(Sources(dataset, config.feature_schema, config.data.rows, cache=cache)))
     return 0
 
 

@@ -54,8 +54,19 @@ class DataConfig(Settings):
     prefetch: PositiveInt = 4  # batches made ahead of the trainer
     cache: Path | None = None  # a folder for hashed rows, which later epochs read in place of Parquet, and catalogues
     cache_gb: PositiveFloat = 50.0  # the most that folder may hold
+    # The item that a row asks for, in its own history: kept (where things are taken again), left out, or an error.
+    own_item: Literal["keep", "drop", "refuse"] = "keep"
     drop_last: bool = False  # leave out an epoch's last rows, where they are no whole batch
     follow: FollowConfig | None = None  # train on a folder that grows: no epochs, and no cache of what is read once
+
+    @model_validator(mode="after")
+    def _own_item_stands_in_histories(self) -> Self:
+        if self.own_item != "keep" and self.rows == "user":
+            raise ValueError(
+                f"data.own_item is {self.own_item}, but with data.rows: user a history is drawn apart from what is "
+                "asked for: leave it out."
+            )
+        return self
 
 
 class GatingConfig(Settings):
@@ -92,6 +103,7 @@ class TowerConfig(Settings):
     gating: GatingConfig | None = None  # a weight for each feature
     crosses: NonNegativeInt = 0  # learned crosses of the features (DCN-v2), one degree more each
     short: tuple[str, ...] = ()  # features of the short term, met with all others by a learned gate
+    wide: tuple[str, ...] = ()  # features of model.dim that are also added to the vector, past all layers
     experts: ExpertsConfig | None = None  # before mlp
 
     @model_validator(mode="after")
@@ -503,9 +515,17 @@ class RunConfig(Settings):
                     "train.micro_batch cuts it: leave one of them out."
                 )
             names = [feature.name for feature in schema.features(side)]
-            for name in (*tower.drop, *tower.short, *(tower.gating.by if tower.gating else ())):
+            for name in (*tower.drop, *tower.short, *tower.wide, *(tower.gating.by if tower.gating else ())):
                 if name not in names:
                     raise ValueError(f"model.{side}_tower names the feature {name!r}{nearest(name, names)}.")
+            for name in tower.wide:
+                width = widths[schema.place(side, name)]
+                if width != self.model.dim or name not in schema.parts(side):
+                    found = "is a plain number" if name not in schema.parts(side) else f"is {width} wide"
+                    raise ValueError(
+                        f"model.{side}_tower.wide names {name!r}, which {found}, but is added to a vector of model.dim "
+                        f"= {self.model.dim}: give it that dim."
+                    )
             if tower.short and set(tower.short) >= set(schema.parts(side)):
                 raise ValueError(f"model.{side}_tower.short names all features: leave some for the long term.")
             last = tower.widths(widths, self.model.dim)[-1]

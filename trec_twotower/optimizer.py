@@ -94,7 +94,10 @@ class RunOptimizer:
         self.config = config
         dense: dict[str, torch.Tensor] = {}
         replicated: dict[str, torch.Tensor] = {}
+        frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
         for name, parameter in in_backward_optimizer_filter(model.named_parameters()):
+            if name in frozen:
+                continue
             (replicated if "embedding_bags" in name.split(".") else dense)[name] = parameter
         self._tables = model.fused_optimizer
         self._dense = list(dense.values())
@@ -120,7 +123,7 @@ class RunOptimizer:
             _prepare_state(wrapper)
             optimizers.append(("replicated", wrapper))
         self._combined = CombinedOptimizer(optimizers)
-        self._check_complete(model, {*dense, *replicated})
+        self._check_complete(model, {*dense, *replicated, *frozen})
 
     def _check_complete(self, model: DistributedModelParallel, plain: set[str]) -> None:
         fused = set(model.fused_optimizer.params)

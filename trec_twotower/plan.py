@@ -196,6 +196,8 @@ def step_size(config: RunConfig, num_ranks: int) -> tuple[StepSize, str]:
         key(side, feature): rows[side] * _mean_ids(side, feature, config, train if side == "user" else items)
         for side, feature in schema.sparse_pairs
     }
+    for lookup in schema.lookups:
+        ids.setdefault(lookup.key, ids[key(lookup.side, lookup.feature)])  # of a second hash
     for feature in schema.sequences:  # every item of all steps once
         name = key("user", feature)
         ids[name] = min(ids[name], catalogue)
@@ -207,7 +209,7 @@ def step_size(config: RunConfig, num_ranks: int) -> tuple[StepSize, str]:
 
 def _tables_of_keys(schema: Schema) -> dict[str, str]:
     """The table that each key of both collections looks up."""
-    bags = {key(side, feature): feature.table_name for side, feature in schema.sparse_pairs}
+    bags = {lookup.key: lookup.feature.table_name for lookup in schema.lookups}
     return {**bags, **dict(schema.listed_keys)}
 
 

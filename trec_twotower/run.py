@@ -21,6 +21,7 @@ from trec_twotower.config import (
 from trec_twotower.data.cache_folder import CacheFolder
 from trec_twotower.data.dataset import Dataset
 from trec_twotower.data.features import Sources
+from trec_twotower.data.interactions import TrainBatches
 from trec_twotower.data.negatives import count_items
 from trec_twotower.data.stream import (
     COUNT_AGAIN,
@@ -38,6 +39,7 @@ from trec_twotower.errors import ConfigError, DataError, nearest
 from trec_twotower.files import MANIFEST, naming, read_json, sha256_of, write_file, write_json
 from trec_twotower.lock import LOCK
 from trec_twotower.model.watch import Histogram
+from trec_twotower.schema import LEARNED
 
 CONFIG, STATISTICS, STATUS = "config.yaml", "statistics.json", "status.json"
 LEARN_AGAIN = f"remove {STATISTICS}, and the next command learns from the data again."
@@ -113,6 +115,7 @@ class Run:
                 begun.append(learned)
             numbers = {name: asdict(statistics) for name, statistics in learned.statistics.items()}
             count_NI = count_items(learned, self.config.loss)
+            TrainBatches(learned, self.config.data, self.config.loss, count_NI, share=(0, 1))  # raises what it has to
             # The data hold what the config wants of them: only now there is something to write.
             self.folder.mkdir(parents=True, exist_ok=True)
             write_file(self.folder / CONFIG, to_yaml(as_values(self.config)))
@@ -155,6 +158,11 @@ class Run:
         """SHA-256 of the files that training reads beside the dataset."""
         mined = self.config.loss.negatives.mined
         paths = [self.config.loss.known, None if mined is None else mined.file]
+        for feature in (*self.config.user, *self.config.item):
+            if feature.vocabulary not in (None, LEARNED):
+                paths.append(Path(str(feature.vocabulary)))
+            if feature.folder is not None:
+                paths += sorted(Path(feature.folder).glob("*.*"))
         return {str(path): sha256_of(path) for path in paths if path is not None and path.is_file()}
 
     def item_counts(self) -> np.ndarray:

@@ -16,6 +16,7 @@ from pydantic import (
     ConfigDict,
     Field,
     NonNegativeFloat,
+    NonNegativeInt,
     PositiveFloat,
     PositiveInt,
     model_validator,
@@ -27,15 +28,18 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 Side = Literal["user", "item"]
-Kind = Literal["id", "category", "number", "bag", "cross", "time", "sequence"]
+Kind = Literal["id", "category", "number", "bag", "cross", "time", "sequence", "text", "vector"]
 Kernel = Literal["fused", "fused_uvm", "fused_uvm_caching"]
 ShardingKind = Literal["auto", "table_wise", "row_wise", "column_wise", "table_row_wise", "data_parallel"]
 Seed = Annotated[int, Field(ge=0, lt=1 << 63)]
+_OF_TABLES = ("table", "buckets", "dim", "hashes")
 # What a feature may say beside name, kind and column, by its kind.
 SETTINGS: dict[Kind, frozenset[str]] = {
-    "id": frozenset({"table", "buckets", "dim", "scale"}),
-    "category": frozenset({"table", "buckets", "dim", "scale"}),
-    "bag": frozenset({"table", "buckets", "dim", "scale", "max_length", "pooling", "weights"}),
+    "id": frozenset({*_OF_TABLES, "scale"}),
+    "category": frozenset({*_OF_TABLES, "scale", "vocabulary", "min_count"}),
+    "bag": frozenset({*_OF_TABLES, "scale", "max_length", "pooling", "weights", "times", "until", "half_life_days"}),
+    "text": frozenset({*_OF_TABLES, "scale", "max_length", "pooling", "words", "characters", "folder", "tune"}),
+    "vector": frozenset({"size", "dim", "unit_length", "nan"}),
     "sequence": frozenset(
         {
             "table",
@@ -50,10 +54,14 @@ SETTINGS: dict[Kind, frozenset[str]] = {
             "delta",
         }
     ),
-    "number": frozenset({"dim", "normalise", "nan", "clip", "bins", "soft"}),
-    "cross": frozenset({"table", "buckets", "dim", "scale", "columns"}),
-    "time": frozenset({"dim", "part", "zone", "unit", "until", "at", "normalise", "clip", "bins", "soft"}),
+    "number": frozenset({"dim", "normalise", "nan", "clip", "bins", "soft", "default", "frequencies"}),
+    "cross": frozenset({*_OF_TABLES, "scale", "columns"}),
+    "time": frozenset(
+        {"dim", "part", "zone", "unit", "until", "at", "normalise", "clip", "bins", "soft", "frequencies"}
+    ),
 }
+LEARNED = "learned"  # as a vocabulary
+MAX_WORDS = 500_000  # of a vocabulary: it is read with the run
 TIME_PARTS = {"hour": 24, "weekday": 7, "hour_of_week": 168, "month": 12}  # and how many values each has
 
 
@@ -63,11 +71,27 @@ class Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
+def auto_dim(buckets: int) -> int:
+    """How many columns `dim: auto` gives a table: 6 * buckets ** 1/4 (Wang et al. 2017), rounded up to fours."""
+    return 4 * -(-int(6 * buckets**0.25) // 4)
+
+
+def _with_dim(values: Any) -> Any:
+    """Settings whose `dim: auto` has become a number, where their buckets are known."""
+    if not isinstance(values, dict) or values.get("dim") != "auto":
+        return values
+    buckets = values.get("buckets")
+    if not isinstance(buckets, int) or buckets < 1:
+        raise ValueError("dim: auto goes by `buckets`, which are not given beside it: write the dim itself.")
+    return {**values, "dim": auto_dim(buckets)}
+
+
 class TableSpec(Settings):
     """One embedding table, which any number of features may share."""
 
     buckets: PositiveInt  # rows; ids are hashed into them
-    dim: PositiveInt  # columns
+    dim: PositiveInt  # columns; auto: by auto_dim
+    hashes: Literal[1, 2] = 1  # 2: an id is the sum of two rows that two hashes choose, so that few ids share both
     sharding: ShardingKind = "auto"  # auto: the planner chooses
     shard_columns: PositiveInt | None = None  # column_wise: of each shard; default: dim / ranks or a little more
     # On GPU: fused_uvm keeps the table in host memory, fused_uvm_caching with a cache of it on the GPU.
@@ -87,8 +111,15 @@ class TableSpec(Settings):
         """Of one weight."""
         return 2 if self.dtype == "fp16" else 4
 
+    @model_validator(mode="before")
+    @classmethod
+    def _sizes_by_rule(cls, values: Any) -> Any:
+        return _with_dim(values)
+
     @model_validator(mode="after")
     def _parts_fit(self) -> Self:
+        if self.hashes == 2 and self.hashing == "modulo":
+            raise ValueError("hashes is 2 with hashing: modulo, which gives every id a row of its own: leave one out.")
         if self.cache_share is not None and self.kernel != "fused_uvm_caching":
             raise ValueError(
                 f"cache_share is {self.cache_share:g}, but kernel {self.kernel} has no cache: leave it out, or set "
@@ -168,6 +199,9 @@ class FeatureSpec(Settings):
     cross     what two or three columns of ids or categories say together; null is a value like others
     time      the hour, weekday, hour of the week or month of a point in time, with a row of a table each and one for
               null; or its age in days, a number like others
+    text      a string a row: its words and parts of words, hashed and pooled like a bag; or, with `folder`, what a
+              language model makes of it, trained with the towers or not
+    vector    a list of `size` numbers a row, made elsewhere; null has a learned vector of its own
     sequence  a list of ids a row, oldest first, whose order counts; of users only, and `encoder` makes its vector.
               A step's vector is its row of the table, and what is named of these: the gap since the step before it,
               the action taken, the step's item's own features in the catalogue, and a table of differences
@@ -178,12 +212,25 @@ class FeatureSpec(Settings):
     column: str | None = None  # default: the feature's name
     table: str | None = None  # a table declared under `tables`, to share it
     buckets: PositiveInt | None = None  # or a table of its own, with so many rows ...
-    dim: PositiveInt | None = None  # ... and columns
-    max_length: PositiveInt | None = None  # bag, sequence: the newest (last) so many elements count
-    pooling: Literal["sum", "mean", "sqrtn"] = "mean"  # bag
+    dim: PositiveInt | None = None  # ... and columns; auto: by auto_dim
+    hashes: Literal[1, 2] = 1  # of a table of its own, see TableSpec
+    vocabulary: str | None = None  # category: a file of one word a line, or `learned` of the data; not hashed then
+    min_count: PositiveInt = 1  # category, learned: what stands in fewer rows is unknown
+    # bag, sequence: the newest (last) so many elements count; text: the first so many words, or tokens.
+    max_length: PositiveInt | None = None
+    pooling: Literal["sum", "mean", "sqrtn"] = "mean"  # bag, text
     weights: str | None = None  # bag: a column of lists, as long as the ids' lists
+    half_life_days: PositiveFloat | None = None  # bag: after which an element of `times` weighs half
+    words: NonNegativeInt = 1  # text: runs of up to so many words; 0: no words
+    characters: tuple[PositiveInt, PositiveInt] | None = None  # text: least and most characters of a word's parts
+    folder: str | None = None  # text: of a Hugging Face model, whose vectors stand for the text
+    tune: Literal["frozen", "all"] | PositiveInt = "frozen"  # text: how many of its last layers are trained
+    size: PositiveInt | None = None  # vector: how many numbers a row's list holds
+    unit_length: bool = False  # vector: divided by its length
     normalise: Literal["zscore", "minmax", "log1p", "quantile", "none"] = "zscore"  # number
-    nan: Literal["error", "missing"] = "error"  # number: whether NaN and infinity may stand for null
+    default: float | None = None  # number: what stands for null, before it is normalised; default: 0 behind that
+    frequencies: PositiveInt | None = None  # number: its waves of so many learned frequencies, then a layer to `dim`
+    nan: Literal["error", "missing"] = "error"  # number, vector: whether NaN and infinity may stand for null
     clip: tuple[float | None, float | None] | None = None  # number: least and most, or null; before all else
     # number: so many bins of equal count, or the values at which a new bin begins; each has a row of `dim`.
     bins: Annotated[int, Field(ge=2, le=10_000)] | tuple[float, ...] | None = None
@@ -192,11 +239,12 @@ class FeatureSpec(Settings):
     part: Literal["hour", "weekday", "hour_of_week", "month", "age"] | None = None  # time
     zone: str = "UTC"  # time: in which the part is told, such as Europe/Oslo
     unit: Literal["s", "ms", "us", "ns"] = "s"  # time: since 1970, where the column holds plain numbers
-    until: str | None = None  # time, age: the column with the time at which the age is asked for ...
-    at: Annotated[str, BeforeValidator(str)] | None = None  # ... or one date for all rows, such as 2023-06-30
+    # time, age: the column with the time at which the age is asked for; bag: at which `times` are looked back on.
+    until: str | None = None
+    at: Annotated[str, BeforeValidator(str)] | None = None  # time, age: or one date for all rows, such as 2023-06-30
     scale: PositiveFloat = 1.0  # id, category, bag: what its vector is multiplied by
     encoder: EncoderSpec | None = None  # sequence; default: the mean
-    times: str | None = None  # sequence: a column of lists as long, of rising seconds or timestamps
+    times: str | None = None  # sequence, bag: a column of lists as long, of rising seconds or timestamps
     actions: str | None = None  # sequence: a column of lists as long, of what was done: integers or strings ...
     action_buckets: PositiveInt = 64  # ... hashed into so many
     attributes: tuple[str, ...] = ()  # sequence: item features that are added to each step's vector
@@ -226,29 +274,53 @@ class FeatureSpec(Settings):
         return self.kind == "number" or (self.kind == "time" and self.part == "age")
 
     @property
+    def is_tokens(self) -> bool:
+        """Whether a language model reads it."""
+        return self.folder is not None
+
+    @property
+    def has_layers(self) -> bool:
+        """Whether layers of its own, and no table, make of it what enters the tower."""
+        return self.kind == "vector" or self.frequencies is not None or self.is_tokens
+
+    @property
     def is_sparse(self) -> bool:
-        """Whether it looks up a table; the others enter the tower as they are."""
-        return not self.is_numeric or self.bins is not None
+        """Whether it looks up a table; the others enter the tower as they are, or by layers of their own."""
+        return not self.has_layers and (not self.is_numeric or self.bins is not None)
 
     @property
     def is_list(self) -> bool:
         """Whether a row may hold any number of table rows."""
-        return self.kind in ("bag", "sequence") or self.soft
+        return self.kind in ("bag", "sequence", "text") or self.soft
 
     @property
     def is_weighted(self) -> bool:
         """Whether its table rows come with weights."""
-        return self.weights is not None or self.soft
+        return self.weights is not None or self.soft or self.half_life_days is not None
+
+    @property
+    def is_pooled(self) -> bool:
+        """Whether `pooling` says what is made of its table rows."""
+        return self.kind in ("bag", "text")
 
     @property
     def learns(self) -> bool:
         """Whether something is learned from the data before the first step, and kept with the run."""
-        return self.is_numeric
+        return self.is_numeric or self.vocabulary is not None
 
     @property
     def num_numbers(self) -> int:
-        """How many numbers enter the tower from a feature without table: a number and its indicator."""
-        return 0 if self.is_sparse else 2
+        """How many numbers a batch holds of a feature without table: a value and its indicator, or a list's and it."""
+        if self.is_sparse or self.is_tokens:
+            return 0
+        return 2 if self.size is None else self.size + 1
+
+    @property
+    def layers_width(self) -> int:
+        """How many numbers enter the tower from a feature with layers of its own."""
+        width = self.dim or self.size
+        assert width is not None
+        return width
 
     @property
     def table_name(self) -> str:
@@ -265,7 +337,7 @@ class FeatureSpec(Settings):
         elif self.kind == "time":
             buckets = TIME_PARTS[str(self.part)] + 1
         assert buckets is not None and self.dim is not None
-        return TableSpec(buckets=buckets, dim=self.dim)
+        return TableSpec(buckets=buckets, dim=self.dim, hashes=self.hashes)
 
     def hash(self, array: pa.Array, table: TableSpec | None = None) -> pa.Array:
         """The table rows that training looks up for a column: integers, or lists of them for a bag.
@@ -278,8 +350,10 @@ class FeatureSpec(Settings):
 
         from trec_twotower.data.transforms import check_kind, transform
 
-        if self.kind not in ("id", "category", "bag", "sequence"):
+        if self.kind not in ("id", "category", "bag", "sequence", "text") or self.vocabulary or self.is_tokens:
             raise ConfigError(f"feature {self.name!r} is a {self.kind}, whose column is not hashed by itself.")
+        if (table or self).hashes == 2:
+            raise ConfigError(f"feature {self.name!r} has two rows an id, but this gives one: hashes must be 1 here.")
         if (table is None) != (self.table is None):
             wanted = f"names table {self.table!r}: give its" if self.table else "has a table of its own: give no"
             raise ConfigError(f"feature {self.name!r} {wanted} TableSpec.")
@@ -287,11 +361,23 @@ class FeatureSpec(Settings):
         check_kind(self, array.type, where)
         rows = pa.table({self.reads: array})
         tables = {self.table_name: table or self.own_table}
-        alone = {"weights": None, "times": None, "actions": None, "attributes": ()}
+        alone = {"weights": None, "times": None, "half_life_days": None, "actions": None, "attributes": ()}
         found = transform([self.model_copy(update=alone)], tables, {}, rows, where).sparse[self.name]
         if found.is_single:
             return pa.array(found.values)
         return pa.LargeListArray.from_arrays(pa.array(found.offsets), pa.array(found.values))
+
+    @model_validator(mode="before")
+    @classmethod
+    def _sizes_by_rule(cls, values: Any) -> Any:
+        """A vocabulary's file says how many buckets there are, and these what `dim: auto` is."""
+        if isinstance(values, dict) and values.get("buckets") is None:
+            path = values.get("vocabulary")
+            if isinstance(path, str) and path != LEARNED:
+                from trec_twotower.data.vocabulary import FIRST_WORD, read_words
+
+                values = {**values, "buckets": len(read_words(path)) + FIRST_WORD}
+        return _with_dim(values)
 
     @model_validator(mode="after")
     def _fits_its_kind(self) -> Self:
@@ -311,6 +397,8 @@ class FeatureSpec(Settings):
             raise ValueError(f"feature {self.name!r} is a cross: name two or three `columns`.")
         if self.is_numeric:
             self._bins_fit()
+        elif self.kind == "vector" or self.is_tokens:
+            self._layers_fit()
         elif self.kind == "time":
             if self.dim is None:
                 raise ValueError(f"feature {self.name!r} looks up a row for each {self.part}: give its `dim`.")
@@ -323,14 +411,70 @@ class FeatureSpec(Settings):
             raise ValueError(
                 f"feature {self.name!r} needs `table` (one declared under tables), or both `buckets` and `dim`."
             )
+        self._bag_fits()
+        self._words_fit()
         if self.kind == "sequence" and self.max_length is None:
             raise ValueError(f"feature {self.name!r} is a sequence and needs max_length: how many steps may count.")
         return self
 
+    def _bag_fits(self) -> None:
+        if self.kind == "bag" and (self.half_life_days is None) != (self.times is None):
+            raise ValueError(
+                f"feature {self.name!r} has times: {self.times} and half_life_days: {self.half_life_days}: a bag whose "
+                "elements weigh less as they grow older needs both."
+            )
+        if self.kind == "bag" and self.until is not None and self.times is None:
+            raise ValueError(f"feature {self.name!r} has until: {self.until}, but no `times` to look back on.")
+
+    def _words_fit(self) -> None:
+        if self.table is not None and (self.hashes == 2 or self.vocabulary is not None):
+            found = "vocabulary" if self.vocabulary is not None else "hashes"
+            raise ValueError(
+                f"feature {self.name!r} shares table {self.table!r} and has {found}, which is a table's of its own: "
+                "give buckets and dim, or (of hashes) set it under tables."
+            )
+        if self.vocabulary is None and self.min_count != 1:
+            raise ValueError(f"feature {self.name!r} has min_count, which is for vocabulary: {LEARNED}: remove it.")
+        if self.vocabulary is not None and (self.buckets or 0) > MAX_WORDS:
+            raise ValueError(
+                f"feature {self.name!r} has a vocabulary of {self.buckets:,} buckets, but a run keeps {MAX_WORDS:,} "
+                "words at most: take fewer, or have them hashed (leave vocabulary out)."
+            )
+        if self.vocabulary is not None and (self.hashes == 2 or (self.buckets or 0) < 3):
+            raise ValueError(
+                f"feature {self.name!r} has a vocabulary: it needs 3 buckets or more (null, unknown and a word each "
+                "have one) and hashes nothing."
+            )
+        if self.kind != "text" or self.is_tokens:
+            return
+        if self.tune != "frozen":
+            raise ValueError(f"feature {self.name!r} has tune: {self.tune}, but no `folder` of a model: name one.")
+        low, high = self.characters or (1, 1)
+        if low > high or (not self.words and self.characters is None):
+            raise ValueError(
+                f"feature {self.name!r} has words: {self.words} and characters: {self.characters}: name one of them, "
+                "of characters the least first."
+            )
+
+    def _layers_fit(self) -> None:
+        if self.kind == "vector":
+            if self.size is None:
+                raise ValueError(f"feature {self.name!r} is a vector: say its `size`, and `dim` to have it projected.")
+            return
+        given = [name for name in ("table", "buckets", "characters") if getattr(self, name) is not None]
+        if given or self.dim is None or self.hashes != 1 or self.words != 1 or self.pooling != "mean":
+            raise ValueError(
+                f"feature {self.name!r} is text that the model in {self.folder} reads: give the `dim` that its vectors "
+                "are projected to, and none of table, buckets, hashes, words, characters and pooling."
+            )
+        from trec_twotower.data.text import check_folder
+
+        check_folder(self)
+
     def _time_fits(self) -> None:
         if self.part is None:
             raise ValueError(f"feature {self.name!r} is a time: name its `part`: {', '.join(TIME_PARTS)} or age.")
-        of_ages = ("normalise", "clip", "bins", "soft", "until", "at")
+        of_ages = ("normalise", "clip", "bins", "soft", "until", "at", "frequencies")
         given = [key for key in of_ages if getattr(self, key) != type(self).model_fields[key].default]
         if self.part != "age" and given:
             raise ValueError(
@@ -361,10 +505,18 @@ class FeatureSpec(Settings):
         low, high = self.clip or (None, None)
         if low is not None and high is not None and low >= high:
             raise ValueError(f"feature {self.name!r} has clip {[low, high]}: write the least first, then the most.")
-        if (self.bins is None) != (self.dim is None) or (self.bins is None and self.soft):
+        if self.frequencies is not None and (self.bins is not None or self.dim is None):
+            raise ValueError(
+                f"feature {self.name!r} has frequencies {self.frequencies}, bins {self.bins} and dim {self.dim}: waves "
+                "need the `dim` of the layer behind them, and no bins."
+            )
+        if self.default is not None and self.bins is not None:
+            raise ValueError(f"feature {self.name!r} has bins, of which null owns one: remove default.")
+        is_plain = self.bins is None and self.frequencies is None
+        if is_plain != (self.dim is None) or (self.bins is None and self.soft):
             raise ValueError(
                 f"feature {self.name!r} has bins {self.bins}, dim {self.dim} and soft: {str(self.soft).lower()}: a "
-                "number with `bins` looks up rows of `dim`, one without has neither."
+                "number with `bins` looks up rows of `dim`, one without (and without `frequencies`) has neither."
             )
         if isinstance(self.bins, tuple):
             if not self.bins or any(one >= other for one, other in pairwise(self.bins)):
@@ -439,6 +591,12 @@ class Schema:
         for feature in self.item:
             if feature.kind == "sequence":
                 raise ConfigError(f"item feature {feature.name!r} is a sequence, which is for users: make it a bag.")
+        for feature in self.user:
+            if feature.is_tokens:
+                raise ConfigError(
+                    f"user feature {feature.name!r} is text read by a model, which is for items: leave folder out and "
+                    "give buckets, or have its vectors made beforehand (kind vector)."
+                )
         for feature in self.sequences:
             dim = self.table_of(feature).dim
             for name in feature.attributes:
@@ -459,6 +617,11 @@ class Schema:
                     f"user feature {feature.name!r} cuts vectors of {dim} numbers into {heads} heads: take a divisor."
                 )
         for name in sorted(self.listed):
+            if self.tables[name].hashes == 2:
+                raise ConfigError(
+                    f"Table {name!r} has hashes: 2, but a sequence looks it up, whose steps are one row each: set it "
+                    "to 1, or give the others a table of their own."
+                )
             if self.tables[name].sharding in ("data_parallel", "table_row_wise"):
                 raise ConfigError(
                     f"Table {name!r} is {self.tables[name].sharding}, but a sequence looks it up, which torchrec has "
@@ -473,29 +636,42 @@ class Schema:
         return self._sides[side][0]
 
     def numbers(self, side: Side) -> list[FeatureSpec]:
-        """The features without table."""
+        """The features that enter the tower as they are."""
         return self._sides[side][1]
 
     @cached_property
     def _sides(self) -> dict[Side, tuple[list[FeatureSpec], list[FeatureSpec]]]:
-        """Of each side the features that look up a table, and those without."""
+        """Of each side the features that look up a table, and those that enter the tower as they are."""
         sides: tuple[Side, ...] = ("user", "item")
         return {
             side: (
                 [feature for feature in self.features(side) if feature.is_sparse],
-                [feature for feature in self.features(side) if not feature.is_sparse],
+                [feature for feature in self.features(side) if not feature.is_sparse and not feature.has_layers],
             )
             for side in sides
         }
 
+    def layered(self, side: Side) -> list[FeatureSpec]:
+        """The features with layers of their own."""
+        return [feature for feature in self.features(side) if feature.has_layers]
+
+    def dense(self, side: Side) -> list[FeatureSpec]:
+        """The features of whose rows a batch holds numbers, in their order there."""
+        return [feature for feature in (*self.layered(side), *self.numbers(side)) if feature.num_numbers]
+
     def keys(self) -> list[str]:
         """The keys of the bags' KeyedJaggedTensor, in their one order (user first)."""
-        return [key(side, feature) for side, feature in self.bag_pairs]
+        return [lookup.key for lookup in self.lookups]
 
     @cached_property
-    def bag_pairs(self) -> tuple[tuple[Side, FeatureSpec], ...]:
-        """Those of `sparse_pairs` whose tables are looked up for bags."""
-        return tuple(pair for pair in self.sparse_pairs if pair[1].table_name not in self.listed)
+    def lookups(self) -> tuple[Lookup, ...]:
+        """All that is looked up in bags: one a feature, or two side by side where its table has two hashes."""
+        found = []
+        for side, feature in self.sparse_pairs:
+            if feature.table_name not in self.listed:
+                for part in hash_parts(feature.name, self.table_of(feature)):
+                    found.append(Lookup(f"{side}:{part}", side, feature, part))
+        return tuple(found)
 
     @cached_property
     def listed(self) -> frozenset[str]:
@@ -535,14 +711,15 @@ class Schema:
         return self.tables[feature.table_name]
 
     def widths(self, side: Side) -> tuple[int, ...]:
-        """How many numbers each feature brings into the tower, in their order there; those without table together."""
+        """How many numbers each feature brings into the tower, in their order there; plain numbers together."""
         numbers = sum(feature.num_numbers for feature in self.numbers(side))
-        return *(self.table_of(feature).dim for feature in self.sparse(side)), *([numbers] if numbers else [])
+        layered = (feature.layers_width for feature in self.layered(side))
+        return *(self.table_of(feature).dim for feature in self.sparse(side)), *layered, *([numbers] if numbers else [])
 
     def parts(self, side: Side) -> list[str]:
         """The feature of each of `widths`; of numbers, the first stands for all."""
         numbers = self.numbers(side)
-        return [feature.name for feature in (*self.sparse(side), *numbers[:1])]
+        return [feature.name for feature in (*self.sparse(side), *self.layered(side), *numbers[:1])]
 
     def place(self, side: Side, name: str) -> int:
         """Which of `widths` a feature is in."""
@@ -551,12 +728,26 @@ class Schema:
 
     def width(self, side: Side) -> int:
         """E: how many numbers enter the tower (pooled bags, then the features without table)."""
-        numbers = sum(feature.num_numbers for feature in self.numbers(side))
-        return sum(self.table_of(feature).dim for feature in self.sparse(side)) + numbers
+        return sum(self.widths(side))
 
     @cached_property
     def is_weighted(self) -> bool:
         return any(feature.is_weighted for feature in (*self.user, *self.item))
+
+
+@dataclass(frozen=True)
+class Lookup:
+    """One key of the bags' KeyedJaggedTensor."""
+
+    key: str
+    side: Side
+    feature: FeatureSpec
+    part: str  # its name among Columns.sparse
+
+
+def hash_parts(name: str, table: TableSpec) -> list[str]:
+    """What a feature's buckets are named: of a table with two hashes, also those of the second."""
+    return [name, part_of(name, "2")][: table.hashes]
 
 
 def part_of(name: str, part: str, mark: str = "@") -> str:

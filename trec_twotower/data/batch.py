@@ -21,7 +21,8 @@ from trec_twotower.schema import FeatureSpec, Schema, Side, key, part_of
 class Listed:
     """How the ids of one key are to be put together, whose vectors are looked up one by one.
 
-    Of a bag (or ids) one entry a row; of a sequence's attribute or of its items, one entry a distinct item.
+    Of a bag (or ids) one entry a row; of a sequence's attribute or of its items, one entry a distinct item. Of text
+    that a model reads, `place` are its tokens.
     """
 
     length: Tensor | None = None  # int64, ids of each entry; None: one
@@ -152,6 +153,10 @@ def make_batch(
     )
     if schema.sequences:
         batch.sequences, batch.listed = _sequences(schema, sides)
+    for feature in schema.layered("item"):
+        if feature.is_tokens:
+            tokens = Lists.empty(0) if item is None else item.sparse[feature.name]
+            batch.listed[key("item", feature)] = Listed(_index(tokens.lengths), place=_index(tokens.values))
     if candidates is not None and targets is not None:
         batch.item_sizes = candidates.sizes
         batch.log_q_C = _tensor(candidates.log_q)
@@ -184,12 +189,12 @@ def _keyed_jagged(schema: Schema, sides: Sides, num_rows: int) -> tuple[KeyedJag
                 bags = columns.sparse[feature.name]
                 weighted = bags if bags.weights is not None else None
                 divisors[side][: len(bags), column] = pooling_divisor(feature, bags.lengths, weighted)
-    lengths = np.zeros((len(schema.bag_pairs), num_rows), np.int32)
+    lengths = np.zeros((len(schema.lookups), num_rows), np.int32)
     values, weights = [np.empty(0, np.int32)], [np.empty(0, np.float32)]
-    for length, (side, feature) in zip(lengths, schema.bag_pairs, strict=True):
-        if (columns := sides[side]) is None:
+    for length, lookup in zip(lengths, schema.lookups, strict=True):
+        if (columns := sides[lookup.side]) is None:
             continue
-        bags = columns.sparse[feature.name]
+        bags = columns.sparse[lookup.part]
         length[: len(bags)] = 1 if bags.is_single else bags.lengths
         values.append(bags.values)
         if schema.is_weighted:
@@ -280,7 +285,7 @@ def _attributes(feature: FeatureSpec, catalogue: Columns | None, row_U: np.ndarr
 
 def _numbers(schema: Schema, side: Side, columns: Columns | None) -> np.ndarray:
     """(rows, all their columns) of the features without table."""
-    features = schema.numbers(side)
+    features = schema.dense(side)
     if columns is None or not features:
         return np.empty(
             (0 if columns is None else columns.num_rows, sum(feature.num_numbers for feature in features)), np.float32

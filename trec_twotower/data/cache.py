@@ -53,7 +53,10 @@ class Cache:
             "rows": data.rows,
             **settings,
             "features": [feature.model_dump() for feature in sources.schema.user],
-            "tables": {name: (spec.buckets, spec.hashing, spec.seed) for name, spec in sources.schema.tables.items()},
+            "tables": {
+                name: (spec.buckets, spec.hashing, spec.seed, spec.hashes)
+                for name, spec in sources.schema.tables.items()
+            },
             "statistics": {name: asdict(values) for name, values in sources.statistics.items()},
         }
         folder = kept.place(facts)

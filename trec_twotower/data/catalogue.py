@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -25,6 +26,7 @@ from trec_twotower.data.transforms import (
     Statistics,
     check_actions,
     check_kind,
+    check_time,
     check_times,
     check_weights,
     key_lists,
@@ -32,7 +34,7 @@ from trec_twotower.data.transforms import (
     transform,
 )
 from trec_twotower.errors import DataError
-from trec_twotower.schema import FeatureSpec, TableSpec
+from trec_twotower.schema import FeatureSpec, TableSpec, hash_parts
 
 FORMAT = 1  # of the arrays and of what the features become in them: another number has them made again
 MAPPED_CELLS = 1 << 20  # ids and features of all rows: a catalogue of more is mapped
@@ -146,13 +148,17 @@ class _Hashing:
     def facts(self) -> dict[str, Any]:
         """All that the arrays depend on."""
         paths = dict.fromkeys(group.path for group in self.split.row_groups)  # in the order of the rows
-        tables = {feature.table_name: self.tables[feature.table_name] for feature in self.features if feature.is_sparse}
+        sparse = [feature for feature in self.features if feature.is_sparse]
+        tables = {feature.table_name: self.tables[feature.table_name] for feature in sparse}
+        folders = [Path(feature.folder) for feature in self.features if feature.folder is not None]
+        read = [path for folder in folders for path in sorted(folder.iterdir()) if path.is_file()]
         return {
             "format": FORMAT,
             "files": [(str(path.absolute()), path.stat().st_size, changed(path)) for path in paths],
             "id": self.id_column,
             "features": [feature.model_dump() for feature in self.features],
-            "tables": {name: (spec.buckets, spec.hashing, spec.seed) for name, spec in tables.items()},
+            "tables": {name: (spec.buckets, spec.hashing, spec.seed, spec.hashes) for name, spec in tables.items()},
+            "models": [(str(path.absolute()), path.stat().st_size, changed(path)) for path in read],
             "statistics": {name: asdict(values) for name, values in self.statistics.items()},
         }
 
@@ -213,17 +219,22 @@ class _Hashing:
         table = self.split.read(group, self.reads, dictionaries=True) if self.reads else pa.table({})
         columns = transform(self.features, self.tables, self.statistics, table, where, given)
         for feature in self.features:
-            if not feature.is_sparse:
+            if feature.num_numbers:
                 found[f"number:{feature.name}"] = columns.numbers[feature.name].reshape(-1)
                 continue
-            lists = columns.sparse[feature.name]
-            kind = bucket_type(self.tables[feature.table_name].buckets)
-            found[f"values:{feature.name}"] = lists.values.astype(kind, copy=False)
-            if feature.is_list:
-                found[f"offsets:{feature.name}"] = lists.offsets
-                if lists.weights is not None:
-                    found[f"weights:{feature.name}"] = lists.weights
+            kind = np.int32 if feature.is_tokens else bucket_type(self.tables[feature.table_name].buckets)
+            for name in self._parts(feature):
+                lists = columns.sparse[name]
+                found[f"values:{name}"] = lists.values.astype(kind, copy=False)
+                if feature.is_list:
+                    found[f"offsets:{name}"] = lists.offsets
+                    if lists.weights is not None:
+                        found[f"weights:{name}"] = lists.weights
         return found
+
+    def _parts(self, feature: FeatureSpec) -> list[str]:
+        """The names of its lists."""
+        return [feature.name] if feature.is_tokens else hash_parts(feature.name, self.tables[feature.table_name])
 
     def ids(self, arrays: Mapping[str, np.ndarray]) -> pa.Array:
         """Integers of the files' type, or large strings."""
@@ -237,14 +248,15 @@ class _Hashing:
     def columns(self, arrays: Mapping[str, np.ndarray]) -> Columns:
         sparse, numbers = {}, {}
         for feature in self.features:
-            name = feature.name
-            if not feature.is_sparse:
-                numbers[name] = arrays[f"number:{name}"].reshape(-1, feature.num_numbers)
-            elif feature.is_list:
-                weights = arrays.get(f"weights:{name}")
-                sparse[name] = Lists(arrays[f"offsets:{name}"], arrays[f"values:{name}"], weights)
-            else:
-                sparse[name] = Lists(arrays["counting"], arrays[f"values:{name}"], None, True)
+            if feature.num_numbers:
+                numbers[feature.name] = arrays[f"number:{feature.name}"].reshape(-1, feature.num_numbers)
+                continue
+            for name in self._parts(feature):
+                if feature.is_list:
+                    weights = arrays.get(f"weights:{name}")
+                    sparse[name] = Lists(arrays[f"offsets:{name}"], arrays[f"values:{name}"], weights)
+                else:
+                    sparse[name] = Lists(arrays["counting"], arrays[f"values:{name}"], None, True)
         return Columns(self.split.num_rows, sparse, numbers)
 
 
@@ -271,7 +283,9 @@ def check_side(features: list[FeatureSpec], split: Split) -> None:
     """Raises ConfigError or DataError where a feature's column is missing from `split` or of the wrong type."""
     for feature in features:
         for name in feature.all_columns:
-            if name not in (feature.weights, feature.times, feature.actions):
+            if name == feature.until:
+                check_time(feature, split.require(name, f"feature {feature.name!r} reads"), str(split.folder))
+            elif name not in (feature.weights, feature.times, feature.actions):
                 check_kind(feature, split.require(name, f"feature {feature.name!r} reads"), str(split.folder), name)
         if feature.weights:
             weights = split.require(feature.weights, f"feature {feature.name!r} takes its weights from")

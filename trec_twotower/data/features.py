@@ -16,6 +16,7 @@ from trec_twotower.data.dataset import HISTORY, ITEM_ID, POSITIVES, USER_ID, Dat
 from trec_twotower.data.lists import Lists
 from trec_twotower.data.numbers import Statistics, learn_statistics
 from trec_twotower.data.transforms import Columns, numeric, one_chunk, transform
+from trec_twotower.data.vocabulary import make_vocabulary
 from trec_twotower.errors import ConfigError, DataError, nearest
 from trec_twotower.schema import FeatureSpec, Schema, Side
 
@@ -75,10 +76,10 @@ class Sources:
                 context.append(feature)
                 if not self._is_drawn(feature.reads):
                     check_side([feature], train)
-                elif feature.kind != "bag" or feature.weights:
+                elif feature.kind != "bag" or feature.weights or feature.times:
                     raise ConfigError(
                         f"user feature {feature.name!r} reads {HISTORY!r}, which is drawn here: make it a bag without "
-                        "weights."
+                        "weights or times."
                     )
             elif users is not None and users.has(feature.reads) and feature.reads != USER_ID:
                 if feature.kind == "sequence":
@@ -119,11 +120,17 @@ class Sources:
         ]
         for side, features, split in places:
             for feature in features:
-                if feature.learns and split is not None:
-                    found[f"{side}:{feature.name}"] = learn_statistics(
-                        feature,
-                        (numeric(feature, table, str(group)) for group, table in split.tables(feature.all_columns)),
+                if not feature.learns or split is None:
+                    continue
+                groups = split.tables(feature.all_columns)
+                if feature.vocabulary is not None:
+                    columns = (one_chunk(table[feature.reads]) for _, table in groups)
+                    learned = make_vocabulary(feature, split.columns[feature.reads], columns)
+                else:
+                    learned = learn_statistics(
+                        feature, (numeric(feature, table, str(group)) for group, table in groups)
                     )
+                found[f"{side}:{feature.name}"] = learned
         return found
 
     def over(self, dataset: Dataset) -> Sources:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import pyarrow as pa
 
-from trec_twotower.data.hashing import uniform
+from trec_twotower.data.hashing import id_keys, uniform
 from trec_twotower.data.lists import Lists
 from trec_twotower.errors import DataError
 from trec_twotower.schema import FeatureSpec
@@ -30,9 +31,18 @@ class Statistics:
     low: float = 0.0
     high: float = 1.0
     points: tuple[float, ...] = ()  # rising: quantiles at equal steps, or where bins begin
+    words: tuple[int | str, ...] = ()  # of a vocabulary, in the order of their rows
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "points", tuple(self.points))  # JSON knows lists only
+        for name in ("points", "words"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))  # JSON knows lists only
+
+    @cached_property
+    def rows_of_words(self) -> tuple[np.ndarray, np.ndarray]:
+        """The 64-bit keys of all words, rising, and the place of each among `words`."""
+        keys = id_keys(pa.array(self.words) if self.words else pa.array([], pa.string()), "the vocabulary")
+        order = np.argsort(keys)
+        return keys[order], order
 
 
 def number_values(feature: FeatureSpec, array: pa.Array, where: str) -> tuple[np.ndarray, np.ndarray]:
@@ -67,7 +77,10 @@ def is_number(kind: pa.DataType) -> bool:
 
 
 def normalise(feature: FeatureSpec, value: np.ndarray, missing: np.ndarray, statistics: Statistics) -> np.ndarray:
-    """(rows, 2) float32: the normalised value (0 where missing), and whether it is missing."""
+    """(rows, 2) float32: the normalised value (0 where missing, or that of `default`), and whether it is missing."""
+    filled = missing if feature.default is None else np.zeros_like(missing)
+    if feature.default is not None:
+        value = np.where(missing, clipped(feature, np.array(feature.default)), value)
     if feature.normalise == "zscore":
         value = (value - statistics.mean) / (statistics.std or 1.0)
     elif feature.normalise == "minmax":
@@ -76,7 +89,7 @@ def normalise(feature: FeatureSpec, value: np.ndarray, missing: np.ndarray, stat
         value = np.sign(value) * np.log1p(np.abs(value))
     elif feature.normalise == "quantile":
         value = share_below(value, statistics.points)
-    return np.stack([np.where(missing, 0.0, value), missing], axis=1).astype(np.float32)
+    return np.stack([np.where(filled, 0.0, value), missing], axis=1).astype(np.float32)
 
 
 def share_below(value: np.ndarray, quantiles: tuple[float, ...]) -> np.ndarray:

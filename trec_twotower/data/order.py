@@ -2,8 +2,8 @@
 
 Row groups are put in random order and joined into windows of about `shuffle_rows` rows; a window's rows come in random
 order. That order is drawn in two steps, which together are a uniform permutation: each unit of a window (a row group,
-or several small ones) is permuted by itself, and the units are interleaved at random. So units are read and hashed apart,
-in any number of threads, and a step takes a run of each order; there, rows stand as in the files.
+or several small ones) is permuted by itself, and the units are interleaved at random. So units are read and hashed
+apart, in any number of threads, and a step takes a run of each unit's order; within it, rows stand as in the files.
 
 Rows of different row groups may come anywhere in the epoch. Two neighbours in a file share a window, where they land as
 if drawn independently: a third of its rows apart on average, and never further than all of them. Memory is that of two

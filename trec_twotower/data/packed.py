@@ -305,6 +305,8 @@ def _parts(rows: Examples | RowItems) -> Iterable[tuple[str, Any]]:
 
 
 def _field(name: str, value: Lists | np.ndarray) -> Field:
+    array = value if isinstance(value, np.ndarray) else value.values
+    assert array.itemsize % WORD_BYTES == 0, f"{name}: {array.dtype} is no number of words"
     if isinstance(value, np.ndarray):
         return Field(name, value.dtype.str, value.shape[1] if value.ndim > 1 else 1)
     if value.is_single:

@@ -25,9 +25,9 @@ from trec_twotower.data.item_lists import check_given, given_columns, read_given
 from trec_twotower.data.lists import Lists
 from trec_twotower.data.order import Unit
 from trec_twotower.data.packed import Buffers, Packed, Packer
-from trec_twotower.data.transforms import check_kind, key_lists, one_chunk
+from trec_twotower.data.transforms import beside, check_kind, key_lists, one_chunk
 from trec_twotower.errors import DataError
-from trec_twotower.schema import FeatureSpec
+from trec_twotower.schema import FeatureSpec, hash_parts
 
 WEIGHT = "weight"
 ITEM_PARTS = frozenset(field.name for field in fields(RowItems))
@@ -78,7 +78,8 @@ class UnitReader:
     def _settings(self) -> dict[str, object]:
         """What of the loss decides which columns are kept."""
         given = None if self.given is None else self.given.model_dump(exclude={"shared"})
-        return {"masks_history": self.loss.mask_history, "given": given, "keeps_user_key": self.keeps_user_key}
+        kept = {"masks_history": self.loss.mask_history, "keeps_user_key": self.keeps_user_key}
+        return {**kept, "given": given, "own_item": self.data.own_item}
 
     def read(self, unit: Unit, cuts: np.ndarray) -> UnitRows:
         """Decode and hash; the costly part, free of the interpreter's lock most of the time.
@@ -172,7 +173,8 @@ class UnitReader:
         train = self.sources.dataset.train
         columns = set(self.sources.user_columns()) - {feature.reads for feature in self.drawn}
         columns |= set(self._item_columns())
-        columns |= ({HISTORY} if self.masks_history else set()) | ({WEIGHT} if train.has(WEIGHT) else set())
+        wants_history = self.masks_history or (self.data.own_item != "keep" and train.has(HISTORY))
+        columns |= ({HISTORY} if wants_history else set()) | ({WEIGHT} if train.has(WEIGHT) else set())
         return sorted(columns)
 
     def _item_columns(self) -> list[str]:
@@ -183,6 +185,8 @@ class UnitReader:
 
     def _hash(self, table: pa.Table, where: str) -> Examples:
         """What does not depend on the epoch; drawn features hold all of a row's items yet."""
+        if self.data.own_item != "keep" and HISTORY in table.column_names:
+            table = without_own(table, self._beside_history, where, refuses=self.data.own_item == "refuse")
         given, history = None, None
         if self.is_by_user:
             array = one_chunk(table[POSITIVES])
@@ -216,10 +220,18 @@ class UnitReader:
         is_input = draw_inputs(items, draw, self.data.input_share)
         sparse = dict(rows.user.sparse)
         for feature in self.drawn:
-            sparse[feature.name] = sparse[feature.name].where(is_input).newest(feature.max_length)
+            for name in hash_parts(feature.name, self.sources.schema.table_of(feature)):
+                sparse[name] = sparse[name].where(is_input).newest(feature.max_length)
         user = replace(rows.user, sparse=sparse)
         known = items if self.loss.mask_history else None
         return replace(rows, user=user, positives=items.where(~is_input), known=known)
+
+    @cached_property
+    def _beside_history(self) -> list[str]:
+        """The columns of lists that stand beside the history's, element by element."""
+        reading = [feature for feature in self.sources.context if feature.reads == HISTORY]
+        named = {name for each in reading for name in (each.weights, each.times, each.actions) if name is not None}
+        return [HISTORY, *sorted(named)]
 
     def _items(self, group: RowGroup, start: int, stop: int, epoch: int) -> RowItems:
         """The items of another rank's rows."""
@@ -265,6 +277,31 @@ def _parts(unit: Unit, low: int, high: int) -> list[tuple[RowGroup, int, int]]:
             parts.append((group, start, stop))
         first += group.num_rows
     return parts
+
+
+def without_own(table: pa.Table, columns: list[str], where: str, *, refuses: bool) -> pa.Table:
+    """Rows whose history lacks the item that the row asks for: it is left out of all these columns, or a DataError."""
+    history = one_chunk(table[HISTORY])
+    history = history.fill_null(pa.scalar([], history.type))
+    ids, row = history.flatten(), history.value_parent_indices().to_numpy()
+    is_id = ids.is_valid().to_numpy(zero_copy_only=False)
+    is_own = np.zeros(len(ids), bool)
+    is_own[is_id] = id_keys(ids.drop_null(), where) == id_keys(one_chunk(table[ITEM_ID]), where)[row[is_id]]
+    if not is_own.any():
+        return table
+    if refuses:
+        raise DataError(
+            f"{where}, row {row[is_own.argmax()]:,}: its history holds the item that it asks for "
+            f"({len(np.unique(row[is_own])):,} rows of this part are so): write what was known before the event, or "
+            "set data.own_item: drop (keep, where things are taken again)."
+        )
+    offsets = np.concatenate([[0], np.cumsum(~is_own)])[history.offsets.to_numpy() - history.offsets[0].as_py()]
+    for name in columns:
+        lists = one_chunk(table[name])
+        beside(history, lists, where, name)  # raises where they are not as long
+        left = pa.LargeListArray.from_arrays(pa.array(offsets), lists.flatten().filter(pa.array(~is_own)))
+        table = table.set_column(table.column_names.index(name), name, left)
+    return table
 
 
 def draw_inputs(lists: Lists, draw: np.ndarray, share: float) -> np.ndarray:

@@ -8,16 +8,20 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from trec_twotower.data.hashing import bucket_type, hash_to_bucket, id_keys, is_id, mix_array, modulo_bucket
+from trec_twotower.data.hashing import bucket_type, hash_to_bucket, id_keys, is_id, is_text, mix_array, modulo_bucket
 from trec_twotower.data.lists import Lists
 from trec_twotower.data.numbers import Statistics, binned, is_number, normalise, number_values
-from trec_twotower.data.times import ages, is_time, parts
+from trec_twotower.data.text import text_keys, tokens
+from trec_twotower.data.times import DAY_S, ages, is_time, parts, seconds
+from trec_twotower.data.vectors import is_vector, vectors
+from trec_twotower.data.vocabulary import in_vocabulary
 from trec_twotower.errors import DataError
-from trec_twotower.schema import FeatureSpec, Kind, TableSpec, part_of
+from trec_twotower.schema import FeatureSpec, Kind, TableSpec, hash_parts, part_of
 
 NULL_KEY = np.int64(0x4E554C4C2D4B4559)  # stands for null in a cross
 GAP_BUCKETS = 40  # of the time between two steps: 0 where there is none before, then by powers of two
 NULL_BUCKET = 0  # of a category's table: the row that null owns
+SECOND_HASH = 0x5ECD  # what sets the seed of a table's second hash apart from that of its first
 
 
 @dataclass(frozen=True)
@@ -25,9 +29,10 @@ class Columns:
     """The features of some rows of one side, ready for a batch.
 
     `sparse[f]` holds the buckets (int32) of feature f; `numbers[f]` has num_numbers columns: of a number its normalised
-    value, and 1 where it is missing. What stands beside the steps of a sequence is there as `sparse[f@gap]`,
-    `sparse[f@action]` and `sparse[f@row]`, lists as long: buckets, and rows of the catalogue, whose features `items`
-    has.
+    value, and 1 where it is missing. Of a table with two hashes, `sparse[f@2]` holds the buckets of the second; of
+    text that a model reads, `sparse[f]` its tokens. What stands beside the steps of a sequence is there as
+    `sparse[f@gap]`, `sparse[f@action]` and `sparse[f@row]`, lists as long: buckets, and rows of the catalogue, whose
+    features `items` has.
     """
 
     num_rows: int
@@ -105,7 +110,14 @@ def transform(
         place = f"{where}, column {feature.reads!r}"
         if given is not None and feature.reads in given:
             keys = given[feature.reads] if uncut else given[feature.reads].newest(feature.max_length)
-            sparse[feature.name] = Lists(keys.offsets, bucket(tables[feature.table_name], keys.values), keys.weights)
+            for part, spec in hashings(feature, tables[feature.table_name]):
+                sparse[part] = Lists(keys.offsets, bucket(spec, keys.values), keys.weights)
+            continue
+        if feature.kind == "vector":
+            numbers[feature.name] = vectors(feature, one_chunk(table[feature.reads]), place)
+            continue
+        if feature.is_tokens:
+            sparse[feature.name] = tokens(feature, one_chunk(table[feature.reads]))
             continue
         if feature.is_numeric:
             number = numeric(feature, table, where)
@@ -114,26 +126,43 @@ def transform(
             else:
                 numbers[feature.name] = normalise(feature, *number, statistics[feature.name])
             continue
-        array = one_chunk(table[feature.reads])
         spec = tables[feature.table_name]
         if feature.kind == "sequence":
-            sparse |= sequence(feature, spec, array, table, place, item_rows)
-            continue
-        if feature.kind == "time":
-            lists = Lists.singles(parts(feature, array, place))
-        elif feature.kind == "cross":
+            sparse |= sequence(feature, spec, one_chunk(table[feature.reads]), table, place, item_rows)
+        elif feature.vocabulary is not None:
+            rows = in_vocabulary(one_chunk(table[feature.reads]), statistics[feature.name], place)
+            sparse[feature.name] = Lists.singles(rows)
+        else:
+            for part, each in hashings(feature, spec):
+                sparse[part] = looked_up(feature, each, table, where)
+    return Columns(table.num_rows, sparse, numbers)
+
+
+def hashings(feature: FeatureSpec, spec: TableSpec) -> list[tuple[str, TableSpec]]:
+    """The names of a feature's buckets, each with the table as its hash sees it."""
+    second = spec.model_copy(update={"seed": spec.seed ^ SECOND_HASH})
+    return list(zip(hash_parts(feature.name, spec), (spec, second), strict=False))
+
+
+def looked_up(feature: FeatureSpec, spec: TableSpec, table: pa.Table, where: str) -> Lists:
+    """The table rows that each row of an Arrow table looks up for a feature."""
+    array, place = one_chunk(table[feature.reads]), f"{where}, column {feature.reads!r}"
+    match feature.kind:
+        case "time":
+            return Lists.singles(parts(feature, array, place))
+        case "cross":
             assert feature.columns is not None
             crossed = ((one_chunk(table[column]), f"{where}, column {column!r}") for column in feature.columns)
-            lists = Lists.singles(bucket(spec, cross_keys(crossed)))
-        elif feature.kind == "bag":
+            return Lists.singles(bucket(spec, cross_keys(crossed)))
+        case "bag":
             weights = one_chunk(table[feature.weights]) if feature.weights else None
-            lists = bag(feature, spec, array, weights, place)
-        elif feature.kind == "category":
-            lists = Lists.singles(category(spec, array, place))
-        else:
-            lists = Lists.singles(buckets(spec, array, place))
-        sparse[feature.name] = lists
-    return Columns(table.num_rows, sparse, numbers)
+            return bag(feature, spec, array, weights, place, table)
+        case "text":
+            keys = text_keys(feature, array)
+            return Lists(keys.offsets, bucket(spec, keys.values))
+        case "category":
+            return Lists.singles(category(spec, array, place))
+    return Lists.singles(buckets(spec, array, place))
 
 
 def numeric(feature: FeatureSpec, table: pa.Table, where: str) -> tuple[np.ndarray, np.ndarray]:
@@ -186,12 +215,47 @@ def category(spec: TableSpec, array: pa.Array, where: str) -> np.ndarray:
     return out
 
 
-def bag(feature: FeatureSpec, spec: TableSpec, array: pa.Array, weights: pa.Array | None, where: str) -> Lists:
-    """Hashed lists, cut to the newest `max_length`, null elements dropped."""
+def bag(
+    feature: FeatureSpec,
+    spec: TableSpec,
+    array: pa.Array,
+    weights: pa.Array | None,
+    where: str,
+    beside_it: pa.Table | None = None,
+) -> Lists:
+    """Hashed lists, cut to the newest `max_length`, null elements dropped; times are among the columns beside it."""
     hashed = _element_lists(array, where, lambda ids: buckets(spec, ids, where))
     if weights is not None:
         hashed = with_weights(hashed, array, weights, where, str(feature.weights))
+    if feature.half_life_days is not None:
+        assert beside_it is not None
+        hashed = with_decay(feature, hashed, array, beside_it, where)
     return hashed.newest(feature.max_length)
+
+
+def with_decay(feature: FeatureSpec, lists: Lists, ids: pa.Array, table: pa.Table, where: str) -> Lists:
+    """`lists`, which were made of `ids`, whose weights are halved for each half life that has passed since.
+
+    Until the newest element of the row, or until the time in `until` where the row has one.
+    """
+    assert feature.times is not None and feature.half_life_days is not None
+    times = one_chunk(table[feature.times])
+    check_times(feature.times, times.type, where)
+    time_s, _ = rising_seconds(beside(ids, times, where, feature.times), lists, where, feature.times)
+    end_s = np.zeros(len(lists))
+    has_any = lists.lengths > 0
+    end_s[has_any] = time_s[lists.offsets[1:][has_any] - 1]
+    if feature.until is not None:
+        until_s, missing = seconds(feature, one_chunk(table[feature.until]), f"{where}, until column {feature.until!r}")
+        if (early := np.flatnonzero(has_any & ~missing & (until_s < end_s))).size:
+            raise DataError(
+                f"{where}, row {early[0]:,}: a time in {feature.times!r} lies after {feature.until!r} ({early.size:,} "
+                "rows are so): what had not happened yet must not be known, leave those elements out."
+            )
+        end_s = np.where(missing, end_s, until_s)
+    age_days = (np.repeat(end_s, lists.lengths) - time_s) / DAY_S
+    weight = np.exp2(-age_days / feature.half_life_days).astype(np.float32)
+    return Lists(lists.offsets, lists.values, weight if lists.weights is None else weight * lists.weights)
 
 
 def sequence(
@@ -225,6 +289,14 @@ def sequence(
 
 def gap_buckets(times: pa.Array, steps: Lists, where: str, column: str) -> np.ndarray:
     """The bucket of each step's distance in seconds from the step before it: 1 + log2(1 + seconds), 0 for the first."""
+    value, is_first = rising_seconds(times, steps, where, column)
+    gap = np.where(is_first, 0.0, np.diff(value, prepend=value[:1]))
+    of_gap = np.minimum(1 + np.log2(1 + gap), GAP_BUCKETS - 1).astype(np.int32)
+    return np.where(is_first, 0, of_gap).astype(np.int32)
+
+
+def rising_seconds(times: pa.Array, steps: Lists, where: str, column: str) -> tuple[np.ndarray, np.ndarray]:
+    """The time of each step in seconds (float64), and which are the first of their row; DataError where they fall."""
     if times.null_count:
         raise DataError(f"{where}: the times in {column!r} hold null beside an id: write the time of every step.")
     if pa.types.is_timestamp(times.type):
@@ -233,18 +305,16 @@ def gap_buckets(times: pa.Array, steps: Lists, where: str, column: str) -> np.nd
     else:
         second = 1.0
     value = times.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False) / second
-    gap = np.diff(value, prepend=value[:1])
     is_first = np.zeros(len(value), bool)
     is_first[steps.offsets[:-1][steps.lengths > 0]] = True
-    gap[is_first] = 0.0
-    if not (gap >= 0).all():
-        row = int(steps.rows[~(gap >= 0)][0])
+    rises = is_first | (np.diff(value, prepend=value[:1]) >= 0)
+    if not (rises & np.isfinite(value)).all():
+        row = int(steps.rows[~(rises & np.isfinite(value))][0])
         raise DataError(
-            f"{where}, row {row:,}: the times in {column!r} fall or are no numbers, but a sequence is oldest first: "
+            f"{where}, row {row:,}: the times in {column!r} fall or are no numbers, but lists are oldest first: "
             "sort each list by time."
         )
-    of_gap = np.minimum(1 + np.log2(1 + gap), GAP_BUCKETS - 1).astype(np.int32)
-    return np.where(is_first, 0, of_gap).astype(np.int32)
+    return value, is_first
 
 
 def key_lists(array: pa.Array, where: str) -> Lists:
@@ -303,7 +373,7 @@ def beside(ids: pa.Array, other: pa.Array, where: str, column: str, what: str = 
 
 def divides(feature: FeatureSpec) -> bool:
     """Whether the feature's pooled sums are divided by anything."""
-    return (feature.kind == "bag" and feature.pooling != "sum") or feature.scale != 1.0
+    return (feature.is_pooled and feature.pooling != "sum") or feature.scale != 1.0
 
 
 def pooling_divisor(feature: FeatureSpec, lengths: np.ndarray, weighted: Lists | None = None) -> np.ndarray:
@@ -316,7 +386,7 @@ def pooling_divisor(feature: FeatureSpec, lengths: np.ndarray, weighted: Lists |
     weights.
     """
     scale = np.float32(feature.scale)
-    if feature.kind != "bag" or feature.pooling == "sum":
+    if not feature.is_pooled or feature.pooling == "sum":
         return np.full(len(lengths), 1 / scale, np.float32)
     if weighted is None:
         total = np.maximum(lengths, 1).astype(np.float32)
@@ -345,6 +415,15 @@ def _is_list(kind: pa.DataType) -> bool:
     return pa.types.is_list(kind) or pa.types.is_large_list(kind)
 
 
+def check_time(feature: FeatureSpec, kind: pa.DataType, where: str) -> None:
+    """Raises DataError when a column's type cannot be the time until which ages are counted."""
+    if not is_time(kind):
+        raise DataError(
+            f"{where}: column {feature.until!r} is {kind}, but feature {feature.name!r} counts ages until it: "
+            "timestamps, dates or numbers are needed."
+        )
+
+
 def check_times(column: str, kind: pa.DataType, where: str) -> None:
     """Raises DataError when a column's type cannot be the times of steps."""
     if not (_is_list(kind) and (is_number(kind.value_type) or pa.types.is_timestamp(kind.value_type))):
@@ -365,6 +444,8 @@ NEEDED: dict[Kind, tuple[str, Callable[[pa.DataType], bool]]] = {
     "number": ("numbers", is_number),
     "cross": ("integers or strings", is_id),
     "time": ("timestamps, dates or numbers", is_time),
+    "text": ("strings", lambda kind: is_text(kind.value_type if pa.types.is_dictionary(kind) else kind)),
+    "vector": ("lists of floating-point numbers", is_vector),
 }
 
 

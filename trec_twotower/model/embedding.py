@@ -17,12 +17,24 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection, Embedding
 
 from trec_twotower.data.batch import Listed
 from trec_twotower.data.hashing import mix, mix_torch
-from trec_twotower.schema import Schema, Side, key
+from trec_twotower.schema import Schema, Side, key, part_of
 
 FILL_CELLS = 1 << 18  # weights that are filled together: bounds the scratch memory, and keeps it in the cache
 
 
 COLLECTIONS = ("embedding_bags", "embeddings")  # what torchrec calls the tables in both kinds of collection
+
+
+def table_in(name: str) -> str | None:
+    """The table that a weight or a state of this name is of; None where it is of something else.
+
+    A language model has `embeddings`, too: a table's stand first, or in the model's `tables` or `lists`.
+    """
+    parts = name.split(".")
+    for before, part, after in zip([None, *parts], parts, parts[1:], strict=False):
+        if part in COLLECTIONS and before in (None, "tables", "lists"):
+            return after
+    return None
 
 
 def build_tables(schema: Schema) -> EmbeddingBagCollection | None:
@@ -31,9 +43,8 @@ def build_tables(schema: Schema) -> EmbeddingBagCollection | None:
     Every one pools by SUM (see pooling_divisor in data/transforms.py).
     """
     features: dict[str, list[str]] = {name: [] for name in schema.tables if name not in schema.listed}
-    for side, feature in schema.sparse_pairs:
-        if feature.table_name in features:
-            features[feature.table_name].append(key(side, feature))
+    for lookup in schema.lookups:
+        features[lookup.feature.table_name].append(lookup.key)
     if not features:
         return None
     return EmbeddingBagCollection(
@@ -97,23 +108,26 @@ def pooled_by_hand(vector_ND: Tensor, listed: Listed) -> Tensor:
 
 
 def tower_input(schema: Schema, side: Side, pooled: Mapping[str, Tensor], divisor: Tensor, number: Tensor) -> Tensor:
-    """(rows, E): the pooled bags of one side, divided as their pooling says, then its numbers."""
+    """(rows, E): the pooled bags of one side, divided as their pooling says, what layers made, then its numbers."""
     rows = divisor.shape[0]
-    bags = [
-        pooled[key(side, feature)][:rows] / divisor[:, column : column + 1]
-        for column, feature in enumerate(schema.sparse(side))
-    ]
-    return torch.cat([*bags, number], dim=1)
+    bags = []
+    for column, feature in enumerate(schema.sparse(side)):
+        name = key(side, feature)
+        vector = pooled[name][:rows]
+        if schema.table_of(feature).hashes == 2:
+            vector = vector + pooled[part_of(name, "2")][:rows]
+        bags.append(vector / divisor[:, column : column + 1])
+    made = [pooled[key(side, feature)] for feature in schema.layered(side)]
+    behind = sum(feature.num_numbers for feature in schema.layered(side))
+    return torch.cat([*bags, *made, number[:, behind:]], dim=1)
 
 
 def table_shards(model: nn.Module) -> Iterator[tuple[str, Tensor, tuple[int, int]]]:
     """Each piece of a table on this rank: the table's name, the weights, and the piece's first row and column."""
     for name, value in model.state_dict().items():
-        parts = name.split(".")
-        collection = next((each for each in COLLECTIONS if each in parts), None)
-        if collection is None:
+        table = table_in(name)
+        if table is None:
             continue
-        table = parts[parts.index(collection) + 1]
         if isinstance(value, ShardedTensor):
             for shard in value.local_shards():
                 row, column = shard.metadata.shard_offsets

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
@@ -57,7 +58,9 @@ class Tower(nn.Module):
         if config.project:
             layers.append(nn.Linear(width, dim))
         self.layers = nn.Sequential(*layers)
-        self.encoders = nn.ModuleDict()  # of the sequences, by the features' names
+        ends = list(accumulate(widths))
+        self._wide = [slice(ends[number] - widths[number], ends[number]) for number in map(place, config.wide)]
+        self.encoders = nn.ModuleDict()  # of sequences, and of features with layers of their own, by their names
         self._compiled: Callable[[Tensor], Tensor] | None = None
         self._precision = "fp32"
         self._micro_batch: int | None = None
@@ -71,13 +74,15 @@ class Tower(nn.Module):
         if config.compile:
             self._compiled = torch.compile(self.layers.forward, dynamic=True)
         if config.optimizer.ema is not None:
-            weights = dict(self.named_parameters())
+            weights = {name: weight for name, weight in self.named_parameters() if weight.requires_grad}
             self._averaged = list(weights)
             for name, weight in weights.items():
                 self.register_buffer(_average_of(name), weight.detach().clone())
 
     def forward(self, feature_BE: Tensor) -> Tensor:
         vector_BD = self._in_parts(feature_BE) if self.training else self._averaging(self.layers, "layers.", feature_BE)
+        for part in self._wide:
+            vector_BD = vector_BD + feature_BE[:, part]
         if self.note_length is not None:
             self.note_length(vector_BD)
         return F.normalize(vector_BD, dim=1) if self.is_unit else vector_BD
@@ -97,15 +102,15 @@ class Tower(nn.Module):
                 found |= {f"expert_{number}": weight for number, weight in enumerate(part.use())}
         return found
 
-    def encode_steps(self, name: str, item_UD: Tensor, listed: Listed) -> Tensor:
-        """(B, D): the vectors of a sequence, of the distinct items' vectors and of how its steps take them."""
+    def encode(self, name: str, *given: Tensor | Listed) -> Tensor:
+        """(B, D): what the encoder of a feature makes of what it is given."""
         encoder = self.encoders[name]
         if not self.training:
-            return self._averaging(encoder, f"encoders.{name}.", item_UD, listed)
+            return self._averaging(encoder, f"encoders.{name}.", *given)
         if self._precision == "fp32":
-            return encoder(item_UD, listed)
-        with torch.autocast(item_UD.device.type, torch.bfloat16):
-            return encoder(item_UD, listed).float()
+            return encoder(*given)
+        with torch.autocast(next(encoder.parameters()).device.type, torch.bfloat16):
+            return encoder(*given).float()
 
     def _averaging(self, part: nn.Module, prefix: str, *inputs: object) -> Tensor:
         """What a part of this tower makes of its inputs, with averaged weights where there are some."""

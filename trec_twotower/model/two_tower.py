@@ -16,6 +16,7 @@ from trec_twotower.distributed import Ranks
 from trec_twotower.model.embedding import build_lists, build_tables, pooled_by_hand, tower_input
 from trec_twotower.model.frequency import Frequency
 from trec_twotower.model.gate import gate
+from trec_twotower.model.inputs import build_input
 from trec_twotower.model.losses import LOSSES, Pairs, Relations
 from trec_twotower.model.losses.regularisers import alignment, nearness, squared_lengths
 from trec_twotower.model.queue import ItemQueue
@@ -49,6 +50,9 @@ class TwoTower(nn.Module):
         )
         for feature in schema.sequences:
             self.user_tower.encoders[feature.name] = SequenceInput(feature, schema.table_of(feature).dim)
+        for side in SIDES:
+            for feature in schema.layered(side):
+                self._tower(side).encoders[feature.name] = build_input(feature)
         self.watch = Watch(is_unit=is_unit)
         self.user_tower.note_length = partial(self.watch.note_length, "user")
         self.item_tower.note_length = partial(self.watch.note_length, "item")
@@ -181,14 +185,31 @@ class TwoTower(nn.Module):
                 at = batch.listed[part_of(name, attribute)]
                 added = pooled_by_hand(vectors[part_of(name, attribute)], at)
                 item_UD = item_UD + (added if at.divisor is None else added / at.divisor[:, None])
-            found[name] = self.user_tower.encode_steps(feature.name, item_UD, batch.listed[name])
+            found[name] = self.user_tower.encode(feature.name, item_UD, batch.listed[name])
         return found
 
+    def _layered(self, side: Side, batch: Batch, number: Tensor) -> dict[str, Tensor]:
+        """What the features' own layers make of their numbers or tokens, by key."""
+        found, column = {}, 0
+        for feature in self.schema.layered(side):
+            name, behind = key(side, feature), column + feature.num_numbers
+            given = batch.listed[name] if feature.is_tokens else number[:, column:behind]
+            found[name] = self._tower(side).encode(feature.name, given)
+            column = behind
+        return found
+
+    def _tower(self, side: Side) -> Tower:
+        return self.user_tower if side == "user" else self.item_tower
+
     def _users(self, batch: Batch, pooled: dict[str, Tensor]) -> Tensor:
-        return self.user_tower(tower_input(self.schema, "user", pooled, batch.user_divisor_BF, batch.user_number_BN))
+        number = batch.user_number_BN
+        pooled = pooled | self._layered("user", batch, number)
+        return self.user_tower(tower_input(self.schema, "user", pooled, batch.user_divisor_BF, number))
 
     def _items(self, batch: Batch, pooled: dict[str, Tensor]) -> Tensor:
-        return self.item_tower(tower_input(self.schema, "item", pooled, batch.item_divisor_SF, batch.item_number_SN))
+        number = batch.item_number_SN
+        pooled = pooled | self._layered("item", batch, number)
+        return self.item_tower(tower_input(self.schema, "item", pooled, batch.item_divisor_SF, number))
 
 
 def relations_of(batch: Batch) -> Relations:

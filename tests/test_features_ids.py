@@ -1,0 +1,287 @@
+"""Categories with a vocabulary, ids by two hashes, bags that fade, and sizes by rule."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from trec_twotower.data.batch import make_batch
+from trec_twotower.data.coverage import coverage, describe_coverage, own_in_history
+from trec_twotower.data.dataset import Dataset
+from trec_twotower.data.features import Sources
+from trec_twotower.data.numbers import Statistics
+from trec_twotower.data.reader import without_own
+from trec_twotower.data.transforms import transform
+from trec_twotower.data.vocabulary import in_vocabulary, make_vocabulary
+from trec_twotower.errors import ConfigError, DataError
+from trec_twotower.model.embedding import tower_input
+from trec_twotower.schema import FeatureSpec, Schema, TableSpec, auto_dim
+
+# Vocabularies
+
+
+def brand(**changes) -> FeatureSpec:
+    return FeatureSpec(
+        **{"name": "brand", "kind": "category", "vocabulary": "learned", "buckets": 5, "dim": 4} | changes
+    )
+
+
+WORDS = st.none() | st.sampled_from(["a", "b", "c", "d", "e", "é"])
+
+
+@given(st.lists(st.lists(WORDS, max_size=6), max_size=4), st.integers(1, 3), st.integers(3, 7))
+def test_a_vocabulary_is_what_stands_there_most(parts, least, buckets):
+    columns = [pa.array(part, pa.string()) for part in parts]
+    columns = [column.dictionary_encode() if number % 2 else column for number, column in enumerate(columns)]
+    found = make_vocabulary(brand(min_count=least, buckets=buckets), pa.string(), columns)
+    counts = Counter(word for part in parts for word in part if word is not None)
+    expected = [word for word in sorted(counts, key=lambda word: (-counts[word], word)) if counts[word] >= least]
+    assert list(found.words) == expected[: buckets - 2]
+    saved = Statistics(**json.loads(json.dumps(vars(found))))  # as a run keeps it
+    for column in columns:
+        rows = [0 if word is None else 1 if word not in found.words else 2 + found.words.index(word)
+                for word in column.to_pylist()]  # fmt: skip
+        assert in_vocabulary(column, saved, "here").tolist() == rows
+
+
+def test_a_vocabulary_of_integers(tmp_path):
+    column = pa.array([2**62, -3, 7, -3, None])
+    found = make_vocabulary(brand(), column.type, [column])
+    assert found.words == (-3, 7, 2**62)
+    assert in_vocabulary(pa.array([7, 8, None, -3]), found, "here").tolist() == [3, 1, 0, 2]
+    path = tmp_path / "brands.txt"
+    path.write_text("7\n-3\n")
+    feature = brand(vocabulary=str(path), buckets=None)
+    assert feature.buckets == 4 and feature.own_table.buckets == 4
+    assert make_vocabulary(feature, column.type, []).words == (7, -3)
+    assert make_vocabulary(feature, pa.string(), []).words == ("7", "-3")
+    path.write_text("7\nseven\n")
+    with pytest.raises(ConfigError, match="is not of integers, but column 'brand' is int64"):
+        make_vocabulary(feature, column.type, [])
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "cannot be read ("),
+        ("a\nb\na\n", "has 'a' in lines 1 and 3: keep one"),
+        ("", "is empty: write a word a line"),
+        ("a\n\nb\n", "has nothing in line 2"),
+    ],
+)
+def test_a_file_that_is_no_vocabulary_is_refused_with_the_config(content, message, tmp_path):
+    path = tmp_path / "brands.txt"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(ValidationError, match=re.escape(message)):
+        brand(vocabulary=str(path), buckets=None)
+
+
+def test_a_file_with_more_words_than_rows_is_refused(tmp_path):
+    path = tmp_path / "brands.txt"
+    path.write_text("a\nb\nc\nd\n")
+    with pytest.raises(ConfigError, match="has 4 words, but feature 'brand' has rows for 3: leave buckets out, or set"):
+        make_vocabulary(brand(vocabulary=str(path)), pa.string(), [])
+
+
+# Sizes by rule
+
+
+def test_a_dim_by_rule_is_six_fourth_roots_in_fours():
+    assert [auto_dim(buckets) for buckets in (1, 16, 10_000, 65_536, 10**6)] == [8, 12, 60, 96, 192]
+    assert all(auto_dim(buckets) % 4 == 0 for buckets in range(1, 500))
+    assert all(one <= other for one, other in pairwise(auto_dim(buckets) for buckets in range(1, 500)))
+    assert TableSpec(buckets=10_000, dim="auto").dim == 60
+    assert FeatureSpec(name="f", kind="id", buckets=10_000, dim="auto").own_table.dim == 60
+
+
+# Two hashes
+
+
+def test_two_hashes_are_two_rows_of_one_table():
+    """A batch has both, and the tower gets their sum."""
+    table = TableSpec(buckets=50, dim=2, hashes=2)
+    tags = FeatureSpec(name="tags", kind="bag", table="t", weights="shares", max_length=2)
+    item = FeatureSpec(name="item", kind="id", table="t")
+    rows = pa.table(
+        {"tags": pa.array([[1, 2, 3], [], [2]]), "shares": pa.array([[1.0, 2, 3], [], [4]]), "item": [7, 8, 9]}
+    )
+    schema = Schema.build({"t": table}, (tags, item), (item,))
+    assert schema.keys() == ["user:tags", "user:tags@2", "user:item", "user:item@2", "item:item", "item:item@2"]
+    columns = transform(schema.user, schema.tables, {}, rows, "here")
+    for name in ("tags", "item"):
+        one, two = columns.sparse[name], columns.sparse[f"{name}@2"]
+        assert one.offsets.tolist() == two.offsets.tolist() and not np.array_equal(one.values, two.values)
+    assert columns.sparse["tags"].weights.tolist() == columns.sparse["tags@2"].weights.tolist() == [2, 3, 4]
+    batch = make_batch(schema, columns)
+    weight = torch.randn(50, 2, generator=torch.Generator().manual_seed(0))
+    pooled = {}
+    for name in schema.keys()[:4]:
+        lists = columns.sparse[name.removeprefix("user:")]
+        sums = [
+            sum(weight[bucket] * (1 if lists.weights is None else float(lists.weights[place]))
+                for place, bucket in enumerate(lists.values) if lists.rows[place] == row)
+            for row in range(3)
+        ]  # fmt: skip
+        assert batch.sparse[name].values().tolist() == lists.values.tolist()
+        pooled[name] = torch.stack(
+            [torch.as_tensor(each) if torch.is_tensor(each) else torch.zeros(2) for each in sums]
+        )
+    found = tower_input(schema, "user", pooled, batch.user_divisor_BF, batch.user_number_BN)
+    both = [pooled["user:tags"] + pooled["user:tags@2"], pooled["user:item"] + pooled["user:item@2"]]
+    divisor = torch.tensor([[5.0], [1.0], [4.0]])  # a weighted mean
+    assert torch.allclose(found, torch.cat([both[0] / divisor, both[1]], dim=1))
+
+
+def test_two_hashes_keep_ids_apart_that_one_would_confuse(tmp_path, write_dataset):
+    """Of 1000 ids in 500 rows most share one with another, but hardly any share both."""
+    ids = np.arange(1000)
+    folder = write_dataset(
+        tmp_path / "d", items=pa.table({"item_id": ids}), train=pa.table({"user_id": ids, "item_id": ids})
+    )
+    shares = {}
+    for hashes in (1, 2):
+        feature = FeatureSpec(name="item_id", kind="id", buckets=500, dim=4, hashes=hashes)
+        user = FeatureSpec(name="user_id", kind="id", buckets=9, dim=4)
+        of_item = coverage(Sources(Dataset(folder), Schema.build({}, (user,), (feature,)), "event"))[1]
+        assert (of_item.distinct, of_item.buckets, of_item.null) == (1000, 500, 0.0)
+        shares[hashes] = of_item.collided
+    assert shares[1] == pytest.approx(1 - (1 - 1 / 500) ** 999, abs=0.05) and shares[2] < 0.02
+
+
+# Bags that fade
+
+
+@given(st.lists(st.tuples(st.lists(st.integers(0, 10**6), max_size=4).map(sorted), st.none() | st.integers(0, 10**6))))
+def test_an_element_weighs_half_for_every_half_life(rows):
+    feature = FeatureSpec(name="tags", kind="bag", table="t", times="when", until="now", half_life_days=2.0)
+    table = pa.table(
+        {
+            "tags": pa.array([list(range(len(times))) for times, _ in rows], pa.list_(pa.int64())),
+            "when": pa.array([times for times, _ in rows], pa.list_(pa.int64())),
+            "now": pa.array([after if after is None else after + 10**6 for _, after in rows], pa.int64()),
+        }
+    )
+    found = transform([feature], {"t": TableSpec(buckets=9, dim=2)}, {}, table, "here").sparse["tags"]
+    expected = []
+    for times, after in rows:
+        end = times[-1] if after is None and times else (after or 0) + 10**6
+        expected += [0.5 ** ((end - time) / (2 * 86_400)) for time in times]
+    np.testing.assert_allclose(found.weights, expected, rtol=1e-5)
+
+
+def faded(**columns) -> Schema:
+    columns = {"tags": [[1, 2]], "when": [[3, 4]], "now": [5]} | columns
+    feature = FeatureSpec(name="tags", kind="bag", table="t", times="when", until="now", half_life_days=2.0)
+    return transform([feature], {"t": TableSpec(buckets=9, dim=2)}, {}, pa.table(columns), "here")
+
+
+def test_times_that_fall_or_lie_ahead_are_refused():
+    with pytest.raises(DataError, match="here, column 'tags', row 0: the times in 'when' fall or are no numbers"):
+        faded(when=[[4, 3]])
+    with pytest.raises(DataError, match=r"row 0: a time in 'when' lies after 'now' \(1 rows are so"):
+        faded(now=[3])
+    with pytest.raises(DataError, match="row 0: 2 ids but 1 values in 'when'"):
+        faded(when=[[4]])
+
+
+@pytest.mark.parametrize(
+    ("feature", "message"),
+    [
+        ({"kind": "bag", "table": "t", "times": "when"}, "whose elements weigh less as they grow older needs both"),
+        ({"kind": "bag", "table": "t", "half_life_days": 2}, "needs both"),
+        ({"kind": "bag", "table": "t", "until": "now"}, "but no `times` to look back on"),
+        ({"kind": "id", "table": "t", "hashes": 2}, "and has hashes, which is a table's of its own"),
+        ({"kind": "category", "table": "t", "vocabulary": "learned"}, "and has vocabulary, which is a table's of its"),
+        ({"kind": "category", "buckets": 9, "dim": 2, "min_count": 2}, "has min_count, which is for vocabulary"),
+        ({"kind": "category", "buckets": 2, "dim": 2, "vocabulary": "learned"}, "it needs 3 buckets or more"),
+        ({"kind": "category", "buckets": 10**6, "dim": 2, "vocabulary": "learned"}, "but a run keeps 500,000 words"),
+        ({"kind": "category", "dim": "auto"}, "dim: auto goes by `buckets`"),
+    ],
+)
+def test_settings_that_clash_are_refused(feature, message):
+    with pytest.raises(ValidationError, match=re.escape(message)):
+        FeatureSpec(name="f", **feature)
+
+
+def test_tables_that_hash_twice_and_cannot_are_refused():
+    with pytest.raises(ValidationError, match="hashes is 2 with hashing: modulo"):
+        TableSpec(buckets=9, dim=4, hashes=2, hashing="modulo")
+    steps = FeatureSpec(name="steps", kind="sequence", table="t", max_length=3)
+    item = FeatureSpec(name="item_id", kind="id", table="t")
+    with pytest.raises(ConfigError, match="Table 't' has hashes: 2, but a sequence looks it up"):
+        Schema.build({"t": TableSpec(buckets=9, dim=4, hashes=2)}, (steps,), (item,))
+    with pytest.raises(ConfigError, match="has two rows an id, but this gives one"):
+        item.hash(pa.array([1]), TableSpec(buckets=9, dim=4, hashes=2))
+
+
+# What the data hold
+
+
+@pytest.fixture
+def leaky(tmp_path, write_dataset) -> Path:
+    """Three train rows, of which the second has its own item in its history twice; one test row, with a new item."""
+    lists = {"history": pa.array([["a"], ["b", "a", None, "b"], None]), "share": pa.array([[1.0], [1.0, 2, 3, 4], []])}
+    train = pa.table({"user_id": [1, 2, 3], "item_id": ["b", "b", "a"], "brand": ["x", None, "y"], **lists})
+    test = pa.table(
+        {"user_id": [1], "item_id": ["a"], "brand": ["z"], "history": pa.array([["b", "c"]]), "share": [[1.0, 1]]}
+    )
+    return write_dataset(tmp_path / "d", items=pa.table({"item_id": ["a", "b", "c"]}), train=train, test=test)
+
+
+HISTORY = FeatureSpec(name="history", kind="bag", buckets=1000, dim=2, weights="share")
+
+
+def test_what_the_data_hold_is_told_by_feature(leaky):
+    item = FeatureSpec(name="item_id", kind="id", buckets=1000, dim=2)
+    schema = Schema.build(
+        {}, (HISTORY, brand(buckets=3), FeatureSpec(name="user_id", kind="id", buckets=1, dim=2)), (item,)
+    )
+    sources = Sources(Dataset(leaky), schema, "event")
+    history, of_brand, user, of_item = coverage(sources)
+    assert (history.null, history.distinct, history.collided, history.new) == (pytest.approx(1 / 3), 2, 0.0, 0.5)
+    assert (of_brand.null, of_brand.distinct, of_brand.buckets) == (pytest.approx(1 / 3), 2, 3)
+    assert (of_brand.unknown, of_brand.new) == (0.5, 1.0)  # a row for one of x and y alone
+    assert (user.used, user.collided, user.new) == (1.0, 1.0, 0.0)
+    assert (of_item.distinct, of_item.new) == (2, 1.0)  # c was never taken
+    assert own_in_history(sources) == pytest.approx(1 / 3)
+    said = describe_coverage(sources)
+    assert "user brand" in said and "33.33% of the rows of train/ have the item" in said and "own_item: drop" in said
+
+
+def test_a_history_without_the_rows_own_item(leaky):
+    table = Dataset(leaky).train.table(["item_id", "history", "share"])
+    found = without_own(table, ["history", "share"], "here", refuses=False)
+    assert found["history"].to_pylist() == [["a"], ["a", None], []]
+    assert found["share"].to_pylist() == [[1.0], [2.0, 3.0], []]
+    with pytest.raises(DataError, match=r"here, row 1: its history holds the item that it asks for \(1 rows of this"):
+        without_own(table, ["history", "share"], "here", refuses=True)
+
+
+@pytest.mark.parametrize(("own_item", "lengths"), [("keep", [1, 3, 0]), ("drop", [1, 1, 0])])
+def test_own_items_are_left_out_where_rows_are_read(leaky, own_item, lengths):
+    from trec_twotower.config import DataConfig, LossConfig
+    from trec_twotower.data.reader import UnitReader
+
+    schema = Schema.build({}, (HISTORY,), (FeatureSpec(name="item_id", kind="id", buckets=9, dim=2),))
+    sources = Sources(Dataset(leaky), schema, "event")
+    data = DataConfig(dataset=leaky, own_item=own_item)
+    reader = UnitReader(sources, data, LossConfig(mask_history=False), 0, 1)
+    [group] = sources.dataset.train.row_groups
+    assert next(reader._blocks(group, 0, 3))[1].user.sparse["history"].lengths.tolist() == lengths
+    refusing = UnitReader(sources, data.model_copy(update={"own_item": "refuse"}), LossConfig(), 0, 1)
+    with pytest.raises(DataError, match="its history holds the item that it asks for"):
+        refusing._part(group, 0, 3, 0)
+    with pytest.raises(ValidationError, match="a history is drawn apart from what is asked for"):
+        DataConfig(dataset="d", rows="user", own_item="drop")

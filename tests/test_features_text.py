@@ -1,0 +1,220 @@
+"""Text: hashed words and their parts against a reading word by word, and a language model that reads each text once."""
+
+from __future__ import annotations
+
+import json
+import re
+import unicodedata
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+import xxhash
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from tests.ranks.bazaar import WORDS, write_model
+from trec_twotower.data.batch import Listed
+from trec_twotower.data.hashing import mix
+from trec_twotower.data.text import text_keys, tokens
+from trec_twotower.data.transforms import check_kind, pooling_divisor, transform
+from trec_twotower.errors import ConfigError, DataError
+from trec_twotower.model.inputs import TextInput
+from trec_twotower.schema import FeatureSpec, Schema, TableSpec
+
+TITLE = FeatureSpec(name="title", kind="text", table="t")
+LETTERS = st.text(st.sampled_from("aB ß_9,é中\u0301ﬁ-"), max_size=12)
+
+
+def slow_keys(text: str | None, words: int, characters: tuple[int, int] | None, most: int | None) -> list[int]:
+    found, word = [], ""
+    for letter in unicodedata.normalize("NFKC", text or "").casefold() + " ":
+        if letter.isalnum() or letter == "_":
+            word += letter
+        elif word:
+            found.append(word)
+            word = ""
+    found = found[:most]
+    key = [xxhash.xxh3_64_intdigest(each.encode()) for each in found]
+    keys = []
+    for length in range(1, words + 1):
+        for first in range(len(key) - length + 1):
+            if length == 1:
+                keys.append(key[first])
+                continue
+            state = 0
+            for each in key[first : first + length]:
+                state = mix(each ^ state)
+            keys.append(state)
+    for each in found if characters else []:
+        marked = f"<{each}>"
+        for length in range(characters[0], characters[1] + 1):
+            for start in range(len(marked) - length + 1):
+                keys.append(xxhash.xxh3_64_intdigest(f"#{marked[start : start + length]}".encode()))
+    return keys
+
+
+@given(
+    st.lists(st.none() | LETTERS, max_size=5),
+    st.integers(0, 3),
+    st.none() | st.sampled_from([(1, 2), (3, 5)]),
+    st.none() | st.integers(1, 3),
+    st.booleans(),
+)
+def test_text_is_its_words_their_runs_and_their_parts(texts, words, characters, most, is_encoded):
+    characters = characters or (None if words else (2, 2))
+    feature = FeatureSpec(name="title", kind="text", table="t", words=words, characters=characters, max_length=most)
+    array = pa.array(["left out", *texts], pa.string()).slice(1)
+    found = text_keys(feature, array.dictionary_encode() if is_encoded else array)
+    for row, text in enumerate(texts):
+        keys = found.values[found.offsets[row] : found.offsets[row + 1]].view(np.uint64).tolist()
+        assert keys == slow_keys(text, words, characters, most)
+
+
+def test_text_is_pooled_as_a_bag():
+    spec = TableSpec(buckets=1 << 20, dim=4)
+    table = pa.table({"title": pa.array(["Red shoe", None, "red"])})
+    found = transform([TITLE], {"t": spec}, {}, table, "here").sparse["title"]
+    assert found.lengths.tolist() == [2, 0, 1] and found.values[0] == found.values[2]
+    assert pooling_divisor(TITLE, found.lengths).tolist() == [2, 1, 1]  # the mean
+    as_id = FeatureSpec(name="title", kind="id", table="t").hash(pa.array(["red"]), spec)
+    assert TITLE.hash(pa.array(["RED!"]), spec).to_pylist() == [as_id.to_pylist()]  # a word is as an id of its name
+    with pytest.raises(DataError, match="feature 'title' of kind 'text' needs strings"):
+        check_kind(TITLE, pa.int64(), "here")
+
+
+# A language model
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    return write_model(tmp_path_factory.mktemp("model") / "model")
+
+
+def read_by(model: Path, **changes) -> FeatureSpec:
+    return FeatureSpec(**{"name": "title", "kind": "text", "folder": str(model), "dim": 4} | changes)
+
+
+def listed(feature: FeatureSpec, texts: list[str | None]) -> Listed:
+    lists = tokens(feature, pa.array(texts, pa.string()))
+    length, place = (torch.from_numpy(values.astype(np.int64)) for values in (lists.lengths, lists.values))
+    return Listed(length, place=place)
+
+
+TEXTS = ["red shoe", None, "blue hat old", "red shoe", "book", "red unheard-of"]
+
+
+def test_tokens_are_the_tokenizers_cut_to_the_first(model):
+    number = {word: 2 + place for place, word in enumerate(WORDS)}
+    found = tokens(read_by(model, max_length=2), pa.array(["blue hat old", None, "", "zebra", "blue hat old"]))
+    assert found.lengths.tolist() == [2, 0, 0, 1, 2]
+    assert found.values.tolist() == [number["blue"], number["hat"], 1, number["blue"], number["hat"]]
+
+
+@pytest.mark.parametrize("tune", ["frozen", 1, "all"])
+@pytest.mark.parametrize("is_training", [True, False])
+def test_a_batch_of_texts_is_each_text_by_itself(model, tune, is_training):
+    from transformers import AutoModel
+
+    feature = read_by(model, tune=tune)
+    reader = TextInput(feature).train(is_training)
+    torch.nn.init.normal_(reader.missing)
+    found = reader(listed(feature, TEXTS))
+    alone = AutoModel.from_pretrained(model, local_files_only=True).eval()
+    for row, text in enumerate(TEXTS):
+        if text is None:
+            assert found[row].equal(reader.missing)
+            continue
+        token = listed(feature, [text]).place[None]
+        mean = alone(input_ids=token).last_hidden_state[0].mean(0)
+        assert torch.allclose(found[row], reader.project(mean), atol=1e-5), text
+
+
+def test_each_distinct_text_is_read_once_and_kept_while_the_weights_stay(model):
+    def read(reader: TextInput, texts: list[str | None]) -> int:
+        """How many texts the language model gets to see."""
+        seen = []
+        hook = reader.model.register_forward_pre_hook(
+            lambda module, given, named: seen.append(len(named["input_ids"])), with_kwargs=True
+        )
+        with torch.set_grad_enabled(reader.training):
+            found = reader(listed(feature, texts))
+        hook.remove()
+        assert found.shape == (len(texts), 4)
+        return sum(seen)
+
+    frozen, tuned = (TextInput(read_by(model, tune=tune)).train() for tune in ("frozen", "all"))
+    feature, distinct = read_by(model), 5
+    assert [read(frozen, TEXTS), read(frozen, TEXTS)] == [distinct, 0]
+    assert [read(tuned, TEXTS), read(tuned, TEXTS)] == [distinct, distinct]
+    frozen.eval()
+    tuned.eval()
+    assert [read(frozen, TEXTS), read(frozen, ["hat", "book"])] == [0, 1]
+    assert [read(tuned, TEXTS), read(tuned, TEXTS[:2]), read(tuned, ["hat", "book"])] == [distinct, 0, 1]
+    tuned.train()
+    assert [read(tuned, ["hat"]), read(tuned.eval(), ["hat"])] == [1, 1]  # what was kept has been let go
+    assert read(tuned, []) == 1  # one that no one asked for, thrown away
+
+
+@pytest.mark.parametrize(("tune", "layers"), [("frozen", set()), (1, {1}), (2, {0, 1}), ("all", {0, 1})])
+def test_only_the_layers_that_are_tuned_learn(model, tune, layers):
+    feature = read_by(model, tune=tune)
+    reader = TextInput(feature).train()
+    reader(listed(feature, TEXTS)).square().sum().backward()
+    learned = {name for name, weight in reader.model.named_parameters() if weight.grad is not None}
+    assert {int(name.split(".")[2]) for name in learned if ".layer." in name} == layers
+    assert any("embeddings" in name for name in learned) == (tune == "all")
+    waiting = {name for name, weight in reader.model.named_parameters() if weight.requires_grad}
+    assert waiting == learned  # ranks would wait forever for a gradient that never comes
+    assert reader.project.weight.grad.abs().sum() > 0
+
+
+def test_no_text_leaves_every_weight_with_a_gradient_of_zero(model):
+    feature = read_by(model, tune="all")
+    reader = TextInput(feature).train()
+    reader(listed(feature, [])).sum().backward()
+    weights = [weight for weight in reader.parameters() if weight.requires_grad]
+    assert weights and all(weight.grad is not None and not weight.grad.any() for weight in weights)
+
+
+def test_a_folder_that_holds_no_model_is_refused(tmp_path, model):
+    def refusal(**changes) -> str:
+        with pytest.raises(ValidationError) as refused:
+            read_by(tmp_path, **changes)
+        return str(refused.value)
+
+    assert f"has folder: {tmp_path}, which is no Hugging Face model" in refusal()
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert", "num_hidden_layers": 2}))
+    assert "has no *.safetensors" in refusal()
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    assert "has a bert but no tokenizer" in refusal()
+    (tmp_path / "vocab.txt").write_text("[UNK]")
+    assert "has tune: 3, but the model in" in refusal(tune=3)
+    with pytest.raises(ConfigError, match="has no model that transformers can read"):
+        TextInput(read_by(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("feature", "message"),
+    [
+        ({}, "needs `table`"),
+        ({"table": "t", "words": 0}, "has words: 0 and characters: None: name one of them"),
+        ({"table": "t", "characters": [4, 3]}, "of characters the least first"),
+        ({"table": "t", "tune": "all"}, "but no `folder` of a model"),
+        ({"folder": "nowhere"}, "give the `dim` that its vectors are projected to"),
+        ({"folder": "nowhere", "dim": 4, "buckets": 9}, "and none of table, buckets"),
+        ({"folder": "nowhere", "dim": 4}, "which is no Hugging Face model"),
+    ],
+)
+def test_settings_that_clash_are_refused(feature, message):
+    with pytest.raises(ValidationError, match=re.escape(message)):
+        FeatureSpec(name="f", kind="text", **feature)
+
+
+def test_a_model_reads_items_alone(model):
+    item_id = FeatureSpec(name="item_id", kind="id", table="t")
+    with pytest.raises(ConfigError, match="user feature 'title' is text read by a model, which is for items"):
+        Schema.build({"t": TableSpec(buckets=9, dim=4)}, (read_by(model),), (item_id,))

@@ -1,0 +1,115 @@
+"""Worlds that only one part can solve: new items known by their text or picture, and tastes that pairs decide."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+from tests.ranks.bazaar import WORDS, write_model
+from tests.ranks.launch import SAID_BY_TORCHREC
+
+pytestmark = [pytest.mark.filterwarnings(said) for said in SAID_BY_TORCHREC]
+TOPICS, WARM, COLD, EVENTS = 5, 60, 40, 960
+TASTE = {"name": "taste", "kind": "category", "buckets": 64, "dim": 8}
+
+
+@pytest.fixture(scope="module")
+def topics(tmp_path_factory, write_dataset) -> Path:
+    """100 items of five topics, of which 40 are new; a title of a word of the topic and two of any, and a picture.
+
+    Who has taste t, and whose a and b add up to t modulo 5, takes items of topic t.
+    """
+    rng = np.random.default_rng(11)
+    topic_I = np.arange(WARM + COLD) % TOPICS
+    titles = [" ".join(rng.permutation([WORDS[topic], *rng.choice(WORDS[TOPICS:], 2)])) for topic in topic_I]
+    pictures = np.eye(TOPICS)[topic_I] + rng.normal(0, 0.2, (len(topic_I), TOPICS))
+    a, b = rng.integers(0, TOPICS, (2, EVENTS))
+    taste = (a + b) % TOPICS
+    warm_of = [np.flatnonzero(topic_I[:WARM] == topic) for topic in range(TOPICS)]
+    folder = tmp_path_factory.mktemp("topics") / "world"
+    items = {"item_id": np.arange(len(topic_I)), "title": titles, "picture": pictures.tolist()}
+    taken = [int(rng.choice(warm_of[topic])) for topic in taste]
+    train = {"user_id": np.arange(EVENTS), "item_id": taken, "taste": taste, "a": a, "b": b}
+    write_dataset(folder, items=pa.table(items), train=pa.table(train))
+    write_model(folder / "model")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def right(topics, lone_rank) -> Any:
+    """Trains towers of these features, and says which share of the ten best of the new items has the user's topic."""
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # products this small: threads would wait for each other most of the time
+
+    def measure(user: list[dict[str, Any]], item: list[dict[str, Any]], **model: Any) -> float:
+        from trec_twotower.config import RunConfig, validate
+        from trec_twotower.encode import encode
+        from trec_twotower.export import load_model
+        from trec_twotower.run import Run
+        from trec_twotower.train import train
+
+        number = len(list(topics.parent.glob("run-*")))
+        values = {
+            "data": {"dataset": topics, "batch_size": 64},
+            "user": user,
+            "item": item,
+            "model": {"dim": 8, **model},
+            "loss": {"temperature": 0.2},
+            "train": {"epochs": 4, "optimizer": {"lr": 0.2, "dense_lr": 0.03}},
+            "checkpoint": {"every": 1000},
+            "run_dir": topics.parent / f"run-{number}",
+        }
+        run = train(validate(RunConfig, values, "the world"), lone_rank)
+        loaded = load_model(Run.open(run), lone_rank, "newest")
+        item_CD = encode(loaded.model, "item", loaded.sources.catalogue.columns.slice(WARM, WARM + COLD), lone_rank)
+        split = loaded.sources.dataset.train
+        rows = split.table(loaded.sources.user_columns())
+        user_BD = encode(loaded.model, "user", loaded.sources.user_features(rows, "the test"), lone_rank)
+        best = (user_BD @ item_CD.T).topk(COLD // TOPICS, dim=1).indices.numpy()
+        taste = split.table(["taste"])["taste"].to_numpy()
+        return float(((best + WARM) % TOPICS == taste[:, None]).mean())
+
+    yield measure
+    torch.set_num_threads(threads)
+
+
+ITEM_ID = {"name": "item_id", "kind": "id", "buckets": 512, "dim": 8}
+
+
+@pytest.fixture(scope="module")
+def by_id(right) -> float:
+    return right([TASTE], [ITEM_ID])
+
+
+@pytest.mark.parametrize(
+    "about",
+    [
+        {"name": "title", "kind": "text", "buckets": 512, "dim": 8},
+        {"name": "title", "kind": "text", "buckets": 512, "dim": 8, "words": 0, "characters": [3, 3]},
+        {"name": "title", "kind": "text", "folder": "model", "tune": "all", "dim": 8},
+        {"name": "picture", "kind": "vector", "size": TOPICS, "dim": 8},
+    ],
+    ids=["words", "characters", "language model", "picture"],
+)
+def test_new_items_are_found_by_what_is_known_of_them(about, topics, right, by_id):
+    """An id that was never trained says nothing: a fifth of what it finds is right, by chance."""
+    if "folder" in about:
+        about = {**about, "folder": str(topics / about["folder"])}
+    found = right([TASTE], [about])
+    assert by_id < 0.4 and found > 0.8 and found > by_id + 0.5, (by_id, found)
+
+
+@pytest.mark.parametrize("wide", [(), ("a_and_b",)])
+def test_a_cross_knows_what_its_columns_do_not(wide, right):
+    """Without layers the sum of two tables cannot tell (a + b) modulo 5; a row for each pair can, also past them."""
+    item = [{"name": "title", "kind": "text", "buckets": 512, "dim": 8}]
+    alone = [{"name": name, "kind": "category", "buckets": 64, "dim": 8} for name in "ab"]
+    pair = {"name": "a_and_b", "kind": "cross", "columns": ["a", "b"], "buckets": 512, "dim": 8}
+    apart, crossed = right(alone, item), right([*alone, pair], item, user_tower={"wide": list(wide)})
+    assert apart < 0.6 and crossed > 0.9 and crossed > apart + 0.3, (apart, crossed)
