@@ -141,6 +141,25 @@ def test_every_cut_of_a_file_is_noticed_and_named(dataset_dir):
     refused(dataset_dir, r"train/part-0\.parquet cannot be read as Parquet")
 
 
+@pytest.mark.parametrize("name", ["item_id", "words"])
+@pytest.mark.parametrize("block_rows", [4, 10])
+def test_a_damaged_page_is_named_with_row_group_and_column(tmp_path, name, block_rows):
+    table = pa.table({"user_id": range(20), "item_id": range(20), "words": [[str(row)] * 3 for row in range(20)]})
+    (tmp_path / "train").mkdir()
+    path = tmp_path / "train/part-0.parquet"
+    pq.write_table(table, path, row_group_size=10, use_dictionary=False, write_page_checksum=True)
+    chunks = pq.ParquetFile(path).metadata.row_group(1)
+    [chunk] = [chunk for number in range(3) if (chunk := chunks.column(number)).path_in_schema.startswith(name)]
+    damaged = bytearray(path.read_bytes())
+    damaged[chunk.data_page_offset + chunk.total_compressed_size - 3] ^= 1
+    path.write_bytes(damaged)
+    split = Split(tmp_path / "train", "train")
+    first, second = split.row_groups
+    assert sum(map(len, split.blocks(first, table.column_names, block_rows))) == 10
+    with pytest.raises(DataError, match=rf"part-0\.parquet, row group 1, column '{name}': cannot be read: "):
+        list(split.blocks(second, table.column_names, block_rows))
+
+
 def test_every_flipped_bit_is_noticed_or_changes_nothing(tmp_path, write_dataset, rng):
     """The checksums of pages tell what a changed value alone would not."""
     table = pa.table(
