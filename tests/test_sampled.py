@@ -49,6 +49,16 @@ def test_a_users_draws_do_not_depend_on_who_is_beside_him(rng):
     assert part.tolist() == whole[36:].tolist()
 
 
+def test_of_several_vectors_the_one_that_scores_an_item_highest_counts(rng):
+    item_ID, user_BMD = rng.normal(size=(50, 4)), rng.normal(size=(9, 3, 4))
+    positives, seen = Lists.from_lists([[user] for user in range(9)]), Lists.empty(9)
+    negatives = Negatives.uniform(50, 200)
+    places = negatives.ranks(item_ID, user_BMD, positives, seen, 0)
+    best_BI = (user_BMD @ item_ID.T).max(axis=1)
+    share = [(best_BI[user] > best_BI[user, user]).sum() / 49 for user in range(9)]
+    assert (places - 1) / 200 == pytest.approx(share, abs=4 * math.sqrt(0.25 / 200))
+
+
 def test_metrics_of_places_by_hand():
     """A user with items at places 1 and 3, one with an item at 11."""
     metrics = sampled_metrics(np.array([1.0, 3.0, 11.0]), Lists.from_lists([[7, 8], [9]]), [2, 10])

@@ -299,7 +299,7 @@ def _map(run: Run, exported: Exported | None, colour: str | None) -> str:
 
 def _lengths(run: Run, exported: Exported) -> str:
     """How long the vectors are, and the items' by how often they were taken; a sentence where all are alike."""
-    length_I, length_Q = (np.linalg.norm(vectors, axis=1) for vectors in (exported.item_ID, exported.user_QD))
+    length_I, length_Q = (np.linalg.norm(vectors, axis=-1).ravel() for vectors in (exported.item_ID, exported.user_QD))
     every = np.concatenate([length_I, length_Q])
     if every.max(initial=0) - every.min(initial=np.inf) <= 1e-3 * every.max(initial=1):
         return f"<p>All vectors have length {every.mean():.3g}: scores are cosines.</p>\n"

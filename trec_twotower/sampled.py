@@ -42,12 +42,14 @@ class Negatives:
 
         Negatives are drawn with replacement from what the user has neither seen nor to find, by a random number that
         depends on the user's number (`first_user` and on), the positive and the draw alone: all contenders meet the
-        same, for any number of ranks. Fewer stand beside a positive whose part has hardly any other item.
+        same, for any number of ranks. Fewer stand beside a positive whose part has hardly any other item. Of users with
+        several vectors, (B, M, D), an item's score is the highest by any of them.
         """
+        user_BMD = user_BD if user_BD.ndim == 3 else user_BD[:, None]
         taboo = side_by_side(seen, positives).distinct()
         place_P = np.empty(len(positives.values))
         _ranks(
-            np.ascontiguousarray(item_ID, np.float32), np.ascontiguousarray(user_BD, np.float32), positives.offsets,
+            np.ascontiguousarray(item_ID, np.float32), np.ascontiguousarray(user_BMD, np.float32), positives.offsets,
             positives.values, taboo.offsets, taboo.values, self.part_I, self.member_I, self.offsets, self.count,
             np.uint64(first_user), np.uint64(seed), place_P,
         )  # fmt: skip
@@ -71,7 +73,7 @@ def sampled_metrics(place_P: np.ndarray, positives: Lists, ks: Sequence[int]) ->
 @kernel
 def _ranks(
     item_ID: np.ndarray,
-    user_BD: np.ndarray,
+    user_BMD: np.ndarray,
     offsets: np.ndarray,
     positives: np.ndarray,
     taboo_offsets: np.ndarray,
@@ -84,14 +86,11 @@ def _ranks(
     seed: np.uint64,
     place_P: np.ndarray,
 ) -> None:
-    dim = item_ID.shape[1]
     for user in range(offsets.size - 1):
         mine = taboo[taboo_offsets[user] : taboo_offsets[user + 1]]
         for at in range(offsets[user], offsets[user + 1]):
             positive = positives[at]
-            goal = np.float32(0)
-            for axis in range(dim):
-                goal += user_BD[user, axis] * item_ID[positive, axis]
+            goal = _score(user_BMD, user, item_ID, positive)
             low = part_offsets[part_I[positive]]
             size = part_offsets[part_I[positive] + 1] - low
             key = mixed(mixed(seed + first_user + np.uint64(user)) ^ np.uint64(positive))
@@ -104,11 +103,22 @@ def _ranks(
                 if where < mine.size and mine[where] == item:
                     continue
                 drawn += 1
-                score = np.float32(0)
-                for axis in range(dim):
-                    score += user_BD[user, axis] * item_ID[item, axis]
+                score = _score(user_BMD, user, item_ID, item)
                 if score > goal:
                     place += 1
                 elif score == goal:
                     place += 0.5
             place_P[at] = place
+
+
+@kernel
+def _score(user_BMD: np.ndarray, user: int, item_ID: np.ndarray, item: int) -> float:
+    """The highest inner product of the item and any of the user's vectors."""
+    best = np.float32(-np.inf)
+    for vector in range(user_BMD.shape[1]):
+        score = np.float32(0)
+        for axis in range(item_ID.shape[1]):
+            score += user_BMD[user, vector, axis] * item_ID[item, axis]
+        if score > best:
+            best = score
+    return float(best)

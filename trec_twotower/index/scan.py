@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -163,10 +164,15 @@ class Scanner:
         self._list_of_item: np.ndarray | None = None
         self._on_gpu = _gpu_copies(self.parts, device) if uses_gpu(device) else None
         self.device = "gpu" if self._on_gpu else "cpu"
-        self.coarse: Coarse | None = None
-        if first.has_lists:
-            sizes = np.sum([part.list_sizes() for part in self.parts], axis=0)
-            self.coarse = Coarse(first.quantizer, sizes, on_gpu=bool(self._on_gpu))
+
+    @cached_property
+    def coarse(self) -> Coarse | None:
+        """The lists' centroids and sizes, None without lists; read at the first use: it takes longer than a load."""
+        first = self.parts[0]
+        if not first.has_lists:
+            return None
+        sizes = np.sum([part.list_sizes() for part in self.parts], axis=0)
+        return Coarse(first.quantizer, sizes, on_gpu=bool(self._on_gpu))
 
     @property
     def num_lists(self) -> int:
