@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
@@ -25,7 +25,7 @@ from trec_twotower.data.reader import without_own
 from trec_twotower.data.transforms import transform
 from trec_twotower.data.vocabulary import in_vocabulary, make_vocabulary
 from trec_twotower.errors import ConfigError, DataError
-from trec_twotower.model.embedding import tower_input
+from trec_twotower.model.embedding import Pooled, tower_inputs
 from trec_twotower.schema import FeatureSpec, Schema, TableSpec, auto_dim
 
 # Vocabularies
@@ -40,6 +40,7 @@ def brand(**changes) -> FeatureSpec:
 WORDS = st.none() | st.sampled_from(["a", "b", "c", "d", "e", "é"])
 
 
+@settings(max_examples=40)
 @given(st.lists(st.lists(WORDS, max_size=6), max_size=4), st.integers(1, 3), st.integers(3, 7))
 def test_a_vocabulary_is_what_stands_there_most(parts, least, buckets):
     columns = [pa.array(part, pa.string()) for part in parts]
@@ -140,7 +141,10 @@ def test_two_hashes_are_two_rows_of_one_table():
         pooled[name] = torch.stack(
             [torch.as_tensor(each) if torch.is_tensor(each) else torch.zeros(2) for each in sums]
         )
-    found = tower_input(schema, "user", pooled, batch.user_divisor_BF, batch.user_number_BN)
+    looked_up = Pooled()
+    for name, vector in pooled.items():
+        looked_up.add(vector, {name: 2})
+    found = tower_inputs(schema, looked_up, {"user": (batch.user_divisor_BF, batch.user_number_BN)})["user"]
     both = [pooled["user:tags"] + pooled["user:tags@2"], pooled["user:item"] + pooled["user:item@2"]]
     divisor = torch.tensor([[5.0], [1.0], [4.0]])  # a weighted mean
     assert torch.allclose(found, torch.cat([both[0] / divisor, both[1]], dim=1))
@@ -165,6 +169,7 @@ def test_two_hashes_keep_ids_apart_that_one_would_confuse(tmp_path, write_datase
 # Bags that fade
 
 
+@settings(max_examples=40)
 @given(st.lists(st.tuples(st.lists(st.integers(0, 10**6), max_size=4).map(sorted), st.none() | st.integers(0, 10**6))))
 def test_an_element_weighs_half_for_every_half_life(rows):
     feature = FeatureSpec(name="tags", kind="bag", table="t", times="when", until="now", half_life_days=2.0)
@@ -281,10 +286,10 @@ def test_own_items_are_left_out_where_rows_are_read(leaky, own_item, lengths):
     data = DataConfig(dataset=leaky, own_item=own_item)
     reader = UnitReader(sources, data, LossConfig(mask_history=False), 0, 1)
     [group] = sources.dataset.train.row_groups
-    assert reader._part(group, 0, 3, 0).user.sparse["history"].lengths.tolist() == lengths
+    assert next(reader._blocks(group, 0, 3))[1].user.sparse["history"].lengths.tolist() == lengths
     refusing = UnitReader(sources, data.model_copy(update={"own_item": "refuse"}), LossConfig(), 0, 1)
     with pytest.raises(DataError, match="its history holds the item that it asks for"):
-        refusing._part(group, 0, 3, 0)
+        next(refusing._blocks(group, 0, 3))
     with pytest.raises(ValidationError, match="a history is drawn apart from what is asked for"):
         DataConfig(dataset="d", rows="user", own_item="drop")
 

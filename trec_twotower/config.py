@@ -241,15 +241,18 @@ class RegulariseConfig(Settings):
     uniformity: NonNegativeFloat = 0.0  # log of the mean of exp(-2 squared distance), of users and of candidates
 
 
+Precision = Literal["auto", "fp32", "bf16"]  # auto: bf16 where the hardware multiplies such numbers faster
+
+
 # What each loss can be told, and the values it has where a config says nothing.
 LOSS_PARAMETERS: dict[str, dict[str, Any]] = {
-    "softmax": {"temperature": 0.1, "precision": "fp32"},
-    "bce": {"temperature": 0.1, "negative_weight": 1.0, "precision": "fp32"},
-    "softmax_bce": {"temperature": 0.1, "softmax_share": 0.5, "negative_weight": 1.0, "precision": "fp32"},
-    "bsl": {"temperature": 0.1, "temperature_ratio": 1.0, "precision": "fp32"},
-    "ccl": {"margin": 0.8, "negative_weight": 150.0, "precision": "fp32"},
-    "bpr": {"temperature": 0.1, "precision": "fp32"},
-    "margin": {"margin": 0.2, "precision": "fp32"},
+    "softmax": {"temperature": 0.1, "precision": "auto"},
+    "bce": {"temperature": 0.1, "negative_weight": 1.0, "precision": "auto"},
+    "softmax_bce": {"temperature": 0.1, "softmax_share": 0.5, "negative_weight": 1.0, "precision": "auto"},
+    "bsl": {"temperature": 0.1, "temperature_ratio": 1.0, "precision": "auto"},
+    "ccl": {"margin": 0.8, "negative_weight": 150.0, "precision": "auto"},
+    "bpr": {"temperature": 0.1, "precision": "auto"},
+    "margin": {"margin": 0.2, "precision": "auto"},
     "listwise": {"temperature": 0.1, "grades": "share"},
 }
 
@@ -274,7 +277,8 @@ class LossConfig(Settings):
     kind: Literal["softmax", "bce", "softmax_bce", "bsl", "ccl", "bpr", "margin", "listwise"] = "softmax"
     # One of LOSS_PARAMETERS each; null where the loss has no such parameter.
     temperature: _NumberOrLearned | None = None  # scores are divided by it; {learned: true, start, low, high}: fitted
-    precision: Literal["fp32", "bf16"] | None = None  # bf16: of the gradients' products; logits stay fp32
+    # Of the gradients' products; logits stay fp32, but with bf16_logits, which makes the negatives' of bf16, too.
+    precision: Precision | Literal["bf16_logits"] | None = None
     softmax_share: float | None = Field(default=None, ge=0, le=1)  # softmax_bce: of softmax; the rest is bce
     negative_weight: PositiveFloat | None = None  # bce, ccl: of all negatives of a row together
     temperature_ratio: PositiveFloat | None = None  # bsl: the positives' temperature over the negatives'
@@ -422,7 +426,7 @@ class TrainConfig(Settings):
     seed: Seed = 0  # of the first weights
     start: SpectralStart | None = None  # default: small random weights
     optimizer: OptimizerConfig = OptimizerConfig()
-    precision: Literal["fp32", "bf16"] = "fp32"  # bf16: of the towers' products; weights, vectors and logits are fp32
+    precision: Precision = "auto"  # of the towers' products; weights, vectors and logits are fp32
     micro_batch: PositiveInt | None = None  # rows that the towers take at a time, and again in the backward pass
     pipeline: Literal["plain", "sparse_dist"] = "plain"  # sparse_dist: the next batch travels during a step
     compile: bool = False  # the towers, by torch.compile
@@ -453,13 +457,26 @@ class EvaluateConfig(Settings):
     # What `evaluate` reports beside the metrics; training measures none of it.
     slices: tuple[str, ...] = SLICES
     item_to_item: bool = True  # the baseline of items that were taken together
+    svd: int = Field(default=64, ge=0)  # dim of the baseline of two towers in closed form (spectral.py); 0: without
     bootstrap: int = Field(default=1000, ge=0)  # resamples of the users, for intervals; 0: no intervals
+    # Metrics over so many drawn items a positive, as papers give them, beside those over the whole catalogue
+    sampled: int = Field(default=0, ge=0)  # 0: none
+    sampled_same: str | None = None  # also drawn from items that are the positive's like in this column of items/
 
     @model_validator(mode="after")
     def _best_is_measured(self) -> Self:
         known = [f"{name}@{k}" for k in self.k for name in METRICS]
         if self.best not in known:
             raise ValueError(f"evaluate.best is {self.best!r}, which is not measured{nearest(self.best, known)}.")
+        return self
+
+    @model_validator(mode="after")
+    def _same_is_of_a_sample(self) -> Self:
+        if self.sampled_same is not None and not self.sampled:
+            raise ValueError(
+                f"evaluate.sampled_same is {self.sampled_same!r}, but no negatives are drawn: set evaluate.sampled = "
+                "100 or so (evaluate --sampled 100), or leave sampled_same out."
+            )
         return self
 
     @model_validator(mode="after")
@@ -663,8 +680,25 @@ class RunConfig(Settings):
 # ---------------------------------------------------------------- YAML without its traps
 
 
+MAX_YAML_VALUES = 5_000_000  # of a file, aliases written out
+
+
 class _Loader(yaml.SafeLoader):
     """YAML 1.2's core words: `no` and `NO` stay text, `1e-3` is a number, `12:30` and dates stay text."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        """Refuses what aliases blow up: ten short lines of them can stand for more than any memory holds."""
+        is_alias, line = self.check_event(yaml.AliasEvent), self.peek_event().start_mark.line + 1
+        node: Any = super().compose_node(parent, index)
+        if not is_alias:
+            inside = node.value if isinstance(node, yaml.CollectionNode) else []
+            parts = [part for each in inside for part in (each if isinstance(each, tuple) else (each,))]
+            node.num_values = 1 + sum(part.num_values for part in parts)
+        elif not hasattr(node, "num_values"):
+            raise ValueError(f"line {line}: an alias stands inside what it names")
+        if node.num_values > MAX_YAML_VALUES:
+            raise ConfigError(f"line {line}: aliases make it more than {MAX_YAML_VALUES:,} values: use fewer.")
+        return node
 
 
 _Loader.yaml_implicit_resolvers = {}
@@ -713,14 +747,21 @@ def parse_yaml(text: str, origin: str) -> Any:
         return yaml.load(text, Loader=_Loader)
     except ConfigError as error:
         raise ConfigError(f"{origin}, {error}") from None
-    except (yaml.YAMLError, ValueError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"{origin} is not YAML: {error}") from None
+
+
+MAX_YAML_BYTES = 64 << 20  # a longer file is none of ours, and is not read into memory
 
 
 def read_yaml(path: Path) -> Any:
     """The value of a YAML file; raises ConfigError naming it and the line."""
+    with path.open("rb") as file:
+        content = file.read(MAX_YAML_BYTES + 1)
+    if len(content) > MAX_YAML_BYTES:
+        raise ConfigError(f"{path} is longer than {MAX_YAML_BYTES:,} bytes: it is no file of ours.")
     try:
-        text = path.read_text(encoding="utf-8")
+        text = content.decode("utf-8")
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path} is not UTF-8 ({error}): save it as UTF-8.") from None
     return parse_yaml(text, str(path))

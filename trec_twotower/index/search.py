@@ -173,6 +173,14 @@ class ItemIndex:
         found = self.search(user_BMD.reshape(-1, dim), k, seen=each, allowed=allowed)
         return merged(found, num_users, k)
 
+    def scanned(self, user_BD: np.ndarray, k: int) -> np.ndarray:
+        """The share of the items (B,) that lies in the lists that a search for `k` scans; 1 without lists."""
+        scanner = self._scanner
+        if scanner.coarse is None:
+            return np.ones(len(user_BD))
+        chosen = scanner.choose_lists(as_vectors(user_BD, "user"), k, fit_for(self.report.fits, k))
+        return scanner.scanned(chosen.list_BP)
+
     def allow(self, mask_I: np.ndarray, way: Way | None = None) -> Allowed:
         """The items marked in a bool array (I,), made ready for searches; `way` forces how they are searched."""
         return make_allowed(self._scanner, mask_I, self.report.fits, way)
@@ -181,7 +189,11 @@ class ItemIndex:
         """How a search for `k` of these items goes."""
         if k >= len(allowed.item_rows):
             return "exact"
-        return allowed.way or choose_way(self._scanner, self.report.fits, len(allowed.item_rows), k)
+        if allowed.way is not None:
+            return allowed.way
+        if k not in allowed.chosen:
+            allowed.chosen[k] = choose_way(self._scanner, self.report.fits, len(allowed.item_rows), k)
+        return allowed.chosen[k]
 
     def _seen_here(self, seen: Lists, allowed: Allowed | None) -> Lists:
         """Seen items once each, without those that could not be found anyway."""
@@ -331,6 +343,8 @@ class ItemIndex:
         manifest = read_manifest(folder, MEND) if mapped else open_sealed(folder, MEND)
         if "heads" not in manifest or "report" not in manifest:
             raise DataError(f"{folder} is not an index, or one of an older version: {MEND}")
+        if foreign := set(manifest["heads"]) - set(manifest["files"]):  # only those stay in the folder for certain
+            raise DataError(f"{folder / MANIFEST} names {min(foreign)!r} but does not list it: do not trust it; {MEND}")
         if model_version is not None and manifest["model_version"] != model_version:
             raise ConfigError(
                 f"The index in {folder} was built from model {manifest['model_version']}, "
@@ -341,7 +355,12 @@ class ItemIndex:
         for name, digest in manifest["heads"].items():
             if mapped:
                 _check_head(folder / name, manifest["files"][name]["bytes"], digest)
-            wholes.append(faiss.read_index(str(folder / name), faiss.IO_FLAG_MMAP_IFC if mapped else 0))
+            faiss.set_deserialization_vector_byte_limit(manifest["files"][name]["bytes"])  # no part exceeds the whole
+            try:
+                wholes.append(faiss.read_index(str(folder / name), faiss.IO_FLAG_MMAP_IFC if mapped else 0))
+            except RuntimeError as error:
+                found = str(error).strip().splitlines()[-1]
+                raise DataError(f"{folder / name} is no index that FAISS reads ({found}): {MEND}") from None
         report = IndexReport.read(manifest["report"])
         scanner = Scanner(wholes, device, report.refine_factor)
         if scanner.num_items != manifest["items"]:
