@@ -7,12 +7,13 @@ The plain tower: the mean of a history, the item's id and attributes side by sid
 changes one thing of it. All are trained alike, and rank the whole catalogue for the test users, items already taken
 left out. Rates are of training steps without the reader, contenders taking turns with the plain tower, medians; on the
 first world. FOLDER holds Amazon Beauty as `prepare amazon-beauty` takes it (default: $TREC_TT_DATA/amazon-beauty).
-`cold` is of the planted world with a fifth of the items taken out of train/: recall@10 of test items among these.
+`cold` is of the planted world with a fifth of the items taken out of train/: recall@10 of test items that are among
+these, ranked against all items, and against one another alone.
 
 WORLD_NAME_recall, WORLD_NAME_ndcg    at 10
 WORLD_NAME_parameters                 of the towers, tables left out
 NAME_rate                             rows/s relative to the plain tower
-cold_NAME                             recall@10 of cold items
+cold_NAME, cold_NAME_among            recall@10 of cold items among all items, and among cold ones
 """
 
 from __future__ import annotations
@@ -64,9 +65,11 @@ CONTENDERS: dict[str, dict[str, Any]] = {
     "crosses": {"model": {"item_tower": {"crosses": 2}}},
     "experts": {"model": {"item_tower": {"experts": {"count": 4, "width": 64}}}},
     "experts, best 2": {"model": {"item_tower": {"experts": {"count": 4, "width": 64, "top": 2}}}},
+    "id of its own": {"id_scale": DIM**-0.5},
+    "id of its own, from zero": {"id_scale": 0},
     "id drop": {"id_scale": 0, "model": {"item_tower": {"drop": {"item_id": 0.3}, "missing": ["item_id"]}}},
 }
-COLD = ("plain", "id drop")
+COLD = ("plain", "id of its own", "id of its own, from zero", "id drop")
 
 
 def main() -> None:
@@ -179,22 +182,28 @@ def trained(dataset: Path, world: str, name: str, run_dir: Path, epochs: int, ra
 
 def cold(place: Path, names: list[str], epochs: int, ranks: Any) -> dict[str, float]:
     """Recall at 10 of test items that no row of train/ has."""
+    from trec_twotower.data.lists import Lists
     from trec_twotower.evaluate import Evaluator, exactly
+    from trec_twotower.exhaustive import rank_everything
     from trec_twotower.metrics import Hits
 
     dataset = place / "cold"
     without_cold(place / "planted", dataset)
     figures = {}
-    print(f"\n{'cold items':<30}{'Recall@10':>10}", flush=True)
+    print(f"\n{'cold items':<30}{'Recall@10':>10}{'among them':>12}", flush=True)
     for name in names:
         loaded, config = trained(dataset, "planted", name, place / f"run-cold-{_word(name)}", epochs, ranks)
         evaluator = Evaluator.of(loaded.sources, "test", config.evaluate, ranks)
-        ranked = evaluator.rankings(evaluator.users(loaded.model), exactly(evaluator.items(loaded.model), ranks))
+        item_ID, user_BD = evaluator.items(loaded.model), evaluator.users(loaded.model)
         is_cold_I = is_cold(np.asarray(loaded.sources.catalogue.ids))
-        hits = Hits.of(ranked, evaluator.held_out.positives)
-        recall = float(np.mean(hits.metrics_among(ranked, is_cold_I, (10,))["recall@10"]))
-        print(f"{name:<30}{recall:>10.4f}", flush=True)
-        figures[f"cold_{_word(name)}"] = recall
+        cold_rows = np.flatnonzero(is_cold_I)
+        of_all = evaluator.rankings(user_BD, exactly(item_ID, ranks))
+        of_cold = cold_rows[rank_everything(item_ID[cold_rows], user_BD, 10, Lists.empty(len(user_BD)))]
+        start = f"cold_{_word(name)}"
+        for key, ranked in ((start, of_all), (f"{start}_among", of_cold)):
+            hits = Hits.of(ranked, evaluator.held_out.positives)
+            figures[key] = float(np.mean(hits.metrics_among(ranked, is_cold_I, (10,))["recall@10"]))
+        print(f"{name:<30}{figures[start]:>10.4f}{figures[start + '_among']:>12.4f}", flush=True)
     return figures
 
 
