@@ -88,8 +88,18 @@ def test_files_must_agree_in_their_types(dataset_dir):
     path = dataset_dir / "train" / "part-1.parquet"
     rewrite(path, TRAIN.set_column(1, "item_id", pa.array(["10", "20", "30"])))
     refused(dataset_dir, r"part-1\.parquet: column 'item_id' is string, but int64 in the first file")
-    rewrite(path, TRAIN.drop(["item_id"]))
-    refused(dataset_dir, r"part-1\.parquet has no column 'item_id', which the other files of")
+
+
+@pytest.mark.parametrize("lacking", [0, 1])
+def test_a_column_that_only_some_files_have_is_free_until_someone_asks_for_it(dataset_dir, lacking):
+    """Whichever file comes first; a weight that half of the files have is not left out without a word."""
+    tables = [TRAIN, TRAIN.append_column("weight", pa.array([1.0, 2.0, 3.0]))]
+    for number, table in enumerate(tables if lacking == 0 else tables[::-1]):
+        rewrite(dataset_dir / "train" / f"part-{number}.parquet", table)
+    split = Dataset(dataset_dir).train
+    assert split.table(["item_id"])["item_id"].to_pylist() == [10, 20, 10] * 2
+    with pytest.raises(DataError, match=rf"part-{lacking}\.parquet has no column 'weight', which other files of"):
+        split.has("weight")
 
 
 def test_order_of_columns_and_further_columns_are_free(dataset_dir):

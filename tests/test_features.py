@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.ranks.bazaar import ITEM, NUM_ITEMS, USER, bazaar_config, losses_of, work, write_bazaar
-from tests.ranks.launch import SAID_BY_TORCHREC, torchrun
+from tests.ranks.launch import SAID_BY_TORCHREC
 
 pytestmark = [pytest.mark.filterwarnings(said) for said in SAID_BY_TORCHREC]
 
@@ -28,11 +28,11 @@ def one(bazaar, lone_rank) -> tuple[dict[str, Any], Path]:
     return work(bazaar, run, lone_rank), run
 
 
-def test_two_ranks_make_of_every_kind_what_one_makes(bazaar, one):
+def test_two_ranks_make_of_every_kind_what_one_makes(bazaar, one, forked):
     """The losses of all steps, before and after the resume, and the vectors of all items and users."""
     out = bazaar.parent / "two"
     out.mkdir()
-    code, said = torchrun(2, "tests.ranks.bazaar", bazaar, out)
+    code, said = forked(2, "tests.ranks.bazaar", bazaar, out)
     assert code == 0, said
     first, second = one[0], json.loads((out / "results.json").read_text())
     assert len(first["losses"]) == 12 and first["item_ids"] == second["item_ids"]

@@ -125,7 +125,7 @@ def test_without_numba_every_kernel_does_the_same(plain, rng):
     calls["draw_from_lists"] = (np.array([0, 2, 2, 3, 5]), np.array([0, 2, -1, 3, 1]), *lists, *seeded)
     calls["find_columns"] = (*lists, np.array([3, -1, 1, 2, 0, 3, 3]), np.arange(-45, 45), *some)
     names = {name for name, value in vars(plain).items() if callable(value) and name.islower()}
-    assert names - {"kernel", "copy_run", "mixed"} == set(calls)
+    assert names - {"kernel", "partial", "copy_run", "mixed"} == set(calls)
     for name, arguments in calls.items():
         ours, theirs = copy.deepcopy(arguments), copy.deepcopy(arguments)
         assert getattr(plain, name)(*ours) == getattr(kernels, name)(*theirs), name

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from tests.ranks.launch import SAID_BY_TORCHREC, torchrun
+from tests.ranks.launch import SAID_BY_TORCHREC
 from tests.sequences import NUM_ITEMS, RESUMED, TOWERS, USERS, steps_config, write_steps
 from trec_twotower.data.batch import make_batch
 from trec_twotower.data.dataset import Dataset
@@ -165,7 +165,7 @@ def test_what_enters_the_tower_equals_the_sum_written_out(kind, world, tmp_path,
         weights["history_delta"] += torch.randn(weights["history_delta"].shape)  # in place: the model's own
         seen: list[torch.Tensor] = []
         encoder.encoder.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
-        pooled = model._pooled(make_batch(schema, columns, sources.catalogue.columns))
+        pooled, _ = model._pooled(make_batch(schema, columns, sources.catalogue.columns))
     item_feature = {feature.name: feature for feature in schema.item}
     table = rows.to_pylist()
     expected = []
@@ -215,12 +215,12 @@ def test_items_stand_once_in_a_batch_however_many_steps_take_them(world, tmp_pat
 
 
 @pytest.fixture(scope="module")
-def made(world, tmp_path_factory) -> dict[int, tuple[dict[str, Any], Path]]:
+def made(world, tmp_path_factory, forked) -> dict[int, tuple[dict[str, Any], Path]]:
     """What one rank and two made of the same cases."""
     found = {}
     for num_ranks in (1, 2):
         out = tmp_path_factory.mktemp(f"ranks-{num_ranks}")
-        code, said = torchrun(num_ranks, "tests.ranks.sequences", world, out)
+        code, said = forked(num_ranks, "tests.ranks.sequences", world, out)
         assert code == 0, said
         found[num_ranks] = torch.load(out / "results.pt", weights_only=True), out / "runs"
     return found

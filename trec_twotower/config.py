@@ -277,7 +277,8 @@ class LossConfig(Settings):
     kind: Literal["softmax", "bce", "softmax_bce", "bsl", "ccl", "bpr", "margin", "listwise"] = "softmax"
     # One of LOSS_PARAMETERS each; null where the loss has no such parameter.
     temperature: _NumberOrLearned | None = None  # scores are divided by it; {learned: true, start, low, high}: fitted
-    precision: Precision | None = None  # of the gradients' products; logits stay fp32
+    # Of the gradients' products; logits stay fp32, but with bf16_logits, which makes the negatives' of bf16, too.
+    precision: Precision | Literal["bf16_logits"] | None = None
     softmax_share: float | None = Field(default=None, ge=0, le=1)  # softmax_bce: of softmax; the rest is bce
     negative_weight: PositiveFloat | None = None  # bce, ccl: of all negatives of a row together
     temperature_ratio: PositiveFloat | None = None  # bsl: the positives' temperature over the negatives'
@@ -679,8 +680,25 @@ class RunConfig(Settings):
 # ---------------------------------------------------------------- YAML without its traps
 
 
+MAX_YAML_VALUES = 5_000_000  # of a file, aliases written out
+
+
 class _Loader(yaml.SafeLoader):
     """YAML 1.2's core words: `no` and `NO` stay text, `1e-3` is a number, `12:30` and dates stay text."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        """Refuses what aliases blow up: ten short lines of them can stand for more than any memory holds."""
+        is_alias, line = self.check_event(yaml.AliasEvent), self.peek_event().start_mark.line + 1
+        node: Any = super().compose_node(parent, index)
+        if not is_alias:
+            inside = node.value if isinstance(node, yaml.CollectionNode) else []
+            parts = [part for each in inside for part in (each if isinstance(each, tuple) else (each,))]
+            node.num_values = 1 + sum(part.num_values for part in parts)
+        elif not hasattr(node, "num_values"):
+            raise ValueError(f"line {line}: an alias stands inside what it names")
+        if node.num_values > MAX_YAML_VALUES:
+            raise ConfigError(f"line {line}: aliases make it more than {MAX_YAML_VALUES:,} values: use fewer.")
+        return node
 
 
 _Loader.yaml_implicit_resolvers = {}
@@ -729,14 +747,21 @@ def parse_yaml(text: str, origin: str) -> Any:
         return yaml.load(text, Loader=_Loader)
     except ConfigError as error:
         raise ConfigError(f"{origin}, {error}") from None
-    except (yaml.YAMLError, ValueError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"{origin} is not YAML: {error}") from None
+
+
+MAX_YAML_BYTES = 64 << 20  # a longer file is none of ours, and is not read into memory
 
 
 def read_yaml(path: Path) -> Any:
     """The value of a YAML file; raises ConfigError naming it and the line."""
+    with path.open("rb") as file:
+        content = file.read(MAX_YAML_BYTES + 1)
+    if len(content) > MAX_YAML_BYTES:
+        raise ConfigError(f"{path} is longer than {MAX_YAML_BYTES:,} bytes: it is no file of ours.")
     try:
-        text = path.read_text(encoding="utf-8")
+        text = content.decode("utf-8")
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path} is not UTF-8 ({error}): save it as UTF-8.") from None
     return parse_yaml(text, str(path))

@@ -122,15 +122,20 @@ def _write(folder: Path, what: str, id_column: str, ids: pa.Array, vectors: np.n
         return (
             f"{bad.size:,} {what} have vectors with NaN or infinity, such as {id_column} {first}: nothing was exported."
         )
-    column = pa.array(vectors.reshape(-1))
-    for size in reversed(vectors.shape[1:]):
-        column = pa.FixedSizeListArray.from_arrays(column, size)
     path = folder / f"{what}-{ranks.rank:05d}-of-{ranks.num_ranks:05d}.parquet"
-    table = pa.table({id_column: ids, VECTOR if vectors.ndim == 2 else VECTORS: column})
+    table = pa.table({id_column: ids, **vector_column(vectors)})
     pq.write_table(
         table, path, row_group_size=65_536, write_page_checksum=True, compression="zstd", use_dictionary=False
     )
     return None
+
+
+def vector_column(vectors: np.ndarray) -> dict[str, pa.Array]:
+    """The column of (rows, D) vectors, or of (rows, M, D), under its name."""
+    column = pa.array(vectors.reshape(-1))
+    for size in reversed(vectors.shape[1:]):
+        column = pa.FixedSizeListArray.from_arrays(column, size)
+    return {VECTOR if vectors.ndim == 2 else VECTORS: column}
 
 
 @dataclass(frozen=True)

@@ -83,13 +83,14 @@ def train(
     """
     assert config.run_dir is not None
     lock = RunLock(config.run_dir)
-    ranks.once(lock.acquire)
-    try:
-        with Heartbeat(ranks) as heartbeat, StopSignals() as signals:
-            fault_point("start:locked")
-            return _train(config, ranks, evaluate, init_from, neighbours, heartbeat, signals)
-    finally:
-        lock.release()
+    with Heartbeat(ranks) as heartbeat:
+        ranks.once(lock.acquire)
+        try:
+            with StopSignals() as signals:
+                fault_point("start:locked")
+                return _train(config, ranks, evaluate, init_from, neighbours, heartbeat, signals)
+        finally:
+            lock.release()
 
 
 def _train(

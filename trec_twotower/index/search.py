@@ -343,6 +343,8 @@ class ItemIndex:
         manifest = read_manifest(folder, MEND) if mapped else open_sealed(folder, MEND)
         if "heads" not in manifest or "report" not in manifest:
             raise DataError(f"{folder} is not an index, or one of an older version: {MEND}")
+        if foreign := set(manifest["heads"]) - set(manifest["files"]):  # only those stay in the folder for certain
+            raise DataError(f"{folder / MANIFEST} names {min(foreign)!r} but does not list it: do not trust it; {MEND}")
         if model_version is not None and manifest["model_version"] != model_version:
             raise ConfigError(
                 f"The index in {folder} was built from model {manifest['model_version']}, "
@@ -353,7 +355,12 @@ class ItemIndex:
         for name, digest in manifest["heads"].items():
             if mapped:
                 _check_head(folder / name, manifest["files"][name]["bytes"], digest)
-            wholes.append(faiss.read_index(str(folder / name), faiss.IO_FLAG_MMAP_IFC if mapped else 0))
+            faiss.set_deserialization_vector_byte_limit(manifest["files"][name]["bytes"])  # no part exceeds the whole
+            try:
+                wholes.append(faiss.read_index(str(folder / name), faiss.IO_FLAG_MMAP_IFC if mapped else 0))
+            except RuntimeError as error:
+                found = str(error).strip().splitlines()[-1]
+                raise DataError(f"{folder / name} is no index that FAISS reads ({found}): {MEND}") from None
         report = IndexReport.read(manifest["report"])
         scanner = Scanner(wholes, device, report.refine_factor)
         if scanner.num_items != manifest["items"]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import xxhash
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
@@ -100,15 +101,24 @@ def table_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def pooled_by_hand(vector_ND: Tensor, listed: Listed) -> Tensor:
-    """(entries, D): the sum of the vectors of each entry, weighted where there are weights."""
+    """(entries, D): the sum of the vectors of each entry, weighted where there are weights.
+
+    (Sizes are read from shapes here, since torch.export takes `len` for a constant.)
+    """
+    if listed.place is not None:
+        assert listed.length is not None
+        ends = listed.length.cumsum(0)
+        return F.embedding_bag(
+            listed.place, vector_ND, ends - listed.length, mode="sum", per_sample_weights=listed.weight
+        )
     if listed.weight is not None:
         vector_ND = vector_ND * listed.weight[:, None]
     if listed.length is None:
         return vector_ND
     entry_N = torch.repeat_interleave(
-        torch.arange(len(listed.length), device=vector_ND.device), listed.length, output_size=len(vector_ND)
+        torch.arange(listed.length.shape[0], device=vector_ND.device), listed.length, output_size=vector_ND.shape[0]
     )
-    return vector_ND.new_zeros(len(listed.length), vector_ND.shape[1]).index_add(0, entry_N, vector_ND)
+    return vector_ND.new_zeros(listed.length.shape[0], vector_ND.shape[1]).index_add(0, entry_N, vector_ND)
 
 
 @dataclass
@@ -156,6 +166,24 @@ def tower_inputs(schema: Schema, pooled: Pooled, sides: Mapping[Side, tuple[Tens
             first = after
     made = _TowerInputs.apply(pieces, list(sides.values()), *pooled.sources)
     return dict(zip(sides, made, strict=True))
+
+
+def tower_input(schema: Schema, side: Side, pooled: Mapping[str, Tensor], divisor: Tensor, number: Tensor) -> Tensor:
+    """(rows, E): the pooled bags of one side, divided as their pooling says, what layers made, then its numbers.
+
+    What `tower_inputs` makes, in steps that torch.export can follow.
+    """
+    rows = divisor.shape[0]
+    bags = []
+    for column, feature in enumerate(schema.sparse(side)):
+        name = key(side, feature)
+        vector = pooled[name][:rows]
+        if schema.table_of(feature).hashes == 2:
+            vector = vector + pooled[part_of(name, "2")][:rows]
+        bags.append(vector / divisor[:, column : column + 1])
+    made = [pooled[key(side, feature)] for feature in schema.layered(side)]
+    behind = sum(feature.num_numbers for feature in schema.layered(side))
+    return torch.cat([*bags, *made, number[:, behind:]], dim=1)
 
 
 @dataclass(frozen=True)

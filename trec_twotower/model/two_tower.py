@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -11,9 +12,9 @@ from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import KeyedTensor
 
 from trec_twotower.config import InterestsConfig, LearnedTemperature, LossConfig, ModelConfig
-from trec_twotower.data.batch import Batch
+from trec_twotower.data.batch import Batch, Listed
 from trec_twotower.distributed import Ranks
-from trec_twotower.model.embedding import Pooled, build_lists, build_tables, pooled_by_hand, tower_inputs
+from trec_twotower.model.embedding import Pooled, build_lists, build_tables, pooled_by_hand, tower_input, tower_inputs
 from trec_twotower.model.frequency import Frequency
 from trec_twotower.model.gate import gate
 from trec_twotower.model.inputs import build_input
@@ -71,7 +72,8 @@ class TwoTower(nn.Module):
         learned = loss.temperature if isinstance(loss.temperature, LearnedTemperature) else None
         self.parameters_of_loss = dict(loss.parameters)
         if "precision" in self.parameters_of_loss:
-            self.parameters_of_loss["precision"] = ranks.precision(self.parameters_of_loss["precision"])
+            wanted = self.parameters_of_loss["precision"]
+            self.parameters_of_loss["precision"] = wanted if wanted == "bf16_logits" else ranks.precision(wanted)
         self.temperature = None if learned is None else Temperature(learned, ranks.device)
         self.frequency = Frequency(ranks.device) if loss.log_q_estimate == "streaming" else None
         size = loss.negatives.queue
@@ -186,6 +188,10 @@ class TwoTower(nn.Module):
         parts |= {f"interest_{number}": share for number, share in enumerate(self.interest_uses)}
         return {**temperature, **parts, **self.watch.figures(self.ranks)}
 
+    @property
+    def gaussian(self) -> Gaussian:
+        return Gaussian(self.is_gaussian, self.is_unit)
+
     def _tower(self, side: Side) -> Tower:
         return self.user_tower if side == "user" else self.item_tower
 
@@ -199,7 +205,7 @@ class TwoTower(nn.Module):
         wanted = {}
         for side in sides:
             divisor, number = beside[side]
-            for name, vector in self._layered(side, batch, number).items():
+            for name, vector in made_by_layers(self.schema, side, self._tower(side), batch.listed, number).items():
                 pooled.add(vector, {name: vector.shape[1]})
             behind = sum(feature.num_numbers for feature in self.schema.layered(side))
             wanted[side] = divisor, number[:, behind:]
@@ -232,41 +238,79 @@ class TwoTower(nn.Module):
             pooled.add(looked_up.pop(0), dict(zip(bags.keys(), bags.length_per_key(), strict=True)))
         if self.lists is not None:
             found = {name: each.float() for (name, _), each in zip(self.schema.listed_keys, looked_up, strict=True)}
-            for name, vector in self._by_hand(batch, found).items():
+            for name, vector in put_together(self.schema, self.user_tower, batch.listed, found).items():
                 if vector.ndim == 3:
                     several_BMD, vector = vector, vector[:, 0]
                 pooled.add(vector, {name: vector.shape[1]})
         return pooled, several_BMD
 
-    def _by_hand(self, batch: Batch, vectors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """What is made of vectors that were looked up one by one: pooled bags, and the users' encoded sequences."""
-        found = {}
-        for side, feature in self.schema.sparse_pairs:
-            name = key(side, feature)
-            if feature.table_name not in self.schema.listed:
-                continue
-            if feature.kind != "sequence":
-                found[name] = pooled_by_hand(vectors[name], batch.listed[name])
-                continue
-            item_UD = vectors[name]
-            if feature.delta:
-                item_UD = item_UD + vectors[part_of(name, "delta", "+")]
-            for attribute in feature.attributes:
-                at = batch.listed[part_of(name, attribute)]
-                added = pooled_by_hand(vectors[part_of(name, attribute)], at)
-                item_UD = item_UD + (added if at.divisor is None else added / at.divisor[:, None])
-            found[name] = self.user_tower.encode(feature.name, item_UD, batch.listed[name])
-        return found
 
-    def _layered(self, side: Side, batch: Batch, number: Tensor) -> dict[str, Tensor]:
-        """What the features' own layers make of their numbers or tokens, by key."""
-        found, column = {}, 0
-        for feature in self.schema.layered(side):
-            name, behind = key(side, feature), column + feature.num_numbers
-            given = batch.listed[name] if feature.is_tokens else number[:, column:behind]
-            found[name] = self._tower(side).encode(feature.name, given)
-            column = behind
-        return found
+def put_together(
+    schema: Schema, user_tower: Tower, listed: Mapping[str, Listed], vectors: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """What is made of vectors that were looked up one by one: pooled bags, and the users' encoded sequences."""
+    found = {}
+    for side, feature in schema.sparse_pairs:
+        name = key(side, feature)
+        if name not in vectors:
+            continue
+        if feature.kind != "sequence":
+            found[name] = pooled_by_hand(vectors[name], listed[name])
+            continue
+        item_UD = vectors[name]
+        if feature.delta:
+            item_UD = item_UD + vectors[part_of(name, "delta", "+")]
+        for attribute in feature.attributes:
+            at = listed[part_of(name, attribute)]
+            added = pooled_by_hand(vectors[part_of(name, attribute)], at)
+            item_UD = item_UD + (added if at.divisor is None else added / at.divisor[:, None])
+        found[name] = user_tower.encode(feature.name, item_UD, listed[name])
+    return found
+
+
+def made_by_layers(
+    schema: Schema, side: Side, tower: Tower, listed: Mapping[str, Listed], number: Tensor
+) -> dict[str, Tensor]:
+    """What the features' own layers make of their numbers or tokens, by key."""
+    found, column = {}, 0
+    for feature in schema.layered(side):
+        name, behind = key(side, feature), column + feature.num_numbers
+        given = listed[name] if feature.is_tokens else number[:, column:behind]
+        found[name] = tower.encode(feature.name, given)
+        column = behind
+    return found
+
+
+@dataclass(frozen=True)
+class Gaussian:
+    """Whether users are, and whether their means have length 1."""
+
+    is_one: bool
+    is_unit: bool
+
+
+def user_vectors(
+    schema: Schema, tower: Tower, pooled: Mapping[str, Tensor], divisor: Tensor, number: Tensor, gaussian: Gaussian
+) -> Tensor:
+    """(B, D), or (B, M, D), of all that enters the users' tower."""
+    several = schema.several
+    if several is None:
+        raw_BD = tower(tower_input(schema, "user", pooled, divisor, number))
+        return gaussian_user(raw_BD, is_unit=gaussian.is_unit) if gaussian.is_one else raw_BD
+    name = key("user", several)  # each of its vectors meets the other features, in one and the same tower
+    each = [
+        tower_input(schema, "user", {**pooled, name: part_BD}, divisor, number) for part_BD in pooled[name].unbind(1)
+    ]
+    feature_BME = torch.stack(each, dim=1)
+    return tower(feature_BME.flatten(0, 1)).unflatten(0, feature_BME.shape[:2])
+
+
+def item_vectors(
+    schema: Schema, tower: Tower, pooled: Mapping[str, Tensor], divisor: Tensor, number: Tensor, gaussian: Gaussian
+) -> Tensor:
+    """(S, D) of all that enters the items' tower."""
+    item_SD = tower(tower_input(schema, "item", pooled, divisor, number))
+    return gaussian_item(item_SD) if gaussian.is_one else item_SD
 
 
 def relations_of(batch: Batch) -> Relations:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-Precision = Literal["fp32", "bf16"]
+Precision = Literal["fp32", "bf16", "bf16_logits"]
 
 # Cells of the matrix at a time. On CPU 2 MiB of float32, so that a block is still in the cache when it is read again,
 # but not so few rows that products of theirs are slow; on a GPU enough to keep it busy.
@@ -153,7 +153,8 @@ def in_blocks(
     The rule sees the logits u . v - log q of each row's negatives, and the row's `pairs` (default: the positives, with
     logits corrected alike). Row i's negatives are the columns in `is_negative_C` and what it refused, but no pair it
     knows; with `given_apart` no given pair either, whatever its label. With precision bf16 the gradients' products are
-    made of bfloat16 numbers (relative error some 1e-3); logits and sums stay as they are.
+    made of bfloat16 numbers (relative error some 1e-3); logits and sums stay as they are. With bf16_logits the
+    negatives' logits are made of such numbers, too, and rounded to them before log q is taken off.
     """
     if pairs is None:
         pairs = relations.positive
@@ -257,7 +258,7 @@ class _InBlocks(torch.autograd.Function):
         edges_shut = torch.searchsorted(negatives.shut, edges * num_columns).tolist()
         edges_opened = torch.searchsorted(negatives.opened, edges * num_columns).tolist()
 
-        narrow = torch.bfloat16 if precision == "bf16" else user_BD.dtype
+        narrow = user_BD.dtype if precision == "fp32" else torch.bfloat16
         narrow_CD = item_CD.to(narrow)
         loss = user_BD.new_zeros(())
         user_BMD = user_BD if user_BD.ndim == 3 else user_BD[:, None]
@@ -274,7 +275,12 @@ class _InBlocks(torch.autograd.Function):
             shut = negatives.shut[edges_shut[number] : edges_shut[number + 1]]
             opened = slice(edges_opened[number], edges_opened[number + 1])
             part_bMD = user_BMD[start:stop]
-            logit_bC = torch.addmm(negatives.offset_C, part_bMD[:, 0], item_CD.T, out=room[: stop - start])
+            logit_bC = room[: stop - start]
+            if precision == "bf16_logits":
+                torch.mm(part_bMD[:, 0].to(narrow), narrow_CD.T, out=narrow_room[: stop - start])
+                logit_bC.copy_(narrow_room[: stop - start]).add_(negatives.offset_C)
+            else:
+                torch.addmm(negatives.offset_C, part_bMD[:, 0], item_CD.T, out=logit_bC)
             cell_opened = negatives.opened[opened] - start * num_columns
             if several is not None:
                 several.raise_to_best(logit_bC, negatives.offset_C, part_bMD, item_CD)
