@@ -362,7 +362,7 @@ def waiting(folder: Path, gowalla: Path | None) -> dict[str, float]:
         if gowalla is not None:
             overrides = [f"data.dataset={gowalla.resolve()}", "data.batch_size=4096", "train.epochs=6"]
             overrides.append("evaluate.users=500")
-            shipped = ROOT / "configs/gowalla.yaml"
+            shipped = ROOT / "configs/gowalla_bag.yaml"
             figures["waiting_share_gowalla"] = waiting_share(shipped, overrides, Path(temporary) / "gowalla")
     return figures
 

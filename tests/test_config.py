@@ -429,6 +429,9 @@ OTHER = {
     "evaluate.k": ([20], False),
     "evaluate.best": ("ndcg@20", False),
     "evaluate.users": (10, False),
+    "evaluate.svd": (8, False),
+    "evaluate.sampled": (100, False),
+    "evaluate.sampled_same": ("category", False),
     "evaluate.block": (10, False),
     "evaluate.slices": (["tail"], False),
     "evaluate.item_to_item": (False, False),
@@ -444,6 +447,7 @@ OTHER = {
 # SMALL with what lets each value above stand alone: widths that meet, and negatives beside the batch's.
 ROOM = ("model.dim=10", "loss.negatives.sampled=5")
 NEEDS = {  # what else a setting asks for
+    "evaluate.sampled_same": ("evaluate.sampled=100",),
     "model.user_tower.wide": ("tables.item.dim=10",),
     "tables.item.shard_columns": ("tables.item.sharding=column_wise",),
     "tables.item.cache_share": ("tables.item.kernel=fused_uvm_caching",),

@@ -11,6 +11,7 @@ import pytest
 
 from trec_twotower.data.catalogue import Catalogue, find_id
 from trec_twotower.data.dataset import Dataset, Split
+from trec_twotower.data.sources.writer import DatasetWriter
 from trec_twotower.data.transforms import Statistics
 from trec_twotower.errors import ConfigError, DataError
 from trec_twotower.schema import FeatureSpec, TableSpec
@@ -140,6 +141,25 @@ def test_every_cut_of_a_file_is_noticed_and_named(dataset_dir):
     refused(dataset_dir, r"train/part-0\.parquet cannot be read as Parquet")
 
 
+@pytest.mark.parametrize("name", ["item_id", "words"])
+@pytest.mark.parametrize("block_rows", [4, 10])
+def test_a_damaged_page_is_named_with_row_group_and_column(tmp_path, name, block_rows):
+    table = pa.table({"user_id": range(20), "item_id": range(20), "words": [[str(row)] * 3 for row in range(20)]})
+    (tmp_path / "train").mkdir()
+    path = tmp_path / "train/part-0.parquet"
+    pq.write_table(table, path, row_group_size=10, use_dictionary=False, write_page_checksum=True)
+    chunks = pq.ParquetFile(path).metadata.row_group(1)
+    [chunk] = [chunk for number in range(3) if (chunk := chunks.column(number)).path_in_schema.startswith(name)]
+    damaged = bytearray(path.read_bytes())
+    damaged[chunk.data_page_offset + chunk.total_compressed_size - 3] ^= 1
+    path.write_bytes(damaged)
+    split = Split(tmp_path / "train", "train")
+    first, second = split.row_groups
+    assert sum(map(len, split.blocks(first, table.column_names, block_rows))) == 10
+    with pytest.raises(DataError, match=rf"part-0\.parquet, row group 1, column '{name}': cannot be read: "):
+        list(split.blocks(second, table.column_names, block_rows))
+
+
 def test_every_flipped_bit_is_noticed_or_changes_nothing(tmp_path, write_dataset, rng):
     """The checksums of pages tell what a changed value alone would not."""
     table = pa.table(
@@ -177,6 +197,27 @@ def test_the_fingerprint_changes_with_the_data(dataset_dir):
     (dataset_dir / "train" / "part-1.parquet").rename(dataset_dir / "train" / "part-2.parquet")
     found.add(Dataset(dataset_dir).fingerprint)
     assert len(found) == 6
+
+
+def test_a_described_dataset_is_what_its_description_says(tmp_path):
+    """Every flipped bit of a footer, of which pyarrow may make other values or abort; every cut and changed digit."""
+    with DatasetWriter(tmp_path / "d") as writer:
+        writer.write("train", TRAIN)
+        writer.write("items", ITEMS)
+        writer.finish("here", {}, {"users": 3})
+    path, description = tmp_path / "d/train/part-00000.parquet", tmp_path / "d/dataset.yaml"
+    whole, said = path.read_bytes(), description.read_bytes()
+    footer = int.from_bytes(whole[-8:-4], "little")
+    for place in range(len(whole) - 8 - footer, len(whole), 11):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
+        refused(tmp_path / "d", r"part-00000\.parquet is not what .*dataset\.yaml says")
+    path.write_bytes(whole)
+    for changed in (*(said[:size] for size in range(1, len(said) - 1, 29)), said.replace(b"users: 3", b"users: 4")):
+        description.write_bytes(changed)
+        with pytest.raises((ConfigError, DataError), match=r"dataset\.yaml"):
+            Dataset(tmp_path / "d").train  # noqa: B018
+    description.write_bytes(said)
+    assert Dataset(tmp_path / "d").train.num_rows == 3
 
 
 def test_a_folder_may_describe_itself_or_not(dataset_dir):

@@ -16,6 +16,7 @@ from tests.ranks.launch import SAID_BY_TORCHREC
 from tests.ranks.worlds import event_config
 from trec_twotower import train as training
 from trec_twotower.distributed import Ranks
+from trec_twotower.errors import ConfigError
 from trec_twotower.model.embedding import Pooled, tower_inputs
 from trec_twotower.model.losses.cells import exponentiate
 from trec_twotower.schema import FeatureSpec, Schema, TableSpec
@@ -116,6 +117,9 @@ def test_auto_is_bf16_where_the_processor_has_it_or_what_the_environment_says(mo
     assert alone.precision("auto") == ("bf16" if has_bf16 else "fp32")
     monkeypatch.setenv("TREC_TWOTOWER_PRECISION", "bf16")
     assert alone.precision("auto") == "bf16" and alone.precision("fp32") == "fp32"
+    monkeypatch.setenv("TREC_TWOTOWER_PRECISION", "fp16")
+    with pytest.raises(ConfigError, match="TREC_TWOTOWER_PRECISION is 'fp16'"):
+        alone.precision("auto")
 
 
 # Kernels

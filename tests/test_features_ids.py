@@ -286,10 +286,10 @@ def test_own_items_are_left_out_where_rows_are_read(leaky, own_item, lengths):
     data = DataConfig(dataset=leaky, own_item=own_item)
     reader = UnitReader(sources, data, LossConfig(mask_history=False), 0, 1)
     [group] = sources.dataset.train.row_groups
-    assert reader._part(group, 0, 3, 0).user.sparse["history"].lengths.tolist() == lengths
+    assert next(reader._blocks(group, 0, 3))[1].user.sparse["history"].lengths.tolist() == lengths
     refusing = UnitReader(sources, data.model_copy(update={"own_item": "refuse"}), LossConfig(), 0, 1)
     with pytest.raises(DataError, match="its history holds the item that it asks for"):
-        refusing._part(group, 0, 3, 0)
+        next(refusing._blocks(group, 0, 3))
     with pytest.raises(ValidationError, match="a history is drawn apart from what is asked for"):
         DataConfig(dataset="d", rows="user", own_item="drop")
 

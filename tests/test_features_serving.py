@@ -124,7 +124,7 @@ def test_a_row_that_is_trained_on_is_the_same_user_served(folder, rows):
     trained = Sources(Dataset(folder), SCHEMA, "event")
     reader = UnitReader(trained, DataConfig(dataset=folder), LossConfig(), 0, 1)
     [group] = trained.dataset.train.row_groups
-    read = reader._part(group, 0, len(rows), 0).user
+    read = next(reader._blocks(group, 0, len(rows)))[1].user
     assert set(read.sparse) | set(read.numbers) >= {feature.name for feature in USER}
     served = Sources(Dataset(folder), SCHEMA, "event", trained.statistics)
     columns = served.user_columns()

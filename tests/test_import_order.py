@@ -18,7 +18,7 @@ LAYERS = """
     data data.kernels data.hashing data.lists data.probing data.numbers data.times data.vocabulary data.vectors
     data.text data.transforms data.dataset
     data.cache_folder data.arrays data.catalogue data.features data.coverage data.held_out
-    data.batch data.examples data.item_lists data.negatives data.order data.cache data.reader data.step_rows
+    data.batch data.examples data.item_lists data.negatives data.order data.packed data.cache data.reader data.step_rows
     data.candidates
     data.interactions
     data.stream

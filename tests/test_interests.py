@@ -93,6 +93,7 @@ def vars_of(pairs: Pairs) -> tuple[Tensor, Tensor, Tensor]:
 @pytest.mark.parametrize(("kind", "hardest"), [("softmax", None), ("softmax", 2), ("bce", None)])
 def test_the_loss_in_blocks_equals_the_definition(kind, hardest, cells, vectors, monkeypatch):
     """Values and gradients, with several positives a row, refused items, columns that are nobody's negatives."""
+    monkeypatch.setattr(blocks, "BLOCK_ROWS", 1)
     monkeypatch.setitem(blocks.BLOCK_CELLS, "cpu", cells)
     related = relations()
     found = []

@@ -124,6 +124,18 @@ def test_without_numba_every_kernel_does_the_same(plain, rng):
     seeded = (7, np.uint64(keys[3]), np.zeros(5, np.int64), np.zeros(28, np.int64))
     calls["draw_from_lists"] = (np.array([0, 2, 2, 3, 5]), np.array([0, 2, -1, 3, 1]), *lists, *seeded)
     calls["find_columns"] = (*lists, np.array([3, -1, 1, 2, 0, 3, 3]), np.arange(-45, 45), *some)
+    words, starts = np.arange(900, dtype=np.int32) % 5, 10 * np.arange(91)
+    runs = np.array([[3, 9], [9, 9], [20, 41]])
+    lengths = np.zeros((2, 28), np.int64)
+    calls["put_headers"] = (words.reshape(-1, 3), 4 * np.arange(300), np.zeros(1300, np.int32), np.zeros(300, np.int64))
+    calls["put_lists"] = (words, 2, offsets, 60 * np.arange(len(offsets) - 1), np.zeros(900, np.int32))
+    calls["put_records"] = (words, starts, 10 * np.arange(90)[::-1], np.zeros(900, np.int32))
+    calls["measure_rows"] = (words, starts, runs, 1, 0, lengths)
+    kernels.measure_rows(words, starts, runs, 1, 0, filled := lengths.copy())
+    parts = np.array([[0, 1, 0], [2, 2, 30]]), np.array([[0, 1, 100], [1, 2, -1]])
+    calls["copy_rows"] = (words, starts, runs, 0, filled, *parts, 4, np.zeros(900, np.int32))
+    calls["count_before"] = (words.astype(np.uint16), np.array([0, 7, 7, 900]), np.zeros((4, 5), np.int64))
+    calls["put_in_order"] = (words, 5, np.zeros(6, np.int64), np.zeros(900, np.int64))
     names = {name for name, value in vars(plain).items() if callable(value) and name.islower()}
     assert names - {"kernel", "partial", "copy_run", "mixed"} == set(calls)
     for name, arguments in calls.items():

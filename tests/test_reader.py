@@ -11,11 +11,12 @@ import pytest
 import torch
 
 from trec_twotower.config import DataConfig, LossConfig, NegativesConfig
-from trec_twotower.data import order
+from trec_twotower.data import order, reader
 from trec_twotower.data.dataset import Dataset, RowGroup
 from trec_twotower.data.features import Sources
 from trec_twotower.data.interactions import TrainBatches
 from trec_twotower.data.order import Interleaving, Window, windows_of
+from trec_twotower.errors import DataError
 from trec_twotower.schema import FeatureSpec, Schema, TableSpec
 
 ITEM = TableSpec(buckets=64, dim=4)
@@ -238,7 +239,7 @@ def test_narrow_files_are_widened_and_read_as_if_written_wide(tmp_path, rng, wri
 
 @pytest.mark.parametrize("unit_rows", [1, 25, 1000])
 def test_any_places_of_a_window_are_slices_of_its_units(unit_rows, tmp_path, monkeypatch):
-    """Asked in turn or out of turn, the slices hold just the rows that come there."""
+    """The slices hold just the rows that come there."""
     monkeypatch.setattr(order, "UNIT_ROWS", unit_rows)
     [window] = windows_of(groups_of([10, 20, 5, 30], tmp_path), 65, seed=1, epoch=2)
     assert len(window.units) == {1: 4, 25: 2, 1000: 1}[unit_rows] or unit_rows == 25
@@ -246,13 +247,40 @@ def test_any_places_of_a_window_are_slices_of_its_units(unit_rows, tmp_path, mon
     interleaving = Interleaving.of(window, 1)
     first = np.concatenate([[0], np.cumsum([unit.num_rows for unit in window.units])])
     for start, stop in [(0, 7), (7, 7), (7, 40), (3, 4), (40, 65), (0, 65)]:
-        slices = interleaving.rows(start, stop)
         rows = [
             first[number] + row
-            for number, (low, high) in enumerate(slices)
+            for number, (low, high) in enumerate(interleaving.before([start, stop]).T)
             for row in window.units[number].order(1)[low:high]
         ]
         assert sorted(rows) == sorted(whole[start:stop])
+
+
+@BOTH
+@pytest.mark.parametrize("share", [(0, 1), (1, 2)], ids=["one rank", "second of two"])
+def test_how_many_rows_are_decoded_at_a_time_changes_nothing(folder, tmp_path, rows, share, monkeypatch):
+    """Three of 16, with and without cache."""
+    wanted = contents(batches_of(folder, share, rows=rows))
+    monkeypatch.setattr(reader, "BLOCK_ROWS", 3)
+    assert contents(batches_of(folder, share, rows=rows)) == wanted
+    for _ in range(2):
+        assert contents(batches_of(folder, share, rows=rows, cache=tmp_path / "cache")) == wanted
+
+
+def test_an_error_counts_rows_from_the_row_group_on_however_it_was_read(tmp_path, rng, write_dataset, monkeypatch):
+    monkeypatch.setattr(reader, "BLOCK_ROWS", 3)
+    age = np.arange(40) / 2.0
+    age[29] = np.nan
+    train = rows_of(rng, 40).set_column(7, "age", pa.array(age, from_pandas=False))
+    items = pa.table({"item_id": np.arange(NUM_ITEMS) * 3, "price": rng.random(NUM_ITEMS)})
+    folder = write_dataset(tmp_path / "d", row_group_size=16, items=items, train=[train])
+    statistics = Sources(
+        Dataset(write_dataset(tmp_path / "good", items=items, train=[rows_of(rng, 9)])), SCHEMA, "event"
+    )
+    sources = Sources(Dataset(folder), SCHEMA, "event", statistics.statistics)
+    data = DataConfig(dataset=folder, batch_size=11, threads=2)
+    batches = TrainBatches(sources, data, LossConfig(), sources.item_counts(), (0, 1))
+    with pytest.raises(DataError, match=r"part-0\.parquet, row group 1, column 'age': .* in row 13: "):
+        list(batches.since(0, 4))
 
 
 @BOTH
@@ -267,14 +295,14 @@ def test_a_rank_decodes_only_the_row_groups_its_rows_lie_in(folder, rows, monkey
         next(batches.since(0, 1))  # takes what it has to of the first epoch, and the columns' kinds
         read: dict[tuple, set[str]] = {}
         split = batches.sources.dataset.train
-        real = type(split).read
+        real = type(split).blocks
 
-        def recorded(self, group, columns, *, read=read, real=real, **named):
+        def recorded(self, group, columns, *more, read=read, real=real, **named):
             read.setdefault((group.path, group.number), set()).update(columns)
-            return real(self, group, columns, **named)
+            return real(self, group, columns, *more, **named)
 
         with monkeypatch.context() as patch:
-            patch.setattr(type(split), "read", recorded)
+            patch.setattr(type(split), "blocks", recorded)
             found = contents(batches, steps=12)
         assert len(read) == 9 and len(found) == len(wanted)
         whole.append({name for name, columns in read.items() if columns != target})

@@ -68,7 +68,7 @@ def default(tmp_path_factory) -> tuple[Path, dict]:
 
 def test_dataset_yaml_says_what_lies_in_the_folder(small):
     manifest = yaml.safe_load((small / "dataset.yaml").read_text())
-    assert list(manifest)[:4] == ["format", "source", "options", "counts"]
+    assert list(manifest)[:5] == ["sha256", "format", "source", "options", "counts"]
     assert manifest["format"] == 1
     assert manifest["options"]["seed"] == 0
     assert sorted(manifest["files"]) == sorted(digests(small))

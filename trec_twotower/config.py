@@ -278,7 +278,7 @@ class LossConfig(Settings):
     # One of LOSS_PARAMETERS each; null where the loss has no such parameter.
     temperature: _NumberOrLearned | None = None  # scores are divided by it; {learned: true, start, low, high}: fitted
     # Of the gradients' products; logits stay fp32, but with bf16_logits, which makes the negatives' of bf16, too.
-    precision: Precision | Literal["bf16_logits"] | None = None
+    precision: Literal["auto", "fp32", "bf16", "bf16_logits"] | None = None
     softmax_share: float | None = Field(default=None, ge=0, le=1)  # softmax_bce: of softmax; the rest is bce
     negative_weight: PositiveFloat | None = None  # bce, ccl: of all negatives of a row together
     temperature_ratio: PositiveFloat | None = None  # bsl: the positives' temperature over the negatives'

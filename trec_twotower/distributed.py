@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
+from trec_twotower.errors import ConfigError
 from trec_twotower.faults import fault_point
 from trec_twotower.preemption import end_with_launcher
 
@@ -46,11 +47,13 @@ class Ranks:
 
         TREC_TWOTOWER_PRECISION in the environment says what auto means instead.
         """
-        if wanted == "auto":
-            wanted = os.environ.get("TREC_TWOTOWER_PRECISION", "auto")  # type: ignore[assignment]
-        if wanted != "auto":
-            return "bf16" if wanted == "bf16" else "fp32"
-        return "bf16" if _multiplies_bf16(self.device) else "fp32"
+        word = os.environ.get("TREC_TWOTOWER_PRECISION", "auto") if wanted == "auto" else wanted
+        match word:
+            case "fp32" | "bf16":
+                return word
+            case "auto":
+                return "bf16" if _multiplies_bf16(self.device) else "fp32"
+        raise ConfigError(f"TREC_TWOTOWER_PRECISION is {word!r}: set it to fp32, bf16 or auto, or unset it.")
 
     def once(self, work: Callable[[], T]) -> T:
         """What `work` returns on the first rank, on every rank; if it raises there, every rank raises the same."""

@@ -646,11 +646,23 @@ class Schema:
 
     def sparse(self, side: Side) -> list[FeatureSpec]:
         """The features that look up a table, in the order of their keys."""
-        return [feature for feature in self.features(side) if feature.is_sparse]
+        return self._sides[side][0]
 
     def numbers(self, side: Side) -> list[FeatureSpec]:
         """The features that enter the tower as they are."""
-        return [feature for feature in self.features(side) if not feature.is_sparse and not feature.has_layers]
+        return self._sides[side][1]
+
+    @cached_property
+    def _sides(self) -> dict[Side, tuple[list[FeatureSpec], list[FeatureSpec]]]:
+        """Of each side the features that look up a table, and those that enter the tower as they are."""
+        sides: tuple[Side, ...] = ("user", "item")
+        return {
+            side: (
+                [feature for feature in self.features(side) if feature.is_sparse],
+                [feature for feature in self.features(side) if not feature.is_sparse and not feature.has_layers],
+            )
+            for side in sides
+        }
 
     def layered(self, side: Side) -> list[FeatureSpec]:
         """The features with layers of their own."""

@@ -405,6 +405,7 @@ class Progress:
                 "data": self.passes.sources.dataset.fingerprint,
                 "plan": [asdict(placement) for placement in placements(model.plan)],
                 "versions": versions(),
+                "precision": self.ranks.precision(self.config.train.precision),  # what auto was
                 "valid": self.valid,
                 "owes_evaluation": owes_evaluation,
                 "train_s": self.train_s,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -124,12 +124,12 @@ class Targets:
     listed_key: np.ndarray | None = None
 
 
-Rows = tuple[Columns, slice]  # a run of rows of some columns
+Sides = Mapping[Side, Columns | None]  # the columns of each, None: not wanted
 
 
 def make_batch(
     schema: Schema,
-    user: Columns | Sequence[Rows] | None = None,
+    user: Columns | None = None,
     item: Columns | None = None,
     *,
     num_rows: int | None = None,
@@ -137,29 +137,25 @@ def make_batch(
     targets: Targets | None = None,
     num_rows_of_all_ranks: int = 0,
 ) -> Batch:
-    """Assemble a Batch of `num_rows` (default: as many as needed); a side that is not wanted has no rows.
-
-    The users may come in pieces, which are laid below each other.
-    """
-    users: list[Rows] = [_whole(user)] if isinstance(user, Columns) else list(user or ())
-    items: list[Rows] = [] if item is None else [_whole(item)]
-    num_users, num_items = (sum(rows.stop - rows.start for _, rows in pieces) for pieces in (users, items))
+    """Assemble a Batch of `num_rows` (default: as many as needed); a side that is not wanted has no rows."""
+    sides: Sides = {"user": user, "item": item}
+    num_users, num_items = (0 if columns is None else columns.num_rows for columns in sides.values())
     if num_rows is None:
         num_rows = max(num_users, num_items)
-    sparse, divisors = _keyed_jagged(schema, {"user": users, "item": items}, num_rows)
+    sparse, divisors = _keyed_jagged(schema, sides, num_rows)
     batch = Batch(
         sparse=sparse,
         user_divisor_BF=torch.from_numpy(divisors["user"][:num_users]),
-        user_number_BN=torch.from_numpy(_numbers(schema, "user", users)),
+        user_number_BN=torch.from_numpy(_numbers(schema, "user", user)),
         item_divisor_SF=torch.from_numpy(divisors["item"][:num_items]),
-        item_number_SN=torch.from_numpy(_numbers(schema, "item", items)),
+        item_number_SN=torch.from_numpy(_numbers(schema, "item", item)),
         num_rows_of_all_ranks=num_rows_of_all_ranks,
     )
     if schema.sequences:
-        batch.sequences, batch.listed = _sequences(schema, {"user": users, "item": items})
+        batch.sequences, batch.listed = _sequences(schema, sides)
     for feature in schema.layered("item"):
         if feature.is_tokens:
-            tokens = _joined(feature.name, items) if items else Lists.empty(0)
+            tokens = Lists.empty(0) if item is None else item.sparse[feature.name]
             batch.listed[key("item", feature)] = Listed(_index(tokens.lengths), place=_index(tokens.values))
     if candidates is not None and targets is not None:
         batch.item_sizes = candidates.sizes
@@ -184,44 +180,25 @@ def _tensor(values: np.ndarray | None) -> Tensor | None:
     return None if values is None else torch.from_numpy(values)
 
 
-def _whole(columns: Columns) -> Rows:
-    return columns, slice(0, columns.num_rows)
-
-
-def _keyed_jagged(
-    schema: Schema, sides: Mapping[Side, list[Rows]], num_rows: int
-) -> tuple[KeyedJaggedTensor, dict[Side, np.ndarray]]:
-    """All keys' bags, and for each side what its pooled sums are divided by: float32 (num_rows, features).
-
-    Runs for every key and piece of every step: values and lengths are cut from the pieces directly.
-    """
-    lengths = np.zeros((len(schema.keys()), num_rows), np.int32)
-    values, weights = [np.empty(0, np.int32)], [np.empty(0, np.float32)]
+def _keyed_jagged(schema: Schema, sides: Sides, num_rows: int) -> tuple[KeyedJaggedTensor, dict[Side, np.ndarray]]:
+    """All keys' bags, and for each side what its pooled sums are divided by: float32 (num_rows, features)."""
     divisors = {side: np.ones((num_rows, len(schema.sparse(side))), np.float32) for side in sides}
-    column_of = {(side, feature.name): column for side in sides for column, feature in enumerate(schema.sparse(side))}
-    for side, feature in schema.sparse_pairs:
-        if feature.table_name in schema.listed:
-            _list_divisors(feature, sides[side], divisors[side][:, column_of[side, feature.name]])
-    for number, lookup in enumerate(schema.lookups):
-        side, feature = lookup.side, lookup.feature
-        pieces = [(columns.sparse[lookup.part], rows) for columns, rows in sides[side]]
-        if not pieces:
+    for side, columns in sides.items():
+        for column, feature in enumerate(schema.sparse(side)):
+            if columns is not None and divides(feature):
+                bags = columns.sparse[feature.name]
+                weighted = bags if bags.weights is not None else None
+                divisors[side][: len(bags), column] = pooling_divisor(feature, bags.lengths, weighted)
+    lengths = np.zeros((len(schema.lookups), num_rows), np.int32)
+    values, weights = [np.empty(0, np.int32)], [np.empty(0, np.float32)]
+    for length, lookup in zip(lengths, schema.lookups, strict=True):
+        if (columns := sides[lookup.side]) is None:
             continue
-        values += [lists.values_of(rows) for lists, rows in pieces]
-        end = sum(rows.stop - rows.start for _, rows in pieces)
-        length = lengths[number, :end]
-        if all(lists.is_single for lists, _ in pieces):
-            length.fill(1)
-        else:
-            np.concatenate([lists.lengths[rows] for lists, rows in pieces], out=length)
+        bags = columns.sparse[lookup.part]
+        length[: len(bags)] = 1 if bags.is_single else bags.lengths
+        values.append(bags.values)
         if schema.is_weighted:
-            weights += [weights_of(lists.slice(rows.start, rows.stop)) for lists, rows in pieces]
-        if divides(feature) and lookup.part == feature.name:
-            weighted = None
-            if any(lists.weights is not None for lists, _ in pieces):
-                weighted = Lists.concat([lists.slice(rows.start, rows.stop) for lists, rows in pieces])
-            column = column_of[side, feature.name]
-            divisors[side][:end, column] = pooling_divisor(feature, length, weighted)
+            weights.append(weights_of(bags))
     sparse = KeyedJaggedTensor(
         keys=schema.keys(),
         values=torch.from_numpy(np.concatenate(values)),
@@ -232,19 +209,7 @@ def _keyed_jagged(
     return sparse, divisors
 
 
-def _list_divisors(feature: FeatureSpec, pieces: list[Rows], divisor: np.ndarray) -> None:
-    """Fill in what the sums of a bag are divided by, which is pooled by hand."""
-    if divides(feature) and pieces:
-        bags = _joined(feature.name, pieces)
-        divisor[: len(bags)] = pooling_divisor(feature, bags.lengths, bags if bags.weights is not None else None)
-
-
-def _joined(name: str, pieces: list[Rows]) -> Lists:
-    """Some lists of all pieces, below each other."""
-    return Lists.concat([columns.sparse[name].slice(rows.start, rows.stop) for columns, rows in pieces])
-
-
-def _sequences(schema: Schema, sides: Mapping[Side, list[Rows]]) -> tuple[KeyedJaggedTensor, dict[str, Listed]]:
+def _sequences(schema: Schema, sides: Sides) -> tuple[KeyedJaggedTensor, dict[str, Listed]]:
     """The ids of all listed keys, each key in one row (so that ranks need not agree on a number), and how they lie.
 
     Of a sequence every item stands once, however many steps of the rows it takes.
@@ -252,10 +217,10 @@ def _sequences(schema: Schema, sides: Mapping[Side, list[Rows]]) -> tuple[KeyedJ
     values: dict[str, np.ndarray] = {}
     listed: dict[str, Listed] = {}
     for side, feature in schema.sparse_pairs:
-        name, pieces = key(side, feature), sides[side]
+        name, columns = key(side, feature), sides[side]
         if feature.table_name not in schema.listed:
             continue
-        bags = _joined(feature.name, pieces) if pieces else Lists.empty(0)
+        bags = Lists.empty(0) if columns is None else columns.sparse[feature.name]
         if feature.kind != "sequence":
             if bags.is_single:
                 values[name], listed[name] = bags.values, Listed(weight=_tensor(bags.weights))
@@ -263,7 +228,7 @@ def _sequences(schema: Schema, sides: Mapping[Side, list[Rows]]) -> tuple[KeyedJ
                 values[name], listed[name] = _distinct(bags)
             continue
         parts = {
-            part: _joined(part_of(feature.name, part), pieces).values if pieces else np.empty(0, np.int64)
+            part: np.empty(0, np.int64) if columns is None else columns.sparse[part_of(feature.name, part)].values
             for part, is_wanted in (("gap", feature.times), ("action", feature.actions), ("row", feature.attributes))
             if is_wanted
         }
@@ -283,7 +248,7 @@ def _sequences(schema: Schema, sides: Mapping[Side, list[Rows]]) -> tuple[KeyedJ
         if feature.delta:
             values[part_of(name, "delta", "+")] = bucket_U
         if feature.attributes:
-            catalogue = next((columns.items for columns, _ in reversed(pieces) if columns.items is not None), None)
+            catalogue = None if columns is None else columns.items
             for attribute in feature.attributes:
                 of_item = next(other for other in schema.item if other.name == attribute)
                 found = _attributes(of_item, catalogue, row_U - 1)
@@ -323,16 +288,12 @@ def _attributes(feature: FeatureSpec, catalogue: Columns | None, row_U: np.ndarr
     return lists.where(is_known[lists.rows])
 
 
-def _numbers(schema: Schema, side: Side, pieces: list[Rows]) -> np.ndarray:
-    """(rows, all their columns) of the features without table, of all pieces."""
+def _numbers(schema: Schema, side: Side, columns: Columns | None) -> np.ndarray:
+    """(rows, all their columns) of the features without table."""
     features = schema.dense(side)
-    width = sum(feature.num_numbers for feature in features)
-    number = np.empty((sum(rows.stop - rows.start for _, rows in pieces), width), np.float32)
-    row = 0
-    for columns, rows in pieces:
-        below, column = row + rows.stop - rows.start, 0
-        for feature in features:
-            number[row:below, column : column + feature.num_numbers] = columns.numbers[feature.name][rows]
-            column += feature.num_numbers
-        row = below
-    return number
+    if columns is None or not features:
+        return np.empty(
+            (0 if columns is None else columns.num_rows, sum(feature.num_numbers for feature in features)), np.float32
+        )
+    numbers = [columns.numbers[feature.name] for feature in features]
+    return numbers[0] if len(numbers) == 1 else np.concatenate(numbers, axis=1)

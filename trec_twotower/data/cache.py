@@ -21,14 +21,11 @@ import xxhash
 from trec_twotower.config import DataConfig
 from trec_twotower.data.cache_folder import CacheFolder, changed, size_of
 from trec_twotower.data.dataset import RowGroup
-from trec_twotower.data.examples import Examples
 from trec_twotower.data.features import Sources
-from trec_twotower.data.lists import Lists
-from trec_twotower.data.transforms import Columns
+from trec_twotower.data.packed import Layout, Packed
 
-FORMAT = 2
+FORMAT = 3
 DIGEST_BYTES = 8
-LISTS, ARRAYS = ("positives", "history", "given", "given_weight"), ("weight", "user_key")  # of Examples, as they lie
 
 
 class Cache:
@@ -69,7 +66,7 @@ class Cache:
     def path(self, group: RowGroup) -> Path:
         return self.folder / f"{self._number[group.path, group.number]:08d}.arrow"
 
-    def get(self, group: RowGroup) -> Examples | None:
+    def get(self, group: RowGroup) -> Packed | None:
         """The row group's rows, mapped and not read; None where they are not cached.
 
         The first time that this process meets a file it reads all of it, to compare the checksum; a damaged file is
@@ -94,11 +91,11 @@ class Cache:
             self._verified.add(version)
         return _from_arrow(pa.ipc.open_file(pa.BufferReader(content)).get_batch(0))
 
-    def put(self, group: RowGroup, examples: Examples) -> None:
+    def put(self, group: RowGroup, packed: Packed) -> None:
         """Keep a row group's rows, unless the cache is full or the disk is."""
         path = self.path(group)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}-{id(examples)}")
-        batch = _to_arrow(examples)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}-{id(packed)}")
+        batch = _to_arrow(packed)
         if size_of(self.folder) + batch.nbytes > self.limit_bytes:
             return
         try:
@@ -123,51 +120,15 @@ class _DigestedFile(io.BufferedWriter):
         return super().write(data)
 
 
-def _to_arrow(examples: Examples) -> pa.RecordBatch:
-    """One column a feature: single values plain, bags as lists, numbers as lists of one length."""
-    arrays: dict[str, pa.Array] = {}
-    for name, lists in examples.user.sparse.items():
-        arrays[f"sparse:{name}"] = _list_array(lists)
-        if lists.weights is not None:
-            arrays[f"weights:{name}"] = _list_array(Lists(lists.offsets, lists.weights))
-    for name, number in examples.user.numbers.items():
-        arrays[f"number:{name}"] = pa.FixedSizeListArray.from_arrays(pa.array(number.reshape(-1)), number.shape[1])
-    for name in LISTS:
-        lists = getattr(examples, name)
-        if lists is not None:
-            arrays[name] = _list_array(lists)
-            if lists.weights is not None:
-                arrays[f"{name}_weights"] = _list_array(Lists(lists.offsets, lists.weights))
-    for name in ARRAYS:
-        if getattr(examples, name) is not None:
-            arrays[name] = pa.array(getattr(examples, name))
-    return pa.record_batch(list(arrays.values()), names=list(arrays))
+def _to_arrow(packed: Packed) -> pa.RecordBatch:
+    """One column: each row's record as a list of words. What stands where in it says the schema's metadata."""
+    first, last = int(packed.starts[0]), int(packed.starts[-1])
+    rows = pa.LargeListArray.from_arrays(pa.array(packed.starts - first), pa.array(packed.words[first:last]))
+    schema = pa.schema([pa.field("row", rows.type)], {"layout": packed.layout.to_json()})
+    return pa.record_batch([rows], schema=schema)
 
 
-def _list_array(lists: Lists) -> pa.Array:
-    if lists.is_single:
-        return pa.array(lists.values)
-    return pa.LargeListArray.from_arrays(pa.array(lists.offsets), pa.array(lists.values))
-
-
-def _from_arrow(batch: pa.RecordBatch) -> Examples:
-    columns = dict(zip(batch.schema.names, batch.columns, strict=True))
-    sparse, numbers = {}, {}
-    for name, array in columns.items():
-        kind, _, feature = name.partition(":")
-        if kind == "sparse":
-            sparse[feature] = _lists(array, columns.get(f"weights:{feature}"))
-        elif kind == "number":
-            numbers[feature] = array.flatten().to_numpy().reshape(-1, array.type.list_size)
-    parts: dict[str, Any] = {
-        name: _lists(columns[name], columns.get(f"{name}_weights")) for name in LISTS if name in columns
-    }
-    parts |= {name: columns[name].to_numpy() for name in ARRAYS if name in columns}
-    return Examples(Columns(batch.num_rows, sparse, numbers), **parts)
-
-
-def _lists(array: pa.Array, weights: pa.Array | None = None) -> Lists:
-    if not pa.types.is_large_list(array.type):
-        return Lists.singles(array.to_numpy())
-    weight = None if weights is None else weights.values.to_numpy()
-    return Lists(array.offsets.to_numpy(), array.values.to_numpy(), weight)
+def _from_arrow(batch: pa.RecordBatch) -> Packed:
+    [rows] = batch.columns
+    layout = Layout.from_json(batch.schema.metadata[b"layout"].decode())
+    return Packed.in_order(layout, rows.offsets.to_numpy(), rows.values.to_numpy())

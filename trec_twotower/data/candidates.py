@@ -10,7 +10,7 @@ import numpy as np
 from trec_twotower.config import LossConfig
 from trec_twotower.data.batch import Candidates, Targets
 from trec_twotower.data.dataset import USER_ID
-from trec_twotower.data.examples import Examples, Piece
+from trec_twotower.data.examples import Examples
 from trec_twotower.data.features import Sources
 from trec_twotower.data.hashing import fingerprints
 from trec_twotower.data.item_lists import KeyedLists
@@ -39,9 +39,7 @@ class CandidateSets:
             self.known = KeyedLists.read(loss.known, USER_ID, "item_ids", sources, "loss.known", skips_unknown=True)
         self._scratch = threading.local()
 
-    def of(
-        self, items: StepItems, mine: Sequence[Piece], my_places: Callable[[], np.ndarray]
-    ) -> tuple[Candidates, Targets]:
+    def of(self, items: StepItems, mine: Examples, my_places: Callable[[], np.ndarray]) -> tuple[Candidates, Targets]:
         """The candidates of a step, the same on all ranks, and the pairs of this rank's rows with them.
 
         `my_places` says where this rank's rows stand among those of all ranks; it is asked only where that matters.
@@ -86,20 +84,16 @@ class CandidateSets:
             is_negative[column_I[part]] = True
         return item_row, is_negative, column_I
 
-    def _targets(
-        self, mine: Sequence[Piece], own: Sequence[Lists], item_row: np.ndarray, column_I: np.ndarray
-    ) -> Targets:
+    def _targets(self, mine: Examples, own: Sequence[Lists], item_row: np.ndarray, column_I: np.ndarray) -> Targets:
         """The pairs of this rank's rows; `own` are the items that they bring themselves, by source."""
-        positives = _rows_of(mine, lambda examples: examples.positives)
-        assert positives is not None
+        positives = mine.positives
         row, column = positives.rows, column_I[positives.values]
         weight = np.ones(len(row), np.float32)
         if not positives.is_single:
             lengths = np.maximum(positives.lengths, 1).astype(np.float32)
             weight = np.repeat(lengths**-self.loss.positive_power, positives.lengths)
-        row_weights = [piece.examples.weight[piece.rows] for piece in mine if piece.examples.weight is not None]
-        if row_weights:
-            weight = weight * np.concatenate(row_weights)[row]
+        if mine.weight is not None:
+            weight = weight * mine.weight[row]
         known = [(row, column), *self._known(mine, item_row, column_I)]
         known_row, known_column = (_joined(parts) for parts in zip(*known, strict=True))
         given = self._given(mine, own, column_I) if own else (None,) * 4
@@ -107,18 +101,16 @@ class CandidateSets:
         return Targets(row, column, weight, known_row, known_column, *given, *listed)
 
     def _known(
-        self, mine: Sequence[Piece], item_row: np.ndarray, column_I: np.ndarray
+        self, mine: Examples, item_row: np.ndarray, column_I: np.ndarray
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Pairs of rows and candidates that are no negatives of theirs, beside the positives."""
-        known = _rows_of(mine, lambda examples: examples.known)
-        if known is not None:
-            column = column_I[known.values]
+        if mine.known is not None:
+            column = column_I[mine.known.values]
             is_candidate = column >= 0
-            yield known.rows[is_candidate], column[is_candidate]
-        history = _rows_of(mine, lambda examples: examples.history)
-        if history is not None:
+            yield mine.known.rows[is_candidate], column[is_candidate]
+        if mine.history is not None:
             assert self.fingerprint_I is not None
-            yield pairs_by_fingerprint(history, self.fingerprint_I[item_row])
+            yield pairs_by_fingerprint(mine.history, self.fingerprint_I[item_row])
         if self.known is not None:
             lists, list_of_row = self.known.lists, self._list_of_row(mine)
             longest = lists.lengths[list_of_row[list_of_row >= 0]].sum()
@@ -126,23 +118,21 @@ class CandidateSets:
             count = find_columns(lists.offsets, lists.values, list_of_row, column_I, row, column)
             yield row[:count], column[:count]
 
-    def _given(self, mine: Sequence[Piece], own: Sequence[Lists], column_I: np.ndarray) -> tuple[np.ndarray, ...]:
+    def _given(self, mine: Examples, own: Sequence[Lists], column_I: np.ndarray) -> tuple[np.ndarray, ...]:
         """The pairs that rows bring themselves: rows, columns, labels and weights."""
         label = [np.zeros(len(each.values), np.float32) if each.weights is None else each.weights for each in own]
         weight = [np.ones(len(each.values), np.float32) for each in own]
-        given_weight = _rows_of(mine, lambda examples: examples.given_weight)
-        if given_weight is not None:  # of the column that rows name, which is the first source
-            weight[0] = given_weight.values
+        if mine.given_weight is not None:  # of the column that rows name, which is the first source
+            weight[0] = mine.given_weight.values
         column = [column_I[each.values] for each in own]
         return tuple(map(np.concatenate, ([each.rows for each in own], column, label, weight)))
 
-    def _listed(self, mine: Sequence[Piece], own: Sequence[Lists]) -> tuple[np.ndarray, np.ndarray]:
+    def _listed(self, mine: Examples, own: Sequence[Lists]) -> tuple[np.ndarray, np.ndarray]:
         """Rows, and keys of all items that are no negatives of theirs from elsewhere, candidates or not."""
-        positives, known = (_rows_of(mine, lists_of) for lists_of in (lambda e: e.positives, lambda e: e.known))
-        lists = [each for each in (positives, known, *own) if each is not None]
+        lists = [each for each in (mine.positives, mine.known, *own) if each is not None]
         pairs = [(each.rows, self._key(each.values)) for each in lists]
-        if (history := _rows_of(mine, lambda examples: examples.history)) is not None:
-            pairs.append((history.rows, history.values.astype(np.int64)))
+        if mine.history is not None:
+            pairs.append((mine.history.rows, mine.history.values.astype(np.int64)))
         if self.known is not None:
             list_of_row = self._list_of_row(mine)
             has_list = np.flatnonzero(list_of_row >= 0)
@@ -151,11 +141,10 @@ class CandidateSets:
         row, key = zip(*pairs, strict=True)
         return np.concatenate(row), np.concatenate(key)
 
-    def _list_of_row(self, mine: Sequence[Piece]) -> np.ndarray:
+    def _list_of_row(self, mine: Examples) -> np.ndarray:
         """Which list of `known` is each row's, -1: it has none."""
-        assert self.known is not None
-        keys = [piece.examples.user_key[piece.rows] for piece in mine if piece.examples.user_key is not None]
-        return self.known.rows_of(np.concatenate(keys))
+        assert self.known is not None and mine.user_key is not None
+        return self.known.rows_of(mine.user_key)
 
     def _key(self, item_row: np.ndarray) -> np.ndarray:
         """What tells items apart in all steps, and is the same when the catalogue has grown: int64."""
@@ -169,14 +158,6 @@ class CandidateSets:
         column_I: np.ndarray = self._scratch.column_I
         column_I[item_row] = np.arange(len(item_row))
         return column_I
-
-
-def _rows_of(pieces: Sequence[Piece], lists_of: Callable[[Examples], Lists | None]) -> Lists | None:
-    """The pieces' rows of these lists of their examples, below each other; None where there are none."""
-    parts = [(lists, piece.rows) for piece in pieces if (lists := lists_of(piece.examples)) is not None]
-    if not parts:
-        return None
-    return Lists.concat([lists.slice(rows.start, rows.stop) for lists, rows in parts])
 
 
 def _joined(parts: Sequence[np.ndarray]) -> np.ndarray:

@@ -157,22 +157,42 @@ class Split:
 
     def read(self, group: RowGroup, columns: Sequence[str], *, dictionaries: bool = False) -> pa.Table:
         """One row group, its columns each in one chunk; with `dictionaries`, text stays as Parquet encoded it."""
+        [table] = self.blocks(group, columns, group.num_rows, dictionaries=dictionaries)
+        return table
+
+    def blocks(
+        self, group: RowGroup, columns: Sequence[str], block_rows: int, *, dictionaries: bool = False
+    ) -> Iterator[pa.Table]:
+        """`read`, so many rows at a time."""
         self._check_bytes(group.path)
+        found = 0
         try:
             file = _open(group.path, self._texts if dictionaries else (), self._footers.get(group.path))
             if len(self._footers) >= FOOTERS:
                 self._footers.clear()
             self._footers[group.path] = file.metadata
-            table = file.read_row_group(group.number, columns=list(columns), use_threads=False)
-            table = table.select(columns).combine_chunks()
-            for place, name in enumerate(columns):
-                if table.schema.types[place] != self.columns[name]:
-                    table = self._widened(table, place, name)
+            for block in _decoded(file, group, list(columns), block_rows):
+                table = block.select(columns).combine_chunks()
+                for place, name in enumerate(columns):
+                    if table.schema.types[place] != self.columns[name]:
+                        table = self._widened(table, place, name)
+                found += len(table)
+                yield table
         except UNREADABLE as error:
-            raise DataError(f"{group}: cannot be read: {error}") from None
-        if len(table) != group.num_rows:  # no checksum covers the footer
-            raise DataError(f"{group} is damaged: it holds {len(table):,} rows, its footer says {group.num_rows:,}.")
-        return table
+            raise DataError(f"{group}{self._column_at_fault(group, columns)}: cannot be read: {error}") from None
+        if found != group.num_rows:  # no checksum covers the footer
+            raise DataError(f"{group} is damaged: it holds {found:,} rows, its footer says {group.num_rows:,}.")
+
+    def _column_at_fault(self, group: RowGroup, columns: Sequence[str]) -> str:
+        """Names the first column that cannot be read by itself; nothing where that is not to be told."""
+        for name in columns:
+            try:
+                _open(group.path).read_row_group(group.number, columns=[name], use_threads=False)
+            except DataError:  # not even opened
+                return ""
+            except UNREADABLE:
+                return f", column {name!r}"
+        return ""
 
     def _widened(self, table: pa.Table, place: int, name: str) -> pa.Table:
         """A column of a file that has it narrower, as the widest file has it; dictionaries stay."""
@@ -308,6 +328,14 @@ def widest(one: pa.DataType, other: pa.DataType) -> pa.DataType | None:
             return one if one.bit_width > other.bit_width else other
     texts = [kind.value_type if pa.types.is_dictionary(kind) else kind for kind in (one, other)]
     return pa.string() if all(is_text(kind) for kind in texts) else None
+
+
+def _decoded(file: pq.ParquetFile, group: RowGroup, columns: list[str], block_rows: int) -> Iterator[pa.Table]:
+    if block_rows >= group.num_rows:
+        yield file.read_row_group(group.number, columns=columns, use_threads=False)
+        return
+    for batch in file.iter_batches(block_rows, row_groups=[group.number], columns=columns, use_threads=False):
+        yield pa.Table.from_batches([batch])
 
 
 def _is_wider(wide: pa.DataType, kind: pa.DataType) -> bool:

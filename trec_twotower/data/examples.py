@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import numpy as np
 
@@ -71,10 +71,3 @@ class Examples(_ByRow):
     @property
     def items(self) -> RowItems:
         return RowItems(self.positives, self.given, self.user_key)
-
-
-class Piece(NamedTuple):
-    """A run of rows of some examples, cut only where it is wanted: a batch has several pieces."""
-
-    examples: Examples
-    rows: slice

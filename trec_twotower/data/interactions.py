@@ -6,6 +6,7 @@ A step takes the next `batch_size` rows of its epoch, so a cursor is one integer
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,10 +19,12 @@ import numpy as np
 from trec_twotower.config import DataConfig, LossConfig
 from trec_twotower.data.batch import Batch, make_batch
 from trec_twotower.data.candidates import CandidateSets
+from trec_twotower.data.examples import Examples
 from trec_twotower.data.features import Sources
 from trec_twotower.data.lists import Lists
 from trec_twotower.data.negatives import Negatives, StepItems
 from trec_twotower.data.order import Interleaving, Window, windows_of
+from trec_twotower.data.packed import take
 from trec_twotower.data.reader import UnitReader, UnitRows
 from trec_twotower.data.step_rows import StepRows, rows_at
 from trec_twotower.errors import ConfigError
@@ -112,17 +115,17 @@ class TrainBatches:
                 while held and (held[0].window.epoch < epoch or held[0].window.end <= low):
                     held.popleft()
                 while not held or (held[-1].window.epoch, held[-1].window.end) < (epoch, high):
-                    held.append(_Held(next(windows)))
+                    held.append(_Held(next(windows), self.reader))
                 needed = [each for each in held if each.window.epoch == epoch and each.window.first < high]
                 for each in needed:
-                    each.read(pool, self.reader)
+                    each.read(pool)
                 if self.data.threads and len(held) == len(needed) and (ahead := next(windows, None)) is not None:
-                    held.append(_Held(ahead))
+                    held.append(_Held(ahead, self.reader))
                 if len(held) > len(needed):  # a unit a thread at a time: batches must not wait behind a whole window
-                    held[-1].read(pool, self.reader, at_once=self.data.threads)
+                    held[-1].read(pool, at_once=self.data.threads)
                 if made and not all(rows.done() for each in needed for rows in each.rows):
                     break  # give what there is before waiting for more
-                pieces = [piece for each in needed for piece in each.pieces(low, high, self.data.seed)]
+                pieces = [piece for each in needed for piece in each.pieces(low)]
                 made.append(pool.submit(self._batch, step, pieces))
                 step += 1
             yield made.popleft().result()
@@ -150,17 +153,26 @@ class TrainBatches:
                 if (epoch > first or window.end > low) and window.first < self.rows_per_epoch:
                     yield window
 
-    def _batch(self, step: int, pieces: list[tuple[UnitRows, slice]]) -> Batch:
-        """This rank's batch of a step, whose candidates come from the rows of all ranks."""
-        items = StepItems(step, [(unit.items, rows) for unit, rows in pieces])
-        rows_R = np.sum([unit.rows_per_rank(rows, self.num_ranks) for unit, rows in pieces], axis=0)
-        mine = [unit.mine(rows) for unit, rows in pieces]
-        candidates, targets = self.candidates.of(items, mine, lambda: _my_places(pieces))
+    def _batch(self, step: int, pieces: list[tuple[UnitRows, int]]) -> Batch:
+        """This rank's batch of a step, whose candidates come from the rows of all ranks.
+
+        Each piece is a heap of a unit.
+        """
+        rows_of_pieces = np.stack([unit.num_rows(heap) for unit, heap in pieces])  # (pieces, ranks)
+        mine: Examples = take([(unit.mine, unit.mine.heaps[heap]) for unit, heap in pieces])
+        if self.num_ranks == 1:
+            items = mine.items
+        else:
+            items = take([(unit.items, unit.items.heaps[heap]) for unit, heap in pieces if unit.items is not None])
+        rows_R = rows_of_pieces.sum(axis=0)
+        candidates, targets = self.candidates.of(
+            StepItems(step, items), mine, lambda: _places_of(rows_of_pieces, self.rank)
+        )
         first = sum(candidates.sizes[: self.rank])
         share = candidates.item_row[first : first + candidates.sizes[self.rank]]
         batch = make_batch(
             self.sources.schema,
-            [(piece.examples.user, piece.rows) for piece in mine],
+            self.sources.with_items(mine.user),
             self.sources.catalogue.columns.take(share),
             num_rows=max(int(rows_R.max()), *candidates.sizes),
             candidates=candidates,
@@ -170,39 +182,49 @@ class TrainBatches:
         return batch.pin_memory() if self.pin_memory else batch
 
 
-def _my_places(pieces: list[tuple[UnitRows, slice]]) -> np.ndarray:
-    """Where this rank's rows stand among a step's, those of all ranks one piece behind the other."""
-    places, first = [], 0
-    for unit, rows in pieces:
-        places.append(unit.my_places(rows) + first)
-        first += rows.stop - rows.start
-    return np.concatenate(places)
+def _places_of(rows_of_pieces: np.ndarray, rank: int) -> np.ndarray:
+    """Where a rank's rows stand among a step's: in each piece, those of the ranks come one behind the other."""
+    is_rank = np.zeros(rows_of_pieces.shape, bool)
+    is_rank[:, rank] = True
+    return np.flatnonzero(np.repeat(is_rank.reshape(-1), rows_of_pieces.reshape(-1)))
 
 
 class _Held:
     """A window whose units are read, being read or still to be."""
 
-    def __init__(self, window: Window) -> None:
+    def __init__(self, window: Window, reader: UnitReader) -> None:
         self.window = window
+        self.reader = reader
         self.rows: list[Future[UnitRows]] = []
-        self._interleaving: Interleaving | None = None
+        # The window's first place, those where steps begin, and its end.
+        batch_size = reader.data.batch_size
+        inside = range(window.first - window.first % batch_size + batch_size, window.end, batch_size)
+        self.edges = np.array([window.first, *inside, window.end]) - window.first
+        self._before: np.ndarray | None = None
+        self._lock = threading.Lock()
 
-    def read(self, pool: _Pool, reader: UnitReader, at_once: int | None = None) -> None:
+    def read(self, pool: _Pool, at_once: int | None = None) -> None:
         """Have the units read that are not yet; with `at_once`, only while fewer than so many are under way."""
-        for unit in self.window.units[len(self.rows) :]:
+        for number in range(len(self.rows), len(self.window.units)):
             if at_once is not None and sum(not rows.done() for rows in self.rows) >= at_once:
                 return
-            self.rows.append(pool.submit(reader.read, unit))
+            self.rows.append(pool.submit(self._read, number))
 
-    def pieces(self, low: int, high: int, seed: int) -> list[tuple[UnitRows, slice]]:
-        """The rows at the epoch's places low .. high - 1, as slices of units."""
-        if self._interleaving is None:
-            self._interleaving = Interleaving.of(self.window, seed)
-        start, stop = max(low - self.window.first, 0), min(high - self.window.first, self.window.num_rows)
-        slices = self._interleaving.rows(start, stop)
-        return [
-            (rows.result(), slice(*part)) for rows, part in zip(self.rows, slices, strict=True) if part[0] < part[1]
-        ]
+    def _read(self, number: int) -> UnitRows:
+        return self.reader.read(self.window.units[number], self._cuts()[:, number])
+
+    def _cuts(self) -> np.ndarray:
+        """How many rows of each unit come before each edge: (edges, units)."""
+        with self._lock:  # whoever asks first
+            if self._before is None:
+                self._before = Interleaving.of(self.window, self.reader.data.seed).before(self.edges)
+            return self._before
+
+    def pieces(self, low: int) -> list[tuple[UnitRows, int]]:
+        """The heaps that the step takes which begins at this place of the epoch, or before the window."""
+        heap = int(np.searchsorted(self.edges, max(low - self.window.first, 0)))
+        first, end = self._cuts()[heap : heap + 2]
+        return [(self.rows[number].result(), heap) for number in np.flatnonzero(first < end).tolist()]
 
 
 def rows_taken(num_rows: int, data: DataConfig) -> int:

@@ -110,6 +110,107 @@ def copy_lists(values: np.ndarray, starts: np.ndarray, out_offsets: np.ndarray, 
 
 
 @kernel
+def put_headers(header: np.ndarray, starts: np.ndarray, words: np.ndarray, cursor: np.ndarray) -> None:
+    """Write the words that each record begins with, see data/packed.py; `cursor` is then the place behind them."""
+    width = header.shape[1]
+    for row in range(starts.size):
+        at = starts[row]
+        for k in range(width):
+            words[at + k] = header[row, k]
+        cursor[row] = at + width
+
+
+@kernel
+def put_lists(values: np.ndarray, width: int, offsets: np.ndarray, cursor: np.ndarray, words: np.ndarray) -> None:
+    """Write each row's list, of so many words a value, at its `cursor`, which moves on."""
+    for row in range(cursor.size):
+        count = (offsets[row + 1] - offsets[row]) * width
+        copy_run(words, cursor[row], values, offsets[row] * width, count)
+        cursor[row] += count
+
+
+@kernel
+def put_records(words: np.ndarray, starts: np.ndarray, places: np.ndarray, out: np.ndarray) -> None:
+    """Copy each record to its place."""
+    for row in range(places.size):
+        copy_run(out, places[row], words, starts[row], starts[row + 1] - starts[row])
+
+
+@kernel
+def measure_rows(
+    words: np.ndarray, starts: np.ndarray, runs: np.ndarray, place: int, at: int, offsets: np.ndarray
+) -> int:  # fmt: skip
+    """The lengths of these runs' lists, which stand from `place` of a record on, added up behind offsets[:, at].
+
+    Returns the place behind the last of these rows.
+    """
+    for run in range(runs.shape[0]):
+        for row in range(runs[run, 0], runs[run, 1]):
+            first = starts[row] + place
+            for number in range(offsets.shape[0]):
+                offsets[number, at + 1] = offsets[number, at] + words[first + number]
+            at += 1
+    return at
+
+
+@kernel
+def copy_rows(
+    words: np.ndarray, starts: np.ndarray, runs: np.ndarray, at: int, offsets: np.ndarray,
+    fixed: np.ndarray, lists: np.ndarray, header: int, out: np.ndarray,
+) -> int:  # fmt: skip
+    """Take records apart: each row's part of a field goes to its place, `at` and following, in the field's array.
+
+    Fields of one length are rows of `fixed`: where they stand in a record, their words, and where in `out` their array
+    begins. Those of `lists`: the number of their length, the words of a value, and the array (-1: not wanted).
+    """
+    for run in range(runs.shape[0]):
+        for row in range(runs[run, 0], runs[run, 1]):
+            first = starts[row]
+            for field in range(fixed.shape[0]):
+                width = fixed[field, 1]
+                to = fixed[field, 2] + at * width
+                for k in range(width):
+                    out[to + k] = words[first + fixed[field, 0] + k]
+            first += header
+            for field in range(lists.shape[0]):
+                number, width = lists[field, 0], lists[field, 1]
+                low = offsets[number, at]
+                count = (offsets[number, at + 1] - low) * width
+                if lists[field, 2] >= 0:
+                    copy_run(out, lists[field, 2] + low * width, words, first, count)
+                first += count
+            at += 1
+    return at
+
+
+@kernel
+def count_before(kinds: np.ndarray, places: np.ndarray, out: np.ndarray) -> None:
+    """How many of each kind stand before each of the rising places: out[place, kind], which begins as zeros."""
+    at = 0
+    for number in range(places.size):
+        if number > 0:
+            out[number] = out[number - 1]
+        while at < places[number]:
+            out[number, kinds[at]] += 1
+            at += 1
+
+
+@kernel
+def put_in_order(keys: np.ndarray, num_keys: int, ends: np.ndarray, order: np.ndarray) -> None:
+    """The positions of keys below `num_keys` by rising key, equal ones as they stand; ends[k]: behind those of key k.
+
+    `ends` begins as zeros and has one more, for 0.
+    """
+    for i in range(keys.size):
+        ends[keys[i] + 1] += 1
+    for key in range(num_keys):
+        ends[key + 1] += ends[key]
+    for i in range(keys.size):  # each key's beginning moves on to its end
+        order[ends[keys[i]]] = i
+        ends[keys[i]] += 1
+
+
+@kernel
 def shuffle(values: np.ndarray, seed: np.uint64) -> None:
     """A uniform permutation in place (Durstenfeld 1964), by splitmix64's numbers from `seed` on.
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -32,27 +31,30 @@ from trec_twotower.errors import ConfigError
 _SAMPLED, _SAME_POSITIVE, _SAME_ITEM, _MINED, _REFRESHED = 0x6E6567, 0x73616D, 0x73616E, 0x6D696E, 0x726566
 
 
+@dataclass(frozen=True)
 class StepItems:
     """The items of a step's rows, those of all ranks, in an order that does not depend on how many these are."""
 
-    def __init__(self, step: int, pieces: Sequence[tuple[RowItems, slice]]) -> None:
-        self.step = step
-        self._pieces = pieces
-        self.taken = np.concatenate([items.positives.values_of(rows) for items, rows in pieces])
+    step: int
+    rows: RowItems
 
-    @cached_property
+    @property
+    def taken(self) -> np.ndarray:
+        return self.rows.positives.values
+
+    @property
     def positives(self) -> Lists:
-        return Lists.concat([items.positives.slice(rows.start, rows.stop) for items, rows in self._pieces])
+        return self.rows.positives
 
-    @cached_property
+    @property
     def given(self) -> Lists:
-        lists = ((items.given, rows) for items, rows in self._pieces)
-        return Lists.concat([given.slice(rows.start, rows.stop) for given, rows in lists if given is not None])
+        assert self.rows.given is not None
+        return self.rows.given
 
-    @cached_property
+    @property
     def user_key(self) -> np.ndarray:
-        keys = ((items.user_key, rows) for items, rows in self._pieces)
-        return np.concatenate([key[rows] for key, rows in keys if key is not None])
+        assert self.rows.user_key is not None
+        return self.rows.user_key
 
 
 @dataclass(frozen=True)

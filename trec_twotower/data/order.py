@@ -2,8 +2,8 @@
 
 Row groups are put in random order and joined into windows of about `shuffle_rows` rows; a window's rows come in random
 order. That order is drawn in two steps, which together are a uniform permutation: each unit of a window (a row group,
-or several small ones) is permuted by itself, and the units are interleaved at random. So units are read, hashed and
-permuted apart, in any number of threads, and a batch is a slice of each.
+or several small ones) is permuted by itself, and the units are interleaved at random. So units are read and hashed
+apart, in any number of threads, and a step takes a run of each unit's order; within it, rows stand as in the files.
 
 Rows of different row groups may come anywhere in the epoch. Two neighbours in a file share a window, where they land as
 if drawn independently: a third of its rows apart on average, and never further than all of them. Memory is that of two
@@ -13,14 +13,14 @@ windows.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import numpy as np
 
 from trec_twotower.data.dataset import RowGroup
 from trec_twotower.data.hashing import mix
-from trec_twotower.data.kernels import shuffle
+from trec_twotower.data.kernels import count_before, shuffle
 
 UNIT_ROWS = 1 << 16  # row groups are joined until a unit has so many
 _WINDOWS, _UNITS, _PLACES = 0x6F72, 0x6F73, 0x6F74  # streams of random numbers that must not meet
@@ -62,14 +62,12 @@ class Window:
         return tuple(group for unit in self.units for group in unit.groups)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Interleaving:
     """Which unit's next row comes at each place of a window."""
 
     unit_at: np.ndarray  # uint16, by place
     num_units: int
-    _place: int = 0  # where the last question ended
-    _taken: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))  # rows of each unit before that
 
     @classmethod
     def of(cls, window: Window, seed: int) -> Interleaving:
@@ -77,14 +75,11 @@ class Interleaving:
         shuffle(unit_at, _stream(_PLACES, seed, window.epoch, window.number))
         return cls(unit_at, len(window.units))
 
-    def rows(self, start: int, stop: int) -> list[tuple[int, int]]:
-        """Which rows of each unit, in its order, come at the places start .. stop - 1: (first, one past the last)."""
-        if start != self._place or not len(self._taken):
-            self._taken = np.bincount(self.unit_at[:start], minlength=self.num_units)
-        before = self._taken
-        self._place = stop
-        self._taken = before + np.bincount(self.unit_at[start:stop], minlength=self.num_units)
-        return list(zip(before.tolist(), self._taken.tolist(), strict=True))
+    def before(self, places: Sequence[int] | np.ndarray) -> np.ndarray:
+        """How many rows of each unit come before each of these rising places: (places, units), int64."""
+        counts = np.zeros((len(places), self.num_units), np.int64)
+        count_before(self.unit_at, np.asarray(places, np.int64), counts)
+        return counts
 
 
 def windows_of(groups: Sequence[RowGroup], shuffle_rows: int, seed: int, epoch: int) -> list[Window]:

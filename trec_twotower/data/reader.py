@@ -7,8 +7,10 @@ step takes does not depend on who owns them.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
+from itertools import pairwise
 
 import numpy as np
 import pyarrow as pa
@@ -16,45 +18,40 @@ import pyarrow as pa
 from trec_twotower.config import DataConfig, LossConfig
 from trec_twotower.data.cache import Cache
 from trec_twotower.data.dataset import HISTORY, ITEM_ID, POSITIVES, USER_ID, RowGroup
-from trec_twotower.data.examples import Examples, Piece, RowItems
+from trec_twotower.data.examples import Examples, RowItems
 from trec_twotower.data.features import Sources
 from trec_twotower.data.hashing import fingerprints, id_keys, uniform
 from trec_twotower.data.item_lists import check_given, given_columns, read_given
 from trec_twotower.data.lists import Lists
 from trec_twotower.data.order import Unit
+from trec_twotower.data.packed import Buffers, Packed, Packer
 from trec_twotower.data.transforms import beside, check_kind, key_lists, one_chunk
 from trec_twotower.errors import DataError
 from trec_twotower.schema import FeatureSpec, hash_parts
 
 WEIGHT = "weight"
+ITEM_PARTS = frozenset(field.name for field in fields(RowItems))
+BLOCK_ROWS = 1 << 14  # decoded at a time
 _INPUT = 0x696E  # keeps these random numbers apart from others of the same seed
 
 
 @dataclass(frozen=True)
 class UnitRows:
-    """This rank's rows of a unit in the unit's order, and the items of everybody's."""
+    """This rank's rows of a unit, and the items of everybody's, as records, with a heap for each step.
 
-    place: np.ndarray | None  # the places of this rank's rows, rising; None: all are its own
-    examples: Examples
-    items: RowItems  # of all ranks' rows, by place
-    owner: np.ndarray | None  # the rank that owns each place; None: there is one
+    A heap's rows stand as in the files, and this rank's are a run of them.
+    """
 
-    def mine(self, rows: slice) -> Piece:
-        """This rank's rows among these places."""
-        if self.place is not None:
-            rows = slice(*np.searchsorted(self.place, (rows.start, rows.stop)).tolist())
-        return Piece(self.examples, rows)
+    mine: Packed
+    items: Packed | None = None  # of all ranks' rows; None: all are this rank's
+    rows_per_rank: np.ndarray | None = None  # (heaps, ranks)
 
-    def my_places(self, rows: slice) -> np.ndarray:
-        """The places of this rank's rows among these places, counted from the first of these."""
-        if self.place is None:
-            return np.arange(rows.stop - rows.start)
-        return self.place[slice(*np.searchsorted(self.place, (rows.start, rows.stop)))] - rows.start
-
-    def rows_per_rank(self, rows: slice, num_ranks: int) -> np.ndarray:
-        if self.owner is None:
-            return np.array([rows.stop - rows.start])
-        return np.bincount(self.owner[rows], minlength=num_ranks)
+    def num_rows(self, heap: int) -> np.ndarray:
+        """The rows of each rank in a heap."""
+        if self.rows_per_rank is not None:
+            return self.rows_per_rank[heap]
+        runs = self.mine.heaps[heap]
+        return np.array([int((runs[:, 1] - runs[:, 0]).sum())])
 
 
 class UnitReader:
@@ -74,6 +71,7 @@ class UnitReader:
             check_given(train, self.given)
         mined = loss.negatives.mined
         self.keeps_user_key = loss.known is not None or (mined is not None and mined.key == USER_ID)
+        self._buffers = Buffers()
         self.cache = Cache.open(data, sources, self._settings) if data.cache is not None else None
 
     @property
@@ -83,40 +81,93 @@ class UnitReader:
         kept = {"masks_history": self.loss.mask_history, "keeps_user_key": self.keeps_user_key}
         return {**kept, "given": given, "own_item": self.data.own_item}
 
-    def read(self, unit: Unit) -> UnitRows:
-        """Decode, hash and permute; the costly part, free of the interpreter's lock most of the time."""
-        order = unit.order(self.data.seed)
+    def read(self, unit: Unit, cuts: np.ndarray) -> UnitRows:
+        """Decode and hash; the costly part, free of the interpreter's lock most of the time.
+
+        Each step takes a run of the unit's order, which is cut at these places; the first is 0, the last its end.
+        """
+        num_heaps = len(cuts) - 1
+        heap_of = np.empty(unit.num_rows, np.int32)
+        heap_of[unit.order(self.data.seed)] = np.repeat(np.arange(num_heaps, dtype=np.int32), np.diff(cuts))
+        if self.num_ranks == 1:
+            return UnitRows(self._packed(_parts(unit, 0, unit.num_rows), heap_of, num_heaps, unit.epoch))
         # Where each rank's rows of the window begin and end, counted in this unit.
         bounds = unit.window_rows * np.arange(self.num_ranks + 1) // self.num_ranks - unit.first
-        low, high = (int(bound) for bound in np.clip(bounds[self.rank : self.rank + 2], 0, unit.num_rows))
-        mine = Examples.concat([self._part(*part, unit.epoch) for part in _parts(unit, low, high)] or [self._nothing])
-        if self.num_ranks == 1:
-            examples = mine.take(order)
-            return UnitRows(None, examples, examples.items, None)
-        owner = (np.searchsorted(bounds, order, side="right") - 1).astype(np.int16)
-        place = np.flatnonzero(owner == self.rank)
-        before, behind = _parts(unit, 0, low), _parts(unit, high, unit.num_rows)
-        others = [self._items(*part, unit.epoch) for part in (*before, *behind)]
-        items = RowItems.concat([*others[: len(before)], mine.items, *others[len(before) :]])
-        return UnitRows(place, mine.take(order[place] - np.int32(low)), items.take(order), owner)
+        bounds = np.clip(bounds, 0, unit.num_rows)
+        low, high = bounds[self.rank : self.rank + 2].tolist()
+        items = Packer(heap_of, num_heaps, Buffers())
+        self._add_items(items, _parts(unit, 0, low), unit.epoch)
+        mine = self._packed(_parts(unit, low, high), heap_of[low:high], num_heaps, unit.epoch, items)
+        self._add_items(items, _parts(unit, high, unit.num_rows), unit.epoch)
+        owned = [np.bincount(heap_of[start:stop], minlength=num_heaps) for start, stop in pairwise(bounds.tolist())]
+        return UnitRows(mine, items.finish(), np.stack(owned, axis=1))
+
+    def _packed(
+        self,
+        parts: list[tuple[RowGroup, int, int]],
+        heap_of: np.ndarray,
+        num_heaps: int,
+        epoch: int,
+        items: Packer | None = None,
+    ) -> Packed:
+        """These rows of row groups, whose heaps `heap_of` has; what every rank knows of them goes into `items`, too."""
+        packer = Packer(heap_of, num_heaps, self._buffers)
+        for group, start, stop in parts:
+            kept = self._kept(group)
+            if kept is not None and not self.is_by_user:
+                kept = kept.slice(start, stop)
+                packer.add_packed(kept)
+                if items is not None:
+                    items.add(kept.unpacked(ITEM_PARTS))
+                continue
+            blocks = self._blocks(group, start, stop) if kept is None else [(start, kept.slice(start, stop).unpacked())]
+            for row, rows in blocks:
+                drawn = self._drawn(rows, group.first_row + row, epoch)
+                packer.add(drawn)
+                if items is not None:
+                    items.add(drawn.items)
+        if not parts:
+            packer.add(self._nothing)
+        return packer.finish()
+
+    def _add_items(self, items: Packer, parts: list[tuple[RowGroup, int, int]], epoch: int) -> None:
+        for part in parts:
+            items.add(self._items(*part, epoch))
 
     @cached_property
     def _nothing(self) -> Examples:
         """No rows, with all their columns: what a rank holds of a unit that others own."""
         group = self.sources.dataset.train.row_groups[0]
-        return self._drawn(self._hash(group, 0, 0), 0, 0)
+        table = self.sources.dataset.train.read(group, self._columns(), dictionaries=True).slice(0, 0)
+        return self._drawn(self._hash(table, str(group)), 0, 0)
 
-    def _part(self, group: RowGroup, start: int, stop: int, epoch: int) -> Examples:
-        """Rows start .. stop - 1 of a row group, in the order of the file."""
-        hashed_rows = self.cache.get(group) if self.cache is not None else None
-        if hashed_rows is not None:
-            hashed_rows = replace(hashed_rows, user=self.sources.with_items(hashed_rows.user))
-            return self._drawn(hashed_rows.slice(start, stop), group.first_row + start, epoch)
-        if self.cache is not None:  # the whole group, so that its file serves every rank and every order
-            whole = self._hash(group, 0, group.num_rows)
-            self.cache.put(group, whole)
-            return self._drawn(whole.slice(start, stop), group.first_row + start, epoch)
-        return self._drawn(self._hash(group, start, stop), group.first_row + start, epoch)
+    def _kept(self, group: RowGroup) -> Packed | None:
+        """The whole row group from the cache, and into it where it is not there yet; None: there is no cache."""
+        if self.cache is None:
+            return None
+        kept = self.cache.get(group)
+        if kept is None:
+            packer = Packer(np.zeros(group.num_rows, np.int32), 1, self._buffers)
+            for _, rows in self._blocks(group, 0, group.num_rows):
+                packer.add(rows)
+            kept = packer.finish()
+            self.cache.put(group, kept)
+        return kept
+
+    def _blocks(self, group: RowGroup, start: int, stop: int) -> Iterator[tuple[int, Examples]]:
+        """Rows start .. stop - 1 of a row group, hashed while they are in the processor's cache; each with its row."""
+        row, train = 0, self.sources.dataset.train
+        for table in train.blocks(group, self._columns(), BLOCK_ROWS, dictionaries=True):
+            low, high = max(start - row, 0), min(stop - row, len(table))
+            if low < high:
+                try:
+                    rows = self._hash(table.slice(low, high - low), str(group))
+                except DataError:
+                    if row + low:  # say it with the row as counted in the row group
+                        self._hash(train.read(group, self._columns(), dictionaries=True), str(group))
+                    raise
+                yield row + low, rows
+            row += len(table)
 
     def _columns(self) -> list[str]:
         train = self.sources.dataset.train
@@ -132,10 +183,8 @@ class UnitReader:
         columns |= set(given_columns(self.given)) if self.given is not None else set()
         return sorted(columns | ({USER_ID} if self.keeps_user_key else set()))
 
-    def _hash(self, group: RowGroup, start: int, stop: int) -> Examples:
+    def _hash(self, table: pa.Table, where: str) -> Examples:
         """What does not depend on the epoch; drawn features hold all of a row's items yet."""
-        table = self.sources.dataset.train.read(group, self._columns(), dictionaries=True).slice(start, stop - start)
-        where = _place(group, start)
         if self.data.own_item != "keep" and HISTORY in table.column_names:
             table = without_own(table, self._beside_history, where, refuses=self.data.own_item == "refuse")
         given, history = None, None
@@ -186,9 +235,9 @@ class UnitReader:
 
     def _items(self, group: RowGroup, start: int, stop: int, epoch: int) -> RowItems:
         """The items of another rank's rows."""
-        hashed_rows = self.cache.get(group) if self.cache is not None else None
-        if hashed_rows is not None:
-            items = hashed_rows.items.slice(start, stop)
+        kept = self.cache.get(group) if self.cache is not None else None
+        if kept is not None:
+            items = kept.slice(start, stop).unpacked(ITEM_PARTS)
         else:
             whole = self.sources.dataset.train.read(group, self._item_columns(), dictionaries=True)
             table = whole.slice(start, stop - start)

@@ -33,7 +33,7 @@ def rows_at(windows: Sequence[Window], low: int, high: int, seed: int) -> list[S
         start, stop = max(low - window.first, 0), min(high - window.first, window.num_rows)
         if start >= stop:
             continue
-        for unit, (first, end) in zip(window.units, Interleaving.of(window, seed).rows(start, stop), strict=True):
+        for unit, first, end in zip(window.units, *Interleaving.of(window, seed).before([start, stop]), strict=True):
             rows = np.sort(unit.order(seed)[first:end])
             before = 0
             for group in unit.groups:

@@ -115,7 +115,7 @@ class DatasetWriter:
         text = yaml.safe_dump(manifest, sort_keys=False, allow_unicode=True)
         manifest["sha256"] = digest_of_description(parse_yaml(text, MANIFEST))
         with (self.temporary / MANIFEST).open("w", encoding="utf-8") as file:
-            file.write(f"{text}sha256: {manifest['sha256']}\n")
+            file.write(f"sha256: {manifest['sha256']}\n{text}")  # first, where no cut takes it away alone
             file.flush()
             os.fsync(file.fileno())
         for folder in (*(self.temporary / name for name in written), self.temporary):

@@ -1,0 +1,327 @@
+"""Rows as records: all that is known of a row stands in one run of memory, so that a batch takes it from there at once.
+
+A record is words of four bytes: its fields of one length, then how long its lists are, then the lists' values. With
+one id, a list of ids and one of weighted words:
+
+    id  2 1   17 4   9 .5                   country 5, history [17, 4], words [9] with the weight .5
+
+The rows of a batch lie anywhere in its window, more than the processor's caches hold, and reading memory at random
+places takes most of the time. So the records of a unit are put, as they are made, into as many heaps as steps will take
+rows of it: writing to some hundred places in turn is nearly as fast as to one, and a batch reads its heaps through.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import weakref
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import asdict, dataclass, fields
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from trec_twotower.data.examples import Examples, RowItems
+from trec_twotower.data.kernels import copy_rows, measure_rows, put_headers, put_in_order, put_lists, put_records
+from trec_twotower.data.lists import Lists
+from trec_twotower.data.transforms import Columns
+
+WORD_BYTES = 4
+LINE_WORDS = 16  # in a line of the processor's caches
+SPARSE, NUMBER = "sparse:", "number:"  # what the fields of an Examples' columns are called
+WEIGHTS = "\0weights"  # behind a list's name: what its weights are called
+KINDS: dict[str, Any] = {"Examples": Examples, "RowItems": RowItems}
+
+
+@dataclass(frozen=True)
+class Field:
+    """One field of all records."""
+
+    name: str
+    dtype: str
+    count: int = 0  # values a row; 0: a list
+    is_single: bool = False  # is a Lists all the same
+    weight: str | None = None  # of a list: the type of its weights
+
+    @property
+    def width(self) -> int:
+        """Words a row, or of a list's value."""
+        return max(self.count, 1) * np.dtype(self.dtype).itemsize // WORD_BYTES
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What stands in a record of an Examples or RowItems; fields of one length come first, then lists."""
+
+    kind: str
+    fields: tuple[Field, ...]
+
+    @classmethod
+    def of(cls, rows: Examples | RowItems) -> Layout:
+        return cls(type(rows).__name__, tuple(_field(name, value) for name, value in _parts(rows)))
+
+    @classmethod
+    def from_json(cls, text: str) -> Layout:
+        about = json.loads(text)
+        return cls(about["kind"], tuple(Field(**field) for field in about["fields"]))
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @cached_property
+    def fixed(self) -> tuple[Field, ...]:
+        return tuple(field for field in self.fields if field.count)
+
+    @cached_property
+    def lists(self) -> tuple[Field, ...]:
+        return tuple(field for field in self.fields if not field.count)
+
+    @cached_property
+    def places(self) -> list[int]:
+        """The first word of each fixed field in a record, and that of the lists' lengths."""
+        return np.cumsum([0, *(field.width for field in self.fixed)]).tolist()
+
+    @property
+    def header(self) -> int:
+        """Words before the lists' values."""
+        return self.places[-1] + len(self.lists)
+
+    @cached_property
+    def fixed_arrays(self) -> list[tuple[str, str, int, int]]:
+        """Name, type, first word and words of each fixed field."""
+        places = zip(self.fixed, self.places, strict=False)
+        return [(field.name, field.dtype, place, field.width) for field, place in places]
+
+    @cached_property
+    def list_arrays(self) -> list[tuple[str, str, int, int]]:
+        """Name, type, number of the list and words a value of all lists' values and weights, as they stand."""
+        found = []
+        for number, field in enumerate(self.lists):
+            found.append((field.name, field.dtype, number, field.width))
+            if field.weight is not None:
+                found.append((field.name + WEIGHTS, field.weight, number, 1))
+        return found
+
+
+@dataclass(frozen=True, eq=False)
+class Packed:
+    """Records of some rows: row r is words[starts[r]:starts[r + 1]]."""
+
+    layout: Layout
+    starts: np.ndarray  # int64, one more than rows
+    words: np.ndarray  # int32
+    heaps: np.ndarray  # int64 (heaps, runs, 2): the runs of rows of each heap
+    whole: Packed | None = None  # whose memory this is a part of
+
+    @classmethod
+    def in_order(cls, layout: Layout, starts: np.ndarray, words: np.ndarray) -> Packed:
+        """With all rows in one heap."""
+        return cls(layout, starts, words, np.array([[[0, len(starts) - 1]]]))
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    def slice(self, start: int, stop: int) -> Packed:
+        """Rows start .. stop - 1 in one heap, without a copy."""
+        starts = self.starts[start : stop + 1]
+        return Packed(self.layout, starts, self.words, np.array([[[0, stop - start]]]), self.whole or self)
+
+    def unpacked(self, names: Collection[str] | None = None) -> Any:
+        """All rows, in their order."""
+        return take([(self, np.array([[0, len(self)]]))], names)
+
+
+class Buffers:
+    """Memory that units of rows take turns in: fresh pages cost as much as what is written to them."""
+
+    def __init__(self) -> None:
+        self._free: list[np.ndarray] = []
+        self._lock = threading.Lock()
+
+    def take(self, num_words: int) -> np.ndarray:
+        """At least so many words, of any content."""
+        with self._lock:
+            fitting = [number for number, buffer in enumerate(self._free) if len(buffer) >= num_words]
+            if fitting:
+                return self._free.pop(min(fitting, key=lambda number: len(self._free[number])))
+            if self._free:  # of a smaller kind of unit: let it go
+                self._free.pop(0)
+        return np.empty(num_words, np.int32)
+
+    def give(self, buffer: np.ndarray) -> None:
+        with self._lock:
+            self._free.append(buffer)
+
+    def lend(self, packed: Packed, buffer: np.ndarray) -> Packed:
+        """`packed`, with whose end its buffer is free again."""
+        weakref.finalize(packed, self.give, buffer).atexit = False
+        return packed
+
+
+class Packer:
+    """Puts rows below each other into one Packed."""
+
+    def __init__(self, heap_of: np.ndarray, num_heaps: int, buffers: Buffers) -> None:
+        """`heap_of` is the heap of each row that will be added, in their order (int32)."""
+        self._heap_of = heap_of
+        self._num_heaps = num_heaps
+        self._buffers = buffers
+        self._starts = np.zeros(len(heap_of) + 1, np.int64)
+        self._words = np.empty(0, np.int32)
+        self._rows = 0
+        self._ends: list[np.ndarray] = []  # of each heap's rows, after each addition
+        self._layout: Layout | None = None
+
+    def add(self, rows: Examples | RowItems) -> None:
+        """The next rows."""
+        layout = self._check(Layout.of(rows))
+        parts = dict(_parts(rows))
+        sizes = np.full(len(rows.positives), layout.header, np.int64)
+        for field in layout.lists:
+            sizes += parts[field.name].lengths * np.int64(field.width + (field.weight is not None))
+        header = np.empty((len(sizes), layout.header), np.int32)
+        for field, place in zip(layout.fixed, layout.places, strict=False):
+            part = parts[field.name]
+            words = _as_words(part.values if field.is_single else part)
+            header[:, place : place + field.width] = words.reshape(-1, field.width)
+        for place, field in enumerate(layout.lists, layout.places[-1]):
+            header[:, place] = parts[field.name].lengths
+        starts = self._extend(sizes)
+        cursor = np.empty_like(starts)
+        put_headers(header, starts, self._words, cursor)
+        for field in layout.lists:
+            lists = parts[field.name]
+            put_lists(_as_words(lists.values), field.width, lists.offsets, cursor, self._words)
+            if lists.weights is not None:
+                put_lists(_as_words(lists.weights), 1, lists.offsets, cursor, self._words)
+
+    def add_packed(self, packed: Packed) -> None:
+        """The next rows, as records already."""
+        self._check(packed.layout)
+        put_records(packed.words, packed.starts, self._extend(np.diff(packed.starts)), self._words)
+
+    def finish(self) -> Packed:
+        assert self._layout is not None and self._rows == len(self._heap_of)
+        ends = np.stack(self._ends, axis=1)  # (1 + heaps, additions)
+        heaps = np.stack([ends[:-1], ends[1:]], axis=2)
+        words = self._words[: self._starts[-1]]
+        words.flags.writeable = False  # as those of a mapped file: kernels are compiled for one kind
+        return self._buffers.lend(Packed(self._layout, self._starts, words, heaps), self._words)
+
+    def _check(self, layout: Layout) -> Layout:
+        if self._layout is None:
+            self._layout = layout
+        assert layout == self._layout, f"{layout} below {self._layout}"
+        return self._layout
+
+    def _extend(self, sizes: np.ndarray) -> np.ndarray:
+        """Room for records of these sizes: where each begins."""
+        first, self._rows = self._rows, self._rows + len(sizes)
+        order = np.empty(len(sizes), np.int64)
+        ends = np.zeros(self._num_heaps + 1, np.int64)
+        put_in_order(self._heap_of[first : self._rows], self._num_heaps, ends, order)
+        self._ends.append(first + np.concatenate([[0], ends[:-1]]))
+        starts = self._starts[first : self._rows + 1]
+        np.cumsum(sizes[order], out=starts[1:])
+        starts[1:] += starts[0]
+        if (end := int(starts[-1])) > len(self._words):
+            # As much as all rows need if the others are like these, and some more.
+            expected = int(end / self._rows * len(self._heap_of) * 1.05) + 4096
+            larger = self._buffers.take(max(end, expected))
+            larger[: starts[0]] = self._words[: starts[0]]
+            if len(self._words):
+                self._buffers.give(self._words)
+            self._words = larger
+        of_row = np.empty(len(sizes), np.int64)
+        of_row[order] = starts[:-1]
+        return of_row
+
+
+def take(parts: Sequence[tuple[Packed, np.ndarray]], names: Collection[str] | None = None) -> Any:
+    """Runs of rows (int64 (runs, 2)) of each part in turn, as the Examples or RowItems that they were made of.
+
+    With `names` these fields alone, as RowItems.
+    """
+    layout = parts[0][0].layout
+    assert all(packed.layout == layout for packed, _ in parts), "records of different kinds in one step"
+    num_rows = sum(int((runs[:, 1] - runs[:, 0]).sum()) for _, runs in parts)
+    offsets = np.zeros((len(layout.lists), num_rows + 1), np.int64)
+    at = 0
+    for packed, runs in parts:
+        at = measure_rows(packed.words, packed.starts, runs, layout.places[-1], at, offsets)
+    wanted = None if names is None else {*names, *(name + WEIGHTS for name in names)}
+    num_words = 0
+    arrays: dict[str, tuple[int, int, str]] = {}  # the words that each begins and ends with
+
+    def place_of(name: str, dtype: str, size: int) -> int:
+        """Where in `out` the array begins, always a cache line."""
+        nonlocal num_words
+        first, num_words = num_words, num_words + -(-size // LINE_WORDS) * LINE_WORDS
+        arrays[name] = first, first + size, dtype
+        return first
+
+    fixed = [
+        (place, width, place_of(name, dtype, num_rows * width))
+        for name, dtype, place, width in layout.fixed_arrays
+        if wanted is None or name in wanted
+    ]
+    ends = offsets[:, -1].tolist()
+    lists = [
+        (number, width, place_of(name, dtype, ends[number] * width) if wanted is None or name in wanted else -1)
+        for name, dtype, number, width in layout.list_arrays
+    ]
+    out = np.empty(num_words, np.int32)
+    kinds = np.array(fixed, np.int64).reshape(-1, 3), np.array(lists, np.int64).reshape(-1, 3)
+    at = 0
+    for packed, runs in parts:
+        at = copy_rows(packed.words, packed.starts, runs, at, offsets, *kinds, layout.header, out)
+    values = {name: out[first:end].view(dtype) for name, (first, end, dtype) in arrays.items()}
+    found: dict[str, Any] = {}
+    number = 0
+    for field in layout.fields:
+        name = field.name
+        if not field.count:
+            if name in values:
+                found[name] = Lists(offsets[number], values[name], values.get(name + WEIGHTS))
+            number += 1
+        elif name in values:
+            array = values[name]
+            if name.startswith(NUMBER):
+                array = array.reshape(num_rows, field.count)
+            found[name] = Lists.singles(array) if field.is_single else array
+    return _rebuilt(RowItems if names is not None else KINDS[layout.kind], num_rows, found)
+
+
+def _parts(rows: Examples | RowItems) -> Iterable[tuple[str, Any]]:
+    """All Lists and arrays of some rows, by name."""
+    for field in fields(rows):
+        value = getattr(rows, field.name)
+        if isinstance(value, Columns):
+            yield from ((SPARSE + name, lists) for name, lists in value.sparse.items())
+            yield from ((NUMBER + name, number) for name, number in value.numbers.items())
+        elif value is not None:
+            yield field.name, value
+
+
+def _field(name: str, value: Lists | np.ndarray) -> Field:
+    array = value if isinstance(value, np.ndarray) else value.values
+    assert array.itemsize % WORD_BYTES == 0, f"{name}: {array.dtype} is no number of words"
+    if isinstance(value, np.ndarray):
+        return Field(name, value.dtype.str, value.shape[1] if value.ndim > 1 else 1)
+    if value.is_single:
+        return Field(name, value.values.dtype.str, 1, True)
+    return Field(name, value.values.dtype.str, weight=None if value.weights is None else value.weights.dtype.str)
+
+
+def _rebuilt(kind: Any, num_rows: int, found: dict[str, Any]) -> Any:
+    parts = {name: value for name, value in found.items() if ":" not in name}
+    if kind is Examples:
+        sparse = {name.removeprefix(SPARSE): value for name, value in found.items() if name.startswith(SPARSE)}
+        numbers = {name.removeprefix(NUMBER): value for name, value in found.items() if name.startswith(NUMBER)}
+        parts["user"] = Columns(num_rows, sparse, numbers)
+    return kind(**parts)
+
+
+def _as_words(values: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(values).reshape(-1).view(np.int32)
