@@ -190,11 +190,11 @@ def test_items_in_pieces_make_the_index_of_the_whole_and_are_not_kept(vectors, f
     [
         (16_384, {}, "Flat"),
         (16_385, {}, "IVF384,SQfp16"),
-        (1_000_000, {}, "IVF2000,SQfp16"),
-        (1_000_000, {"latency": "batch"}, "IVF2000,PQ32x4fs,Refine(SQfp16)"),
-        (1_000_000, {"memory_gb": 0.1}, "IVF2000,SQ8"),
+        (1_000_000, {}, "IVF3000,SQfp16"),
+        (1_000_000, {"latency": "batch"}, "IVF3000,PQ32x4fs,Refine(SQfp16)"),
+        (1_000_000, {"memory_gb": 0.1}, "IVF3000,SQ8"),
         (1_000_000, {"lists": 64}, "IVF64,SQfp16"),
-        (100_000_000, {"max_train_vectors": 2_000_000}, "IVF20000_HNSW32,SQfp16"),
+        (100_000_000, {"max_train_vectors": 2_000_000}, "IVF30000_HNSW32,SQfp16"),
         (1_000_000, {"factory": "IVF7,Flat"}, "IVF7,Flat"),
     ],
 )
