@@ -127,7 +127,7 @@ def test_without_numba_every_kernel_does_the_same(plain, rng):
     words, starts = np.arange(900, dtype=np.int32) % 5, 10 * np.arange(91)
     runs = np.array([[3, 9], [9, 9], [20, 41]])
     lengths = np.zeros((2, 28), np.int64)
-    calls["put_headers"] = (words.reshape(-1, 3), 4 * np.arange(300), np.zeros(1300, np.int32), np.zeros(300, np.int64))
+    calls["put_headers"] = (words, 4 * np.arange(300), np.zeros(1300, np.int32), np.zeros(300, np.int64))
     calls["put_lists"] = (words, 2, offsets, 60 * np.arange(len(offsets) - 1), np.zeros(900, np.int32))
     calls["put_records"] = (words, starts, 10 * np.arange(90)[::-1], np.zeros(900, np.int32))
     calls["measure_rows"] = (words, starts, runs, 1, 0, lengths)

@@ -109,12 +109,10 @@ def copy_lists(values: np.ndarray, starts: np.ndarray, out_offsets: np.ndarray, 
 @kernel
 def put_headers(header: np.ndarray, starts: np.ndarray, words: np.ndarray, cursor: np.ndarray) -> None:
     """Write the words that each record begins with, see data/packed.py; `cursor` is then the place behind them."""
-    width = header.shape[1]
-    for row in range(starts.size):
-        at = starts[row]
-        for k in range(width):
-            words[at + k] = header[row, k]
-        cursor[row] = at + width
+    width = header.size // max(starts.size, 1)
+    for row in range(starts.size):  # by few wide stores: as many as wait for memory at a time
+        copy_run(words, starts[row], header, row * width, width)
+        cursor[row] = starts[row] + width
 
 
 @kernel

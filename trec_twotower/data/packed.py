@@ -29,6 +29,7 @@ from trec_twotower.data.transforms import Columns
 
 WORD_BYTES = 4
 LINE_WORDS = 16  # in a line of the processor's caches
+BUFFER_WORDS = 1 << 18  # buffers come in so many, or a multiple
 SPARSE, NUMBER = "sparse:", "number:"  # what the fields of an Examples' columns are called
 WEIGHTS = "\0weights"  # behind a list's name: what its weights are called
 KINDS: dict[str, Any] = {"Examples": Examples, "RowItems": RowItems}
@@ -119,6 +120,11 @@ class Packed:
         """With all rows in one heap."""
         return cls(layout, starts, words, np.array([[[0, len(starts) - 1]]]))
 
+    @cached_property
+    def heap_rows(self) -> list[int]:
+        """How many rows each heap has."""
+        return (self.heaps[:, :, 1] - self.heaps[:, :, 0]).sum(axis=1).tolist()
+
     def __len__(self) -> int:
         return len(self.starts) - 1
 
@@ -128,8 +134,8 @@ class Packed:
         return Packed(self.layout, starts, self.words, np.array([[[0, stop - start]]]), self.whole or self)
 
     def unpacked(self, names: Collection[str] | None = None) -> Any:
-        """All rows, in their order."""
-        return take([(self, np.array([[0, len(self)]]))], names)
+        """All rows, which are in one heap."""
+        return take([(self, 0)], names)
 
 
 class Buffers:
@@ -141,6 +147,9 @@ class Buffers:
 
     def take(self, num_words: int) -> np.ndarray:
         """At least so many words, of any content."""
+        num_words = (
+            -(-num_words // BUFFER_WORDS) * BUFFER_WORDS
+        )  # units are of nearly one size: one buffer fits another
         with self._lock:
             fitting = [number for number, buffer in enumerate(self._free) if len(buffer) >= num_words]
             if fitting:
@@ -189,7 +198,7 @@ class Packer:
             header[:, place] = parts[field.name].lengths
         starts = self._extend(sizes)
         cursor = np.empty_like(starts)
-        put_headers(header, starts, self._words, cursor)
+        put_headers(header.reshape(-1), starts, self._words, cursor)
         for field in layout.lists:
             lists = parts[field.name]
             put_lists(_as_words(lists.values), field.width, lists.offsets, cursor, self._words)
@@ -238,18 +247,20 @@ class Packer:
         return of_row
 
 
-def take(parts: Sequence[tuple[Packed, np.ndarray]], names: Collection[str] | None = None) -> Any:
-    """Runs of rows (int64 (runs, 2)) of each part in turn, as the Examples or RowItems that they were made of.
+def take(parts: Sequence[tuple[Packed, int]], names: Collection[str] | None = None) -> Any:
+    """A heap of each part in turn, as the Examples or RowItems that they were made of.
 
     With `names` these fields alone, as RowItems.
     """
     layout = parts[0][0].layout
-    assert all(packed.layout == layout for packed, _ in parts), "records of different kinds in one step"
-    num_rows = sum(int((runs[:, 1] - runs[:, 0]).sum()) for _, runs in parts)
+    assert all(packed.layout is layout or packed.layout == layout for packed, _ in parts), (
+        "records of different kinds in one step"
+    )
+    num_rows = sum(packed.heap_rows[heap] for packed, heap in parts)
     offsets = np.zeros((len(layout.lists), num_rows + 1), np.int64)
     at = 0
-    for packed, runs in parts:
-        at = measure_rows(packed.words, packed.starts, runs, layout.places[-1], at, offsets)
+    for packed, heap in parts:
+        at = measure_rows(packed.words, packed.starts, packed.heaps[heap], layout.places[-1], at, offsets)
     wanted = None if names is None else {*names, *(name + WEIGHTS for name in names)}
     num_words = 0
     arrays: dict[str, tuple[int, int, str]] = {}  # the words that each begins and ends with
@@ -274,8 +285,8 @@ def take(parts: Sequence[tuple[Packed, np.ndarray]], names: Collection[str] | No
     out = np.empty(num_words, np.int32)
     kinds = np.array(fixed, np.int64).reshape(-1, 3), np.array(lists, np.int64).reshape(-1, 3)
     at = 0
-    for packed, runs in parts:
-        at = copy_rows(packed.words, packed.starts, runs, at, offsets, *kinds, layout.header, out)
+    for packed, heap in parts:
+        at = copy_rows(packed.words, packed.starts, packed.heaps[heap], at, offsets, *kinds, layout.header, out)
     values = {name: out[first:end].view(dtype) for name, (first, end, dtype) in arrays.items()}
     found: dict[str, Any] = {}
     number = 0
