@@ -1,6 +1,7 @@
 PYTHON ?= python3
 PY := .venv/bin/python
 PYTEST_ARGS ?=
+TEST_PROCESSES ?= 2
 SOAK_ARGS ?=
 
 .PHONY: help setup setup-test demo lint test soak clean
@@ -12,7 +13,7 @@ help:
 	@echo "make soak    every fault as often as it takes (some 25 minutes), to soak.json (SOAK_ARGS='--share 0.1')"
 	@echo "make lint    style and types alone"
 	@echo "make clean   remove what tools left behind; .venv, data and runs stay"
-	@echo "PYTHON=python3.12 picks another interpreter; TREC_TT_DEVICE=cpu|gpu overrides what setup detects"
+	@echo "PYTHON=python3.12 picks another interpreter; TREC_TT_DEVICE=cpu|gpu overrides what setup detects; TEST_PROCESSES=1 runs tests in turn"
 
 setup:
 	@$(PYTHON) launch/setup_env.py
@@ -29,7 +30,7 @@ lint: setup-test
 	$(PY) -m mypy
 
 test: lint
-	OMP_NUM_THREADS=1 $(PY) -m pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(TEST_PROCESSES) --dist loadgroup $(PYTEST_ARGS)
 
 soak: setup-test
 	OMP_NUM_THREADS=1 $(PY) -m tests.soak $(SOAK_ARGS)

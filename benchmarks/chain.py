@@ -3,7 +3,7 @@
     python benchmarks/chain.py --gowalla FOLDER [--ranks 2] [--out DIR] [--json FILE]
 
 FOLDER holds train.txt and test.txt of LightGCN's split. Without --gowalla only the demo runs. Gowalla is trained on
-all of train.txt, by configs/gowalla.yaml, whose settings were chosen on a fifth of it held out.
+all of train.txt, by configs/gowalla_bag.yaml, whose settings were chosen on a fifth of it held out.
 
 demo_s               the demo without set-up, seconds
 gowalla_recall@20    over the whole catalogue, exact search; likewise gowalla_ndcg@20
@@ -60,7 +60,7 @@ def gowalla(raw: Path, out: Path, ranks: int) -> dict[str, float]:
     alone = (sys.executable, "-m", "trec_twotower")
     torchrun = (ROOT / "launch/torchrun.sh", "--ranks", str(ranks))
     run(*alone, "prepare", "gowalla", "--out", dataset, "--overwrite", f"data_dir={raw}", "valid_share=0")
-    run(*torchrun, "train", "configs/gowalla.yaml", f"data.dataset={dataset}", f"run_dir={folder}")
+    run(*torchrun, "train", "configs/gowalla_bag.yaml", f"data.dataset={dataset}", f"run_dir={folder}")
     run(*torchrun, "export", folder)
     run(*alone, "index", folder)
     run(*torchrun, "evaluate", folder, "--index", "--rankings", folder / "rankings.parquet")

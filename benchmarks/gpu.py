@@ -14,13 +14,15 @@ tables      table_forward_share and table_backward_share: bytes that look-up and
 towers      towers_share: products of forward and backward of both towers in bf16, as a share of bf16_flops
 overlap     not_overlapped_share: of the steps' time with batches from Parquet, that in which the device runs nothing
             (by torch's profiler); waiting_share: that the host waits for its reader
-loss        loss_time_N and loss_memory_N: softmax in blocks against the whole matrix, time and peak memory, per N rows
+loss        loss_time_N and loss_memory_N: softmax in blocks against the whole matrix, time and peak memory, per N rows;
+            loss_s[cells=2^K]: seconds by the size of a block, to choose BLOCK_CELLS by
 faiss       faiss_build_s, faiss_queries_per_s, faiss_recall at nprobe 32, over a generated million vectors
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import statistics
 import subprocess
@@ -36,6 +38,8 @@ import torch
 from loading import batches_of, config_of, generate
 from losses import contender, vectors, whole_matrix
 from machine import headline, write_figures
+
+from trec_twotower.model.losses import blocks
 
 HAS_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if HAS_GPU else "cpu")
@@ -114,7 +118,7 @@ def job(folder: Path, *, batch: int = 4096, dim: int = 64, users: int = 1_000_00
 
     values = config_of(folder).model_dump(exclude_unset=True)
     values["data"]["batch_size"] = batch
-    values["train"]["precision"] = precision
+    values["train"]["precision"] = values["loss"]["precision"] = precision
     values["model"]["dim"] = dim
     for table in values["tables"].values():
         table["dim"] = dim
@@ -159,15 +163,21 @@ def steps(folder: Path, quick: bool) -> Figures:
         try:
             model, optimizer, made = job(folder, **change)
             took = step_s(model, optimizer, made)
+            found[f"step_s[{name}]"] = took
+            found[f"rows_per_s[{name}]"] = made[0].num_rows_of_all_ranks / took
         except Exception as error:
             print(f"step[{name}] failed: {type(error).__name__}: {str(error)[:300]}", flush=True)
-            continue
-        found[f"step_s[{name}]"] = took
-        found[f"rows_per_s[{name}]"] = made[0].num_rows_of_all_ranks / took
-        del model, optimizer, made
-        if HAS_GPU:
-            torch.cuda.empty_cache()
+        finally:
+            model = optimizer = made = None
+            free()
     return found
+
+
+def free() -> None:
+    """Give back what no one holds: sharded models are rings of references, and the next may need all of the memory."""
+    gc.collect()
+    if HAS_GPU:
+        torch.cuda.empty_cache()
 
 
 def tables(folder: Path, quick: bool) -> Figures:
@@ -263,7 +273,15 @@ def loss(folder: Path, quick: bool) -> Figures:
                 took[name] = median_s(one_pass, 5)
             peak[name] = torch.cuda.max_memory_allocated() - before if HAS_GPU else 1
         found[f"loss_time_{count}"] = took["blocks"] / took["whole"]
-        found[f"loss_memory_{count}"] = peak["blocks"] / peak["whole"]
+        if HAS_GPU:
+            found[f"loss_memory_{count}"] = peak["blocks"] / peak["whole"]
+        free()
+    usual = blocks.BLOCK_CELLS[DEVICE.type]
+    for power in (18, 20) if quick else (22, 23, 24, 25, 26, 27):  # the last loop's largest size
+        blocks.BLOCK_CELLS[DEVICE.type] = 1 << power
+        with torch.device(DEVICE):
+            found[f"loss_s[cells=2^{power}]"] = median_s(lambda given=pair: contender("softmax")(*given).backward(), 5)
+    blocks.BLOCK_CELLS[DEVICE.type] = usual
     return found
 
 

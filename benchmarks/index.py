@@ -80,7 +80,7 @@ def trained_like(num_items: int, num_users: int, dim: int = 64, seed: int = 0) -
         items[start : start + count] = unit(around + 0.7 / np.sqrt(dim) * normal(count))
     weight = rng.dirichlet([0.6] * 3, num_users).astype(np.float32)
     between = np.einsum("um,umd->ud", weight, centre[rng.choice(4000, (num_users, 3), p=share)])
-    return items, unit(between + 0.3 * unit(normal(1)) + 0.3 / np.sqrt(dim) * normal(num_users))
+    return items, unit(between + 0.3 * unit(normal(1)) + 0.3 / np.sqrt(dim) * normal(num_users)).astype(np.float32)
 
 
 # ---------------------------------------------------------------- measuring
@@ -138,14 +138,13 @@ def stock_search(index: Any) -> Callable[[np.ndarray], Any]:
 
 
 def tuned_stock(items: np.ndarray, users: np.ndarray, exact: np.ndarray, factory: str) -> tuple[Any, float]:
-    """A stock index with the least nprobe that reaches the target for the users; seconds of building it."""
-    started = time.perf_counter()
+    """A stock index with the least nprobe that reaches the target for the users; CPU seconds of that."""
+    started = time.process_time()
     index = faiss.index_factory(items.shape[1], factory, faiss.METRIC_INNER_PRODUCT)
     if factory.startswith("IVF"):
         index.cp.max_points_per_centroid = 64  # as many as ours takes
     index.train(items)
     index.add(items)
-    built = time.perf_counter() - started
     if factory.startswith("IVF"):
         low, high = 0, 1
         while high < index.nlist and _reached(index, high, users, exact) < TARGET:
@@ -157,7 +156,7 @@ def tuned_stock(items: np.ndarray, users: np.ndarray, exact: np.ndarray, factory
             else:
                 high = middle
         index.nprobe = high
-    return index, built
+    return index, time.process_time() - started
 
 
 def _reached(index: Any, nprobe: int, users: np.ndarray, exact: np.ndarray) -> float:
@@ -165,17 +164,52 @@ def _reached(index: Any, nprobe: int, users: np.ndarray, exact: np.ndarray) -> f
     return recall(index.search(users, K)[1], exact)
 
 
-def file_bytes(index: Any, folder: Path) -> int:
-    faiss.write_index(index, str(folder / "stock.faiss"))
-    return (folder / "stock.faiss").stat().st_size
+class Kept:
+    """What takes long to make, made once and kept in a folder, so that a benchmark may be spread over several calls."""
+
+    def __init__(self, folder: Path, num_items: int) -> None:
+        self.folder = folder / f"{num_items}"
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    def array(self, name: str, make: Callable[[], np.ndarray]) -> np.ndarray:
+        path = self.folder / f"{name}.npy"
+        if not path.exists():
+            np.save(path, make())
+        return np.load(path)
+
+    def stock(self, factory: str, make: Callable[[], tuple[Any, float]]) -> tuple[Any, float, int]:
+        """The index with its nprobe, CPU seconds of building and tuning it, bytes."""
+        path, facts = self.folder / f"{factory}.faiss", self.folder / f"{factory}.json"
+        if not facts.exists():
+            index, built = make()
+            faiss.write_index(index, str(path))
+            facts.write_text(json.dumps({"nprobe": index.nprobe, "built": built}))
+        index, known = faiss.read_index(str(path)), json.loads(facts.read_text())
+        index.nprobe = known["nprobe"]
+        return index, known["built"], path.stat().st_size
+
+    def ours(self, name: str, make: Callable[[], ItemIndex]) -> tuple[ItemIndex, float]:
+        """The index and the CPU seconds of building and tuning it."""
+        facts = self.folder / f"{name}.json"
+        if not facts.exists():
+            started = time.process_time()
+            index = make()
+            facts.write_text(json.dumps(time.process_time() - started))
+            ids = pa.array(np.arange(len(index)))
+            index.save(self.folder / name, model_version="m", item_ids=ids, similarity="cosine")
+        return ItemIndex.load(self.folder / name, device="cpu"), json.loads(facts.read_text())
 
 
-def against_stock(num_items: int, rounds: int, folder: Path) -> dict[str, float]:
-    items, users = trained_like(num_items, 4096 + 2048)
+def against_stock(
+    num_items: int, rounds: int, folder: Path, latencies: list[str], codes_of_stock: list[str], make_only: bool
+) -> dict[str, float]:
+    kept = Kept(folder, num_items)
+    items = kept.array("items", lambda: trained_like(num_items, 4096 + 2048)[0])
+    users = kept.array("users", lambda: trained_like(num_items, 4096 + 2048)[1])
     config = IndexConfig(k=K, target_recall=TARGET, device="cpu")
     tune_users, users = users[:4096], users[4096:]
-    exact = exact_search(items, users, K, device="cpu")[1]
-    tune_exact = exact_search(items, tune_users[1365:2730], K, device="cpu")[1]
+    exact = kept.array("exact", lambda: exact_search(items, users, K, device="cpu")[1])
+    tune_exact = kept.array("tune_exact", lambda: exact_search(items, tune_users[1365:2730], K, device="cpu")[1])
 
     flat = faiss.IndexFlatIP(items.shape[1])
     flat.add(items)
@@ -184,23 +218,30 @@ def against_stock(num_items: int, rounds: int, folder: Path) -> dict[str, float]
         "exact, ours": (lambda user: exact_search(items, user, K, device="cpu"), 0.0, items.nbytes),
     }
     ours = {}
-    for latency in ("online", "batch"):
-        index = build_index(items, tune_users, config.model_copy(update={"latency": latency}))
+    for latency in latencies:
+        asked = config.model_copy(update={"latency": latency})
+        index, built = kept.ours(latency, lambda asked=asked: build_index(items, tune_users, asked))
         ours[latency] = index
         report = index.report
         contenders[f"ours, {latency}: {report.kind}"] = (
-            lambda user, index=index: index.search(user, K), report.build_s + report.tune_s, report.bytes
+            lambda user, index=index: index.search(user, K), built, report.bytes
         )  # fmt: skip
     stock_names = []
     for lists in STOCK_LISTS.get(num_items, (int(np.sqrt(num_items)), int(2 * np.sqrt(num_items)))):
-        for codes in ("Flat", "SQfp16"):
-            stock, built = tuned_stock(items, tune_users[1365:2730], tune_exact, f"IVF{lists},{codes}")
-            name = f"stock IVF{lists},{codes}, nprobe {stock.nprobe}"
-            contenders[name] = (stock_search(stock), built, file_bytes(stock, folder))
+        for codes in codes_of_stock:
+            factory = f"IVF{lists},{codes}"
+            stock, built, num_bytes = kept.stock(
+                factory,
+                lambda factory=factory: tuned_stock(items, tune_users[1365:2730], tune_exact, factory),
+            )
+            name = f"stock {factory}, nprobe {stock.nprobe}"
+            contenders[name] = (stock_search(stock), built, num_bytes)
             stock_names += [name] if codes == "Flat" else []
+    if make_only:
+        return {}
     print(f"\n{num_items:,} x {items.shape[1]}, recall of the best {K} on {len(users):,} held-out users")
     print(
-        f"{'':<44}{'recall@10':>10}{'@100':>8}{'build s':>9}{'MB':>7}"
+        f"{'':<44}{'recall@10':>10}{'@100':>8}{'CPU s':>9}{'MB':>7}"
         f"{'q/s b1':>9}{'b32':>8}{'b1024':>8}{'p50 µs':>8}{'p99 µs':>8}"
     )
     rate: dict[int, dict[str, float]] = {}
@@ -381,22 +422,29 @@ def of_run(run: Path) -> dict[str, float]:
     tune = known[:1365]
     stock, _ = tuned_stock(items, tune, exact_search(items, tune, K)[1], f"IVF{report.lists},Flat")
     exact = exact_search(items, held_out, K)[1]
-    shares = {}
-    for name, search in (("ours", lambda user: index.search(user, K)), ("stock", stock_search(stock))):
-        search(held_out[:1])
-        faiss.cvar.indexIVF_stats.reset()
-        found = search(held_out)[1]
-        shares[name] = faiss.cvar.indexIVF_stats.ndis / len(held_out) / len(items)
+    answers = {"ours": index.search(held_out, K)[1]}
+    faiss.cvar.indexIVF_stats.reset()
+    answers["stock"] = stock_search(stock)(held_out)[1]
+    stock_share = faiss.cvar.indexIVF_stats.ndis / len(held_out) / len(items)
+    shares = {"ours": float(index.scanned(held_out, K).mean()), "stock": stock_share}
+    for name, found in answers.items():
         print(f"{run.name}, {name}: recall@{K} {recall(found, exact):.4f} scanning {shares[name]:.4f} of the items")
     return {"scan_vs_stock": shares["ours"] / shares["stock"]}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--items", type=int, nargs="+", default=[41_000, 1_000_000])
+    parser.add_argument("--items", type=int, nargs="*", default=[41_000, 1_000_000])
     parser.add_argument("--run", type=Path, help="a run folder with an export")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument(
+        "--latencies", nargs="+", default=["online", "batch"], help="which of ours; online is the default"
+    )
+    parser.add_argument("--codes", nargs="+", default=["Flat", "SQfp16"], help="which of stock")
+    parser.add_argument("--folder", type=Path, help="keep vectors and indexes here, and take those that are there")
+    parser.add_argument("--make-only", action="store_true", help="make what is to be kept, and measure nothing")
+    parser.add_argument("--without-building", action="store_true", help="neither the building nor the loading")
     parser.add_argument("--json", type=Path, help="write the figures by name to this file")
     parser.add_argument("--build-alone", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -410,8 +458,12 @@ def main() -> None:
         figures |= of_run(options.run)
     for num_items in sorted(options.items):
         with tempfile.TemporaryDirectory() as temporary:
-            figures |= against_stock(num_items, options.rounds, Path(temporary))
-            figures |= building(num_items, options.rounds, Path(temporary))
+            kept = options.folder or Path(temporary)
+            figures |= against_stock(
+                num_items, options.rounds, kept, options.latencies, options.codes, options.make_only
+            )
+            if not (options.make_only or options.without_building):
+                figures |= building(num_items, options.rounds, Path(temporary))
     print("\n" + "\n".join(f"{name:<24}{value:>10.4f}" for name, value in figures.items()))
     write_figures(options.json, figures)
 

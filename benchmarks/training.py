@@ -1,24 +1,28 @@
 """How fast a step is: against other ways to write it, against the machine's floor, and from Parquet to weights.
 
-    python benchmarks/training.py [--rows 2000000] [--batches 62] [--rounds 3] [--only step e2e ranks] [--json FILE]
+    python benchmarks/training.py [--rows 2000000] [--batches 62] [--rounds 3] [--only step e2e ranks]
+                                  [--tfrs-python PATH] [--json FILE]
 
 The log of benchmarks/loading.py: tables of 1 M users and 200,000 items at dim 64, towers 128-64, batch 4096, three
 lists in the user tower, the item's category, tags and price in the other. Every contender runs in a process of its own
 on one core, in turn, with its batches made beforehand; medians of the rounds count. `_tuned` is with the malloc
 settings of launch/torchrun.sh, the others with glibc's own.
 
-ours                    this package: distinct candidates, softmax in blocks, logQ, duplicates masked
+ours                    this package as it comes: distinct candidates, softmax in blocks, logQ, duplicates masked; bf16
+                        products where the processor has them (`precision: auto`), logits and weights float32
+ours_fp32               the same with float32 products
 torchrec_naive          the same tables, fused in TorchRec, and towers; an item a row, softmax over the whole matrix
 plain_torch             nn.EmbeddingBag(sparse=True) under torch.optim.Adagrad, the same softmax
+tfrs                    TensorFlow Recommenders, where --tfrs-python names an interpreter that has it (training_tfrs.py)
 notebook                from Parquet by a Dataset row by row; Adam, dense gradients; BCE, four sampled items a row
 
 step_vs_torchrec_naive  its step's time over ours; step_vs_torchrec_naive_tuned with tuned malloc for both
-step_bf16_vs_...        the same of ours with bf16 products (train.precision, loss.precision), float32 logits
-step_vs_plain_torch     likewise
+step_fp32_vs_...        the same of ours_fp32
+step_vs_plain_torch     likewise; step_vs_tfrs against TensorFlow Recommenders, default malloc
 e2e_vs_notebook         rows per second from Parquet, ours over the notebook's
 e2e_vs_step             rows per second from Parquet over those with batches made beforehand, both tuned
-step_over_floor         our step over the machine's floor: its products at the measured rate of large ones, and every
-                        table row gathered, pooled and updated once at the measured rates
+step_over_floor         our float32 step over the machine's floor: its products at the measured rate of large ones, and
+                        every table row gathered, pooled and updated once at the measured rates
 ranks_2_vs_1            rows per second of `train` on two ranks and two cores, over one rank on one core
 """
 
@@ -46,7 +50,7 @@ NOTEBOOK_STEPS, NOTEBOOK_NEGATIVES = 4, 4
 Step = Callable[[int], None]
 
 
-def ours(folder: Path, num_batches: int, precision: str = "fp32") -> Step:
+def ours(folder: Path, num_batches: int, precision: str = "auto") -> Step:
     """Steps of the training loop on batches made beforehand."""
     from trec_twotower.config import validate
     from trec_twotower.data.batch import Batch
@@ -55,10 +59,9 @@ def ours(folder: Path, num_batches: int, precision: str = "fp32") -> Step:
     from trec_twotower.train import build_model
 
     config, ranks = config_of(folder), lone_rank()
-    if precision != "fp32":
-        values = config.model_dump(exclude_unset=True)
-        values["loss"]["precision"] = values["train"]["precision"] = precision
-        config = validate(type(config), values, "benchmarks/training.py")
+    values = config.model_dump(exclude_unset=True)
+    values["loss"]["precision"] = values["train"]["precision"] = precision
+    config = validate(type(config), values, "benchmarks/training.py")
     model = build_model(config, ranks)
     optimizer = RunOptimizer(model, config.train.optimizer)
     optimizer.set_rates(0, num_batches)
@@ -90,7 +93,7 @@ def torchrec_naive(folder: Path, num_batches: int) -> Step:
     class Naive(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.tables = build_tables(schema)
+            self.tables, self.lists = build_tables(schema), None
             self.user, self.item = mlp(schema.width("user")), mlp(schema.width("item"))
 
         def forward(self, sparse: Any, user_number: Any, item_number: Any) -> Any:
@@ -149,14 +152,14 @@ def plain_torch(folder: Path, num_batches: int) -> Step:
     return step
 
 
-def ours_bf16(folder: Path, num_batches: int) -> Step:
-    """The towers' products and those of the loss's gradient in bfloat16, logits in float32."""
-    return ours(folder, num_batches, "bf16")
+def ours_fp32(folder: Path, num_batches: int) -> Step:
+    """All products in float32."""
+    return ours(folder, num_batches, "fp32")
 
 
 STEPS: dict[str, Callable[[Path, int], Step]] = {
     "ours": ours,
-    "ours_bf16": ours_bf16,
+    "ours_fp32": ours_fp32,
     "torchrec_naive": torchrec_naive,
     "plain_torch": plain_torch,
 }
@@ -192,6 +195,32 @@ def an_item_a_row(batch: Any) -> tuple[Any, Any, Any]:
             lengths, values = jagged.lengths()[column], torch.cat(bags)
         parts[name] = JaggedTensor(values=values, lengths=lengths)
     return KeyedJaggedTensor.from_jt_dict(parts), batch.user_number_BN, batch.item_number_SN[column]
+
+
+def tfrs_step(interpreter: Path, folder: Path, place: Path, num_batches: int) -> float:
+    """Seconds of TensorFlow Recommenders' step, on the batches as files."""
+    import numpy as np
+
+    files = place / "tfrs"
+    if not files.exists():
+        schema = config_of(folder).feature_schema
+        files.mkdir()
+        facts = {
+            "tables": [(name, spec.buckets, spec.dim) for name, spec in schema.tables.items()],
+            "keys": [(f"{side}:{feature.name}", feature.table_name) for side, feature in schema.sparse_pairs],
+            "hidden": HIDDEN,
+            "dim": DIM,
+        }
+        (files / "facts.json").write_text(json.dumps(facts))
+        for number, batch in enumerate(batches_of(folder, threads=0).since(0, num_batches)):
+            ids, user, item = an_item_a_row(batch)
+            arrays = {"user": user.numpy(), "item": item.numpy()}
+            for name, jagged in ids.to_dict().items():
+                arrays |= {f"{name}/values": jagged.values().long().numpy(),
+                           f"{name}/offsets": jagged.offsets().long().numpy()}  # fmt: skip
+            np.savez(files / f"{number:04d}.npz", **arrays)
+    words = [str(interpreter), "-W", "ignore", str(ROOT / "benchmarks/training_tfrs.py"), str(files), str(WARM)]
+    return on_one_core(words, tuned=False)["step_s"]
 
 
 def end_to_end(folder: Path, num_batches: int) -> float:
@@ -359,15 +388,19 @@ def inside(what: str, folder: Path, num_batches: int) -> dict[str, float]:
 def alone(what: str, folder: Path, num_batches: int, *, tuned: bool) -> dict[str, float]:
     """`inside` in a process of its own, on one core."""
     words = [sys.executable, "-W", "ignore", __file__, "--inside", what, "--keep", str(folder)]
+    return on_one_core([*words, "--batches", str(num_batches)], tuned=tuned)
+
+
+def on_one_core(words: list[str], *, tuned: bool) -> dict[str, float]:
+    """The figures that a process prints last."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLIBC_TUNABLES": TUNED if tuned else ""}
     core = min(os.sched_getaffinity(0))
     done = subprocess.run(
-        [*words, "--batches", str(num_batches)],
-        capture_output=True, text=True, check=False, env=environment, cwd=ROOT,
+        words, capture_output=True, text=True, check=False, env=environment, cwd=ROOT,
         preexec_fn=lambda: os.sched_setaffinity(0, {core}),
     )  # fmt: skip
     if done.returncode:
-        raise SystemExit(f"{what}:\n{done.stderr}")
+        raise SystemExit(f"{' '.join(words)}:\n{done.stderr}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -402,6 +435,8 @@ def measure(folder: Path, place: Path, options: argparse.Namespace, parts: list[
             for name in STEPS:
                 taken = alone(name, folder, options.batches, tuned=tuned)
                 yield name + "_step_s" + ("_tuned" if tuned else ""), taken["step_s"]
+        if options.tfrs_python is not None:
+            yield "tfrs_step_s", tfrs_step(options.tfrs_python, folder, place, options.batches)
         for name, value in alone("floor", folder, options.batches, tuned=True).items():
             yield name, value
 
@@ -418,14 +453,14 @@ def measure(folder: Path, place: Path, options: argparse.Namespace, parts: list[
     figures: dict[str, float] = {}
     if "step" in parts:
         figures |= rounds(step_times, options.rounds)
-        figures["step_vs_torchrec_naive"] = figures["torchrec_naive_step_s"] / figures["ours_step_s"]
-        figures["step_vs_torchrec_naive_tuned"] = figures["torchrec_naive_step_s_tuned"] / figures["ours_step_s_tuned"]
-        figures["step_bf16_vs_torchrec_naive"] = figures["torchrec_naive_step_s"] / figures["ours_bf16_step_s"]
-        figures["step_bf16_vs_torchrec_naive_tuned"] = (
-            figures["torchrec_naive_step_s_tuned"] / figures["ours_bf16_step_s_tuned"]
-        )
+        for word, name in (("", "ours"), ("_fp32", "ours_fp32")):
+            for suffix in ("", "_tuned"):
+                naive_s = figures[f"torchrec_naive_step_s{suffix}"]
+                figures[f"step{word}_vs_torchrec_naive{suffix}"] = naive_s / figures[f"{name}_step_s{suffix}"]
         figures["step_vs_plain_torch"] = figures["plain_torch_step_s"] / figures["ours_step_s"]
-        figures["step_over_floor"] = figures["ours_step_s_tuned"] / figures["floor_s"]
+        if "tfrs_step_s" in figures:
+            figures["step_vs_tfrs"] = figures["tfrs_step_s"] / figures["ours_step_s"]
+        figures["step_over_floor"] = figures["ours_fp32_step_s_tuned"] / figures["floor_s"]
     if "e2e" in parts:
         figures |= rounds(from_parquet, options.rounds)
         figures["e2e_vs_notebook"] = figures["e2e_rows_per_s"] / figures["notebook_rows_per_s"]
@@ -443,6 +478,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--keep", type=Path, help="where the files go and stay (default: a temporary folder)")
     parser.add_argument("--only", nargs="+", choices=["step", "e2e", "ranks"])
+    parser.add_argument("--tfrs-python", type=Path, help="an interpreter that has tensorflow-recommenders")
     parser.add_argument("--json", type=Path, help="write the figures by name to this file")
     parser.add_argument("--inside", help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -14,11 +14,13 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import settings
 
-from tests.ranks.launch import FATAL_BOUNDS, torchrun
+from tests.ranks.forked import Starter
+from tests.ranks.launch import FATAL_BOUNDS
 from tests.ranks.worlds import write_world
-from tests.shop import cli, on_ranks, shop, shop_copy, shop_tables  # noqa: F401 - fixtures
+from tests.shop import cli, on_forked_ranks, on_ranks, shop, shop_copy, shop_tables  # noqa: F401 - fixtures
 
 os.environ.update(FATAL_BOUNDS)
+os.environ["TREC_TWOTOWER_PRECISION"] = "fp32"  # losses that are compared, on whatever processor
 # A shell that starts this in the background has it ignored, which all processes started from here would inherit.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 settings.register_profile("steady", deadline=None)  # compiling takes a first call longer, and no test asserts on time
@@ -56,21 +58,37 @@ def small_world(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def on_one_rank(small_world, tmp_path_factory) -> tuple[dict[str, Any], Path]:
-    """What one rank made of all cases, and the folder of its runs."""
-    return _run_cases(1, tmp_path_factory.mktemp("one"), small_world)
+def starter(tmp_path_factory) -> Iterator[Starter]:
+    """Starts ranks that need not import anything."""
+    starter = Starter(tmp_path_factory.mktemp("said"), **FATAL_BOUNDS)
+    yield starter
+    starter.close()
 
 
 @pytest.fixture(scope="session")
-def on_two_ranks(small_world, tmp_path_factory, on_one_rank) -> tuple[dict[str, Any], Path]:
+def forked(starter) -> Callable[..., tuple[int, str]]:
+    """`forked(2, "tests.ranks.cases", ...)` runs a module on two ranks; gives exit code and words."""
+    return starter.run
+
+
+@pytest.fixture(scope="session")
+def on_one_rank(small_world, tmp_path_factory, forked) -> tuple[dict[str, Any], Path]:
+    """What one rank made of all cases, and the folder of its runs."""
+    return _run_cases(forked, 1, tmp_path_factory.mktemp("one"), small_world)
+
+
+@pytest.fixture(scope="session")
+def on_two_ranks(small_world, tmp_path_factory, on_one_rank, forked) -> tuple[dict[str, Any], Path]:
     """What two ranks made of the same cases, and of the one rank's checkpoints."""
-    return _run_cases(2, tmp_path_factory.mktemp("two"), small_world, on_one_rank[1])
+    return _run_cases(forked, 2, tmp_path_factory.mktemp("two"), small_world, on_one_rank[1])
 
 
-def _run_cases(num_ranks: int, out: Path, small_world: Path, *earlier: Path) -> tuple[dict[str, Any], Path]:
+def _run_cases(
+    forked: Callable[..., tuple[int, str]], num_ranks: int, out: Path, small_world: Path, *earlier: Path
+) -> tuple[dict[str, Any], Path]:
     import torch
 
-    code, said = torchrun(num_ranks, "tests.ranks.cases", small_world, out, *earlier)
+    code, said = forked(num_ranks, "tests.ranks.cases", small_world, out, *earlier)
     assert code == 0, said
     return torch.load(out / "results.pt", weights_only=True), out / "runs"
 
@@ -84,3 +102,14 @@ def lone_rank() -> Iterator[Any]:
     _quiet()
     with start_ranks() as ranks:
         yield ranks
+
+
+_OF_ALL_CASES = {"on_one_rank", "on_two_ranks"}  # the dearest fixtures: made once, so their tests share a process
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Where tests run in several processes, those of a file stay together, and so do those of the dearest fixtures."""
+    for item in items:
+        shares = _OF_ALL_CASES & set(getattr(item, "fixturenames", ()))
+        item.add_marker(pytest.mark.xdist_group("all cases" if shares else item.path.name))

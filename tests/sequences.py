@@ -21,8 +21,23 @@ TOWERS: dict[str, dict[str, Any]] = {
     "crosses": {"crosses": 2},
     "experts": {"experts": {"count": 3, "width": 8}},
     "experts of few": {"experts": {"count": 3, "width": 8, "top": 1, "balance": 0.5}},
+    "missing": {"missing": ["history", "liked"]},
     "all": {"crosses": 1, "short": ["history"], "gating": {}, "experts": {"count": 2, "width": 8}, "mlp": [8]},
 }
+
+
+SGD = {"epochs": 1, "log_every": 1, "optimizer": {"sparse": "sgd", "lr": 0.5}}
+USERS: dict[str, dict[str, Any]] = {  # whose vectors are more than a point
+    "routing, attention": {
+        "history": {"encoder": {"kind": "routing", "interests": 3}},
+        "loss": {"interests": {"score": "attention", "diversity": 0.5}, "negatives": {"sampled": 8}},
+    },
+    "queue": {"history": {"encoder": {"kind": "self_attention"}}, "loss": {"negatives": {"sampled": 8, "queue": 80}}},
+    "gaussian": {"model": {"dim": 8, "user_vector": "gaussian"}},
+}
+
+
+RESUMED = ("plan row_wise", "encoder gru", "user routing, attention", "user gaussian")
 
 
 def write_steps(folder: Path, num_rows: int = NUM_ROWS) -> Path:
@@ -84,5 +99,5 @@ def steps_config(world: Path, run_dir: Path, sharding: str = "auto", **parts: di
         "run_dir": str(run_dir),
     }
     for name, part in parts.items():
-        values[name] = {**values[name], **part} if isinstance(part, dict) else part
+        values[name] = {**values.get(name, {}), **part} if isinstance(part, dict) else part
     return validate(RunConfig, values, "the test")

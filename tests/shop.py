@@ -73,6 +73,17 @@ def on_ranks() -> Call:
     return call
 
 
+@pytest.fixture(scope="session")
+def on_forked_ranks(starter) -> Call:
+    """As `on_ranks`, without the launcher and its time."""
+
+    def call(*arguments: object, timeout_s: int = 120, **environ: str) -> Said:
+        ended = starter.job(2, "trec_twotower", *arguments, timeout_s=timeout_s, **environ)
+        return Said(ended.code, ended.out, ended.err)
+
+    return call
+
+
 SHOP_CONFIG = """
 data: {dataset: shop, batch_size: 64}
 tables:

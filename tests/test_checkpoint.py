@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
-from tests.ranks.launch import SAID_BY_TORCHREC, torchrun
+from tests.ranks.launch import SAID_BY_TORCHREC
 from tests.ranks.states import whole_optimizer_state, whole_state
 from tests.ranks.worlds import MIXED, TABLES, event_config, user_config
 from trec_twotower.checkpoint import Checkpoints, model_version
@@ -545,7 +545,7 @@ def test_the_log_keeps_whole_lines_up_to_its_step(lone_rank, small_world, tmp_pa
     assert [(line["step"], line["loss"]) for line in lines(run.folder)] == [(1, 1.0), (2, 0.5), (3, 9.0)]
 
 
-def test_killed_ranks_go_on_as_if_nothing_had_been(small_world, tmp_path, lone_rank):
+def test_killed_ranks_go_on_as_if_nothing_had_been(small_world, tmp_path, lone_rank, forked):
     """Two ranks; SIGKILL to one in step 13, to the other within the save of step 20; then the same command once more.
 
     Checkpoints are saved every 4 steps and losses logged every 3, with dropout, warm-up and a falling rate: the log
@@ -563,16 +563,16 @@ def test_killed_ranks_go_on_as_if_nothing_had_been(small_world, tmp_path, lone_r
     command = ["trec_twotower", "train", tmp_path / "killed.yaml"]
     checkpoints = tmp_path / "killed" / "checkpoints"
 
-    code, said = torchrun(2, "trec_twotower", "train", tmp_path / "calm.yaml")
+    code, said = forked(2, "trec_twotower", "train", tmp_path / "calm.yaml")
     assert code == 0, said
-    code, said = torchrun(2, *command, TREC_TT_FAULT="step:updated:step13:rank1")
+    code, said = forked(2, *command, TREC_TT_FAULT="step:updated:step13:rank1")
     assert code == 128 + 9, said
     assert [path.name for path in sorted(checkpoints.glob("step-*"))] == ["step-00000008", "step-00000012"]
-    code, said = torchrun(2, *command, TREC_TT_FAULT="save:described:step20")
+    code, said = forked(2, *command, TREC_TT_FAULT="save:described:step20")
     assert code == 128 + 9, said
     assert "resumed at step 12 of 30" in said
     assert (checkpoints / ".step-00000020.tmp").is_dir()
-    code, said = torchrun(2, *command)
+    code, said = forked(2, *command)
     assert code == 0, said
     assert "resumed at step 16 of 30" in said
     assert sorted(path.name for path in checkpoints.iterdir()) == ["step-00000028", "step-00000030"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import re
@@ -58,7 +59,8 @@ def with_first(table: pa.Table, column: str, value: object) -> pa.Table:
         (["recommend", "run"], ["--user"]),
         (["plan", "shop.yaml", "--ranks", "2"], ["There is no config file shop.yaml"]),
         (["export", "run"], ["run is no run folder", "config.yaml", "train"]),
-        (["serve", "run"], ["'serve'"]),
+        (["serve", "run"], ["run is no run folder"]),
+        (["serve", "run", "--max-k", "0"], ["--max-k is 0"]),
         (["demo", "--ranks", "0"], ["--ranks is 0"]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
@@ -235,10 +237,14 @@ def test_other_data_than_the_run_began_with_are_refused(cli, shop_copy, shop_tab
 
 
 @pytest.mark.parametrize("name", ["statistics.json", "item_counts.npy"])
-@pytest.mark.parametrize("content", [b"", b"no longer what it was"], ids=["empty", "overwritten"])
-def test_what_a_run_learned_from_the_data_can_be_learned_again(cli, shop_copy, name, content):
-    before = listing(shop_copy.run)
-    (shop_copy.run / name).write_bytes(content)
+@pytest.mark.parametrize(
+    "damage",
+    [lambda whole: b"", lambda whole: b"no longer what it was", lambda whole: whole[:-9] + b"1" + whole[-8:]],
+    ids=["empty", "overwritten", "one byte"],
+)
+def test_what_a_run_learned_from_the_data_can_be_learned_again(cli, shop_copy, name, damage):
+    before, path = listing(shop_copy.run), shop_copy.run / name
+    path.write_bytes(damage(path.read_bytes()))
     said = cli("evaluate", shop_copy.run)
     assert said.code == DATA and name in said.mistake and "remove statistics.json" in said.mistake
     (shop_copy.run / "statistics.json").unlink()
@@ -337,17 +343,11 @@ def test_an_index_of_other_weights_is_refused_until_both_agree(cli, shop_copy):
     [
         (["--epochs=3"], USAGE, ["--epochs=3"]),
         (["train.epoch=3"], USAGE, ["nearest: 'epochs'"]),
-        (["user.history.column=histori"], USAGE, ["nearest: 'history'"]),  # found by the first rank for all
-        (["data.dataset=LAME"], DATA, ["'user-0'", "write a row"]),  # found by each rank's reader
     ],
-    ids=["call", "config", "column", "data"],
+    ids=["call", "config"],
 )
-def test_two_ranks_end_at_once_with_one_message(
-    on_ranks, shop, shop_tables, write_dataset, tmp_path, overrides, code, says
-):
-    lame = write_dataset(tmp_path / "lame", **{**shop_tables, "users": shop_tables["users"].slice(1)})
+def test_two_ranks_end_at_once_with_one_message(on_ranks, shop, tmp_path, overrides, code, says):
     run = tmp_path / "run"
-    overrides = [word.replace("LAME", str(lame)) for word in overrides]
     said = on_ranks("train", shop.config, f"run_dir={run}", *overrides, timeout_s=90)
     assert said.code == code
     assert not [word for word in says if word not in said.mistake], said.mistake
@@ -359,48 +359,89 @@ def test_two_ranks_end_at_once_with_one_message(
     assert not (run / "checkpoints").exists()
 
 
-@pytest.mark.timeout(240)
-def test_ctrl_c_ends_training_and_the_same_command_goes_on(shop, tmp_path):
-    """As a terminal does it: the launcher and all ranks get the signal."""
+@pytest.mark.timeout(150)
+@pytest.mark.parametrize(
+    ("override", "code", "says"),
+    [
+        ("user.history.column=histori", USAGE, ["nearest: 'history'"]),  # found by the first rank for all
+        ("data.dataset=LAME", DATA, ["'user-0'", "write a row"]),  # found by each rank's reader
+    ],
+    ids=["column", "data"],
+)
+def test_what_two_ranks_find_while_they_read_is_one_message(
+    on_forked_ranks, shop, shop_tables, write_dataset, tmp_path, override, code, says
+):
+    """Under a launcher, which gives them a place to agree who speaks."""
+    lame = write_dataset(tmp_path / "lame", **{**shop_tables, "users": shop_tables["users"].slice(1)})
     run = tmp_path / "run"
-    call = [LAUNCHER, "--ranks", "2", "train", str(shop.config), f"run_dir={run}", "train.epochs=100000"]
+    (tmp_path / "said").mkdir()
+    override = override.replace("LAME", str(lame))
+    place = {"TREC_TT_SAID_DIR": str(tmp_path / "said")}
+    said = on_forked_ranks("train", shop.config, f"run_dir={run}", override, timeout_s=90, **place)
+    assert said.code == code
+    assert len(said.err.splitlines()) == 1 and not [word for word in says if word not in said.mistake], said.err
+    assert not (run / "checkpoints").exists()
+
+
+@pytest.mark.timeout(150)
+def test_a_rank_that_is_left_alone_says_so_in_one_line(on_forked_ranks, shop_copy):
+    """Also before the training has begun, and in the commands after it."""
+    calls = {
+        "train": ("train", shop_copy.config, f"run_dir={shop_copy.run}", "train.epochs=3"),
+        "export": ("export", shop_copy.run),
+    }
+    said = {name: on_forked_ranks(*call, TREC_TT_FAULT="start:joined:rank1") for name, call in calls.items()}
+    for name, answer in said.items():
+        assert answer.code == 128 + 9 and answer.mistake.count("\n") == 1, (name, answer.err)
+    assert "Rank 0 lost the others at its start" in said["train"].err
+    assert "export: rank 0 lost the others (" in said["export"].err
+
+
+@pytest.mark.timeout(240)
+def test_ctrl_c_ends_training_and_the_same_command_goes_on(shop, tmp_path, on_forked_ranks):
+    """As a terminal does it: the launcher and all ranks get the signal. Once more, while a checkpoint is loaded."""
+    run = tmp_path / "run"
+    call = ["train", str(shop.config), f"run_dir={run}", "train.epochs=100000"]
+    call += ["train.evaluate_every=50", "checkpoint.every=50"]
     environ = {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
 
-    def train_until(words: str) -> tuple[list[str], str]:
-        job = subprocess.Popen(
-            [*call, "train.evaluate_every=50", "checkpoint.every=50"],
-            env=environ,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
-        try:
-            assert job.stdout is not None
-            lines: list[str] = []
-            for line in job.stdout:
-                lines.append(line)
-                if words in line:
-                    break
-            os.killpg(job.pid, signal.SIGINT)
-            began = time.monotonic()
-            rest, err = job.communicate(timeout=60)  # ends when no rank holds the pipe any more
-            assert time.monotonic() - began < 30
-        finally:
-            if job.poll() is None:
-                os.killpg(job.pid, signal.SIGKILL)
-        assert job.returncode == 130, err
-        assert "Traceback" not in err, err
-        return [*lines, *rest.splitlines()], err
-
-    lines, err = train_until("step    100  valid")
+    job = subprocess.Popen(
+        [LAUNCHER, "--ranks", "2", *call],
+        env=environ,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        assert job.stdout is not None
+        lines: list[str] = []
+        for line in job.stdout:
+            lines.append(line)
+            if "step    100  valid" in line:
+                break
+        os.killpg(job.pid, signal.SIGINT)
+        began = time.monotonic()
+        _, err = job.communicate(timeout=60)  # ends when no rank holds the pipe any more
+        assert time.monotonic() - began < 30
+    finally:
+        if job.poll() is None:
+            os.killpg(job.pid, signal.SIGKILL)
+    assert job.returncode == 130, err
+    assert "Traceback" not in err, err
     assert re.search(r"stopped by SIGINT after step [\d,]+ of [\d,]+, which is saved; the same command goes", err), err
     assert len(err.splitlines()) <= 2, err
     assert not lines[0].startswith("resumed")
     saved = max(path.name for path in (run / "checkpoints").glob("step-*"))
-    lines, err = train_until("resumed at step")
-    resumed = [line for line in lines if line.startswith("resumed at step")]
-    assert len(resumed) == 1 and int(resumed[0].split()[3].replace(",", "")) == int(saved.removeprefix("step-"))
+    status = json.loads((run / "status.json").read_text())
+    assert (status["state"], status["exit_code"], status["step"]) == ("stopped", 130, int(saved[5:]))
+    assert "SIGINT" in status["reason"] and "the same command goes on" in status["meaning"]
+
+    said = on_forked_ranks(*call, TREC_TT_FAULT="load:filled:int")
+    assert said.code == 130 and "Traceback" not in said.err, said.err
+    resumed = [line for line in said.out.splitlines() if line.startswith("resumed at step")]
+    assert len(resumed) == 1 and int(resumed[0].split()[3].replace(",", "")) == status["step"]
+    assert f"stopped by SIGINT after step {status['step'] + 1:,} of" in said.err
 
 
 @pytest.mark.timeout(120)

@@ -195,6 +195,16 @@ def test_an_override_into_an_element_that_has_no_parts_is_refused():
             apply_overrides({"evaluate": {"k": [5, 10]}}, [override])
 
 
+def test_aliases_may_repeat_but_not_blow_up():
+    """Eleven lines would be 10^11 values."""
+    assert parse_yaml("a: &a [1, 2]\nb: [*a, *a]", "x") == {"a": [1, 2], "b": [[1, 2], [1, 2]]}
+    blown = "a0: &a0 [x]\n" + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]\n" for n in range(1, 12))
+    wrong = {blown: "more than 5,000,000 values", "a: &a [*a]": "inside what it names", "[" * 9999: "x is not YAML"}
+    for text, said in wrong.items():
+        with pytest.raises(ConfigError, match=said):
+            parse_yaml(text, "x")
+
+
 # What is refused, with the nearest name
 
 
@@ -370,6 +380,8 @@ OTHER = {
     "model.user_tower.crosses": (2, True),
     "model.user_tower.short": (["history"], True),
     "model.user_tower.wide": (["history"], True),
+    "model.user_tower.missing": (["history"], True),
+    "model.user_vector": ("gaussian", True),
     "model.similarity": ("dot", True),
     "loss.temperature": (0.2, True),
     "loss.precision": ("bf16", True),
@@ -417,6 +429,9 @@ OTHER = {
     "evaluate.k": ([20], False),
     "evaluate.best": ("ndcg@20", False),
     "evaluate.users": (10, False),
+    "evaluate.svd": (8, False),
+    "evaluate.sampled": (100, False),
+    "evaluate.sampled_same": ("category", False),
     "evaluate.block": (10, False),
     "evaluate.slices": (["tail"], False),
     "evaluate.item_to_item": (False, False),
@@ -432,6 +447,7 @@ OTHER = {
 # SMALL with what lets each value above stand alone: widths that meet, and negatives beside the batch's.
 ROOM = ("model.dim=10", "loss.negatives.sampled=5")
 NEEDS = {  # what else a setting asks for
+    "evaluate.sampled_same": ("evaluate.sampled=100",),
     "model.user_tower.wide": ("tables.item.dim=10",),
     "tables.item.shard_columns": ("tables.item.sharding=column_wise",),
     "tables.item.cache_share": ("tables.item.kernel=fused_uvm_caching",),
@@ -474,7 +490,7 @@ def test_every_section_is_in_the_list_of_bindings():
     untold -= {f"model.{tower}.{name}" for tower in ("user_tower", "item_tower") for name in of_towers}
     untold -= {f"model.{tower}.{name}" for tower in ("user_tower", "item_tower") for name in ("gating", "experts")}
     untold -= {f"loss.negatives.{name}" for name in ("same", "mined", "refresh")}  # sections of their own
-    untold -= {"train.start"}  # likewise
+    untold -= {"train.start", "loss.interests"}  # likewise
     untold -= {"loss.kind", "loss.given", *(f"loss.{name}" for told in LOSS_PARAMETERS.values() for name in told)}
     assert not untold, f"list {untold} in OTHER"
 

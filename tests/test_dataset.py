@@ -11,6 +11,7 @@ import pytest
 
 from trec_twotower.data.catalogue import Catalogue, find_id
 from trec_twotower.data.dataset import Dataset, Split
+from trec_twotower.data.sources.writer import DatasetWriter
 from trec_twotower.data.transforms import Statistics
 from trec_twotower.errors import ConfigError, DataError
 from trec_twotower.schema import FeatureSpec, TableSpec
@@ -88,8 +89,18 @@ def test_files_must_agree_in_their_types(dataset_dir):
     path = dataset_dir / "train" / "part-1.parquet"
     rewrite(path, TRAIN.set_column(1, "item_id", pa.array(["10", "20", "30"])))
     refused(dataset_dir, r"part-1\.parquet: column 'item_id' is string, but int64 in the first file")
-    rewrite(path, TRAIN.drop(["item_id"]))
-    refused(dataset_dir, r"part-1\.parquet has no column 'item_id', which the other files of")
+
+
+@pytest.mark.parametrize("lacking", [0, 1])
+def test_a_column_that_only_some_files_have_is_free_until_someone_asks_for_it(dataset_dir, lacking):
+    """Whichever file comes first; a weight that half of the files have is not left out without a word."""
+    tables = [TRAIN, TRAIN.append_column("weight", pa.array([1.0, 2.0, 3.0]))]
+    for number, table in enumerate(tables if lacking == 0 else tables[::-1]):
+        rewrite(dataset_dir / "train" / f"part-{number}.parquet", table)
+    split = Dataset(dataset_dir).train
+    assert split.table(["item_id"])["item_id"].to_pylist() == [10, 20, 10] * 2
+    with pytest.raises(DataError, match=rf"part-{lacking}\.parquet has no column 'weight', which other files of"):
+        split.has("weight")
 
 
 def test_order_of_columns_and_further_columns_are_free(dataset_dir):
@@ -186,6 +197,27 @@ def test_the_fingerprint_changes_with_the_data(dataset_dir):
     (dataset_dir / "train" / "part-1.parquet").rename(dataset_dir / "train" / "part-2.parquet")
     found.add(Dataset(dataset_dir).fingerprint)
     assert len(found) == 6
+
+
+def test_a_described_dataset_is_what_its_description_says(tmp_path):
+    """Every flipped bit of a footer, of which pyarrow may make other values or abort; every cut and changed digit."""
+    with DatasetWriter(tmp_path / "d") as writer:
+        writer.write("train", TRAIN)
+        writer.write("items", ITEMS)
+        writer.finish("here", {}, {"users": 3})
+    path, description = tmp_path / "d/train/part-00000.parquet", tmp_path / "d/dataset.yaml"
+    whole, said = path.read_bytes(), description.read_bytes()
+    footer = int.from_bytes(whole[-8:-4], "little")
+    for place in range(len(whole) - 8 - footer, len(whole), 11):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
+        refused(tmp_path / "d", r"part-00000\.parquet is not what .*dataset\.yaml says")
+    path.write_bytes(whole)
+    for changed in (*(said[:size] for size in range(1, len(said) - 1, 29)), said.replace(b"users: 3", b"users: 4")):
+        description.write_bytes(changed)
+        with pytest.raises((ConfigError, DataError), match=r"dataset\.yaml"):
+            Dataset(tmp_path / "d").train  # noqa: B018
+    description.write_bytes(said)
+    assert Dataset(tmp_path / "d").train.num_rows == 3
 
 
 def test_a_folder_may_describe_itself_or_not(dataset_dir):

@@ -88,7 +88,7 @@ class Trained:
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory, cli, on_ranks) -> Trained:
+def world(tmp_path_factory, cli, on_ranks, on_forked_ranks) -> Trained:
     folder = tmp_path_factory.mktemp("world")
     dataset, run, rankings = folder / "data", folder / "run", folder / "rankings.parquet"
     settings = (
@@ -99,9 +99,9 @@ def world(tmp_path_factory, cli, on_ranks) -> Trained:
     said = {
         "prepare": cli("prepare", "synthetic", "--out", dataset, "users=3001", "items=801", "clusters=16"),
         "train": on_ranks(*train_call),
-        "export": on_ranks("export", run),
+        "export": on_forked_ranks("export", run),
         "index": cli("index", run),
-        "evaluate": on_ranks("evaluate", run, "--index", "--rankings", rankings),
+        "evaluate": on_forked_ranks("evaluate", run, "--index", "--rankings", rankings),
     }
     for command, answer in said.items():
         assert answer.code == 0, f"{command}: {answer.err}"
@@ -205,19 +205,20 @@ def test_the_run_folder_tells_what_happened(world):
 def test_the_table_stands_beside_its_baselines(world):
     lines = world.said["evaluate"].out.splitlines()
     assert "test, 3,001 users" in lines[0]
-    names = ("two towers, exact search", "two towers, through the index", "popularity", "item to item")
-    assert [line.split("  ")[0] for line in lines[2:7]] == [*names, "best reachable"]
+    names = ("two towers, exact search", "two towers, through the index", "popularity", "item to item",
+             "SVD two towers")  # fmt: skip
+    assert [line.split("  ")[0] for line in lines[2:8]] == [*names, "best reachable"]
     assert f"{world.metrics['popularity']['recall@10']:.4f}" in lines[4]
 
 
 @pytest.mark.timeout(150)
-def test_training_again_says_that_it_is_finished_and_changes_no_checkpoint(world, on_ranks):
+def test_training_again_says_that_it_is_finished_and_changes_no_checkpoint(world, on_forked_ranks):
     def checkpoints() -> dict[str, tuple[bytes, int]]:
         paths = sorted(path for path in (world.run / "checkpoints").rglob("*") if path.is_file())
         return {str(path): (path.read_bytes(), path.stat().st_mtime_ns) for path in paths}
 
     before, log = checkpoints(), (world.run / "metrics.jsonl").read_bytes()
-    said = on_ranks(*world.train_call)
+    said = on_forked_ranks(*world.train_call)
     assert said.code == 0, said.err
     lines = said.out.splitlines()
     assert re.match(r"resumed at step (\d+) of \1 ", lines[0]) and lines[-1].startswith("trained ")

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from trec_twotower.baselines import ItemToItem
+from trec_twotower.baselines import ItemToItem, SpectralTowers
 from trec_twotower.data.lists import Lists
 from trec_twotower.errors import DataError
 from trec_twotower.evaluate import comparison
@@ -174,14 +174,35 @@ def test_intervals_lie_around_their_means_and_the_loss_is_the_difference(judged)
     assert "lost through the index, of recall@5: " in said
 
 
-def test_intervals_and_item_to_item_may_be_left_out(cli, shop_copy):
-    settings = ("evaluate.bootstrap=0", "evaluate.item_to_item=false", "evaluate.slices=[]")
+def test_intervals_and_baselines_may_be_left_out(cli, shop_copy):
+    settings = ("evaluate.bootstrap=0", "evaluate.item_to_item=false", "evaluate.svd=0", "evaluate.slices=[]")
     assert cli("train", shop_copy.config, f"run_dir={shop_copy.run}", *settings).code == 0
     said = cli("evaluate", shop_copy.run)
     assert said.code == 0, said.err
     result = json.loads((shop_copy.run / "evaluation.json").read_text())
     assert result["metrics"].keys() == {"two towers, exact search", "popularity"}
     assert set(map(len, result["intervals"].values())) == {0} and result["slices"] == {}
+    assert "sampled" not in result
+
+
+def test_drawn_negatives_come_by_request_and_are_named_for_it(cli, shop_copy):
+    """Of 40 items in four colours every user has taken five of one: the same places among like and among all."""
+    said = cli("evaluate", shop_copy.run, "--sampled", "6", "--same", "colour")
+    assert said.code == 0, said.err
+    result = json.loads((shop_copy.run / "evaluation.json").read_text())
+    assert result["sampled"].keys() == {"6 uniform negatives", "6 same colour negatives"}
+    assert said.out.count("NOT over the catalogue: each item to find among 6 ") == 2
+    of_all, alike = (rows["two towers, exact search"] for rows in result["sampled"].values())
+    assert of_all["hit@5"] > result["metrics"]["two towers, exact search"]["recall@5"]
+    assert of_all["mrr"] > alike["mrr"]  # items of the own colour are the hard ones
+    assert of_all["hit@10"] == alike["hit@10"] == 1.0  # seven items have no eleventh
+    for options, message in (
+        (("--same", "colour"), "no negatives are drawn"),
+        (("--sampled", "6", "--same", "colur"), "nearest: 'colour'"),
+        (("--sampled", "-1"), "'sampled' is -1"),
+    ):
+        said = cli("evaluate", shop_copy.run, *options)
+        assert said.code == 2 and message in said.err, said.err
 
 
 @pytest.mark.parametrize(
@@ -256,6 +277,20 @@ def test_item_to_item_equals_sets_of_who_took_what(lone_rank, rng):
             assert [score[item] for item in items] == pytest.approx([value for _, value in expected], abs=1e-5)
             nothing = [item for item in items if score[item] == 0]
             assert nothing == [item for item, value in expected if value == 0]
+
+
+def test_svd_towers_score_the_sum_of_what_a_user_took(lone_rank, rng):
+    """The sum and the products written out; the most popular for a user who took nothing."""
+    user_P, item_P = np.nonzero(rng.random((40, 12)) < 0.3)
+    count = np.bincount(item_P, minlength=12)
+    towers = SpectralTowers.of(Taken(user_P, item_P, 40, 12), 99, count, lone_rank)
+    assert towers.item_ID.shape == (12, 12)  # no more than there is
+    seen = [[1, 4, 7], [2], [], [5, 5, 9]]
+    ranked = towers.rankings(Lists.from_lists(seen), 6)
+    for row, items in zip(ranked.tolist(), seen, strict=True):
+        score = towers.history_ID[sorted(set(items))].sum(axis=0) @ towers.item_ID.T if items else count
+        unseen = [item for item in np.argsort(-score, kind="stable").tolist() if item not in items]
+        assert row == unseen[:6]
 
 
 def test_a_user_who_took_nearly_all_does_not_make_items_alike(lone_rank, monkeypatch):

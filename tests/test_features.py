@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
-from tests.ranks.bazaar import NUM_ITEMS, bazaar_config, losses_of, work, write_bazaar
-from tests.ranks.launch import SAID_BY_TORCHREC, torchrun
+from tests.ranks.bazaar import ITEM, NUM_ITEMS, USER, bazaar_config, losses_of, work, write_bazaar
+from tests.ranks.launch import SAID_BY_TORCHREC
 
 pytestmark = [pytest.mark.filterwarnings(said) for said in SAID_BY_TORCHREC]
 
@@ -27,11 +28,11 @@ def one(bazaar, lone_rank) -> tuple[dict[str, Any], Path]:
     return work(bazaar, run, lone_rank), run
 
 
-def test_two_ranks_make_of_every_kind_what_one_makes(bazaar, one):
+def test_two_ranks_make_of_every_kind_what_one_makes(bazaar, one, forked):
     """The losses of all steps, before and after the resume, and the vectors of all items and users."""
     out = bazaar.parent / "two"
     out.mkdir()
-    code, said = torchrun(2, "tests.ranks.bazaar", bazaar, out)
+    code, said = forked(2, "tests.ranks.bazaar", bazaar, out)
     assert code == 0, said
     first, second = one[0], json.loads((out / "results.json").read_text())
     assert len(first["losses"]) == 12 and first["item_ids"] == second["item_ids"]
@@ -63,6 +64,20 @@ def test_every_kind_is_evaluated_and_recommended(one, retriever, lone_rank):
     (answer,) = retriever.recommend([103], k=3)
     assert len({item.item_id for item in answer.items}) == 3
     assert len(one[0]["items"]) == NUM_ITEMS
+
+
+def test_a_user_given_as_a_dict_gets_what_the_same_row_gets(bazaar, retriever):
+    (row,) = pq.read_table(bazaar / "test", filters=[("user_id", "==", 103)]).to_pylist()
+    columns = retriever.loaded.sources.user_columns()
+    now = retriever.recommend_now([{name: row[name] for name in columns}], k=4)
+    assert now == retriever.recommend([103], k=4)
+
+
+def test_features_tells_of_every_kind(one, cli):
+    said = cli("features", one[1] / "config.yaml")
+    assert said.code == 0, said.err
+    told = {line.split()[1] for line in said.out.splitlines() if line.startswith(("user ", "item "))}
+    assert told == {feature["name"] for feature in [*USER, *ITEM]} | {"title_read"}
 
 
 def test_statistics_are_learned_once_and_not_from_what_is_asked_for(bazaar, one, lone_rank, monkeypatch):

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
@@ -25,7 +25,7 @@ from trec_twotower.data.reader import without_own
 from trec_twotower.data.transforms import transform
 from trec_twotower.data.vocabulary import in_vocabulary, make_vocabulary
 from trec_twotower.errors import ConfigError, DataError
-from trec_twotower.model.embedding import tower_input
+from trec_twotower.model.embedding import Pooled, tower_inputs
 from trec_twotower.schema import FeatureSpec, Schema, TableSpec, auto_dim
 
 # Vocabularies
@@ -40,6 +40,7 @@ def brand(**changes) -> FeatureSpec:
 WORDS = st.none() | st.sampled_from(["a", "b", "c", "d", "e", "é"])
 
 
+@settings(max_examples=40)
 @given(st.lists(st.lists(WORDS, max_size=6), max_size=4), st.integers(1, 3), st.integers(3, 7))
 def test_a_vocabulary_is_what_stands_there_most(parts, least, buckets):
     columns = [pa.array(part, pa.string()) for part in parts]
@@ -66,6 +67,8 @@ def test_a_vocabulary_of_integers(tmp_path):
     assert feature.buckets == 4 and feature.own_table.buckets == 4
     assert make_vocabulary(feature, column.type, []).words == (7, -3)
     assert make_vocabulary(feature, pa.string(), []).words == ("7", "-3")
+    path.unlink()
+    assert FeatureSpec(**feature.model_dump()) == feature  # a run that is opened again needs no file
     path.write_text("7\nseven\n")
     with pytest.raises(ConfigError, match="is not of integers, but column 'brand' is int64"):
         make_vocabulary(feature, column.type, [])
@@ -138,7 +141,10 @@ def test_two_hashes_are_two_rows_of_one_table():
         pooled[name] = torch.stack(
             [torch.as_tensor(each) if torch.is_tensor(each) else torch.zeros(2) for each in sums]
         )
-    found = tower_input(schema, "user", pooled, batch.user_divisor_BF, batch.user_number_BN)
+    looked_up = Pooled()
+    for name, vector in pooled.items():
+        looked_up.add(vector, {name: 2})
+    found = tower_inputs(schema, looked_up, {"user": (batch.user_divisor_BF, batch.user_number_BN)})["user"]
     both = [pooled["user:tags"] + pooled["user:tags@2"], pooled["user:item"] + pooled["user:item@2"]]
     divisor = torch.tensor([[5.0], [1.0], [4.0]])  # a weighted mean
     assert torch.allclose(found, torch.cat([both[0] / divisor, both[1]], dim=1))
@@ -163,6 +169,7 @@ def test_two_hashes_keep_ids_apart_that_one_would_confuse(tmp_path, write_datase
 # Bags that fade
 
 
+@settings(max_examples=40)
 @given(st.lists(st.tuples(st.lists(st.integers(0, 10**6), max_size=4).map(sorted), st.none() | st.integers(0, 10**6))))
 def test_an_element_weighs_half_for_every_half_life(rows):
     feature = FeatureSpec(name="tags", kind="bag", table="t", times="when", until="now", half_life_days=2.0)
@@ -285,3 +292,42 @@ def test_own_items_are_left_out_where_rows_are_read(leaky, own_item, lengths):
         next(refusing._blocks(group, 0, 3))
     with pytest.raises(ValidationError, match="a history is drawn apart from what is asked for"):
         DataConfig(dataset="d", rows="user", own_item="drop")
+
+
+def test_collisions_are_those_of_the_rows_that_are_looked_up(tmp_path, write_dataset):
+    """Categories leave the first row to null: what collides is told of the rows behind it."""
+    words = [f"word-{number}" for number in range(40)]
+    items = pa.table({"item_id": list(range(40)), "colour": words})
+    train = pa.table({"user_id": [1] * 40, "item_id": list(range(40))})
+    folder = write_dataset(tmp_path / "d", items=items, train=train)
+    colour = FeatureSpec(name="colour", kind="category", buckets=30, dim=4)
+    user = FeatureSpec(name="user_id", kind="id", buckets=9, dim=4)
+    sources = Sources(Dataset(folder), Schema.build({}, (user,), (colour,)), "event")
+    row = transform([colour], {"colour": colour.own_table}, {}, items, "here").sparse["colour"].values
+    shared = sum(np.count_nonzero(row == each) > 1 for each in row)
+    assert coverage(sources)[1].collided == pytest.approx(shared / 40)
+
+
+def test_a_drawn_history_is_the_same_items_by_both_hashes(tmp_path, write_dataset):
+    """With a row a user, what is input is drawn anew: of both rows of an id or of none."""
+    from trec_twotower.config import DataConfig, LossConfig
+    from trec_twotower.data.reader import UnitReader
+
+    items = list(range(30))
+    train = pa.table({"user_id": [1, 2], "positives": [items[:20], items[10:]]})
+    folder = write_dataset(tmp_path / "d", items=pa.table({"item_id": items}), train=train)
+    table = TableSpec(buckets=1 << 20, dim=2, hashes=2)
+    history = FeatureSpec(name="history", kind="bag", table="t")
+    item = FeatureSpec(name="item_id", kind="id", table="t")
+    sources = Sources(Dataset(folder), Schema.build({"t": table}, (history,), (item,)), "user")
+    reader = UnitReader(sources, DataConfig(dataset=folder, rows="user"), LossConfig(), 0, 1)
+    [group] = sources.dataset.train.row_groups
+    rows = reader._part(group, 0, 2, 0)
+    of_item = sources.catalogue.columns.sparse
+    for name in ("history", "history@2"):
+        drawn = rows.user.sparse[name]
+        row_of = {bucket: row for row, bucket in enumerate(of_item[name.replace("history", "item_id")].values.tolist())}
+        found = [[row_of[bucket] for bucket in drawn.slice(row, row + 1).values.tolist()] for row in range(2)]
+        for row, taken in enumerate((items[:20], items[10:])):
+            asked = rows.positives.slice(row, row + 1).values.tolist()
+            assert found[row] and sorted(found[row] + asked) == taken

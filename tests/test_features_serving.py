@@ -113,7 +113,7 @@ def same(one: Columns, other: Columns) -> None:
         np.testing.assert_array_equal(number, other.numbers[name], err_msg=name)
 
 
-@settings(max_examples=40)
+@settings(max_examples=20)
 @given(st.lists(users(), min_size=1, max_size=3))
 def test_a_row_that_is_trained_on_is_the_same_user_served(folder, rows):
     """Statistics and vocabularies are learned from the rows; serving takes them as the run has kept them."""

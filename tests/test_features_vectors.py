@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
@@ -27,6 +27,7 @@ TYPES = [pa.list_(pa.float32()), pa.large_list(pa.float64()), pa.list_(pa.float6
 
 
 @pytest.mark.parametrize("kind", TYPES, ids=str)
+@settings(max_examples=25)
 @given(ROWS, st.booleans())
 def test_a_vector_is_its_numbers_and_whether_it_is_missing(kind, rows, is_unit):
     feature = IMAGE.model_copy(update={"unit_length": is_unit})

@@ -24,14 +24,18 @@ LAYERS = """
     data.stream
     data.sources.options data.sources.writer data.sources.id_lines data.sources.synthetic_words
     data.sources.synthetic_reach data.sources.synthetic data.sources.gowalla data.sources.amazon_beauty
-    data.sources.event_files data.sources.event_splits data.sources.events data.sources
-    model model.embedding model.inputs model.sequence model.parts model.tower model.temperature model.frequency
-    model.losses.blocks model.losses.contrastive model.losses.pointwise model.losses.pairwise model.losses.graded
-    model.losses.mixture model.losses model.losses.regularisers model.queue model.gate model.watch model.two_tower
+    data.sources.event_files data.sources.event_splits data.sources.event_log data.sources.events data.sources.ratings
+    data.sources.amazon_reviews data.sources.movielens data.sources.goodbooks data.sources
+    model model.embedding model.list_sums model.inputs model.sequence model.parts model.tower
+    model.temperature model.frequency
+    model.losses.cells model.losses.blocks model.losses.contrastive model.losses.pointwise model.losses.pairwise
+    model.losses.graded model.losses.mixture model.losses model.losses.regularisers model.queue model.gate model.watch
+    model.interests model.two_tower
     optimizer sharding plan checkpoint_storage checkpoint encode run failures refresh pipeline spectral train export
-    metrics index.engine index.probing index.recipe index.scan index.filters index.search index.build index.neighbours
-    index
-    exhaustive baselines slices evaluate rerank serve report
+    program encoder
+    metrics exhaustive index.engine index.list_scan index.probing index.recipe index.scan index.filters index.search
+    index.tuning index.build index.neighbours index
+    baselines slices sampled evaluate rerank serve server report
     torchrun doctor demo cli __main__
 """
 ORDER = LAYERS.split()

@@ -396,6 +396,25 @@ def test_a_missing_or_cut_file_is_named(saved, name):
         ItemIndex.load(saved.folder)
 
 
+def test_an_index_that_agrees_with_its_manifest_is_not_trusted_either(saved):
+    """Whoever can write the folder can write both: another place, no index, a part of one, vectors of 2^60."""
+    path, manifest = saved.folder / "index-00000-of-00001.faiss", saved.folder / "manifest.json"
+    whole, facts = path.read_bytes(), json.loads(manifest.read_text())
+
+    def resealed(**changes):
+        kept = {name: value for name, value in (facts | changes).items() if name not in ("files", "sha256")}
+        files.seal(saved.folder, kept)
+
+    resealed(heads={"../../index-00000-of-00001.faiss": "0" * 64})
+    with pytest.raises(DataError, match=r"names '\.\./\.\./index.*' but does not list it: do not trust it"):
+        ItemIndex.load(saved.folder)
+    for content in (b"\x80\x04N." * 40, whole[:40], whole[:30] + (2**60).to_bytes(8, "little") * 40 + whole[350:]):
+        path.write_bytes(content)
+        resealed()
+        with pytest.raises(DataError, match=r"index-00000-of-00001\.faiss is no index that FAISS reads"):
+            ItemIndex.load(saved.folder)
+
+
 def test_a_newer_index_takes_the_place_of_the_older(saved):
     item_ID, user_BD = clustered(300, 100)
     newer = build_index(item_ID, user_BD, settings(lists=7))

@@ -189,7 +189,7 @@ def test_items_in_pieces_make_the_index_of_the_whole_and_are_not_kept(vectors, f
     ("num_items", "given", "factory"),
     [
         (16_384, {}, "Flat"),
-        (16_385, {}, "IVF256,SQfp16"),
+        (16_385, {}, "IVF384,SQfp16"),
         (1_000_000, {}, "IVF2000,SQfp16"),
         (1_000_000, {"latency": "batch"}, "IVF2000,PQ32x4fs,Refine(SQfp16)"),
         (1_000_000, {"memory_gb": 0.1}, "IVF2000,SQ8"),

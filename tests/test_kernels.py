@@ -136,7 +136,7 @@ def test_without_numba_every_kernel_does_the_same(plain, rng):
     calls["deal"] = (heaps, 10 + np.arange(90), *ends, np.zeros(91, np.int64), np.zeros(90, np.int64))
     calls["count_before"] = (words.astype(np.uint16), np.array([0, 7, 7, 900]), np.zeros((4, 5), np.int64))
     names = {name for name, value in vars(plain).items() if callable(value) and name.islower()}
-    assert names - {"kernel", "copy_run", "mixed"} == set(calls)
+    assert names - {"kernel", "partial", "copy_run", "mixed"} == set(calls)
     for name, arguments in calls.items():
         ours, theirs = copy.deepcopy(arguments), copy.deepcopy(arguments)
         assert getattr(plain, name)(*ours) == getattr(kernels, name)(*theirs), name

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from trec_twotower.config import CORRECTED
 from trec_twotower.model.losses import LOSSES, Pairs, Relations, blocks
 from trec_twotower.model.losses.regularisers import alignment, nearness, squared_lengths
 
@@ -337,6 +338,7 @@ def assert_equal(kind: str, case: Case, temperature: float = 0.5, tolerance: flo
 
 
 def block_of(monkeypatch: pytest.MonkeyPatch, cells: int) -> None:
+    monkeypatch.setattr(blocks, "BLOCK_ROWS", 1)
     monkeypatch.setitem(blocks.BLOCK_CELLS, "cpu", cells)
 
 
@@ -533,6 +535,25 @@ def test_bf16_products_leave_the_loss_alone_and_the_gradient_close(kind):
     for wide, narrow in zip(*gradients, strict=True):
         error = float((wide - narrow).norm() / wide.norm())
         assert 1e-6 < error < 5e-3
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if KINDS[kind][0] not in WITHOUT_PRECISION])
+def test_bf16_logits_are_near(kind):
+    """A logit of up to 10 is rounded by up to 2^-6; the loss of 200 rows and its gradients are then some 1e-3 off."""
+    name, parameters = KINDS[kind]
+    heat = {} if name in WITHOUT_TEMPERATURE else {"temperature": 0.1}
+    user_BD, item_CD = unit(200, 5, 1), unit(300, 5, 2)
+    row = torch.arange(200)
+    log_q_C = torch.linspace(-3, 0, 300)
+    relations = Relations(Pairs(row, row), Pairs(row, row), log_q_C=log_q_C if name in CORRECTED else None)
+    losses, gradients = [], []
+    for precision in ("fp32", "bf16_logits"):
+        loss = LOSSES[name](user_BD, item_CD, relations, precision=precision, **heat, **parameters)
+        losses.append(loss.item())
+        gradients.append(torch.autograd.grad(loss, [user_BD, item_CD]))
+    assert losses[1] == pytest.approx(losses[0], rel=5e-3) and losses[0] != losses[1]
+    for wide, narrow in zip(*gradients, strict=True):
+        assert 1e-6 < float((wide - narrow).norm() / wide.norm()) < 0.1  # ccl has a kink
 
 
 @pytest.mark.parametrize("name", LOSSES)

@@ -303,3 +303,25 @@ def test_popularity_equals_a_loop_over_users(monkeypatch):
         expected = [[item for item in order if item not in set(each)][:k] for each in seen]
         expected = [each + [-1] * (k - len(each)) for each in expected]
         assert popularity_ranking(count_I, Lists.from_lists(seen), k).tolist() == expected
+
+
+def test_metrics_are_those_of_trec_eval(rng):
+    """An independent library, of which only the users' means are asked for."""
+    ir_measures = pytest.importorskip("ir_measures")
+    users, items, ks = 40, 60, (1, 5, 20)
+    ranked = np.stack([rng.permutation(items)[: max(ks)] for _ in range(users)])
+    positives = [rng.choice(items, rng.integers(1, 25), replace=False) for _ in range(users)]
+    ours = mean_metrics(ranking_metrics(ranked, Lists.from_lists(positives), ks))
+    wanted = {str(user): {str(item): 1 for item in taken} for user, taken in enumerate(positives)}
+    run = {str(user): {str(item): float(-place) for place, item in enumerate(row)} for user, row in enumerate(ranked)}
+    measures = {"recall": "R", "ndcg": "nDCG", "hit": "Success", "mrr": "RR", "precision": "P"}
+    theirs = {(name, k): ir_measures.parse_measure(f"{word}@{k}") for name, word in measures.items() for k in ks}
+    means = ir_measures.calc_aggregate(list(theirs.values()), wanted, run)
+    for (name, k), measure in theirs.items():
+        assert ours[f"{name}@{k}"] == pytest.approx(means[measure], abs=1e-12), measure
+    # Its average precision divides by all positives, ours by as many as k places could hold
+    [precision] = [ir_measures.parse_measure(f"AP@{ks[-1]}")]
+    few = [user for user, taken in enumerate(positives) if len(taken) <= ks[-1]]
+    each = {found.query_id: found.value for found in ir_measures.iter_calc([precision], wanted, run)}
+    of_ours = ranking_metrics(ranked, Lists.from_lists(positives), ks)[f"map@{ks[-1]}"]
+    assert [of_ours[user] for user in few] == pytest.approx([each[str(user)] for user in few], abs=1e-12)

@@ -19,7 +19,7 @@ from trec_twotower.data.lists import Lists
 from trec_twotower.data.transforms import Columns, bucket
 from trec_twotower.distributed import Ranks
 from trec_twotower.errors import ConfigError
-from trec_twotower.model.embedding import build_tables, fill_tables, tower_input
+from trec_twotower.model.embedding import Pooled, build_tables, fill_tables, tower_inputs
 from trec_twotower.model.tower import Tower
 from trec_twotower.model.two_tower import TwoTower
 from trec_twotower.schema import FeatureSpec, Schema, TableSpec
@@ -159,9 +159,10 @@ def test_what_enters_a_tower_is_pooled_by_hand(side, plan, num_ranks, small_worl
 def test_tower_input_divides_the_rows_it_has_and_no_more():
     """The lookup has as many rows as the longer side; the tower gets its own."""
     schema = one_table(5, 2)
-    pooled = {"user:bag": torch.tensor([[2.0, 4.0], [3.0, 9.0], [7.0, 7.0]])}
+    pooled = Pooled()
+    pooled.add(torch.tensor([[2.0, 4.0], [3.0, 9.0], [7.0, 7.0]]), {"user:bag": 2})
     divisor, number = torch.tensor([[2.0], [3.0]]), torch.empty(2, 0)
-    assert tower_input(schema, "user", pooled, divisor, number).tolist() == [[1.0, 2.0], [1.0, 3.0]]
+    assert tower_inputs(schema, pooled, {"user": (divisor, number)})["user"].tolist() == [[1.0, 2.0], [1.0, 3.0]]
 
 
 # Ids and keys

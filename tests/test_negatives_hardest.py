@@ -45,6 +45,7 @@ def loss_and_gradients(kind: str, world, relations: Relations) -> list[torch.Ten
 @pytest.mark.parametrize("kind", SELECTIVE)
 def test_only_the_negatives_of_the_highest_logits_count(world, monkeypatch, kind, hardest, rows_a_block):
     """Those that do not are made known to the row, one by one, by sorting all its negatives in plain Python."""
+    monkeypatch.setattr(blocks, "BLOCK_ROWS", 1)
     monkeypatch.setitem(blocks.BLOCK_CELLS, "cpu", rows_a_block * COLUMNS)
     user_BD, item_CD, relations = world
     known = set(zip(relations.known.row_P.tolist(), relations.known.column_P.tolist(), strict=True))

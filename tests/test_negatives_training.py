@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from tests import test_stream as streaming
-from tests.ranks.launch import SAID_BY_TORCHREC, torchrun
+from tests.ranks.launch import SAID_BY_TORCHREC
 from tests.ranks.states import whole_state
 from tests.ranks.worlds import MIXED, NUM_ITEMS, event_config, negatives, user_config
 from trec_twotower import refresh as refreshing
@@ -211,14 +211,14 @@ def test_another_runs_weights_are_taken_without_what_it_remembers(small_world, t
     assert first["user_tower.layers.0.weight"].any()
 
 
-def test_two_ranks_find_the_same_neighbours_and_resume(small_world, tmp_path, lone_rank):
+def test_two_ranks_find_the_same_neighbours_and_resume(small_world, tmp_path, lone_rank, forked):
     """A share of the search each. The second launch finds those of the step that it goes on from."""
     parts = {"checkpoint": {"every": 4, "keep": 9}}
     config = as_values(config_of(small_world, tmp_path / "run", **parts))
     path = tmp_path / "config.yaml"
     path.write_text(to_yaml(config))
     for override in ("train.epochs=2", "train.epochs=3"):
-        code, said = torchrun(2, "trec_twotower", "train", path, override)
+        code, said = forked(2, "trec_twotower", "train", path, override)
         assert code == 0, said
     assert said.count("neighbours 2 to 8 of") == 1  # of step 6, which the checkpoint of that step had before it
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]

@@ -11,8 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from tests.ranks.launch import SAID_BY_TORCHREC, torchrun
-from tests.sequences import NUM_ITEMS, TOWERS, steps_config, write_steps
+from tests.ranks.launch import SAID_BY_TORCHREC
+from tests.sequences import NUM_ITEMS, RESUMED, TOWERS, USERS, steps_config, write_steps
 from trec_twotower.data.batch import make_batch
 from trec_twotower.data.dataset import Dataset
 from trec_twotower.data.features import Sources
@@ -165,7 +165,7 @@ def test_what_enters_the_tower_equals_the_sum_written_out(kind, world, tmp_path,
         weights["history_delta"] += torch.randn(weights["history_delta"].shape)  # in place: the model's own
         seen: list[torch.Tensor] = []
         encoder.encoder.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
-        pooled = model._pooled(make_batch(schema, columns, sources.catalogue.columns))
+        pooled, _ = model._pooled(make_batch(schema, columns, sources.catalogue.columns))
     item_feature = {feature.name: feature for feature in schema.item}
     table = rows.to_pylist()
     expected = []
@@ -215,12 +215,12 @@ def test_items_stand_once_in_a_batch_however_many_steps_take_them(world, tmp_pat
 
 
 @pytest.fixture(scope="module")
-def made(world, tmp_path_factory) -> dict[int, tuple[dict[str, Any], Path]]:
+def made(world, tmp_path_factory, forked) -> dict[int, tuple[dict[str, Any], Path]]:
     """What one rank and two made of the same cases."""
     found = {}
     for num_ranks in (1, 2):
         out = tmp_path_factory.mktemp(f"ranks-{num_ranks}")
-        code, said = torchrun(num_ranks, "tests.ranks.sequences", world, out)
+        code, said = forked(num_ranks, "tests.ranks.sequences", world, out)
         assert code == 0, said
         found[num_ranks] = torch.load(out / "results.pt", weights_only=True), out / "runs"
     return found
@@ -235,6 +235,7 @@ CASES = [
     *(f"plan {plan}" for plan in PLANS),
     *(f"encoder {kind}" for kind in ENCODER_PARAMETERS),
     *(f"tower {name}" for name in TOWERS),
+    *(f"user {name}" for name in USERS),
     "pipeline",
 ]
 
@@ -258,7 +259,7 @@ def test_the_plan_does_not_change_the_training(case, num_ranks, made):
     assert made[num_ranks][0][f"losses {case}"] == pytest.approx(reference, rel=1e-5)
 
 
-@pytest.mark.parametrize("case", ["plan row_wise", "encoder gru"])
+@pytest.mark.parametrize("case", RESUMED)
 @pytest.mark.parametrize("num_ranks", [1, 2])
 def test_a_resumed_run_goes_on_as_one_that_never_stopped(case, num_ranks, made):
     results = made[num_ranks][0]
@@ -266,7 +267,7 @@ def test_a_resumed_run_goes_on_as_one_that_never_stopped(case, num_ranks, made):
     assert results[f"resumed {case}"] == results[f"at once {case}"]
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case.startswith(("encoder", "tower"))])
+@pytest.mark.parametrize("case", [case for case in CASES if case.startswith(("encoder", "tower", "user"))])
 def test_every_part_is_indexed_and_recommends(case, made, lone_rank):
     """What two ranks trained and exported, one rank indexes and serves; the history names items of no catalogue."""
     run = Run.open(made[2][1] / case.replace(" ", "-"))
@@ -282,7 +283,7 @@ def test_every_part_is_indexed_and_recommends(case, made, lone_rank):
     retriever = Retriever.open(run.folder, lone_rank)
     [answer] = retriever.recommend([3], k=4)
     user = exported.user_ids.to_pylist().index(3)
-    expected = np.sort(exported.item_ID @ exported.user_QD[user])[::-1]
+    expected = (exported.item_ID @ np.atleast_2d(exported.user_QD[user]).T).max(axis=1)
     found = [item.score for item in answer.items]
     assert len(found) == 4 and all(np.abs(expected - score).min() < 1e-5 for score in found)
     # The same row given at request time, and one event more, which changes the answer.

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from trec_twotower.config import validate
 from trec_twotower.errors import ConfigError
-from trec_twotower.model.sequence import ENCODERS, Dropout, Heads, SequenceEncoder, turned
+from trec_twotower.model.sequence import ENCODERS, Dropout, Heads, Routing, SelfAttention, SequenceEncoder, turned
 from trec_twotower.schema import ENCODER_PARAMETERS, EncoderSpec
 
 DIM, LONGEST = 8, 12
@@ -22,10 +22,11 @@ CASES: dict[str, dict[str, Any]] = {
     "cnn, wide": {"kind": "cnn", "layers": 3, "width": 4},
     "transformer, rotary": {"kind": "transformer", "positions": "rotary"},
     "transformer, both ways": {"kind": "transformer", "causal": False, "layers": 2},
+    "routing, once": {"kind": "routing", "iterations": 1, "interests": 2},
     "hierarchical, short": {"kind": "hierarchical", "segment": 2},
     "hierarchical, transformer": {"kind": "hierarchical", "segment": 3, "over": "transformer"},
 }
-BLIND_TO_ORDER = ("mean", "attention")
+BLIND_TO_ORDER = ("mean", "attention", "routing")
 LENGTHS = [3, 0, LONGEST, 1, 7]
 
 
@@ -45,6 +46,13 @@ def steps_of(lengths: list[int]) -> tuple[Tensor, Tensor]:
     return torch.randn(sum(lengths), DIM, generator=torch.Generator().manual_seed(2)), torch.tensor(lengths)
 
 
+def shape_of(encoder: SequenceEncoder, num_rows: int) -> tuple[int, ...]:
+    """Of what it makes: a vector a row, or several."""
+    interests = {Routing: lambda: len(encoder.start_MD), SelfAttention: lambda: encoder.outward.out_features}
+    several = interests.get(type(encoder))
+    return (num_rows, DIM) if several is None else (num_rows, several(), DIM)
+
+
 def close(first: Tensor, second: Tensor) -> bool:
     return torch.allclose(first, second, atol=1e-5)
 
@@ -57,7 +65,7 @@ def test_a_row_becomes_what_it_becomes_alone(encoder):
     """Nothing of the other rows, nor of padding, gets into a row's vector."""
     step_ND, length_B = steps_of(LENGTHS)
     vector_BD = encoder(step_ND, length_B)
-    assert vector_BD.shape == (len(LENGTHS), DIM) and vector_BD.isfinite().all()
+    assert vector_BD.shape == shape_of(encoder, len(LENGTHS)) and vector_BD.isfinite().all()
     for row, part in enumerate(step_ND.split(LENGTHS)):
         assert close(encoder(part, length_B[row : row + 1])[0], vector_BD[row])
 
@@ -66,7 +74,7 @@ def test_no_steps_are_the_zero_vector_and_no_rows_are_no_vectors(encoder):
     step_ND, length_B = steps_of(LENGTHS)
     assert not encoder(step_ND, length_B)[1].any() and encoder(step_ND, length_B)[3].any()
     assert not encoder(step_ND[:0], torch.tensor([0, 0])).any()
-    assert encoder(step_ND[:0], length_B[:0]).shape == (0, DIM)
+    assert encoder(step_ND[:0], length_B[:0]).shape == shape_of(encoder, 0)
 
 
 def test_order_counts_where_it_should_and_not_where_it_should_not(encoder, request):
@@ -79,7 +87,7 @@ def test_order_counts_where_it_should_and_not_where_it_should_not(encoder, reque
 def test_every_step_is_seen_and_sends_its_gradient_back(encoder):
     step_ND, length_B = steps_of(LENGTHS)
     step_ND.requires_grad_(True)
-    wish_BD = torch.randn(len(LENGTHS), DIM, generator=torch.Generator().manual_seed(3))
+    wish_BD = torch.randn(shape_of(encoder, len(LENGTHS)), generator=torch.Generator().manual_seed(3))
     (encoder(step_ND, length_B) * wish_BD).sum().backward()
     assert step_ND.grad is not None and step_ND.grad.isfinite().all()
     assert (step_ND.grad.abs().sum(1) > 0).all()
@@ -161,6 +169,40 @@ def test_a_causal_transformer_equals_torchs_own_layer():
     assert torch.allclose(encoder(step_ND, length_B)[0], expected, atol=1e-5)
 
 
+@torch.no_grad()
+def test_routing_equals_capsules_written_out():
+    """Steps choose among interests by softmax, interests are squashed sums, and steps choose again by agreement."""
+    torch.manual_seed(0)
+    encoder = Routing(EncoderSpec(kind="routing", interests=3, iterations=2), DIM, LONGEST)
+    step_ND, length_B = steps_of(LENGTHS)
+    for row, part_LD in enumerate(step_ND.split(LENGTHS)):
+        seen_LD = part_LD @ encoder.shared.weight.T
+        logit_LM = torch.tensor([[float(seen_D @ start_D) for start_D in encoder.start_MD] for seen_D in seen_LD])
+        for _ in range(2):
+            interests = []
+            for m in range(3):
+                total = sum((logit_L.softmax(0)[m] * seen_D for logit_L, seen_D in zip(logit_LM, seen_LD, strict=True)),
+                            torch.zeros(DIM))  # fmt: skip
+                length = total.norm()
+                interests.append(length**2 / (1 + length**2) * total / length if len(part_LD) else total)
+            if len(part_LD):
+                logit_LM = logit_LM + seen_LD @ torch.stack(interests).T
+        assert close(encoder(step_ND, length_B)[row], torch.stack(interests))
+
+
+def test_self_attention_equals_the_weighted_means_written_out():
+    torch.manual_seed(0)
+    encoder = SelfAttention(EncoderSpec(kind="self_attention", interests=2), DIM, LONGEST)
+    with torch.no_grad():
+        encoder.place_AD += torch.randn(LONGEST, DIM)
+    step_ND, length_B = steps_of(LENGTHS)
+    for row, part_LD in enumerate(step_ND.split(LENGTHS)):
+        placed_LD = part_LD + encoder.place_AD[: len(part_LD)].flip(0)  # the newest step has place 0
+        weight_LM = encoder.outward(torch.tanh(encoder.inward(placed_LD))).softmax(0)
+        expected = torch.stack([(weight_LM[:, m, None] * part_LD).sum(0) for m in range(2)])
+        assert close(encoder(step_ND, length_B)[row], expected)
+
+
 def test_dropout_keeps_the_mean_and_a_share_of_the_numbers():
     torch.manual_seed(0)
     dropped = Dropout(0.6)(torch.ones(1001, 33))
@@ -201,12 +243,43 @@ def test_a_convolution_sees_its_past_alone():
     assert close(encoder(step_ND, length_B)[0], step_out[-1] + step_out.mean(0))
 
 
+def next_found(spec: EncoderSpec, items: int = 12, rows: int = 200, steps: int = 6) -> float:
+    """What is taken next depends on the newest step alone; how many of a half that was not trained on find it."""
+    generator = torch.Generator().manual_seed(0)
+    history = torch.randint(items, (2 * rows, steps), generator=generator)
+    target, length = (history[:, -1] + 1) % items, torch.full((rows,), steps)
+    torch.manual_seed(0)
+    encoder, last = ENCODERS[spec.kind](spec, DIM, steps), torch.nn.Linear(DIM, items)
+    table = torch.nn.Parameter(torch.randn(items, DIM))
+    optimizer = torch.optim.Adam([*encoder.parameters(), *last.parameters(), table], lr=0.05)
+
+    def logits(part: Tensor) -> Tensor:
+        return last(encoder(F.embedding(part, table).flatten(0, 1), length))
+
+    for _ in range(50):
+        optimizer.zero_grad()
+        F.cross_entropy(logits(history[:rows]), target[:rows]).backward()
+        optimizer.step()
+    with torch.no_grad():
+        return float((logits(history[rows:]).argmax(1) == target[rows:]).float().mean())
+
+
+def test_encoders_that_know_order_solve_a_world_of_the_newest_step():
+    """The mean cannot tell which of six steps was the last."""
+    mean = next_found(EncoderSpec(kind="mean"))
+    found = {
+        kind: next_found(EncoderSpec(kind=kind)) for kind in ("heads", "gru", "cnn", "transformer", "hierarchical")
+    }
+    assert all(each > mean + 0.4 for each in found.values()), (found, mean)
+
+
 @pytest.mark.parametrize(
     ("values", "said"),
     [
         ({"kind": "mean", "heads": 2}, "encoder.heads is set, but encoder.kind mean has no heads"),
         ({"kind": "gru", "segment": 2}, "it belongs to hierarchical"),
         ({"kind": "grn"}, "kind"),
+        ({"kind": "routing", "interests": 1}, "'interests' is 1: input should be greater than or equal to 2"),
         ({"kind": "gru", "layer": 2}, "nearest: 'layers'"),
     ],
 )

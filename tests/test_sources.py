@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import xxhash
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -67,13 +68,15 @@ def default(tmp_path_factory) -> tuple[Path, dict]:
 
 def test_dataset_yaml_says_what_lies_in_the_folder(small):
     manifest = yaml.safe_load((small / "dataset.yaml").read_text())
-    assert list(manifest)[:4] == ["format", "source", "options", "counts"]
+    assert list(manifest)[:5] == ["sha256", "format", "source", "options", "counts"]
     assert manifest["format"] == 1
     assert manifest["options"]["seed"] == 0
     assert sorted(manifest["files"]) == sorted(digests(small))
     for name, told in manifest["files"].items():
         content = (small / name).read_bytes()
         assert told["sha256"] == hashlib.sha256(content).hexdigest()
+        footer = content[-8 - int.from_bytes(content[-8:-4], "little") :]
+        assert told["footer"] == f"xxh3-{xxhash.xxh3_64_hexdigest(footer)}"
         assert told["bytes"] == len(content)
         assert told["rows"] == pq.read_metadata(small / name).num_rows
     for split in ("train", "valid", "test"):

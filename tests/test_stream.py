@@ -254,6 +254,17 @@ def test_a_stream_without_idle_s_waits_until_it_is_stopped(folder, monkeypatch):
     assert clock.sleeps == 5000
 
 
+def test_counts_ask_for_no_more_memory_than_their_file_has_bytes(tmp_path):
+    path = tmp_path / "counts.npy"
+    streaming.write_counts(path, np.arange(5))
+    assert streaming.read_counts(path).tolist() == [0, 1, 2, 3, 4]
+    whole = path.read_bytes()
+    for altered in (b"(50000000000,), }", b"(5,             {"):
+        path.write_bytes(whole.replace(b"(5,), }          ", altered))
+        with pytest.raises(DataError, match=r"counts\.npy cannot be read"):
+            streaming.read_counts(path)
+
+
 def test_files_without_rows_are_waited_with(folder):
     """They make no step by themselves; beside others they are taken with them."""
     assert len(taken(stream_of(folder))) == 4

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from tests.ranks.launch import SAID_BY_TORCHREC, torchrun
+from tests.ranks.launch import SAID_BY_TORCHREC
 from tests.test_stream import GROWN, config_of, expected, folder, items, publish, rows  # noqa: F401 - a fixture
 from trec_twotower.config import RunConfig, as_values, to_yaml
 from trec_twotower.data import stream as streaming
@@ -187,7 +187,8 @@ def noted(notes: Path, num_ranks: int = 2) -> dict[int, list[list[int]]]:
 class Job:
     """A training of two ranks on a folder of its own, and the files that are still to come to it."""
 
-    def __init__(self, root: Path, name: str, **follow: Any) -> None:
+    def __init__(self, forked: Any, root: Path, name: str, **follow: Any) -> None:
+        self.forked = forked
         self.root = root / name
         for part in ("train", "items", "staged", "rows"):
             (self.root / "d" / part).mkdir(parents=True)
@@ -212,27 +213,25 @@ class Job:
         for there, here in self.move(*names):
             Path(there).rename(here)
 
-    def start(self, steps: dict[int, list[str]], **plan: Any) -> tuple[int, str]:
+    def start(self, steps: dict[int, list[str]], fault: str = "", **plan: Any) -> tuple[int, str]:
         moves = {str(step): self.move(*names) for step, names in steps.items()}
         path = self.root / "plan.json"
         path.write_text(json.dumps({"step": moves, "rows": str(self.folder / "rows"), **plan}))
-        return torchrun(2, "tests.ranks.growing", path, "train", self.root / "config.yaml")
+        return self.forked(2, "tests.ranks.growing", path, "train", self.root / "config.yaml", TREC_TT_FAULT=fault)
 
 
 COME = {2: ["items/more.parquet", "train/d.parquet", "train/c.parquet"], 5: ["train/e.parquet"]}
 
 
-def test_killed_ranks_take_every_row_once_in_the_order_of_an_undisturbed_run(tmp_path, monkeypatch):
+def test_killed_ranks_take_every_row_once_in_the_order_of_an_undisturbed_run(tmp_path, forked):
     """Two ranks; SIGKILL to the first in step 6, in the midst of generation 1.
 
     A further file comes while both are dead, when it is no part of the generation that goes on.
     """
-    calm, killed = Job(tmp_path, "calm"), Job(tmp_path, "killed")
+    calm, killed = Job(forked, tmp_path, "calm"), Job(forked, tmp_path, "killed")
     code, said = calm.start({**COME, 5: ["train/e.parquet", "train/f.parquet"]})
     assert code == 0, said
-    with monkeypatch.context() as patched:
-        patched.setenv("TREC_TT_FAULT", "step:updated:step6:rank0")
-        code, said = killed.start(COME)
+    code, said = killed.start(COME, fault="step:updated:step6:rank0")
     assert code == 128 + 9, said
     killed.bring("train/f.parquet")
     code, said = killed.start({})
@@ -252,9 +251,9 @@ def test_killed_ranks_take_every_row_once_in_the_order_of_an_undisturbed_run(tmp
     assert np.array_equal(*(np.load(job.run_dir / "item_counts-00000002.npy") for job in (calm, killed)))
 
 
-def test_ranks_that_wait_for_files_stop_when_one_is_told_to(tmp_path, lone_rank):
+def test_ranks_that_wait_for_files_stop_when_one_is_told_to(tmp_path, lone_rank, forked):
     """SIGTERM to the second rank in its second sleep; all save and end, and the run goes on, also on one rank."""
-    job = Job(tmp_path, "job", idle_s=None, poll_s=0.01)
+    job = Job(forked, tmp_path, "job", idle_s=None, poll_s=0.01)
     code, said = job.start({}, term_in_sleep=2)
     assert code == 128 + 15, said
     assert "waiting for new files" in said

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from trec_twotower.config import ExpertsConfig, GatingConfig, TowerConfig
 from trec_twotower.distributed import Ranks
-from trec_twotower.model.parts import Crosses, Experts, FeatureDropout, FeatureGates, ShortLong
+from trec_twotower.model.parts import Crosses, Experts, FeatureDropout, FeatureGates, Missing, ShortLong
 from trec_twotower.model.tower import Tower
 
 WIDTHS = (2, 3, 2)
@@ -34,6 +34,23 @@ def test_features_are_dropped_whole_in_training_alone():
     assert set(dropped.unique().tolist()) == {0.0, 1.0}  # nothing is scaled up
     assert float(dropped[:, 2].mean()) == pytest.approx(0.75, abs=0.03)
     assert part.eval()(ones).equal(ones)
+
+
+def test_what_is_zero_gets_a_learned_vector_and_still_learns(feature_BE):
+    part = Missing(WIDTHS, [0, 1])
+    with torch.no_grad():
+        part.vector_E.copy_(torch.arange(1.0, 6.0))
+    feature_BE[1, :2] = 0
+    feature_BE[2, 2:5] = 0
+    feature_BE[3, 2] = 0  # one number alone says nothing
+    feature_BE[4, 5:] = 0  # nor does a feature that is not named
+    feature_BE.requires_grad_(True)
+    made = part(feature_BE)
+    expected = feature_BE.detach().clone()
+    expected[1, :2], expected[2, 2:5] = torch.tensor([1.0, 2.0]), torch.tensor([3.0, 4.0, 5.0])
+    assert made.equal(expected)
+    made.sum().backward()
+    assert feature_BE.grad.equal(torch.ones(5, 7)) and part.vector_E.grad.equal(torch.ones(5))
 
 
 def test_gates_start_at_one_and_equal_the_formula_written_out(feature_BE):
@@ -153,3 +170,42 @@ def test_the_gate_solves_a_switch_of_regimes():
     plain = found(TowerConfig(), features, target, (6, 6, 2))
     gated = found(TowerConfig(short=("0",)), features, target, (6, 6, 2))
     assert gated > 0.95 and gated > plain + 0.2, (gated, plain)
+
+
+def cold_and_warm(config: TowerConfig, id_scale: float) -> tuple[float, float]:
+    """Of items that nobody took in training, and of the others: the share that their own taste is told to take.
+
+    An item is its id, which starts within ±id_scale, and what is said of it: its taste's vector, in noise.
+    """
+    items, tastes, width = 200, 10, 8
+    generator = torch.Generator().manual_seed(3)
+    taste_I = torch.arange(items) % tastes
+    said_IW = torch.randn(tastes, width, generator=generator)[taste_I]
+    said_IW = said_IW + 0.5 * torch.randn(items, width, generator=generator)
+    torch.manual_seed(0)
+    id_IW = nn.Parameter(id_scale * (2 * torch.rand(items, width) - 1))
+    user = nn.Parameter(torch.randn(tastes, 16))
+    tower = Tower((width, width), 16, config, is_unit=True, place=lambda name: int(name))
+    optimizer = torch.optim.Adam([*tower.parameters(), id_IW, user], lr=0.02)
+    num_cold = items // 4
+    for _ in range(300):
+        item = tower(torch.cat([id_IW, said_IW], dim=1)[num_cold:])
+        logit = F.normalize(user, dim=1)[taste_I[num_cold:]] @ item.T / 0.1
+        optimizer.zero_grad()
+        F.cross_entropy(logit, torch.arange(items - num_cold)).backward()
+        optimizer.step()
+    with torch.no_grad():
+        item = tower.eval()(torch.cat([id_IW, said_IW], dim=1))
+        best = (F.normalize(user, dim=1) @ item.T).topk(items // tastes, dim=1).indices
+    is_found = torch.zeros(items, dtype=torch.bool)
+    for taste, row in enumerate(best):
+        is_found[row[taste_I[row] == taste]] = True
+    return float(is_found[:num_cold].float().mean()), float(is_found[num_cold:].float().mean())
+
+
+def test_cold_items_are_found_by_what_is_said_of_them():
+    """Ids from zero and dropped half of the time, against random ids that are always there; warm items lose nothing."""
+    plain, plain_warm = cold_and_warm(TowerConfig(), 8**-0.5)
+    dropped, warm = cold_and_warm(TowerConfig(drop={"0": 0.5}, missing=("0",)), 0.0)
+    assert dropped > plain + 0.1 and dropped > 0.9, (dropped, plain)
+    assert warm > plain_warm - 0.03, (warm, plain_warm)

@@ -22,6 +22,7 @@ _CONTENTS = {
     "hash_to_bucket": "data.hashing",
     "TwoTower": "model.two_tower",
     "train": "train",
+    "Encoder": "encoder",
     "ItemIndex": "index",
     "Retriever": "serve",
 }

@@ -1,16 +1,20 @@
-"""Items that were taken together: the recommender without any learning that a model should beat."""
+"""What a model should beat: items that were taken together, and two towers in closed form."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 import numpy as np
+import torch
+from torch.nn import functional
 
+from trec_twotower.config import SpectralStart
 from trec_twotower.data.kernels import kernel
 from trec_twotower.data.lists import Lists, offsets_of, side_by_side
 from trec_twotower.distributed import Ranks
+from trec_twotower.exhaustive import rank_everything
 from trec_twotower.metrics import popularity_ranking
-from trec_twotower.spectral import Taken
+from trec_twotower.spectral import Taken, spectral_tables
 
 MOST_NEIGHBOURS = 100  # of an item
 MOST_TAKEN = 1000  # items of a user: one who took more says little of what goes together
@@ -63,6 +67,43 @@ class ItemToItem:
                 begun = int(found[row].sum())
                 ranked[row, begun:] = more[: k - begun]
         return ranked
+
+
+@dataclass(frozen=True)
+class SpectralTowers:
+    """The two towers of spectral.py, untrained: a user is the sum over what he took, scored by the inner product."""
+
+    history_ID: np.ndarray
+    item_ID: np.ndarray
+    count_I: np.ndarray
+
+    @classmethod
+    def of(cls, taken: Taken, dim: int, count_I: np.ndarray, ranks: Ranks) -> SpectralTowers:
+        """From the pairs of all ranks, at `dim` or what the matrix has; all ranks call together and get the same."""
+        num_users = int(ranks.sum(np.array([taken.num_users]))[0])
+        dim = min(dim, num_users, taken.num_items)
+        start = SpectralStart(history="all that a user took")
+        history, item = spectral_tables(taken, dim, start, 0, ranks)
+        return cls(history.cpu().numpy(), item.cpu().numpy(), count_I)
+
+    def users(self, seen: Lists) -> np.ndarray:
+        """(users, D) float32; zero for those who took nothing."""
+        seen = seen.distinct()
+        bags = (torch.from_numpy(part) for part in (seen.values, self.history_ID, seen.offsets[:-1]))
+        return functional.embedding_bag(*bags, mode="sum").numpy()
+
+    def rankings(self, seen: Lists, k: int) -> np.ndarray:
+        """(users, k) item rows, seen items left out; the most popular for users who took nothing known."""
+        user_BD = self.users(seen)
+        ranked = rank_everything(self.item_ID, user_BD, k, seen)
+        lost = np.flatnonzero(~user_BD.any(axis=1))
+        ranked[lost] = popularity_ranking(self.count_I, seen.take(lost), k)
+        return ranked
+
+
+def popularity_vectors(count_I: np.ndarray, num_users: int) -> tuple[np.ndarray, np.ndarray]:
+    """Items (I, 1) and users (B, 1) whose inner products are how often the items were taken."""
+    return np.asarray(count_I, np.float32)[:, None], np.ones((num_users, 1), np.float32)
 
 
 @kernel

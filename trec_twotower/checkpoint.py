@@ -8,6 +8,7 @@ import importlib.metadata
 import platform
 import shutil
 import threading
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -239,7 +240,10 @@ class Checkpoints:
 
     def _fill(self, state: dict[str, Any], reader: SafeReader) -> None:
         try:
-            dcp.load(state, storage_reader=reader, planner=dcp.DefaultLoadPlanner(flatten_state_dict=False))
+            planner = dcp.DefaultLoadPlanner(flatten_state_dict=False)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # it is, and is not needed
+                dcp.load(state, storage_reader=reader, planner=planner, no_dist=self.ranks.num_ranks == 1)
         except CheckpointException as error:
             rank, (cause, _) = next(iter(error.failures.items()))
             found = f"{type(cause).__name__}: {cause}"

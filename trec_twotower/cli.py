@@ -50,7 +50,11 @@ def build_parser() -> argparse.ArgumentParser:
     demo.add_argument("--dir", type=Path, default=Path("."), help="where data/demo and runs/demo go (default: here)")
 
     prepare = command("prepare", _prepare, "raw files to a dataset folder")
-    prepare.add_argument("source", metavar="SOURCE", help="synthetic, gowalla, amazon-beauty or events")
+    prepare.add_argument(
+        "source",
+        metavar="SOURCE",
+        help="synthetic, gowalla, amazon-beauty, amazon-reviews, movielens, goodbooks or events",
+    )
     prepare.add_argument("--out", type=Path, required=True, metavar="DATASET", help="the folder to make")
     prepare.add_argument("--overwrite", action="store_true", help="replace a dataset that is there")
     prepare.add_argument(
@@ -69,6 +73,9 @@ def build_parser() -> argparse.ArgumentParser:
 
     export = command("export", _export, "item and user vectors to Parquet, under RUN/export")
     folder(export)
+    export.add_argument(
+        "--encoder", action="store_true", help="instead the towers, to encode rows elsewhere, under RUN/encoder"
+    )
 
     index = command("index", _index, "a FAISS index of the exported items, tuned against exact search, under RUN/index")
     index.add_argument("run_dir", metavar="RUN", type=Path, help="a run folder with an export")
@@ -79,6 +86,15 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--index", action="store_true", help="also through the tuned index")
     evaluate.add_argument(
         "--slice", action="append", default=[], metavar="NAME", help="also told apart by user.COLUMN or item.COLUMN"
+    )
+    evaluate.add_argument(
+        "--sampled",
+        type=int,
+        metavar="N",
+        help="also metrics over N drawn items in place of the catalogue, as papers do",
+    )
+    evaluate.add_argument(
+        "--same", metavar="COLUMN", help="with --sampled: also of items alike in this column, such as the category"
     )
     evaluate.add_argument("--rankings", type=Path, metavar="FILE", help="also write user_id, item_ids as Parquet")
 
@@ -95,6 +111,15 @@ def build_parser() -> argparse.ArgumentParser:
     )
     recommend.add_argument(
         "--without", action="append", default=[], metavar="ID", help="not this item; may be repeated"
+    )
+
+    serve = command("serve", _serve, "recommendations over HTTP, until it is told to stop")
+    folder(serve)
+    serve.add_argument("--host", default="127.0.0.1", help="the address to listen on (default 127.0.0.1)")
+    serve.add_argument("--port", type=int, default=8000, help="and the port (default 8000; 0: any that is free)")
+    serve.add_argument("--max-k", type=int, default=1000, help="the most items a request may ask for (default 1000)")
+    serve.add_argument(
+        "--reload-s", type=float, default=10.0, help="seconds between looks for a new index; 0: none (default 10)"
     )
 
     report = command("report", _report, "the run in pictures, one HTML file of all that was done so far")
@@ -157,6 +182,14 @@ def _run(arguments: list[str] | None) -> int:
     except KeyboardInterrupt:
         _say_once(f"trec-twotower {options.command}: interrupted; the same command goes on from what is saved.")
         return INTERRUPTED
+    except RuntimeError as error:
+        from trec_twotower.heartbeat import cause_of, is_lost
+
+        if int(os.environ.get("WORLD_SIZE", "1")) < 2 or not is_lost(error):
+            raise
+        lost = f"rank {os.environ['RANK']} lost the others ({cause_of(error)}): the first of them to end says why."
+        _say_once(f"trec-twotower {options.command}: {lost}", is_own=True)
+        return 1
     except OSError as error:
         _say_once(f"trec-twotower {options.command}: {error.strerror or error}: {error.filename or ''}".rstrip(": "))
         return 1
@@ -241,6 +274,8 @@ def _export(options: argparse.Namespace) -> int:
 
     run = Run.open(options.run_dir)
     _quiet()
+    if options.encoder:
+        return _export_encoder(run, options.checkpoint)
     with _ranks(run.config) as ranks:
         from trec_twotower.export import export, load_model
         from trec_twotower.files import read_json
@@ -252,6 +287,24 @@ def _export(options: argparse.Namespace) -> int:
                 f"{folder}: {manifest['items']:,} items and {manifest['users']:,} users of dim {manifest['dim']}, "
                 f"model {manifest['model_version']} (step {manifest['step']:,})"
             )
+    return 0
+
+
+def _export_encoder(run: Any, checkpoint: str) -> int:
+    """On one process, whose memory holds all tables."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError("--encoder puts all tables into one folder, which one process does: leave out the launcher.")
+    import torch
+
+    from trec_twotower.distributed import Ranks
+    from trec_twotower.encoder import Encoder
+
+    encoder = Encoder.of(run, run.sources(Ranks(0, 1, torch.device("cpu"))), checkpoint)
+    folder = run.folder / "encoder"
+    programs = encoder.save(folder)
+    print(f"{folder}: towers of dim {encoder.dim}, model {encoder.model_version}")
+    for side, outcome in programs.items():
+        print(f"  {side}.pt2: {outcome}")
     return 0
 
 
@@ -294,6 +347,8 @@ def _evaluate(options: argparse.Namespace) -> int:
             through_index=options.index,
             rankings=options.rankings,
             slices=options.slice,
+            sampled=options.sampled,
+            sampled_same=options.same,
         )
         if ranks.is_first:
             print(table)
@@ -322,6 +377,25 @@ def _recommend(options: argparse.Namespace) -> int:
             print("and gets:")
             for place, item in enumerate(answer.items, 1):
                 print(f"  {place:>3}  {item.score:>8.4f}  {in_words(item.about)}  [{item.item_id}]")
+    return 0
+
+
+def _serve(options: argparse.Namespace) -> int:
+    if options.max_k < 1 or not options.reload_s >= 0:
+        raise ConfigError(
+            f"--max-k is {options.max_k} and --reload-s {options.reload_s:g}: give 1 or more, and 0 or more."
+        )
+    _quiet()
+    from trec_twotower.server import serve
+
+    serve(
+        options.run_dir,
+        options.host,
+        options.port,
+        checkpoint=options.checkpoint,
+        max_k=options.max_k,
+        reload_s=options.reload_s,
+    )
     return 0
 
 

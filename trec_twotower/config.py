@@ -100,6 +100,7 @@ class TowerConfig(Settings):
     dropout: float = Field(default=0.0, ge=0, lt=1)  # of the features that enter
     # Of a feature: the share of rows in which it is zero in training, as it is of what is new.
     drop: dict[str, Annotated[float, Field(ge=0, lt=1)]] = Field(default_factory=dict)
+    missing: tuple[str, ...] | None = None  # features with a learned vector where they are zero: dropped, or not there
     gating: GatingConfig | None = None  # a weight for each feature
     crosses: NonNegativeInt = 0  # learned crosses of the features (DCN-v2), one degree more each
     short: tuple[str, ...] = ()  # features of the short term, met with all others by a learned gate
@@ -128,6 +129,12 @@ class ModelConfig(Settings):
     user_tower: TowerConfig = TowerConfig()
     item_tower: TowerConfig = TowerConfig()
     similarity: Literal["cosine", "dot"] = "cosine"
+    user_vector: Literal["gaussian"] | None = None  # a mean and a variance for each number; default: a point
+
+    @property
+    def vector_dim(self) -> int:
+        """Numbers of the vectors that are scored, exported and indexed."""
+        return self.dim if self.user_vector is None else 2 * self.dim
 
 
 class SameConfig(Settings):
@@ -234,17 +241,32 @@ class RegulariseConfig(Settings):
     uniformity: NonNegativeFloat = 0.0  # log of the mean of exp(-2 squared distance), of users and of candidates
 
 
+Precision = Literal["auto", "fp32", "bf16"]  # auto: bf16 where the hardware multiplies such numbers faster
+
+
 # What each loss can be told, and the values it has where a config says nothing.
 LOSS_PARAMETERS: dict[str, dict[str, Any]] = {
-    "softmax": {"temperature": 0.1, "precision": "fp32"},
-    "bce": {"temperature": 0.1, "negative_weight": 1.0, "precision": "fp32"},
-    "softmax_bce": {"temperature": 0.1, "softmax_share": 0.5, "negative_weight": 1.0, "precision": "fp32"},
-    "bsl": {"temperature": 0.1, "temperature_ratio": 1.0, "precision": "fp32"},
-    "ccl": {"margin": 0.8, "negative_weight": 150.0, "precision": "fp32"},
-    "bpr": {"temperature": 0.1, "precision": "fp32"},
-    "margin": {"margin": 0.2, "precision": "fp32"},
+    "softmax": {"temperature": 0.1, "precision": "auto"},
+    "bce": {"temperature": 0.1, "negative_weight": 1.0, "precision": "auto"},
+    "softmax_bce": {"temperature": 0.1, "softmax_share": 0.5, "negative_weight": 1.0, "precision": "auto"},
+    "bsl": {"temperature": 0.1, "temperature_ratio": 1.0, "precision": "auto"},
+    "ccl": {"margin": 0.8, "negative_weight": 150.0, "precision": "auto"},
+    "bpr": {"temperature": 0.1, "precision": "auto"},
+    "margin": {"margin": 0.2, "precision": "auto"},
     "listwise": {"temperature": 0.1, "grades": "share"},
 }
+
+
+class InterestsConfig(Settings):
+    """How several vectors of a user are trained; see model/interests.py."""
+
+    # max: an item's score is the highest by any of them, for positives and negatives, as in search; costs a product of
+    # rows and candidates for each. attention: of the row's positive, and one mean of the vectors meets all items.
+    score: Literal["max", "attention"] = "max"
+    sharpness: PositiveFloat = 10.0  # attention: the mean's weights are softmax(sharpness * score of the positive)
+    diversity: NonNegativeFloat = 0.1  # weight of what is added to the loss where a user's vectors are alike
+
+
 CORRECTED = ("softmax", "bce", "softmax_bce", "bsl")  # the losses that log_q is for
 SELECTIVE = ("softmax", "bsl", "ccl", "bpr", "margin")  # the losses that may keep a row's hardest negatives alone
 
@@ -255,7 +277,8 @@ class LossConfig(Settings):
     kind: Literal["softmax", "bce", "softmax_bce", "bsl", "ccl", "bpr", "margin", "listwise"] = "softmax"
     # One of LOSS_PARAMETERS each; null where the loss has no such parameter.
     temperature: _NumberOrLearned | None = None  # scores are divided by it; {learned: true, start, low, high}: fitted
-    precision: Literal["fp32", "bf16"] | None = None  # bf16: of the gradients' products; logits stay fp32
+    # Of the gradients' products; logits stay fp32, but with bf16_logits, which makes the negatives' of bf16, too.
+    precision: Precision | Literal["bf16_logits"] | None = None
     softmax_share: float | None = Field(default=None, ge=0, le=1)  # softmax_bce: of softmax; the rest is bce
     negative_weight: PositiveFloat | None = None  # bce, ccl: of all negatives of a row together
     temperature_ratio: PositiveFloat | None = None  # bsl: the positives' temperature over the negatives'
@@ -269,6 +292,7 @@ class LossConfig(Settings):
     negatives: NegativesConfig = NegativesConfig()
     given: GivenConfig | None = None
     regularise: RegulariseConfig = RegulariseConfig()
+    interests: InterestsConfig | None = None  # of a sequence whose encoder has interests; default: as there
 
     @property
     def parameters(self) -> dict[str, Any]:
@@ -402,7 +426,7 @@ class TrainConfig(Settings):
     seed: Seed = 0  # of the first weights
     start: SpectralStart | None = None  # default: small random weights
     optimizer: OptimizerConfig = OptimizerConfig()
-    precision: Literal["fp32", "bf16"] = "fp32"  # bf16: of the towers' products; weights, vectors and logits are fp32
+    precision: Precision = "auto"  # of the towers' products; weights, vectors and logits are fp32
     micro_batch: PositiveInt | None = None  # rows that the towers take at a time, and again in the backward pass
     pipeline: Literal["plain", "sparse_dist"] = "plain"  # sparse_dist: the next batch travels during a step
     compile: bool = False  # the towers, by torch.compile
@@ -433,13 +457,26 @@ class EvaluateConfig(Settings):
     # What `evaluate` reports beside the metrics; training measures none of it.
     slices: tuple[str, ...] = SLICES
     item_to_item: bool = True  # the baseline of items that were taken together
+    svd: int = Field(default=64, ge=0)  # dim of the baseline of two towers in closed form (spectral.py); 0: without
     bootstrap: int = Field(default=1000, ge=0)  # resamples of the users, for intervals; 0: no intervals
+    # Metrics over so many drawn items a positive, as papers give them, beside those over the whole catalogue
+    sampled: int = Field(default=0, ge=0)  # 0: none
+    sampled_same: str | None = None  # also drawn from items that are the positive's like in this column of items/
 
     @model_validator(mode="after")
     def _best_is_measured(self) -> Self:
         known = [f"{name}@{k}" for k in self.k for name in METRICS]
         if self.best not in known:
             raise ValueError(f"evaluate.best is {self.best!r}, which is not measured{nearest(self.best, known)}.")
+        return self
+
+    @model_validator(mode="after")
+    def _same_is_of_a_sample(self) -> Self:
+        if self.sampled_same is not None and not self.sampled:
+            raise ValueError(
+                f"evaluate.sampled_same is {self.sampled_same!r}, but no negatives are drawn: set evaluate.sampled = "
+                "100 or so (evaluate --sampled 100), or leave sampled_same out."
+            )
         return self
 
     @model_validator(mode="after")
@@ -515,7 +552,8 @@ class RunConfig(Settings):
                     "train.micro_batch cuts it: leave one of them out."
                 )
             names = [feature.name for feature in schema.features(side)]
-            for name in (*tower.drop, *tower.short, *tower.wide, *(tower.gating.by if tower.gating else ())):
+            missing, by = tower.missing or (), tower.gating.by if tower.gating else ()
+            for name in (*tower.drop, *tower.short, *tower.wide, *missing, *by):
                 if name not in names:
                     raise ValueError(f"model.{side}_tower names the feature {name!r}{nearest(name, names)}.")
             for name in tower.wide:
@@ -528,12 +566,14 @@ class RunConfig(Settings):
                     )
             if tower.short and set(tower.short) >= set(schema.parts(side)):
                 raise ValueError(f"model.{side}_tower.short names all features: leave some for the long term.")
+            self._missing_are_zero(side, missing, schema)
             last = tower.widths(widths, self.model.dim)[-1]
             if not tower.project and last != self.model.dim:
                 raise ValueError(
                     f"model.{side}_tower has project: false, so its last width {last} must be model.dim = "
                     f"{self.model.dim}: change the dims, or set project: true."
                 )
+        self._user_vectors_fit(schema)
         if self.data.follow is not None:
             for name in ("schedule", "dense_schedule"):
                 schedule = getattr(self.train.optimizer, name)
@@ -577,12 +617,88 @@ class RunConfig(Settings):
                 )
         return self
 
+    @staticmethod
+    def _missing_are_zero(side: Side, names: Sequence[str], schema: Schema) -> None:
+        """A feature that is not there must be told by its zeros."""
+        for feature in schema.features(side):
+            if feature.name not in names:
+                continue
+            if feature in schema.numbers(side):
+                raise ValueError(
+                    f"model.{side}_tower.missing names {feature.name!r}, a number, which says itself where it is null: "
+                    "leave it out."
+                )
+            scale = schema.table_of(feature).start_scale if feature.is_sparse else 0
+            if feature.kind in ("id", "category", "cross") and scale > 0:
+                raise ValueError(
+                    f"model.{side}_tower.missing names {feature.name!r}, but its table {feature.table_name!r} starts "
+                    f"within ±{scale:.3g}, so that ids which no row has trained are not zero: set "
+                    f"tables.{feature.table_name}.init_scale: 0."
+                )
+
+    def _user_vectors_fit(self, schema: Schema) -> None:
+        """Several vectors of a user, and Gaussian ones."""
+        several, factory = schema.several, self.index.factory
+        if several is None and self.loss.interests is not None:
+            raise ValueError(
+                "loss.interests is set, but no user feature makes several vectors of a user: give a sequence the "
+                "encoder routing or self_attention, or leave it out."
+            )
+        if self.model.user_vector == "gaussian":
+            wrong = {
+                f"user feature {several.name if several else ''!r} makes several vectors of a user": several,
+                "model.user_tower has project: false": not self.model.user_tower.project,
+                "model.user_tower has wide features": self.model.user_tower.wide,
+                "loss.kind is ccl": self.loss.kind == "ccl",
+                "loss.regularise.alignment is set": self.loss.regularise.alignment,
+                "loss.regularise.uniformity is set": self.loss.regularise.uniformity,
+            }
+            for found, is_so in wrong.items():
+                if is_so:
+                    raise ValueError(
+                        f"model.user_vector is gaussian, but {found}, which cannot be together: take one of the "
+                        "two out."
+                    )
+        by_attention = self.loss.interests is not None and self.loss.interests.score == "attention"
+        if by_attention and self.data.rows == "user":
+            raise ValueError(
+                "loss.interests.score is attention, of a row's one positive, but data.rows: user gives it several: set "
+                "it to max."
+            )
+        if several is None or factory is None:
+            return
+        scales = "L2norm" in factory and self.model.similarity == "dot"
+        if scales or "LSH" in factory or "ITQ" in factory:
+            why = "divides each vector's scores by its own length" if scales else "counts bits instead of scores"
+            raise ValueError(
+                f"index.factory {factory!r} {why}, but user feature {several.name!r} makes "
+                f"{several.encoding.interests} vectors of a user, whose lists are merged by score: leave factory out, "
+                "or take one of inner products, such as IVF1024,SQfp16."
+            )
+
 
 # ---------------------------------------------------------------- YAML without its traps
 
 
+MAX_YAML_VALUES = 5_000_000  # of a file, aliases written out
+
+
 class _Loader(yaml.SafeLoader):
     """YAML 1.2's core words: `no` and `NO` stay text, `1e-3` is a number, `12:30` and dates stay text."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        """Refuses what aliases blow up: ten short lines of them can stand for more than any memory holds."""
+        is_alias, line = self.check_event(yaml.AliasEvent), self.peek_event().start_mark.line + 1
+        node: Any = super().compose_node(parent, index)
+        if not is_alias:
+            inside = node.value if isinstance(node, yaml.CollectionNode) else []
+            parts = [part for each in inside for part in (each if isinstance(each, tuple) else (each,))]
+            node.num_values = 1 + sum(part.num_values for part in parts)
+        elif not hasattr(node, "num_values"):
+            raise ValueError(f"line {line}: an alias stands inside what it names")
+        if node.num_values > MAX_YAML_VALUES:
+            raise ConfigError(f"line {line}: aliases make it more than {MAX_YAML_VALUES:,} values: use fewer.")
+        return node
 
 
 _Loader.yaml_implicit_resolvers = {}
@@ -631,14 +747,21 @@ def parse_yaml(text: str, origin: str) -> Any:
         return yaml.load(text, Loader=_Loader)
     except ConfigError as error:
         raise ConfigError(f"{origin}, {error}") from None
-    except (yaml.YAMLError, ValueError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"{origin} is not YAML: {error}") from None
+
+
+MAX_YAML_BYTES = 64 << 20  # a longer file is none of ours, and is not read into memory
 
 
 def read_yaml(path: Path) -> Any:
     """The value of a YAML file; raises ConfigError naming it and the line."""
+    with path.open("rb") as file:
+        content = file.read(MAX_YAML_BYTES + 1)
+    if len(content) > MAX_YAML_BYTES:
+        raise ConfigError(f"{path} is longer than {MAX_YAML_BYTES:,} bytes: it is no file of ours.")
     try:
-        text = path.read_text(encoding="utf-8")
+        text = content.decode("utf-8")
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path} is not UTF-8 ({error}): save it as UTF-8.") from None
     return parse_yaml(text, str(path))

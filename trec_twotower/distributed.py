@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
+from trec_twotower.errors import ConfigError
 from trec_twotower.faults import fault_point
 from trec_twotower.preemption import end_with_launcher
 
@@ -40,6 +41,19 @@ class Ranks:
     @property
     def is_first(self) -> bool:
         return self.rank == 0
+
+    def precision(self, wanted: Literal["auto", "fp32", "bf16"]) -> Literal["fp32", "bf16"]:
+        """What products are made of: for `auto` bf16 where this device multiplies such numbers faster, else fp32.
+
+        TREC_TWOTOWER_PRECISION in the environment says what auto means instead.
+        """
+        word = os.environ.get("TREC_TWOTOWER_PRECISION", "auto") if wanted == "auto" else wanted
+        match word:
+            case "fp32" | "bf16":
+                return word
+            case "auto":
+                return "bf16" if _multiplies_bf16(self.device) else "fp32"
+        raise ConfigError(f"TREC_TWOTOWER_PRECISION is {word!r}: set it to fp32, bf16 or auto, or unset it.")
 
     def once(self, work: Callable[[], T]) -> T:
         """What `work` returns on the first rank, on every rank; if it raises there, every rank raises the same."""
@@ -132,6 +146,13 @@ class Ranks:
     def barrier(self) -> None:
         if self.num_ranks > 1:
             dist.barrier()
+
+
+def _multiplies_bf16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    asked = (getattr(torch.cpu, f"_is_{name}_supported", None) for name in ("avx512_bf16", "amx_tile"))
+    return any(ask is not None and ask() for ask in asked)
 
 
 def _able_to_travel(error: Exception) -> Exception:

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from trec_twotower.baselines import ItemToItem
+from trec_twotower.baselines import ItemToItem, SpectralTowers, popularity_vectors
 from trec_twotower.config import METRICS, EvaluateConfig, validate
 from trec_twotower.data.features import Sources
 from trec_twotower.data.held_out import HeldOut
@@ -26,13 +26,14 @@ from trec_twotower.index import ItemIndex, exact_search
 from trec_twotower.metrics import Hits, MetricSums, list_metrics, popularity_ranking, ranking_metrics, resampled_sums
 from trec_twotower.model.two_tower import TwoTower
 from trec_twotower.run import Run
-from trec_twotower.slices import Slice, make_slices
+from trec_twotower.sampled import Negatives, sampled_metrics
+from trec_twotower.slices import Slice, column_of, make_slices
 from trec_twotower.spectral import Taken
 
 Search = Callable[[np.ndarray, int, Lists], np.ndarray]  # user vectors, k, seen -> item rows
 
 EXACT, THROUGH_INDEX = "two towers, exact search", "two towers, through the index"
-POPULARITY, ITEM_TO_ITEM, REACHABLE = "popularity", "item to item", "best reachable"
+POPULARITY, ITEM_TO_ITEM, SVD, REACHABLE = "popularity", "item to item", "SVD two towers", "best reachable"
 OUTSIDE = (2.5, 97.5)  # percentiles of the resampled means that an interval lies between
 
 
@@ -265,15 +266,19 @@ def evaluate_run(
     through_index: bool = False,
     rankings: Path | None = None,
     slices: Sequence[str] = (),
+    sampled: int | None = None,
+    sampled_same: str | None = None,
 ) -> str:
     """Evaluate a run's checkpoint on a split, write RUN/evaluation.json, and return the tables beside the baselines.
 
-    `slices` are told apart beside those of the config.
+    `slices` are told apart beside those of the config; `sampled` and `sampled_same` take the place of the config's.
     """
     if rankings is not None and rankings.is_dir():
         raise ConfigError(f"{rankings} is a folder: name the file that the rankings are to become.")
-    wanted = {"slices": (*dict.fromkeys([*run.config.evaluate.slices, *slices]),)}
-    config = validate(EvaluateConfig, {**run.config.evaluate.model_dump(), **wanted}, "evaluate --slice")
+    given = {"sampled": sampled, "sampled_same": sampled_same}
+    wanted: dict[str, Any] = {"slices": (*dict.fromkeys([*run.config.evaluate.slices, *slices]),)}
+    wanted |= {name: value for name, value in given.items() if value is not None}
+    config = validate(EvaluateConfig, {**run.config.evaluate.model_dump(), **wanted}, "evaluate")
     loaded = load_model(run, ranks, checkpoint)
     index = ItemIndex.load(run.folder / "index", model_version=loaded.version) if through_index else None
     evaluator = Evaluator.of(loaded.sources, split, config, ranks)
@@ -287,10 +292,18 @@ def evaluate_run(
         contenders.add(THROUGH_INDEX, evaluator.rankings(user_BD, through(index)))
     k = max(config.k)
     contenders.add(POPULARITY, popularity_ranking(count_I, held_out.seen, k))
-    if config.item_to_item:
+    by_product = {EXACT: (item_ID, user_BD), POPULARITY: popularity_vectors(count_I, len(held_out))}
+    if config.item_to_item or config.svd:
         taken = ranks.together(lambda: Taken.read(loaded.sources, ranks))
+    if config.item_to_item:
         contenders.add(ITEM_TO_ITEM, ItemToItem.of(taken, count_I, ranks).rankings(held_out.seen, k))
+    if config.svd:
+        svd = SpectralTowers.of(taken, config.svd, count_I, ranks)
+        contenders.add(SVD, svd.rankings(held_out.seen, k))
+        by_product[SVD] = svd.item_ID, svd.users(held_out.seen)
     judged = contenders.result()
+    if config.sampled:
+        judged["sampled"] = _sampled(evaluator, by_product)
     best = loaded.sources.dataset.description.get("best_reachable")
     if best is not None and best.get("split", "test") == split:
         judged["metrics"][REACHABLE] = {name: value for name, value in best.items() if "@" in name}
@@ -308,6 +321,26 @@ def evaluate_run(
     }
     ranks.once(lambda: write_json(run.folder / "evaluation.json", result))
     return told(result, config.k)
+
+
+def _sampled(evaluator: Evaluator, by_product: dict[str, tuple[np.ndarray, np.ndarray]]) -> dict[str, Any]:
+    """{"100 uniform negatives": {contender: {metric: mean}}} of contenders whose scores are inner products."""
+    config, held_out, ranks = evaluator.config, evaluator.held_out, evaluator.ranks
+    kinds = [Negatives.uniform(len(evaluator.sources.catalogue), config.sampled)]
+    if config.sampled_same is not None:
+        values = column_of(evaluator.sources.dataset.items, config.sampled_same, f"--same {config.sampled_same}")
+        part_I = values.dictionary_encode(null_encoding="encode").indices.to_numpy(zero_copy_only=False)
+        kinds.append(Negatives.same(f"same {config.sampled_same}", part_I.astype(np.int64), config.sampled))
+    positives, result = held_out.positives.distinct(), {}
+    for kind in kinds:
+        told: dict[str, dict[str, float]] = {}
+        for name, (item_ID, user_BD) in by_product.items():
+            place_P = kind.ranks(item_ID, user_BD, positives, held_out.seen, evaluator.first_user)
+            per_user = sampled_metrics(place_P, positives, config.k)
+            total = ranks.sum(np.array([len(positives), *(value_B.sum() for value_B in per_user.values())]))
+            told[name] = dict(zip(per_user, (total[1:] / total[0]).tolist(), strict=True))
+        result[f"{config.sampled:,} {kind.name} negatives"] = told
+    return result
 
 
 def told(result: dict[str, Any], ks: Sequence[int]) -> str:
@@ -332,6 +365,8 @@ def told(result: dict[str, Any], ks: Sequence[int]) -> str:
             f"{label} {part['metrics'][EXACT][f'recall@{k}']:.4f} ({part['users']:,})" for label, part in parts.items()
         )
         lines += ["", f"recall@{k} by {name} (users): " + ", ".join(figures)]
+    for name, rows in result.get("sampled", {}).items():
+        lines += ["", f"NOT over the catalogue: each item to find among {name}", comparison(rows, list(rows[EXACT]))]
     if "index_loss" in result:
         loss = result["index_loss"][f"recall@{k}"]
         low, high = loss.get("interval", (None, None))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from trec_twotower.run import Run
 from trec_twotower.train import build_model, towers
 
 VECTOR = "vector"
+VECTORS = "vectors"  # of users with several
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,7 @@ def load_model(run: Run, ranks: Ranks, which: str = "best") -> LoadedModel:
 def export(loaded: LoadedModel, ranks: Ranks) -> Path:
     """Write RUN/export: items-*.parquet in catalogue order, users-*.parquet, manifest.json. Returns the folder.
 
+    A vector is a fixed-size list of float32 (`vector`), several of a user a fixed-size list of those (`vectors`).
     The users are those of the dataset's test/ (else valid/), as they are known there. A vector that is not finite
     stops the export with a DataError; an earlier export stays until the new one is complete.
     """
@@ -77,7 +80,8 @@ def export(loaded: LoadedModel, ranks: Ranks) -> Path:
         facts = {
             "model_version": loaded.version,
             "step": loaded.step,
-            "dim": run.config.model.dim,
+            "dim": run.config.model.vector_dim,
+            "vectors_per_user": loaded.model.vectors_per_user,
             "similarity": run.config.model.similarity,
             "items": len(sources.catalogue),
             "users": num_users,
@@ -112,20 +116,26 @@ def _write_vectors(loaded: LoadedModel, folder: Path, ranks: Ranks) -> tuple[int
 
 def _write(folder: Path, what: str, id_column: str, ids: pa.Array, vectors: np.ndarray, ranks: Ranks) -> str | None:
     """Write this rank's file; returns what is wrong with the vectors instead, if anything is."""
-    bad = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
+    bad = np.flatnonzero(~np.isfinite(vectors).all(axis=tuple(range(1, vectors.ndim))))
     if bad.size:
         first = ids.take(pa.array(bad[:5])).to_pylist()
         return (
             f"{bad.size:,} {what} have vectors with NaN or infinity, such as {id_column} {first}: nothing was exported."
         )
-    dim = vectors.shape[1]
-    column = pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), dim)
     path = folder / f"{what}-{ranks.rank:05d}-of-{ranks.num_ranks:05d}.parquet"
-    table = pa.table({id_column: ids, VECTOR: column})
+    table = pa.table({id_column: ids, **vector_column(vectors)})
     pq.write_table(
         table, path, row_group_size=65_536, write_page_checksum=True, compression="zstd", use_dictionary=False
     )
     return None
+
+
+def vector_column(vectors: np.ndarray) -> dict[str, pa.Array]:
+    """The column of (rows, D) vectors, or of (rows, M, D), under its name."""
+    column = pa.array(vectors.reshape(-1))
+    for size in reversed(vectors.shape[1:]):
+        column = pa.FixedSizeListArray.from_arrays(column, size)
+    return {VECTOR if vectors.ndim == 2 else VECTORS: column}
 
 
 @dataclass(frozen=True)
@@ -136,16 +146,16 @@ class Exported:
     item_ids: pa.Array
     item_ID: np.ndarray
     user_ids: pa.Array
-    user_QD: np.ndarray
+    user_QD: np.ndarray  # (Q, M, D) where users have several vectors
 
 
 class VectorFiles:
-    """The vectors of an export's items or users, in their order, a piece at a time."""
+    """The vectors of an export's items or users, in their order, a piece at a time; a user's several one by one."""
 
     def __init__(self, folder: Path, what: str) -> None:
         self._paths = sorted(folder.glob(f"{what}-*.parquet"))
-        self._num_rows = sum(pq.read_metadata(path).num_rows for path in self._paths)
-        self._dim = pq.read_schema(self._paths[0]).field(VECTOR).type.list_size if self._paths else 0
+        self._column, (*several, self._dim) = _shape(self._paths)
+        self._num_rows = sum(pq.read_metadata(path).num_rows for path in self._paths) * math.prod(several)
 
     @property
     def dim(self) -> int:
@@ -158,8 +168,8 @@ class VectorFiles:
         """float32 blocks of up to 2^16 rows."""
         for path in self._paths:
             with pq.ParquetFile(path, page_checksum_verification=True) as file:
-                for batch in file.iter_batches(1 << 16, columns=[VECTOR]):
-                    yield batch.column(0).flatten().to_numpy().reshape(-1, self._dim)
+                for batch in file.iter_batches(1 << 16, columns=[self._column]):
+                    yield _numbers(batch.column(0)).reshape(-1, self._dim)
 
     def ids(self) -> pa.Array:
         """Their outside ids."""
@@ -167,6 +177,25 @@ class VectorFiles:
             return pa.array([], pa.int64())
         tables = (pq.read_table(path, columns=[pq.read_schema(path).names[0]]) for path in self._paths)
         return pa.concat_tables(tables).combine_chunks().column(0).chunk(0)
+
+
+def _shape(paths: Sequence[Path]) -> tuple[str, list[int]]:
+    """The column of the vectors, and their shape: D numbers, or M times D; 0 where there is no file."""
+    if not paths:
+        return VECTOR, [0]
+    schema = pq.read_schema(paths[0])
+    name = VECTOR if VECTOR in schema.names else VECTORS
+    kind, sizes = schema.field(name).type, []
+    while pa.types.is_fixed_size_list(kind):
+        sizes.append(kind.list_size)
+        kind = kind.value_type
+    return name, sizes
+
+
+def _numbers(column: pa.Array) -> np.ndarray:
+    while pa.types.is_fixed_size_list(column.type):
+        column = column.flatten()
+    return column.to_numpy()
 
 
 def open_export(folder: Path) -> tuple[dict[str, Any], VectorFiles, VectorFiles]:
@@ -190,5 +219,6 @@ def _read(folder: Path, what: str, id_column: str, dim: int) -> tuple[pa.Array, 
     if not paths:
         return pa.array([], pa.int64()), np.empty((0, dim), np.float32)
     table = pa.concat_tables(pq.read_table(path, page_checksum_verification=True) for path in paths).combine_chunks()
-    vectors = table[VECTOR].chunk(0).flatten().to_numpy() if table.num_rows else np.empty(0, np.float32)
-    return table[id_column].chunk(0), vectors.reshape(-1, dim)
+    name, shape = _shape(paths)
+    vectors = _numbers(table[name].chunk(0)) if table.num_rows else np.empty(0, np.float32)
+    return table[id_column].chunk(0), vectors.reshape(-1, *shape)

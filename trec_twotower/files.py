@@ -62,6 +62,19 @@ def read_json(path: Path, mend: str = "make it again.") -> Any:
         raise DataError(f"{path} is damaged ({error}): {mend}") from None
 
 
+def write_signed(path: Path, facts: dict[str, Any]) -> None:
+    """A JSON file with a digest of what it says."""
+    write_json(path, {**facts, "sha256": _own_sha256(facts)})
+
+
+def read_signed(path: Path, mend: str) -> dict[str, Any]:
+    """What `write_signed` has written; raises DataError when a value has changed."""
+    facts = read_json(path, mend)
+    if not isinstance(facts, dict) or facts.get("sha256") != _own_sha256(facts):
+        raise DataError(f"{path} is damaged (its own sha256 differs): {mend}")
+    return facts
+
+
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """A folder to write into that becomes `path`, in place of an older one, when the block ends without an error."""
@@ -138,8 +151,7 @@ def seal(folder: Path, facts: dict[str, Any], digests: dict[str, Digest] | None 
     known = digests or {}
     names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
     files = {name: known.get(name) or digest_of(folder / name) for name in names if Path(name).name != MANIFEST}
-    manifest = {"format": FORMAT, **facts, "files": files}
-    write_json(folder / MANIFEST, {**manifest, "sha256": _own_sha256(manifest)})
+    write_signed(folder / MANIFEST, {"format": FORMAT, **facts, "files": files})
 
 
 def open_sealed(folder: Path, mend: str) -> dict[str, Any]:
@@ -153,9 +165,7 @@ def open_sealed(folder: Path, mend: str) -> dict[str, Any]:
 def read_manifest(folder: Path, mend: str, format: int = FORMAT) -> dict[str, Any]:
     """The manifest of a sealed folder, itself unaltered, whose files lie in that folder; they are not read yet."""
     path = folder / MANIFEST
-    manifest = read_json(path, mend)
-    if not isinstance(manifest, dict) or manifest.get("sha256") != _own_sha256(manifest):
-        raise DataError(f"{path} is damaged (its own sha256 differs): {mend}")
+    manifest = read_signed(path, mend)
     if manifest.get("format") != format:
         raise DataError(f"{path} is of format {manifest.get('format')}, but this version reads {format}: {mend}")
     files = manifest.get("files")

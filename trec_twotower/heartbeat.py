@@ -28,6 +28,7 @@ class Heartbeat:
         self.ranks = ranks
         self.doing = "its start"
         self._is_over = threading.Event()
+        self._is_store_gone = threading.Event()
         self._beats: threading.Thread | None = None
 
     def __enter__(self) -> Self:
@@ -37,13 +38,15 @@ class Heartbeat:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
-        self._is_over.set()
-        if error is not None and self.ranks.num_ranks > 1 and is_lost(error):
-            raise LostRanks(
-                f"Rank {self.ranks.rank} lost the others at {self.doing} ({_first_line(error)}). {self._others()} "
-                "The same command goes on from the newest checkpoint; if the others are only slow, raise "
-                "train.timeout_s."
-            ) from error
+        try:
+            if error is not None and self.ranks.num_ranks > 1 and is_lost(error):
+                raise LostRanks(
+                    f"Rank {self.ranks.rank} lost the others at {self.doing} ({cause_of(error)}). {self._others()} "
+                    "The same command goes on from the newest checkpoint; if the others are only slow, raise "
+                    "train.timeout_s."
+                ) from error
+        finally:
+            self._is_over.set()
 
     def _store(self) -> dist.Store:
         assert self.ranks.store is not None
@@ -59,15 +62,18 @@ class Heartbeat:
                 if self._is_over.wait(BEAT_S):
                     return
         except dist.DistError:
-            return  # the store has gone: the next collective fails and says so
+            self._is_store_gone.set()  # the next collective fails and says so
 
     def _others(self) -> str:
         """What is known of the other ranks, in words."""
         said: list[str] = []
         asking = threading.Thread(target=self._ask, args=(said,), daemon=True)
         asking.start()
-        asking.join(ANSWER_S + 1)
-        return " ".join(said) or "Rank 0, which keeps the ranks' addresses, does not answer."
+        until = time.monotonic() + ANSWER_S + 1
+        while asking.is_alive() and time.monotonic() < until and not self._is_store_gone.is_set():
+            asking.join(0.1)
+        how = "is gone" if self._is_store_gone.is_set() else "does not answer"
+        return " ".join(said) or f"Rank 0, which keeps the ranks' addresses, {how}."
 
     def _ask(self, said: list[str]) -> None:
         try:
@@ -93,6 +99,8 @@ def is_lost(error: BaseException) -> bool:
     return type(error) is RuntimeError and any(word in str(error) for word in LOST)
 
 
-def _first_line(error: BaseException) -> str:
+def cause_of(error: BaseException) -> str:
+    """What torch's error says first, without its advice and the place in its source."""
     line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    line = line.partition(". This is typically caused")[0]
     return line.rpartition("] ")[2][:160] if line.startswith("[") else line[:160]

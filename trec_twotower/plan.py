@@ -17,6 +17,7 @@ from trec_twotower.optimizer import check_optimizer, fuse_table_updates, state_b
 from trec_twotower.schema import FeatureSpec, Schema, Side, key, part_of
 from trec_twotower.sharding import CACHE_SHARE, RankMemory, TablePlacement, make_plan, placements
 
+ASSUMED_WORDS, ASSUMED_PARTS = 8, 12  # of a text, and of a word where its characters count
 ASSUMED_IDS = 20  # of a bag, where neither the data nor max_length say how many
 LENGTH_BYTES = VALUE_BYTES = 4  # int32 lengths, float32 sums and gradients
 
@@ -233,6 +234,9 @@ class _Footer:
 
 
 def _mean_ids(side: Side, feature: FeatureSpec, config: RunConfig, footer: _Footer | None) -> float:
+    if feature.kind == "text":  # nothing says how many words a text has
+        runs = feature.words + (0 if feature.characters is None else ASSUMED_PARTS)
+        return float(runs * min(feature.max_length or ASSUMED_WORDS, ASSUMED_WORDS))
     if feature.kind not in ("bag", "sequence"):
         return 2.0 if feature.soft else 1.0
     mean = footer.mean_length(feature.reads) if footer else None

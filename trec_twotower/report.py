@@ -55,7 +55,7 @@ h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2.4rem; border-bo
 h3 { font-size: 1rem; margin-bottom: .3rem; }
 table { border-collapse: collapse; margin: .8rem 0; } th, td { padding: .2rem .7rem; text-align: right; }
 th:first-child, td:first-child { text-align: left; } tbody tr:nth-child(odd) { background: var(--soft); }
-small { opacity: .7; white-space: nowrap; } svg { max-width: 100%; height: auto; }
+small { opacity: .7; white-space: nowrap; } svg { width: 100%; height: auto; }
 .users { display: grid; grid-template-columns: repeat(auto-fit, minmax(26rem, 1fr)); gap: 1rem; }
 ol, ul { margin-top: .2rem; padding-left: 1.6rem; } .found { font-weight: 600; }
 """
@@ -164,6 +164,13 @@ def _evaluation(run: Run) -> str:
         [escape(name), *(f"{lists[column]:.4f}" if column in lists else "-" for column in names)]
         for name, lists in result.get("lists", {}).items()
     ])  # fmt: skip
+    for name, rows in result.get("sampled", {}).items():
+        page += f"<p>Not over the catalogue: each item to find among {escape(name)}.</p>\n"
+        columns = list(next(iter(rows.values())))
+        page += _table(["", *columns], [
+            [escape(contender), *(f"{metrics[column]:.4f}" for column in columns)]
+            for contender, metrics in rows.items()
+        ])  # fmt: skip
     drawn = []
     for name, parts in result.get("slices", {}).items():
         enough = {label: part for label, part in parts.items() if part["users"] >= FEWEST_USERS}
@@ -177,7 +184,8 @@ def _evaluation(run: Run) -> str:
             axes = figure.add_subplot(rows, 2, place, title=f"recall@{ks[0]} by {name}")
             for number, contender in enumerate(contenders):
                 value = [part["metrics"][contender][f"recall@{ks[0]}"] for part in parts.values()]
-                axes.plot(range(len(parts)), value, marker="o", markersize=3, label=contender,
+                line = "" if "." in name else "-"  # values of a column stand in no order
+                axes.plot(range(len(parts)), value, line, marker="o", markersize=3, label=contender,
                           color=(BLUE, ORANGE, "#5aa469", "#9a6fb0")[number % 4])  # fmt: skip
             labels = [label.partition(" (")[0] for label in parts]
             axes.set_xticks(range(len(parts)), labels, rotation=35, ha="right")
@@ -221,7 +229,8 @@ def _index(run: Run, exported: Exported | None) -> str:
     if curve:
         axes.plot(*zip(*curve, strict=True), color=BLUE, marker="o", markersize=3, label="this index, as tuned")
     reached = float(report["reached_recall"])
-    axes.plot([reached], [len(user_BD) / index_s], "*", color=ORANGE, markersize=13, label="chosen, measured now")
+    chosen = report["curve"][min(3, len(report["curve"]) - 1)]
+    axes.plot(chosen[0], chosen[-1], "*", color=ORANGE, markersize=13, label="chosen")
     axes.plot([1], [len(user_BD) / exact_s], "s", color="#5aa469", label="exact search, measured now")
     axes.axvline(float(report["target_recall"]), color=INK, linestyle=":", linewidth=1, label="target")
     axes.set_ylim(bottom=0)
@@ -285,7 +294,31 @@ def _map(run: Run, exported: Exported | None, colour: str | None) -> str:
     axes.set_yticks([])
     axes.legend(fontsize=8, markerscale=2.5, loc="center left", bbox_to_anchor=(1, 0.5))
     said = f"<p>The item vectors on their two principal axes, which keep {share:.0%} of how they differ.</p>\n"
-    return said + _svg(figure, "map of the items")
+    return said + _svg(figure, "map of the items") + _lengths(run, exported)
+
+
+def _lengths(run: Run, exported: Exported) -> str:
+    """How long the vectors are, and the items' by how often they were taken; a sentence where all are alike."""
+    length_I, length_Q = (np.linalg.norm(vectors, axis=-1).ravel() for vectors in (exported.item_ID, exported.user_QD))
+    every = np.concatenate([length_I, length_Q])
+    if every.max(initial=0) - every.min(initial=np.inf) <= 1e-3 * every.max(initial=1):
+        return f"<p>All vectors have length {every.mean():.3g}: scores are cosines.</p>\n"
+    figure = Figure(figsize=(9, 2.6))
+    axes = figure.add_subplot(1, 2, 1, title="lengths of the vectors", xlabel="length", ylabel="share of them")
+    bins = np.linspace(0, np.percentile(every, 99.9), 40).tolist()
+    for name, length, colour in (("items", length_I, BLUE), ("users", length_Q, ORANGE)):
+        if len(length):
+            share = np.full(len(length), 1 / len(length))
+            axes.hist(length, bins=bins, weights=share, color=colour, alpha=0.6, label=name)
+    axes.legend(fontsize=8)
+    octave_I = np.frexp(run.item_counts().astype(float))[1]
+    used = np.unique(octave_I)
+    axes = figure.add_subplot(1, 2, 2, title="items' mean length by how often they were taken")
+    axes.plot(range(len(used)), [length_I[octave_I == each].mean() for each in used], color=BLUE, marker="o",
+              markersize=3)  # fmt: skip
+    axes.set_xticks(range(len(used)), ["0" if each == 0 else f"{1 << (each - 1):,}+" for each in used], rotation=35)
+    axes.set_ylim(bottom=0)
+    return _svg(figure, "lengths of the vectors")
 
 
 def _coloured(run: Run, colour: str | None) -> tuple[str, tuple[str, ...], np.ndarray]:
@@ -322,7 +355,7 @@ def _users(run: Run, exported: Exported | None) -> str:
         row = rows[user_id]
         history = [row_of[item] for item in row.get(HISTORY) or [] if item in row_of]
         next_ones = row[wanted] if isinstance(row[wanted], list) else [row[wanted]]
-        score_I = exported.item_ID @ exported.user_QD[user]
+        score_I = (exported.item_ID @ np.atleast_2d(exported.user_QD[user]).T).max(axis=1)
         score_I[history] = -np.inf
         best = [item for item in np.argsort(-score_I, kind="stable")[:SHOWN_ITEMS] if np.isfinite(score_I[item])]
         shown = history[::-1][:SHOWN_HISTORY]

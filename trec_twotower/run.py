@@ -36,7 +36,7 @@ from trec_twotower.data.stream import (
 from trec_twotower.data.transforms import Statistics
 from trec_twotower.distributed import Ranks
 from trec_twotower.errors import ConfigError, DataError, nearest
-from trec_twotower.files import MANIFEST, naming, read_json, sha256_of, write_file, write_json
+from trec_twotower.files import MANIFEST, digest_of, naming, read_signed, sha256_of, write_file, write_signed
 from trec_twotower.lock import LOCK
 from trec_twotower.model.watch import Histogram
 from trec_twotower.schema import LEARNED
@@ -103,7 +103,7 @@ class Run:
 
         def learn() -> dict[str, dict[str, Any]]:
             if path.is_file():
-                saved = read_json(path, LEARN_AGAIN)
+                saved = read_signed(path, LEARN_AGAIN)
                 if saved["fingerprint"] != first.fingerprint:
                     raise DataError(
                         f"{dataset.folder} is not the dataset this run began with (fingerprint {first.fingerprint}, "
@@ -115,14 +115,16 @@ class Run:
                 begun.append(learned)
             numbers = {name: asdict(statistics) for name, statistics in learned.statistics.items()}
             count_NI = count_items(learned, self.config.loss)
-            TrainBatches(learned, self.config.data, self.config.loss, count_NI, share=(0, 1))  # raises what it has to
+            uncached = self.config.data.model_copy(update={"cache": None})
+            TrainBatches(learned, uncached, self.config.loss, count_NI, share=(0, 1))  # raises what it has to
             # The data hold what the config wants of them: only now there is something to write.
             self.folder.mkdir(parents=True, exist_ok=True)
             write_file(self.folder / CONFIG, to_yaml(as_values(self.config)))
             write_counts(self.folder / COUNTS, count_NI)
             if generations is not None:
                 generations.write(self.folder / STREAM)
-            write_json(path, {"fingerprint": first.fingerprint, "numbers": numbers, "files": self._digests()})
+            facts = {"fingerprint": first.fingerprint, "numbers": numbers, "files": self._digests()}
+            write_signed(path, {**facts, COUNTS: digest_of(self.folder / COUNTS)})
             return numbers
 
         numbers = ranks.once(learn)
@@ -146,7 +148,7 @@ class Run:
 
     def check_files(self) -> None:
         """Raises DataError where a file of items that the config names is not what it was when the run began."""
-        saved = read_json(self.folder / STATISTICS, LEARN_AGAIN).get("files", {})
+        saved = read_signed(self.folder / STATISTICS, LEARN_AGAIN)["files"]
         for name, digest in self._digests().items():
             if saved.get(name) != digest:
                 raise DataError(
@@ -176,7 +178,11 @@ class Run:
             newest = len(Generations.read(self.folder / STREAM, data.dataset).taken) - 1
             if newest:
                 return read_counts(counts_path(self.folder, newest), COUNT_AGAIN)
-        return read_counts(self.folder / COUNTS, LEARN_AGAIN)
+        path, digest = self.folder / COUNTS, read_signed(self.folder / STATISTICS, LEARN_AGAIN)[COUNTS]
+        count_NI = read_counts(path, LEARN_AGAIN)
+        if digest_of(path) != digest:
+            raise DataError(f"{path} is damaged (its sha256 differs): {LEARN_AGAIN}")
+        return count_NI
 
 
 class RunLog:

@@ -149,13 +149,17 @@ ENCODER_PARAMETERS: dict[str, dict[str, Any]] = {
     "transformer": {"layers": 1, "heads": 2, "positions": "learned", "causal": True},
     "attention": {"heads": 4},
     "hierarchical": {"segment": 8, "over": "gru"},
+    "routing": {"interests": 4, "iterations": 3},
+    "self_attention": {"interests": 4},
 }
 
 
 class EncoderSpec(Settings):
     """What makes one vector of a sequence's steps; see model/sequence.py."""
 
-    kind: Literal["mean", "heads", "gru", "cnn", "transformer", "attention", "hierarchical"] = "mean"
+    kind: Literal[
+        "mean", "heads", "gru", "cnn", "transformer", "attention", "hierarchical", "routing", "self_attention"
+    ] = "mean"
     dropout: float = Field(default=0.0, ge=0, lt=1)  # of each number of each step's vector, in training
     # One of ENCODER_PARAMETERS each; null where the encoder has no such parameter.
     heads: PositiveInt | None = None  # parts of the vector, each with weights or attention of its own
@@ -167,6 +171,8 @@ class EncoderSpec(Settings):
     causal: bool | None = None  # transformer: a step sees those before it alone, and the newest is the result
     segment: PositiveInt | None = None  # hierarchical: steps that are taken together
     over: Literal["gru", "transformer"] | None = None  # hierarchical: what reads the segments
+    interests: int | None = Field(default=None, ge=2)  # routing, self_attention: vectors of each user
+    iterations: PositiveInt | None = None  # routing: how often steps choose among the interests
 
     @model_validator(mode="before")
     @classmethod
@@ -601,7 +607,8 @@ class Schema:
             dim = self.table_of(feature).dim
             for name in feature.attributes:
                 if name not in by_name or not by_name[name].is_sparse:
-                    found = "is a number" if name in by_name else f"is none of `item`{nearest(name, by_name)}"
+                    found = f"is none of `item`{nearest(name, by_name)}"
+                    found = f"is a {by_name[name].kind}, without table" if name in by_name else found
                     raise ConfigError(
                         f"user feature {feature.name!r} has the attribute {name!r}, which {found}: name item features "
                         "that look up a table."
@@ -611,6 +618,12 @@ class Schema:
                         f"user feature {feature.name!r} adds {name!r}, whose vectors have {other} numbers, to its own "
                         f"of {dim}: give both tables one dim."
                     )
+            several = [each.name for each in self.sequences if each.encoding.interests]
+            if len(several) > 1:
+                raise ConfigError(
+                    f"The user features {', '.join(several)} each make several vectors of a user: let one do so, and "
+                    "give the others an encoder without interests."
+                )
             heads = feature.encoding.heads
             if heads is not None and dim % heads:
                 raise ConfigError(
@@ -702,6 +715,16 @@ class Schema:
     @cached_property
     def sequences(self) -> tuple[FeatureSpec, ...]:
         return tuple(feature for feature in self.user if feature.kind == "sequence")
+
+    @cached_property
+    def several(self) -> FeatureSpec | None:
+        """The sequence that makes several vectors of a user; None where a user is one vector."""
+        return next((feature for feature in self.sequences if feature.encoding.interests), None)
+
+    @property
+    def vectors_per_user(self) -> int:
+        """M."""
+        return 1 if self.several is None else self.several.encoding.interests or 1
 
     @cached_property
     def sparse_pairs(self) -> tuple[tuple[Side, FeatureSpec], ...]:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import torch
 
 from trec_twotower.data.catalogue import find_id
 from trec_twotower.data.dataset import HISTORY, ITEM_ID, POSITIVES, USER_ID, Split
@@ -18,9 +19,11 @@ from trec_twotower.data.lists import Lists, side_by_side
 from trec_twotower.data.transforms import key_lists, one_chunk
 from trec_twotower.distributed import Ranks
 from trec_twotower.encode import encode
+from trec_twotower.encoder import load_whole
 from trec_twotower.errors import ConfigError, DataError, nearest
 from trec_twotower.export import LoadedModel, load_model
 from trec_twotower.index import Allowed, ItemIndex, mask_of
+from trec_twotower.rerank import Rules, apply_rules
 from trec_twotower.run import Run
 
 
@@ -42,6 +45,10 @@ class Recommendations:
     history: list[dict[str, Any]]  # the newest items the user took, newest first
 
 
+class UnknownUser(DataError):
+    """A user of whom the dataset says nothing."""
+
+
 class Retriever:
     """A run's towers and its index, ready to answer; `with start_ranks() as ranks: Retriever.open(run, ranks)`."""
 
@@ -55,6 +62,14 @@ class Retriever:
         """Raises ConfigError when the index was built from the weights of another checkpoint."""
         run = Run.open(Path(run_dir))
         loaded = load_model(run, ranks, checkpoint)
+        return cls(loaded, ItemIndex.load(run.folder / "index", model_version=loaded.version), ranks)
+
+    @classmethod
+    def alone(cls, run_dir: Path | str, checkpoint: str = "best") -> Retriever:
+        """The same in a process that is in no group, such as a server: the tables lie whole on its device."""
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        ranks, run = Ranks(0, 1, device), Run.open(Path(run_dir))
+        loaded = load_whole(run, run.sources(ranks), device, checkpoint)
         return cls(loaded, ItemIndex.load(run.folder / "index", model_version=loaded.version), ranks)
 
     def allow(
@@ -86,18 +101,24 @@ class Retriever:
         return self.index.allow(mask_I)
 
     def recommend(
-        self, user_ids: Sequence[Any], k: int = 10, *, allowed: Allowed | None = None, history_shown: int = 5
+        self,
+        user_ids: Sequence[Any],
+        k: int = 10,
+        *,
+        allowed: Allowed | None = None,
+        rules: Rules | None = None,
+        history_shown: int = 5,
     ) -> list[Recommendations]:
         """The best `k` items each user has not taken, of those `allowed`; fewer only where there are fewer.
 
-        Raises DataError for a user that no part of the dataset has.
+        With `rules` the best are chosen by them. Raises UnknownUser for one that no part of the dataset has.
         """
         sources = self.loaded.sources
         answers = []
         for user_id in user_ids:
             table, split = find_user(sources, user_id)
             given, seen = _state(sources, table, split)
-            answers.append(self._answer(table, str(split.folder), given, seen, k, allowed, history_shown))
+            answers.append(self._answer(table, str(split.folder), given, seen, k, allowed, rules, history_shown))
         return answers
 
     def recommend_now(
@@ -106,6 +127,7 @@ class Retriever:
         k: int = 10,
         *,
         allowed: Allowed | None = None,
+        rules: Rules | None = None,
         history_shown: int = 5,
     ) -> list[Recommendations]:
         """The best `k` items for users as they are at this moment: each state is a row as train/ has it, as a dict.
@@ -124,7 +146,7 @@ class Retriever:
                 history = one_chunk(table[HISTORY])
                 seen = sources.item_row_lists(history, where, known_only=True)
                 given = {HISTORY: key_lists(history, where)} if sources.rows == "user" else None
-            answers.append(self._answer(table, where, given, seen, k, allowed, history_shown))
+            answers.append(self._answer(table, where, given, seen, k, allowed, rules, history_shown))
         return answers
 
     def _answer(
@@ -135,6 +157,7 @@ class Retriever:
         seen: Lists,
         k: int,
         allowed: Allowed | None,
+        rules: Rules | None,
         history_shown: int,
     ) -> Recommendations:
         """For the user of one row."""
@@ -145,13 +168,31 @@ class Retriever:
             )
         features = sources.user_features(table, where, given)
         user_BD = encode(self.loaded.model, "user", features, self.ranks).cpu().numpy()
-        score_BK, item_row_BK = self.index.search(user_BD, k, seen=seen, allowed=allowed)
+        score_BK, item_row_BK = self._ranked(user_BD, k, seen, allowed, rules)
         found = item_row_BK[0][item_row_BK[0] >= 0]
         about = sources.catalogue.words(found)
         ids = sources.catalogue.ids.take(pa.array(found)).to_pylist()
         items = [Recommendation(*entry) for entry in zip(ids, score_BK[0][: len(found)].tolist(), about, strict=True)]
         newest = seen.values[::-1][:history_shown]
         return Recommendations(table[USER_ID][0].as_py(), items, sources.catalogue.words(newest))
+
+    def _ranked(
+        self, user_BD: np.ndarray, k: int, seen: Lists, allowed: Allowed | None, rules: Rules | None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Scores and item rows: those of the index, or what rules choose from as many more as they need.
+
+        A boost lifts an item only from among those that were found: 4 k + 50 of them, or more where rules run short.
+        """
+        if rules is None:
+            return self.index.search(user_BD, k, seen=seen, allowed=allowed)
+        fetched = 4 * k + 50
+        while True:
+            fetched = min(fetched, len(self.index))
+            found_BK = self.index.search(user_BD, fetched, seen=seen, allowed=allowed)
+            score_BK, item_row_BK = apply_rules(*found_BK, k, rules)
+            if fetched == len(self.index) or (item_row_BK >= 0).all() or (found_BK[1] < 0).any():
+                return score_BK, item_row_BK
+            fetched *= 4
 
 
 def state_table(sources: Sources, state: Mapping[str, Any], where: str) -> pa.Table:
@@ -183,7 +224,7 @@ def find_user(sources: Sources, user_id: Any) -> tuple[pa.Table, Split]:
         found = _last_row(split, user_id)
         if found is not None:
             return found, split
-    raise DataError(
+    raise UnknownUser(
         f"User {user_id!r} is in no part of {sources.dataset.folder}: give one of its user_ids, such as those of test/."
     )
 

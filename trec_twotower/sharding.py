@@ -227,4 +227,5 @@ def shard(model: nn.Module, schema: Schema, ranks: Ranks, batch_size: int) -> Di
         device=ranks.device,
         plan=plan,
         sharders=_sharders(),
+        init_data_parallel=ranks.num_ranks > 1,  # one rank has nobody to average gradients with
     )

@@ -180,6 +180,11 @@ def check_start(schema: Schema, start: SpectralStart) -> None:
             f"{item.table_name!r}: give each a table."
         )
     one, other = schema.table_of(history).dim, schema.table_of(item).dim
+    for feature in (history, item):
+        if schema.table_of(feature).hashes == 2:
+            raise ConfigError(
+                f"train.start fills a row for each id, but table {feature.table_name!r} has hashes: 2: set it to 1."
+            )
     if one != other:
         raise ConfigError(
             f"train.start needs tables of one dim, but {history.table_name!r} has {one} and {item.table_name!r} "

@@ -51,7 +51,7 @@ def build_model(config: RunConfig, ranks: Ranks) -> DistributedModelParallel:
     model.user_tower.to(ranks.device)
     model.item_tower.to(ranks.device)
     for tower in (model.user_tower, model.item_tower):
-        tower.trains_as(config.train)
+        tower.trains_as(config.train, ranks)
     check_optimizer(config.train.optimizer, schema, ranks.device.type)
     if config.train.start is not None:
         check_start(schema, config.train.start)
@@ -83,13 +83,14 @@ def train(
     """
     assert config.run_dir is not None
     lock = RunLock(config.run_dir)
-    ranks.once(lock.acquire)
-    try:
-        with Heartbeat(ranks) as heartbeat, StopSignals() as signals:
-            fault_point("start:locked")
-            return _train(config, ranks, evaluate, init_from, neighbours, heartbeat, signals)
-    finally:
-        lock.release()
+    with Heartbeat(ranks) as heartbeat:
+        ranks.once(lock.acquire)
+        try:
+            with StopSignals() as signals:
+                fault_point("start:locked")
+                return _train(config, ranks, evaluate, init_from, neighbours, heartbeat, signals)
+        finally:
+            lock.release()
 
 
 def _train(
@@ -404,6 +405,7 @@ class Progress:
                 "data": self.passes.sources.dataset.fingerprint,
                 "plan": [asdict(placement) for placement in placements(model.plan)],
                 "versions": versions(),
+                "precision": self.ranks.precision(self.config.train.precision),  # what auto was
                 "valid": self.valid,
                 "owes_evaluation": owes_evaluation,
                 "train_s": self.train_s,

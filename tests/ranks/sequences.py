@@ -19,7 +19,7 @@ from trec_twotower.cli import _quiet
 _quiet()
 
 from tests.ranks.states import whole_state  # noqa: E402
-from tests.sequences import TOWERS, steps_config  # noqa: E402
+from tests.sequences import RESUMED, SGD, TOWERS, USERS, steps_config  # noqa: E402
 from trec_twotower import train as training  # noqa: E402
 from trec_twotower.config import RunConfig  # noqa: E402
 from trec_twotower.distributed import Ranks, start_ranks  # noqa: E402
@@ -31,7 +31,6 @@ from trec_twotower.schema import ENCODER_PARAMETERS  # noqa: E402
 warnings.filterwarnings("error", module=r"trec_twotower(\.|$)")
 os.fsync = lambda _: None
 
-SGD = {"epochs": 1, "log_every": 1, "optimizer": {"sparse": "sgd", "lr": 0.5}}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     **{f"plan {plan}": (plan, {"train": SGD}) for plan in ("table_wise", "row_wise", "column_wise")},
     **{f"encoder {kind}": ("auto", {"history": {"encoder": {"kind": kind}}}) for kind in ENCODER_PARAMETERS},
@@ -39,6 +38,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         f"tower {name}": ("auto", {"model": {"dim": 8, "user_tower": parts}, "train": SGD})
         for name, parts in TOWERS.items()
     },
+    **{f"user {name}": ("auto", {**parts, "train": SGD}) for name, parts in USERS.items()},
     "pipeline": ("row_wise", {"train": {**SGD, "pipeline": "sparse_dist"}}),
 }
 
@@ -60,7 +60,7 @@ def main(world: Path, out: Path, ranks: Ranks) -> None:
         items = loaded.sources.catalogue.columns
         results[f"items {name}"] = encode_everywhere(loaded.model, "item", items, ranks)
         export(loaded, ranks)
-    for name in ("plan row_wise", "encoder gru"):  # six steps, with a stop in between and in one go
+    for name in RESUMED:  # six steps, with a stop in between and in one go
         plan, parts = CASES[name]
         longer = {**parts, "train": {**parts.get("train", {"log_every": 1, "optimizer": {"lr": 0.1}}), "epochs": 2}}
         for way, lengths in (("resumed", (parts, longer)), ("at once", (longer,))):

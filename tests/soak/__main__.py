@@ -1,34 +1,21 @@
 """`python -m tests.soak [--share 0.1] [--seed 0] [--json soak.json]`: all faults, as a table; 1 if any did harm."""
 
-# ruff: noqa: E402, F401
-
 from __future__ import annotations
-
-import os
-
-os.environ["OMP_NUM_THREADS"] = "1"  # a process that forks must have no threads
 
 import argparse
 import json
+import os
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-from trec_twotower.cli import _quiet
+os.environ["OMP_NUM_THREADS"] = "1"  # a process that forks must have no threads
 
-_quiet()
-
-# Imported once, for all ranks that are forked from here.
-import numpy as np
-import torch.distributed.optim
-import torch.utils.tensorboard
-
-import trec_twotower.evaluate
-import trec_twotower.train
+from tests.ranks.forked import get_ready
+from tests.soak.drifting import DRIFTING
 from tests.soak.scenarios import SCENARIOS, Soak, Tally
 from tests.soak.spoiled import SPOILED
-from trec_twotower.data.kernels import shuffle
 
 COLUMNS = ("tried", "exact", "lost", "doubled", "silent")
 
@@ -37,7 +24,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--share", type=float, default=1.0, help="of the tries of each fault (at least one)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", help="scenarios whose name has this word")
+    parser.add_argument("--only", help="scenarios whose name has one of these words, as in kill,told")
     parser.add_argument("--json", type=Path, default=Path("soak.json"))
     parser.add_argument("--keep", type=Path, help="work in this folder and leave it")
     options = parser.parse_args()
@@ -48,20 +35,19 @@ def main() -> int:
 
 
 def run(folder: Path, options: argparse.Namespace) -> list[Tally]:
-    shuffle(np.arange(2, dtype=np.int32), np.uint64(0))  # numba prepares itself at its first kernel
-    threads = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
-    assert len(threads) - threads.count("jemalloc_bg_thd") == 1, f"a process that forks must have no threads: {threads}"
+    get_ready()
     soak = Soak(folder, options.share, options.seed)
     print(f"{'fault':<72}" + "".join(f"{name:>9}" for name in COLUMNS) + f"{'took':>9}", flush=True)
     tallies = []
-    for scenario in (*SCENARIOS, *SPOILED):
-        if options.only and options.only not in scenario.__name__:
+    for scenario in (*SCENARIOS, *SPOILED, *DRIFTING):
+        if options.only and not any(word in scenario.__name__ for word in options.only.split(",")):
             continue
         began = time.monotonic()
         tally = scenario(soak)
+        tally.took_s = round(time.monotonic() - began, 1)
         tallies.append(tally)
         counts = "".join(f"{getattr(tally, name):>9,}" for name in COLUMNS)
-        print(f"{tally.fault:<72}{counts}{time.monotonic() - began:>8.0f}s", flush=True)
+        print(f"{tally.fault:<72}{counts}{tally.took_s:>8.0f}s", flush=True)
         for note in tally.notes:
             print(f"    {note}", flush=True)
     return tallies

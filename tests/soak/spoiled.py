@@ -85,13 +85,15 @@ def _read_index(folder: Path) -> Any:
 
 
 def _read_dataset(folder: Path) -> Any:
-    """What training takes from it: the declared columns, hashed."""
+    """All its tables, and what training takes from it: the declared columns, hashed."""
     from trec_twotower.data.dataset import ITEM_ID, Dataset
     from trec_twotower.data.features import Sources
 
     sources = Sources(Dataset(folder), config(folder, folder).feature_schema, "event")
-    columns = [sources.catalogue.columns]
+    splits = [sources.dataset.split(name) for name in ("train", "items", "test")]
     found: list[Any] = [sources.dataset.fingerprint, sources.catalogue.keys.tobytes()]
+    found += [split.table(list(split.columns)).to_pydict() for split in splits]
+    columns = [sources.catalogue.columns]
     for group, table in sources.dataset.train.tables([*sources.user_columns(), ITEM_ID]):
         columns.append(sources.user_features(table, str(group)))
         found.append(sources.item_rows(table[ITEM_ID].combine_chunks(), str(group)).tobytes())
@@ -120,8 +122,8 @@ def _spoil(folder: Path, read: Read, change: Callable[[bytes, random.Random], by
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     named = harmless = silent = 0
     notes = []
-    for _ in range(tries):
-        path = drawn.choices(files, [file.stat().st_size for file in files])[0]
+    for number in range(tries):  # by turns in proportion to the files' sizes, and each as often as the others
+        path = drawn.choices(files, [file.stat().st_size if number % 2 else 1 for file in files])[0]
         content = path.read_bytes()
         path.write_bytes(change(content, drawn))
         try:
@@ -162,6 +164,8 @@ def _tally_spoiled(soak: Soak, tally: Tally, what: str, change: Any, tries: int)
     tally.tried += tries
     tally.exact += named + harmless
     tally.silent += silent
+    if harmless:
+        tally.note(f"{what}: {harmless} of {tries} changed nothing of what is read")
     for note in notes:
         tally.note(note)
     return tally
@@ -205,7 +209,7 @@ PLACES = {
     "index/index-00000-of-00001.faiss": ["pickle", "numpy"],
     "index/items.parquet": ["pickle"],
     "world/dataset.yaml": ["yaml"],
-    "world/train/part.parquet": ["pickle", "torch.save"],
+    "world/train/part-00000.parquet": ["pickle", "torch.save"],
 }
 
 
@@ -243,6 +247,8 @@ def _take_poison(soak: Soak, folder: Path, place: str, kind: str, trap: Path) ->
     root = {"checkpoint": newest, "run": run, "export": run / "export", "index": run / "index"}
     path = root.get(what, folder / "world") / name
     path.write_bytes(poisons(trap)[kind])
+    if what == "world" and name != "dataset.yaml":
+        (folder / "world/dataset.yaml").unlink()  # which would not agree
     if what in ("checkpoint", "export", "index") and name != "manifest.json":
         facts = json.loads((path.parent / "manifest.json").read_text())
         del facts["files"], facts["sha256"]

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from tests.ranks.worlds import MIXED, tables
 from tests.soak.jobs import ROW_UNIT
 from trec_twotower.config import RunConfig, as_values, to_yaml, validate
+from trec_twotower.data.sources.writer import DatasetWriter
 
 NUM_ROWS, NUM_ITEMS, EPOCHS, BATCH = 60, 29, 4, 13  # 5 steps an epoch, the last of 8 rows
 NUM_STEPS = 5 * EPOCHS
@@ -36,9 +36,10 @@ def write_world(folder: Path) -> None:
         .drop_columns(["item_id"])
         .append_column("positives", pa.array([[item] for item in items][:20]))
     )
-    for name, table in (("train", train), ("items", catalogue), ("test", test)):
-        (folder / name).mkdir(parents=True)
-        pq.write_table(table, folder / name / "part.parquet", row_group_size=16, write_page_checksum=True)
+    with DatasetWriter(folder, rows_per_group=16) as writer:
+        for name, table in (("train", train), ("items", catalogue), ("test", test)):
+            writer.write(name, table)
+        writer.finish("the soak", {}, {})
 
 
 def config(world: Path, run_dir: Path, plan: Any = MIXED, **parts: Any) -> RunConfig:

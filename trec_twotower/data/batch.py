@@ -21,14 +21,14 @@ from trec_twotower.schema import FeatureSpec, Schema, Side, key, part_of
 class Listed:
     """How the ids of one key are to be put together, whose vectors are looked up one by one.
 
-    Of a bag (or ids) one entry a row; of a sequence's attribute or of its items, one entry a distinct item. Of text
-    that a model reads, `place` are its tokens.
+    Of a bag (or ids) one entry a row; of a sequence's attribute or of its items, one entry a distinct item. Where there
+    is a place, each id was looked up once however often it stands there; of text that a model reads, they are tokens.
     """
 
     length: Tensor | None = None  # int64, ids of each entry; None: one
     weight: Tensor | None = None  # one an id
     divisor: Tensor | None = None  # of an attribute: what each pooled sum is divided by
-    place: Tensor | None = None  # of a sequence: each step's item among the distinct ones; `length` is then the rows'
+    place: Tensor | None = None  # of lists: each id among the distinct ones; of a sequence `length` is then the rows'
     gap: Tensor | None = None  # of a sequence: buckets
     action: Tensor | None = None
 
@@ -222,8 +222,10 @@ def _sequences(schema: Schema, sides: Sides) -> tuple[KeyedJaggedTensor, dict[st
             continue
         bags = Lists.empty(0) if columns is None else columns.sparse[feature.name]
         if feature.kind != "sequence":
-            length = None if bags.is_single else torch.from_numpy(bags.lengths.astype(np.int64))
-            values[name], listed[name] = bags.values, Listed(length, _tensor(bags.weights))
+            if bags.is_single:
+                values[name], listed[name] = bags.values, Listed(weight=_tensor(bags.weights))
+            else:
+                values[name], listed[name] = _distinct(bags)
             continue
         parts = {
             part: np.empty(0, np.int64) if columns is None else columns.sparse[part_of(feature.name, part)].values
@@ -252,12 +254,8 @@ def _sequences(schema: Schema, sides: Sides) -> tuple[KeyedJaggedTensor, dict[st
                 found = _attributes(of_item, catalogue, row_U - 1)
                 divisor = pooling_divisor(of_item, found.lengths, found if found.weights is not None else None)
                 at = part_of(name, attribute)
-                values[at] = found.values
-                listed[at] = Listed(
-                    torch.from_numpy(found.lengths.astype(np.int64)),
-                    _tensor(found.weights),
-                    None if not divides(of_item) else torch.from_numpy(divisor),
-                )
+                values[at], listed[at] = _distinct(found)
+                listed[at].divisor = torch.from_numpy(divisor) if divides(of_item) else None
     keys = [name for name, _ in schema.listed_keys]
     return KeyedJaggedTensor(
         keys=keys,
@@ -265,6 +263,13 @@ def _sequences(schema: Schema, sides: Sides) -> tuple[KeyedJaggedTensor, dict[st
         lengths=torch.tensor([len(values[name]) for name in keys], dtype=torch.int32),
         stride=1,
     ), listed
+
+
+def _distinct(bags: Lists) -> tuple[np.ndarray, Listed]:
+    """What is to be looked up for some lists, each id once, and how the lists take it."""
+    id_U, place = np.unique(bags.values, return_inverse=True)
+    length = torch.from_numpy(bags.lengths.astype(np.int64))
+    return id_U, Listed(length, _tensor(bags.weights), place=torch.from_numpy(place.astype(np.int64)))
 
 
 def _index(values: np.ndarray | None) -> Tensor | None:

@@ -143,6 +143,8 @@ def _collisions(feature: FeatureSpec, sources: Sources, keys: np.ndarray) -> tup
     if feature.vocabulary is not None:
         return None, None
     spec = sources.schema.table_of(feature)
+    if feature.kind == "category" and spec.buckets > 1:  # the first row is null's
+        spec = spec.model_copy(update={"buckets": spec.buckets - 1})
     rows = np.stack([bucket(each, keys) for _, each in hashings(feature, spec)], axis=1)
     _, place, counts = np.unique(rows, axis=0, return_inverse=True, return_counts=True)
     collided = float((counts[place.reshape(-1)] > 1).mean()) if len(keys) else 0.0

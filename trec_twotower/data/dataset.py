@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,12 +14,14 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import xxhash
 
 from trec_twotower.config import read_yaml
 from trec_twotower.data.hashing import is_id, is_text
 from trec_twotower.errors import ConfigError, DataError, nearest
 
 USER_ID, ITEM_ID, POSITIVES, HISTORY = "user_id", "item_id", "positives", "history"
+DESCRIPTION = "dataset.yaml"
 FOOTERS = 64  # kept of the files read last
 UNREADABLE = (OSError, pa.ArrowException, KeyError, UnicodeDecodeError)  # what pyarrow raises for damaged files
 
@@ -41,7 +44,8 @@ class Split:
     """The Parquet files of one folder as one table; raises DataError for files that are not what they should be.
 
     `files` are names and bytes of those that are meant, in order; by default all there are. `like` are the columns of
-    files read before these, which may be no wider.
+    files read before these, which may be no wider. `footers` has, by name, what `footer_digest` gave when files were
+    written: pages have checksums, but of a footer with one flipped bit pyarrow may read other values, or abort.
     """
 
     def __init__(
@@ -50,12 +54,14 @@ class Split:
         name: str,
         files: Mapping[str, int] | None = None,
         like: Mapping[str, pa.DataType] | None = None,
+        footers: Mapping[str, str] | None = None,
     ) -> None:
         self.folder = folder
         self.name = name
         self.row_groups: list[RowGroup] = []
         self.columns: dict[str, pa.DataType] = dict(like or {})
         self._is_settled = like is not None
+        self._lacking: dict[str, Path] = {}  # columns that some files have and others not, with one that has not
         self._bytes = {} if files is None else {folder / name: size for name, size in files.items()}
         self._footers: dict[Path, pq.FileMetaData] = {}  # of many row groups, each would be a long read of its own
         self._texts: set[str] = set()  # columns of text that Parquet holds as dictionaries
@@ -65,6 +71,11 @@ class Split:
         first_row = 0
         for path in paths:
             self._check_bytes(path)
+            if footers is not None and path.name in footers and footer_digest(path) != footers[path.name]:
+                raise DataError(
+                    f"{path} is not what {folder.parent / DESCRIPTION} says (its footer differs): it is damaged, or "
+                    f"was written anew; make the dataset again, or remove {DESCRIPTION}."
+                )
             file = _open(path)
             self._agree(path, file.schema_arrow)
             self._texts |= _encoded_texts(file)
@@ -83,14 +94,21 @@ class Split:
             raise DataError(f"{folder} has {len(paths)} files but not one row: there is nothing to read.")
 
     def _agree(self, path: Path, schema: pa.Schema) -> None:
-        """All files have the first one's columns, of its types or narrower or wider ones; order and more are free."""
+        """The split's columns are those that all files have, of one type or narrower and wider ones, in any order."""
         found = {field.name: field.type for field in schema}
         if not self.columns:
             self.columns = found
+            self._first = path
             return
+        if not self._is_settled:
+            self._lacking |= {name: self._lacking.get(name, self._first) for name in found if name not in self.columns}
         for name, kind in list(self.columns.items()):
-            if name not in found:
+            if name not in found and self._is_settled:
                 raise DataError(f"{path} has no column {name!r}, which the other files of {self.folder} have.")
+            if name not in found:
+                self._lacking[name] = path
+                del self.columns[name]
+                continue
             wide = widest(kind, found[name])
             if wide is not None and self._is_settled and _is_wider(wide, kind):
                 raise DataError(
@@ -120,11 +138,17 @@ class Split:
             )
 
     def has(self, column: str) -> bool:
+        """Whether all files have it; raises DataError where only some do, since whoever asks would use it."""
+        if column in self._lacking:
+            raise DataError(
+                f"{self._lacking[column]} has no column {column!r}, which other files of {self.folder} have: write it "
+                "into all files, or into none."
+            )
         return column in self.columns
 
     def require(self, column: str, why: str) -> pa.DataType:
         """The column's type; raises ConfigError when the split has no such column."""
-        if column not in self.columns:
+        if not self.has(column):
             raise ConfigError(
                 f"{self.folder} has no column {column!r}, which {why}{nearest(column, self.columns)}: "
                 "correct the config, or write the column."
@@ -236,13 +260,30 @@ class Dataset:
             parts = sorted(path.name for path in self.folder.iterdir() if path.is_dir())
             raise DataError(f"{self.folder} has no part {name!r}{nearest(name, parts)}.")
         files = None if self.files is None else self.files.get(name)
-        return Split(self.folder / name, name, files, self._like if name == "train" else None)
+        footers = {
+            Path(path).name: facts["footer"]
+            for path, facts in self._described_files.items()
+            if Path(path).parent.name == name and "footer" in facts
+        }
+        return Split(self.folder / name, name, files, self._like if name == "train" else None, footers)
 
     @cached_property
     def description(self) -> dict[str, Any]:
         """dataset.yaml, or nothing where somebody else made the folder."""
-        path = self.folder / "dataset.yaml"
-        return read_yaml(path) or {} if path.is_file() else {}
+        path = self.folder / DESCRIPTION
+        described = read_yaml(path) or {} if path.is_file() else {}
+        if not isinstance(described, dict):
+            raise DataError(f"{path} does not describe a dataset: make it again, or remove it.")
+        if "sha256" in described and described["sha256"] != digest_of_description(described):
+            raise DataError(f"{path} is damaged or was changed (its own sha256 differs): make it again, or remove it.")
+        return described
+
+    @cached_property
+    def _described_files(self) -> dict[str, dict[str, Any]]:
+        files = self.description.get("files") or {}
+        if not isinstance(files, dict) or not all(isinstance(facts, dict) for facts in files.values()):
+            raise DataError(f"{self.folder / DESCRIPTION} does not list its files: make it again, or remove it.")
+        return files
 
     @cached_property
     def fingerprint(self) -> str:
@@ -256,13 +297,13 @@ class Dataset:
             return digest.hexdigest()[:12]
         for path in sorted(self.folder.rglob("*.parquet")):
             digest.update(f"{path.relative_to(self.folder)} {path.stat().st_size}\n".encode())
-        for name, facts in sorted(self.description.get("files", {}).items()):
+        for name, facts in sorted(self._described_files.items()):
             digest.update(f"{name} {facts.get('sha256')}\n".encode())
         return digest.hexdigest()[:12]
 
     @staticmethod
     def _check_ids(split: Split, column: str) -> None:
-        if column not in split.columns:
+        if not split.has(column):
             raise DataError(
                 f"{split.folder} has no column {column!r}{nearest(column, split.columns)}: every row must name its "
                 f"{column.removesuffix('_id')}."
@@ -319,6 +360,22 @@ def _encoded_texts(file: pq.ParquetFile) -> set[str]:
         for number, leaf in enumerate(leaves)
         if leaf.logical_type.type == "STRING" and chunks.column(number).has_dictionary_page
     }
+
+
+def digest_of_description(described: Mapping[str, Any]) -> str:
+    """SHA-256 of what dataset.yaml says, but for this digest itself."""
+    rest = {name: value for name, value in described.items() if name != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def footer_digest(path: Path) -> str:
+    """ "xxh3-" and the XXH3-64 of a Parquet file's footer; of no sense where the file is none."""
+    with path.open("rb") as file:
+        num_bytes = file.seek(0, os.SEEK_END)
+        file.seek(max(num_bytes - 8, 0))
+        length = int.from_bytes(file.read(4), "little")
+        file.seek(max(num_bytes - 8 - length, 0))
+        return f"xxh3-{xxhash.xxh3_64_hexdigest(file.read())}"
 
 
 def rows_if_whole(path: Path) -> int | None:

@@ -8,6 +8,7 @@ cache where that cannot be written. Without numba they run as plain Python: righ
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -25,14 +26,16 @@ Kernel = Callable[..., Any]
 IS_COMPILED = njit is not None
 
 
-def kernel(function: Kernel) -> Kernel:
-    """The function compiled."""
+def kernel(function: Kernel | None = None, **options: Any) -> Any:
+    """The function compiled, with what else numba is to be told."""
+    if function is None:
+        return partial(kernel, **options)
     if not IS_COMPILED:
         return np.errstate(over="ignore")(function)  # 64-bit products are meant to overflow
     try:
-        return njit(nogil=True, cache=True)(function)
+        return njit(nogil=True, cache=True, **options)(function)
     except RuntimeError:  # there is no folder to keep it in
-        return njit(nogil=True)(function)
+        return njit(nogil=True, **options)(function)
 
 
 if not IS_COMPILED:

@@ -216,8 +216,8 @@ def write_counts(path: Path, count_I: np.ndarray) -> None:
 def read_counts(path: Path, mend: str = COUNT_AGAIN) -> np.ndarray:
     """What `write_counts` has written; raises DataError."""
     try:
-        return np.load(path)
-    except (FileNotFoundError, ValueError, EOFError) as error:
+        return np.array(np.load(path, mmap_mode="r"))  # mapped first: no more memory than the file has bytes
+    except Exception as error:  # an altered header can raise anything
         raise DataError(f"{path} cannot be read ({error}): {mend}") from None
 
 

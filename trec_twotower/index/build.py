@@ -21,13 +21,11 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from trec_twotower.config import IndexConfig
-from trec_twotower.data.lists import Lists
 from trec_twotower.errors import ConfigError, DataError
 from trec_twotower.index.engine import (
     BestSoFar,
@@ -40,12 +38,12 @@ from trec_twotower.index.engine import (
     to_gpu,
     uses_gpu,
 )
-from trec_twotower.index.probing import REACH, Fit
 from trec_twotower.index.recipe import GRAPH_LISTS, POINTS_PER_LIST, Recipe, choose_recipe
-from trec_twotower.index.scan import Part, Scanner
+from trec_twotower.index.scan import Part
 from trec_twotower.index.search import IndexReport, ItemIndex
+from trec_twotower.index.tuning import Judge, tune
 
-POINTS = 64  # training points a list, where there are so many
+POINTS = 48  # training points a list, where there are so many
 CODE_POINTS = 65_536  # and at least so many where codes are trained
 UNHIT = 0.1  # of the mean number of hits: what an item counts that nobody was found to want
 USER_SHARE = 0.25  # users drawn as points of lists, as a share of the items drawn
@@ -53,7 +51,6 @@ USER_POINTS = 1 << 15  # at most
 HALF_MAX = 65_504.0  # the largest half-precision number
 TIES = 1e-6  # of |user| x |longest item|: two float32 sums of one inner product differ by less
 LONG_USERS = 256  # users that longer answers are tuned for
-STEPS = 9  # of a bisection
 
 
 def build_index(items: Vectors | np.ndarray, users: Vectors | np.ndarray, config: IndexConfig) -> ItemIndex:
@@ -64,7 +61,8 @@ def build_index(items: Vectors | np.ndarray, users: Vectors | np.ndarray, config
     DataError for vectors that are not finite, ConfigError for a recipe or a target that cannot be.
     """
     items = Matrix(items, "item") if isinstance(items, np.ndarray) else items
-    users = Matrix(users, "user") if isinstance(users, np.ndarray) else users
+    if isinstance(users, np.ndarray):
+        users = Matrix(users.reshape(-1, users.shape[-1]), "user")  # several vectors of a user are as many queries
     for vectors, what in ((items, "item"), (users, "user")):
         if not len(vectors):
             raise DataError(f"There is no {what} vector to build the index with: export the {what}s first.")
@@ -78,7 +76,7 @@ def build_index(items: Vectors | np.ndarray, users: Vectors | np.ndarray, config
     trained = time.perf_counter()
     wholes = _filled(template, centroid_LD, items, recipe, config)
     built = time.perf_counter()
-    scanner, tuned = _tune(wholes, truth, config)
+    scanner, tuned = tune(wholes, *truth.judges(), config)
     report = IndexReport(
         kind=recipe.factory,
         device=scanner.device,
@@ -146,26 +144,11 @@ class _Truth:
         self.tune, self.report, self.long = (found[name] for name in ("tune", "report", "long"))
         self.hits_I = np.bincount(found["lists"].item_row_BK.ravel(), minlength=num_items) if hits else None
 
-    def judge(self, best: BestSoFar, k: int) -> _Judge:
-        return _Judge(best, k, TIES * self.longest_item)
-
-
-class _Judge:
-    """The recall of answers for some users: of items with equal scores, any will do."""
-
-    def __init__(self, best: BestSoFar, k: int, slack: float) -> None:
-        self.user_BD, self.k = best.user_BD, k
-        self.worst_B = best.score_BK[:, k - 1]
-        tied_B = self.worst_B - slack * np.linalg.norm(self.user_BD, axis=1)
-        good_BC = (best.score_BK >= tied_B[:, None]) & (best.item_row_BK >= 0)
-        self._good = Lists(np.concatenate([[0], np.cumsum(good_BC.sum(axis=1))]), best.item_row_BK[good_BC])
-        # More ties than exact search was asked for: then the score alone can tell
-        self._tied_B = np.where(good_BC.all(axis=1) & (best.score_BK.shape[1] > k), tied_B, np.inf)
-
-    def recall(self, found: tuple[np.ndarray, np.ndarray]) -> float:
-        score_BK, item_row_BK = found
-        is_good_BK = self._good.contain(item_row_BK) | ((score_BK >= self._tied_B[:, None]) & (item_row_BK >= 0))
-        return float(np.minimum(is_good_BK.sum(axis=1), self.k).mean() / self.k)
+    def judges(self) -> tuple[list[Judge], Judge]:
+        """Of those that are tuned for, by rising k, and of those that are reported on."""
+        slack = TIES * self.longest_item
+        tuned_for = [Judge(self.tune if k == self.ks[0] else self.long, k, slack) for k in self.ks]
+        return tuned_for, Judge(self.report, self.ks[0], slack)
 
 
 # ---------------------------------------------------------------- lists, codes, items
@@ -314,155 +297,3 @@ def _file_bytes(whole: Any) -> int:
     faiss.write_index(whole, writer)
     del writer
     return written
-
-
-# ---------------------------------------------------------------- tuning
-
-
-def _tune(wholes: list[Any], truth: _Truth, config: IndexConfig) -> tuple[Scanner, dict[str, Any]]:
-    """The scanner that reaches the target, and what the report says of it."""
-    scanner = Scanner(wholes, config.device)
-    judges = [truth.judge(truth.tune if k == truth.ks[0] else truth.long, k) for k in truth.ks]
-    _choose_refinement(scanner, judges[0], config)
-    fits: list[Fit] = []
-    for judge in judges:
-        fits.append(_fit(scanner, judge, fits[-1] if fits else None, config))
-    report = truth.judge(truth.report, truth.ks[0])
-    recall, shares, lists, _ = _reached(scanner, report, fits[0])
-    tuned = {
-        "k": truth.ks[0],
-        "fits": tuple(fits),
-        "refine_factor": scanner.refine_factor,
-        "reached_recall": recall,
-        "scanned_share": float(shares.mean()),
-        "scanned_most": float(np.percentile(shares, 99)),
-        "mean_lists": lists,
-        "curve": _curve(scanner, report, fits[0]),
-    }
-    return scanner, tuned
-
-
-def _scan(scanner: Scanner, judge: _Judge, fit: Fit) -> tuple[tuple[np.ndarray, np.ndarray], np.ndarray, float]:
-    """The answers as a fit gives them, each user's scanned share, and the mean number of lists."""
-    if scanner.coarse is None:
-        found = scanner.scan_codes(judge.user_BD, judge.k, max(fit.most_lists, judge.k))
-        return found, np.full(len(judge.user_BD), fit.scanned_share), 0.0
-    chosen = scanner.choose_lists(judge.user_BD, judge.k, fit)
-    found = scanner.scan_lists(judge.user_BD, judge.k, chosen)
-    return found, scanner.scanned(chosen.list_BP), float((chosen.list_BP >= 0).sum(axis=1).mean())
-
-
-def _reached(scanner: Scanner, judge: _Judge, fit: Fit) -> tuple[float, np.ndarray, float, float]:
-    """Recall, each user's scanned share, mean lists and users/s."""
-    started = time.perf_counter()
-    found, shares, lists = _scan(scanner, judge, fit)
-    took = time.perf_counter() - started
-    return judge.recall(found), shares, lists, len(judge.user_BD) / max(took, 1e-9)
-
-
-def _choose_refinement(scanner: Scanner, judge: _Judge, config: IndexConfig) -> None:
-    """How many times k are scored again: the fewest that leave half of the misses allowed to the choice of lists."""
-    if scanner.parts[0].refine is None:
-        return
-    wanted = config.target_recall + (1 - config.target_recall) / 2
-    everything = Fit(judge.k, 0.0, (), 0.0, scanner.num_lists)
-    for factor in (2, 3, 4, 6, 8, 12, 16, 32):
-        scanner.refine_factor = factor
-        if scanner.coarse is None:
-            found = scanner.scan_codes(judge.user_BD, judge.k, 16 * factor * judge.k)
-        else:
-            most = min(scanner.num_lists, max(64, scanner.num_lists // 4))
-            chosen = scanner.choose_lists(judge.user_BD, judge.k, everything, most=most)
-            found = scanner.scan_lists(judge.user_BD, judge.k, chosen)
-        if judge.recall(found) >= wanted:
-            return
-
-
-def _fit(scanner: Scanner, judge: _Judge, shorter: Fit | None, config: IndexConfig) -> Fit:
-    """The least scanning that reaches the target recall for the judge's users and k."""
-    if scanner.coarse is None:
-        return _fit_codes(scanner, judge, shorter, config)
-    vector_BD = scanner.parts[0].transformed(judge.user_BD)
-    most = scanner.num_lists if scanner.num_lists < GRAPH_LISTS else 2048
-    # What users need when nothing is capped says where the cap may be
-    fit = _with_margin(scanner, judge, _refitted(scanner, vector_BD, judge, Fit(judge.k, 0.0, (), 0.0, most)), config)
-    lists_B = (scanner.choose_lists(judge.user_BD, judge.k, fit).list_BP >= 0).sum(axis=1)
-    cap = max(int(np.ceil(1.5 * np.percentile(lists_B, 99))), shorter.most_lists if shorter else 8)
-    while cap < most:
-        capped = _refitted(scanner, vector_BD, judge, replace(fit, most_lists=cap))
-        capped = _with_margin(scanner, judge, capped, config, must=False)
-        if judge.recall(_scan(scanner, judge, capped)[0]) >= config.target_recall:
-            fit = capped
-            break
-        cap *= 2
-    return replace(fit, scanned_share=float(_scan(scanner, judge, fit)[1].mean()))
-
-
-def _refitted(scanner: Scanner, vector_BD: np.ndarray, judge: _Judge, fit: Fit) -> Fit:
-    assert scanner.coarse is not None
-    score_BP, list_BP = scanner.coarse.nearest(vector_BD, min(fit.most_lists, scanner.num_lists))
-    if not fit.weights:
-        fit = replace(fit, weights=(0.0,) * (1 + len(REACH)))
-    return fit.fitted(score_BP, scanner.coarse.size_L[list_BP], judge.worst_B)
-
-
-def _with_margin(scanner: Scanner, judge: _Judge, fit: Fit, config: IndexConfig, *, must: bool = True) -> Fit:
-    """The least margin, by bisection between a single list and all that the fit allows."""
-    assert scanner.coarse is not None
-    vector_BD = scanner.parts[0].transformed(judge.user_BD)
-    score_BP, list_BP = scanner.coarse.nearest(vector_BD, min(fit.most_lists, scanner.num_lists))
-    foretold_B = fit.foretell(score_BP, scanner.coarse.size_L[list_BP], judge.k)
-    lowest_B = np.where(np.isfinite(score_BP), score_BP, np.inf).min(axis=1)
-    low, most = float((foretold_B - score_BP[:, 0]).min()), float((foretold_B - lowest_B).max())
-    most += 1e-4 * abs(most) + 1e-6  # below 0 where a k near the whole catalogue has a worse k-th best than any list
-
-    def recall(margin: float) -> float:
-        return judge.recall(_scan(scanner, judge, replace(fit, margin=margin))[0])
-
-    high = min(most, low + (most - low) / 16)
-    while (reached := recall(high)) < config.target_recall:
-        if high >= most:
-            if must:
-                raise _unreachable(reached, judge.k, scanner, config)
-            return replace(fit, margin=most)
-        low, high = high, min(most, high + 2 * (high - low))
-    for _ in range(STEPS):
-        middle = (low + high) / 2
-        if recall(middle) >= config.target_recall:
-            high = middle
-        else:
-            low = middle
-    return replace(fit, margin=high)
-
-
-def _fit_codes(scanner: Scanner, judge: _Judge, shorter: Fit | None, config: IndexConfig) -> Fit:
-    """Codes without lists are all scanned; of a graph, as much as reaches the target."""
-    effort = max(judge.k, shorter.most_lists if shorter else 16)
-    best = 0.0
-    while True:
-        fit = Fit(judge.k, 0.0, (), 0.0, effort)
-        best = max(best, judge.recall(_scan(scanner, judge, fit)[0]))
-        if best >= config.target_recall:
-            return fit
-        if not scanner.is_graph or effort >= scanner.num_items:
-            raise _unreachable(best, judge.k, scanner, config)
-        effort *= 2
-
-
-def _unreachable(best: float, k: int, scanner: Scanner, config: IndexConfig) -> ConfigError:
-    return ConfigError(
-        f"index.target_recall {config.target_recall:g} cannot be reached by {type(scanner.parts[0].base).__name__} of "
-        f"this recipe: scanning everything finds {best:.4f} of the best {k:,}, since its codes are too coarse. Lower "
-        f"index.target_recall to {np.floor(best * 1000) / 1000:g}, or allow finer codes: more index.memory_gb, or an "
-        f"index.factory such as IVF{scanner.num_lists or 1024},Flat."
-    )
-
-
-def _curve(scanner: Scanner, judge: _Judge, fit: Fit) -> tuple[tuple[float, float, float], ...]:
-    """Recall, scanned share and users/s around the chosen point, which is the fourth."""
-    points = []
-    for factor in (0.0, 0.5, 0.75, 1.0, 1.25, 1.5) if scanner.coarse is not None else (1.0,):
-        wide = replace(fit, margin=fit.margin * factor) if fit.margin > 0 else fit
-        recall, shares, _, users_per_s = _reached(scanner, judge, wide)
-        points.append((recall, float(shares.mean()), users_per_s))
-    return tuple(points)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, Literal, Protocol
@@ -13,9 +14,11 @@ import torch
 # After torch, whose CUDA libraries have to be loaded first where there is a GPU.
 import faiss as _faiss
 
+from trec_twotower.data.kernels import IS_COMPILED
 from trec_twotower.data.lists import Lists
 from trec_twotower.errors import ConfigError, DataError
-from trec_twotower.metrics import blocks_by_length, first_kept
+from trec_twotower.exhaustive import FEW_USERS, ITEMS, best_of_few
+from trec_twotower.metrics import blocks_by_length, find_repeats, first_kept
 
 faiss: Any = _faiss  # its type stubs lack what its classes have beyond the plain ones, and the GPU's whole
 
@@ -64,8 +67,13 @@ def exact_search(
 ) -> tuple[np.ndarray, np.ndarray]:
     """The `k` unseen items of highest score per user by scoring all: float32 and item rows int64, best first.
 
-    Rows end in -inf and -1 where fewer than `k` unseen items exist. Equal scores come in any order.
+    Rows end in -inf and -1 where fewer than `k` unseen items exist. Equal scores come in any order. Of users of several
+    vectors, (B, M, D), an item's score is the highest by any of them.
     """
+    if np.ndim(user_BD) == 3:
+        num_users, per_user, dim = user_BD.shape
+        each = None if seen is None else seen.take(np.repeat(np.arange(num_users), per_user))
+        return merged(exact_search(item_ID, user_BD.reshape(-1, dim), k, each, device=device), num_users, k)
     item_ID, user_BD = as_vectors(item_ID, "item"), as_vectors(user_BD, "user")
     check_same_dim(item_ID.shape[1], user_BD.shape[1])
     if device == "gpu" and not torch.cuda.is_available():
@@ -86,11 +94,23 @@ def exact_search(
     return score_BK, item_row_BK
 
 
+def merged(found: tuple[np.ndarray, np.ndarray], num_users: int, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """The best `k` items of each user, once each, of the answers to its vectors, which lie below each other."""
+    score_BC, item_row_BC = (matrix.reshape(num_users, -1) for matrix in found)
+    order_BC = np.argsort(-score_BC, axis=1, kind="stable")
+    score_BC, item_row_BC = (np.take_along_axis(matrix, order_BC, axis=1) for matrix in (score_BC, item_row_BC))
+    keep_BC = (item_row_BC >= 0) & ~find_repeats(item_row_BC)
+    score_BK, item_row_BK = first_kept(keep_BC, k, (score_BC, -np.inf), (item_row_BC, -1))
+    return score_BK, item_row_BK
+
+
 def best_of_all(user_BD: np.ndarray, item_ID: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     """The best `k` of checked vectors on the CPU, ending in -inf and -1 where there are fewer items."""
-    use_blas_well(user_BD.shape[1])
+    from_batch = use_blas_well(user_BD.shape[1])
     if not len(user_BD) or not len(item_ID):
         return np.full((len(user_BD), k), -np.inf, np.float32), np.full((len(user_BD), k), -1, np.int64)
+    if IS_COMPILED and from_batch <= len(user_BD) <= FEW_USERS and len(item_ID) >= ITEMS:
+        return best_of_few(item_ID, user_BD, k)
     score_BK, item_row_BK = faiss.knn(user_BD, item_ID, k, metric=faiss.METRIC_INNER_PRODUCT)
     if k > len(item_ID):
         score_BK[item_row_BK < 0] = -np.inf
@@ -216,9 +236,9 @@ def as_vectors(vectors: np.ndarray, what: str) -> np.ndarray:
     vectors = np.ascontiguousarray(vectors, dtype=np.float32)
     if vectors.ndim != 2:
         raise ConfigError(f"The {what} vectors have shape {vectors.shape}: give a matrix, one row per {what}.")
+    if math.isfinite(np.vdot(vectors, vectors)):  # no NaN and no infinity leaves a sum of squares finite
+        return vectors
     with np.errstate(all="ignore"):
-        if np.isfinite(vectors.sum(dtype=np.float32)):  # no NaN and no infinity leaves a sum finite
-            return vectors
         suspect = np.flatnonzero(~np.isfinite(vectors.sum(axis=1)))
     bad = suspect[~np.isfinite(vectors[suspect]).all(axis=1)]
     if len(bad):

@@ -64,10 +64,10 @@ def choose_recipe(num_items: int, dim: int, config: IndexConfig, *, on_gpu: bool
 
 
 def choose_lists(num_items: int, config: IndexConfig) -> int:
-    """About 2 sqrt(items), as long as each list has training points enough; 1 for a tiny catalogue."""
+    """About 3 sqrt(items), as long as each list has training points enough; 1 for a tiny catalogue."""
     if config.lists is None:
         num_trained = min(num_items, config.max_train_vectors)
-        return max(1, min(int(2 * math.sqrt(num_items)), num_trained // POINTS_PER_LIST))
+        return max(1, min(int(3 * math.sqrt(num_items)), num_trained // POINTS_PER_LIST))
     if config.lists > num_items:
         raise ConfigError(
             f"index.lists is {config.lists:,} but the catalogue has {num_items:,} items: set it to at most "

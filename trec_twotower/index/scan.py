@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 
 from trec_twotower.errors import ConfigError
 from trec_twotower.index.engine import GPU_LIMIT, Device, best_of_all, faiss, to_gpu, use_blas_well, uses_gpu
+from trec_twotower.index.list_scan import ListScan
 from trec_twotower.index.probing import Coarse, Fit
 
 AGAIN_NUMBERS = 1 << 18  # of vectors scored again together: 1 MiB, which stays in the cache
@@ -26,6 +28,7 @@ class Chosen(NamedTuple):
     score_BP: np.ndarray  # of their centroids, best first
     list_BP: np.ndarray  # -1 after a user's last
     foretold_B: np.ndarray | None  # each user's k-th best score
+    bound_B: np.ndarray | None = None  # what that reaches for all but few users
 
 
 class Part:
@@ -80,6 +83,8 @@ class Part:
                     "items are scored: build the index with METRIC_INNER_PRODUCT."
                 )
         self._refined_codes = _codes_view(self.refine)
+        self.list_scan: ListScan | None = None
+        self.knows_list_scan = False  # whether it was looked for
 
     @property
     def rounds(self) -> bool:
@@ -159,10 +164,15 @@ class Scanner:
         self._list_of_item: np.ndarray | None = None
         self._on_gpu = _gpu_copies(self.parts, device) if uses_gpu(device) else None
         self.device = "gpu" if self._on_gpu else "cpu"
-        self.coarse: Coarse | None = None
-        if first.has_lists:
-            sizes = np.sum([part.list_sizes() for part in self.parts], axis=0)
-            self.coarse = Coarse(first.quantizer, sizes, on_gpu=bool(self._on_gpu))
+
+    @cached_property
+    def coarse(self) -> Coarse | None:
+        """The lists' centroids and sizes, None without lists; read at the first use: it takes longer than a load."""
+        first = self.parts[0]
+        if not first.has_lists:
+            return None
+        sizes = np.sum([part.list_sizes() for part in self.parts], axis=0)
+        return Coarse(first.quantizer, sizes, on_gpu=bool(self._on_gpu))
 
     @property
     def num_lists(self) -> int:
@@ -187,12 +197,19 @@ class Scanner:
         """
         assert self.coarse is not None
         without_L = size_L == 0 if size_L is not None else None
+        vector_BD = self.parts[0].transformed(user_BD)
         width = min(most or (fit.most_lists if known_B is None else self.num_lists), self.num_lists)
-        score_BP, list_BP = self.coarse.nearest(self.parts[0].transformed(user_BD), width, without_L)
+        if most is None:
+            chosen = self.coarse.choose(vector_BD, k, fit, size_L, known_B, width)
+            if chosen is not None:
+                return Chosen(*chosen, chosen[-1] - fit.spread)
+        score_BP, list_BP = self.coarse.nearest(vector_BD, width, without_L)
+        bound_B = None
         if most is None:
             if known_B is None:
                 size_BP = (self.coarse.size_L if size_L is None else size_L)[list_BP]
                 known_B = fit.foretell(score_BP, size_BP, k)
+            bound_B = known_B - fit.spread
             wanted_B = (score_BP >= (known_B - fit.margin)[:, None]).sum(axis=1)
             longest = max(1, int(wanted_B.max(initial=1)))
             score_BP, list_BP = score_BP[:, :longest], list_BP[:, :longest]
@@ -200,7 +217,7 @@ class Scanner:
                 list_BP[np.arange(longest) >= np.maximum(wanted_B, 1)[:, None]] = -1
         if without_L is not None or self.coarse.is_lossy:
             list_BP[score_BP == -np.inf] = -1
-        return Chosen(np.ascontiguousarray(score_BP), np.ascontiguousarray(list_BP), known_B)
+        return Chosen(score_BP, list_BP, known_B, bound_B)
 
     def scanned(self, list_BP: np.ndarray) -> np.ndarray:
         """The share of the catalogue that lies in each user's lists."""
@@ -212,28 +229,33 @@ class Scanner:
 
     def scan_lists(self, user_BD: np.ndarray, k: int, chosen: Chosen, bitmap: np.ndarray | None = None) -> Answer:
         """The best `k` items in the chosen lists, of those whose bit is set."""
-        score_BP, list_BP, _ = chosen
-        if len(user_BD) < SORTED_FROM:
-            return self._scan(user_BD, k, score_BP, list_BP, bitmap)
-        order = np.argsort(list_BP[:, 0], kind="stable")
-        found = self._scan(user_BD[order], k, score_BP[order], list_BP[order], bitmap)
+        lists = self._list_scan(self.parts[0])
+        if len(user_BD) < SORTED_FROM or lists is not None:
+            return self._scan(user_BD, k, chosen, bitmap)
+        order = np.argsort(chosen.list_BP[:, 0], kind="stable")
+        found = self._scan(user_BD[order], k, Chosen(chosen.score_BP[order], chosen.list_BP[order], None), bitmap)
         back = np.empty_like(order)
         back[order] = np.arange(len(order))
         return found[0][back], found[1][back]
 
-    def _scan(
-        self, user_BD: np.ndarray, k: int, score_BP: np.ndarray, list_BP: np.ndarray, bitmap: np.ndarray | None
-    ) -> Answer:
+    def _scan(self, user_BD: np.ndarray, k: int, chosen: Chosen, bitmap: np.ndarray | None) -> Answer:
+        score_BP, list_BP = np.ascontiguousarray(chosen.score_BP), np.ascontiguousarray(chosen.list_BP)
         if self._on_gpu is not None and bitmap is None and k <= GPU_LIMIT:
             return self._on_gpu.scan(self.parts[0].transformed(user_BD), k, score_BP, list_BP)
         fetched = min(k * self.refine_factor, self.num_items) if self.parts[0].refine is not None else k
+        # Of one of several parts, or of codes that are scored again, the k-th best is another than foretold
+        bound_B = chosen.bound_B if len(self.parts) == 1 and fetched == k else None
         answers = []
         for part in self.parts:
             vector_BD = part.transformed(user_BD)
-            parameters, kept_alive = _parameters(faiss.SearchParametersIVF, part, bitmap)
-            parameters.nprobe = list_BP.shape[1]
-            score_BC, row_BC = scan_preassigned(part.base, vector_BD, fetched, score_BP, list_BP, parameters)
-            del kept_alive
+            lists = self._list_scan(part)
+            if lists is not None:
+                score_BC, row_BC = lists.scan(vector_BD, fetched, score_BP, list_BP, _bits_of(part, bitmap), bound_B)
+            else:
+                parameters, kept_alive = _parameters(faiss.SearchParametersIVF, part, bitmap)
+                parameters.nprobe = list_BP.shape[1]
+                score_BC, row_BC = scan_preassigned(part.base, vector_BD, fetched, score_BP, list_BP, parameters)
+                del kept_alive
             if part.refine is not None:
                 score_BC, row_BC = part.scored_again(user_BD, row_BC, k)
             answers.append((score_BC, row_BC + part.first_row if part.first_row else row_BC))
@@ -242,6 +264,14 @@ class Scanner:
         for part, (_, row_BC) in zip(self.parts, answers, strict=True):
             row_BC[row_BC < part.first_row] = -1  # what was -1 before the part's first row was added
         return merge(answers, k)
+
+    def _list_scan(self, part: Part) -> ListScan | None:
+        """Our own loop over the part's lists, where there is one for its kind; made at the first search."""
+        if not part.knows_list_scan:
+            with self._lock:
+                part.list_scan = ListScan.of(part.base)
+                part.knows_list_scan = True
+        return part.list_scan
 
     def scan_codes(self, user_BD: np.ndarray, k: int, effort: int, bitmap: np.ndarray | None = None) -> Answer:
         """The best `k` of an index without lists: of all items, or of those a graph of that `effort` comes by."""
@@ -323,11 +353,18 @@ def _parameters(kind: Any, part: Part, bitmap: np.ndarray | None) -> tuple[Any, 
     parameters = kind()
     if bitmap is None:
         return parameters, None
-    assert part.first_row % 8 == 0, "a shard begins within a byte of the bitmap"
-    bits = bitmap[part.first_row // 8 : (part.first_row + part.num_items + 7) // 8]
+    bits = _bits_of(part, bitmap)
     selector = faiss.IDSelectorBitmap(bits)
     parameters.sel = selector
     return parameters, (selector, bits)
+
+
+def _bits_of(part: Part, bitmap: np.ndarray | None) -> np.ndarray | None:
+    """The part's own bits of a bitmap of all items."""
+    if bitmap is None:
+        return None
+    assert part.first_row % 8 == 0, "a shard begins within a byte of the bitmap"
+    return bitmap[part.first_row // 8 : (part.first_row + part.num_items + 7) // 8]
 
 
 def merge(answers: Sequence[Answer], k: int) -> Answer:

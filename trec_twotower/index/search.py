@@ -14,11 +14,11 @@ import pyarrow.parquet as pq
 from trec_twotower.data.lists import Lists
 from trec_twotower.errors import ConfigError, DataError
 from trec_twotower.files import MANIFEST, new_folder, open_sealed, read_manifest, seal, verify_sealed
-from trec_twotower.index.engine import Device, as_vectors, faiss
+from trec_twotower.index.engine import Device, as_vectors, faiss, merged
 from trec_twotower.index.filters import Allowed, Way, choose_way, make_allowed, num_to_fetch
 from trec_twotower.index.probing import Fit, fit_for
 from trec_twotower.index.scan import Answer, Scanner
-from trec_twotower.metrics import blocks_by_length, find_repeats, first_kept
+from trec_twotower.metrics import blocks_by_length, first_kept
 
 MEND = "build the index again: trec-twotower index RUN"
 ITEMS = "items.parquet"
@@ -120,8 +120,10 @@ class ItemIndex:
 
         An item on a user's `seen` list is never among that user's, nor one that is not `allowed` (see `allow`). A row
         is shorter than `k`, ending in -inf and -1, only when fewer such items exist: rows that come back short scan
-        more lists, all in the end.
+        more lists, all in the end. Users of several vectors, (B, M, D), are those of `search_merged`.
         """
+        if np.ndim(user_BD) == 3:
+            return self.search_merged(user_BD, k, seen=seen, allowed=allowed)
         user_BD = as_vectors(user_BD, "user")
         if user_BD.shape[1] != self.dim:
             raise ConfigError(
@@ -169,12 +171,15 @@ class ItemIndex:
         num_users, per_user, dim = user_BMD.shape
         each = None if seen is None else seen.take(np.repeat(np.arange(len(seen)), per_user))
         found = self.search(user_BMD.reshape(-1, dim), k, seen=each, allowed=allowed)
-        score_BC, item_row_BC = (matrix.reshape(num_users, per_user * k) for matrix in found)
-        order_BC = np.argsort(-score_BC, axis=1, kind="stable")
-        score_BC, item_row_BC = (np.take_along_axis(matrix, order_BC, axis=1) for matrix in (score_BC, item_row_BC))
-        keep_BC = (item_row_BC >= 0) & ~find_repeats(item_row_BC)
-        score_BK, item_row_BK = first_kept(keep_BC, k, (score_BC, -np.inf), (item_row_BC, -1))
-        return score_BK, item_row_BK
+        return merged(found, num_users, k)
+
+    def scanned(self, user_BD: np.ndarray, k: int) -> np.ndarray:
+        """The share of the items (B,) that lies in the lists that a search for `k` scans; 1 without lists."""
+        scanner = self._scanner
+        if scanner.coarse is None:
+            return np.ones(len(user_BD))
+        chosen = scanner.choose_lists(as_vectors(user_BD, "user"), k, fit_for(self.report.fits, k))
+        return scanner.scanned(chosen.list_BP)
 
     def allow(self, mask_I: np.ndarray, way: Way | None = None) -> Allowed:
         """The items marked in a bool array (I,), made ready for searches; `way` forces how they are searched."""
@@ -184,7 +189,11 @@ class ItemIndex:
         """How a search for `k` of these items goes."""
         if k >= len(allowed.item_rows):
             return "exact"
-        return allowed.way or choose_way(self._scanner, self.report.fits, len(allowed.item_rows), k)
+        if allowed.way is not None:
+            return allowed.way
+        if k not in allowed.chosen:
+            allowed.chosen[k] = choose_way(self._scanner, self.report.fits, len(allowed.item_rows), k)
+        return allowed.chosen[k]
 
     def _seen_here(self, seen: Lists, allowed: Allowed | None) -> Lists:
         """Seen items once each, without those that could not be found anyway."""
@@ -334,6 +343,8 @@ class ItemIndex:
         manifest = read_manifest(folder, MEND) if mapped else open_sealed(folder, MEND)
         if "heads" not in manifest or "report" not in manifest:
             raise DataError(f"{folder} is not an index, or one of an older version: {MEND}")
+        if foreign := set(manifest["heads"]) - set(manifest["files"]):  # only those stay in the folder for certain
+            raise DataError(f"{folder / MANIFEST} names {min(foreign)!r} but does not list it: do not trust it; {MEND}")
         if model_version is not None and manifest["model_version"] != model_version:
             raise ConfigError(
                 f"The index in {folder} was built from model {manifest['model_version']}, "
@@ -344,7 +355,12 @@ class ItemIndex:
         for name, digest in manifest["heads"].items():
             if mapped:
                 _check_head(folder / name, manifest["files"][name]["bytes"], digest)
-            wholes.append(faiss.read_index(str(folder / name), faiss.IO_FLAG_MMAP_IFC if mapped else 0))
+            faiss.set_deserialization_vector_byte_limit(manifest["files"][name]["bytes"])  # no part exceeds the whole
+            try:
+                wholes.append(faiss.read_index(str(folder / name), faiss.IO_FLAG_MMAP_IFC if mapped else 0))
+            except RuntimeError as error:
+                found = str(error).strip().splitlines()[-1]
+                raise DataError(f"{folder / name} is no index that FAISS reads ({found}): {MEND}") from None
         report = IndexReport.read(manifest["report"])
         scanner = Scanner(wholes, device, report.refine_factor)
         if scanner.num_items != manifest["items"]:

@@ -46,6 +46,25 @@ class FeatureDropout(nn.Module):
         return feature_BE * _spread((draw_BF >= self.rate_F).to(feature_BE.dtype), self.widths)
 
 
+class Missing(nn.Module):
+    """A learned vector in place of a feature that is zero: dropped, an empty list, an id that no row has trained.
+
+    It is added, so that the gradient still reaches the feature: the row of an id that starts at zero leaves it so.
+    """
+
+    def __init__(self, widths: Sequence[int], places: Sequence[int]) -> None:
+        super().__init__()
+        self.widths, self.places = list(widths), list(places)
+        self.vector_E = nn.Parameter(torch.zeros(sum(widths[place] for place in places)))
+
+    def forward(self, feature_BE: Tensor) -> Tensor:
+        parts = list(feature_BE.split(self.widths, dim=1))
+        for place, vector in zip(self.places, self.vector_E.split([self.widths[n] for n in self.places]), strict=True):
+            is_zero_B1 = ~parts[place].detach().any(dim=1, keepdim=True)
+            parts[place] = parts[place] + is_zero_B1 * vector
+        return torch.cat(parts, dim=1)
+
+
 class FeatureGates(nn.Module):
     """Each feature times a weight between 0 and 2 that is made of all of them (squeeze and excitation; FiBiNET).
 

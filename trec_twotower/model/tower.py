@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from trec_twotower.config import TowerConfig, TrainConfig
 from trec_twotower.data.batch import Listed
 from trec_twotower.distributed import Ranks
-from trec_twotower.model.parts import Crosses, Experts, FeatureDropout, FeatureGates, ShortLong, Summed
+from trec_twotower.model.parts import Crosses, Experts, FeatureDropout, FeatureGates, Missing, ShortLong, Summed
 
 
 class Tower(nn.Module):
@@ -39,6 +39,8 @@ class Tower(nn.Module):
         if config.drop:
             by_place = {place(name): rate for name, rate in config.drop.items()}
             layers.append(FeatureDropout(widths, [by_place.get(number, 0.0) for number in range(len(widths))]))
+        if config.missing:
+            layers.append(Missing(widths, sorted({place(name) for name in config.missing})))
         if config.gating is not None:
             layers.append(FeatureGates(widths, config.gating, sorted({place(name) for name in config.gating.by})))
         if config.crosses:
@@ -63,13 +65,16 @@ class Tower(nn.Module):
         self.encoders = nn.ModuleDict()  # of sequences, and of features with layers of their own, by their names
         self._compiled: Callable[[Tensor], Tensor] | None = None
         self._precision = "fp32"
+        self._encodes_narrow = False
         self._micro_batch: int | None = None
         self._averaged: list[str] = []  # weights that have an average
         self.note_length: Callable[[Tensor], None] | None = None  # is shown the vectors before they are normalised
 
-    def trains_as(self, config: TrainConfig) -> None:
+    def trains_as(self, config: TrainConfig, ranks: Ranks) -> None:
         """Take the precision, the rows at a time and the average that a config asks for; before the first step."""
-        self._precision = config.precision
+        self._precision = ranks.precision(config.precision)
+        # Encoders of sequences (recurrent ones, softmax over steps) compute so only where it is asked for.
+        self._encodes_narrow = config.precision == "bf16"
         self._micro_batch = config.micro_batch
         if config.compile:
             self._compiled = torch.compile(self.layers.forward, dynamic=True)
@@ -107,7 +112,7 @@ class Tower(nn.Module):
         encoder = self.encoders[name]
         if not self.training:
             return self._averaging(encoder, f"encoders.{name}.", *given)
-        if self._precision == "fp32":
+        if not self._encodes_narrow:
             return encoder(*given)
         with torch.autocast(next(encoder.parameters()).device.type, torch.bfloat16):
             return encoder(*given).float()

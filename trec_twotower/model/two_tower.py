@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import KeyedTensor
 
-from trec_twotower.config import LearnedTemperature, LossConfig, ModelConfig
-from trec_twotower.data.batch import Batch
+from trec_twotower.config import InterestsConfig, LearnedTemperature, LossConfig, ModelConfig
+from trec_twotower.data.batch import Batch, Listed
 from trec_twotower.distributed import Ranks
-from trec_twotower.model.embedding import build_lists, build_tables, pooled_by_hand, tower_input
+from trec_twotower.model.embedding import Pooled, build_lists, build_tables, pooled_by_hand, tower_input, tower_inputs
 from trec_twotower.model.frequency import Frequency
 from trec_twotower.model.gate import gate
 from trec_twotower.model.inputs import build_input
+from trec_twotower.model.interests import attended, gaussian_item, gaussian_user, likeness, uses
 from trec_twotower.model.losses import LOSSES, Pairs, Relations
 from trec_twotower.model.losses.regularisers import alignment, nearness, squared_lengths
 from trec_twotower.model.queue import ItemQueue
@@ -43,13 +45,24 @@ class TwoTower(nn.Module):
         self.ranks = ranks
         self.tables = build_tables(schema)
         self.lists = build_lists(schema)
-        is_unit = model.similarity == "cosine"
+        self.is_unit = is_unit = model.similarity == "cosine"
+        self.is_gaussian = model.user_vector == "gaussian"
+        sizes = (model.vector_dim, model.dim)  # a Gaussian user's tower makes a mean and a spread
         self.user_tower, self.item_tower = (
-            Tower(schema.widths(side), model.dim, config, is_unit=is_unit, place=partial(schema.place, side))
-            for side, config in zip(SIDES, (model.user_tower, model.item_tower), strict=True)
+            Tower(
+                schema.widths(side),
+                dim,
+                config,
+                is_unit=is_unit and dim == model.dim,
+                place=partial(schema.place, side),
+            )
+            for side, dim, config in zip(SIDES, sizes, (model.user_tower, model.item_tower), strict=True)
         )
         for feature in schema.sequences:
             self.user_tower.encoders[feature.name] = SequenceInput(feature, schema.table_of(feature).dim)
+        self.vectors_per_user = schema.vectors_per_user  # M
+        self.interests = loss.interests or InterestsConfig()
+        self.interest_uses: list[float] = []  # of the last logged batch
         for side in SIDES:
             for feature in schema.layered(side):
                 self._tower(side).encoders[feature.name] = build_input(feature)
@@ -57,24 +70,38 @@ class TwoTower(nn.Module):
         self.user_tower.note_length = partial(self.watch.note_length, "user")
         self.item_tower.note_length = partial(self.watch.note_length, "item")
         learned = loss.temperature if isinstance(loss.temperature, LearnedTemperature) else None
+        self.parameters_of_loss = dict(loss.parameters)
+        if "precision" in self.parameters_of_loss:
+            wanted = self.parameters_of_loss["precision"]
+            self.parameters_of_loss["precision"] = wanted if wanted == "bf16_logits" else ranks.precision(wanted)
         self.temperature = None if learned is None else Temperature(learned, ranks.device)
         self.frequency = Frequency(ranks.device) if loss.log_q_estimate == "streaming" else None
         size = loss.negatives.queue
-        self.queue = ItemQueue(size, model.dim, loss.log_q, ranks.device) if size else None
+        self.queue = ItemQueue(size, model.vector_dim, loss.log_q, ranks.device) if size else None
 
     def encode_users(self, batch: Batch) -> Tensor:
-        """(B, D)."""
-        return self._users(batch, self._pooled(batch))
+        """(B, D); (B, M, D) where a user has several vectors."""
+        return self._vectors("user", self._inputs(batch, "user")["user"])
 
     def encode_items(self, batch: Batch) -> Tensor:
         """(S, D)."""
-        return self._items(batch, self._pooled(batch))
+        return self._vectors("item", self._inputs(batch, "item")["item"])
+
+    def _vectors(self, side: Side, feature_BE: Tensor) -> Tensor:
+        """What a tower makes of its input; of each of a user's several, where there are."""
+        tower = self._tower(side)
+        if feature_BE.ndim == 3:
+            return tower(feature_BE.flatten(0, 1)).unflatten(0, feature_BE.shape[:2])
+        vector_BD = tower(feature_BE)
+        if not self.is_gaussian:
+            return vector_BD
+        return gaussian_user(vector_BD, is_unit=self.is_unit) if side == "user" else gaussian_item(vector_BD)
 
     def forward(self, batch: Batch) -> Tensor:
         """The loss of this rank's rows, scaled so that its mean over ranks is the mean over all rows of the step."""
-        pooled = self._pooled(batch)
-        user_BD = self._users(batch, pooled)
-        item_CD = self.ranks.gather(self._items(batch, pooled), list(batch.item_sizes))
+        inputs = self._inputs(batch, *SIDES)
+        user_BD = self._vectors("user", inputs["user"])
+        item_CD = self.ranks.gather(self._vectors("item", inputs["item"]), list(batch.item_sizes))
         relations = relations_of(batch)
         assert relations.given is not None or self.loss.given is None, "loss.given is set, but the batch has no pairs"
         if self.frequency is not None:
@@ -83,16 +110,25 @@ class TwoTower(nn.Module):
             relations = replace(relations, log_q_C=self.loss.log_q * log_p_C)
         relations = replace(relations, hardest=self.loss.negatives.hardest)
         column_CD, among = (item_CD, relations) if self.queue is None else self._with_queue(item_CD, batch, relations)
-        parameters = self.loss.parameters
+        parameters = dict(self.parameters_of_loss)
         if self.temperature is not None:
             parameters["temperature"] = self.temperature()
+        share = self.ranks.num_ranks / batch.num_rows_of_all_ranks
+        alike = None
+        if self.vectors_per_user > 1:
+            alike = self.interests.diversity * share * likeness(user_BD).sum()
+            if self.watch.is_wanted:
+                self.interest_uses = uses(user_BD, item_CD, relations.positive)
+            if self.interests.score == "attention":
+                positive, sharpness = relations.positive, self.interests.sharpness
+                user_BD = attended(user_BD, item_CD, positive, sharpness, is_unit=self.is_unit)
         self.watch.look(user_BD, column_CD, among)
         loss = LOSSES[self.loss.kind](user_BD, column_CD, among, **parameters)
-        share = self.ranks.num_ranks / batch.num_rows_of_all_ranks
         for tower in (self.user_tower, self.item_tower):
             penalty = tower.penalty(self.ranks)
             loss = loss if penalty is None else loss + penalty / share
-        return loss * share + self._regularised(user_BD, item_CD, batch, relations, share)
+        loss = loss * share + self._regularised(user_BD, item_CD, batch, relations, share)
+        return loss if alike is None else loss + alike
 
     def _with_queue(self, item_CD: Tensor, batch: Batch, relations: Relations) -> tuple[Tensor, Relations]:
         """The candidates with those of earlier steps behind them; in training this step's are kept for later ones."""
@@ -117,10 +153,12 @@ class TwoTower(nn.Module):
         wanted = self.loss.regularise
         added = user_BD.new_zeros(())
         if wanted.norm:
-            added = added + wanted.norm * (squared_lengths(user_BD).sum() * share + squared_lengths(item_CD).mean())
+            length_B = squared_lengths(user_BD) if user_BD.ndim == 2 else squared_lengths(user_BD).mean(1)
+            added = added + wanted.norm * (length_B.sum() * share + squared_lengths(item_CD).mean())
         if wanted.alignment:
             added = added + wanted.alignment * share * alignment(user_BD, item_CD, relations.positive)
         if wanted.uniformity:
+            user_BD = user_BD if user_BD.ndim == 2 else user_BD.flatten(0, 1)
             sizes = self.ranks.sizes(user_BD.shape[0])
             users = self._uniformity(self.ranks.gather(user_BD, sizes), sizes)
             added = added + wanted.uniformity / 2 * (users + self._uniformity(item_CD, list(batch.item_sizes)))
@@ -147,10 +185,46 @@ class TwoTower(nn.Module):
             for side, tower in zip(SIDES, (self.user_tower, self.item_tower), strict=True)
             for name, value in tower.figures().items()
         }
+        parts |= {f"interest_{number}": share for number, share in enumerate(self.interest_uses)}
         return {**temperature, **parts, **self.watch.figures(self.ranks)}
 
-    def _pooled(self, batch: Batch) -> dict[str, Tensor]:
-        """The pooled bags by key, and what the encoders make of the sequences."""
+    @property
+    def gaussian(self) -> Gaussian:
+        return Gaussian(self.is_gaussian, self.is_unit)
+
+    def _tower(self, side: Side) -> Tower:
+        return self.user_tower if side == "user" else self.item_tower
+
+    def _inputs(self, batch: Batch, *sides: Side) -> dict[Side, Tensor]:
+        """What the towers take, (rows, E) each; (rows, M, E) of users with several vectors."""
+        pooled, several_BMD = self._pooled(batch)
+        beside = {
+            "user": (batch.user_divisor_BF, batch.user_number_BN),
+            "item": (batch.item_divisor_SF, batch.item_number_SN),
+        }
+        wanted = {}
+        for side in sides:
+            divisor, number = beside[side]
+            for name, vector in made_by_layers(self.schema, side, self._tower(side), batch.listed, number).items():
+                pooled.add(vector, {name: vector.shape[1]})
+            behind = sum(feature.num_numbers for feature in self.schema.layered(side))
+            wanted[side] = divisor, number[:, behind:]
+        made = tower_inputs(self.schema, pooled, wanted)
+        if several_BMD is not None and "user" in made:
+            assert self.schema.several is not None
+            place = self.schema.place("user", self.schema.several.name)
+            first = sum(self.schema.widths("user")[:place])
+            feature_BME = made["user"][:, None].repeat(1, several_BMD.shape[1], 1)
+            # Each of its vectors meets the other features, in one and the same tower.
+            feature_BME[:, :, first : first + several_BMD.shape[2]] = several_BMD
+            made["user"] = feature_BME
+        return made
+
+    def _pooled(self, batch: Batch) -> tuple[Pooled, Tensor | None]:
+        """The pooled bags by key, and what the encoders make of the sequences.
+
+        Of one that makes several vectors of a user these are apart, and the first has its place.
+        """
         assert batch.sparse.keys() == self.schema.keys()
         bags: KeyedTensor | None = None if self.tables is None else self.tables(batch.sparse)
         vectors = {} if self.lists is None else self.lists(batch.sequences)
@@ -159,57 +233,84 @@ class TwoTower(nn.Module):
         if torch.is_grad_enabled():
             weights = [*self.user_tower.parameters(), *self.item_tower.parameters()]
             looked_up = gate(looked_up, weights, self.ranks)
-        pooled = {}
+        pooled, several_BMD = Pooled(), None
         if bags is not None:
-            values = looked_up.pop(0)
-            pooled = KeyedTensor(bags.keys(), bags.length_per_key(), values, key_dim=1).to_dict()
+            pooled.add(looked_up.pop(0), dict(zip(bags.keys(), bags.length_per_key(), strict=True)))
         if self.lists is not None:
             found = {name: each.float() for (name, _), each in zip(self.schema.listed_keys, looked_up, strict=True)}
-            pooled |= self._by_hand(batch, found)
-        return pooled
+            for name, vector in put_together(self.schema, self.user_tower, batch.listed, found).items():
+                if vector.ndim == 3:
+                    several_BMD, vector = vector, vector[:, 0]
+                pooled.add(vector, {name: vector.shape[1]})
+        return pooled, several_BMD
 
-    def _by_hand(self, batch: Batch, vectors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """What is made of vectors that were looked up one by one: pooled bags, and the users' encoded sequences."""
-        found = {}
-        for side, feature in self.schema.sparse_pairs:
-            name = key(side, feature)
-            if feature.table_name not in self.schema.listed:
-                continue
-            if feature.kind != "sequence":
-                found[name] = pooled_by_hand(vectors[name], batch.listed[name])
-                continue
-            item_UD = vectors[name]
-            if feature.delta:
-                item_UD = item_UD + vectors[part_of(name, "delta", "+")]
-            for attribute in feature.attributes:
-                at = batch.listed[part_of(name, attribute)]
-                added = pooled_by_hand(vectors[part_of(name, attribute)], at)
-                item_UD = item_UD + (added if at.divisor is None else added / at.divisor[:, None])
-            found[name] = self.user_tower.encode(feature.name, item_UD, batch.listed[name])
-        return found
 
-    def _layered(self, side: Side, batch: Batch, number: Tensor) -> dict[str, Tensor]:
-        """What the features' own layers make of their numbers or tokens, by key."""
-        found, column = {}, 0
-        for feature in self.schema.layered(side):
-            name, behind = key(side, feature), column + feature.num_numbers
-            given = batch.listed[name] if feature.is_tokens else number[:, column:behind]
-            found[name] = self._tower(side).encode(feature.name, given)
-            column = behind
-        return found
+def put_together(
+    schema: Schema, user_tower: Tower, listed: Mapping[str, Listed], vectors: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """What is made of vectors that were looked up one by one: pooled bags, and the users' encoded sequences."""
+    found = {}
+    for side, feature in schema.sparse_pairs:
+        name = key(side, feature)
+        if name not in vectors:
+            continue
+        if feature.kind != "sequence":
+            found[name] = pooled_by_hand(vectors[name], listed[name])
+            continue
+        item_UD = vectors[name]
+        if feature.delta:
+            item_UD = item_UD + vectors[part_of(name, "delta", "+")]
+        for attribute in feature.attributes:
+            at = listed[part_of(name, attribute)]
+            added = pooled_by_hand(vectors[part_of(name, attribute)], at)
+            item_UD = item_UD + (added if at.divisor is None else added / at.divisor[:, None])
+        found[name] = user_tower.encode(feature.name, item_UD, listed[name])
+    return found
 
-    def _tower(self, side: Side) -> Tower:
-        return self.user_tower if side == "user" else self.item_tower
 
-    def _users(self, batch: Batch, pooled: dict[str, Tensor]) -> Tensor:
-        number = batch.user_number_BN
-        pooled = pooled | self._layered("user", batch, number)
-        return self.user_tower(tower_input(self.schema, "user", pooled, batch.user_divisor_BF, number))
+def made_by_layers(
+    schema: Schema, side: Side, tower: Tower, listed: Mapping[str, Listed], number: Tensor
+) -> dict[str, Tensor]:
+    """What the features' own layers make of their numbers or tokens, by key."""
+    found, column = {}, 0
+    for feature in schema.layered(side):
+        name, behind = key(side, feature), column + feature.num_numbers
+        given = listed[name] if feature.is_tokens else number[:, column:behind]
+        found[name] = tower.encode(feature.name, given)
+        column = behind
+    return found
 
-    def _items(self, batch: Batch, pooled: dict[str, Tensor]) -> Tensor:
-        number = batch.item_number_SN
-        pooled = pooled | self._layered("item", batch, number)
-        return self.item_tower(tower_input(self.schema, "item", pooled, batch.item_divisor_SF, number))
+
+@dataclass(frozen=True)
+class Gaussian:
+    """Whether users are, and whether their means have length 1."""
+
+    is_one: bool
+    is_unit: bool
+
+
+def user_vectors(
+    schema: Schema, tower: Tower, pooled: Mapping[str, Tensor], divisor: Tensor, number: Tensor, gaussian: Gaussian
+) -> Tensor:
+    """(B, D), or (B, M, D), of all that enters the users' tower."""
+    several = schema.several
+    if several is None:
+        raw_BD = tower(tower_input(schema, "user", pooled, divisor, number))
+        return gaussian_user(raw_BD, is_unit=gaussian.is_unit) if gaussian.is_one else raw_BD
+    name = key("user", several)  # each of its vectors meets the other features, in one and the same tower
+    each = [
+        tower_input(schema, "user", {**pooled, name: part_BD}, divisor, number) for part_BD in pooled[name].unbind(1)
+    ]
+    feature_BME = torch.stack(each, dim=1)
+    return tower(feature_BME.flatten(0, 1)).unflatten(0, feature_BME.shape[:2])
+
+
+def item_vectors(
+    schema: Schema, tower: Tower, pooled: Mapping[str, Tensor], divisor: Tensor, number: Tensor, gaussian: Gaussian
+) -> Tensor:
+    """(S, D) of all that enters the items' tower."""
+    item_SD = tower(tower_input(schema, "item", pooled, divisor, number))
+    return gaussian_item(item_SD) if gaussian.is_one else item_SD
 
 
 def relations_of(batch: Batch) -> Relations:

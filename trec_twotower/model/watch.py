@@ -51,6 +51,8 @@ class Watch:
         user_BD, item_CD = user_BD.detach().float(), item_CD.detach().float()
         every = max(1, -(-len(user_BD) // SAMPLE_ROWS))  # the first row of so many
         score_bC = user_BD[::every] @ item_CD.T
+        if score_bC.ndim == 3:  # several vectors a row
+            score_bC = score_bC.amax(1)
         positive, known = relations.positive, relations.known
         taken = positive.row_P % every == 0
         row_p, column_p = positive.row_P[taken] // every, positive.column_P[taken]

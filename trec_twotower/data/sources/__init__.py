@@ -47,6 +47,9 @@ SOURCES: dict[str, Source] = {
         Source("synthetic", "synthetic", "a generated world whose best reachable recall is known"),
         Source("gowalla", "gowalla", "train.txt and test.txt, a line = `user item item ...`, no order"),
         Source("amazon-beauty", "amazon_beauty", "one file of item sequences in time order, with attributes"),
+        Source("amazon-reviews", "amazon_reviews", "Amazon Reviews 2023: reviews and metadata as JSON lines, any size"),
+        Source("movielens", "movielens", "MovieLens ratings, movies, users and tags, as .dat or .csv"),
+        Source("goodbooks", "goodbooks", "goodbooks-10k: ratings, books and shelves, as CSV"),
         Source("events", "events", "any log of user, item and time, in Parquet, CSV or JSON lines of any size"),
     )
 }

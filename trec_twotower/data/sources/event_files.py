@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import glob
+import io
+import json
 import os
+import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -17,7 +20,7 @@ import pyarrow as pa
 from trec_twotower.errors import ConfigError, DataError, nearest
 
 if TYPE_CHECKING:
-    from trec_twotower.data.sources.events import Options
+    from trec_twotower.data.sources.event_log import LogOptions
 
 READERS = {".parquet": "read_parquet", ".pq": "read_parquet", ".csv": "read_csv", ".tsv": "read_csv"}
 READERS |= dict.fromkeys((".json", ".jsonl", ".ndjson"), "read_json")
@@ -26,6 +29,7 @@ _FILE = "file of the row"  # the column in which DuckDB gives it
 _INTEGERS = {sign + kind for sign in ("", "U") for kind in ("TINYINT", "SMALLINT", "INTEGER", "BIGINT")}
 _TEXTS = {"VARCHAR", "UUID"}
 _ROWS_PER_BATCH = 131_072
+_JSON_FAULT = re.compile(r"JSON .*?in file \"(.+?)\"")
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,7 @@ class Files:
     types: dict[str, str]
 
     @classmethod
-    def find(cls, database: duckdb.DuckDBPyConnection, options: Options, option: str) -> Files:
+    def find(cls, database: duckdb.DuckDBPyConnection, options: LogOptions, option: str) -> Files:
         """DataError where there are no such files, of several formats, or of none we read."""
         path = getattr(options, option)
         paths = _paths(option, path)
@@ -50,8 +54,22 @@ class Files:
                 f"{option} = {path}: found {found}; give files of one format: {', '.join(READERS)}, "
                 f"CSV and JSON also with {' or '.join(COMPRESSED)}."
             )
+        return cls.read(database, options, option, str(path), paths, next(iter(readers)), "union_by_name = true")
+
+    @classmethod
+    def read(
+        cls,
+        database: duckdb.DuckDBPyConnection,
+        options: LogOptions,
+        option: str,
+        path: str,
+        paths: list[Path],
+        reader: str,
+        how: str,
+    ) -> Files:
+        """`paths`, which the option `option` has found as `path`, through a reader of DuckDB's that is told `how`."""
         names = ", ".join(sql_text(glob.escape(str(file))) for file in paths)
-        relation = f"{next(iter(readers))}([{names}], union_by_name = true, filename = {sql_text(_FILE)})"
+        relation = f"{reader}([{names}], {how}, filename = {sql_text(_FILE)})"
         with explained(f"{option} = {path}", options):
             described = fetch_rows(database, f"DESCRIBE SELECT * FROM {relation}")
         types = {name: kind for name, kind, *_ in described if name != _FILE}
@@ -150,7 +168,7 @@ def _ending(path: Path) -> str:
 # DuckDB
 
 
-def fetch_batches(database: duckdb.DuckDBPyConnection, query: str, options: Options) -> Iterator[pa.RecordBatch]:
+def fetch_batches(database: duckdb.DuckDBPyConnection, query: str, options: LogOptions) -> Iterator[pa.RecordBatch]:
     with explained("the sorted rows", options):
         reader = _do(database, lambda: database.sql(query).to_arrow_reader(_ROWS_PER_BATCH))
     while True:
@@ -163,15 +181,33 @@ def fetch_batches(database: duckdb.DuckDBPyConnection, query: str, options: Opti
 
 
 @contextmanager
-def explained(what: str, options: Options) -> Iterator[None]:
+def explained(what: str, options: LogOptions) -> Iterator[None]:
     """What DuckDB raises, as a ConfigError or DataError in its words."""
     try:
         yield
     except (duckdb.Error, pa.ArrowException) as error:
         words = "; ".join(line.strip() for line in str(error).splitlines()[:3] if line.strip())
+        if (broken := _JSON_FAULT.search(words)) is not None:
+            raise broken_line(Path(broken[1]), words) from None
         if isinstance(error, duckdb.OutOfMemoryException) or "Out of Memory" in words:
             raise ConfigError(f"memory_gb = {options.memory_gb:g} is too little here: raise it. ({words})") from None
         raise DataError(f"{what}: DuckDB gave up: {words}") from None
+
+
+def broken_line(path: Path, words: str) -> DataError:
+    """Names the first line of a file of JSON lines that is no JSON object: DuckDB counts lines roughly."""
+    with pa.input_stream(str(path), compression="detect") as stream:
+        for number, line in enumerate(io.BufferedReader(stream), 1):
+            try:
+                is_object = not line.strip() or isinstance(json.loads(line), dict)
+            except ValueError:
+                is_object = False
+            if not is_object:
+                shown = line[:60].decode("utf-8", "replace").strip()
+                return DataError(
+                    f"{path}, line {number:,}: {shown!r} is not one JSON object: mend the line or take it out."
+                )
+    return DataError(f"{path}: DuckDB gave up: {words}")
 
 
 def _do(database: duckdb.DuckDBPyConnection, action: Callable[[], Any]) -> Any:

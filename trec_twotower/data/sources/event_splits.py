@@ -17,7 +17,7 @@ from trec_twotower.data.lists import offsets_of
 from trec_twotower.data.sources.writer import DatasetWriter, list_column
 
 if TYPE_CHECKING:
-    from trec_twotower.data.sources.events import Options
+    from trec_twotower.data.sources.event_log import LogOptions
 
 MIN_EVENTS = 3  # leave-last-out: users with fewer are trained on, not evaluated
 _VALUES_PER_PIECE = 4_000_000  # list elements made at a time
@@ -79,7 +79,7 @@ class Piece:
 class Splits:
     """Turns pieces into the rows of train, valid and test; a kind of split is one method."""
 
-    def __init__(self, options: Options, writer: DatasetWriter) -> None:
+    def __init__(self, options: LogOptions, writer: DatasetWriter) -> None:
         self.options = options
         self.writer = writer
         self.rows: Counter[str] = Counter()
@@ -92,7 +92,7 @@ class Splits:
         self._write_train(piece, piece.row < (ends - 2 * is_tested)[piece.owner])
         for split, back in (("valid", 2), ("test", 1)):
             row = (ends - back)[is_tested]
-            asked = piece.table.select(["user_id", "timestamp", *self.options.context]).take(row)
+            asked = piece.table.select(["user_id", *self.options.asked]).take(row)
             self._write_held_out(split, piece, asked, piece.row, row, row + 1, piece.first[row], piece.now[row])
             self.repeats_held_out += int((piece.earliest[row] < piece.now[row]).sum())
 
@@ -139,7 +139,7 @@ class Splits:
 
     def _write(self, split: str, table: pa.Table) -> None:
         self.rows[split] += len(table)
-        self.writer.write(split, table)
+        self.writer.write(split, table if self.options.shows_times else table.drop_columns("timestamp"))
 
 
 def whole_users(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.Table]:

@@ -1,7 +1,7 @@
 """The dataset folder, written whole or not at all.
 
 DATASET/
-  dataset.yaml              source, options, counts, columns, and rows, bytes and sha256 of each file
+  dataset.yaml              source, options, counts, columns, and rows, bytes and digests of each file
   train/part-00000.parquet  a row per example; valid/ and test/ a row per user to evaluate
   items/                    the catalogue, a row per item
   users/                    where there are static features of users
@@ -24,6 +24,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
+from trec_twotower.config import parse_yaml
+from trec_twotower.data.dataset import digest_of_description, footer_digest
 from trec_twotower.errors import ConfigError
 
 FORMAT = 1
@@ -110,8 +112,10 @@ class DatasetWriter:
             "columns": {name: self._splits[name].columns() for name in written},
             "files": {key: value for name in written for key, value in self._splits[name].describe().items()},
         }
+        text = yaml.safe_dump(manifest, sort_keys=False, allow_unicode=True)
+        manifest["sha256"] = digest_of_description(parse_yaml(text, MANIFEST))
         with (self.temporary / MANIFEST).open("w", encoding="utf-8") as file:
-            yaml.safe_dump(manifest, file, sort_keys=False, allow_unicode=True)
+            file.write(f"sha256: {manifest['sha256']}\n{text}")  # first, where no cut takes it away alone
             file.flush()
             os.fsync(file.fileno())
         for folder in (*(self.temporary / name for name in written), self.temporary):
@@ -209,13 +213,18 @@ class _Split:
         return {field.name: str(field.type) for field in pq.read_schema(self.files[0][0])}
 
     def describe(self) -> dict[str, dict[str, Any]]:
-        """Rows, bytes and sha256 by path within the dataset."""
+        """Rows, bytes, sha256 and the footer's digest by path within the dataset."""
         described = {}
         for path, rows in self.files:
             with path.open("rb") as file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
             name = f"{self.folder.name}/{path.name}"
-            described[name] = {"rows": rows, "bytes": path.stat().st_size, "sha256": digest}
+            described[name] = {
+                "rows": rows,
+                "bytes": path.stat().st_size,
+                "sha256": digest,
+                "footer": footer_digest(path),
+            }
         return described
 
     def _write_group(self, table: pa.Table) -> None:

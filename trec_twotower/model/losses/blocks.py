@@ -3,6 +3,9 @@
 A loss says what a block of rows costs and how that changes with each logit (a `Rule`); here the logits are made, cells
 that are no negatives taken out, and the rule's slopes turned into gradients by two further products. All of it happens
 in the forward pass, so nothing of a block outlives it: memory is O(B + C + pairs + block).
+
+Of users with several vectors, (B, M, D), a logit is the highest by any of them, exactly as they are searched for, and
+its slope goes to that one: M times the products.
 """
 
 from __future__ import annotations
@@ -15,11 +18,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-Precision = Literal["fp32", "bf16"]
+Precision = Literal["fp32", "bf16", "bf16_logits"]
 
-# Cells of the matrix at a time. On CPU 4 MiB of float32, so that a block is still in the cache when it is read again;
-# on a GPU enough to keep it busy.
-BLOCK_CELLS = {"cpu": 1 << 20, "cuda": 1 << 26}
+# Cells of the matrix at a time. On CPU 2 MiB of float32, so that a block is still in the cache when it is read again,
+# but not so few rows that products of theirs are slow; on a GPU enough to keep it busy.
+BLOCK_CELLS = {"cpu": 1 << 19, "cuda": 1 << 26}
+BLOCK_ROWS = 96
 
 
 @dataclass(frozen=True)
@@ -118,8 +122,17 @@ def scaled(user_BD: Tensor, item_CD: Tensor, temperature: float | Tensor = 1.0) 
     return user_BD.to(wide) / temperature, item_CD.to(wide)
 
 
+def met(user_BD: Tensor, item_CD: Tensor, pairs: Pairs) -> tuple[Tensor, Pairs]:
+    """One vector a row, and the pairs: of users with several, all vectors, and each pair's of the highest product."""
+    if user_BD.ndim == 2:
+        return user_BD, pairs
+    best_P = _best(user_BD.detach(), item_CD.detach(), pairs.row_P, pairs.column_P)
+    return user_BD.flatten(0, 1), replace(pairs, row_P=pairs.row_P * user_BD.shape[1] + best_P)
+
+
 def pair_logits(user_BD: Tensor, item_CD: Tensor, pairs: Pairs) -> Tensor:
     """(P,): the products of the vectors of each pair, without keeping P vectors."""
+    user_BD, pairs = met(user_BD, item_CD, pairs)
     with torch.autocast(user_BD.device.type, enabled=False):
         return _PairLogits.apply(user_BD, item_CD, pairs.row_P, pairs.column_P)
 
@@ -140,7 +153,8 @@ def in_blocks(
     The rule sees the logits u . v - log q of each row's negatives, and the row's `pairs` (default: the positives, with
     logits corrected alike). Row i's negatives are the columns in `is_negative_C` and what it refused, but no pair it
     knows; with `given_apart` no given pair either, whatever its label. With precision bf16 the gradients' products are
-    made of bfloat16 numbers (relative error some 1e-3); logits and sums stay as they are.
+    made of bfloat16 numbers (relative error some 1e-3); logits and sums stay as they are. With bf16_logits the
+    negatives' logits are made of such numbers, too, and rounded to them before log q is taken off.
     """
     if pairs is None:
         pairs = relations.positive
@@ -174,7 +188,7 @@ def softplus_sum(value_bC: Tensor) -> Tensor:
 
 def rows_a_block(num_columns: int, device: torch.device) -> int:
     cells = BLOCK_CELLS["cpu" if device.type == "cpu" else "cuda"]
-    return max(1, cells // max(num_columns, 1))
+    return max(BLOCK_ROWS, cells // max(num_columns, 1))
 
 
 @dataclass(frozen=True)
@@ -185,6 +199,7 @@ class _Negatives:
     shut: Tensor  # cells of negative columns that are none
     opened: Tensor  # cells of other columns that are some
     opened_logit: Tensor
+    opened_best: Tensor  # which of a row's vectors that is of
     num_negatives_B: Tensor
     hardest: int | None
 
@@ -212,11 +227,15 @@ class _Negatives:
             if len(cells):
                 num_negatives_B += change * torch.bincount(cells // num_columns, minlength=num_rows)
         width = max(num_columns, 1)
-        opened_logit = _dots(user_BD, item_CD, opened // width, opened % width)
+        row, column = opened // width, opened % width
+        user_BMD = user_BD if user_BD.ndim == 3 else user_BD[:, None]
+        opened_best = _best(user_BMD, item_CD, row, column)
+        opened_logit = _dots(user_BMD.flatten(0, 1), item_CD, row * user_BMD.shape[1] + opened_best, column)
         if relations.hardest is not None:
             num_negatives_B.clamp_(max=relations.hardest)
         num_negatives_B = num_negatives_B.to(user_BD.dtype)
-        return cls(offset_C.to(item_CD.dtype), shut, opened, opened_logit, num_negatives_B, relations.hardest)
+        offset_C = offset_C.to(item_CD.dtype)
+        return cls(offset_C, shut, opened, opened_logit, opened_best, num_negatives_B, relations.hardest)
 
 
 class _InBlocks(torch.autograd.Function):
@@ -239,25 +258,35 @@ class _InBlocks(torch.autograd.Function):
         edges_shut = torch.searchsorted(negatives.shut, edges * num_columns).tolist()
         edges_opened = torch.searchsorted(negatives.opened, edges * num_columns).tolist()
 
-        narrow = torch.bfloat16 if precision == "bf16" else user_BD.dtype
+        narrow = user_BD.dtype if precision == "fp32" else torch.bfloat16
         narrow_CD = item_CD.to(narrow)
         loss = user_BD.new_zeros(())
-        grad_user_BD = torch.zeros_like(user_BD)
+        user_BMD = user_BD if user_BD.ndim == 3 else user_BD[:, None]
+        num_vectors = user_BMD.shape[1]
+        grad_user_BMD = torch.zeros_like(user_BMD)
         grad_item_DC = torch.zeros_like(item_CD.T, memory_format=torch.contiguous_format)
         grad_logit_P = torch.zeros_like(logit_P)
         room = user_BD.new_empty(min(size, num_rows), num_columns)  # one block, used again and again
+        several = _Several(room) if num_vectors > 1 else None
         narrow_room = room if narrow == room.dtype else room.new_empty(room.shape, dtype=narrow)
         for number, start in enumerate(range(0, num_rows if num_columns else 0, size)):
             stop = min(start + size, num_rows)
             mine = slice(edges_P[number], edges_P[number + 1])
             shut = negatives.shut[edges_shut[number] : edges_shut[number + 1]]
             opened = slice(edges_opened[number], edges_opened[number + 1])
-            part_bD = user_BD[start:stop]
-            logit_bC = torch.addmm(negatives.offset_C, part_bD, item_CD.T, out=room[: stop - start])
+            part_bMD = user_BMD[start:stop]
+            logit_bC = room[: stop - start]
+            if precision == "bf16_logits":
+                torch.mm(part_bMD[:, 0].to(narrow), narrow_CD.T, out=narrow_room[: stop - start])
+                logit_bC.copy_(narrow_room[: stop - start]).add_(negatives.offset_C)
+            else:
+                torch.addmm(negatives.offset_C, part_bMD[:, 0], item_CD.T, out=logit_bC)
+            cell_opened = negatives.opened[opened] - start * num_columns
+            if several is not None:
+                several.raise_to_best(logit_bC, negatives.offset_C, part_bMD, item_CD)
+                several.best_bC.view(-1).index_copy_(0, cell_opened, negatives.opened_best[opened].to(torch.int8))
             logit_bC.view(-1).index_fill_(0, shut - start * num_columns, float("-inf"))
-            logit_bC.view(-1).index_copy_(
-                0, negatives.opened[opened] - start * num_columns, negatives.opened_logit[opened]
-            )
+            logit_bC.view(-1).index_copy_(0, cell_opened, negatives.opened_logit[opened])
             if negatives.hardest is not None and negatives.hardest < num_columns:
                 top_bK, place_bK = logit_bC.topk(negatives.hardest, dim=1, sorted=False)
                 logit_bC.fill_(float("-inf")).scatter_(1, place_bK, top_bK)
@@ -273,25 +302,47 @@ class _InBlocks(torch.autograd.Function):
             )
             loss += slopes.loss
             grad_logit_P[mine] = slopes.pair_p
-            cell_bC = slopes.cell_bC
-            if narrow != cell_bC.dtype:
-                cell_bC = narrow_room[: stop - start].copy_(cell_bC)
             factor_b1 = slopes.factor_b[:, None]
-            grad_user_BD[start:stop] = factor_b1 * (cell_bC @ narrow_CD)
-            weighted_Db = (factor_b1 * part_bD).to(narrow).T
-            # (D, C), since this product is faster than its transpose.
-            if narrow == user_BD.dtype:
-                grad_item_DC.addmm_(weighted_Db, cell_bC)
-            else:
-                grad_item_DC += weighted_Db @ cell_bC
-        del room, narrow_room
-        ctx.save_for_backward(grad_user_BD, grad_item_DC.T.contiguous(), grad_logit_P)
+            for vector in range(num_vectors):
+                cell_bC = slopes.cell_bC if several is None else several.of(vector, slopes.cell_bC)
+                if narrow != cell_bC.dtype:
+                    cell_bC = narrow_room[: stop - start].copy_(cell_bC)
+                grad_user_BMD[start:stop, vector] = factor_b1 * (cell_bC @ narrow_CD)
+                weighted_Db = (factor_b1 * part_bMD[:, vector]).to(narrow).T
+                # (D, C), since this product is faster than its transpose.
+                if narrow == user_BD.dtype:
+                    grad_item_DC.addmm_(weighted_Db, cell_bC)
+                else:
+                    grad_item_DC += weighted_Db @ cell_bC
+        del room, narrow_room, several
+        ctx.save_for_backward(grad_user_BMD.view_as(user_BD), grad_item_DC.T.contiguous(), grad_logit_P)
         return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         return *(made * gradients[0] for made in ctx.saved_tensors), None, None, None, None
+
+
+class _Several:
+    """A block of users with several vectors: which of them each cell's logit is of."""
+
+    def __init__(self, room: Tensor) -> None:
+        self._room, self._best = torch.empty_like(room), torch.empty_like(room, dtype=torch.int8)
+        self.best_bC = self._best
+
+    def raise_to_best(self, logit_bC: Tensor, offset_C: Tensor, part_bMD: Tensor, item_CD: Tensor) -> None:
+        """Raise the first vectors' logits to those of the vectors that score higher."""
+        rows, num_vectors = part_bMD.shape[:2]
+        self.best_bC = self._best[:rows].zero_()
+        for vector in range(1, num_vectors):
+            other_bC = torch.addmm(offset_C, part_bMD[:, vector], item_CD.T, out=self._room[:rows])
+            self.best_bC.masked_fill_(other_bC > logit_bC, vector)
+            torch.maximum(logit_bC, other_bC, out=logit_bC)
+
+    def of(self, vector: int, cell_bC: Tensor) -> Tensor:
+        """The cells that are one vector's, the others 0."""
+        return torch.mul(cell_bC, self.best_bC == vector, out=self._room[: len(cell_bC)])
 
 
 class _PairLogits(torch.autograd.Function):
@@ -317,6 +368,16 @@ def _dots(user_BD: Tensor, item_CD: Tensor, row_P: Tensor, column_P: Tensor) -> 
     for part in _portions(row_P, user_BD):
         out_P[part] = torch.linalg.vecdot(user_BD[row_P[part]], item_CD[column_P[part]])
     return out_P
+
+
+def _best(user_BMD: Tensor, item_CD: Tensor, row_P: Tensor, column_P: Tensor) -> Tensor:
+    """(P,): which of the row's vectors has the highest product with the item."""
+    num_vectors = user_BMD.shape[1]
+    if num_vectors == 1:
+        return torch.zeros_like(row_P)
+    all_ND = user_BMD.flatten(0, 1)
+    each = [_dots(all_ND, item_CD, row_P * num_vectors + vector, column_P) for vector in range(num_vectors)]
+    return torch.stack(each).argmax(0)
 
 
 def _portions(row_P: Tensor, user_BD: Tensor) -> list[slice]:

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trec_twotower.model.losses.blocks import Block, Precision, Relations, Slopes, in_blocks, row_log_sum_exp, scaled
+from trec_twotower.model.losses.cells import exponentiate
 
 
 def softmax(
@@ -89,5 +90,5 @@ def _exponentials(logit_bC: Tensor) -> tuple[Tensor, Tensor]:
     """Turn each row into exp(logit - its maximum); returns the rows' sums, and the logs of their unshifted sums."""
     peak_b = logit_bC.amax(1)
     peak_b = peak_b.where(~peak_b.isneginf(), 0.0)
-    total_b = logit_bC.sub_(peak_b[:, None]).exp_().sum(1)
+    total_b = exponentiate(logit_bC, peak_b)
     return total_b, peak_b + total_b.log()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from trec_twotower.model.losses.blocks import Relations, pair_logits, row_log_sum_exp, scaled
@@ -36,7 +35,7 @@ def listwise(
     grade_G = given.labels(logit_G)
     if grades == "share":
         grade_G = grade_G.clamp(min=0)
-        total_B = torch.zeros_like(user_BD[:, 0]).index_add(0, row_G, grade_G)
+        total_B = grade_G.new_zeros(num_rows).index_add(0, row_G, grade_G)
         target_G = grade_G / total_B.where(total_B > 0, 1.0)[row_G]
     else:
         target_G = (grade_G - row_log_sum_exp(grade_G, row_G, num_rows)[row_G]).exp()

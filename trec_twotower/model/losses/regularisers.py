@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from trec_twotower.model.losses.blocks import Block, Pairs, Relations, Slopes, in_blocks, pair_logits, scaled
+from trec_twotower.model.losses.blocks import Block, Pairs, Relations, Slopes, in_blocks, met, pair_logits, scaled
 
 
 def squared_lengths(vector_ND: Tensor) -> Tensor:
@@ -16,6 +16,7 @@ def squared_lengths(vector_ND: Tensor) -> Tensor:
 def alignment(user_BD: Tensor, item_CD: Tensor, positive: Pairs) -> Tensor:
     """The weighted sum over positives of the squared distance of their vectors (Wang and Isola 2020, alpha = 2)."""
     user_BD, item_CD = scaled(user_BD, item_CD)
+    user_BD, positive = met(user_BD, item_CD, positive)
     product_P = pair_logits(user_BD, item_CD, positive)
     square_P = squared_lengths(user_BD)[positive.row_P] + squared_lengths(item_CD)[positive.column_P]
     return (positive.weights(product_P) * (square_P - 2 * product_P)).sum()

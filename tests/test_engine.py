@@ -1,0 +1,172 @@
+"""The training engine as a whole: ways to take a step, what it tells of itself, and losses that must not move."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests.golden.curves import KEPT, curves
+from tests.ranks.launch import SAID_BY_TORCHREC
+from tests.ranks.worlds import event_config
+from trec_twotower import train as training
+from trec_twotower.distributed import Ranks
+from trec_twotower.errors import ConfigError
+from trec_twotower.model.embedding import Pooled, tower_inputs
+from trec_twotower.model.losses.cells import exponentiate
+from trec_twotower.schema import FeatureSpec, Schema, TableSpec
+
+pytestmark = [pytest.mark.filterwarnings(said) for said in SAID_BY_TORCHREC]
+
+
+def lines_of(run_dir: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["kind"] == "train"]
+
+
+@pytest.fixture(scope="module")
+def golden(small_world, tmp_path_factory, lone_rank) -> tuple[dict[str, list[float]], Path]:
+    """The losses of the trainings of tests/golden, and the folder of their runs."""
+    out = tmp_path_factory.mktemp("golden")
+    return curves(small_world, out, lone_rank), out
+
+
+@pytest.fixture(scope="module")
+def usual(small_world, tmp_path_factory, lone_rank) -> Path:
+    """A run that `trained` with nothing changed, three of whose steps were traced."""
+    return trained(small_world, tmp_path_factory.mktemp("usual"), lone_rank, profile_steps=3)
+
+
+def trained(world: Path, run_dir: Path, ranks: Ranks, loss: dict[str, Any] | None = None, **change: Any) -> Path:
+    settings = {"epochs": 3, "log_every": 1, **change}
+    training.train(event_config(world, run_dir, loss=loss or {}, train=settings), ranks)
+    return run_dir
+
+
+def losses_of(run_dir: Path) -> list[float]:
+    return [line["loss"] for line in lines_of(run_dir)]
+
+
+# Losses
+
+
+def test_losses_are_what_they_were(golden):
+    """A change that is meant to move them remakes the file (`python -m tests.golden`) and says why."""
+    kept, (found, _) = json.loads(KEPT.read_text()), golden
+    assert found.keys() == kept.keys()
+    for name, losses in found.items():
+        assert losses == pytest.approx(kept[name], rel=2e-4), name
+
+
+@pytest.mark.parametrize("change", [{"micro_batch": 3}, {"pipeline": "sparse_dist"}])
+def test_other_ways_to_take_a_step_give_the_same_losses(small_world, tmp_path, lone_rank, usual, change):
+    """Rows in parts, and ids that travel ahead: the tables are updated once a step, by the same gradients."""
+    found = losses_of(trained(small_world, tmp_path / "run", lone_rank, **change))
+    assert found == pytest.approx(losses_of(usual), rel=1e-5)
+
+
+def test_bf16_products_keep_the_losses_near(small_world, tmp_path, lone_rank, usual):
+    """Towers and the loss's gradient, by the words of the config."""
+    run = trained(small_world, tmp_path / "run", lone_rank, loss={"precision": "bf16"}, precision="bf16")
+    assert losses_of(run) != losses_of(usual)
+    assert losses_of(run) == pytest.approx(losses_of(usual), rel=0.02)
+
+
+# What it tells of itself
+
+
+def test_every_logged_line_tells_how_the_step_went(golden):
+    """Numbers that make sense, and histograms that count what they say."""
+    lines = lines_of(golden[1] / "events")
+    for line in lines:
+        assert 0 <= line["accuracy"] <= 1 and 0 <= line["waiting_share"] <= 1
+        assert 0.05 < line["temperature"] < 0.5
+        for name in ("user_length", "item_length", "gradient_norm", "rows_per_s", "resident_bytes", "lr", "dense_lr"):
+            assert line[name] > 0 and math.isfinite(line[name]), name
+        for name in ("positive_scores", "negative_scores"):
+            seen = line[name]
+            assert len(seen["edges"]) == len(seen["counts"]) + 1 and sum(seen["counts"]) > 0
+            assert seen["edges"] == sorted(seen["edges"])
+    means = [np.average(np.convolve(line["positive_scores"]["edges"], [0.5, 0.5], "valid"),
+                        weights=line["positive_scores"]["counts"]) for line in lines]  # fmt: skip
+    assert np.mean(means[-3:]) > np.mean(means[:3])  # positives come closer as they are learned
+
+
+def test_a_trace_shows_the_steps_that_were_asked_for(usual):
+    events = json.loads((usual / "profile" / "rank-0.json").read_text())["traceEvents"]
+    steps = {event["name"] for event in events if str(event.get("name")).startswith("ProfilerStep#")}
+    assert len(steps) == 3
+    assert "addmm" in (usual / "profile" / "rank-0.txt").read_text()
+
+
+# Precision
+
+
+@pytest.mark.parametrize("has_bf16", [True, False])
+def test_auto_is_bf16_where_the_processor_has_it_or_what_the_environment_says(monkeypatch, has_bf16):
+    alone = Ranks(0, 1, torch.device("cpu"))
+    for name in ("avx512_bf16", "amx_tile"):
+        monkeypatch.setattr(torch.cpu, f"_is_{name}_supported", lambda: has_bf16, raising=False)
+    assert [alone.precision(word) for word in ("auto", "fp32", "bf16")] == ["fp32", "fp32", "bf16"]  # as conftest says
+    monkeypatch.delenv("TREC_TWOTOWER_PRECISION")
+    assert alone.precision("auto") == ("bf16" if has_bf16 else "fp32")
+    monkeypatch.setenv("TREC_TWOTOWER_PRECISION", "bf16")
+    assert alone.precision("auto") == "bf16" and alone.precision("fp32") == "fp32"
+    monkeypatch.setenv("TREC_TWOTOWER_PRECISION", "fp16")
+    with pytest.raises(ConfigError, match="TREC_TWOTOWER_PRECISION is 'fp16'"):
+        alone.precision("auto")
+
+
+# Kernels
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 17), (5, 0), (40, 1001)])
+def test_exponentials_of_a_block_are_those_of_float64(rng, size):
+    """Whole or with what is no negative (-inf), too small to count, or no number."""
+    logit_bC = torch.from_numpy(rng.normal(-20, 25, size).astype(np.float32))
+    logit_bC[0, ::3] = -math.inf
+    if size == (3, 17):
+        logit_bC[1], logit_bC[2, 4] = -math.inf, math.nan
+    peak_b = logit_bC.amax(1).nan_to_num(0, 0, 0) if size[1] else torch.zeros(size[0])
+    expected = (logit_bC - peak_b[:, None]).double().exp()
+    total_b = exponentiate(logit_bC, peak_b)
+    torch.testing.assert_close(logit_bC.double(), expected, rtol=4e-7, atol=2e-38, equal_nan=True)
+    torch.testing.assert_close(total_b.double(), expected.sum(1), rtol=2e-6, atol=0, equal_nan=True)
+
+
+def test_tower_inputs_have_the_gradient_of_their_parts_divided_and_joined():
+    """Rows beyond a side's own get none, and neither do keys of a side that is not asked for."""
+    bags = [FeatureSpec(name=name, kind="bag", table="t", pooling=how) for name, how in (("a", "mean"), ("b", "sum"))]
+    tables = {"t": TableSpec(buckets=5, dim=2)}
+    schema = Schema.build(tables, bags, (FeatureSpec(name="c", kind="id", table="t"),))
+    source, other = (torch.randn(4, width, dtype=torch.float64, requires_grad=True) for width in (4, 2))
+    divisor_BF = torch.tensor([[2.0, 1.0], [3.0, 1.0], [1.0, 1.0]], dtype=torch.float64)
+    number_BN, item_divisor, item_number = torch.randn(3, 1).double(), torch.ones(2, 1).double(), torch.empty(2, 0)
+    pooled = Pooled()
+    pooled.add(source, {"item:c": 2, "user:b": 2})
+    pooled.add(other, {"user:a": 2})
+
+    def by_torch(*sides: str) -> list[torch.Tensor]:
+        made = {"user": torch.cat([other[:3] / divisor_BF[:, :1], source[:3, 2:], number_BN], 1),
+                "item": source[:2, :2]}  # fmt: skip
+        return [made[side] for side in sides]
+
+    beside = {"user": (divisor_BF, number_BN), "item": (item_divisor, item_number.double())}
+    for sides in (("user", "item"), ("user",), ("item",)):
+        made = tower_inputs(schema, pooled, {side: beside[side] for side in sides})
+        expected = by_torch(*sides)
+        weights = [torch.randn_like(each) for each in expected]
+        for found, wanted in zip(made.values(), expected, strict=True):
+            torch.testing.assert_close(found, wanted)
+        slopes = [
+            torch.autograd.grad(sum((w * each).sum() for w, each in zip(weights, parts, strict=True)),
+                                (source, other), allow_unused=True)
+            for parts in (list(made.values()), expected)
+        ]  # fmt: skip
+        for found, wanted in zip(*slopes, strict=True):
+            torch.testing.assert_close(found, torch.zeros_like(found) if wanted is None else wanted)

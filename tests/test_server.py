@@ -1,0 +1,196 @@
+"""The server in a process of its own, asked over HTTP."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+@dataclass(frozen=True)
+class Served:
+    run: Path
+    process: subprocess.Popen[str]
+    port: int
+
+    def ask(self, method: str, path: str, body: Any = None, raw: bytes | None = None) -> tuple[int, Any]:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        try:
+            connection.request(method, path, raw if raw is not None else None if body is None else json.dumps(body))
+            answer = connection.getresponse()
+            text = answer.read().decode()
+        finally:
+            connection.close()
+        return answer.status, json.loads(text) if answer.headers["Content-Type"] == "application/json" else text
+
+    def recommend(self, **body: Any) -> list[dict[str, Any]]:
+        status, answer = self.ask("POST", "/recommend", body)
+        assert status == 200, answer
+        return answer["answers"]
+
+    def refused(self, status: int, **body: Any) -> str:
+        found, answer = self.ask("POST", "/recommend", body)
+        assert found == status and set(answer) == {"error"}, answer
+        return answer["error"]
+
+    def wait_for(self, line: str) -> None:
+        """Until /metrics has this line."""
+        end = time.monotonic() + 60
+        while line not in self.ask("GET", "/metrics")[1]:
+            assert time.monotonic() < end, self.ask("GET", "/metrics")[1]
+            time.sleep(0.1)
+
+
+@pytest.fixture(scope="module")
+def served(shop, tmp_path_factory) -> Iterator[Served]:
+    run = shutil.copytree(shop.run, tmp_path_factory.mktemp("served") / "run")
+    command = [sys.executable, "-m", "trec_twotower", "serve", run, "--port", "0", "--max-k", "35", "--reload-s", "0.2"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None and process.stderr is not None
+        line = process.stdout.readline()
+        assert line.startswith("Serving model"), process.stderr.read()
+        yield Served(run, process, int(re.findall(r":(\d+)$", line.strip())[0]))
+        assert process.poll() is None or process.returncode == 0
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@pytest.fixture(scope="module")
+def retriever(shop):
+    from trec_twotower.serve import Retriever
+
+    return Retriever.alone(shop.run)
+
+
+def ids(answer: dict[str, Any]) -> list[str]:
+    return [item["item_id"] for item in answer["items"]]
+
+
+def test_it_answers_as_the_retriever_in_a_process_group_does(served, retriever, shop):
+    from trec_twotower.distributed import start_ranks
+    from trec_twotower.serve import Retriever
+
+    answers = served.recommend(users=["user-1", "user-2"], k=7, history=2)
+    with start_ranks() as ranks:
+        grouped = Retriever.open(shop.run, ranks).recommend(["user-1", "user-2"], 7)
+    for answer, one, other in zip(answers, grouped, retriever.recommend(["user-1", "user-2"], 7), strict=True):
+        expected = [item.item_id for item in one.items]
+        assert ids(answer) == expected == [item.item_id for item in other.items]
+        assert [item["score"] for item in answer["items"]] == pytest.approx([item.score for item in one.items])
+        assert answer["items"][0]["about"]["title"].startswith("A ") and len(answer["history"]) == 2
+    status, version = served.ask("GET", "/version")
+    manifest = json.loads((shop.run / "export/manifest.json").read_text())
+    assert status == 200 and version["model_version"] == manifest["model_version"] and version["items"] == 40
+    assert served.ask("GET", "/health") == (200, {"status": "ok"})
+
+
+def test_live_states_are_rows_as_the_dataset_has_them(served, retriever):
+    state = {"user_id": "user-3", "history": ["red-1", "red-2"], "history_weight": [1.0, 2.0]}
+    [answer] = served.recommend(states=[state], k=5)
+    [expected] = retriever.recommend_now([state], 5)
+    assert ids(answer) == [item.item_id for item in expected.items] and not {"red-1", "red-2"} & set(ids(answer))
+    assert "reads (nearest: 'history')" in served.refused(400, states=[{"user_id": "user-3", "histori": []}])
+    assert "types" in served.refused(400, states=[{"user_id": "user-3", "history": 3}])
+
+
+def test_filters_and_rules(served):
+    [free] = served.recommend(users=["user-1"], k=35)
+    colour = {item["item_id"]: item["about"]["colour"] for item in free["items"]}
+    [red] = served.recommend(users=["user-1"], k=5, where={"colour": ["red"]}, without=[ids(free)[0]])
+    assert ids(red) == [item for item in ids(free)[1:] if colour[item] == "red"][:5]
+    [only] = served.recommend(users=["user-1"], k=5, only=ids(free)[3:5])
+    assert ids(only) == ids(free)[3:5]
+    # At most two of a colour, the best of each.
+    [spread] = served.recommend(users=["user-1"], k=8, most={"column": "colour", "count": 2})
+    expected: list[str] = []
+    for item in ids(free):
+        if sum(colour[other] == colour[item] for other in expected) < 2:
+            expected.append(item)
+    assert ids(spread) == expected[:8]
+    [lifted] = served.recommend(users=["user-1"], k=3, boost=[{"where": {"colour": ["black"]}, "score": 10.0}])
+    assert ids(lifted) == [item for item in ids(free) if colour[item] == "black"][:3]
+    assert lifted["items"][0]["score"] > 8
+
+
+def test_what_cannot_be_answered_is_said(served):
+    assert "'nobody' is in no part" in served.refused(404, users=["user-1", "nobody"])
+    assert "give a whole number from 1 to 35" in served.refused(400, users=["user-1"], k=36)
+    assert "1 to 35" in served.refused(400, users=["user-1"], k=2.5)
+    assert "nearest: 'users'" in served.refused(400, user=["user-1"])
+    assert "either" in served.refused(400, users=["user-1"], states=[{}])
+    assert "at least one" in served.refused(400, users=[])
+    assert "nearest: 'colour'" in served.refused(400, users=["user-1"], where={"color": ["red"]})
+    assert "list of numbers or strings" in served.refused(400, users=["user-1"], only="red-1")
+    assert "one value an item" in served.refused(400, users=["user-1"], most={"column": "tags", "count": 1})
+    assert "must be a list of" in served.refused(400, users=["user-1"], boost=[{"score": 1}])
+    assert "may have 256" in served.refused(413, users=["user-1"] * 257)
+    assert served.ask("POST", "/recommend", raw=b"{")[0] == 400
+    assert served.ask("POST", "/recommend", raw=b"[1]")[0] == 400
+    assert served.ask("GET", "/recommend")[0] == 405 and served.ask("POST", "/health", {})[0] == 405
+    status, answer = served.ask("GET", "/recomend")
+    assert status == 404 and "nearest: '/recommend'" in answer["error"]
+    with socket.create_connection(("127.0.0.1", served.port), 10) as raw:
+        raw.sendall(b"POST /recommend HTTP/1.1\r\nHost: x\r\nContent-Length: 99999999\r\n\r\n")
+        assert raw.recv(64).startswith(b"HTTP/1.1 413 ")
+    with socket.create_connection(("127.0.0.1", served.port), 10) as raw:
+        raw.sendall(b"POST /recommend HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert raw.recv(64).startswith(b"HTTP/1.1 411 ")
+    assert served.recommend(users=["user-1"], k=1)
+
+
+def test_many_at_once_get_each_its_own(served, retriever):
+    users = [f"user-{number}" for number in range(40)]
+    expected = {answer.user_id: [item.item_id for item in answer.items] for answer in retriever.recommend(users, 5)}
+
+    def ask(user: str) -> tuple[str, list[str]]:
+        [answer] = served.recommend(users=[user], k=5)
+        return answer["user_id"], ids(answer)
+
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(ask, users * 2))
+    assert len(found) == 80 and all(expected[user] == items for user, items in found)
+    metrics = served.ask("GET", "/metrics")[1]
+    answered = re.findall(r'requests_total\{path="/recommend",status="200"\} (\d+)', metrics)
+    assert int(answered[0]) >= 80 and "trec_twotower_recommend_seconds_count" in metrics
+
+
+def test_a_new_index_is_taken_up_and_a_broken_one_is_not(served):
+    index = served.run / "index"
+    shutil.copytree(index, served.run / "next")
+    index.rename(served.run / "old")
+    (served.run / "next").rename(index)
+    served.wait_for('reloads_total{outcome="done"} 1')
+    manifest = (index / "manifest.json").read_text()
+    (index / "manifest.json").write_text(manifest[:-20])
+    served.wait_for('reloads_total{outcome="failed"} 1')
+    assert served.recommend(users=["user-1"], k=1)
+    (index / "manifest.json").write_text(manifest)
+    served.wait_for('reloads_total{outcome="done"} 2')
+
+
+def test_it_ends_at_sigterm_after_its_last_answer(served, cli):
+    """The last test of the module: the server is gone behind it."""
+    assert "Cannot listen" in cli("serve", served.run, "--port", served.port).mistake
+    with ThreadPoolExecutor(1) as pool:
+        last = pool.submit(served.recommend, users=[f"user-{number}" for number in range(80)] * 3, k=35)
+        time.sleep(0.1)
+        served.process.send_signal(signal.SIGTERM)
+        assert len(last.result()) == 240
+    assert served.process.wait(60) == 0
+    with pytest.raises(OSError):
+        socket.create_connection(("127.0.0.1", served.port), 2)

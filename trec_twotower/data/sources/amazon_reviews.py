@@ -1,0 +1,214 @@
+r"""Amazon Reviews 2023 (McAuley Lab): reviews and item metadata as JSON lines, one file a category, of any size.
+
+The layout, by its documentation (https://amazon-reviews-2023.github.io and the card of
+McAuley-Lab/Amazon-Reviews-2023; Hou et al. 2024, arXiv 2403.03952): `Books.jsonl` has a review a line,
+
+    rating             1.0 to 5.0
+    title, text        of the review
+    images             a list
+    asin, parent_asin  the product, and the one that its variants (colours, sizes, formats) share: the key of metadata
+    user_id            text
+    timestamp          milliseconds since 1970
+    verified_purchase  true or false
+    helpful_vote       a count
+
+and `meta_Books.jsonl` an item a line (some items that were reviewed have none):
+
+    parent_asin        the key
+    title, subtitle    text
+    main_category      of Amazon, such as "Books"
+    categories         a list from wide to narrow
+    store              of books often the writer with his role
+    author             of books: null or {"avatar": ..., "name": ..., "about": [...]}; in copies also text
+    price              US dollars at crawling: a number, null, or text such as "from 5.99", "None", "—"
+    average_rating     shown on the page at crawling (2023)
+    rating_number      how many ratings that were
+    features, description   lists of text
+    details            names and values, such as "Publisher": "Scholastic Press (October 1, 2004)"
+    images, videos, bought_together   not read
+
+Both may be .gz. `average_rating` and `rating_number` are of 2023 and so know of the test period: `rating_number` tells
+how popular an item will be. They are in items/, but a model to be judged by a split in time should leave them out.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import duckdb
+from pydantic import Field
+
+from trec_twotower.data.sources.event_files import Files, explained, fetch_row, fetch_rows
+from trec_twotower.data.sources.event_log import LATEST_S, Moment, write_log
+from trec_twotower.data.sources.ratings import RatingOptions, load_ratings
+from trec_twotower.data.sources.writer import DatasetWriter
+from trec_twotower.errors import DataError, nearest
+
+ENDINGS = (".jsonl", ".json", ".jsonl.gz", ".json.gz")
+EARLIEST_S = 10**8  # 1973; in milliseconds that is what seconds of a later time look like
+# JSON takes whatever stands in a field; the expressions below make of it what they can.
+REVIEW = {"rating": "JSON", "parent_asin": "VARCHAR", "user_id": "VARCHAR", "timestamp": "JSON"}
+REVIEW |= {"verified_purchase": "JSON"}
+ITEM = dict.fromkeys(("parent_asin", "title", "subtitle", "main_category", "store"), "VARCHAR")
+ITEM |= dict.fromkeys(
+    ("author", "categories", "price", "average_rating", "rating_number", "features", "description", "details"), "JSON"
+)
+PUBLISHED = "details ->> '$.Publisher'"
+
+
+class Options(RatingOptions):
+    """Which files, which reviews, and how they are split.
+
+    The dates are those of the benchmark that was published with the data.
+    """
+
+    category: str | None = None  # such as Books; by default all categories whose files are there
+    verified_only: bool = False  # reviews of what was bought at Amazon
+    metadata: bool = True  # false: items/ has ids alone
+    all_items: bool = False  # also items of the metadata that no kept review is of: a cold catalogue
+    description_chars: int = Field(1000, ge=0)  # of features and description together
+    min_user_events: int = Field(5, ge=1)
+    min_item_events: int = Field(5, ge=1)
+    split: Literal["leave-last-out", "time"] = "time"
+    valid_from: Moment | None = 1628643414  # 2021-08-11
+    test_from: Moment | None = 1658002729  # 2022-07-16
+
+
+def write(options: Options, writer: DatasetWriter) -> dict[str, Any]:
+    """Write train, valid, test and items; returns the content of dataset.yaml."""
+    folder = options.folder("amazon-reviews")
+    reviews, metadata = _find(folder, options)
+
+    def load_events(database: duckdb.DuckDBPyConnection, options: Options) -> dict[str, int]:
+        files = _read(database, options, "reviews", folder, reviews, REVIEW)
+        columns = {
+            "user_id": "nullif(trim(user_id), '')",
+            "item_id": "nullif(trim(parent_asin), '')",
+            "timestamp": "try_cast(timestamp ->> '$' AS BIGINT) // 1000",
+            "rating": "try_cast(rating ->> '$' AS DOUBLE)",
+            "verified": "verified_purchase ->> '$' = 'true'",
+        }
+        when = f"{{0}} IS NULL OR {{0}} < {EARLIEST_S} OR {{0}} > {LATEST_S}"
+        faults = [
+            ("user_id", "user_id", "{} IS NULL", "take these lines out"),
+            ("parent_asin", "item_id", "{} IS NULL", "take these lines out"),
+            ("timestamp", "timestamp", when, "this layout has milliseconds since 1970 here"),
+            ("rating", "rating", "coalesce(NOT isfinite({}), true)", "this layout has a number here"),
+        ]
+        only = " AND verified" if options.verified_only else ""
+        return load_ratings(database, options, files, columns, faults, only=only)
+
+    def load_sides(database: duckdb.DuckDBPyConnection, options: Options) -> dict[str, int]:
+        if not options.metadata:
+            fetch_rows(database, "CREATE TABLE items AS SELECT DISTINCT item_id FROM kept")
+            return {}
+        return _load_items(database, options, _read(database, options, "metadata", folder, metadata, ITEM))
+
+    return write_log("amazon-reviews", options, writer, load_events, load_sides)
+
+
+def _find(folder: Path, options: Options) -> tuple[list[Path], list[Path]]:
+    """The files of reviews and those of metadata; DataError where one of them is missing."""
+    found = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name.endswith(ENDINGS)]
+    found = [path for path in found if not path.name.startswith(("asin2category", "."))]
+    if options.category is not None:
+        names = {f"{stem}{ending}" for stem in (options.category, f"meta_{options.category}") for ending in ENDINGS}
+        known = sorted({path.name.split(".")[0] for path in found if not path.name.startswith("meta_")})
+        found = [path for path in found if path.name in names]
+        if not found:
+            raise DataError(
+                f"{folder} has no files of category {options.category!r}{nearest(options.category, known)}."
+            )
+    reviews = [path for path in found if not path.name.startswith("meta_")]
+    metadata = [path for path in found if path.name.startswith("meta_")]
+    if not reviews:
+        raise DataError(
+            f"{folder} holds no reviews: they are named CATEGORY.jsonl or .jsonl.gz, such as Books.jsonl.gz."
+        )
+    if not metadata and options.metadata:
+        raise DataError(
+            f"{folder} holds {reviews[0].name}, but no metadata: put meta_{reviews[0].name} beside it, or say "
+            "metadata=false for a catalogue of ids alone."
+        )
+    return reviews, metadata
+
+
+def _read(
+    database: duckdb.DuckDBPyConnection,
+    options: Options,
+    option: str,
+    folder: Path,
+    paths: list[Path],
+    columns: dict[str, str],
+) -> Files:
+    typed = ", ".join(f"{name}: '{kind}'" for name, kind in columns.items())
+    how = f"format = 'newline_delimited', columns = {{{typed}}}"
+    return Files.read(database, options, option, str(folder), paths, "read_json", how)
+
+
+def _load_items(database: duckdb.DuckDBPyConnection, options: Options, files: Files) -> dict[str, int]:
+    """Make the table `items`; of two lines on one item, the one with more ratings counts."""
+    about = {
+        "title": _text("title"),
+        "subtitle": _text("subtitle"),
+        "main_category": _text("main_category"),
+        "store": _text("store"),
+        "author": "CASE json_type(author) WHEN 'OBJECT' THEN author ->> '$.name' "
+        "WHEN 'VARCHAR' THEN coalesce(try_cast(author ->> '$' AS JSON) ->> '$.name', nullif(author ->> '$', '')) END",
+        "publisher": rf"nullif(trim(regexp_replace(split_part({PUBLISHED}, ';', 1), '\([^)]*\)\s*$', '')), '')",
+        "year": r"try_cast(nullif(regexp_extract(coalesce("
+        rf"""{PUBLISHED}, details ->> '$."Publication date"', details ->> '$."Date First Available"'), """
+        r"'((?:1[5-9]|20)\d\d)\D*$', 1), '') AS INTEGER)",
+        "categories": _texts("categories"),
+        "price": r"try_cast(replace(regexp_extract(price ->> '$', '\d[\d,]*\.?\d*'), ',', '') AS DOUBLE)",
+        "average_rating": "try_cast(average_rating ->> '$' AS DOUBLE)",
+        "rating_number": "try_cast(rating_number ->> '$' AS BIGINT)",
+    }
+    if options.description_chars:
+        joined = f"array_to_string(list_concat({_texts('features')}, {_texts('description')}), ' ')"
+        about["description"] = f"nullif(left({joined}, {options.description_chars}), '')"
+    selected = ", ".join(f"{expression} AS {name}" for name, expression in about.items())
+    wanted = "" if options.all_items else "WHERE item_id IN (SELECT item_id FROM kept)"
+    details = "CASE json_type(details) WHEN 'VARCHAR' THEN try_cast(details ->> '$' AS JSON) ELSE details END"
+    with explained(f"metadata = {files.path}", options):
+        fetch_rows(
+            database,
+            f"CREATE TABLE told AS SELECT nullif(trim(parent_asin), '') AS item_id, {selected} "
+            f"FROM (SELECT * REPLACE ({details} AS details) FROM {files.relation}) {wanted}",
+        )
+    order = "rating_number DESC NULLS LAST, title, price, store, hash(told)"
+    fetch_rows(
+        database,
+        "CREATE TABLE told_once AS SELECT * FROM told WHERE item_id IS NOT NULL "
+        f"QUALIFY row_number() OVER (PARTITION BY item_id ORDER BY {order}) = 1",
+    )
+    join = "FULL" if options.all_items else "LEFT"
+    fetch_rows(
+        database,
+        "CREATE TABLE items AS SELECT * FROM (SELECT DISTINCT item_id FROM kept) "
+        f"{join} JOIN told_once USING (item_id)",
+    )
+    lines, nameless, once, without = fetch_row(
+        database,
+        "SELECT (SELECT count(*) FROM told), (SELECT count(*) FROM told WHERE item_id IS NULL), "
+        "(SELECT count(*) FROM told_once), "
+        "(SELECT count(*) FROM (SELECT DISTINCT item_id FROM kept) ANTI JOIN told_once USING (item_id))",
+    )
+    return {
+        "items_without_metadata": without,
+        "metadata_repeats_dropped": lines - nameless - once,
+        "metadata_without_id_dropped": nameless,
+    }
+
+
+def _text(column: str) -> str:
+    return f"nullif(trim({column}), '')"
+
+
+def _texts(column: str) -> str:
+    """A list of text, of a JSON list or of one text alone; empty where there is none."""
+    return (
+        f"CASE json_type({column}) WHEN 'ARRAY' THEN list_filter(CAST({column} AS VARCHAR[]), lambda x: x <> '') "
+        f"WHEN 'VARCHAR' THEN [{column} ->> '$'] ELSE [] END"
+    )

@@ -1,0 +1,96 @@
+"""Ratings as a log of interactions: those that are high enough are positives."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import duckdb
+
+from trec_twotower.data.sources.event_files import Files, explained, fetch_row, fetch_rows, sql_name
+from trec_twotower.data.sources.event_log import Fault, LogOptions, refuse_faults
+from trec_twotower.data.sources.options import FolderOptions
+from trec_twotower.errors import ConfigError, DataError, nearest
+
+
+class RatingOptions(FolderOptions, LogOptions):
+    """Which ratings count; repeats of a user and an item are dropped unless asked for."""
+
+    min_rating: float = 4.0  # a lower one is no positive, and in no history
+    dedupe: bool = True
+
+
+def load_ratings(
+    database: duckdb.DuckDBPyConnection,
+    options: RatingOptions,
+    files: Files,
+    columns: dict[str, str],
+    faults: list[Fault],
+    *,
+    only: str = "",
+) -> dict[str, int]:
+    """Make the table `events` of what `columns` (SQL expressions by name, among them `rating`) say of the files.
+
+    DataError names the first row with one of the `faults`, whichever its rating; `only` is a further SQL condition.
+    """
+    selected = ", ".join(f"{expression} AS {sql_name(name)}" for name, expression in columns.items())
+    with explained(f"{files.option} = {files.path}", options):
+        fetch_rows(database, f"CREATE TABLE events AS SELECT {selected} FROM {files.relation}")
+    read = refuse_faults(database, files, columns, faults)
+    fetch_rows(
+        database,
+        "CREATE TABLE positive_events AS SELECT user_id, item_id, timestamp FROM events "
+        f"WHERE rating >= {options.min_rating}{only}",
+    )
+    fetch_rows(database, "DROP TABLE events")
+    fetch_rows(database, "ALTER TABLE positive_events RENAME TO events")
+    (positives,) = fetch_row(database, "SELECT count(*) FROM events")
+    if not positives:
+        raise ConfigError(f"min_rating = {options.min_rating:g}: none of {read:,} ratings is so high: lower it.")
+    return {"ratings_read": read, "not_positive": read - positives}
+
+
+def find_file(folder: Path, *names: str) -> Path:
+    """The first of these files that the folder has; DataError where it has none."""
+    for name in names:
+        if (folder / name).is_file():
+            return folder / name
+    beside = sorted(entry.name for entry in folder.iterdir() if entry.is_file())
+    raise DataError(f"There is no file {' or '.join(names)} in {folder}{nearest(names[0], beside)}.")
+
+
+def whole_number(column: str) -> str:
+    """An SQL expression: the number that a text is; NULL where it is none."""
+    return f"CASE WHEN regexp_full_match(trim({column}), '-?[0-9]+') THEN try_cast({column} AS BIGINT) END"
+
+
+def top_tags(database: duckdb.DuckDBPyConnection, counted: str, max_tags: int) -> None:
+    """Make the table `item_tags` (item_id, tags): of `counted`, a selection of item_id, tag and times, the most given.
+
+    A tag that more than half of the tagged items have tells none from another ("to-read") and is left out.
+    """
+    fetch_rows(database, f"CREATE TABLE counted_tags AS {counted}")
+    fetch_rows(
+        database,
+        "CREATE TABLE item_tags AS SELECT item_id, list(tag ORDER BY times DESC, tag) AS tags FROM ("
+        "SELECT * FROM counted_tags ANTI JOIN (SELECT tag FROM counted_tags GROUP BY tag HAVING count(*) > 0.5 * "
+        "(SELECT count(DISTINCT item_id) FROM counted_tags)) USING (tag) "
+        f"QUALIFY row_number() OVER (PARTITION BY item_id ORDER BY times DESC, tag) <= {max_tags}) GROUP BY item_id",
+    )
+
+
+def refuse_doubles(database: duckdb.DuckDBPyConnection, options: RatingOptions, files: Files, column: str) -> None:
+    """DataError where the ids of a file stand twice, or are no whole numbers."""
+    number = whole_number(column)
+    with explained(f"{files.option} = {files.path}", options):
+        bad, count, first = fetch_row(
+            database,
+            "SELECT count(*) FILTER (id IS NULL), count(*) FILTER (id IS NOT NULL AND times > 1), "
+            "min(id) FILTER (times > 1) FROM "
+            f"(SELECT {number} AS id, count(*) AS times FROM {files.relation} GROUP BY id)",
+        )
+    if bad:
+        raise files.refuse(database, column, f"{number} IS NULL", bad, "ids are whole numbers")
+    if count:
+        raise DataError(
+            f"{files.path}: {count:,} ids of {column!r} stand on more than one line, such as {first}: keep one."
+        )
