@@ -105,13 +105,13 @@ def test_a_heap_holds_its_rows_in_their_order(first, second, data):
         cuts = sorted(data.draw(st.lists(st.integers(0, len(rows)), max_size=3)))
         units.append(packed_of(rows, heaps[-1], num_heaps, cuts, buffers))
     for heap in range(num_heaps):
-        found = take([(unit, unit.heaps[heap]) for unit in units])
+        found = take([(unit, heap) for unit in units])
         wanted = [
             row for rows, of in zip((first, second), heaps, strict=True) for row, at in zip(rows, of, strict=True)
             if at == heap
         ]  # fmt: skip
         assert rows_of(found) == wanted
-        items = take([(unit, unit.heaps[heap]) for unit in units], {"positives", "given", "user_key"})
+        items = take([(unit, heap) for unit in units], {"positives", "given", "user_key"})
         assert isinstance(items, RowItems) and items.given is None
         assert items.positives.values.tolist() == found.positives.values.tolist()
         assert items.user_key.tolist() == found.user_key.tolist()

@@ -652,25 +652,27 @@ class Schema:
         """The features that enter the tower as they are."""
         return self._sides[side][1]
 
-    @cached_property
-    def _sides(self) -> dict[Side, tuple[list[FeatureSpec], list[FeatureSpec]]]:
-        """Of each side the features that look up a table, and those that enter the tower as they are."""
-        sides: tuple[Side, ...] = ("user", "item")
-        return {
-            side: (
-                [feature for feature in self.features(side) if feature.is_sparse],
-                [feature for feature in self.features(side) if not feature.is_sparse and not feature.has_layers],
-            )
-            for side in sides
-        }
-
     def layered(self, side: Side) -> list[FeatureSpec]:
         """The features with layers of their own."""
-        return [feature for feature in self.features(side) if feature.has_layers]
+        return self._sides[side][2]
 
     def dense(self, side: Side) -> list[FeatureSpec]:
         """The features of whose rows a batch holds numbers, in their order there."""
-        return [feature for feature in (*self.layered(side), *self.numbers(side)) if feature.num_numbers]
+        return self._sides[side][3]
+
+    @cached_property
+    def _sides(self) -> dict[Side, tuple[list[FeatureSpec], ...]]:
+        """Of each side what `sparse`, `numbers`, `layered` and `dense` say: every step asks."""
+        found: dict[Side, tuple[list[FeatureSpec], ...]] = {}
+        sides: tuple[Side, ...] = ("user", "item")
+        for side in sides:
+            features = self.features(side)
+            sparse = [feature for feature in features if feature.is_sparse]
+            numbers = [feature for feature in features if not feature.is_sparse and not feature.has_layers]
+            layered = [feature for feature in features if feature.has_layers]
+            dense = [feature for feature in (*layered, *numbers) if feature.num_numbers]
+            found[side] = (sparse, numbers, layered, dense)
+        return found
 
     def keys(self) -> list[str]:
         """The keys of the bags' KeyedJaggedTensor, in their one order (user first)."""

@@ -159,11 +159,11 @@ class TrainBatches:
         Each piece is a heap of a unit.
         """
         rows_of_pieces = np.stack([unit.num_rows(heap) for unit, heap in pieces])  # (pieces, ranks)
-        mine: Examples = take([(unit.mine, unit.mine.heaps[heap]) for unit, heap in pieces])
+        mine: Examples = take([(unit.mine, heap) for unit, heap in pieces])
         if self.num_ranks == 1:
             items = mine.items
         else:
-            items = take([(unit.items, unit.items.heaps[heap]) for unit, heap in pieces if unit.items is not None])
+            items = take([(unit.items, heap) for unit, heap in pieces if unit.items is not None])
         rows_R = rows_of_pieces.sum(axis=0)
         candidates, targets = self.candidates.of(
             StepItems(step, items), mine, lambda: _places_of(rows_of_pieces, self.rank)

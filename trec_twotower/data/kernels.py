@@ -110,14 +110,47 @@ def copy_lists(values: np.ndarray, starts: np.ndarray, out_offsets: np.ndarray, 
 
 
 @kernel
+def deal(
+    heap_of: np.ndarray, sizes: np.ndarray, row_ends: np.ndarray, word_ends: np.ndarray,
+    starts: np.ndarray, places: np.ndarray,
+) -> None:  # fmt: skip
+    """Where each record goes, when those of a heap stand behind each other and the heaps, too.
+
+    `row_ends` and `word_ends` (one more than heaps) begin as zeros, but for the first word; row_ends[h] is then the end
+    of heap h. `starts` are the records' first words as they then stand, `places` as they come.
+    """
+    for i in range(heap_of.size):
+        row_ends[heap_of[i] + 1] += 1
+        word_ends[heap_of[i] + 1] += sizes[i]
+    for heap in range(row_ends.size - 1):
+        row_ends[heap + 1] += row_ends[heap]
+        word_ends[heap + 1] += word_ends[heap]
+    starts[heap_of.size] = word_ends[word_ends.size - 1]
+    for i in range(heap_of.size):  # each heap's beginning moves on to its end
+        heap = heap_of[i]
+        places[i] = word_ends[heap]
+        starts[row_ends[heap]] = word_ends[heap]
+        row_ends[heap] += 1
+        word_ends[heap] += sizes[i]
+
+
+@kernel
+def count_values(
+    words: np.ndarray, starts: np.ndarray, place: int, heap_of: np.ndarray, totals: np.ndarray
+) -> None:  # fmt: skip
+    """Add the lengths of each record's lists, which stand from `place` of it on, to those of its heap."""
+    for row in range(heap_of.size):
+        for number in range(totals.shape[1]):
+            totals[heap_of[row], number] += words[starts[row] + place + number]
+
+
+@kernel
 def put_headers(header: np.ndarray, starts: np.ndarray, words: np.ndarray, cursor: np.ndarray) -> None:
     """Write the words that each record begins with, see data/packed.py; `cursor` is then the place behind them."""
-    width = header.shape[1]
-    for row in range(starts.size):
-        at = starts[row]
-        for k in range(width):
-            words[at + k] = header[row, k]
-        cursor[row] = at + width
+    width = header.size // max(starts.size, 1)
+    for row in range(starts.size):  # by few wide stores: as many as wait for memory at a time
+        copy_run(words, starts[row], header, row * width, width)
+        cursor[row] = starts[row] + width
 
 
 @kernel
@@ -137,31 +170,15 @@ def put_records(words: np.ndarray, starts: np.ndarray, places: np.ndarray, out: 
 
 
 @kernel
-def measure_rows(
-    words: np.ndarray, starts: np.ndarray, runs: np.ndarray, place: int, at: int, offsets: np.ndarray
-) -> int:  # fmt: skip
-    """The lengths of these runs' lists, which stand from `place` of a record on, added up behind offsets[:, at].
-
-    Returns the place behind the last of these rows.
-    """
-    for run in range(runs.shape[0]):
-        for row in range(runs[run, 0], runs[run, 1]):
-            first = starts[row] + place
-            for number in range(offsets.shape[0]):
-                offsets[number, at + 1] = offsets[number, at] + words[first + number]
-            at += 1
-    return at
-
-
-@kernel
 def copy_rows(
-    words: np.ndarray, starts: np.ndarray, runs: np.ndarray, at: int, offsets: np.ndarray,
-    fixed: np.ndarray, lists: np.ndarray, header: int, out: np.ndarray,
+    words: np.ndarray, starts: np.ndarray, runs: np.ndarray, at: int, offsets: np.ndarray, place: int,
+    fixed: np.ndarray, lists: np.ndarray, out: np.ndarray,
 ) -> int:  # fmt: skip
     """Take records apart: each row's part of a field goes to its place, `at` and following, in the field's array.
 
     Fields of one length are rows of `fixed`: where they stand in a record, their words, and where in `out` their array
-    begins. Those of `lists`: the number of their length, the words of a value, and the array (-1: not wanted).
+    begins. Those of `lists`: the number of their length, which stands at `place` and following, the words of a value,
+    and the array (-1: not wanted). `offsets` of each list go on from `at`. Returns the place behind the last row.
     """
     for run in range(runs.shape[0]):
         for row in range(runs[run, 0], runs[run, 1]):
@@ -171,14 +188,16 @@ def copy_rows(
                 to = fixed[field, 2] + at * width
                 for k in range(width):
                     out[to + k] = words[first + fixed[field, 0] + k]
-            first += header
+            lengths = first + place
+            first = lengths + offsets.shape[0]
             for field in range(lists.shape[0]):
                 number, width = lists[field, 0], lists[field, 1]
                 low = offsets[number, at]
-                count = (offsets[number, at + 1] - low) * width
+                length = np.int64(words[lengths + number])
+                offsets[number, at + 1] = low + length
                 if lists[field, 2] >= 0:
-                    copy_run(out, lists[field, 2] + low * width, words, first, count)
-                first += count
+                    copy_run(out, lists[field, 2] + low * width, words, first, length * width)
+                first += length * width
             at += 1
     return at
 
@@ -193,21 +212,6 @@ def count_before(kinds: np.ndarray, places: np.ndarray, out: np.ndarray) -> None
         while at < places[number]:
             out[number, kinds[at]] += 1
             at += 1
-
-
-@kernel
-def put_in_order(keys: np.ndarray, num_keys: int, ends: np.ndarray, order: np.ndarray) -> None:
-    """The positions of keys below `num_keys` by rising key, equal ones as they stand; ends[k]: behind those of key k.
-
-    `ends` begins as zeros and has one more, for 0.
-    """
-    for i in range(keys.size):
-        ends[keys[i] + 1] += 1
-    for key in range(num_keys):
-        ends[key + 1] += ends[key]
-    for i in range(keys.size):  # each key's beginning moves on to its end
-        order[ends[keys[i]]] = i
-        ends[keys[i]] += 1
 
 
 @kernel

@@ -23,12 +23,13 @@ from typing import Any
 import numpy as np
 
 from trec_twotower.data.examples import Examples, RowItems
-from trec_twotower.data.kernels import copy_rows, measure_rows, put_headers, put_in_order, put_lists, put_records
+from trec_twotower.data.kernels import copy_rows, count_values, deal, put_headers, put_lists, put_records
 from trec_twotower.data.lists import Lists
 from trec_twotower.data.transforms import Columns
 
 WORD_BYTES = 4
 LINE_WORDS = 16  # in a line of the processor's caches
+BUFFER_WORDS = 1 << 18  # buffers have a multiple of so many: most units need the same then
 SPARSE, NUMBER = "sparse:", "number:"  # what the fields of an Examples' columns are called
 WEIGHTS = "\0weights"  # behind a list's name: what its weights are called
 KINDS: dict[str, Any] = {"Examples": Examples, "RowItems": RowItems}
@@ -112,24 +113,33 @@ class Packed:
     starts: np.ndarray  # int64, one more than rows
     words: np.ndarray  # int32
     heaps: np.ndarray  # int64 (heaps, runs, 2): the runs of rows of each heap
+    totals: np.ndarray  # int64 (heaps, lists): how many values their lists have
     whole: Packed | None = None  # whose memory this is a part of
 
     @classmethod
-    def in_order(cls, layout: Layout, starts: np.ndarray, words: np.ndarray) -> Packed:
+    def in_order(cls, layout: Layout, starts: np.ndarray, words: np.ndarray, whole: Packed | None = None) -> Packed:
         """With all rows in one heap."""
-        return cls(layout, starts, words, np.array([[[0, len(starts) - 1]]]))
+        totals = np.zeros((1, len(layout.lists)), np.int64)
+        count_values(words, starts, layout.places[-1], np.zeros(len(starts) - 1, np.int32), totals)
+        return cls(layout, starts, words, np.array([[[0, len(starts) - 1]]]), totals, whole)
+
+    @cached_property
+    def heap_rows(self) -> list[int]:
+        """How many rows each heap has."""
+        return (self.heaps[:, :, 1] - self.heaps[:, :, 0]).sum(axis=1).tolist()
 
     def __len__(self) -> int:
         return len(self.starts) - 1
 
     def slice(self, start: int, stop: int) -> Packed:
         """Rows start .. stop - 1 in one heap, without a copy."""
-        starts = self.starts[start : stop + 1]
-        return Packed(self.layout, starts, self.words, np.array([[[0, stop - start]]]), self.whole or self)
+        if (start, stop) == (0, len(self)) and len(self.heaps) == 1:
+            return self
+        return Packed.in_order(self.layout, self.starts[start : stop + 1], self.words, self.whole or self)
 
     def unpacked(self, names: Collection[str] | None = None) -> Any:
-        """All rows, in their order."""
-        return take([(self, np.array([[0, len(self)]]))], names)
+        """All rows, which are in one heap."""
+        return take([(self, 0)], names)
 
 
 class Buffers:
@@ -141,6 +151,7 @@ class Buffers:
 
     def take(self, num_words: int) -> np.ndarray:
         """At least so many words, of any content."""
+        num_words = -(-num_words // BUFFER_WORDS) * BUFFER_WORDS
         with self._lock:
             fitting = [number for number, buffer in enumerate(self._free) if len(buffer) >= num_words]
             if fitting:
@@ -171,6 +182,7 @@ class Packer:
         self._words = np.empty(0, np.int32)
         self._rows = 0
         self._ends: list[np.ndarray] = []  # of each heap's rows, after each addition
+        self._totals = np.zeros((num_heaps, 0), np.int64)
         self._layout: Layout | None = None
 
     def add(self, rows: Examples | RowItems) -> None:
@@ -187,9 +199,10 @@ class Packer:
             header[:, place : place + field.width] = words.reshape(-1, field.width)
         for place, field in enumerate(layout.lists, layout.places[-1]):
             header[:, place] = parts[field.name].lengths
+        self._count(header.reshape(-1), np.arange(len(sizes) + 1) * layout.header)
         starts = self._extend(sizes)
         cursor = np.empty_like(starts)
-        put_headers(header, starts, self._words, cursor)
+        put_headers(header.reshape(-1), starts, self._words, cursor)
         for field in layout.lists:
             lists = parts[field.name]
             put_lists(_as_words(lists.values), field.width, lists.offsets, cursor, self._words)
@@ -199,6 +212,7 @@ class Packer:
     def add_packed(self, packed: Packed) -> None:
         """The next rows, as records already."""
         self._check(packed.layout)
+        self._count(packed.words, packed.starts)
         put_records(packed.words, packed.starts, self._extend(np.diff(packed.starts)), self._words)
 
     def finish(self) -> Packed:
@@ -207,24 +221,29 @@ class Packer:
         heaps = np.stack([ends[:-1], ends[1:]], axis=2)
         words = self._words[: self._starts[-1]]
         words.flags.writeable = False  # as those of a mapped file: kernels are compiled for one kind
-        return self._buffers.lend(Packed(self._layout, self._starts, words, heaps), self._words)
+        return self._buffers.lend(Packed(self._layout, self._starts, words, heaps, self._totals), self._words)
 
     def _check(self, layout: Layout) -> Layout:
         if self._layout is None:
             self._layout = layout
+            self._totals = np.zeros((self._num_heaps, len(layout.lists)), np.int64)
         assert layout == self._layout, f"{layout} below {self._layout}"
         return self._layout
+
+    def _count(self, words: np.ndarray, starts: np.ndarray) -> None:
+        """Count the values of the next rows' lists."""
+        assert self._layout is not None
+        heap_of = self._heap_of[self._rows : self._rows + len(starts) - 1]
+        count_values(words, starts, self._layout.places[-1], heap_of, self._totals)
 
     def _extend(self, sizes: np.ndarray) -> np.ndarray:
         """Room for records of these sizes: where each begins."""
         first, self._rows = self._rows, self._rows + len(sizes)
-        order = np.empty(len(sizes), np.int64)
-        ends = np.zeros(self._num_heaps + 1, np.int64)
-        put_in_order(self._heap_of[first : self._rows], self._num_heaps, ends, order)
-        self._ends.append(first + np.concatenate([[0], ends[:-1]]))
-        starts = self._starts[first : self._rows + 1]
-        np.cumsum(sizes[order], out=starts[1:])
-        starts[1:] += starts[0]
+        starts, places = self._starts[first : self._rows + 1], np.empty(len(sizes), np.int64)
+        row_ends, word_ends = np.zeros((2, self._num_heaps + 1), np.int64)
+        word_ends[0] = starts[0]
+        deal(self._heap_of[first : self._rows], sizes, row_ends, word_ends, starts, places)
+        self._ends.append(first + np.concatenate([[0], row_ends[:-1]]))
         if (end := int(starts[-1])) > len(self._words):
             # As much as all rows need if the others are like these, and some more.
             expected = int(end / self._rows * len(self._heap_of) * 1.05) + 4096
@@ -233,23 +252,20 @@ class Packer:
             if len(self._words):
                 self._buffers.give(self._words)
             self._words = larger
-        of_row = np.empty(len(sizes), np.int64)
-        of_row[order] = starts[:-1]
-        return of_row
+        return places
 
 
-def take(parts: Sequence[tuple[Packed, np.ndarray]], names: Collection[str] | None = None) -> Any:
-    """Runs of rows (int64 (runs, 2)) of each part in turn, as the Examples or RowItems that they were made of.
+def take(parts: Sequence[tuple[Packed, int]], names: Collection[str] | None = None) -> Any:
+    """A heap of each part in turn, as the Examples or RowItems that they were made of.
 
     With `names` these fields alone, as RowItems.
     """
     layout = parts[0][0].layout
-    assert all(packed.layout == layout for packed, _ in parts), "records of different kinds in one step"
-    num_rows = sum(int((runs[:, 1] - runs[:, 0]).sum()) for _, runs in parts)
-    offsets = np.zeros((len(layout.lists), num_rows + 1), np.int64)
-    at = 0
-    for packed, runs in parts:
-        at = measure_rows(packed.words, packed.starts, runs, layout.places[-1], at, offsets)
+    assert all(packed.layout is layout or packed.layout == layout for packed, _ in parts), "rows of different kinds"
+    num_rows = sum(packed.heap_rows[heap] for packed, heap in parts)
+    offsets = np.empty((len(layout.lists), num_rows + 1), np.int64)
+    offsets[:, 0] = 0
+    totals = np.sum([packed.totals[heap] for packed, heap in parts], axis=0).tolist()
     wanted = None if names is None else {*names, *(name + WEIGHTS for name in names)}
     num_words = 0
     arrays: dict[str, tuple[int, int, str]] = {}  # the words that each begins and ends with
@@ -266,16 +282,16 @@ def take(parts: Sequence[tuple[Packed, np.ndarray]], names: Collection[str] | No
         for name, dtype, place, width in layout.fixed_arrays
         if wanted is None or name in wanted
     ]
-    ends = offsets[:, -1].tolist()
     lists = [
-        (number, width, place_of(name, dtype, ends[number] * width) if wanted is None or name in wanted else -1)
+        (number, width, place_of(name, dtype, totals[number] * width) if wanted is None or name in wanted else -1)
         for name, dtype, number, width in layout.list_arrays
     ]
     out = np.empty(num_words, np.int32)
     kinds = np.array(fixed, np.int64).reshape(-1, 3), np.array(lists, np.int64).reshape(-1, 3)
     at = 0
-    for packed, runs in parts:
-        at = copy_rows(packed.words, packed.starts, runs, at, offsets, *kinds, layout.header, out)
+    for packed, heap in parts:
+        runs = packed.heaps[heap]
+        at = copy_rows(packed.words, packed.starts, runs, at, offsets, layout.places[-1], *kinds, out)
     values = {name: out[first:end].view(dtype) for name, (first, end, dtype) in arrays.items()}
     found: dict[str, Any] = {}
     number = 0
