@@ -287,7 +287,7 @@ def test_a_dataset_of_words_for_ids_goes_all_the_way(shop_copy, cli, shop_tables
     said = cli("evaluate", shop.run, "--index", "--rankings", tmp_path / "rankings.parquet")
     assert said.code == 0, said.err
     metrics = json.loads((shop.run / "evaluation.json").read_text())["metrics"]
-    baselines = {"popularity", "item to item"}
+    baselines = {"popularity", "item to item", "SVD two towers"}
     assert metrics.keys() == {"two towers, exact search", "two towers, through the index", *baselines}
     ranked = {row["user_id"]: row["item_ids"] for row in pq.read_table(tmp_path / "rankings.parquet").to_pylist()}
     test = shop_tables["test"].to_pylist()
