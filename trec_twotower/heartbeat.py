@@ -5,23 +5,27 @@ from __future__ import annotations
 import json
 import threading
 import time
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any, Self
 
 import torch.distributed as dist
 
 from trec_twotower.distributed import Ranks
-from trec_twotower.errors import LostRanks
+from trec_twotower.errors import ConfigError, DataError, LostRanks
 
 BEAT_S = 1.0
 ANSWER_S = 5.0  # for the store, which may have gone with the rank that held it
+MISTAKES = (ConfigError, DataError)
+MISTAKE = "mistake"  # its place in the store
 LOST = ("gloo", "NCCL", "Application timeout", "Connection", "Broken pipe")
 
 
 class Heartbeat:
     """While entered, `doing` is known to the other ranks; a collective that fails becomes a LostRanks naming them.
 
-    A collective fails when a rank has died, or has not come to it within train.timeout_s.
+    A collective fails when a rank has died, or has not come to it within train.timeout_s. Where that rank had found a
+    mistake of a person's (in rows that it alone reads, say), the others end with the same error.
     """
 
     def __init__(self, ranks: Ranks) -> None:
@@ -39,7 +43,13 @@ class Heartbeat:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
         try:
-            if error is not None and self.ranks.num_ranks > 1 and is_lost(error):
+            if error is None or self.ranks.num_ranks == 1:
+                return
+            if isinstance(error, MISTAKES):
+                self._tell(error)
+            elif is_lost(error):
+                if (mistake := self._told()) is not None:
+                    raise mistake from error
                 raise LostRanks(
                     f"Rank {self.ranks.rank} lost the others at {self.doing} ({cause_of(error)}). {self._others()} "
                     "The same command goes on from the newest checkpoint; if the others are only slow, raise "
@@ -53,6 +63,21 @@ class Heartbeat:
         store = self.ranks.store.clone()  # a connection of its own: nobody waits for another's answer
         store.set_timeout(timedelta(seconds=ANSWER_S))
         return store
+
+    def _tell(self, mistake: Exception) -> None:
+        with suppress(dist.DistError):
+            self._store().set(MISTAKE, json.dumps([type(mistake).__name__, str(mistake)]))
+
+    def _told(self) -> Exception | None:
+        """The mistake that another rank has found; None where none has, or where the store has gone with it."""
+        if self._is_store_gone.is_set():
+            return None
+        with suppress(dist.DistError):
+            store = self._store()
+            if store.check([MISTAKE]):
+                name, message = json.loads(store.get(MISTAKE))
+                return next(kind for kind in MISTAKES if kind.__name__ == name)(message)
+        return None
 
     def _beat(self) -> None:
         try:

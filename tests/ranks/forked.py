@@ -54,14 +54,30 @@ class Ended:
 
 
 class Job:
-    """`work(rank)` on some ranks, forked from here with `environ` for all; what it returns is the exit code."""
+    """`work(rank)` on some ranks, forked from here with `environ` for all; what it returns is the exit code.
 
-    def __init__(self, num_ranks: int, work: Callable[[int], int], folder: Path, environ: Mapping[str, str]) -> None:
+    With `has_agent` a process beside them keeps their addresses, as torchrun's agent does; else rank 0.
+    """
+
+    def __init__(
+        self,
+        num_ranks: int,
+        work: Callable[[int], int],
+        folder: Path,
+        environ: Mapping[str, str],
+        *,
+        has_agent: bool = False,
+    ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
         self.began = time.monotonic()
         around = {**environ, "WORLD_SIZE": str(num_ranks), "LOCAL_WORLD_SIZE": str(num_ranks)}
-        around |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+        port = _free_port()
+        around |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        self._agent = None
+        if has_agent:
+            around["TORCHELASTIC_USE_AGENT_STORE"] = "True"
+            self._agent = _fork(lambda _: _keep_store(port), 0, folder / "agent", around)
         self.pids = [
             _fork(work, rank, folder / f"rank-{rank}", {**around, "RANK": str(rank), "LOCAL_RANK": str(rank)})
             for rank in range(num_ranks)
@@ -97,6 +113,9 @@ class Job:
             if now > until or (failed_at is not None and now > failed_at + grace_s):
                 self.kill(signal.SIGKILL)
             time.sleep(0.005)
+        if self._agent is not None:
+            os.kill(self._agent, signal.SIGKILL)
+            os.waitpid(self._agent, 0)
         out, err = (
             "".join(path.read_text(errors="replace") for path in sorted(self.folder.glob(f"rank-*.{kind}")))
             for kind in ("out", "err")
@@ -125,6 +144,15 @@ def _fork(work: Callable[[int], int], rank: int, log: Path, environ: Mapping[str
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+
+
+def _keep_store(port: int) -> int:
+    import torch.distributed as dist
+
+    store = dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
+    while store is not None:
+        signal.pause()
+    return 0
 
 
 def in_child(work: Any, *arguments: Any) -> Any:

@@ -10,6 +10,7 @@ import tempfile
 import time
 from pathlib import Path
 
+os.environ["TREC_TWOTOWER_PRECISION"] = "fp32"  # losses of other ranks and plans are compared
 os.environ["OMP_NUM_THREADS"] = "1"  # a process that forks must have no threads
 
 from tests.ranks.forked import get_ready

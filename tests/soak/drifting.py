@@ -409,7 +409,7 @@ def drifting_on_two_ranks(soak: Soak) -> Tally:
         made = in_child(lambda name=name, seed=seed, at=folder: as_values(_make(name, seed, at / "data", at / "run")))
         write_config(folder / "config.yaml", validate(RunConfig, made, "a case"))
         began = time.monotonic()
-        ended = Job(2, ["train", str(folder / "config.yaml")], folder / "job").end(grace_s=20)
+        ended = Job(2, ["train", str(folder / "config.yaml")], folder / "job", has_agent=True).end(grace_s=20)
         tally.longest_s = max(tally.longest_s, time.monotonic() - began)
         codes = [0] if CASES[name][1] == FINE else [0, 2, 3] if "^$" in CASES[name][1] else [2, 3]
         tally.tried += 1

@@ -19,7 +19,9 @@ ROW_UNIT = 1024  # a row's number stands in its features as number / 1024, which
 class Job(ForkedJob):
     """`trec-twotower ARGUMENTS` on some ranks; SOAK_AUDIT, SOAK_STATES and SOAK_PLANT of `environ` as below."""
 
-    def __init__(self, num_ranks: int, arguments: list[str], folder: Path, **environ: str) -> None:
+    def __init__(
+        self, num_ranks: int, arguments: list[str], folder: Path, *, has_agent: bool = False, **environ: str
+    ) -> None:
         def work(rank: int) -> int:
             from trec_twotower.cli import main
 
@@ -31,7 +33,7 @@ class Job(ForkedJob):
                 plant_nan(*environ["SOAK_PLANT"].split(":"), rank)
             return main(arguments)
 
-        super().__init__(num_ranks, work, folder, environ)
+        super().__init__(num_ranks, work, folder, environ, has_agent=has_agent)
 
 
 # The audit: which rows entered which step, and what the loss was
