@@ -34,6 +34,7 @@ class Heartbeat:
         self._is_over = threading.Event()
         self._is_store_gone = threading.Event()
         self._beats: threading.Thread | None = None
+        self._mistake: Exception | None = None
 
     def __enter__(self) -> Self:
         if self.ranks.num_ranks > 1 and self.ranks.store is not None:
@@ -45,13 +46,14 @@ class Heartbeat:
         try:
             if error is None or self.ranks.num_ranks == 1:
                 return
-            if isinstance(error, MISTAKES):
+            if isinstance(error, MISTAKES) and self.ranks.store is not None:
                 self._tell(error)
             elif is_lost(error):
-                if (mistake := self._told()) is not None:
-                    raise mistake from error
+                others = self._others()
+                if self._mistake is not None:
+                    raise self._mistake from error
                 raise LostRanks(
-                    f"Rank {self.ranks.rank} lost the others at {self.doing} ({cause_of(error)}). {self._others()} "
+                    f"Rank {self.ranks.rank} lost the others at {self.doing} ({cause_of(error)}). {others} "
                     "The same command goes on from the newest checkpoint; if the others are only slow, raise "
                     "train.timeout_s."
                 ) from error
@@ -68,17 +70,6 @@ class Heartbeat:
         with suppress(dist.DistError):
             self._store().set(MISTAKE, json.dumps([type(mistake).__name__, str(mistake)]))
 
-    def _told(self) -> Exception | None:
-        """The mistake that another rank has found; None where none has, or where the store has gone with it."""
-        if self._is_store_gone.is_set():
-            return None
-        with suppress(dist.DistError):
-            store = self._store()
-            if store.check([MISTAKE]):
-                name, message = json.loads(store.get(MISTAKE))
-                return next(kind for kind in MISTAKES if kind.__name__ == name)(message)
-        return None
-
     def _beat(self) -> None:
         try:
             store = self._store()
@@ -90,7 +81,7 @@ class Heartbeat:
             self._is_store_gone.set()  # the next collective fails and says so
 
     def _others(self) -> str:
-        """What is known of the other ranks, in words."""
+        """What is known of the other ranks, in words; `_mistake` becomes what one of them has found."""
         said: list[str] = []
         asking = threading.Thread(target=self._ask, args=(said,), daemon=True)
         asking.start()
@@ -103,6 +94,9 @@ class Heartbeat:
     def _ask(self, said: list[str]) -> None:
         try:
             store = self._store()
+            if store.check([MISTAKE]):
+                name, message = json.loads(store.get(MISTAKE))
+                self._mistake = next(kind for kind in MISTAKES if kind.__name__ == name)(message)
             for rank in range(self.ranks.num_ranks):
                 if rank != self.ranks.rank and (line := self._about(store, rank)):
                     said.append(line)
