@@ -107,14 +107,15 @@ def test_a_trace_shows_the_steps_that_were_asked_for(usual):
 # Precision
 
 
-@pytest.mark.parametrize("has_bf16", [True, False])
-def test_auto_is_bf16_where_the_processor_has_it_or_what_the_environment_says(monkeypatch, has_bf16):
-    alone = Ranks(0, 1, torch.device("cpu"))
-    for name in ("avx512_bf16", "amx_tile"):
-        monkeypatch.setattr(torch.cpu, f"_is_{name}_supported", lambda: has_bf16, raising=False)
+@pytest.mark.parametrize(
+    ("device", "capability", "wanted"), [("cpu", None, "fp32"), ("cuda", (8, 0), "bf16"), ("cuda", (7, 5), "fp32")]
+)
+def test_auto_is_bf16_on_gpus_that_have_it_or_what_the_environment_says(monkeypatch, device, capability, wanted):
+    alone = Ranks(0, 1, torch.device(device))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     assert [alone.precision(word) for word in ("auto", "fp32", "bf16")] == ["fp32", "fp32", "bf16"]  # as conftest says
     monkeypatch.delenv("TREC_TWOTOWER_PRECISION")
-    assert alone.precision("auto") == ("bf16" if has_bf16 else "fp32")
+    assert alone.precision("auto") == wanted
     monkeypatch.setenv("TREC_TWOTOWER_PRECISION", "bf16")
     assert alone.precision("auto") == "bf16" and alone.precision("fp32") == "fp32"
     monkeypatch.setenv("TREC_TWOTOWER_PRECISION", "fp16")
