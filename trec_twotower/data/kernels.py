@@ -163,10 +163,16 @@ def put_lists(values: np.ndarray, width: int, offsets: np.ndarray, cursor: np.nd
 
 
 @kernel
-def put_records(words: np.ndarray, starts: np.ndarray, places: np.ndarray, out: np.ndarray) -> None:
-    """Copy each record to its place."""
+def put_records(
+    words: np.ndarray, starts: np.ndarray, places: np.ndarray, out: np.ndarray,
+    place: int, heap_of: np.ndarray, totals: np.ndarray,
+) -> None:  # fmt: skip
+    """Copy each record to its place, and count its lists' values as count_values does."""
     for row in range(places.size):
-        copy_run(out, places[row], words, starts[row], starts[row + 1] - starts[row])
+        first = starts[row]
+        copy_run(out, places[row], words, first, starts[row + 1] - first)
+        for number in range(totals.shape[1]):
+            totals[heap_of[row], number] += words[first + place + number]
 
 
 @kernel

@@ -113,15 +113,22 @@ class Packed:
     starts: np.ndarray  # int64, one more than rows
     words: np.ndarray  # int32
     heaps: np.ndarray  # int64 (heaps, runs, 2): the runs of rows of each heap
-    totals: np.ndarray  # int64 (heaps, lists): how many values their lists have
+    counted: np.ndarray | None = None  # totals, where they are known; else all rows are in one heap
     whole: Packed | None = None  # whose memory this is a part of
 
     @classmethod
     def in_order(cls, layout: Layout, starts: np.ndarray, words: np.ndarray, whole: Packed | None = None) -> Packed:
         """With all rows in one heap."""
-        totals = np.zeros((1, len(layout.lists)), np.int64)
-        count_values(words, starts, layout.places[-1], np.zeros(len(starts) - 1, np.int32), totals)
-        return cls(layout, starts, words, np.array([[[0, len(starts) - 1]]]), totals, whole)
+        return cls(layout, starts, words, np.array([[[0, len(starts) - 1]]]), whole=whole)
+
+    @cached_property
+    def totals(self) -> np.ndarray:
+        """int64 (heaps, lists): how many values their lists have."""
+        if self.counted is not None:
+            return self.counted
+        totals = np.zeros((1, len(self.layout.lists)), np.int64)
+        count_values(self.words, self.starts, self.layout.places[-1], np.zeros(len(self), np.int32), totals)
+        return totals
 
     @cached_property
     def heap_rows(self) -> list[int]:
@@ -199,7 +206,9 @@ class Packer:
             header[:, place : place + field.width] = words.reshape(-1, field.width)
         for place, field in enumerate(layout.lists, layout.places[-1]):
             header[:, place] = parts[field.name].lengths
-        self._count(header.reshape(-1), np.arange(len(sizes) + 1) * layout.header)
+        heap_of = self._heap_of[self._rows : self._rows + len(sizes)]
+        starts_of_headers = np.arange(len(sizes) + 1) * layout.header
+        count_values(header.reshape(-1), starts_of_headers, layout.places[-1], heap_of, self._totals)
         starts = self._extend(sizes)
         cursor = np.empty_like(starts)
         put_headers(header.reshape(-1), starts, self._words, cursor)
@@ -211,9 +220,12 @@ class Packer:
 
     def add_packed(self, packed: Packed) -> None:
         """The next rows, as records already."""
-        self._check(packed.layout)
-        self._count(packed.words, packed.starts)
-        put_records(packed.words, packed.starts, self._extend(np.diff(packed.starts)), self._words)
+        layout = self._check(packed.layout)
+        heap_of = self._heap_of[self._rows : self._rows + len(packed)]
+        places = self._extend(np.diff(packed.starts))
+        put_records(
+            packed.words, packed.starts, places, self._words, layout.places[-1], heap_of, self._totals
+        )  # fmt: skip
 
     def finish(self) -> Packed:
         assert self._layout is not None and self._rows == len(self._heap_of)
@@ -229,12 +241,6 @@ class Packer:
             self._totals = np.zeros((self._num_heaps, len(layout.lists)), np.int64)
         assert layout == self._layout, f"{layout} below {self._layout}"
         return self._layout
-
-    def _count(self, words: np.ndarray, starts: np.ndarray) -> None:
-        """Count the values of the next rows' lists."""
-        assert self._layout is not None
-        heap_of = self._heap_of[self._rows : self._rows + len(starts) - 1]
-        count_values(words, starts, self._layout.places[-1], heap_of, self._totals)
 
     def _extend(self, sizes: np.ndarray) -> np.ndarray:
         """Room for records of these sizes: where each begins."""
