@@ -20,7 +20,7 @@ from tests.ranks.bazaar import WORDS, write_model
 from trec_twotower.data.batch import Listed
 from trec_twotower.data.hashing import mix
 from trec_twotower.data.text import text_keys, tokens
-from trec_twotower.data.transforms import check_kind, pooling_divisor, transform
+from trec_twotower.data.transforms import check_kind, put_pooling_divisor, transform
 from trec_twotower.errors import ConfigError, DataError
 from trec_twotower.model.inputs import TextInput
 from trec_twotower.schema import FeatureSpec, Schema, TableSpec
@@ -79,7 +79,9 @@ def test_text_is_pooled_as_a_bag():
     table = pa.table({"title": pa.array(["Red shoe", None, "red"])})
     found = transform([TITLE], {"t": spec}, {}, table, "here").sparse["title"]
     assert found.lengths.tolist() == [2, 0, 1] and found.values[0] == found.values[2]
-    assert pooling_divisor(TITLE, found.lengths).tolist() == [2, 1, 1]  # the mean
+    divisor = np.empty(3, np.float32)
+    put_pooling_divisor(TITLE, found, divisor)
+    assert divisor.tolist() == [2, 1, 1]  # the mean
     as_id = FeatureSpec(name="title", kind="id", table="t").hash(pa.array(["red"]), spec)
     assert TITLE.hash(pa.array(["RED!"]), spec).to_pylist() == [as_id.to_pylist()]  # a word is as an id of its name
     with pytest.raises(DataError, match="feature 'title' of kind 'text' needs strings"):

@@ -12,8 +12,9 @@ from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from torchrec.streamable import Pipelineable
 
+from trec_twotower.data.kernels import put_lengths
 from trec_twotower.data.lists import Lists, weights_of
-from trec_twotower.data.transforms import Columns, divides, pooling_divisor
+from trec_twotower.data.transforms import Columns, divides, put_pooling_divisor
 from trec_twotower.schema import FeatureSpec, Schema, Side, key, part_of
 
 
@@ -186,16 +187,17 @@ def _keyed_jagged(schema: Schema, sides: Sides, num_rows: int) -> tuple[KeyedJag
     for side, columns in sides.items():
         for column, feature in enumerate(schema.sparse(side)):
             if columns is not None and divides(feature):
-                bags = columns.sparse[feature.name]
-                weighted = bags if bags.weights is not None else None
-                divisors[side][: len(bags), column] = pooling_divisor(feature, bags.lengths, weighted)
+                put_pooling_divisor(feature, columns.sparse[feature.name], divisors[side][:, column])
     lengths = np.zeros((len(schema.lookups), num_rows), np.int32)
     values, weights = [np.empty(0, np.int32)], [np.empty(0, np.float32)]
     for length, lookup in zip(lengths, schema.lookups, strict=True):
         if (columns := sides[lookup.side]) is None:
             continue
         bags = columns.sparse[lookup.part]
-        length[: len(bags)] = 1 if bags.is_single else bags.lengths
+        if bags.is_single:
+            length[: len(bags)] = 1
+        else:
+            put_lengths(bags.offsets, length)
         values.append(bags.values)
         if schema.is_weighted:
             weights.append(weights_of(bags))
@@ -252,10 +254,12 @@ def _sequences(schema: Schema, sides: Sides) -> tuple[KeyedJaggedTensor, dict[st
             for attribute in feature.attributes:
                 of_item = next(other for other in schema.item if other.name == attribute)
                 found = _attributes(of_item, catalogue, row_U - 1)
-                divisor = pooling_divisor(of_item, found.lengths, found if found.weights is not None else None)
                 at = part_of(name, attribute)
                 values[at], listed[at] = _distinct(found)
-                listed[at].divisor = torch.from_numpy(divisor) if divides(of_item) else None
+                if divides(of_item):
+                    divisor = np.empty(len(found), np.float32)
+                    put_pooling_divisor(of_item, found, divisor)
+                    listed[at].divisor = torch.from_numpy(divisor)
     keys = [name for name, _ in schema.listed_keys]
     return KeyedJaggedTensor(
         keys=keys,

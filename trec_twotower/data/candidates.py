@@ -14,10 +14,12 @@ from trec_twotower.data.examples import Examples
 from trec_twotower.data.features import Sources
 from trec_twotower.data.hashing import fingerprints
 from trec_twotower.data.item_lists import KeyedLists
-from trec_twotower.data.kernels import find_columns
+from trec_twotower.data.kernels import find_columns, mark_distinct
 from trec_twotower.data.lists import Lists, distinct
 from trec_twotower.data.negatives import Negatives, StepItems
 from trec_twotower.data.probing import pairs_by_fingerprint
+
+WORDS_AN_ITEM = 32  # words of bits that are gone through for an item: by then sorting is as fast
 
 
 class CandidateSets:
@@ -75,8 +77,7 @@ class CandidateSets:
             else:
                 shared.append(brought.values[is_refused])
                 others.append(brought.values[~is_refused])
-        item_row = distinct(np.concatenate([*shared, *others], dtype=np.int32)).astype(np.int64)  # sorts twice as fast
-        column_I = self._columns(item_row)
+        item_row, column_I = self._distinct(_joined([*shared, *others]))
         if not others:
             return item_row, np.ones(len(item_row), bool), column_I
         is_negative = np.zeros(len(item_row), bool)
@@ -151,13 +152,22 @@ class CandidateSets:
         assert self.fingerprint_I is not None
         return self.fingerprint_I[item_row].astype(np.int64)
 
-    def _columns(self, item_row: np.ndarray) -> np.ndarray:
-        """Each catalogue row's place among the candidates, or -1: this thread's array, to be wiped after use."""
+    def _distinct(self, item_rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Each catalogue row once, rising; and its place among them, or -1: this thread's array, to be wiped after use.
+
+        By bits where they are few for what is asked, else by sorting.
+        """
         if not hasattr(self._scratch, "column_I"):
             self._scratch.column_I = np.full(self.num_items, -1, np.int64)
+            self._scratch.bits = np.zeros(-(-self.num_items // 64), np.uint64)
         column_I: np.ndarray = self._scratch.column_I
-        column_I[item_row] = np.arange(len(item_row))
-        return column_I
+        if len(self._scratch.bits) > WORDS_AN_ITEM * len(item_rows):
+            item_row = distinct(item_rows.astype(np.int32)).astype(np.int64)  # sorts twice as fast
+            column_I[item_row] = np.arange(len(item_row))
+            return item_row, column_I
+        out = np.empty(min(len(item_rows), self.num_items), np.int64)
+        count = mark_distinct(item_rows, self._scratch.bits, out, column_I)
+        return out[:count], column_I
 
 
 def _joined(parts: Sequence[np.ndarray]) -> np.ndarray:

@@ -158,7 +158,7 @@ class TrainBatches:
 
         Each piece is a heap of a unit.
         """
-        rows_of_pieces = np.stack([unit.num_rows(heap) for unit, heap in pieces])  # (pieces, ranks)
+        rows_of_pieces = np.array([unit.num_rows(heap) for unit, heap in pieces])  # (pieces, ranks)
         mine: Examples = take([(unit.mine, heap) for unit, heap in pieces])
         if self.num_ranks == 1:
             items = mine.items

@@ -43,6 +43,9 @@ if not IS_COMPILED:
     def copy_run(out: np.ndarray, at: int, values: np.ndarray, low: int, count: int) -> None:
         out[at : at + count] = values[low : low + count]
 
+    def lowest_bit(word: np.uint64) -> int:
+        return (int(word) & -int(word)).bit_length() - 1
+
 else:
 
     @intrinsic
@@ -60,6 +63,15 @@ else:
             return context.get_dummy_value()
 
         return types.void(out, types.int64, values, types.int64, types.int64), generate
+
+    @intrinsic
+    def lowest_bit(context: Any, word: Any) -> Any:
+        """The place of the lowest bit that is set in a uint64, which must have one."""
+
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            return builder.cttz(arguments[0], cgutils.true_bit)
+
+        return types.int64(types.uint64), generate
 
 
 @kernel
@@ -83,6 +95,29 @@ def mix_keys(keys: np.ndarray, out: np.ndarray) -> None:
     """The mix of each uint64 key, or its lower bits, as wide as `out` is."""
     for i in range(keys.size):
         out[i] = mixed(keys[i])
+
+
+@kernel
+def mark_distinct(values: np.ndarray, bits: np.ndarray, out: np.ndarray, place_of: np.ndarray) -> int:
+    """The distinct values in rising order, and in `place_of` each one's place among them; returns how many.
+
+    `bits` has one, not set, for each value that may be, and is left so.
+    """
+    for i in range(values.size):
+        value = np.uint64(values[i])
+        bits[value >> np.uint64(6)] |= np.uint64(1) << (value & np.uint64(63))
+    count = 0
+    for number in range(bits.size):
+        word = bits[number]
+        if word != np.uint64(0):
+            bits[number] = np.uint64(0)
+            while word != np.uint64(0):
+                value = 64 * number + lowest_bit(word)
+                out[count] = value
+                place_of[value] = count
+                count += 1
+                word &= word - np.uint64(1)
+    return count
 
 
 @kernel
@@ -142,6 +177,21 @@ def count_values(
     for row in range(heap_of.size):
         for number in range(totals.shape[1]):
             totals[heap_of[row], number] += words[starts[row] + place + number]
+
+
+@kernel
+def put_lengths(offsets: np.ndarray, out: np.ndarray) -> None:
+    """The length of each list."""
+    for row in range(offsets.size - 1):
+        out[row] = offsets[row + 1] - offsets[row]
+
+
+@kernel
+def put_divisors(offsets: np.ndarray, is_root: bool, scale: np.float32, out: np.ndarray) -> None:
+    """The length of each list, or its root, at least 1, over `scale`."""
+    for row in range(offsets.size - 1):
+        total = np.float32(max(offsets[row + 1] - offsets[row], 1))
+        out[row] = (np.sqrt(total) if is_root else total) / scale
 
 
 @kernel

@@ -17,7 +17,7 @@ import threading
 import weakref
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -60,12 +60,12 @@ class Layout:
 
     @classmethod
     def of(cls, rows: Examples | RowItems) -> Layout:
-        return cls(type(rows).__name__, tuple(_field(name, value) for name, value in _parts(rows)))
+        return _one(cls(type(rows).__name__, tuple(_field(name, value) for name, value in _parts(rows))))
 
     @classmethod
     def from_json(cls, text: str) -> Layout:
         about = json.loads(text)
-        return cls(about["kind"], tuple(Field(**field) for field in about["fields"]))
+        return _one(cls(about["kind"], tuple(Field(**field) for field in about["fields"])))
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -103,6 +103,12 @@ class Layout:
             if field.weight is not None:
                 found.append((field.name + WEIGHTS, field.weight, number, 1))
         return found
+
+
+@lru_cache(maxsize=64)
+def _one(layout: Layout) -> Layout:
+    """The first that was equal to it: what is worked out of a layout is worked out once."""
+    return layout
 
 
 @dataclass(frozen=True, eq=False)

@@ -46,11 +46,11 @@ class UnitRows:
     items: Packed | None = None  # of all ranks' rows; None: all are this rank's
     rows_per_rank: np.ndarray | None = None  # (heaps, ranks)
 
-    def num_rows(self, heap: int) -> np.ndarray:
+    def num_rows(self, heap: int) -> list[int]:
         """The rows of each rank in a heap."""
         if self.rows_per_rank is not None:
-            return self.rows_per_rank[heap]
-        return np.array([self.mine.heap_rows[heap]])
+            return self.rows_per_rank[heap].tolist()
+        return [self.mine.heap_rows[heap]]
 
 
 class UnitReader:

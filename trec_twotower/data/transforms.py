@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 
 from trec_twotower.data.hashing import bucket_type, hash_to_bucket, id_keys, is_id, is_text, mix_array, modulo_bucket
+from trec_twotower.data.kernels import put_divisors
 from trec_twotower.data.lists import Lists
 from trec_twotower.data.numbers import Statistics, binned, is_number, normalise, number_values
 from trec_twotower.data.text import text_keys, tokens
@@ -376,29 +377,28 @@ def divides(feature: FeatureSpec) -> bool:
     return (feature.is_pooled and feature.pooling != "sum") or feature.scale != 1.0
 
 
-def pooling_divisor(feature: FeatureSpec, lengths: np.ndarray, weighted: Lists | None = None) -> np.ndarray:
-    """What the sum of a row's vectors is divided by: 1, the sum of weights, or the root of their squares' sum.
+def put_pooling_divisor(feature: FeatureSpec, lists: Lists, out: np.ndarray) -> None:
+    """Into `out` what the sum of a row's vectors is divided by: 1, the sum of weights, or the root of their squares' sum.
 
-    And by 1 / scale.
+    And by 1 / scale; rows of `out` behind those of the lists stay as they are.
 
     Tables pool by SUM alone, because TorchRec's MEAN divides by counts where weights are meant, and divides other
-    tables' outputs beside row-wise sharding. `lengths` are the rows'; `weighted` are their lists where these have
-    weights.
+    tables' outputs beside row-wise sharding.
     """
-    scale = np.float32(feature.scale)
+    scale, is_root = np.float32(feature.scale), feature.pooling == "sqrtn"
     if not feature.is_pooled or feature.pooling == "sum":
-        return np.full(len(lengths), 1 / scale, np.float32)
-    if weighted is None:
-        total = np.maximum(lengths, 1).astype(np.float32)
-        return (np.sqrt(total) if feature.pooling == "sqrtn" else total) / scale
-    assert weighted.weights is not None
-    weights = weighted.weights.astype(np.float64)
-    if feature.pooling == "sqrtn":
+        out[: len(lists)] = 1 / scale
+        return
+    if lists.weights is None:
+        put_divisors(lists.offsets, is_root, scale, out)
+        return
+    weights = lists.weights.astype(np.float64)
+    if is_root:
         weights = weights**2
-    total = np.add.reduceat(np.append(weights, 0.0), weighted.offsets[:-1]) if len(weighted) else np.empty(0)
-    total[lengths == 0] = 1.0
-    total = np.sqrt(total) if feature.pooling == "sqrtn" else total
-    return np.where(np.abs(total) > 1e-12, total, 1.0).astype(np.float32) / scale
+    total = np.add.reduceat(np.append(weights, 0.0), lists.offsets[:-1]) if len(lists) else np.empty(0)
+    total[lists.lengths == 0] = 1.0
+    total = np.sqrt(total) if is_root else total
+    out[: len(lists)] = np.where(np.abs(total) > 1e-12, total, 1.0).astype(np.float32) / scale
 
 
 def one_chunk(column: pa.ChunkedArray) -> pa.Array:

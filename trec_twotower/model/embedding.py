@@ -45,7 +45,7 @@ def table_in(name: str) -> str | None:
 def build_tables(schema: Schema) -> EmbeddingBagCollection | None:
     """All tables whose bags are pooled, without memory yet; None where there are none.
 
-    Every one pools by SUM (see pooling_divisor in data/transforms.py).
+    Every one pools by SUM (see put_pooling_divisor in data/transforms.py).
     """
     features: dict[str, list[str]] = {name: [] for name in schema.tables if name not in schema.listed}
     for lookup in schema.lookups:
