@@ -378,7 +378,7 @@ def divides(feature: FeatureSpec) -> bool:
 
 
 def put_pooling_divisor(feature: FeatureSpec, lists: Lists, out: np.ndarray) -> None:
-    """Into `out` what the sum of a row's vectors is divided by: 1, the sum of weights, or the root of their squares' sum.
+    """Into `out` what the sum of a row's vectors is divided by: 1, the sum of weights, or the root of that of squares.
 
     And by 1 / scale; rows of `out` behind those of the lists stay as they are.
 
