@@ -112,9 +112,9 @@ def mark_distinct(values: np.ndarray, bits: np.ndarray, out: np.ndarray, place_o
         if word != np.uint64(0):
             bits[number] = np.uint64(0)
             while word != np.uint64(0):
-                value = 64 * number + lowest_bit(word)
-                out[count] = value
-                place_of[value] = count
+                found = 64 * number + lowest_bit(word)
+                out[count] = found
+                place_of[found] = count
                 count += 1
                 word &= word - np.uint64(1)
     return count
