@@ -114,7 +114,7 @@ def test_a_dim_by_rule_is_six_fourth_roots_in_fours():
 
 def test_two_hashes_are_two_rows_of_one_table():
     """A batch has both, and the tower gets their sum."""
-    table = TableSpec(buckets=50, dim=2, hashes=2)
+    table = TableSpec(buckets=50, dim=4, hashes=2)
     tags = FeatureSpec(name="tags", kind="bag", table="t", weights="shares", max_length=2)
     item = FeatureSpec(name="item", kind="id", table="t")
     rows = pa.table(
@@ -247,13 +247,13 @@ def leaky(tmp_path, write_dataset) -> Path:
     return write_dataset(tmp_path / "d", items=pa.table({"item_id": ["a", "b", "c"]}), train=train, test=test)
 
 
-HISTORY = FeatureSpec(name="history", kind="bag", buckets=1000, dim=2, weights="share")
+HISTORY = FeatureSpec(name="history", kind="bag", buckets=1000, dim=4, weights="share")
 
 
 def test_what_the_data_hold_is_told_by_feature(leaky):
-    item = FeatureSpec(name="item_id", kind="id", buckets=1000, dim=2)
+    item = FeatureSpec(name="item_id", kind="id", buckets=1000, dim=4)
     schema = Schema.build(
-        {}, (HISTORY, brand(buckets=3), FeatureSpec(name="user_id", kind="id", buckets=1, dim=2)), (item,)
+        {}, (HISTORY, brand(buckets=3), FeatureSpec(name="user_id", kind="id", buckets=1, dim=4)), (item,)
     )
     sources = Sources(Dataset(leaky), schema, "event")
     history, of_brand, user, of_item = coverage(sources)
@@ -281,7 +281,7 @@ def test_own_items_are_left_out_where_rows_are_read(leaky, own_item, lengths):
     from trec_twotower.config import DataConfig, LossConfig
     from trec_twotower.data.reader import UnitReader
 
-    schema = Schema.build({}, (HISTORY,), (FeatureSpec(name="item_id", kind="id", buckets=9, dim=2),))
+    schema = Schema.build({}, (HISTORY,), (FeatureSpec(name="item_id", kind="id", buckets=9, dim=4),))
     sources = Sources(Dataset(leaky), schema, "event")
     data = DataConfig(dataset=leaky, own_item=own_item)
     reader = UnitReader(sources, data, LossConfig(mask_history=False), 0, 1)
@@ -316,7 +316,7 @@ def test_a_drawn_history_is_the_same_items_by_both_hashes(tmp_path, write_datase
     items = list(range(30))
     train = pa.table({"user_id": [1, 2], "positives": [items[:20], items[10:]]})
     folder = write_dataset(tmp_path / "d", items=pa.table({"item_id": items}), train=train)
-    table = TableSpec(buckets=1 << 20, dim=2, hashes=2)
+    table = TableSpec(buckets=1 << 20, dim=4, hashes=2)
     history = FeatureSpec(name="history", kind="bag", table="t")
     item = FeatureSpec(name="item_id", kind="id", table="t")
     sources = Sources(Dataset(folder), Schema.build({"t": table}, (history,), (item,)), "user")

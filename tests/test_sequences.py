@@ -112,6 +112,7 @@ def test_hash_gives_the_rows_of_a_sequence_as_of_a_bag():
         ({"history": {"attributes": ["tag"]}}, "attribute 'tag', which is none of `item`.*'tags'"),
         ({"history": {"attributes": ["shade"]}}, "adds 'shade', whose vectors have 4 numbers, to its own of 8"),
         ({"history": {"encoder": {"kind": "heads", "heads": 3}}}, "into 3 heads: take a divisor"),
+        ({"history": {"encoder": {"kind": "transformer", "heads": 8, "positions": "rotary"}}}, "8 heads of 1: choose"),
         ({"tables": {"history_delta": {"buckets": 40, "dim": 8}}}, "'history_delta'"),
         ({"tables": {"item": {"buckets": 40, "dim": 8, "sharding": "data_parallel"}}}, "is data_parallel, but a seq"),
         ({"item": [{"name": "past", "kind": "sequence", "table": "tag", "max_length": 3}]}, "which is for users"),
@@ -155,7 +156,7 @@ def test_what_enters_the_tower_equals_the_sum_written_out(kind, world, tmp_path,
     rows = sources.dataset.train.table(sources.user_columns())
     columns = sources.user_features(rows, "the test")
     model = towers(build_model(config, lone_rank)).eval()
-    encoder = model.user_tower.encoders["history"]
+    encoder = model.user_tower.encoders["of_history"]
     with torch.no_grad():
         for weight in (encoder.gap.weight, encoder.action.weight):
             weight += torch.randn(weight.shape)

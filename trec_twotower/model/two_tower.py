@@ -24,7 +24,7 @@ from trec_twotower.model.losses.regularisers import alignment, nearness, squared
 from trec_twotower.model.queue import ItemQueue
 from trec_twotower.model.sequence import SequenceInput
 from trec_twotower.model.temperature import Temperature
-from trec_twotower.model.tower import Tower
+from trec_twotower.model.tower import Tower, encoder_name
 from trec_twotower.model.watch import Histogram, Watch
 from trec_twotower.schema import Schema, Side, key, part_of
 
@@ -59,13 +59,13 @@ class TwoTower(nn.Module):
             for side, dim, config in zip(SIDES, sizes, (model.user_tower, model.item_tower), strict=True)
         )
         for feature in schema.sequences:
-            self.user_tower.encoders[feature.name] = SequenceInput(feature, schema.table_of(feature).dim)
+            self.user_tower.encoders[encoder_name(feature.name)] = SequenceInput(feature, schema.table_of(feature).dim)
         self.vectors_per_user = schema.vectors_per_user  # M
         self.interests = loss.interests or InterestsConfig()
         self.interest_uses: list[float] = []  # of the last logged batch
         for side in SIDES:
             for feature in schema.layered(side):
-                self._tower(side).encoders[feature.name] = build_input(feature)
+                self._tower(side).encoders[encoder_name(feature.name)] = build_input(feature)
         self.watch = Watch(is_unit=is_unit)
         self.user_tower.note_length = partial(self.watch.note_length, "user")
         self.item_tower.note_length = partial(self.watch.note_length, "item")
