@@ -92,7 +92,7 @@ def by_id(right) -> float:
     [
         {"name": "title", "kind": "text", "buckets": 512, "dim": 8},
         {"name": "title", "kind": "text", "buckets": 512, "dim": 8, "words": 0, "characters": [3, 3]},
-        {"name": "title", "kind": "text", "folder": "model", "tune": "all", "dim": 8},
+        {"name": "title", "kind": "text", "folder": "model", "tune": "all", "dim": 8, "max_length": 16},
         {"name": "picture", "kind": "vector", "size": TOPICS, "dim": 8},
     ],
     ids=["words", "characters", "language model", "picture"],

@@ -42,7 +42,15 @@ WORDS = ["red", "blue", "old", "new", "shoe", "hat", "book"]
 
 def title_read_by(model: Path) -> dict[str, Any]:
     """The title again, through a language model of which the last layer is trained."""
-    return {"name": "title_read", "kind": "text", "column": "title", "folder": str(model), "tune": 1, "dim": 4}
+    return {
+        "name": "title_read",
+        "kind": "text",
+        "column": "title",
+        "folder": str(model),
+        "tune": 1,
+        "dim": 4,
+        "max_length": 16,
+    }
 
 
 def write_model(folder: Path, *, layers: int = 2) -> Path:
