@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from tests.ranks.bazaar import ITEM, NUM_ITEMS, USER, bazaar_config, losses_of, work, write_bazaar
+from tests.ranks.bazaar import ITEM, NUM_ITEMS, TITLES, USER, bazaar_config, losses_of, work, write_bazaar
 from tests.ranks.launch import SAID_BY_TORCHREC
 
 pytestmark = [pytest.mark.filterwarnings(said) for said in SAID_BY_TORCHREC]
@@ -77,7 +77,7 @@ def test_features_tells_of_every_kind(one, cli):
     said = cli("features", one[1] / "config.yaml")
     assert said.code == 0, said.err
     told = {line.split()[1] for line in said.out.splitlines() if line.startswith(("user ", "item "))}
-    assert told == {feature["name"] for feature in [*USER, *ITEM]} | {"title_read"}
+    assert told == {feature["name"] for feature in [*USER, *ITEM]} | set(TITLES)
 
 
 def test_statistics_are_learned_once_and_not_from_what_is_asked_for(bazaar, one, lone_rank, monkeypatch):

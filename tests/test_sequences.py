@@ -237,6 +237,7 @@ CASES = [
     *(f"encoder {kind}" for kind in ENCODER_PARAMETERS),
     *(f"tower {name}" for name in TOWERS),
     *(f"user {name}" for name in USERS),
+    "together",
     "pipeline",
 ]
 
@@ -251,6 +252,37 @@ def test_two_ranks_train_as_one(case, made):
     tolerance = 2e-3 if case.startswith("encoder") else 1e-5
     assert furthest(one[f"weights {case}"], two[f"weights {case}"]) < tolerance
     assert torch.allclose(one[f"items {case}"], two[f"items {case}"], atol=tolerance)
+
+
+FIGURES = {
+    "tower short": {"user_gate"},
+    "tower experts": {f"user_expert_{number}" for number in range(3)},
+    "tower experts of few": {f"user_expert_{number}" for number in range(3)},
+    "user queue": {f"interest_{number}" for number in range(4)},
+    "together": {
+        *("user_gate", "user_expert_0", "user_expert_1", "user_expert_2", "item_expert_0", "item_expert_1"),
+        *("interest_0", "interest_1"),
+    },
+}
+
+
+@pytest.mark.parametrize(("case", "names"), FIGURES.items())
+def test_the_log_tells_what_parts_do_with_the_rows_of_all_ranks(case, names, made):
+    """The same figures from one rank and from two; what is shared out adds up to one, and of few to what is chosen."""
+    (one, _), (two, _) = made[1], made[2]
+    for line, other in zip(one[f"log {case}"], two[f"log {case}"], strict=True):
+        found = {name: line[name] for name in line if "_expert_" in name or "gate" in name or "interest_" in name}
+        assert set(found) == names
+        assert found == pytest.approx({name: other[name] for name in names}, abs=1e-5)
+        for part in ("user_expert_", "item_expert_", "interest_"):
+            shares = [value for name, value in found.items() if name.startswith(part)]
+            assert not shares or sum(shares) == pytest.approx(1, abs=1e-5)
+    if (
+        case == "tower experts of few"
+    ):  # one expert a row has all of its weight: shares are counts of 32, 32 and 26 rows
+        shares = np.array([[line[name] for name in sorted(names)] for line in one[f"log {case}"]])
+        counts = shares * np.array([[32], [32], [26]])
+        assert np.abs(counts - counts.round()).max() < 1e-4
 
 
 @pytest.mark.parametrize("case", [*(f"plan {plan}" for plan in PLANS[1:]), "pipeline"])
@@ -268,7 +300,7 @@ def test_a_resumed_run_goes_on_as_one_that_never_stopped(case, num_ranks, made):
     assert results[f"resumed {case}"] == results[f"at once {case}"]
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case.startswith(("encoder", "tower", "user"))])
+@pytest.mark.parametrize("case", [case for case in CASES if not case.startswith(("plan", "pipe"))] + ["drawn"])
 def test_every_part_is_indexed_and_recommends(case, made, lone_rank):
     """What two ranks trained and exported, one rank indexes and serves; the history names items of no catalogue."""
     run = Run.open(made[2][1] / case.replace(" ", "-"))

@@ -13,6 +13,7 @@ from trec_twotower.model.parts import Crosses, Experts, FeatureDropout, FeatureG
 from trec_twotower.model.tower import Tower
 
 WIDTHS = (2, 3, 2)
+ALONE = Ranks(0, 1, torch.device("cpu"))  # in no process group
 
 
 @pytest.fixture
@@ -89,43 +90,37 @@ def test_short_and_long_meet_by_a_gate(feature_BE):
     long = part.long(torch.cat([feature_BE[:, :2], feature_BE[:, 5:]], dim=1))
     gate = torch.sigmoid(part.gate(feature_BE))
     assert torch.allclose(part(feature_BE), gate * short + (1 - gate) * long, atol=1e-6)
-    assert float(part.mean_gate) == pytest.approx(float(gate.detach().mean()))
+    assert part.figures(ALONE) == pytest.approx({"gate": float(gate.detach().mean())})
 
 
 @pytest.mark.parametrize("top", [None, 1, 2])
 def test_experts_equal_the_weighted_mean_written_out(top, feature_BE):
     part = Experts(7, ExpertsConfig(count=4, width=6, top=top))
-    logit_BK = part.router(feature_BE)
-    for row, logit_K in enumerate(logit_BK):
+    assert part.figures(ALONE) == {}
+    used = torch.zeros(4)
+    for row, logit_K in enumerate(part.router(feature_BE)):
         best = logit_K.argsort(descending=True)[: top or 4]
         weight = logit_K[best].softmax(0)
+        used[best] += weight.detach() / len(feature_BE)
         expected = sum(weight[n] * part.experts[int(best[n])](feature_BE[row]) for n in range(len(best)))
         assert torch.allclose(part(feature_BE)[row], expected, atol=1e-6)
-    assert part.use() == pytest.approx(logit_BK.softmax(1).mean(0).tolist())
-
-
-class _Alone(Ranks):
-    """One rank without a process group."""
-
-    def sum(self, values):
-        return values
+    assert part.figures(ALONE) == pytest.approx({f"expert_{number}": float(used[number]) for number in range(4)})
 
 
 def test_the_penalty_of_experts_is_least_where_they_are_used_alike():
     part = Experts(2, ExpertsConfig(count=2, width=3, top=1, balance=1.0))
-    alone = _Alone(0, 1, torch.device("cpu"))
     part.weight_BK = torch.tensor([[0.9, 0.1], [0.1, 0.9]])
-    assert float(part.penalty(alone)) == pytest.approx(1.0)
+    assert float(part.penalty(ALONE)) == pytest.approx(1.0)
     part.weight_BK = torch.tensor([[0.9, 0.1], [0.7, 0.3]])
-    assert float(part.penalty(alone)) == pytest.approx(2 * (1.0 * 0.8 + 0.0 * 0.2))
+    assert float(part.penalty(ALONE)) == pytest.approx(2 * (1.0 * 0.8 + 0.0 * 0.2))
 
 
 def test_a_tower_names_its_parts_figures(feature_BE):
     config = TowerConfig(short=("b",), experts=ExpertsConfig(count=2, width=3), mlp=(4,))
     tower = Tower(WIDTHS, 5, config, is_unit=True, place={"b": 1}.__getitem__)
     assert tower(feature_BE).shape == (5, 5)
-    assert set(tower.figures()) == {"gate", "expert_0", "expert_1"}
-    assert tower.penalty(_Alone(0, 1, torch.device("cpu"))) is None  # all experts count: none is left out
+    assert set(tower.figures(ALONE)) == {"gate", "expert_0", "expert_1"}
+    assert tower.penalty(ALONE) is None  # all experts count: none is left out
 
 
 # Worlds that only one part can solve

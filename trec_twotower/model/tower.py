@@ -97,14 +97,12 @@ class Tower(nn.Module):
         added = [part.penalty(ranks) for part in self.layers if isinstance(part, Experts) and part.config.top]
         return added[0] if added else None
 
-    def figures(self) -> dict[str, float]:
-        """What its parts tell of this rank's last batch."""
+    def figures(self, ranks: Ranks) -> dict[str, float]:
+        """What its parts tell of the last batch of all ranks (of `micro_batch`, its last rows); all call together."""
         found: dict[str, float] = {}
         for part in self.layers:
-            if isinstance(part, ShortLong) and part.mean_gate is not None:
-                found["gate"] = float(part.mean_gate)
-            if isinstance(part, Experts):
-                found |= {f"expert_{number}": weight for number, weight in enumerate(part.use())}
+            if isinstance(part, ShortLong | Experts):
+                found |= part.figures(ranks)
         return found
 
     def encode(self, name: str, *given: Tensor | Listed) -> Tensor:
