@@ -97,6 +97,37 @@ class Sources:
                 )
         return context, static
 
+    def lists_of_items(self) -> list[list[str]]:
+        """The columns of train/ whose lists may hold the item that a row asks for, each with those beside it.
+
+        They are `history`, and what features of the rows with the item id's own table read.
+        """
+        history = [HISTORY] if self.dataset.train.has(HISTORY) else []
+        found = []
+        for column in dict.fromkeys([*history, *(each.reads for each in self._of_items if each in self.context)]):
+            reading = [each for each in self.context if each.reads == column]
+            named = {name for each in reading for name in (each.weights, each.times, each.actions) if name is not None}
+            found.append([column, *sorted(named)])
+        return found
+
+    @property
+    def _of_items(self) -> list[FeatureSpec]:
+        """The users' lists of items, as far as tables tell."""
+        ids = {each.table_name for each in self.schema.item if each.kind == "id" and each.reads == ITEM_ID}
+        return [each for each in self.schema.user if each.kind in ("bag", "sequence") and each.table_name in ids]
+
+    def check_lists_of_items(self) -> None:
+        """Raises ConfigError for such a feature of users/, whose list is the same in all of a user's rows."""
+        for feature in self._of_items:
+            if feature in self.static:
+                assert self.dataset.users is not None
+                raise ConfigError(
+                    f"data.own_item is not keep, but user feature {feature.name!r} reads lists of items in "
+                    f"{self.dataset.users.folder}, one list for all of a user's rows, in which the item of each cannot "
+                    f"be looked for: write column {feature.reads!r} into {self.dataset.train.folder}, or set "
+                    "data.own_item: keep."
+                )
+
     def _is_drawn(self, column: str) -> bool:
         """With a row per user the history is a part of the row's own positives."""
         return self.rows == "user" and column == HISTORY
