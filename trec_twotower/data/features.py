@@ -181,10 +181,7 @@ class Sources:
 
         `given` has 64-bit keys for columns that are made rather than read; `uncut` leaves those longer than max_length.
         """
-        tables, statistics = self.schema.tables, self._statistics_of("user")
-        find = self.catalogue.rows_of_keys if self.steps_have_attributes else None
-        columns = transform(self.context, tables, statistics, table, where, given, uncut=uncut, item_rows=find)
-        columns = self.with_items(columns)
+        columns = self._of_rows(table, where, given, uncut=uncut)
         if self.users is None:
             return columns
         ids = one_chunk(table[USER_ID])
@@ -196,6 +193,44 @@ class Sources:
                 "rows name such users): write a row for each user there."
             )
         return columns.beside(self.users.columns.take(rows))
+
+    def state_features(self, table: pa.Table, where: str, given: Mapping[str, Lists] | None = None) -> Columns:
+        """The features of one user at this moment, whom users/ need not know: of one row, as `state_table` makes it.
+
+        A column of users/ that stands in the row counts before what users/ says of the user; for one who is not there,
+        or has no id, the others are null.
+        """
+        columns = self._of_rows(table, where, given)
+        if self.users is None:
+            return columns
+        ids, users = one_chunk(table[USER_ID]), self.users
+        row = -1 if ids.null_count else int(users.rows_of(ids, f"{where}, column {USER_ID!r}")[0])
+        told = {name: table[name] for name in self.static_columns() if name in table.column_names}
+        anew = [each for each in self.static if row < 0 or not told.keys().isdisjoint(each.all_columns)]
+        if row >= 0:
+            columns = columns.beside(users.columns.take(np.array([row])))
+        if not anew:
+            return columns
+        wanted = {name for each in anew for name in each.all_columns}
+        known = users.words(np.array([row]))[0] if row >= 0 and not wanted <= told.keys() else {}
+        kinds = users.split.columns
+        whole = {name: told.get(name, pa.array([known.get(name)], kinds[name])) for name in sorted(wanted)}
+        made = transform(anew, self.schema.tables, self._statistics_of("user"), pa.table(whole), where)
+        return columns.beside(made)
+
+    def static_columns(self) -> list[str]:
+        """The columns of users/ that user_features reads, but for those that it reads of the row itself."""
+        of_rows = self.user_columns()
+        return sorted({name for each in self.static for name in each.all_columns if name not in of_rows})
+
+    def _of_rows(
+        self, table: pa.Table, where: str, given: Mapping[str, Lists] | None, *, uncut: bool = False
+    ) -> Columns:
+        """The features that stand in the rows themselves."""
+        tables, statistics = self.schema.tables, self._statistics_of("user")
+        find = self.catalogue.rows_of_keys if self.steps_have_attributes else None
+        columns = transform(self.context, tables, statistics, table, where, given, uncut=uncut, item_rows=find)
+        return self.with_items(columns)
 
     @property
     def steps_have_attributes(self) -> bool:
