@@ -18,7 +18,7 @@ from pydantic import ValidationError
 
 from tests.ranks.launch import SAID_BY_TORCHREC
 from tests.sequences import steps_config, write_steps
-from trec_twotower.config import DataConfig, LossConfig
+from trec_twotower.config import DataConfig, LossConfig, RunConfig, load_config, read_yaml, validate
 from trec_twotower.data.batch import make_batch
 from trec_twotower.data.coverage import OwnItems, coverage, describe_coverage, own_items
 from trec_twotower.data.dataset import Dataset
@@ -235,6 +235,30 @@ def test_tables_that_hash_twice_and_cannot_are_refused():
         Schema.build({"t": TableSpec(buckets=9, dim=4, hashes=2)}, (steps,), (item,))
     with pytest.raises(ConfigError, match="has two rows an id, but this gives one"):
         item.hash(pa.array([1]), TableSpec(buckets=9, dim=4, hashes=2))
+
+
+def test_a_vocabulary_is_read_with_a_config_that_is_given_and_not_with_a_saved_one(tmp_path):
+    """Also where buckets stand beside it, as they do in a run's own config.yaml, whose words are kept elsewhere."""
+    words, config = tmp_path / "words.txt", tmp_path / "c.yaml"
+
+    def mistake(content: str | None, buckets: int) -> str | None:
+        words.unlink(missing_ok=True)
+        if content is not None:
+            words.write_text(content)
+        feature = f"{{name: brand, kind: category, vocabulary: {words}, buckets: {buckets}, dim: 4}}"
+        item = "{name: item_id, kind: id, buckets: 9, dim: 4}"
+        config.write_text(f"data: {{dataset: d}}\nuser: [{feature}]\nitem: [{item}]\n")
+        try:
+            load_config(config)
+        except ConfigError as error:
+            return str(error)
+        return None
+
+    assert mistake("a\nb\n", 4) is None
+    assert f"The vocabulary {words} cannot be read" in mistake(None, 4)
+    validate(RunConfig, read_yaml(config), "a run's config.yaml")
+    assert "has 'a' in lines 1 and 3: keep one" in mistake("a\nb\na\n", 9)
+    assert "has 3 words, but feature 'brand' has rows for 2: leave buckets out, or set" in mistake("a\nb\nc", 4)
 
 
 # What the data hold

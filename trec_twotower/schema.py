@@ -387,6 +387,13 @@ class FeatureSpec(Settings):
             return pa.array(found.values)
         return pa.LargeListArray.from_arrays(pa.array(found.offsets), pa.array(found.values))
 
+    def check_words(self) -> None:
+        """Raises ConfigError where a vocabulary's file cannot be read, or not into as many rows as there are."""
+        if self.vocabulary not in (None, LEARNED):
+            from trec_twotower.data.vocabulary import words_of_file
+
+            words_of_file(self)
+
     @model_validator(mode="before")
     @classmethod
     def _sizes_by_rule(cls, values: Any) -> Any:
