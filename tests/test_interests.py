@@ -245,6 +245,8 @@ def test_several_vectors_solve_a_world_of_two_interests():
     """In four dimensions no point is near two of sixteen clusters and far from the others."""
     points, several = recall_of_two("attention"), recall_of_two("self_attention", interests=8)
     assert several > points + 0.2, (several, points)
+    routed = recall_of_two("routing", interests=8, iterations=2)
+    assert routed > points + 0.1, (routed, points)
 
 
 def right_of_two(is_gaussian: bool, groups: int = 8, each: int = 4, dim: int = 3, steps: int = 200) -> float:

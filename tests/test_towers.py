@@ -123,6 +123,20 @@ def test_a_tower_names_its_parts_figures(feature_BE):
     assert tower.penalty(ALONE) is None  # all experts count: none is left out
 
 
+@pytest.mark.parametrize("is_unit", [True, False])
+@pytest.mark.parametrize("is_training", [True, False])
+def test_wide_features_are_added_to_what_the_layers_make(is_unit, is_training):
+    """Features as wide as the vector, past all layers, before its length becomes one."""
+    config = TowerConfig(mlp=(5,), wide=("b", "c"))
+    tower = Tower((2, 3, 3), 3, config, is_unit=is_unit, place={"b": 1, "c": 2}.__getitem__).train(is_training)
+    feature_BE = torch.randn(5, 8)
+    first, last = tower.layers[0], tower.layers[2]
+    made_BD = F.relu(feature_BE @ first.weight.T + first.bias) @ last.weight.T + last.bias
+    expected_BD = made_BD + feature_BE[:, 2:5] + feature_BE[:, 5:]
+    expected_BD = expected_BD / expected_BD.square().sum(1, keepdim=True).sqrt() if is_unit else expected_BD
+    assert torch.allclose(tower(feature_BE), expected_BD, atol=1e-6)
+
+
 # Worlds that only one part can solve
 
 
@@ -165,6 +179,31 @@ def test_the_gate_solves_a_switch_of_regimes():
     plain = found(TowerConfig(), features, target, (6, 6, 2))
     gated = found(TowerConfig(short=("0",)), features, target, (6, 6, 2))
     assert gated > 0.95 and gated > plain + 0.2, (gated, plain)
+
+
+def test_gates_by_a_context_solve_a_switch_of_what_to_believe():
+    """The context says which of two others counts; weights of features can follow it, a sum of all three cannot."""
+    generator = torch.Generator().manual_seed(5)
+    first, second = torch.randint(0, 6, (2, 1600), generator=generator)
+    context = torch.randint(0, 2, (1600,), generator=generator)
+    features = torch.cat([F.one_hot(first, 6), F.one_hot(second, 6), 4 * F.one_hot(context, 2)], dim=1).float()
+    target = torch.where(context == 1, first, second)
+    plain = found(TowerConfig(), features, target, (6, 6, 2))
+    gated = found(TowerConfig(gating=GatingConfig(by=("2",), reduction=1)), features, target, (6, 6, 2))
+    assert gated > 0.95 and gated > plain + 0.2, (gated, plain)
+
+
+@pytest.mark.parametrize("top", [None, 1])
+def test_experts_solve_a_world_of_kinds_of_users(top):
+    """Each of four kinds reads the same signs another way; one layer for all cannot, a layer for each kind can."""
+    generator = torch.Generator().manual_seed(6)
+    kind, sign = torch.randint(0, 4, (1600,), generator=generator), torch.randint(0, 5, (1600,), generator=generator)
+    meaning = torch.stack([torch.randperm(5, generator=generator) for _ in range(4)])
+    features = torch.cat([F.one_hot(kind, 4), F.one_hot(sign, 5)], dim=1).float()
+    target = meaning[kind, sign]
+    plain = found(TowerConfig(), features, target, (4, 5))
+    shared = found(TowerConfig(experts=ExpertsConfig(count=4, width=8, top=top)), features, target, (4, 5))
+    assert shared > 0.9 and shared > plain + 0.2, (shared, plain)
 
 
 def cold_and_warm(config: TowerConfig, id_scale: float) -> tuple[float, float]:
