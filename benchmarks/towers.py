@@ -3,17 +3,23 @@
     python benchmarks/towers.py [--worlds planted amazon-beauty] [--data FOLDER] [--epochs 2] [--only NAME ...]
         [--rates-only | --no-rates] [--json FILE]
 
-The plain tower: the mean of a history, the item's id and attributes side by side, a layer each, dim 64. Every contender
-changes one thing of it. All are trained alike, and rank the whole catalogue for the test users, items already taken
-left out. Rates are of training steps without the reader, contenders taking turns with the plain tower, medians; on the
-first world. FOLDER holds Amazon Beauty as `prepare amazon-beauty` takes it (default: $TREC_TT_DATA/amazon-beauty).
+The plain tower: the mean of a history, the item's id and attributes side by side, a layer each, dim 64. Contenders
+change one thing of it, but for two that need more. "short and long" has the newest steps by heads beside the history,
+and is to be judged by "history and recent", which has the same two side by side. "id drop" has an id table of its own
+that starts at zero, of which "id of its own" and "id of its own, from zero" are the steps; "user id drop" likewise.
+
+All are trained alike, and rank the whole catalogue for the test users, items already taken left out. Rates are of
+training steps without the reader, contenders taking turns with the plain tower, medians; on the first world. FOLDER
+holds Amazon Beauty as `prepare amazon-beauty` takes it (default: $TREC_TT_DATA/amazon-beauty).
 `cold` is of the planted world with a fifth of the items taken out of train/: recall@10 of test items that are among
-these, ranked against all items, and against one another alone.
+these, ranked against all items, and against one another alone. `cold users` is of the planted world with a fifth of the
+users taken out of train/, who are known by their history alone: recall@10 of these, and of the others.
 
 WORLD_NAME_recall, WORLD_NAME_ndcg    at 10
 WORLD_NAME_parameters                 of the towers, tables left out
 NAME_rate                             rows/s relative to the plain tower
 cold_NAME, cold_NAME_among            recall@10 of cold items among all items, and among cold ones
+cold_users_NAME, cold_users_NAME_others  recall@10 of cold users, and of those that train/ has
 """
 
 from __future__ import annotations
@@ -21,6 +27,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -59,6 +66,7 @@ CONTENDERS: dict[str, dict[str, Any]] = {
     "self_attention, 4 vectors": encoder("self_attention"),
     "self_attention by attention": {**encoder("self_attention"), "loss": {"interests": {"score": "attention"}}},
     "gaussian user": {"model": {"user_vector": "gaussian"}},
+    "history and recent": {"recent": {"encoder": {"kind": "heads"}}},
     "short and long": {"recent": {"encoder": {"kind": "heads"}}, "model": {"user_tower": {"short": ["recent"]}}},
     "mlp": {"model": {"user_tower": {"mlp": [128]}, "item_tower": {"mlp": [128]}}},
     "gating": {"model": {"item_tower": {"gating": {}}}},
@@ -69,6 +77,11 @@ CONTENDERS: dict[str, dict[str, Any]] = {
     "id of its own, from zero": {"id_scale": 0},
     "id drop": {"id_scale": 0, "model": {"item_tower": {"drop": {"item_id": 0.3}, "missing": ["item_id"]}}},
 }
+CONTENDERS |= {
+    "user id": {"user_scale": DIM**-0.5},
+    "user id drop": {"user_scale": 0, "model": {"user_tower": {"drop": {"user_id": 0.3}, "missing": ["user_id"]}}},
+}
+COLD_USERS = ("plain", "user id", "user id drop")
 COLD = ("plain", "id of its own", "id of its own, from zero", "id drop")
 
 
@@ -101,6 +114,8 @@ def main() -> None:
                 figures |= quality(place, world, options.only, options.epochs, ranks)
             if "planted" in options.worlds:
                 figures |= cold(place, [name for name in COLD if name in options.only], options.epochs, ranks)
+                names = [name for name in COLD_USERS if name in options.only]
+                figures |= cold_users(place, names, options.epochs, ranks)
     write_figures(options.json, figures)
 
 
@@ -126,6 +141,9 @@ def config_of(dataset: Path, world: str, changes: Mapping[str, Any], run_dir: Pa
     own = {}  # an id's table of its own, where it is to start elsewhere than the history's
     if "id_scale" in changes:
         own["item_itself"] = {**item, "init_scale": changes["id_scale"]}
+    if "user_scale" in changes:
+        own["user_itself"] = {**item, "init_scale": changes["user_scale"]}
+        user.append({"name": "user_id", "kind": "id", "table": "user_itself"})
     return validate(
         RunConfig,
         {
@@ -133,7 +151,7 @@ def config_of(dataset: Path, world: str, changes: Mapping[str, Any], run_dir: Pa
             "tables": {"item": item, "about": {"buckets": 4096, "dim": DIM}, **own},
             "user": user,
             "item": [
-                {"name": "item_id", "kind": "id", "table": "item_itself" if own else "item"},
+                {"name": "item_id", "kind": "id", "table": "item_itself" if "item_itself" in own else "item"},
                 *({"name": name, "kind": kinds[name], "table": "about"} for name in about),
             ],
             "model": {"dim": DIM, **changes.get("model", {})},
@@ -207,9 +225,35 @@ def cold(place: Path, names: list[str], epochs: int, ranks: Any) -> dict[str, fl
     return figures
 
 
-def is_cold(item_ids: np.ndarray) -> np.ndarray:
-    """A fifth of the items, by their ids."""
-    return (item_ids.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(32) < np.uint64((1 << 32) // 5)
+def cold_users(place: Path, names: list[str], epochs: int, ranks: Any) -> dict[str, float]:
+    """Recall at 10 of test users of whom train/ has no row."""
+    from trec_twotower.evaluate import Evaluator, exactly
+    from trec_twotower.metrics import Hits
+
+    dataset = place / "cold-users"
+    shutil.copytree(place / "planted", dataset)
+    for path in sorted((dataset / "train").glob("*.parquet")):
+        table = pq.read_table(path)
+        table = table.filter(pa.array(~is_cold(table["user_id"].to_numpy())))
+        pq.write_table(table, path, write_page_checksum=True)
+    (dataset / "dataset.yaml").unlink(missing_ok=True)  # which has the counts of the whole
+    figures = {}
+    print(f"\n{'cold users':<30}{'Recall@10':>10}{'of others':>12}", flush=True)
+    for name in names:
+        loaded, config = trained(dataset, "planted", name, place / f"run-cold-users-{_word(name)}", epochs, ranks)
+        evaluator = Evaluator.of(loaded.sources, "test", config.evaluate, ranks)
+        ranked = evaluator.rankings(evaluator.users(loaded.model), exactly(evaluator.items(loaded.model), ranks))
+        recall_B = Hits.of(ranked, evaluator.held_out.positives).metrics((10,))["recall@10"]
+        is_cold_B = is_cold(evaluator.held_out.user_ids.to_numpy(zero_copy_only=False))
+        start = f"cold_users_{_word(name)}"
+        figures |= {start: float(recall_B[is_cold_B].mean()), f"{start}_others": float(recall_B[~is_cold_B].mean())}
+        print(f"{name:<30}{figures[start]:>10.4f}{figures[f'{start}_others']:>12.4f}", flush=True)
+    return figures
+
+
+def is_cold(ids: np.ndarray) -> np.ndarray:
+    """A fifth of the items or users, by their ids."""
+    return (ids.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(32) < np.uint64((1 << 32) // 5)
 
 
 def without_cold(source: Path, folder: Path) -> None:

@@ -37,7 +37,41 @@ USERS: dict[str, dict[str, Any]] = {  # whose vectors are more than a point
 }
 
 
-RESUMED = ("plan row_wise", "encoder gru", "user routing, attention", "user gaussian")
+SOURCE = {"kind": "sequence", "table": "item", "column": "history", "max_length": 5}
+# What no other case has, all in one: encoders side by side, each by other settings, and the parts of both towers.
+TOGETHER: dict[str, Any] = {
+    "user": [
+        {**SOURCE, "name": "history", "encoder": {"kind": "transformer", "positions": "rotary", "causal": False}},
+        {**SOURCE, "name": "levels", "encoder": {"kind": "hierarchical", "over": "transformer", "segment": 2}},
+        {**SOURCE, "name": "near", "encoder": {"kind": "cnn"}, "times": "when"},
+        {**SOURCE, "name": "asked", "encoder": {"kind": "attention"}},
+        {**SOURCE, "name": "several", "encoder": {"kind": "self_attention", "interests": 2}, "actions": "did"},
+    ],
+    "model": {
+        "dim": 8,
+        "user_tower": {"wide": ["history", "levels"], "short": ["several"], "crosses": 1, "experts": {"count": 3,
+                       "width": 8, "top": 2}},
+        "item_tower": {"wide": ["item_id"], "gating": {"by": ["tags"]}, "missing": ["tags"], "experts": {"count": 2,
+                       "width": 8}},
+    },
+}  # fmt: skip
+# The same with what each rank draws for itself in training: two ranks are not one then, but each goes on as it was.
+DRAWN: dict[str, Any] = {
+    "user": [{**each, "encoder": {**each["encoder"], "dropout": 0.2}} for each in TOGETHER["user"]],
+    "tables": {"own": {"buckets": 40, "dim": 8, "init_scale": 0}},
+    "item": [
+        {"name": "item_id", "kind": "id", "table": "own"},
+        {"name": "tags", "kind": "bag", "table": "tag"},
+    ],
+    "model": {
+        "dim": 8,
+        "user_tower": {**TOGETHER["model"]["user_tower"], "dropout": 0.1, "drop": {"near": 0.3}, "missing": ["near"]},
+        "item_tower": {**TOGETHER["model"]["item_tower"], "drop": {"item_id": 0.3}, "missing": ["item_id", "tags"]},
+    },
+}
+
+
+RESUMED = ("plan row_wise", "encoder gru", "user routing, attention", "user gaussian", "together", "drawn")
 
 
 def write_steps(folder: Path, num_rows: int = NUM_ROWS) -> Path:

@@ -37,15 +37,15 @@ from trec_twotower.schema import FeatureSpec, Schema, TableSpec
 
 ROOT = Path(__file__).parent.parent
 TABLES = {
-    "item": TableSpec(buckets=1000, dim=2),
-    "colour": TableSpec(buckets=50, dim=2, seed=3),
-    "tags": TableSpec(buckets=3_000_000_000, dim=2),  # needs int64
-    "near": TableSpec(buckets=70, dim=2, hashing="modulo"),
+    "item": TableSpec(buckets=1000, dim=4),
+    "colour": TableSpec(buckets=50, dim=4, seed=3),
+    "tags": TableSpec(buckets=3_000_000_000, dim=4),  # needs int64
+    "near": TableSpec(buckets=70, dim=4, hashing="modulo"),
 }
 FEATURES = [
     FeatureSpec(name="item_id", kind="id", table="item"),
     FeatureSpec(name="colour", kind="category", table="colour"),
-    FeatureSpec(name="tags/../values:near", kind="bag", column="tags", table="tags", max_length=3),
+    FeatureSpec(name="tags/values:near", kind="bag", column="tags", table="tags", max_length=3),
     FeatureSpec(name="near", kind="bag", table="near", weights="near_weight"),
     FeatureSpec(name="price", kind="number", normalise="zscore"),
 ]
@@ -154,7 +154,7 @@ def test_a_catalogue_says_what_its_files_say(tmp_path, write_dataset, rng, cache
     found = contents(items)
     assert {name: found[name] for name in found if name != "keys"} == expected(folder)
     assert written == [where]
-    assert items.columns.sparse["tags/../values:near"].values.dtype == np.int64
+    assert items.columns.sparse["tags/values:near"].values.dtype == np.int64
     assert items.columns.sparse["item_id"].values.dtype == np.int32
     assert items.ids.type == (kind if pa.types.is_integer(kind) else pa.large_string())
     rows = rng.integers(0, NUM_ITEMS, 40)

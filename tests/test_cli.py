@@ -81,6 +81,21 @@ def test_a_missing_config_names_the_nearest(cli, shop):
 # ---------------------------------------------------------------- the config
 
 
+@pytest.mark.parametrize("command", [["plan", "--ranks", 2], ["features"]], ids=lambda words: words[0])
+def test_every_command_that_takes_a_config_refuses_words_that_faiss_does_not_know(cli, shop, command):
+    said = cli(*command, shop.config, "index.factory=IVF16,SQ7")
+    assert said.code == USAGE and "'IVF16,SQ7' is no index of dim 8 to FAISS" in said.mistake
+
+
+def test_help_loads_neither_faiss_nor_torch():
+    look = (
+        "import sys\nfrom trec_twotower.cli import main\ntry: main(['train', '--help'])\nexcept SystemExit: pass\n"
+        "print({'faiss', 'torch'} & set(sys.modules))"
+    )
+    words = [sys.executable, "-c", look]
+    assert subprocess.run(words, capture_output=True, text=True, check=True).stdout.endswith("set()\n")
+
+
 @pytest.mark.parametrize(
     ("overrides", "says"),
     [
@@ -96,6 +111,8 @@ def test_a_missing_config_names_the_nearest(cli, shop):
         (["evaluate.k=[0]"], ["evaluate.k", "greater than 0"]),
         (["evaluate.best=recall@7"], ["'recall@7'", "nearest"]),
         (["model.item_tower.project=false"], ["project: false", "model.dim = 8"]),
+        (["index.factory=FooBar"], ["index.factory 'FooBar' is no index of dim 8 to FAISS", "such as IVF1024,SQfp16"]),
+        (["item.price.dim=6", "item.price.bins=3", "item.price.normalise=zscore"], ["'price'", "dim 6", "4 or 8"]),
         # what only the data can tell
         (["user.history.column=histori"], ["'histori'", "nearest: 'history'"]),
         (["item.price.column=cost"], ["'cost'", "has no column"]),

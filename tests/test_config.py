@@ -282,6 +282,12 @@ def test_what_has_no_default_must_be_there(section):
         ("model.user_tower={combine: sum, crosses: 1}", "crosses wants the features side by side"),
         ("model.user_tower.short=[histori]", "names the feature 'histori' (nearest: 'history')"),
         ("model.user_tower.short=[history, age]", "names all features"),
+        (
+            "model.item_tower.drop={item_id: 0.1}",
+            "model.item_tower.drop names the id 'item_id', whose table 'item' starts within ±0.354: the tower learns "
+            "to do without an id that is zero, but a new one would be noise; give it a table of its own (others look "
+            "up 'item', too) with init_scale: 0 under `tables`, and name 'item_id' under missing, too.",
+        ),
         ("model.user_tower.drop={ages: 0.1}", "names the feature 'ages' (nearest: 'age')"),
         ("model.user_tower.experts={count: 2, width: 4, top: 2}", "experts.top is 2 of 2 experts"),
         ("model.user_tower.experts={count: 0, width: 4}", "'model.user_tower.experts.count' is 0"),
@@ -448,7 +454,7 @@ OTHER = {
 ROOM = ("model.dim=10", "loss.negatives.sampled=5")
 NEEDS = {  # what else a setting asks for
     "evaluate.sampled_same": ("evaluate.sampled=100",),
-    "model.user_tower.wide": ("tables.item.dim=10",),
+    "model.user_tower.wide": ("tables.item.dim=12", "model.dim=12"),
     "tables.item.shard_columns": ("tables.item.sharding=column_wise",),
     "tables.item.cache_share": ("tables.item.kernel=fused_uvm_caching",),
     "train.optimizer.weight_decay": ("train.optimizer.sparse=adam",),

@@ -143,7 +143,7 @@ def test_exponentials_of_a_block_are_those_of_float64(rng, size):
 def test_tower_inputs_have_the_gradient_of_their_parts_divided_and_joined():
     """Rows beyond a side's own get none, and neither do keys of a side that is not asked for."""
     bags = [FeatureSpec(name=name, kind="bag", table="t", pooling=how) for name, how in (("a", "mean"), ("b", "sum"))]
-    tables = {"t": TableSpec(buckets=5, dim=2)}
+    tables = {"t": TableSpec(buckets=5, dim=2, sharding="data_parallel")}
     schema = Schema.build(tables, bags, (FeatureSpec(name="c", kind="id", table="t"),))
     source, other = (torch.randn(4, width, dtype=torch.float64, requires_grad=True) for width in (4, 2))
     divisor_BF = torch.tensor([[2.0, 1.0], [3.0, 1.0], [1.0, 1.0]], dtype=torch.float64)

@@ -10,8 +10,9 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from tests.ranks.bazaar import ITEM, NUM_ITEMS, USER, bazaar_config, losses_of, work, write_bazaar
+from tests.ranks.bazaar import ITEM, NUM_ITEMS, TITLES, USER, bazaar_config, losses_of, work, write_bazaar
 from tests.ranks.launch import SAID_BY_TORCHREC
+from trec_twotower.errors import DataError
 
 pytestmark = [pytest.mark.filterwarnings(said) for said in SAID_BY_TORCHREC]
 
@@ -73,11 +74,29 @@ def test_a_user_given_as_a_dict_gets_what_the_same_row_gets(bazaar, retriever):
     assert now == retriever.recommend([103], k=4)
 
 
+def test_a_state_may_be_of_a_user_whom_users_does_not_know(bazaar, retriever):
+    """Where his age is given he gets what the one gets who has it in users/, id or none; without it what null gets."""
+    about = pq.read_table(bazaar / "users").to_pylist()
+    user = next(row for row in about if row["age"] is not None and row["age"] < 40)
+    (row,) = pq.read_table(bazaar / "test", filters=[("user_id", "==", user["user_id"])]).to_pylist()
+    state = {name: row[name] for name in retriever.loaded.sources.user_columns()}
+    [known] = retriever.recommend([user["user_id"]], k=4)
+    older, nothing = ({**state, "age": value} for value in (99, None))
+    nobody = {name: value for name, value in state.items() if name != "user_id"}
+    strangers = [{**state, "user_id": 7, "age": user["age"]}, *({**nobody, "age": each} for each in (user["age"], 99))]
+    answers = retriever.recommend_now([*strangers, nobody, older, nothing], k=4)
+    assert [answer.items for answer in answers[:2]] == [known.items] * 2
+    assert answers[2].items == answers[4].items != known.items
+    assert answers[3].items == answers[5].items != known.items
+    with pytest.raises(DataError, match="state 0 does not have the types of"):
+        retriever.recommend_now([{"user_id": 2**70}])
+
+
 def test_features_tells_of_every_kind(one, cli):
     said = cli("features", one[1] / "config.yaml")
     assert said.code == 0, said.err
     told = {line.split()[1] for line in said.out.splitlines() if line.startswith(("user ", "item "))}
-    assert told == {feature["name"] for feature in [*USER, *ITEM]} | {"title_read"}
+    assert told == {feature["name"] for feature in [*USER, *ITEM]} | set(TITLES)
 
 
 def test_statistics_are_learned_once_and_not_from_what_is_asked_for(bazaar, one, lone_rank, monkeypatch):

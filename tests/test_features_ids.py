@@ -16,17 +16,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from tests.ranks.launch import SAID_BY_TORCHREC
+from tests.sequences import steps_config, write_steps
+from trec_twotower.config import DataConfig, LossConfig, RunConfig, load_config, read_yaml, validate
 from trec_twotower.data.batch import make_batch
-from trec_twotower.data.coverage import coverage, describe_coverage, own_in_history
+from trec_twotower.data.coverage import OwnItems, coverage, describe_coverage, own_items
 from trec_twotower.data.dataset import Dataset
 from trec_twotower.data.features import Sources
 from trec_twotower.data.numbers import Statistics
-from trec_twotower.data.reader import without_own
+from trec_twotower.data.reader import UnitReader, without_own
 from trec_twotower.data.transforms import transform
 from trec_twotower.data.vocabulary import in_vocabulary, make_vocabulary
 from trec_twotower.errors import ConfigError, DataError
 from trec_twotower.model.embedding import Pooled, tower_inputs
 from trec_twotower.schema import FeatureSpec, Schema, TableSpec, auto_dim
+from trec_twotower.train import train
 
 # Vocabularies
 
@@ -114,7 +118,7 @@ def test_a_dim_by_rule_is_six_fourth_roots_in_fours():
 
 def test_two_hashes_are_two_rows_of_one_table():
     """A batch has both, and the tower gets their sum."""
-    table = TableSpec(buckets=50, dim=2, hashes=2)
+    table = TableSpec(buckets=50, dim=4, hashes=2)
     tags = FeatureSpec(name="tags", kind="bag", table="t", weights="shares", max_length=2)
     item = FeatureSpec(name="item", kind="id", table="t")
     rows = pa.table(
@@ -233,6 +237,30 @@ def test_tables_that_hash_twice_and_cannot_are_refused():
         item.hash(pa.array([1]), TableSpec(buckets=9, dim=4, hashes=2))
 
 
+def test_a_vocabulary_is_read_with_a_config_that_is_given_and_not_with_a_saved_one(tmp_path):
+    """Also where buckets stand beside it, as they do in a run's own config.yaml, whose words are kept elsewhere."""
+    words, config = tmp_path / "words.txt", tmp_path / "c.yaml"
+
+    def mistake(content: str | None, buckets: int) -> str | None:
+        words.unlink(missing_ok=True)
+        if content is not None:
+            words.write_text(content)
+        feature = f"{{name: brand, kind: category, vocabulary: {words}, buckets: {buckets}, dim: 4}}"
+        item = "{name: item_id, kind: id, buckets: 9, dim: 4}"
+        config.write_text(f"data: {{dataset: d}}\nuser: [{feature}]\nitem: [{item}]\n")
+        try:
+            load_config(config)
+        except ConfigError as error:
+            return str(error)
+        return None
+
+    assert mistake("a\nb\n", 4) is None
+    assert f"The vocabulary {words} cannot be read" in mistake(None, 4)
+    validate(RunConfig, read_yaml(config), "a run's config.yaml")
+    assert "has 'a' in lines 1 and 3: keep one" in mistake("a\nb\na\n", 9)
+    assert "has 3 words, but feature 'brand' has rows for 2: leave buckets out, or set" in mistake("a\nb\nc", 4)
+
+
 # What the data hold
 
 
@@ -247,13 +275,13 @@ def leaky(tmp_path, write_dataset) -> Path:
     return write_dataset(tmp_path / "d", items=pa.table({"item_id": ["a", "b", "c"]}), train=train, test=test)
 
 
-HISTORY = FeatureSpec(name="history", kind="bag", buckets=1000, dim=2, weights="share")
+HISTORY = FeatureSpec(name="history", kind="bag", buckets=1000, dim=4, weights="share")
 
 
 def test_what_the_data_hold_is_told_by_feature(leaky):
-    item = FeatureSpec(name="item_id", kind="id", buckets=1000, dim=2)
+    item = FeatureSpec(name="item_id", kind="id", buckets=1000, dim=4)
     schema = Schema.build(
-        {}, (HISTORY, brand(buckets=3), FeatureSpec(name="user_id", kind="id", buckets=1, dim=2)), (item,)
+        {}, (HISTORY, brand(buckets=3), FeatureSpec(name="user_id", kind="id", buckets=1, dim=4)), (item,)
     )
     sources = Sources(Dataset(leaky), schema, "event")
     history, of_brand, user, of_item = coverage(sources)
@@ -262,7 +290,7 @@ def test_what_the_data_hold_is_told_by_feature(leaky):
     assert (of_brand.unknown, of_brand.new) == (0.5, 1.0)  # a row for one of x and y alone
     assert (user.used, user.collided, user.new) == (1.0, 1.0, 0.0)
     assert (of_item.distinct, of_item.new) == (2, 1.0)  # c was never taken
-    assert own_in_history(sources) == pytest.approx(1 / 3)
+    assert own_items(sources) == OwnItems(1, 2, ["history"])
     said = describe_coverage(sources)
     assert "user brand" in said and "33.33% of the rows of train/ have the item" in said and "own_item: drop" in said
 
@@ -278,10 +306,7 @@ def test_a_history_without_the_rows_own_item(leaky):
 
 @pytest.mark.parametrize(("own_item", "lengths"), [("keep", [1, 3, 0]), ("drop", [1, 1, 0])])
 def test_own_items_are_left_out_where_rows_are_read(leaky, own_item, lengths):
-    from trec_twotower.config import DataConfig, LossConfig
-    from trec_twotower.data.reader import UnitReader
-
-    schema = Schema.build({}, (HISTORY,), (FeatureSpec(name="item_id", kind="id", buckets=9, dim=2),))
+    schema = Schema.build({}, (HISTORY,), (FeatureSpec(name="item_id", kind="id", buckets=9, dim=4),))
     sources = Sources(Dataset(leaky), schema, "event")
     data = DataConfig(dataset=leaky, own_item=own_item)
     reader = UnitReader(sources, data, LossConfig(mask_history=False), 0, 1)
@@ -292,6 +317,70 @@ def test_own_items_are_left_out_where_rows_are_read(leaky, own_item, lengths):
         next(refusing._blocks(group, 0, 3))
     with pytest.raises(ValidationError, match="a history is drawn apart from what is asked for"):
         DataConfig(dataset="d", rows="user", own_item="drop")
+
+
+def test_every_list_of_items_is_looked_through_for_the_rows_own(tmp_path, write_dataset):
+    """Clicks share the item id's table, tags do not; what is left of each by hand."""
+    train = pa.table(
+        {
+            "user_id": [1, 1, 2],
+            "item_id": ["a", "b", "c"],
+            "history": pa.array([["a", "b"], [], ["b"]], pa.list_(pa.string())),
+            "clicks": [["b", "a"], ["c", "b", "b"], ["a"]],
+            "when": [[5, 6], [1, 2, 3], [7]],
+            "tags": [["a"], ["b"], ["c"]],
+        }
+    )
+    users = pa.table({"user_id": [1, 2], "liked": [["a"], ["b"]]})
+    items = pa.table({"item_id": ["a", "b", "c"]})
+    dataset = Dataset(write_dataset(tmp_path / "d", train=train, users=users, items=items))
+    clicks = FeatureSpec(name="clicks", kind="sequence", table="item", max_length=3, times="when")
+    tags = FeatureSpec(name="tags", kind="bag", buckets=9, dim=4)
+    liked = FeatureSpec(name="liked", kind="bag", table="item")
+    tables, item = {"item": TableSpec(buckets=64, dim=4)}, FeatureSpec(name="item_id", kind="id", table="item")
+    sources = Sources(dataset, Schema.build(tables, (clicks, tags), (item,)), "event")
+    [group] = dataset.train.row_groups
+
+    def reader(own_item: str, sources: Sources = sources) -> UnitReader:
+        return UnitReader(sources, DataConfig(dataset=dataset.folder, own_item=own_item), LossConfig(), 0, 1)
+
+    kept, left = (next(reader(word)._blocks(group, 0, 3))[1] for word in ("keep", "drop"))
+    expected = clicks.hash(pa.array([["b"], ["c"], ["a"]]), tables["item"]).to_pylist()
+    sparse = left.user.sparse
+    assert [part.tolist() for part in np.split(sparse["clicks"].values, sparse["clicks"].offsets[1:-1])] == expected
+    assert sparse["clicks@gap"].lengths.tolist() == [1, 1, 1]
+    assert sparse["tags"].values.tolist() == kept.user.sparse["tags"].values.tolist()
+    assert left.history.lengths.tolist() == [1, 0, 1] and kept.history.lengths.tolist() == [2, 0, 1]
+    found = own_items(sources)
+    assert found == OwnItems(rows=2, elements=4, columns=["history", "clicks"])
+    assert found.in_words.startswith(
+        "data.own_item: drop leaves 4 elements out of history, clicks, in 2 rows of train/"
+    )
+    with pytest.raises(DataError, match="row 0: its history holds the item that it asks for"):
+        next(reader("refuse")._blocks(group, 0, 3))
+    with pytest.raises(DataError, match=r"row 0: its clicks holds the item that it asks for \(2 rows"):
+        without_own(dataset.train.table(["item_id", "clicks", "when"]), ["clicks", "when"], "here", refuses=True)
+    with_liked = Sources(dataset, Schema.build(tables, (clicks, tags, liked), (item,)), "event")
+    with pytest.raises(ConfigError, match=r"user feature 'liked' reads lists of items in .*users, one list for all"):
+        reader("drop", with_liked)
+    assert "in their history or clicks" in describe_coverage(with_liked)
+    reader("keep", with_liked)
+
+
+@pytest.mark.filterwarnings(*SAID_BY_TORCHREC)
+def test_a_run_says_how_many_elements_it_left_out(tmp_path, lone_rank, capsys):
+    """In words when it begins and when it goes on, and in its status; counted in the rows by hand."""
+    world = write_steps(tmp_path / "world")
+    rows = Dataset(world).train.table(["item_id", "history"]).to_pylist()
+    counts = [row["history"].count(row["item_id"]) for row in rows]
+    elements, having = sum(counts), sum(map(bool, counts))
+    assert elements > having > 3
+    for epochs in (1, 2):
+        config = {"data": {"own_item": "drop"}, "train": {"epochs": epochs}}
+        train(steps_config(world, tmp_path / "run", **config), lone_rank)
+        assert f"drop leaves {elements} elements out of history, in {having} rows" in capsys.readouterr().out
+    status = json.loads((tmp_path / "run" / "status.json").read_text())
+    assert status["own_items"] == {"rows": having, "elements": elements, "columns": ["history"]}
 
 
 def test_collisions_are_those_of_the_rows_that_are_looked_up(tmp_path, write_dataset):
@@ -310,13 +399,10 @@ def test_collisions_are_those_of_the_rows_that_are_looked_up(tmp_path, write_dat
 
 def test_a_drawn_history_is_the_same_items_by_both_hashes(tmp_path, write_dataset):
     """With a row a user, what is input is drawn anew: of both rows of an id or of none."""
-    from trec_twotower.config import DataConfig, LossConfig
-    from trec_twotower.data.reader import UnitReader
-
     items = list(range(30))
     train = pa.table({"user_id": [1, 2], "positives": [items[:20], items[10:]]})
     folder = write_dataset(tmp_path / "d", items=pa.table({"item_id": items}), train=train)
-    table = TableSpec(buckets=1 << 20, dim=2, hashes=2)
+    table = TableSpec(buckets=1 << 20, dim=4, hashes=2)
     history = FeatureSpec(name="history", kind="bag", table="t")
     item = FeatureSpec(name="item_id", kind="id", table="t")
     sources = Sources(Dataset(folder), Schema.build({"t": table}, (history,), (item,)), "user")

@@ -150,10 +150,10 @@ def test_a_soft_bin_lies_between_its_neighbours_in_proportion(values, points):
 
 
 def test_bins_are_a_table_and_no_numbers():
-    age, price = number(name="age", bins=4, dim=6), number(name="price", bins=4, dim=5, soft=True)
+    age, price = number(name="age", bins=4, dim=8), number(name="price", bins=4, dim=12, soft=True)
     schema = Schema.build({}, (age,), (ID, price))
     assert schema.keys() == ["user:age", "item:item_id", "item:price"]
-    assert (schema.width("user"), schema.width("item")) == (6, 4 + 5)
+    assert (schema.width("user"), schema.width("item")) == (8, 4 + 12)
     assert schema.is_weighted and not Schema.build({}, (age,), (ID,)).is_weighted
     assert {name: table.buckets for name, table in schema.tables.items()} == {"age": 5, "item_id": 8, "price": 5}
 

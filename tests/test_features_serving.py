@@ -17,8 +17,10 @@ from hypothesis import strategies as st
 from trec_twotower.config import DataConfig, LossConfig
 from trec_twotower.data.dataset import Dataset
 from trec_twotower.data.features import Sources
+from trec_twotower.data.numbers import Statistics
 from trec_twotower.data.reader import UnitReader
 from trec_twotower.data.transforms import Columns
+from trec_twotower.errors import ConfigError, DataError
 from trec_twotower.schema import SETTINGS, FeatureSpec, Schema, TableSpec
 from trec_twotower.serve import state_table
 
@@ -45,9 +47,29 @@ USER = tuple(
         {"name": "taste", "kind": "vector", "size": 2, "dim": 4, "unit_length": True, "nan": "missing"},
     )
 )  # fmt: skip
+STATIC = tuple(
+    FeatureSpec(**feature)
+    for feature in (
+        {"name": "city", "kind": "category", "vocabulary": "learned", "buckets": 4, "dim": 4},
+        {"name": "age", "kind": "number", "normalise": "quantile"},
+        {"name": "likes", "kind": "bag", "table": "twice", "pooling": "sum"},
+        {"name": "where_and_how", "kind": "cross", "columns": ("city", "plan"), "buckets": 50, "dim": 4},
+        {"name": "face", "kind": "vector", "size": 2, "dim": 4},
+    )
+)
+LEARNED = [f"user:{feature.name}" for feature in (*USER, *STATIC) if feature.learns]
 COLOUR = {"name": "colour", "kind": "category", "buckets": 9, "dim": 4}
 ITEM = tuple(FeatureSpec(**each) for each in ({"name": "item_id", "kind": "id", "table": "item"}, COLOUR))
 SCHEMA = Schema.build(TABLES, USER, ITEM)
+WITH_STATIC = Schema.build(TABLES, (*USER, *STATIC), ITEM)
+OF_USERS = {
+    "user_id": pa.int64(),
+    "city": pa.string(),
+    "plan": pa.int32(),
+    "age": pa.float64(),
+    "likes": pa.list_(pa.string()),
+    "face": pa.list_(pa.float32(), 2),
+}
 TYPES = {
     "user_id": pa.int64(),
     "item_id": pa.string(),
@@ -97,6 +119,19 @@ def users(draw: Any) -> dict[str, Any]:
     }
 
 
+@st.composite
+def profiles(draw: Any) -> dict[str, Any]:
+    """A row of users/, less its id."""
+    number = st.floats(-100, 100, width=32)
+    return {
+        "city": draw(st.none() | st.sampled_from(["Oslo", "Bergen", "Hamar", "Moss"])),
+        "plan": draw(st.none() | st.integers(0, 3)),
+        "age": draw(st.none() | number),
+        "likes": draw(st.none() | st.lists(st.sampled_from(["a", "b", "c"]), max_size=3)),
+        "face": draw(st.none() | st.lists(number, min_size=2, max_size=2)),
+    }
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, write_dataset) -> Path:
     items = pa.table({"item_id": ITEMS, "colour": ["red", "blue", None, "red", "green", "blue"]})
@@ -113,14 +148,21 @@ def same(one: Columns, other: Columns) -> None:
         np.testing.assert_array_equal(number, other.numbers[name], err_msg=name)
 
 
+def rewrite(folder: Path, **parts: tuple[list[dict[str, Any]], dict[str, pa.DataType]]) -> None:
+    """Other rows for some parts of a dataset; users/ goes where it is not among them."""
+    for name in {"users", *parts}:
+        shutil.rmtree(folder / name, ignore_errors=True)
+    for name, (rows, kinds) in parts.items():
+        (folder / name).mkdir()
+        table = pa.table({column: pa.array([row[column] for row in rows], kind) for column, kind in kinds.items()})
+        pq.write_table(table, folder / name / "part-0.parquet")
+
+
 @settings(max_examples=20)
 @given(st.lists(users(), min_size=1, max_size=3))
 def test_a_row_that_is_trained_on_is_the_same_user_served(folder, rows):
     """Statistics and vocabularies are learned from the rows; serving takes them as the run has kept them."""
-    shutil.rmtree(folder / "train")
-    (folder / "train").mkdir()
-    table = pa.table({name: pa.array([row[name] for row in rows], kind) for name, kind in TYPES.items()})
-    pq.write_table(table, folder / "train" / "part-0.parquet")
+    rewrite(folder, train=(rows, TYPES))
     trained = Sources(Dataset(folder), SCHEMA, "event")
     reader = UnitReader(trained, DataConfig(dataset=folder), LossConfig(), 0, 1)
     [group] = trained.dataset.train.row_groups
@@ -132,3 +174,56 @@ def test_a_row_that_is_trained_on_is_the_same_user_served(folder, rows):
         state = {name: row[name] for name in columns if row[name] is not None}
         asked = served.user_features(state_table(served, state, "the state"), "the state")
         same(read.take(np.array([number])), asked)
+
+
+@settings(max_examples=10)
+@given(st.lists(users(), min_size=1, max_size=3), st.lists(profiles(), min_size=4, max_size=4), st.data())
+def test_what_users_says_of_a_user_may_be_given_or_is_looked_up(folder, rows, about, data):
+    """As training reads the user: of one whom users/ knows, of one whom it does not, and of one who has moved."""
+    ids = {row["user_id"]: {"user_id": row["user_id"], **about[number]} for number, row in enumerate(rows)}
+    rewrite(folder, train=(rows, TYPES), users=(list(ids.values()), OF_USERS))
+    trained = Sources(Dataset(folder), WITH_STATIC, "event")
+    row = data.draw(st.sampled_from(rows))
+    state = {name: row[name] for name in trained.user_columns()}
+    profile = {name: value for name, value in ids[row["user_id"]].items() if name != "user_id"}
+    expected = read_as_trained(trained, rows.index(row))
+    same(expected, asked(trained, state))
+    same(expected, asked(trained, {**state, **profile}))
+    # Some columns given at request time, the others as users/ has them.
+    new = {name: about[3][name] for name in data.draw(st.sets(st.sampled_from(sorted(profile)), min_size=1))}
+    moved = asked(trained, {**state, **new})
+    # The same user in a users/ that does not know him; what is then not said is null.
+    stranger = {"user_id": row["user_id"] ^ 1, **dict.fromkeys(profile)}
+    rewrite(folder, train=(rows, TYPES), users=([stranger], OF_USERS))
+    elsewhere = Sources(Dataset(folder), WITH_STATIC, "event", trained.statistics)
+    same(expected, asked(elsewhere, {**state, **profile}))
+    unknown = asked(elsewhere, {**state, **new})
+    # Both as training reads it where users/ says so itself.
+    for found, base in ((moved, profile), (unknown, dict.fromkeys(profile))):
+        rewrite(folder, train=(rows, TYPES), users=([{"user_id": key, **base, **new} for key in ids], OF_USERS))
+        there = Sources(Dataset(folder), WITH_STATIC, "event", trained.statistics)
+        same(read_as_trained(there, rows.index(row)), found)
+
+
+def read_as_trained(sources: Sources, number: int) -> Columns:
+    reader = UnitReader(sources, DataConfig(dataset=sources.dataset.folder), LossConfig(), 0, 1)
+    [group] = sources.dataset.train.row_groups
+    return next(reader._blocks(group, 0, group.num_rows))[1].user.take(np.array([number]))
+
+
+def asked(sources: Sources, state: dict[str, Any]) -> Columns:
+    return sources.state_features(state_table(sources, state, "the state"), "the state")
+
+
+def test_a_state_that_does_not_fit_is_refused_in_words(folder):
+    row = dict.fromkeys(TYPES) | {"user_id": 7, "item_id": ITEMS[0]}
+    profile = dict.fromkeys(OF_USERS) | {"user_id": 7}
+    rewrite(folder, train=([row], TYPES), users=([profile], OF_USERS))
+    sources = Sources(Dataset(folder), WITH_STATIC, "event", {name: Statistics() for name in LEARNED})
+    for state in ({"user_id": 2**64}, {"user_id": -(2**63) - 1}, {"device": 2**31}, {"plan": 2**31}, {"city": 3}):
+        with pytest.raises(DataError, match="the state does not have the types of"):
+            state_table(sources, state, "the state")
+    with pytest.raises(ConfigError, match=r"the state has a column 'cty', which no user feature reads.*'city'"):
+        state_table(sources, {"cty": "Oslo"}, "the state")
+    with pytest.raises(DataError, match="null"):  # the id is a feature here
+        asked(sources, {"city": "Oslo"})

@@ -19,7 +19,7 @@ from pydantic import ValidationError
 from tests.ranks.bazaar import WORDS, write_model
 from trec_twotower.data.batch import Listed
 from trec_twotower.data.hashing import mix
-from trec_twotower.data.text import text_keys, tokens
+from trec_twotower.data.text import _most_tokens, text_keys, tokens
 from trec_twotower.data.transforms import check_kind, put_pooling_divisor, transform
 from trec_twotower.errors import ConfigError, DataError
 from trec_twotower.model.inputs import TextInput
@@ -97,7 +97,7 @@ def model(tmp_path_factory) -> Path:
 
 
 def read_by(model: Path, **changes) -> FeatureSpec:
-    return FeatureSpec(**{"name": "title", "kind": "text", "folder": str(model), "dim": 4} | changes)
+    return FeatureSpec(**{"name": "title", "kind": "text", "folder": str(model), "dim": 4, "max_length": 16} | changes)
 
 
 def listed(feature: FeatureSpec, texts: list[str | None]) -> Listed:
@@ -196,6 +196,57 @@ def test_a_folder_that_holds_no_model_is_refused(tmp_path, model):
     (tmp_path / "vocab.txt").write_text("[UNK]")
     assert "has tune: 3, but the model in" in refusal(tune=3)
     with pytest.raises(ConfigError, match="has no model that transformers can read"):
+        TextInput(read_by(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes", "max_length", "said"),
+    [
+        ("BertConfig", {"max_position_embeddings": 16}, 17, "has max_length: 17, but the bert in .* for 16 tokens"),
+        ("BertConfig", {"max_position_embeddings": 16}, None, "has no max_length, so 64 tokens, but the bert"),
+        ("GPT2Config", {"n_positions": 16}, 17, "places for 16 tokens: set max_length to 16 or less"),
+        ("RobertaConfig", {"max_position_embeddings": 18}, 17, "places for 16 tokens"),
+        ("T5Config", {}, 8, "the t5 in .* is an encoder with a decoder, .* take a plain encoder"),
+        ("CLIPConfig", {}, 8, r"the clip in .* is made of parts \(text_config, vision_config\)"),
+    ],
+)
+def test_models_that_cannot_read_so_much_or_at_all_are_refused_with_the_config(tmp_path, kind, sizes, max_length, said):
+    import transformers
+
+    getattr(transformers, kind)(**sizes).save_pretrained(tmp_path)
+    for name in ("model.safetensors", "vocab.txt"):
+        (tmp_path / name).touch()
+    with pytest.raises(ValidationError, match=said):
+        read_by(tmp_path, max_length=max_length)
+    if sizes:
+        read_by(tmp_path, max_length=16)
+
+
+@pytest.mark.parametrize("kind", ["Bert", "Roberta"])
+def test_a_model_reads_as_many_tokens_as_it_says(kind, tmp_path):
+    """The longest text that is not refused, by the model itself; a longer one ends in an error of its own."""
+    import transformers
+
+    sizes = {"hidden_size": 4, "num_attention_heads": 1, "intermediate_size": 4, "num_hidden_layers": 1}
+    config = getattr(transformers, f"{kind}Config")(vocab_size=9, max_position_embeddings=18, **sizes)
+    reader = getattr(transformers, f"{kind}Model")(config).eval()
+    most = _most_tokens(config.to_dict())
+    read = torch.full((1, most + 1), 5)
+    assert reader(input_ids=read[:, :most]).last_hidden_state.shape == (1, most, 4)
+    with pytest.raises((IndexError, RuntimeError)):
+        reader(input_ids=read)
+
+
+def test_a_model_that_makes_no_vectors_of_tokens_is_refused_as_it_is_read(tmp_path):
+    """Whatever its config.json says: here a T5 that claims to have no decoder."""
+    import transformers
+
+    sizes = {"d_model": 4, "d_kv": 4, "d_ff": 4, "num_layers": 1, "num_heads": 1}
+    transformers.T5Model(transformers.T5Config(vocab_size=9, **sizes)).save_pretrained(tmp_path)
+    (tmp_path / "vocab.txt").touch()
+    about = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(about | {"is_encoder_decoder": False}))
+    with pytest.raises(ConfigError, match=r"'title': the T5Model in .* does not make vectors of a text's tokens"):
         TextInput(read_by(tmp_path))
 
 

@@ -78,8 +78,8 @@ def test_missing_vectors_are_learned_and_others_projected():
 def test_vectors_stand_between_bags_and_plain_numbers():
     age, price = (FeatureSpec(name=name, kind="number") for name in ("age", "price"))
     brand = FeatureSpec(name="brand", kind="category", table="t")
-    schema = Schema.build({"t": TableSpec(buckets=9, dim=5)}, (brand,), (age, IMAGE, brand, price))
-    assert schema.widths("item") == (5, 4, 4) and schema.width("item") == 13
+    schema = Schema.build({"t": TableSpec(buckets=9, dim=8)}, (brand,), (age, IMAGE, brand, price))
+    assert schema.widths("item") == (8, 4, 4) and schema.width("item") == 16
     assert schema.parts("item") == ["brand", "image", "age"]
     assert [schema.place("item", name) for name in ("brand", "image", "age", "price")] == [0, 1, 2, 2]
     assert schema.dense("item") == [IMAGE, age, price]

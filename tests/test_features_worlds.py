@@ -1,4 +1,4 @@
-"""Worlds that only one part can solve: new items known by their text or picture, and tastes that pairs decide."""
+"""Worlds that only one part can solve: new items known by text or picture, tastes that a pair or a bin decides."""
 
 from __future__ import annotations
 
@@ -32,9 +32,17 @@ def topics(tmp_path_factory, write_dataset) -> Path:
     taste = (a + b) % TOPICS
     warm_of = [np.flatnonzero(topic_I[:WARM] == topic) for topic in range(TOPICS)]
     folder = tmp_path_factory.mktemp("topics") / "world"
-    items = {"item_id": np.arange(len(topic_I)), "title": titles, "picture": pictures.tolist()}
+    items = {"item_id": np.arange(len(topic_I)), "title": titles, "picture": pictures.tolist(), "shelf": topic_I}
     taken = [int(rng.choice(warm_of[topic])) for topic in taste]
     train = {"user_id": np.arange(EVENTS), "item_id": taken, "taste": taste, "a": a, "b": b}
+    # What else tells the taste: a number and an hour, neither in order; what was seen of late, behind older things.
+    order = np.array([2, 0, 4, 1, 3])
+    train["size"] = order[taste] + 5 * rng.integers(0, 2, EVENTS) + rng.uniform(0.1, 0.9, EVENTS)
+    train["when"] = (rng.integers(19_000, 19_700, EVENTS) * 24 + 4 * order[taste] + rng.integers(0, 4, EVENTS)) * 3600
+    old = rng.integers(0, TOPICS, EVENTS)
+    train["seen"] = [[int(rng.choice(warm_of[each])) for each in (o, o, o, t)] for o, t in zip(old, taste, strict=True)]
+    train["seen_when"] = [[0, 1, 2, 90 * 86_400]] * EVENTS
+    train["kept"] = [rng.choice(warm_of[topic], 2).tolist() for topic in taste]
     write_dataset(folder, items=pa.table(items), train=pa.table(train))
     write_model(folder / "model")
     return folder
@@ -47,7 +55,9 @@ def right(topics, lone_rank) -> Any:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # products this small: threads would wait for each other most of the time
 
-    def measure(user: list[dict[str, Any]], item: list[dict[str, Any]], **model: Any) -> float:
+    def measure(
+        user: list[dict[str, Any]], item: list[dict[str, Any]], tables: dict[str, Any] | None = None, **model: Any
+    ) -> float:
         from trec_twotower.config import RunConfig, validate
         from trec_twotower.encode import encode
         from trec_twotower.export import load_model
@@ -57,6 +67,7 @@ def right(topics, lone_rank) -> Any:
         number = len(list(topics.parent.glob("run-*")))
         values = {
             "data": {"dataset": topics, "batch_size": 64},
+            "tables": tables or {},
             "user": user,
             "item": item,
             "model": {"dim": 8, **model},
@@ -92,7 +103,7 @@ def by_id(right) -> float:
     [
         {"name": "title", "kind": "text", "buckets": 512, "dim": 8},
         {"name": "title", "kind": "text", "buckets": 512, "dim": 8, "words": 0, "characters": [3, 3]},
-        {"name": "title", "kind": "text", "folder": "model", "tune": "all", "dim": 8},
+        {"name": "title", "kind": "text", "folder": "model", "tune": "all", "dim": 8, "max_length": 16},
         {"name": "picture", "kind": "vector", "size": TOPICS, "dim": 8},
     ],
     ids=["words", "characters", "language model", "picture"],
@@ -113,3 +124,37 @@ def test_a_cross_knows_what_its_columns_do_not(wide, right):
     pair = {"name": "a_and_b", "kind": "cross", "columns": ["a", "b"], "buckets": 512, "dim": 8}
     apart, crossed = right(alone, item), right([*alone, pair], item, user_tower={"wide": list(wide)})
     assert apart < 0.6 and crossed > 0.9 and crossed > apart + 0.3, (apart, crossed)
+
+
+SHELF = {"name": "shelf", "kind": "category", "buckets": 64, "dim": 8}
+SIZE = {"name": "size", "kind": "number"}
+WHEN = {"name": "when", "kind": "time"}
+SEEN = {"name": "seen", "kind": "bag", "buckets": 512, "dim": 8}
+NOTHING = {"buckets": 1, "dim": 8}  # of ids that say nothing
+
+
+@pytest.mark.parametrize(
+    ("without", "with_it"),
+    [
+        (SIZE, {**SIZE, "bins": 20, "dim": 8}),
+        (SIZE, {**SIZE, "bins": 20, "dim": 8, "soft": True}),
+        ({**WHEN, "part": "weekday", "dim": 8}, {**WHEN, "part": "hour", "dim": 8}),
+        (SEEN, {**SEEN, "times": "seen_when", "half_life_days": 7}),
+    ],
+    ids=["bins", "soft bins", "hour", "decay"],
+)
+def test_a_setting_of_a_feature_knows_what_the_feature_without_it_does_not(without, with_it, right):
+    """No line through a number turns back to a taste that has two stretches of it; a weekday says nothing of the hour;
+    most of what was seen is old, and only the newest tells.
+    """
+    plain, found = (right([each], [SHELF]) for each in (without, with_it))
+    assert found > 0.85 and found > plain + 0.25, (found, plain)
+
+
+def test_attributes_of_steps_know_items_whose_ids_say_nothing(right):
+    """All ids share one row; what the catalogue says of each step's item still tells what it was."""
+    kept = {"name": "kept", "kind": "sequence", "table": "nothing", "max_length": 2}
+    plain, found = (
+        right([{**kept, "attributes": names}], [SHELF], tables={"nothing": NOTHING}) for names in ([], ["shelf"])
+    )
+    assert plain < 0.4 and found > 0.85, (found, plain)

@@ -125,9 +125,9 @@ def test_attention_by_the_positive_is_the_mean_written_out(vectors):
     for row, column in enumerate(column_B):
         weight_M = (2.0 * (user_BMD[row] @ item_CD[column])).softmax(0)
         assert torch.allclose(made[row], F.normalize((weight_M[:, None] * user_BMD[row]).sum(0), dim=0), atol=1e-6)
-    shares = uses(user_BMD, item_CD, Pairs(torch.arange(ROWS), column_B))
+    used_BM = uses(user_BMD, item_CD, Pairs(torch.arange(ROWS), column_B))
     best = [int((user_BMD[row] @ item_CD[column]).argmax()) for row, column in enumerate(column_B)]
-    assert shares == [best.count(vector) / ROWS for vector in range(INTERESTS)]
+    assert used_BM.tolist() == [[int(vector == one) for vector in range(INTERESTS)] for one in best]
 
 
 def test_likeness_is_the_mean_square_of_cosines_above_zero():
@@ -245,6 +245,8 @@ def test_several_vectors_solve_a_world_of_two_interests():
     """In four dimensions no point is near two of sixteen clusters and far from the others."""
     points, several = recall_of_two("attention"), recall_of_two("self_attention", interests=8)
     assert several > points + 0.2, (several, points)
+    routed = recall_of_two("routing", interests=8, iterations=2)
+    assert routed > points + 0.1, (routed, points)
 
 
 def right_of_two(is_gaussian: bool, groups: int = 8, each: int = 4, dim: int = 3, steps: int = 200) -> float:

@@ -73,12 +73,12 @@ def test_first_weights_are_uniform_within_the_start_scale(scale):
 
 def test_first_weights_are_the_formula_cell_by_cell(monkeypatch):
     """In Python's integers, on cells of the first, a middle and the last block of rows."""
-    monkeypatch.setattr("trec_twotower.model.embedding.FILL_CELLS", 600)
-    schema = one_table(257, 6, init_scale=0.5)
+    monkeypatch.setattr("trec_twotower.model.embedding.FILL_CELLS", 800)
+    schema = one_table(257, 8, init_scale=0.5)
     weights = filled(schema, seed=9)["t"]
     salt = mixed(9 ^ xxhash.xxh3_64_intdigest(b"t"))
-    for row, column in ((0, 0), (0, 5), (99, 5), (100, 0), (201, 3), (256, 5)):
-        bits = mixed(((row * 6 + column) ^ salt) & MASK) >> 40
+    for row, column in ((0, 0), (0, 7), (99, 7), (100, 0), (201, 3), (256, 7)):
+        bits = mixed(((row * 8 + column) ^ salt) & MASK) >> 40
         assert weights[row, column].item() == pytest.approx((2 * bits / 2**24 - 1) * 0.5, abs=1e-7)
 
 
@@ -158,11 +158,11 @@ def test_what_enters_a_tower_is_pooled_by_hand(side, plan, num_ranks, small_worl
 
 def test_tower_input_divides_the_rows_it_has_and_no_more():
     """The lookup has as many rows as the longer side; the tower gets its own."""
-    schema = one_table(5, 2)
+    schema = one_table(5, 4)
     pooled = Pooled()
-    pooled.add(torch.tensor([[2.0, 4.0], [3.0, 9.0], [7.0, 7.0]]), {"user:bag": 2})
+    pooled.add(torch.tensor([[2.0, 4.0, 6, 0], [3.0, 9.0, 0, 6], [7.0] * 4]), {"user:bag": 4})
     divisor, number = torch.tensor([[2.0], [3.0]]), torch.empty(2, 0)
-    assert tower_inputs(schema, pooled, {"user": (divisor, number)})["user"].tolist() == [[1.0, 2.0], [1.0, 3.0]]
+    assert tower_inputs(schema, pooled, {"user": (divisor, number)})["user"].tolist() == [[1, 2, 3, 0], [1, 3, 0, 2]]
 
 
 # Ids and keys

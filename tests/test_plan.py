@@ -26,7 +26,7 @@ def test_the_plan_in_words_has_the_bytes_of_every_shard():
         "click": {"buckets": 2_000_000, "dim": 8, "sharding": "column_wise"},
         "country": {"buckets": 500_000, "dim": 4, "sharding": "data_parallel"},
         "tag": {"buckets": 250_001, "dim": 8, "sharding": "row_wise"},
-        "brand": {"buckets": 600_000, "dim": 10, "sharding": "table_wise"},
+        "brand": {"buckets": 600_000, "dim": 12, "sharding": "table_wise"},
     }
     said = describe_plan(described("rowwise_adagrad", wanted), 2).partition("\n\n")[0].splitlines()
     rows = [line.split() for line in said[1:-2]]
@@ -45,9 +45,9 @@ def test_the_plan_in_words_has_the_bytes_of_every_shard():
         ("tag", "row_wise", "1"): ["125,000", "8", "4.0", "0.5"],
     }
     holder = next(key[2] for key in lines if key[0] == "brand")
-    expected["brand", "table_wise", holder] = ["600,000", "10", "24.0", "2.4"]
+    expected["brand", "table_wise", holder] = ["600,000", "12", "28.8", "2.4"]
     assert lines == expected
-    totals = {holder: "114.9", str(1 - int(holder)): "88.5"}  # 88.5 without the brands' 26.4
+    totals = {holder: "119.7", str(1 - int(holder)): "88.5"}  # 88.5 without the brands' 31.2
     assert said[-2:] == [f"rank {rank}: {totals[rank]} MB of tables and their optimizer's state" for rank in ("0", "1")]
 
 

@@ -228,6 +228,16 @@ def test_a_dirty_line_of_zipped_metadata_is_named_behind_blank_ones(tmp_path):
     assert "meta_Books.jsonl.gz, line 3: " in refusal(DataError, "amazon-reviews", folder, **ALL)
 
 
+@pytest.mark.parametrize(("content", "found"), [(b"{}", "begins with b'{}'"), (b"", "is empty")])
+@pytest.mark.parametrize("name", ["Books", "meta_Books"])
+def test_a_file_that_is_called_gz_and_is_none_is_named_with_what_to_do(tmp_path, name, content, found):
+    folder = write_amazon(tmp_path / "raw", REVIEWS, [about("A")], gz=True)
+    (folder / f"{name}.jsonl.gz").write_bytes(content)
+    message = refusal(DataError, "amazon-reviews", folder, **ALL)
+    assert f"/{name}.jsonl.gz is called .gz, but {found}" in message
+    assert "download it again, or take .gz off its name" in message
+
+
 def test_what_amazon_reviews_needs_is_said(tmp_path):
     folder = write_amazon(tmp_path / "raw", REVIEWS, None)
     assert "put meta_Books.jsonl beside it" in refusal(DataError, "amazon-reviews", folder, **ALL)

@@ -6,11 +6,17 @@ import re
 
 import pyarrow as pa
 import pytest
+import torch
 import xxhash
 from pydantic import ValidationError
+from torch import nn
 
+from trec_twotower.config import LossConfig, ModelConfig
 from trec_twotower.data.hashing import mix
+from trec_twotower.distributed import Ranks
 from trec_twotower.errors import ConfigError, DataError
+from trec_twotower.model.tower import encoder_name
+from trec_twotower.model.two_tower import TwoTower
 from trec_twotower.schema import FeatureSpec, Schema, TableSpec, key
 
 ITEM = TableSpec(buckets=100, dim=8)
@@ -19,13 +25,13 @@ ITEM_ID = FeatureSpec(name="item_id", kind="id", table="item")
 
 
 def test_features_share_a_table_or_bring_their_own():
-    country = FeatureSpec(name="country", kind="category", buckets=64, dim=3)
+    country = FeatureSpec(name="country", kind="category", buckets=64, dim=12)
     age = FeatureSpec(name="age", kind="number")
     schema = Schema.build({"item": ITEM}, (age, HISTORY, country), (ITEM_ID,))
-    assert dict(schema.tables) == {"item": ITEM, "country": TableSpec(buckets=64, dim=3)}
+    assert dict(schema.tables) == {"item": ITEM, "country": TableSpec(buckets=64, dim=12)}
     assert schema.table_of(HISTORY) is schema.table_of(ITEM_ID)
     assert schema.keys() == ["user:history", "user:country", "item:item_id"]
-    assert schema.width("user") == 8 + 3 + 2  # a number and its indicator
+    assert schema.width("user") == 8 + 12 + 2  # a number and its indicator
     assert schema.width("item") == 8
     assert schema.numbers("user") == [age] and schema.numbers("item") == []
     assert not schema.is_weighted
@@ -70,6 +76,32 @@ OWN = {"buckets": 10, "dim": 4}
             [FeatureSpec(name="tag", kind="bag", **OWN)],
             [FeatureSpec(name="tag", kind="bag", **OWN)],
             "item feature 'tag' would make a table 'tag', which exists already: share it with table: tag",
+        ),
+        (
+            {"item": TableSpec(buckets=100, dim=6)},
+            [HISTORY],
+            [ITEM_ID],
+            "Table 'item' has dim 6, but the kernels read a table's rows in steps of 4 numbers: set dim to 4 or 8.",
+        ),
+        (
+            {"item": ITEM},
+            [HISTORY, FeatureSpec(name="age", kind="number", bins=3, dim=3)],
+            [ITEM_ID],
+            "Feature 'age' has a table of its own with dim 3, but the kernels read a table's rows in steps of 4 "
+            "numbers: set dim to 4.",
+        ),
+        (
+            {"a.b": ITEM, "item": ITEM},
+            [FeatureSpec(name="x", kind="id", table="a.b")],
+            [ITEM_ID],
+            "Table 'a.b' cannot have that name, because torch keeps tables by name",
+        ),
+        (
+            {"item": ITEM},
+            [HISTORY],
+            [ITEM_ID, FeatureSpec(name="type", kind="category", **OWN)],
+            "Feature 'type' has a table of its own, which cannot have that name, because torch keeps tables by name, "
+            "without dots, beside names of its own: rename the feature, and set column: type.",
         ),
         ({"item": ITEM, "idle": ITEM}, [HISTORY], [ITEM_ID], "Table 'idle' is declared under `tables` but no feature"),
     ],
@@ -141,3 +173,49 @@ def test_a_feature_that_cannot_be_hashed_says_why(feature, table, word):
 def test_hashing_a_column_of_another_kind_names_what_is_needed():
     with pytest.raises(DataError, match="lists of integers or strings"):
         HISTORY.hash(pa.array([1.5]), ITEM)
+
+
+def test_every_name_that_torch_has_for_itself_is_refused_for_a_table():
+    """What torch's ModuleDict says: it refuses to keep anything under a name that it has as an attribute."""
+    for name in [each for each in dir(nn.ModuleDict()) if not each.startswith("_")]:
+        with pytest.raises(KeyError):
+            nn.ModuleDict()[name] = nn.Identity()
+        with pytest.raises(ConfigError, match=f"Table '{name}' cannot have that name"):
+            feature = FeatureSpec(name="x", kind="id", table=name)
+            Schema.build({name: ITEM}, (feature,), (feature,))
+
+
+def test_a_whole_table_on_every_rank_may_have_any_dim():
+    tables = {"item": ITEM, "t": TableSpec(buckets=9, dim=6, sharding="data_parallel")}
+    schema = Schema.build(tables, (HISTORY, FeatureSpec(name="country", kind="id", table="t")), (ITEM_ID,))
+    assert schema.widths("user") == (8, 6)
+
+
+@pytest.mark.parametrize("name", ["items", "values", "type", "pop", "keys", "training"])
+def test_a_feature_with_layers_of_its_own_may_have_any_name_without_dot(name):
+    """The tower keeps its encoder beside those names of torch's."""
+    past = FeatureSpec(name=name, kind="sequence", table="item", max_length=3)
+    image = FeatureSpec(name=name, kind="vector", size=3)
+    schema = Schema.build({"item": ITEM}, (past,), (ITEM_ID, image))
+    model = TwoTower(schema, ModelConfig(dim=4), LossConfig(), Ranks(0, 1, torch.device("cpu")))
+    for tower in (model.user_tower, model.item_tower):
+        [encoder] = tower.encoders.values()
+        assert tower.encoders[encoder_name(name)] is encoder
+    number = torch.arange(8.0).reshape(2, 4)
+    assert model.item_tower.encode(name, number).equal(number[:, :3] * (number[:, 3:] <= 0))
+    with pytest.raises(ValidationError, match=r"'a.b' has a dot in its name.* name it 'a_b', and set column: c"):
+        FeatureSpec(name="a.b", kind="number", column="c")
+
+
+@pytest.mark.parametrize("tune", [0, -1, True, 1.5, "some", None])
+def test_what_cannot_be_tuned_is_told_with_the_features_name(tune):
+    values = {"name": "title", "kind": "text", "folder": "m", "dim": 4, "tune": tune}
+    with pytest.raises(ValidationError) as refused:
+        FeatureSpec(**values)
+    [mistake] = refused.value.errors()
+    assert f"feature 'title' has tune: {tune}: say how many of the model's last layers" in mistake["msg"]
+
+
+def test_a_cross_of_a_column_with_itself_is_refused():
+    with pytest.raises(ValidationError, match="feature 'c' crosses the column 'country' with itself"):
+        FeatureSpec(name="c", kind="cross", columns=("country", "device", "country"), buckets=9, dim=4)

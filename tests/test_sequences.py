@@ -112,6 +112,7 @@ def test_hash_gives_the_rows_of_a_sequence_as_of_a_bag():
         ({"history": {"attributes": ["tag"]}}, "attribute 'tag', which is none of `item`.*'tags'"),
         ({"history": {"attributes": ["shade"]}}, "adds 'shade', whose vectors have 4 numbers, to its own of 8"),
         ({"history": {"encoder": {"kind": "heads", "heads": 3}}}, "into 3 heads: take a divisor"),
+        ({"history": {"encoder": {"kind": "transformer", "heads": 8, "positions": "rotary"}}}, "8 heads of 1: choose"),
         ({"tables": {"history_delta": {"buckets": 40, "dim": 8}}}, "'history_delta'"),
         ({"tables": {"item": {"buckets": 40, "dim": 8, "sharding": "data_parallel"}}}, "is data_parallel, but a seq"),
         ({"item": [{"name": "past", "kind": "sequence", "table": "tag", "max_length": 3}]}, "which is for users"),
@@ -155,7 +156,7 @@ def test_what_enters_the_tower_equals_the_sum_written_out(kind, world, tmp_path,
     rows = sources.dataset.train.table(sources.user_columns())
     columns = sources.user_features(rows, "the test")
     model = towers(build_model(config, lone_rank)).eval()
-    encoder = model.user_tower.encoders["history"]
+    encoder = model.user_tower.encoders["of_history"]
     with torch.no_grad():
         for weight in (encoder.gap.weight, encoder.action.weight):
             weight += torch.randn(weight.shape)
@@ -236,6 +237,7 @@ CASES = [
     *(f"encoder {kind}" for kind in ENCODER_PARAMETERS),
     *(f"tower {name}" for name in TOWERS),
     *(f"user {name}" for name in USERS),
+    "together",
     "pipeline",
 ]
 
@@ -247,9 +249,37 @@ def test_two_ranks_train_as_one(case, made):
     assert len(one[f"losses {case}"]) == 3
     assert one[f"losses {case}"] == pytest.approx(two[f"losses {case}"], rel=1e-5)
     # Adagrad and Adam divide a gradient that is nearly zero by itself, and with it its rounding.
-    tolerance = 2e-3 if case.startswith("encoder") else 1e-5
+    tolerance = 2e-3 if case.startswith(("encoder", "together")) else 1e-5
     assert furthest(one[f"weights {case}"], two[f"weights {case}"]) < tolerance
     assert torch.allclose(one[f"items {case}"], two[f"items {case}"], atol=tolerance)
+
+
+FIGURES = {
+    "tower short": {"user_gate"},
+    "tower experts": {f"user_expert_{number}" for number in range(3)},
+    "tower experts of few": {f"user_expert_{number}" for number in range(3)},
+    "together": {
+        *("user_gate", "user_expert_0", "user_expert_1", "user_expert_2", "item_expert_0", "item_expert_1"),
+        *("interest_0", "interest_1"),
+    },
+}
+
+
+@pytest.mark.parametrize(("case", "names"), FIGURES.items())
+def test_the_log_tells_what_parts_do_with_the_rows_of_all_ranks(case, names, made):
+    """The same figures from one rank and from two; what is shared out adds up to one, and of few to what is chosen."""
+    (one, _), (two, _) = made[1], made[2]
+    for line, other in zip(one[f"log {case}"], two[f"log {case}"], strict=True):
+        found = {name: line[name] for name in line if "_expert_" in name or "gate" in name or "interest_" in name}
+        assert set(found) == names
+        assert found == pytest.approx({name: other[name] for name in names}, abs=1e-5)
+        for part in ("user_expert_", "item_expert_", "interest_"):
+            shares = [value for name, value in found.items() if name.startswith(part)]
+            assert not shares or sum(shares) == pytest.approx(1, abs=1e-5)
+    if case == "tower experts of few":  # one expert has all of a row's weight: shares are counts of its rows
+        shares = np.array([[line[name] for name in sorted(names)] for line in one[f"log {case}"]])
+        counts = shares * np.array([[32], [32], [26]])
+        assert np.abs(counts - counts.round()).max() < 1e-4
 
 
 @pytest.mark.parametrize("case", [*(f"plan {plan}" for plan in PLANS[1:]), "pipeline"])
@@ -267,7 +297,7 @@ def test_a_resumed_run_goes_on_as_one_that_never_stopped(case, num_ranks, made):
     assert results[f"resumed {case}"] == results[f"at once {case}"]
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case.startswith(("encoder", "tower", "user"))])
+@pytest.mark.parametrize("case", [case for case in CASES if not case.startswith(("plan", "pipe"))] + ["drawn"])
 def test_every_part_is_indexed_and_recommends(case, made, lone_rank):
     """What two ranks trained and exported, one rank indexes and serves; the history names items of no catalogue."""
     run = Run.open(made[2][1] / case.replace(" ", "-"))

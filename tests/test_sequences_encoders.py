@@ -10,9 +10,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trec_twotower.config import validate
+from trec_twotower.data.batch import Listed
 from trec_twotower.errors import ConfigError
-from trec_twotower.model.sequence import ENCODERS, Dropout, Heads, Routing, SelfAttention, SequenceEncoder, turned
-from trec_twotower.schema import ENCODER_PARAMETERS, EncoderSpec
+from trec_twotower.model.sequence import (
+    ENCODERS,
+    Dropout,
+    Heads,
+    Routing,
+    SelfAttention,
+    SequenceEncoder,
+    SequenceInput,
+    turned,
+)
+from trec_twotower.schema import ENCODER_PARAMETERS, EncoderSpec, FeatureSpec
 
 DIM, LONGEST = 8, 12
 CASES: dict[str, dict[str, Any]] = {
@@ -169,6 +179,46 @@ def test_a_causal_transformer_equals_torchs_own_layer():
     assert torch.allclose(encoder(step_ND, length_B)[0], expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("is_causal", [True, False])
+@torch.no_grad()
+def test_a_rotary_transformer_equals_the_block_written_out(is_causal):
+    """Each query and key as complex numbers, turned by place times rate; scores, softmax and means one by one."""
+    torch.manual_seed(0)
+    heads, width = 2, DIM // 2
+    spec = EncoderSpec(kind="transformer", heads=heads, positions="rotary", causal=is_causal)
+    encoder = ENCODERS["transformer"](spec, DIM, LONGEST).eval()
+    [block] = encoder.blocks
+    for weight in encoder.parameters():
+        weight.add_(0.3 * torch.randn_like(weight))
+    assert encoder.place is None
+    step_ND, length_B = steps_of(LENGTHS)
+    made_BD = encoder(step_ND, length_B)
+    for row, step_LD in enumerate(step_ND.split(LENGTHS)):
+        query_LD, key_LD, value_LD = (
+            block.before_attention(step_LD) @ block.inward.weight.T + block.inward.bias
+        ).split(DIM, dim=1)
+        rate_P = torch.tensor([10_000.0 ** (-pair / (width // 2)) for pair in range(width // 2)])
+
+        def as_complex(vector: Tensor, place: int, rate_P: Tensor = rate_P) -> Tensor:
+            return torch.complex(*vector.split(width // 2)) * torch.polar(torch.ones(width // 2), place * rate_P)
+
+        out_LD = torch.zeros_like(step_LD)
+        for head in range(heads):
+            own = slice(head * width, (head + 1) * width)
+            for at in range(len(step_LD)):
+                seen = range(at + 1 if is_causal else len(step_LD))
+                query = as_complex(query_LD[at, own], at)
+                score = [
+                    (query * as_complex(key_LD[other, own], other).conj()).sum().real / width**0.5 for other in seen
+                ]
+                weight = torch.stack(score).softmax(0)
+                out_LD[at, own] = sum(weight[other] * value_LD[other, own] for other in seen)
+        state_LD = step_LD + out_LD @ block.outward.weight.T + block.outward.bias
+        state_LD = encoder.last(state_LD + block.wide(block.before_wide(state_LD)))
+        if len(state_LD):
+            assert close(made_BD[row], state_LD[-1] if is_causal else state_LD.mean(0))
+
+
 @torch.no_grad()
 def test_routing_equals_capsules_written_out():
     """Steps choose among interests by softmax, interests are squashed sums, and steps choose again by agreement."""
@@ -271,6 +321,53 @@ def test_encoders_that_know_order_solve_a_world_of_the_newest_step():
         kind: next_found(EncoderSpec(kind=kind)) for kind in ("heads", "gru", "cnn", "transformer", "hierarchical")
     }
     assert all(each > mean + 0.4 for each in found.values()), (found, mean)
+
+
+def told_apart(feature: FeatureSpec, listed: Listed, target: Tensor, items: int) -> float:
+    """How many of a half that was not trained on find their target among the items of their steps."""
+    torch.manual_seed(0)
+    reader, last = SequenceInput(feature, DIM), torch.nn.Linear(DIM, items)
+    table = torch.nn.Parameter(torch.randn(items, DIM))
+    optimizer = torch.optim.Adam([*reader.parameters(), *last.parameters(), table], lr=0.05)
+    half = len(target) // 2
+    halves = []
+    for part in (slice(half), slice(half, None)):
+        steps = listed.length[part].sum()
+        parts = [None if each is None else each.split([steps, len(each) - steps]) for each in
+                 (listed.place, listed.gap, listed.action)]  # fmt: skip
+        number = 0 if part.start is None else 1
+        place, gap, action = (None if each is None else each[number] for each in parts)
+        halves.append(Listed(listed.length[part], place=place, gap=gap, action=action))
+
+    for _ in range(100):
+        optimizer.zero_grad()
+        F.cross_entropy(last(reader(table, halves[0])), target[:half]).backward()
+        optimizer.step()
+    with torch.no_grad():
+        return float((last(reader(table, halves[1])).argmax(1) == target[half:]).float().mean())
+
+
+@pytest.mark.parametrize("beside", ["times", "actions"])
+def test_attention_to_what_stands_beside_a_step_solves_a_world_of_marked_steps(beside):
+    """One of five steps comes after a long gap, or was another act, and its item is what counts.
+
+    Items alone cannot tell which, and a mean of items and marks cannot tell whose mark it was.
+    """
+    generator = torch.Generator().manual_seed(7)
+    rows, steps, items = 800, 5, 10
+    item_BL = torch.stack([torch.randperm(items, generator=generator)[:steps] for _ in range(rows)])
+    at_B = torch.randint(steps, (rows,), generator=generator)
+    mark_BL = torch.where(torch.arange(steps) == at_B[:, None], 9, 3)
+    length_B = torch.full((rows,), steps)
+    marked = Listed(length_B, place=item_BL.flatten(), gap=mark_BL.flatten(), action=mark_BL.flatten())
+    target = item_BL[torch.arange(rows), at_B]
+
+    def found(kind: str, **marks: str) -> float:
+        spec = {"name": "h", "kind": "sequence", "table": "t", "max_length": steps, "encoder": {"kind": kind}}
+        return told_apart(FeatureSpec(**spec, **marks), marked, target, items)
+
+    told, untold, mean = found("attention", **{beside: "marks"}), found("attention"), found("mean", **{beside: "marks"})
+    assert max(untold, mean) < 0.35 and told > 0.9, (told, untold, mean)
 
 
 @pytest.mark.parametrize(

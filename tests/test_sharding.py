@@ -88,14 +88,6 @@ def test_no_rank_gets_a_shard_without_rows(kind, rows, num_ranks):
         planned(kind, num_ranks, tables=wanted)
 
 
-@pytest.mark.parametrize("dim", [2, 6, 10])
-def test_columns_that_do_not_split_are_refused(dim):
-    wanted = tables("column_wise")
-    wanted["country"] |= {"dim": dim, "shard_columns": None}
-    with pytest.raises(ConfigError, match=rf"'country' has dim {dim}, but column_wise sharding needs a multiple of 4"):
-        planned("column_wise", 2, tables=wanted)
-
-
 @pytest.mark.parametrize(
     ("dim", "num_ranks", "columns"),
     [

@@ -13,6 +13,7 @@ from trec_twotower.model.parts import Crosses, Experts, FeatureDropout, FeatureG
 from trec_twotower.model.tower import Tower
 
 WIDTHS = (2, 3, 2)
+ALONE = Ranks(0, 1, torch.device("cpu"))  # in no process group
 
 
 @pytest.fixture
@@ -89,43 +90,51 @@ def test_short_and_long_meet_by_a_gate(feature_BE):
     long = part.long(torch.cat([feature_BE[:, :2], feature_BE[:, 5:]], dim=1))
     gate = torch.sigmoid(part.gate(feature_BE))
     assert torch.allclose(part(feature_BE), gate * short + (1 - gate) * long, atol=1e-6)
-    assert float(part.mean_gate) == pytest.approx(float(gate.detach().mean()))
+    assert part.figures(ALONE) == pytest.approx({"gate": float(gate.detach().mean())})
 
 
 @pytest.mark.parametrize("top", [None, 1, 2])
 def test_experts_equal_the_weighted_mean_written_out(top, feature_BE):
     part = Experts(7, ExpertsConfig(count=4, width=6, top=top))
-    logit_BK = part.router(feature_BE)
-    for row, logit_K in enumerate(logit_BK):
+    assert part.figures(ALONE) == {}
+    used = torch.zeros(4)
+    for row, logit_K in enumerate(part.router(feature_BE)):
         best = logit_K.argsort(descending=True)[: top or 4]
         weight = logit_K[best].softmax(0)
+        used[best] += weight.detach() / len(feature_BE)
         expected = sum(weight[n] * part.experts[int(best[n])](feature_BE[row]) for n in range(len(best)))
         assert torch.allclose(part(feature_BE)[row], expected, atol=1e-6)
-    assert part.use() == pytest.approx(logit_BK.softmax(1).mean(0).tolist())
-
-
-class _Alone(Ranks):
-    """One rank without a process group."""
-
-    def sum(self, values):
-        return values
+    assert part.figures(ALONE) == pytest.approx({f"expert_{number}": float(used[number]) for number in range(4)})
 
 
 def test_the_penalty_of_experts_is_least_where_they_are_used_alike():
     part = Experts(2, ExpertsConfig(count=2, width=3, top=1, balance=1.0))
-    alone = _Alone(0, 1, torch.device("cpu"))
     part.weight_BK = torch.tensor([[0.9, 0.1], [0.1, 0.9]])
-    assert float(part.penalty(alone)) == pytest.approx(1.0)
+    assert float(part.penalty(ALONE)) == pytest.approx(1.0)
     part.weight_BK = torch.tensor([[0.9, 0.1], [0.7, 0.3]])
-    assert float(part.penalty(alone)) == pytest.approx(2 * (1.0 * 0.8 + 0.0 * 0.2))
+    assert float(part.penalty(ALONE)) == pytest.approx(2 * (1.0 * 0.8 + 0.0 * 0.2))
 
 
 def test_a_tower_names_its_parts_figures(feature_BE):
     config = TowerConfig(short=("b",), experts=ExpertsConfig(count=2, width=3), mlp=(4,))
     tower = Tower(WIDTHS, 5, config, is_unit=True, place={"b": 1}.__getitem__)
     assert tower(feature_BE).shape == (5, 5)
-    assert set(tower.figures()) == {"gate", "expert_0", "expert_1"}
-    assert tower.penalty(_Alone(0, 1, torch.device("cpu"))) is None  # all experts count: none is left out
+    assert set(tower.figures(ALONE)) == {"gate", "expert_0", "expert_1"}
+    assert tower.penalty(ALONE) is None  # all experts count: none is left out
+
+
+@pytest.mark.parametrize("is_unit", [True, False])
+@pytest.mark.parametrize("is_training", [True, False])
+def test_wide_features_are_added_to_what_the_layers_make(is_unit, is_training):
+    """Features as wide as the vector, past all layers, before its length becomes one."""
+    config = TowerConfig(mlp=(5,), wide=("b", "c"))
+    tower = Tower((2, 3, 3), 3, config, is_unit=is_unit, place={"b": 1, "c": 2}.__getitem__).train(is_training)
+    feature_BE = torch.randn(5, 8)
+    first, last = tower.layers[0], tower.layers[2]
+    made_BD = F.relu(feature_BE @ first.weight.T + first.bias) @ last.weight.T + last.bias
+    expected_BD = made_BD + feature_BE[:, 2:5] + feature_BE[:, 5:]
+    expected_BD = expected_BD / expected_BD.square().sum(1, keepdim=True).sqrt() if is_unit else expected_BD
+    assert torch.allclose(tower(feature_BE), expected_BD, atol=1e-6)
 
 
 # Worlds that only one part can solve
@@ -170,6 +179,31 @@ def test_the_gate_solves_a_switch_of_regimes():
     plain = found(TowerConfig(), features, target, (6, 6, 2))
     gated = found(TowerConfig(short=("0",)), features, target, (6, 6, 2))
     assert gated > 0.95 and gated > plain + 0.2, (gated, plain)
+
+
+def test_gates_by_a_context_solve_a_switch_of_what_to_believe():
+    """The context says which of two others counts; weights of features can follow it, a sum of all three cannot."""
+    generator = torch.Generator().manual_seed(5)
+    first, second = torch.randint(0, 6, (2, 1600), generator=generator)
+    context = torch.randint(0, 2, (1600,), generator=generator)
+    features = torch.cat([F.one_hot(first, 6), F.one_hot(second, 6), 4 * F.one_hot(context, 2)], dim=1).float()
+    target = torch.where(context == 1, first, second)
+    plain = found(TowerConfig(), features, target, (6, 6, 2))
+    gated = found(TowerConfig(gating=GatingConfig(by=("2",), reduction=1)), features, target, (6, 6, 2))
+    assert gated > 0.95 and gated > plain + 0.2, (gated, plain)
+
+
+@pytest.mark.parametrize("top", [None, 1])
+def test_experts_solve_a_world_of_kinds_of_users(top):
+    """Each of four kinds reads the same signs another way; one layer for all cannot, a layer for each kind can."""
+    generator = torch.Generator().manual_seed(6)
+    kind, sign = torch.randint(0, 4, (1600,), generator=generator), torch.randint(0, 5, (1600,), generator=generator)
+    meaning = torch.stack([torch.randperm(5, generator=generator) for _ in range(4)])
+    features = torch.cat([F.one_hot(kind, 4), F.one_hot(sign, 5)], dim=1).float()
+    target = meaning[kind, sign]
+    plain = found(TowerConfig(), features, target, (4, 5))
+    shared = found(TowerConfig(experts=ExpertsConfig(count=4, width=8, top=top)), features, target, (4, 5))
+    assert shared > 0.9 and shared > plain + 0.2, (shared, plain)
 
 
 def cold_and_warm(config: TowerConfig, id_scale: float) -> tuple[float, float]:

@@ -247,10 +247,20 @@ def _prepare(options: argparse.Namespace) -> int:
     return 0
 
 
-def _train(options: argparse.Namespace) -> int:
+def _config(options: argparse.Namespace) -> Any:
+    """The config that a command was given, with its overrides."""
     from trec_twotower.config import load_config
 
     config = load_config(options.config, options.overrides)
+    if config.index.factory is not None:  # better refused now than when a run of days is to be indexed
+        from trec_twotower.index import check_factory
+
+        check_factory(config.index.factory, config.model.vector_dim)
+    return config
+
+
+def _train(options: argparse.Namespace) -> int:
+    config = _config(options)
     _quiet()
     with _ranks(config) as ranks:
         from trec_twotower.evaluate import Evaluator
@@ -411,9 +421,7 @@ def _report(options: argparse.Namespace) -> int:
 
 
 def _plan(options: argparse.Namespace) -> int:
-    from trec_twotower.config import load_config
-
-    config = load_config(options.config, options.overrides)
+    config = _config(options)
     if not 1 <= options.ranks <= MAX_PLANNED_RANKS:
         raise ConfigError(f"--ranks is {options.ranks}: give 1 to {MAX_PLANNED_RANKS:,}.")
     if options.gpu_gb is not None and not options.gpu_gb > 0:
@@ -426,9 +434,7 @@ def _plan(options: argparse.Namespace) -> int:
 
 
 def _features(options: argparse.Namespace) -> int:
-    from trec_twotower.config import load_config
-
-    config = load_config(options.config, options.overrides)
+    config = _config(options)
     _quiet()
     from trec_twotower.data.cache_folder import CacheFolder
     from trec_twotower.data.coverage import describe_coverage

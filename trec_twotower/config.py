@@ -567,6 +567,7 @@ class RunConfig(Settings):
             if tower.short and set(tower.short) >= set(schema.parts(side)):
                 raise ValueError(f"model.{side}_tower.short names all features: leave some for the long term.")
             self._missing_are_zero(side, missing, schema)
+            self._dropped_ids_start_at_zero(side, tower.drop, schema)
             last = tower.widths(widths, self.model.dim)[-1]
             if not tower.project and last != self.model.dim:
                 raise ValueError(
@@ -634,6 +635,22 @@ class RunConfig(Settings):
                     f"model.{side}_tower.missing names {feature.name!r}, but its table {feature.table_name!r} starts "
                     f"within ±{scale:.3g}, so that ids which no row has trained are not zero: set "
                     f"tables.{feature.table_name}.init_scale: 0."
+                )
+
+    @staticmethod
+    def _dropped_ids_start_at_zero(side: Side, drop: Mapping[str, float], schema: Schema) -> None:
+        """An id that is dropped is zero in training: so must one be that training never saw."""
+        for feature in schema.features(side):
+            if feature.kind != "id" or not drop.get(feature.name):
+                continue
+            table = feature.table_name
+            if (scale := schema.tables[table].start_scale) > 0:
+                shares = any(each.table_name == table for each in (*schema.user, *schema.item) if each is not feature)
+                own = f"give it a table of its own (others look up {table!r}, too) with" if shares else "set"
+                raise ValueError(
+                    f"model.{side}_tower.drop names the id {feature.name!r}, whose table {table!r} starts within "
+                    f"±{scale:.3g}: the tower learns to do without an id that is zero, but a new one would be noise; "
+                    f"{own} init_scale: 0 under `tables`, and name {feature.name!r} under missing, too."
                 )
 
     def _user_vectors_fit(self, schema: Schema) -> None:
@@ -801,7 +818,10 @@ def load_config(path: Path | str, overrides: Iterable[str] = ()) -> RunConfig:
     values = apply_overrides(values, overrides)
     if values.get("run_dir") is None:
         values["run_dir"] = f"runs/{path.stem}"
-    return validate(RunConfig, values, str(path))
+    config = validate(RunConfig, values, str(path))
+    for feature in (*config.user, *config.item):
+        feature.check_words()  # a saved run has its words, and is opened without the file
+    return config
 
 
 def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:

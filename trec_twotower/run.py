@@ -19,6 +19,7 @@ from trec_twotower.config import (
     validate,
 )
 from trec_twotower.data.cache_folder import CacheFolder
+from trec_twotower.data.coverage import OwnItems, own_items
 from trec_twotower.data.dataset import Dataset
 from trec_twotower.data.features import Sources
 from trec_twotower.data.interactions import TrainBatches
@@ -42,6 +43,7 @@ from trec_twotower.model.watch import Histogram
 from trec_twotower.schema import LEARNED
 
 CONFIG, STATISTICS, STATUS = "config.yaml", "statistics.json", "status.json"
+OWN_ITEMS = "own_items"  # of STATISTICS and STATUS: what data.own_item: drop leaves out
 LEARN_AGAIN = f"remove {STATISTICS}, and the next command learns from the data again."
 
 
@@ -123,8 +125,10 @@ class Run:
             write_counts(self.folder / COUNTS, count_NI)
             if generations is not None:
                 generations.write(self.folder / STREAM)
-            facts = {"fingerprint": first.fingerprint, "numbers": numbers, "files": self._digests()}
-            write_signed(path, {**facts, COUNTS: digest_of(self.folder / COUNTS)})
+            own = own_items(learned) if self.config.data.own_item == "drop" else None
+            facts: dict[str, Any] = {"fingerprint": first.fingerprint, "numbers": numbers, "files": self._digests()}
+            facts |= {COUNTS: digest_of(self.folder / COUNTS), OWN_ITEMS: None if own is None else asdict(own)}
+            write_signed(path, facts)
             return numbers
 
         numbers = ranks.once(learn)
@@ -166,6 +170,11 @@ class Run:
             if feature.folder is not None:
                 paths += sorted(Path(feature.folder).glob("*.*"))
         return {str(path): sha256_of(path) for path in paths if path is not None and path.is_file()}
+
+    def own_items(self) -> OwnItems | None:
+        """What `data.own_item: drop` leaves out of the rows that the run began with; None where it is not asked for."""
+        found = read_signed(self.folder / STATISTICS, LEARN_AGAIN).get(OWN_ITEMS)
+        return None if found is None else OwnItems(**found)
 
     def item_counts(self) -> np.ndarray:
         """How often each item of the catalogue was taken in train: (I,)."""

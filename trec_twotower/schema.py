@@ -62,6 +62,19 @@ SETTINGS: dict[Kind, frozenset[str]] = {
 }
 LEARNED = "learned"  # as a vocabulary
 MAX_WORDS = 500_000  # of a vocabulary: it is read with the run
+ROW_STEP = 4  # numbers: fbgemm's kernels read a table's rows in these
+# Names that torch's ModuleDict, which holds the tables by name, has for itself.
+_TAKEN = """
+    T_destination add_module apply bfloat16 buffers call_super_init children clear compile cpu cuda double
+    dump_patches eval extra_repr float forward get_buffer get_extra_state get_parameter get_submodule half ipu
+    items keys load_state_dict modules mtia named_buffers named_children named_modules named_parameters
+    parameters pop register_backward_hook register_buffer register_forward_hook register_forward_pre_hook
+    register_full_backward_hook register_full_backward_pre_hook register_load_state_dict_post_hook
+    register_load_state_dict_pre_hook register_module register_parameter register_state_dict_post_hook
+    register_state_dict_pre_hook requires_grad_ set_extra_state set_submodule share_memory state_dict to
+    to_empty train training type update values xpu zero_grad
+"""
+TAKEN = frozenset(_TAKEN.split())
 TIME_PARTS = {"hour": 24, "weekday": 7, "hour_of_week": 168, "month": 12}  # and how many values each has
 
 
@@ -90,7 +103,7 @@ class TableSpec(Settings):
     """One embedding table, which any number of features may share."""
 
     buckets: PositiveInt  # rows; ids are hashed into them
-    dim: PositiveInt  # columns; auto: by auto_dim
+    dim: PositiveInt  # columns, a multiple of 4 (but of data_parallel); auto: by auto_dim
     hashes: Literal[1, 2] = 1  # 2: an id is the sum of two rows that two hashes choose, so that few ids share both
     sharding: ShardingKind = "auto"  # auto: the planner chooses
     shard_columns: PositiveInt | None = None  # column_wise: of each shard; default: dim / ranks or a little more
@@ -218,7 +231,8 @@ class FeatureSpec(Settings):
     column: str | None = None  # default: the feature's name
     table: str | None = None  # a table declared under `tables`, to share it
     buckets: PositiveInt | None = None  # or a table of its own, with so many rows ...
-    dim: PositiveInt | None = None  # ... and columns; auto: by auto_dim
+    # ... and columns, of a table a multiple of 4; auto: by auto_dim
+    dim: PositiveInt | None = None
     hashes: Literal[1, 2] = 1  # of a table of its own, see TableSpec
     vocabulary: str | None = None  # category: a file of one word a line, or `learned` of the data; not hashed then
     min_count: PositiveInt = 1  # category, learned: what stands in fewer rows is unknown
@@ -373,6 +387,13 @@ class FeatureSpec(Settings):
             return pa.array(found.values)
         return pa.LargeListArray.from_arrays(pa.array(found.offsets), pa.array(found.values))
 
+    def check_words(self) -> None:
+        """Raises ConfigError where a vocabulary's file cannot be read, or not into as many rows as there are."""
+        if self.vocabulary not in (None, LEARNED):
+            from trec_twotower.data.vocabulary import words_of_file
+
+            words_of_file(self)
+
     @model_validator(mode="before")
     @classmethod
     def _sizes_by_rule(cls, values: Any) -> Any:
@@ -385,8 +406,26 @@ class FeatureSpec(Settings):
                 values = {**values, "buckets": len(read_words(path)) + FIRST_WORD}
         return _with_dim(values)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _tunes_a_part(cls, values: Any) -> Any:
+        """`tune` is a word or a number, which pydantic's own messages cannot put plainly."""
+        tune = values.get("tune", "frozen") if isinstance(values, dict) else "frozen"
+        is_count = isinstance(tune, int) and not isinstance(tune, bool) and tune > 0
+        if tune not in ("frozen", "all") and not is_count:
+            raise ValueError(
+                f"feature {values.get('name')!r} has tune: {tune}: say how many of the model's last layers are trained "
+                "(1 or more), or all, or frozen (none)."
+            )
+        return values
+
     @model_validator(mode="after")
     def _fits_its_kind(self) -> Self:
+        if "." in self.name:
+            raise ValueError(
+                f"feature {self.name!r} has a dot in its name, which settings and weights are told apart by: name it "
+                f"{self.name.replace('.', '_')!r}, and set column: {self.reads}."
+            )
         own = {"name", "kind"} | ({"column"} if self.kind != "cross" else set()) | SETTINGS[self.kind]
         given = [
             key
@@ -401,6 +440,12 @@ class FeatureSpec(Settings):
             self._time_fits()
         if self.kind == "cross" and len(self.columns or ()) not in (2, 3):
             raise ValueError(f"feature {self.name!r} is a cross: name two or three `columns`.")
+        for column in self.columns or ():
+            if (self.columns or ()).count(column) > 1:
+                raise ValueError(
+                    f"feature {self.name!r} crosses the column {column!r} with itself, which says no more than that "
+                    "column alone: name different ones, or make it a category."
+                )
         if self.is_numeric:
             self._bins_fit()
         elif self.kind == "vector" or self.is_tokens:
@@ -587,9 +632,31 @@ class Schema:
                     )
                 of_ids = resolved[feature.table_name]
                 resolved[feature.delta_table] = of_ids.model_copy(update={"init_scale": 0.0})
+        cls._check_tables(resolved, tables)
         schema = cls(resolved, user, item)
         schema._check_sequences()
         return schema
+
+    @staticmethod
+    def _check_tables(resolved: Mapping[str, TableSpec], declared: Mapping[str, TableSpec]) -> None:
+        """Raises ConfigError where torch or its kernels cannot hold a table of such a name or size."""
+        for name, spec in resolved.items():
+            is_own = name not in declared  # the table of a feature of this name
+            if spec.dim % ROW_STEP and spec.sharding != "data_parallel":  # which torch itself looks up
+                lower = spec.dim - spec.dim % ROW_STEP
+                choice = f"{lower} or {lower + ROW_STEP}" if lower else f"{ROW_STEP}"
+                raise ConfigError(
+                    f"{f'Feature {name!r} has a table of its own with' if is_own else f'Table {name!r} has'} dim "
+                    f"{spec.dim}, but the kernels read a table's rows in steps of {ROW_STEP} numbers: set dim to "
+                    f"{choice}."
+                )
+            if name in TAKEN or "." in name or not name or name.startswith("_"):
+                found = f"Feature {name!r} has a table of its own, which" if is_own else f"Table {name!r}"
+                mend = f"rename the feature, and set column: {name}" if is_own else "give it another name"
+                raise ConfigError(
+                    f"{found} cannot have that name, because torch keeps tables by name, without dots, beside names of "
+                    f"its own: {mend}."
+                )
 
     def _check_sequences(self) -> None:
         """Raises ConfigError where a sequence, or what is added to its steps, cannot be looked up."""
@@ -628,6 +695,12 @@ class Schema:
             if heads is not None and dim % heads:
                 raise ConfigError(
                     f"user feature {feature.name!r} cuts vectors of {dim} numbers into {heads} heads: take a divisor."
+                )
+            if feature.encoding.positions == "rotary" and (dim // (heads or 1)) % 2:
+                raise ConfigError(
+                    f"user feature {feature.name!r} has positions: rotary, which turns numbers in pairs, but cuts "
+                    f"vectors of {dim} numbers into {heads} heads of {dim // (heads or 1)}: choose heads that leave an "
+                    "even number, or positions: learned."
                 )
         for name in sorted(self.listed):
             if self.tables[name].hashes == 2:

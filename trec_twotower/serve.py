@@ -16,7 +16,7 @@ from trec_twotower.data.catalogue import find_id
 from trec_twotower.data.dataset import HISTORY, ITEM_ID, POSITIVES, USER_ID, Split
 from trec_twotower.data.features import Sources
 from trec_twotower.data.lists import Lists, side_by_side
-from trec_twotower.data.transforms import key_lists, one_chunk
+from trec_twotower.data.transforms import Columns, key_lists, one_chunk
 from trec_twotower.distributed import Ranks
 from trec_twotower.encode import encode
 from trec_twotower.encoder import load_whole
@@ -118,7 +118,8 @@ class Retriever:
         for user_id in user_ids:
             table, split = find_user(sources, user_id)
             given, seen = _state(sources, table, split)
-            answers.append(self._answer(table, str(split.folder), given, seen, k, allowed, rules, history_shown))
+            features = sources.user_features(table, str(split.folder), given)
+            answers.append(self._answer(table, features, seen, k, allowed, rules, history_shown))
         return answers
 
     def recommend_now(
@@ -132,8 +133,10 @@ class Retriever:
     ) -> list[Recommendations]:
         """The best `k` items for users as they are at this moment: each state is a row as train/ has it, as a dict.
 
-        A session's newest events change the answer so without training. Columns that are left out are null. Raises
-        ConfigError for a column that no feature of the user reads, DataError for values that training would refuse.
+        A session's newest events change the answer so without training. Columns of users/ may be given, too: they
+        count before what stands there, which a state without them, of a user who is there, falls back to. All others
+        that are left out are null. Raises ConfigError for a column that no feature of the user reads, DataError for
+        values that training would refuse.
         """
         sources = self.loaded.sources
         answers = []
@@ -146,14 +149,14 @@ class Retriever:
                 history = one_chunk(table[HISTORY])
                 seen = sources.item_row_lists(history, where, known_only=True)
                 given = {HISTORY: key_lists(history, where)} if sources.rows == "user" else None
-            answers.append(self._answer(table, where, given, seen, k, allowed, rules, history_shown))
+            features = sources.state_features(table, where, given)
+            answers.append(self._answer(table, features, seen, k, allowed, rules, history_shown))
         return answers
 
     def _answer(
         self,
         table: pa.Table,
-        where: str,
-        given: dict[str, Lists] | None,
+        features: Columns,
         seen: Lists,
         k: int,
         allowed: Allowed | None,
@@ -166,7 +169,6 @@ class Retriever:
             raise ConfigError(
                 f"k is {k:,}, but the catalogue has {len(self.index):,} items: ask for 1 to {len(self.index):,}."
             )
-        features = sources.user_features(table, where, given)
         user_BD = encode(self.loaded.model, "user", features, self.ranks).cpu().numpy()
         score_BK, item_row_BK = self._ranked(user_BD, k, seen, allowed, rules)
         found = item_row_BK[0][item_row_BK[0] >= 0]
@@ -196,20 +198,28 @@ class Retriever:
 
 
 def state_table(sources: Sources, state: Mapping[str, Any], where: str) -> pa.Table:
-    """One row with the columns that the user's features read, of the types that train/ has."""
+    """One row with the columns that the user's features read, of the types that train/ has.
+
+    Those of users/ stand in it where the state has them.
+    """
     train = sources.dataset.train.columns
     kinds = {name: train[name] for name in sources.user_columns() if name in train}
     if sources.rows == "user":
         kinds[HISTORY] = train[POSITIVES]
     elif HISTORY in train:
         kinds[HISTORY] = train[HISTORY]
+    known = list(kinds)
+    if sources.users is not None:
+        of_users = sources.users.split.columns
+        kinds |= {name: of_users[name] for name in sources.static_columns() if name in state}
+        known = [*kinds, *sources.static_columns()]
     for name in state:
         if name not in kinds:
-            raise ConfigError(f"{where} has a column {name!r}, which no user feature reads{nearest(name, kinds)}.")
+            raise ConfigError(f"{where} has a column {name!r}, which no user feature reads{nearest(name, known)}.")
     try:
         return pa.table({name: pa.array([state.get(name)], kind) for name, kind in kinds.items()})
-    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
-        raise DataError(f"{where} does not have the types of {sources.dataset.train.folder}: {error}") from None
+    except (pa.ArrowException, OverflowError) as error:
+        raise DataError(f"{where} does not have the types of {sources.dataset.folder}: {error}") from None
 
 
 def find_user(sources: Sources, user_id: Any) -> tuple[pa.Table, Split]:

@@ -155,10 +155,6 @@ def _check(name: str, spec: TableSpec, num_ranks: int, local_ranks: int, device:
             f"Table {name!r} has {spec.buckets} rows, too few to spread {spec.sharding} over {spread} ranks "
             "(some would hold none): use table_wise."
         )
-    if spec.sharding == "column_wise" and spec.dim % 4:
-        raise ConfigError(
-            f"Table {name!r} has dim {spec.dim}, but column_wise sharding needs a multiple of 4: change dim."
-        )
     if spec.kernel != "fused" and device.type == "cpu":
         raise ConfigError(
             f"Table {name!r} has kernel {spec.kernel}, which keeps it in host memory beside a GPU, but there is none "

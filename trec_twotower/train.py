@@ -17,6 +17,7 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 from trec_twotower.checkpoint import Checkpoints, versions
 from trec_twotower.config import RunConfig, binding, config_hash
 from trec_twotower.data.batch import Batch
+from trec_twotower.data.coverage import OwnItems
 from trec_twotower.data.features import Sources
 from trec_twotower.data.hashing import mix
 from trec_twotower.data.interactions import TrainBatches
@@ -36,7 +37,7 @@ from trec_twotower.optimizer import RunOptimizer, check_optimizer, fuse_table_up
 from trec_twotower.pipeline import Steps, Trace
 from trec_twotower.preemption import STOPPING, StopSignals
 from trec_twotower.refresh import Neighbours, Refresh
-from trec_twotower.run import STATUS, Run, RunLog
+from trec_twotower.run import OWN_ITEMS, STATUS, Run, RunLog
 from trec_twotower.sharding import placements, shard
 from trec_twotower.spectral import check_start, start_spectral
 
@@ -122,6 +123,9 @@ def _train(
         heartbeat.doing = "its spectral start"
         start_spectral(model, config.feature_schema, config.train.start, sources, config.train.seed, ranks)
     progress.resume(model, optimizer, init_from)
+    progress.own_items = ranks.once(run.own_items)
+    if progress.own_items is not None:
+        progress.say(progress.own_items.in_words)
     if config.loss.negatives.refresh is not None:
         passes.lists_at = Refresh(run, ranks, towers(model), neighbours, progress.step, progress.say).at
     if progress.owes_evaluation:
@@ -220,6 +224,7 @@ class Progress:
         self.valid: dict[str, Any] = {}  # what was measured after this step
         self.attempts = Attempts(run.folder, ranks, config.train.max_failures)
         self.follows = config.data.follow is not None
+        self.own_items: OwnItems | None = None  # that are left out, of the rows that the run began with
         self.step = 0
         self.saved_step = self.evaluated_step = -1
         self.best = -math.inf
@@ -466,6 +471,7 @@ class Progress:
                 "evaluate_s": round(self.evaluate_s, 3),
                 "rows_per_s": round(self.passes.rows_before(self.step) / max(self.train_s, 1e-9), 1),
                 "peak_rank_bytes": peak_bytes,
+                OWN_ITEMS: None if self.own_items is None else asdict(self.own_items),
                 "num_ranks": self.ranks.num_ranks,
             }
             write_json(self.run.folder / STATUS, status)

@@ -40,9 +40,13 @@ ITEM: list[dict[str, Any]] = [
 WORDS = ["red", "blue", "old", "new", "shoe", "hat", "book"]
 
 
-def title_read_by(model: Path) -> dict[str, Any]:
-    """The title again, through a language model of which the last layer is trained."""
-    return {"name": "title_read", "kind": "text", "column": "title", "folder": str(model), "tune": 1, "dim": 4}
+TITLES: dict[str, Any] = {"title_read": 1, "title_frozen": "frozen", "title_all": "all"}  # by how much is trained
+
+
+def titles_read_by(model: Path) -> list[dict[str, Any]]:
+    """The title again, through a language model, of which the last layer, none or all are trained."""
+    read = {"kind": "text", "column": "title", "folder": str(model), "dim": 4, "max_length": 16}
+    return [{**read, "name": name, "tune": tune} for name, tune in TITLES.items()]
 
 
 def write_model(folder: Path, *, layers: int = 2) -> Path:
@@ -121,7 +125,7 @@ def bazaar_config(folder: Path, run_dir: Path, **changes: Any) -> Any:
         "data": {"dataset": folder, "batch_size": 16, "shuffle_rows": 60},
         "tables": TABLES,
         "user": USER,
-        "item": [*ITEM, title_read_by(folder / "model")],
+        "item": [*ITEM, *titles_read_by(folder / "model")],
         "model": {"dim": 4, "user_tower": {"mlp": [8]}, "item_tower": {"mlp": [8]}},
         "loss": {"temperature": 0.2, "negatives": {"in_batch": True, "sampled": 5}},
         "train": {"epochs": 2, "log_every": 1, "optimizer": {"sparse": "sgd", "lr": 0.5, "dense_lr": 0.01}},

@@ -19,7 +19,7 @@ from trec_twotower.cli import _quiet
 _quiet()
 
 from tests.ranks.states import whole_state  # noqa: E402
-from tests.sequences import RESUMED, SGD, TOWERS, USERS, steps_config  # noqa: E402
+from tests.sequences import DRAWN, RESUMED, SGD, TOGETHER, TOWERS, USERS, steps_config  # noqa: E402
 from trec_twotower import train as training  # noqa: E402
 from trec_twotower.config import RunConfig  # noqa: E402
 from trec_twotower.distributed import Ranks, start_ranks  # noqa: E402
@@ -39,13 +39,19 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         for name, parts in TOWERS.items()
     },
     **{f"user {name}": ("auto", {**parts, "train": SGD}) for name, parts in USERS.items()},
+    "together": ("auto", {**TOGETHER, "train": SGD}),
+    "drawn": ("auto", {**DRAWN, "train": SGD}),
     "pipeline": ("row_wise", {"train": {**SGD, "pipeline": "sparse_dist"}}),
 }
 
 
-def losses(config: RunConfig) -> list[float]:
+def log(config: RunConfig) -> list[dict[str, Any]]:
     assert config.run_dir is not None
-    return [json.loads(line)["loss"] for line in (config.run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (config.run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(config: RunConfig) -> list[float]:
+    return [line["loss"] for line in log(config)]
 
 
 def main(world: Path, out: Path, ranks: Ranks) -> None:
@@ -54,6 +60,7 @@ def main(world: Path, out: Path, ranks: Ranks) -> None:
         config = steps_config(world, out / "runs" / name.replace(" ", "-"), plan, **parts)
         training.train(config, ranks)
         results[f"losses {name}"] = losses(config)
+        results[f"log {name}"] = log(config)
         assert config.run_dir is not None
         loaded = load_model(Run.open(config.run_dir), ranks)
         results[f"weights {name}"] = whole_state(loaded.model, ranks)

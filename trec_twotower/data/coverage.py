@@ -49,17 +49,41 @@ def coverage(sources: Sources) -> list[Coverage]:
     return found
 
 
-def own_in_history(sources: Sources) -> float | None:
-    """The share of training rows whose history holds the item that they ask for; None where there is no history."""
-    train = sources.dataset.train
-    if sources.rows == "user" or not train.has(HISTORY):
+@dataclass(frozen=True)
+class OwnItems:
+    """How often the lists of training rows hold the item that the row asks for."""
+
+    rows: int  # that have such a list
+    elements: int  # of all lists together
+    columns: list[str]  # of the lists that were looked through
+
+    @property
+    def in_words(self) -> str:
+        """What `data.own_item: drop` does with them."""
+        return (
+            f"data.own_item: drop leaves {self.elements:,} elements out of {', '.join(self.columns)}, in {self.rows:,} "
+            "rows of train/ that ask for the same item"
+        )
+
+
+def own_items(sources: Sources) -> OwnItems | None:
+    """Counts them in a pass over train/; None where a row has no item of its own, or no lists."""
+    if sources.rows == "user":
         return None
-    count = 0
-    for group, table in train.tables([HISTORY, ITEM_ID]):
+    columns = [each[0] for each in sources.lists_of_items()]
+    if not columns:
+        return None
+    rows = elements = 0
+    for group, table in sources.dataset.train.tables([*columns, ITEM_ID]):
         own = id_keys(one_chunk(table[ITEM_ID]), str(group))
-        history = key_lists(one_chunk(table[HISTORY]), str(group))
-        count += len(np.unique(history.rows[history.values == own[history.rows]]))
-    return count / max(train.num_rows, 1)
+        has_own = np.zeros(len(table), bool)
+        for column in columns:
+            lists = key_lists(one_chunk(table[column]), str(group))
+            is_own = lists.values == own[lists.rows]
+            has_own[lists.rows[is_own]] = True
+            elements += int(is_own.sum())
+        rows += int(has_own.sum())
+    return OwnItems(rows, elements, columns)
 
 
 Part = tuple[Split, np.ndarray | None]  # of a split: which rows (bool), or all
@@ -170,7 +194,8 @@ def describe_coverage(sources: Sources) -> str:
         "that share all their table rows with another. unknown: values that the vocabulary lacks. new: values of",
         "valid/ and test/, or of items that no one took in train/, that training never sees.",
     ]
-    if (own := own_in_history(sources)) is not None:
-        mend = "" if not own else ": unless things are taken again and again, set data.own_item: drop"
-        lines.append(f"{own:.2%} of the rows of train/ have the item that they ask for in their history{mend}.")
+    if (own := own_items(sources)) is not None:
+        mend = "" if not own.rows else ": unless things are taken again and again, set data.own_item: drop"
+        share, where = own.rows / max(sources.dataset.train.num_rows, 1), " or ".join(own.columns)
+        lines.append(f"{share:.2%} of the rows of train/ have the item that they ask for in their {where}{mend}.")
     return "\n".join(lines)

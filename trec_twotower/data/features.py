@@ -97,6 +97,37 @@ class Sources:
                 )
         return context, static
 
+    def lists_of_items(self) -> list[list[str]]:
+        """The columns of train/ whose lists may hold the item that a row asks for, each with those beside it.
+
+        They are `history`, and what features of the rows with the item id's own table read.
+        """
+        history = [HISTORY] if self.dataset.train.has(HISTORY) else []
+        found = []
+        for column in dict.fromkeys([*history, *(each.reads for each in self._of_items if each in self.context)]):
+            reading = [each for each in self.context if each.reads == column]
+            named = {name for each in reading for name in (each.weights, each.times, each.actions) if name is not None}
+            found.append([column, *sorted(named)])
+        return found
+
+    @property
+    def _of_items(self) -> list[FeatureSpec]:
+        """The users' lists of items, as far as tables tell."""
+        ids = {each.table_name for each in self.schema.item if each.kind == "id" and each.reads == ITEM_ID}
+        return [each for each in self.schema.user if each.kind in ("bag", "sequence") and each.table_name in ids]
+
+    def check_lists_of_items(self) -> None:
+        """Raises ConfigError for such a feature of users/, whose list is the same in all of a user's rows."""
+        for feature in self._of_items:
+            if feature in self.static:
+                assert self.dataset.users is not None
+                raise ConfigError(
+                    f"data.own_item is not keep, but user feature {feature.name!r} reads lists of items in "
+                    f"{self.dataset.users.folder}, one list for all of a user's rows, in which the item of each cannot "
+                    f"be looked for: write column {feature.reads!r} into {self.dataset.train.folder}, or set "
+                    "data.own_item: keep."
+                )
+
     def _is_drawn(self, column: str) -> bool:
         """With a row per user the history is a part of the row's own positives."""
         return self.rows == "user" and column == HISTORY
@@ -150,10 +181,7 @@ class Sources:
 
         `given` has 64-bit keys for columns that are made rather than read; `uncut` leaves those longer than max_length.
         """
-        tables, statistics = self.schema.tables, self._statistics_of("user")
-        find = self.catalogue.rows_of_keys if self.steps_have_attributes else None
-        columns = transform(self.context, tables, statistics, table, where, given, uncut=uncut, item_rows=find)
-        columns = self.with_items(columns)
+        columns = self._of_rows(table, where, given, uncut=uncut)
         if self.users is None:
             return columns
         ids = one_chunk(table[USER_ID])
@@ -165,6 +193,44 @@ class Sources:
                 "rows name such users): write a row for each user there."
             )
         return columns.beside(self.users.columns.take(rows))
+
+    def state_features(self, table: pa.Table, where: str, given: Mapping[str, Lists] | None = None) -> Columns:
+        """The features of one user at this moment, whom users/ need not know: of one row, as `state_table` makes it.
+
+        A column of users/ that stands in the row counts before what users/ says of the user; for one who is not there,
+        or has no id, the others are null.
+        """
+        columns = self._of_rows(table, where, given)
+        if self.users is None:
+            return columns
+        ids, users = one_chunk(table[USER_ID]), self.users
+        row = -1 if ids.null_count else int(users.rows_of(ids, f"{where}, column {USER_ID!r}")[0])
+        told = {name: table[name] for name in self.static_columns() if name in table.column_names}
+        anew = [each for each in self.static if row < 0 or not told.keys().isdisjoint(each.all_columns)]
+        if row >= 0:
+            columns = columns.beside(users.columns.take(np.array([row])))
+        if not anew:
+            return columns
+        wanted = {name for each in anew for name in each.all_columns}
+        known = users.words(np.array([row]))[0] if row >= 0 and not wanted <= told.keys() else {}
+        kinds = users.split.columns
+        whole = {name: told.get(name, pa.array([known.get(name)], kinds[name])) for name in sorted(wanted)}
+        made = transform(anew, self.schema.tables, self._statistics_of("user"), pa.table(whole), where)
+        return columns.beside(made)
+
+    def static_columns(self) -> list[str]:
+        """The columns of users/ that user_features reads, but for those that it reads of the row itself."""
+        of_rows = self.user_columns()
+        return sorted({name for each in self.static for name in each.all_columns if name not in of_rows})
+
+    def _of_rows(
+        self, table: pa.Table, where: str, given: Mapping[str, Lists] | None, *, uncut: bool = False
+    ) -> Columns:
+        """The features that stand in the rows themselves."""
+        tables, statistics = self.schema.tables, self._statistics_of("user")
+        find = self.catalogue.rows_of_keys if self.steps_have_attributes else None
+        columns = transform(self.context, tables, statistics, table, where, given, uncut=uncut, item_rows=find)
+        return self.with_items(columns)
 
     @property
     def steps_have_attributes(self) -> bool:

@@ -70,6 +70,10 @@ class UnitReader:
             check_given(train, self.given)
         mined = loss.negatives.mined
         self.keeps_user_key = loss.known is not None or (mined is not None and mined.key == USER_ID)
+        self.own_lists = []
+        if data.own_item != "keep":
+            sources.check_lists_of_items()
+            self.own_lists = sources.lists_of_items()
         self._buffers = Buffers()
         self.cache = Cache.open(data, sources, self._settings) if data.cache is not None else None
 
@@ -78,7 +82,8 @@ class UnitReader:
         """What of the loss decides which columns are kept."""
         given = None if self.given is None else self.given.model_dump(exclude={"shared"})
         kept = {"masks_history": self.loss.mask_history, "keeps_user_key": self.keeps_user_key}
-        return {**kept, "given": given, "own_item": self.data.own_item}
+        own = "keep" if self.data.own_item == "keep" else [self.data.own_item, *self.own_lists]
+        return {**kept, "given": given, "own_item": own}
 
     def read(self, unit: Unit, cuts: np.ndarray) -> UnitRows:
         """Decode and hash; the costly part, free of the interpreter's lock most of the time.
@@ -172,8 +177,8 @@ class UnitReader:
         train = self.sources.dataset.train
         columns = set(self.sources.user_columns()) - {feature.reads for feature in self.drawn}
         columns |= set(self._item_columns())
-        wants_history = self.masks_history or (self.data.own_item != "keep" and train.has(HISTORY))
-        columns |= ({HISTORY} if wants_history else set()) | ({WEIGHT} if train.has(WEIGHT) else set())
+        columns |= {column for each in self.own_lists for column in each}
+        columns |= ({HISTORY} if self.masks_history else set()) | ({WEIGHT} if train.has(WEIGHT) else set())
         return sorted(columns)
 
     def _item_columns(self) -> list[str]:
@@ -184,8 +189,8 @@ class UnitReader:
 
     def _hash(self, table: pa.Table, where: str) -> Examples:
         """What does not depend on the epoch; drawn features hold all of a row's items yet."""
-        if self.data.own_item != "keep" and HISTORY in table.column_names:
-            table = without_own(table, self._beside_history, where, refuses=self.data.own_item == "refuse")
+        for columns in self.own_lists:
+            table = without_own(table, columns, where, refuses=self.data.own_item == "refuse")
         given, history = None, None
         if self.is_by_user:
             array = one_chunk(table[POSITIVES])
@@ -224,13 +229,6 @@ class UnitReader:
         user = replace(rows.user, sparse=sparse)
         known = items if self.loss.mask_history else None
         return replace(rows, user=user, positives=items.where(~is_input), known=known)
-
-    @cached_property
-    def _beside_history(self) -> list[str]:
-        """The columns of lists that stand beside the history's, element by element."""
-        reading = [feature for feature in self.sources.context if feature.reads == HISTORY]
-        named = {name for each in reading for name in (each.weights, each.times, each.actions) if name is not None}
-        return [HISTORY, *sorted(named)]
 
     def _items(self, group: RowGroup, start: int, stop: int, epoch: int) -> RowItems:
         """The items of another rank's rows."""
@@ -279,8 +277,11 @@ def _parts(unit: Unit, low: int, high: int) -> list[tuple[RowGroup, int, int]]:
 
 
 def without_own(table: pa.Table, columns: list[str], where: str, *, refuses: bool) -> pa.Table:
-    """Rows whose history lacks the item that the row asks for: it is left out of all these columns, or a DataError."""
-    history = one_chunk(table[HISTORY])
+    """Rows whose list lacks the item that the row asks for: it is left out of all these columns, or a DataError.
+
+    The first column is of the ids, and the others stand beside it.
+    """
+    history = one_chunk(table[columns[0]])
     history = history.fill_null(pa.scalar([], history.type))
     ids, row = history.flatten(), history.value_parent_indices().to_numpy()
     is_id = ids.is_valid().to_numpy(zero_copy_only=False)
@@ -290,7 +291,7 @@ def without_own(table: pa.Table, columns: list[str], where: str, *, refuses: boo
         return table
     if refuses:
         raise DataError(
-            f"{where}, row {row[is_own.argmax()]:,}: its history holds the item that it asks for "
+            f"{where}, row {row[is_own.argmax()]:,}: its {columns[0]} holds the item that it asks for "
             f"({len(np.unique(row[is_own])):,} rows of this part are so): write what was known before the event, or "
             "set data.own_item: drop (keep, where things are taken again)."
         )

@@ -24,6 +24,7 @@ import pyarrow as pa
 
 from trec_twotower.config import DataConfig, FollowConfig, LossConfig
 from trec_twotower.data.batch import Batch
+from trec_twotower.data.coverage import own_items
 from trec_twotower.data.dataset import Dataset, folder_of, rows_if_whole
 from trec_twotower.data.features import Sources
 from trec_twotower.data.interactions import ListsAt, TrainBatches, rows_taken
@@ -388,6 +389,8 @@ class Stream:
         before = counts_path(self.run_dir, number - 1)
         if number and before.is_file():
             count_NI = count_items(sources, self.loss)
+            if self.data.own_item == "drop" and (own := own_items(sources)) is not None:
+                print(f"generation {number}: {own.in_words}", flush=True)
             earlier = read_counts(before)
             count_NI[..., : earlier.shape[-1]] += earlier  # rows of later items stand behind
         else:

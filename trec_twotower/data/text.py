@@ -20,6 +20,8 @@ from trec_twotower.errors import ConfigError
 from trec_twotower.schema import FeatureSpec
 
 WORD = re.compile(r"\w+")
+# Kinds of models whose first place is the one behind the padding's number.
+COUNTS_FROM_PADDING = frozenset({"roberta", "xlm-roberta", "camembert", "mpnet", "xlm-roberta-xl", "longformer"})
 MAX_TOKENS = 64  # of a text, where max_length does not say
 _borrowed = threading.Lock()  # a tokenizer serves one thread at a time
 
@@ -84,7 +86,7 @@ def _runs(words: Lists, key_W: np.ndarray, length: int) -> Lists:
 
 
 def check_folder(feature: FeatureSpec) -> None:
-    """Raises ConfigError where a feature's folder holds no Hugging Face model, or not that many layers to tune."""
+    """Raises ConfigError where a feature's folder holds no Hugging Face model, or none that can do what is asked."""
     folder = Path(str(feature.folder))
     try:
         about = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -110,6 +112,34 @@ def check_folder(feature: FeatureSpec) -> None:
             f"feature {feature.name!r} has tune: {feature.tune}, but the model in {folder} has {layers} layers: take "
             "fewer, or all."
         )
+    inner = [name for name in PARTS_OF_MODELS if isinstance(about.get(name), dict)]
+    if about.get("is_encoder_decoder") or inner:
+        found = f"is made of parts ({', '.join(inner)})" if inner else "is an encoder with a decoder"
+        raise ConfigError(
+            f"feature {feature.name!r}: the {kind} in {folder} {found}, which does not read a text into a vector by "
+            "itself: take a plain encoder (bert, distilbert, roberta, mpnet and the like, such as MiniLM), or have the "
+            "vectors made beforehand (kind vector)."
+        )
+    length, most = feature.max_length or MAX_TOKENS, _most_tokens(about)
+    if most is not None and length > most:
+        given = f"max_length: {length}" if feature.max_length else f"no max_length, so {length} tokens"
+        raise ConfigError(
+            f"feature {feature.name!r} has {given}, but the {kind} in {folder} has places for {most} tokens: set "
+            f"max_length to {most} or less."
+        )
+
+
+PARTS_OF_MODELS = ("text_config", "vision_config", "audio_config", "encoder", "decoder")  # in the config of one of them
+
+
+def _most_tokens(about: dict[str, Any]) -> int | None:
+    """How many tokens a model has places for, by its config.json; None where that does not say."""
+    found = (about.get(name) for name in ("max_position_embeddings", "n_positions"))
+    places = next((each for each in found if isinstance(each, int) and each > 0), None)
+    padding = about.get("pad_token_id")
+    if places is not None and about["model_type"] in COUNTS_FROM_PADDING and isinstance(padding, int):
+        return places - padding - 1
+    return places
 
 
 def transformers() -> Any:

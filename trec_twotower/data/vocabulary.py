@@ -30,6 +30,18 @@ def read_words(path: str) -> list[str]:
     return words
 
 
+def words_of_file(feature: FeatureSpec) -> list[Any]:
+    """The words of a feature's file; raises ConfigError as `read_words`, or where they are more than its buckets."""
+    assert feature.vocabulary is not None and feature.buckets is not None
+    words, room = read_words(feature.vocabulary), feature.buckets - FIRST_WORD
+    if len(words) > room:
+        raise ConfigError(
+            f"The vocabulary {feature.vocabulary} has {len(words):,} words, but feature {feature.name!r} has rows for "
+            f"{room:,}: leave buckets out, or set them to {len(words) + FIRST_WORD:,}."
+        )
+    return words
+
+
 def _check(words: Sequence[Any], path: str) -> None:
     if not words:
         raise ConfigError(f"The vocabulary {path} is empty: write a word a line.")
@@ -52,7 +64,7 @@ def make_vocabulary(feature: FeatureSpec, kind: pa.DataType, columns: Iterable[p
     kind = kind.value_type if pa.types.is_dictionary(kind) else kind
     room = feature.buckets - FIRST_WORD
     if feature.vocabulary != LEARNED:
-        words: list[Any] = list(read_words(feature.vocabulary))
+        words: list[Any] = words_of_file(feature)
         if pa.types.is_integer(kind):
             try:
                 words = [int(word) for word in words]
@@ -62,11 +74,6 @@ def make_vocabulary(feature: FeatureSpec, kind: pa.DataType, columns: Iterable[p
                     f"({error}): correct one of them."
                 ) from None
             _check(words, feature.vocabulary)
-        if len(words) > room:
-            raise ConfigError(
-                f"The vocabulary {feature.vocabulary} has {len(words):,} words, but feature {feature.name!r} has rows "
-                f"for {room:,}: leave buckets out, or set them to {len(words) + FIRST_WORD:,}."
-            )
         return Statistics(words=tuple(words))
     counts: dict[Any, int] = {}
     for array in columns:

@@ -1,6 +1,6 @@
 """The items in a FAISS index: chosen, built, tuned against exact search, searched, saved. The only import of faiss."""
 
-from trec_twotower.index.build import build_index
+from trec_twotower.index.build import build_index, check_factory
 from trec_twotower.index.engine import Matrix, Vectors, exact_search, faiss
 from trec_twotower.index.filters import Allowed, mask_of
 from trec_twotower.index.recipe import Recipe, choose_recipe
@@ -14,6 +14,7 @@ __all__ = [
     "Recipe",
     "Vectors",
     "build_index",
+    "check_factory",
     "choose_recipe",
     "exact_search",
     "faiss",

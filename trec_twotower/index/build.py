@@ -69,7 +69,7 @@ def build_index(items: Vectors | np.ndarray, users: Vectors | np.ndarray, config
     check_same_dim(items.dim, users.dim)
     recipe = choose_recipe(len(items), items.dim, config, on_gpu=uses_gpu(config.device))
     started = time.perf_counter()
-    template = _template(items, recipe)
+    template = _template(items.dim, recipe)
     drawn = _Users(users, config)
     truth = _Truth(drawn, items, recipe, config)
     centroid_LD = _train(template, items, drawn.points_BD, truth.hits_I, config)
@@ -154,14 +154,19 @@ class _Truth:
 # ---------------------------------------------------------------- lists, codes, items
 
 
-def _template(items: Vectors, recipe: Recipe) -> Any:
+def check_factory(factory: str, dim: int) -> None:
+    """Raises ConfigError where FAISS makes no index of vectors of that dim by these words."""
+    _template(dim, Recipe(factory))
+
+
+def _template(dim: int, recipe: Recipe) -> Any:
     """The recipe's index, empty and untrained."""
     try:
-        template = faiss.index_factory(items.dim, recipe.factory, faiss.METRIC_INNER_PRODUCT)
+        template = faiss.index_factory(dim, recipe.factory, faiss.METRIC_INNER_PRODUCT)
     except RuntimeError as error:
         reason = str(error).split("Error: ")[-1].strip()
         raise ConfigError(
-            f"index.factory {recipe.factory!r} is no index of dim {items.dim} to FAISS ({reason}): "
+            f"index.factory {recipe.factory!r} is no index of dim {dim} to FAISS ({reason}): "
             "write it as in FAISS's index_factory, such as IVF1024,SQfp16."
         ) from None
     base = Part(template).base

@@ -70,7 +70,7 @@ class TextInput(nn.Module):
         super().__init__()
         self.model = _load(feature)
         self.is_frozen = feature.tune == "frozen"
-        width = self.model.config.hidden_size
+        width = _try(self.model, feature)
         _tune(self.model, feature)
         assert feature.dim is not None
         self.project = nn.Linear(width, feature.dim)
@@ -160,6 +160,20 @@ def _load(feature: FeatureSpec) -> Any:
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ConfigError(
             f"feature {feature.name!r}: {feature.folder} has no model that transformers can read: {error}"
+        ) from None
+
+
+def _try(model: Any, feature: FeatureSpec) -> int:
+    """The width of what the model makes of a text of one token; raises ConfigError where it makes nothing of it."""
+    one = torch.zeros(1, 1, dtype=torch.int64)
+    try:
+        with torch.no_grad():
+            return model.eval()(input_ids=one, attention_mask=torch.ones_like(one)).last_hidden_state.shape[-1]
+    except (ValueError, TypeError, AttributeError, RuntimeError, IndexError) as error:
+        raise ConfigError(
+            f"feature {feature.name!r}: the {type(model).__name__} in {feature.folder} does not make vectors of a "
+            f"text's tokens ({error}): take a plain encoder (bert, distilbert, roberta, mpnet and the like), or have "
+            "the vectors made beforehand (kind vector)."
         ) from None
 
 

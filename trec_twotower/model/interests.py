@@ -32,11 +32,10 @@ def likeness(user_BMD: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def uses(user_BMD: Tensor, item_CD: Tensor, positive: Pairs) -> list[float]:
-    """M shares: how often each of a row's vectors is the one that scores its positive highest."""
+def uses(user_BMD: Tensor, item_CD: Tensor, positive: Pairs) -> Tensor:
+    """(P, M): 1 for the one of a row's vectors that scores a positive highest."""
     score_PM = torch.einsum("pmd,pd->pm", user_BMD[positive.row_P], item_CD[positive.column_P])
-    use_M = torch.bincount(score_PM.argmax(1), minlength=user_BMD.shape[1])
-    return (use_M / max(len(score_PM), 1)).tolist()
+    return F.one_hot(score_PM.argmax(1), user_BMD.shape[1])
 
 
 def gaussian_user(raw_BE: Tensor, *, is_unit: bool) -> Tensor:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -116,15 +117,19 @@ class ShortLong(nn.Module):
         of_short = sum(widths[number] for number in short)
         self.short, self.long = nn.Linear(of_short, dim), nn.Linear(sum(widths) - of_short, dim)
         self.gate = nn.Linear(sum(widths), dim)
-        self.mean_gate: Tensor | None = None  # of the last batch
+        self.gate_B: Tensor | None = None  # of this rank's last batch, the mean over numbers
 
     def forward(self, feature_BE: Tensor) -> Tensor:
         parts = list(zip(feature_BE.split(self.widths, dim=1), self.is_short, strict=True))
         short_BD = self.short(torch.cat([part for part, is_short in parts if is_short], dim=1))
         long_BD = self.long(torch.cat([part for part, is_short in parts if not is_short], dim=1))
         gate_BD = torch.sigmoid(self.gate(feature_BE))
-        self.mean_gate = gate_BD.detach().mean()
+        self.gate_B = gate_BD.detach().mean(1)
         return gate_BD * short_BD + (1 - gate_BD) * long_BD
+
+    def figures(self, ranks: Ranks) -> dict[str, float]:
+        """The mean gate of the last batch of all ranks, which call together."""
+        return row_means(["gate"], None if self.gate_B is None else self.gate_B[:, None], ranks)
 
 
 class Experts(nn.Module):
@@ -141,7 +146,8 @@ class Experts(nn.Module):
         self.experts = nn.ModuleList(
             nn.Sequential(nn.Linear(width, config.width), nn.ReLU()) for _ in range(config.count)
         )
-        self.weight_BK: Tensor | None = None  # of the last batch, all experts'
+        self.weight_BK: Tensor | None = None  # of the last batch, all experts' before `top` ...
+        self.used_BK: Tensor | None = None  # ... and with it: what each expert's layer counted for
 
     def forward(self, feature_BE: Tensor) -> Tensor:
         logit_BK = self.router(feature_BE)
@@ -149,6 +155,7 @@ class Experts(nn.Module):
         if self.config.top is not None:
             least_B1 = logit_BK.topk(self.config.top, dim=1).values[:, -1:]
             weight_BK = logit_BK.masked_fill(logit_BK < least_B1, float("-inf")).softmax(1)
+        self.used_BK = weight_BK.detach()
         each_BKW = torch.stack([expert(feature_BE) for expert in self.experts], dim=1)
         return (weight_BK[..., None] * each_BKW).sum(1)
 
@@ -162,9 +169,19 @@ class Experts(nn.Module):
         share = ranks.num_ranks / rows
         return self.config.balance * count * (used_K / rows * self.weight_BK.sum(0)).sum() * share
 
-    def use(self) -> list[float]:
-        """Each expert's mean weight in this rank's last batch."""
-        return [] if self.weight_BK is None or not len(self.weight_BK) else self.weight_BK.detach().mean(0).tolist()
+    def figures(self, ranks: Ranks) -> dict[str, float]:
+        """Each expert's mean weight in the last batch of all ranks, which call together; 0 for one that `top` left out.
+
+        A row whose `top` leaves an expert out counts 0 for it, however near it came.
+        """
+        return row_means([f"expert_{number}" for number in range(self.config.count)], self.used_BK, ranks)
+
+
+def row_means(names: Sequence[str], value_BK: Tensor | None, ranks: Ranks) -> dict[str, float]:
+    """The mean of each column over the rows of all ranks; nothing where there are no rows."""
+    mine_K = np.zeros(len(names)) if value_BK is None else value_BK.double().sum(0).cpu().numpy()
+    rows, *sums = ranks.sum(np.array([0 if value_BK is None else len(value_BK), *mine_K])).tolist()
+    return {name: value / rows for name, value in zip(names, sums, strict=True)} if rows else {}
 
 
 def _spread(value_BF: Tensor, widths: Sequence[int]) -> Tensor:

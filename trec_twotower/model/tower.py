@@ -62,7 +62,7 @@ class Tower(nn.Module):
         self.layers = nn.Sequential(*layers)
         ends = list(accumulate(widths))
         self._wide = [slice(ends[number] - widths[number], ends[number]) for number in map(place, config.wide)]
-        self.encoders = nn.ModuleDict()  # of sequences, and of features with layers of their own, by their names
+        self.encoders = nn.ModuleDict()  # of sequences, and of features with layers of their own, by `encoder_name`
         self._compiled: Callable[[Tensor], Tensor] | None = None
         self._precision = "fp32"
         self._encodes_narrow = False
@@ -97,21 +97,19 @@ class Tower(nn.Module):
         added = [part.penalty(ranks) for part in self.layers if isinstance(part, Experts) and part.config.top]
         return added[0] if added else None
 
-    def figures(self) -> dict[str, float]:
-        """What its parts tell of this rank's last batch."""
+    def figures(self, ranks: Ranks) -> dict[str, float]:
+        """What its parts tell of the last batch of all ranks (of `micro_batch`, its last rows); all call together."""
         found: dict[str, float] = {}
         for part in self.layers:
-            if isinstance(part, ShortLong) and part.mean_gate is not None:
-                found["gate"] = float(part.mean_gate)
-            if isinstance(part, Experts):
-                found |= {f"expert_{number}": weight for number, weight in enumerate(part.use())}
+            if isinstance(part, ShortLong | Experts):
+                found |= part.figures(ranks)
         return found
 
     def encode(self, name: str, *given: Tensor | Listed) -> Tensor:
         """(B, D): what the encoder of a feature makes of what it is given."""
-        encoder = self.encoders[name]
+        encoder = self.encoders[encoder_name(name)]
         if not self.training:
-            return self._averaging(encoder, f"encoders.{name}.", *given)
+            return self._averaging(encoder, f"encoders.{encoder_name(name)}.", *given)
         if not self._encodes_narrow:
             return encoder(*given)
         with torch.autocast(next(encoder.parameters()).device.type, torch.bfloat16):
@@ -151,6 +149,11 @@ class Tower(nn.Module):
         averages = [getattr(self, _average_of(name)) for name in self._averaged]
         if averages:
             torch._foreach_lerp_(averages, [weights[name] for name in self._averaged], 1.0 - decay)
+
+
+def encoder_name(feature: str) -> str:
+    """Under which a feature's encoder is kept: a ModuleDict has names such as `items` and `type` for itself."""
+    return f"of_{feature}"
 
 
 def _average_of(name: str) -> str:

@@ -21,10 +21,11 @@ from trec_twotower.model.inputs import build_input
 from trec_twotower.model.interests import attended, gaussian_item, gaussian_user, likeness, uses
 from trec_twotower.model.losses import LOSSES, Pairs, Relations
 from trec_twotower.model.losses.regularisers import alignment, nearness, squared_lengths
+from trec_twotower.model.parts import row_means
 from trec_twotower.model.queue import ItemQueue
 from trec_twotower.model.sequence import SequenceInput
 from trec_twotower.model.temperature import Temperature
-from trec_twotower.model.tower import Tower
+from trec_twotower.model.tower import Tower, encoder_name
 from trec_twotower.model.watch import Histogram, Watch
 from trec_twotower.schema import Schema, Side, key, part_of
 
@@ -59,13 +60,13 @@ class TwoTower(nn.Module):
             for side, dim, config in zip(SIDES, sizes, (model.user_tower, model.item_tower), strict=True)
         )
         for feature in schema.sequences:
-            self.user_tower.encoders[feature.name] = SequenceInput(feature, schema.table_of(feature).dim)
+            self.user_tower.encoders[encoder_name(feature.name)] = SequenceInput(feature, schema.table_of(feature).dim)
         self.vectors_per_user = schema.vectors_per_user  # M
         self.interests = loss.interests or InterestsConfig()
-        self.interest_uses: list[float] = []  # of the last logged batch
+        self.interest_uses: Tensor | None = None  # of this rank's last logged batch
         for side in SIDES:
             for feature in schema.layered(side):
-                self._tower(side).encoders[feature.name] = build_input(feature)
+                self._tower(side).encoders[encoder_name(feature.name)] = build_input(feature)
         self.watch = Watch(is_unit=is_unit)
         self.user_tower.note_length = partial(self.watch.note_length, "user")
         self.item_tower.note_length = partial(self.watch.note_length, "item")
@@ -183,9 +184,11 @@ class TwoTower(nn.Module):
         parts = {
             f"{side}_{name}": value
             for side, tower in zip(SIDES, (self.user_tower, self.item_tower), strict=True)
-            for name, value in tower.figures().items()
+            for name, value in tower.figures(self.ranks).items()
         }
-        parts |= {f"interest_{number}": share for number, share in enumerate(self.interest_uses)}
+        if self.vectors_per_user > 1:
+            names = [f"interest_{number}" for number in range(self.vectors_per_user)]
+            parts |= row_means(names, self.interest_uses, self.ranks)
         return {**temperature, **parts, **self.watch.figures(self.ranks)}
 
     @property

@@ -68,6 +68,8 @@ class Files:
         how: str,
     ) -> Files:
         """`paths`, which the option `option` has found as `path`, through a reader of DuckDB's that is told `how`."""
+        for file in paths:
+            _check_zipped(file)
         names = ", ".join(sql_text(glob.escape(str(file))) for file in paths)
         relation = f"{reader}([{names}], {how}, filename = {sql_text(_FILE)})"
         with explained(f"{option} = {path}", options):
@@ -153,6 +155,19 @@ def _paths(option: str, path: str) -> list[Path]:
         beside = [entry.name for entry in place.parent.iterdir()] if place.parent.is_dir() else []
         raise DataError(f"{option} = {path}: there is no such file{nearest(place.name, sorted(beside))}.")
     return paths
+
+
+def _check_zipped(path: Path) -> None:
+    """Raises DataError where a file is called .gz and is none, of which DuckDB says no name."""
+    if path.suffix == ".gz":
+        with path.open("rb") as file:
+            begin = file.read(2)
+        if begin != b"\x1f\x8b":
+            found = f"begins with {begin!r}" if begin else "is empty"
+            raise DataError(
+                f"{path} is called .gz, but {found}, as no gzip file does: download it again, or take .gz off its name "
+                "if it is plain text."
+            )
 
 
 def _is_shown(path: Path) -> bool:
