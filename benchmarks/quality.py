@@ -264,7 +264,7 @@ SPLITS = {
             "GF-CF": gf_cf,
             "closed form, dim 256": of_config(
                 "gowalla_spectral", "tables.history.dim=256", "tables.item.dim=256", "model.dim=256",
-                "train.start.length_power=0.4", "train.start.spectrum_power=0",
+                "train.start.history_power=0.4", "train.start.length_power=0.4", "train.start.spectrum_power=0",
             ),
             "fast: gowalla_spectral.yaml": of_config("gowalla_spectral"),
             "best: gowalla.yaml": of_config("gowalla"),

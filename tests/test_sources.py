@@ -709,6 +709,21 @@ def test_gowalla_holds_out_the_share_of_every_user(tmp_path, bags):
         assert not set(test[user]["positives"]) & set(items)
 
 
+def test_gowalla_holds_out_items_by_their_popularity_to_a_power(tmp_path):
+    """Everybody has item 0 and one that nobody else has, of which one goes: at odds of (users / 1) ** power."""
+    num_users = 3000
+    lines = "".join(f"{user} 0 {user + 1}\n" for user in range(num_users))
+    data_dir = folder(tmp_path / "gowalla", train_txt=lines, test_txt="0 5000\n")
+    for name, odds in (("even", 1), ("popular", 4)):
+        power = np.log(odds) / np.log(num_users)
+        prepare("gowalla", tmp_path / name, {"data_dir": str(data_dir), "valid_share": 0.5, "valid_power": power})
+        held_out = pq.read_table(tmp_path / name / "valid")["positives"].to_pylist()
+        assert len(held_out) == num_users and all(len(items) == 1 for items in held_out)
+        share = np.mean([items == [0] for items in held_out])
+        expected = odds / (1 + odds)
+        assert abs(share - expected) < 4 * np.sqrt(expected * (1 - expected) / num_users)
+
+
 def test_gowalla_holds_out_at_random_by_the_seed(tmp_path, bags):
     data_dir, items_of = bags
     made = {}

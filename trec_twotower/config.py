@@ -412,7 +412,7 @@ class SpectralStart(Settings):
     item: str = "item_id"  # the item's id
     user_power: NonNegativeFloat = 0.4  # how much users with many items count for less
     item_power: NonNegativeFloat = 0.4  # the same of popular items
-    history_power: NonNegativeFloat = 0.4  # how much less a popular item says of a user
+    history_power: NonNegativeFloat = 0.3  # how much less a popular item says of a user
     length_power: float = 0.3  # how much higher a popular item scores
     spectrum_power: NonNegativeFloat = 0.3  # weight of strong directions; 0: all alike
     oversampling: PositiveInt = 64  # directions beyond the tables' dim that the search keeps

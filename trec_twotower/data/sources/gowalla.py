@@ -32,6 +32,7 @@ class Options(FolderOptions):
     """Where the files are and what is held out of train."""
 
     valid_share: float = Field(0.2, ge=0, lt=1)  # of each user's train items; 0 makes no valid part
+    valid_power: float = Field(0.0, ge=0, le=2)  # these are drawn by how often an item was taken, to this power
     seed: int = Field(7, ge=0)
 
 
@@ -49,7 +50,7 @@ def write(options: Options, writer: DatasetWriter) -> dict[str, Any]:
     test, test_repeats = _distinct(test_lines, user_ids, item_ids)
     is_overlap = np.isin(test, train)
     test = test[~is_overlap]
-    is_valid = _hold_out(train // len(item_ids), options)
+    is_valid = _hold_out(*np.divmod(train, len(item_ids)), options)
 
     def grouped(pairs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Offsets by user, and the items; `pairs` are user * items + item, users ascending."""
@@ -104,13 +105,18 @@ def _distinct(lines: IdLines, user_ids: np.ndarray, item_ids: np.ndarray) -> tup
     return pair[first], len(pair) - len(first)
 
 
-def _hold_out(user: np.ndarray, options: Options) -> np.ndarray:
-    """Marks the share of each user's items that goes to valid: at least one of two or more, never all."""
+def _hold_out(user: np.ndarray, item: np.ndarray, options: Options) -> np.ndarray:
+    """Marks the share of each user's items that goes to valid: at least one of two or more, never all.
+
+    Drawn without replacement, by the least of exponential waiting times (Efraimidis and Spirakis 2006).
+    """
     owned = np.bincount(user)
     quota = np.clip(np.rint(owned * options.valid_share).astype(np.int64), 1, np.maximum(owned - 1, 0))
     if options.valid_share == 0:
         quota[:] = 0
-    order = np.lexsort((np.random.default_rng(options.seed).random(len(user)), user))
+    rate = np.bincount(item)[item].astype(np.float64) ** options.valid_power
+    wait = -np.log1p(-np.random.default_rng(options.seed).random(len(user))) / rate
+    order = np.lexsort((wait, user))
     place = np.arange(len(user)) - offsets_of(owned)[user]  # `user` ascends, so order[j] belongs to user[j]
     is_valid = np.zeros(len(user), bool)
     is_valid[order[place < quota[user]]] = True
