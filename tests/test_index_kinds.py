@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import tracemalloc
 import weakref
 from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from tests.test_index import best_written_out, clustered, recall, settings
+from trec_twotower import export
 from trec_twotower.config import IndexConfig
 from trec_twotower.data.lists import Lists
 from trec_twotower.errors import ConfigError, DataError
+from trec_twotower.export import VectorFiles
 from trec_twotower.index import ItemIndex, Matrix, build_index, choose_recipe, engine, faiss
 from trec_twotower.index.build import _Users
 from trec_twotower.index.scan import Part
@@ -180,6 +184,43 @@ def test_items_in_pieces_make_the_index_of_the_whole_and_are_not_kept(vectors, f
     assert [part.num_items for part in streamed] == [part.num_items for part in whole]
     for one, other in zip(whole, streamed, strict=True):
         assert (faiss.serialize_index(one.whole) == faiss.serialize_index(other.whole)).all()
+
+
+def test_building_from_files_holds_a_small_part_of_them(tmp_path, monkeypatch):
+    """Counted in Arrow's pool whenever a piece is handed on, and by numpy's own accounts; FAISS holds the index."""
+    item_ID, user_QD = clustered(60_000, 600)
+    write_export(tmp_path, item_ID)
+    monkeypatch.setattr(export, "PIECE", 2048)
+    held = []
+
+    class Watched(VectorFiles):
+        def pieces(self):
+            for piece in super().pieces():
+                held.append(pa.default_memory_pool().bytes_allocated() - held_before)
+                yield piece
+                del piece
+
+    config = settings(factory="IVF64,SQfp16", k=10, tune_users=300, target_recall=0.9, max_train_vectors=4_000)
+    build_index(item_ID[:2_000], user_QD, config)  # what is compiled and kept at the first call
+    del item_ID
+    held_before = pa.default_memory_pool().bytes_allocated()
+    tracemalloc.start()
+    try:
+        index = build_index(Watched(tmp_path, "items"), user_QD, config)
+        _, most_of_numpy = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    vector_bytes = 4 * 32 * 60_000
+    assert len(index) == 60_000 and index.report.reached_recall > 0.85
+    assert len(held) == 4 * 30 and 0 < max(held) < vector_bytes / 2
+    assert most_of_numpy < vector_bytes / 2
+
+
+def write_export(folder, item_ID):
+    """In row groups, as exports are."""
+    column = pa.FixedSizeListArray.from_arrays(pa.array(item_ID.reshape(-1)), item_ID.shape[1])
+    table = pa.table({"item_id": np.arange(len(item_ID)), "vector": column})
+    pq.write_table(table, folder / "items-0.parquet", row_group_size=8_192, use_dictionary=False)
 
 
 # ---------------------------------------------------------------- which kind

@@ -28,6 +28,8 @@ from trec_twotower.train import build_model, towers
 
 VECTOR = "vector"
 VECTORS = "vectors"  # of users with several
+PIECE = 1 << 16  # vectors that are handed on together when an export is read back
+READ_ROWS = 1 << 11  # rows that are decoded together for that: what Arrow makes of them is several times as large
 
 
 @dataclass(frozen=True)
@@ -155,7 +157,8 @@ class VectorFiles:
     def __init__(self, folder: Path, what: str) -> None:
         self._paths = sorted(folder.glob(f"{what}-*.parquet"))
         self._column, (*several, self._dim) = _shape(self._paths)
-        self._num_rows = sum(pq.read_metadata(path).num_rows for path in self._paths) * math.prod(several)
+        self._per_row = math.prod(several)
+        self._num_rows = sum(pq.read_metadata(path).num_rows for path in self._paths) * self._per_row
 
     @property
     def dim(self) -> int:
@@ -167,9 +170,22 @@ class VectorFiles:
     def pieces(self) -> Iterator[np.ndarray]:
         """float32 blocks of up to 2^16 rows."""
         for path in self._paths:
-            with pq.ParquetFile(path, page_checksum_verification=True) as file:
-                for batch in file.iter_batches(1 << 16, columns=[self._column]):
-                    yield _numbers(batch.column(0)).reshape(-1, self._dim)
+            # Arrow would else read a column of the whole file ahead, and a row group's in one piece
+            read = {"pre_buffer": False, "buffer_size": 1 << 20, "page_checksum_verification": True}
+            with pq.ParquetFile(path, **read) as file:
+                left = file.metadata.num_rows * self._per_row
+                piece_CD, filled = np.empty((min(left, PIECE), self._dim), np.float32), 0
+                for batch in file.iter_batches(READ_ROWS, columns=[self._column]):
+                    part_CD = _numbers(batch.column(0)).reshape(-1, self._dim)
+                    while len(part_CD):
+                        taken = min(len(part_CD), len(piece_CD) - filled)
+                        piece_CD[filled : filled + taken] = part_CD[:taken]
+                        part_CD, filled, left = part_CD[taken:], filled + taken, left - taken
+                        if filled == len(piece_CD):
+                            yield piece_CD
+                            del piece_CD  # before the next is made
+                            piece_CD, filled = np.empty((min(left, PIECE), self._dim), np.float32), 0
+                    del batch, part_CD
 
     def ids(self) -> pa.Array:
         """Their outside ids."""

@@ -91,6 +91,14 @@ class Part:
         """Whether its scores are of vectors in fewer bits than they came."""
         return not isinstance(self.refine if self.refine is not None else self.base, faiss.IndexFlat)
 
+    @property
+    def has_codes(self) -> bool:
+        """Whether the lists hold codes that are learned; plain numbers are not."""
+        if isinstance(self.base, faiss.IndexIVFScalarQuantizer):
+            plain = (faiss.ScalarQuantizer.QT_fp16, faiss.ScalarQuantizer.QT_bf16)
+            return self.base.sq.qtype not in plain
+        return not isinstance(self.base, faiss.IndexIVFFlat)
+
     def transformed(self, vectors: np.ndarray) -> np.ndarray:
         """What the lists hold of vectors."""
         for transform in self._transforms:
