@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ from trec_twotower.data.lists import Lists
 from trec_twotower.errors import ConfigError, DataError
 from trec_twotower.files import MANIFEST, new_folder, open_sealed, read_manifest, seal, verify_sealed
 from trec_twotower.index.engine import Device, as_vectors, faiss, merged
-from trec_twotower.index.filters import Allowed, Way, choose_way, make_allowed, num_to_fetch
+from trec_twotower.index.filters import Allowed, Race, Way, likely_ways, make_allowed, num_to_fetch
+from trec_twotower.index.list_scan import TOGETHER
 from trec_twotower.index.probing import Fit, fit_for
 from trec_twotower.index.scan import Answer, Scanner
 from trec_twotower.metrics import blocks_by_length, first_kept
@@ -183,17 +185,25 @@ class ItemIndex:
 
     def allow(self, mask_I: np.ndarray, way: Way | None = None) -> Allowed:
         """The items marked in a bool array (I,), made ready for searches; `way` forces how they are searched."""
-        return make_allowed(self._scanner, mask_I, self.report.fits, way)
+        allowed = make_allowed(self._scanner, mask_I, way)
+        if self.way_of(allowed, self.report.k) == "exact":
+            allowed.vectors(self._scanner)
+        return allowed
 
-    def way_of(self, allowed: Allowed, k: int) -> Way:
-        """How a search for `k` of these items goes."""
+    def way_of(self, allowed: Allowed, k: int, num_users: int = 1) -> Way:
+        """How a search for `k` of these items goes, as far as it is known."""
+        return self._race(allowed, k, num_users).best
+
+    def _race(self, allowed: Allowed, k: int, num_users: int) -> Race:
         if k >= len(allowed.item_rows):
-            return "exact"
+            return Race(["exact"])
         if allowed.way is not None:
-            return allowed.way
-        if k not in allowed.chosen:
-            allowed.chosen[k] = choose_way(self._scanner, self.report.fits, len(allowed.item_rows), k)
-        return allowed.chosen[k]
+            return Race([allowed.way])
+        key = (k, num_users >= TOGETHER)
+        if key not in allowed.races:
+            ways = likely_ways(self._scanner, self.report.fits, len(allowed.item_rows), k)
+            allowed.races.setdefault(key, Race(ways))
+        return allowed.races[key]
 
     def _seen_here(self, seen: Lists, allowed: Allowed | None) -> Lists:
         """Seen items once each, without those that could not be found anyway."""
@@ -239,10 +249,21 @@ class ItemIndex:
 
     def _first_try(self, user_BD: np.ndarray, k: int, allowed: Allowed | None) -> Answer:
         """The best `k` as tuned; with `allowed`, by the best way for so many, of which overfetch brings more."""
-        scanner, fits = self._scanner, self.report.fits
         if allowed is None:
-            return self._scan(user_BD, k, fit_for(fits, k))
-        way = self.way_of(allowed, k)
+            return self._scan(user_BD, k, fit_for(self.report.fits, k))
+        race = self._race(allowed, k, len(user_BD))
+        way, is_timed = race.next_way()
+        if not is_timed or not len(user_BD):
+            return self._by_way(way, user_BD, k, allowed)
+        if way == "exact":
+            allowed.vectors(self._scanner)  # later searches have them already
+        started = time.perf_counter()
+        found = self._kept(self._by_way(way, user_BD, k, allowed), k, None, allowed)
+        race.tell(way, (time.perf_counter() - started) / len(user_BD))
+        return found
+
+    def _by_way(self, way: Way, user_BD: np.ndarray, k: int, allowed: Allowed) -> Answer:
+        scanner, fits = self._scanner, self.report.fits
         if way == "exact":
             return self._scan_allowed(user_BD, k, allowed)
         if way == "overfetch":
@@ -295,8 +316,7 @@ class ItemIndex:
         return scanner.scan_lists(user_BD, k, scanner.choose_lists(user_BD, k, fit, size_L=size_L, most=most), bitmap)
 
     def _scan_allowed(self, user_BD: np.ndarray, k: int, allowed: Allowed) -> Answer:
-        vectors = allowed.vectors if allowed.vectors is not None else self._scanner.vectors_of(allowed.item_rows)
-        return self._scanner.scan_some(user_BD, k, allowed.item_rows, vectors)
+        return self._scanner.scan_some(user_BD, k, allowed.item_rows, allowed.vectors(self._scanner))
 
     # ------------------------------------------------------------ saving and loading
 
