@@ -88,7 +88,7 @@ def test_a_mapped_index_is_refused_when_cut_or_damaged_where_its_layout_stands(v
     whole = path.read_bytes()
     damaged = bytearray(whole)
     damaged[200] ^= 1
-    for content, said in ((bytes(damaged), "sha256 of its first"), (whole[:-1], "were written"), (b"", "has 0 bytes")):
+    for content, said in ((bytes(damaged), "digest of its first"), (whole[:-1], "were written"), (b"", "has 0 bytes")):
         path.write_bytes(content)
         with pytest.raises(DataError, match=said):
             ItemIndex.load(folder, mapped=True)

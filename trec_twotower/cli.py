@@ -121,6 +121,9 @@ def build_parser() -> argparse.ArgumentParser:
     serve.add_argument(
         "--reload-s", type=float, default=10.0, help="seconds between looks for a new index; 0: none (default 10)"
     )
+    serve.add_argument(
+        "--mapped", action="store_true", help="share the index with other processes of this host, each reading at need"
+    )
 
     report = command("report", _report, "the run in pictures, one HTML file of all that was done so far")
     report.add_argument("run_dir", metavar="RUN", type=Path, help="a run folder, made by train")
@@ -395,6 +398,7 @@ def _serve(options: argparse.Namespace) -> int:
         checkpoint=options.checkpoint,
         max_k=options.max_k,
         reload_s=options.reload_s,
+        mapped=options.mapped,
     )
     return 0
 

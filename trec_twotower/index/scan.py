@@ -13,7 +13,7 @@ import torch
 
 from trec_twotower.errors import ConfigError
 from trec_twotower.index.engine import GPU_LIMIT, Device, best_of_all, faiss, to_gpu, use_blas_well, uses_gpu
-from trec_twotower.index.list_scan import ListScan
+from trec_twotower.index.list_scan import ListScan, list_places
 from trec_twotower.index.probing import Coarse, Fit
 
 AGAIN_NUMBERS = 1 << 18  # of vectors scored again together: 1 MiB, which stays in the cache
@@ -112,7 +112,7 @@ class Part:
             item_CD = transform.apply(item_CD)
 
     def list_sizes(self) -> np.ndarray:
-        return np.array([self.base.invlists.list_size(each) for each in range(self.base.nlist)], np.int64)
+        return list_places(self.base)[0]
 
     def ids_of_list(self, number: int) -> np.ndarray:
         """The rows, within this part, of a list's items."""
