@@ -235,7 +235,8 @@ def write_export(folder, item_ID):
         (1_000_000, {"latency": "batch"}, "IVF3000,PQ32x4fs,Refine(SQfp16)"),
         (1_000_000, {"memory_gb": 0.1}, "IVF3000,SQ8"),
         (1_000_000, {"lists": 64}, "IVF64,SQfp16"),
-        (100_000_000, {"max_train_vectors": 2_000_000}, "IVF30000_HNSW32,SQfp16"),
+        (100_000_000, {}, "IVF30000_HNSW32,SQfp16"),
+        (100_000_000, {"max_train_vectors": 390_000}, "IVF10000,SQfp16"),
         (1_000_000, {"factory": "IVF7,Flat"}, "IVF7,Flat"),
     ],
 )
@@ -247,6 +248,20 @@ def test_a_large_catalogue_is_shared_by_several_indexes():
     assert choose_recipe(100_000_000, 64, IndexConfig()).shards == 1
     assert choose_recipe(200_000_000, 64, IndexConfig()).shards == 2  # 27 GB of at most 17 each
     assert choose_recipe(1_000, 64, IndexConfig(shards=3)).shards == 3
+
+
+@pytest.mark.parametrize(("num_items", "shards", "most"), [(20_000, 30_000, 256), (1_000, 16, 15), (63, 2, 1)])
+def test_shards_of_hardly_any_items_are_refused(num_items, shards, most):
+    for given in ({}, {"factory": "Flat"}):
+        with pytest.raises(ConfigError, match=rf"index.shards is {shards:,} but .* at most {most} indexes"):
+            choose_recipe(num_items, 64, IndexConfig(shards=shards, **given))
+
+
+@pytest.mark.parametrize("factory", ["SQ8,Refine(PQ16)", "IVF4,PQ16", "IVF4,SQfp16,Refine(PQ16)", "OPQ16,IVF4,Flat"])
+def test_codes_that_cannot_be_learned_of_so_few_items_are_refused(vectors, factory):
+    item_ID, user_QD = vectors
+    with pytest.raises(ConfigError, match=r"index.factory .* cannot be learned of 100 vectors"):
+        build_index(item_ID[:100], user_QD, settings(factory=factory, max_train_vectors=100))
 
 
 def test_memory_that_holds_no_kind_is_refused():
@@ -262,7 +277,9 @@ def test_memory_that_holds_no_kind_is_refused():
         ("LSH", "'metric == METRIC_L2' failed"),
         ("IVF16(PQ4x4),Flat", "finds its lists by a IndexPQ"),
         ("IVF16,SQ8,Refine(HNSW8)", "again by a IndexHNSWFlat, which does not hold"),
-        ("NSG16", "makes a IndexNSGFlat, which cannot be tuned here"),
+        ("NSG16", "makes a IndexNSGFlat, which cannot be tuned"),
+        ("PQ16x4fs,Refine(SQfp16)", "makes a IndexPQFastScan, which cannot be tuned"),
+        ("PQ16", "makes a IndexPQ, which cannot be tuned or filtered"),
     ],
 )
 def test_a_factory_that_cannot_be_tuned_is_refused(vectors, factory, said):

@@ -79,6 +79,9 @@ def build_parser() -> argparse.ArgumentParser:
 
     index = command("index", _index, "a FAISS index of the exported items, tuned against exact search, under RUN/index")
     index.add_argument("run_dir", metavar="RUN", type=Path, help="a run folder with an export")
+    index.add_argument(
+        "overrides", nargs="*", default=[], metavar="key=value", help="such as index.target_recall=0.95, for this index"
+    )
 
     evaluate = command("evaluate", _evaluate, "metrics over the whole catalogue, beside the baselines")
     folder(evaluate)
@@ -312,18 +315,20 @@ def _export_encoder(run: Any, checkpoint: str) -> int:
 
 
 def _index(options: argparse.Namespace) -> int:
+    from trec_twotower.config import with_index_settings
     from trec_twotower.export import open_export
     from trec_twotower.index import build_index
     from trec_twotower.run import Run
 
     run = Run.open(options.run_dir)
+    settings = with_index_settings(run.config, options.overrides)
     manifest, items, users = open_export(run.folder / "export")
     if not len(users):
         raise ConfigError(
             f"{run.folder / 'export'} holds no users, because {run.config.data.dataset} has neither test/ nor valid/, "
             "but the index is tuned for users' vectors: write one of them, then train, export and index."
         )
-    index = build_index(items, users, run.config.index)
+    index = build_index(items, users, settings)
     index.save(
         run.folder / "index",
         model_version=manifest["model_version"],

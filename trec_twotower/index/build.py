@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from trec_twotower.config import IndexConfig
+from trec_twotower.config import IndexConfig, as_values
 from trec_twotower.errors import ConfigError, DataError
 from trec_twotower.index.engine import (
     BestSoFar,
@@ -94,6 +94,7 @@ def build_index(items: Vectors | np.ndarray, users: Vectors | np.ndarray, config
         build_s=built - started,
         add_s=built - trained,
         tune_s=time.perf_counter() - built,
+        settings=as_values(config),
         **tuned,
     )
     return ItemIndex(scanner, report)
@@ -249,28 +250,46 @@ def _train(
     if hits_I is None:
         if not template.is_trained:
             rows = np.random.default_rng(config.seed).permutation(len(items))[:CODE_POINTS]
-            template.train(_rows_of(items, np.sort(rows)))
+            with _naming_the_factory(config, len(rows)):
+                template.train(_rows_of(items, np.sort(rows)))
         return None
     num_lists = part.base.nlist
-    num_trained = min(max(POINTS * num_lists, CODE_POINTS), max(config.max_train_vectors, num_lists))
+    num_trained = max(POINTS * num_lists, CODE_POINTS)
+    if config.max_train_vectors is not None:
+        num_trained = min(num_trained, max(config.max_train_vectors, num_lists))
     rows = _drawn_by_hits(hits_I, num_trained, config.seed)
     user_BD = user_BD[: int(USER_SHARE * len(rows))]
     point_CD = np.empty((len(rows) + len(user_BD), items.dim), np.float32)
     sample_CD = _rows_of(items, rows, point_CD[: len(rows)])
     point_CD[len(rows) :] = _as_long_as_their_items(user_BD, sample_CD, hits_I[rows])
-    part.train_transforms(sample_CD)
+    with _naming_the_factory(config, len(sample_CD)):
+        part.train_transforms(sample_CD)
     centroid_LD = _draw_lists(part.transformed(point_CD), num_lists, config)
     part.quantizer.add(centroid_LD)
-    if not part.has_codes:
-        sample_CD = sample_CD[:1]  # nothing is learned of it
-    with _assigned_by_distance(part, centroid_LD, config.device):
+    learned_CD = sample_CD if part.has_codes else sample_CD[:1]  # of plain numbers nothing is learned
+    with _naming_the_factory(config, len(rows)), _assigned_by_distance(part, centroid_LD, config.device):
         # The lists are there already: this trains the codes, of distances to centroids
-        part.base.train(part.transformed(sample_CD))
+        part.base.train(part.transformed(learned_CD))
     if part.refine is not None and not part.refine.is_trained:
-        part.refine.train(sample_CD)
+        with _naming_the_factory(config, len(sample_CD)):
+            part.refine.train(sample_CD)
     for wrapper in part.wrappers:
         wrapper.is_trained = True
     return centroid_LD
+
+
+@contextmanager
+def _naming_the_factory(config: IndexConfig, num_trained: int) -> Iterator[None]:
+    """What FAISS cannot learn of so few vectors, or of such, as a mistake of the config."""
+    try:
+        yield
+    except RuntimeError as error:
+        asked = f"index.factory {config.factory!r}" if config.factory is not None else "This kind of index"
+        reason = str(error).split("Error: ")[-1].strip().splitlines()[-1]
+        raise ConfigError(
+            f"{asked} cannot be learned of {num_trained:,} vectors ({reason}): take one that learns less, such as "
+            "Flat, SQfp16 or PQ16x4, or give it more items."
+        ) from None
 
 
 def _drawn_by_hits(hits_I: np.ndarray, count: int, seed: int) -> np.ndarray:

@@ -19,6 +19,8 @@ from trec_twotower.index.probing import Coarse, Fit
 AGAIN_NUMBERS = 1 << 18  # of vectors scored again together: 1 MiB, which stays in the cache
 SORTED_FROM = 64  # users; in a larger batch those of like lists go after each other, which then lie in the cache
 
+SELECTING = (faiss.IndexFlat, faiss.IndexScalarQuantizer)  # without lists, but with a filter; PQ codes have none
+
 Answer = tuple[np.ndarray, np.ndarray]  # scores (B, K) float32 and item rows (B, K) int64, ending in -1
 
 
@@ -64,10 +66,11 @@ class Part:
         self.base = inner
         self.has_lists = isinstance(inner, faiss.IndexIVF)
         self.is_graph = isinstance(inner, faiss.IndexHNSW)
-        if not (self.has_lists or self.is_graph or isinstance(inner, faiss.IndexFlatCodes)):
+        if not (self.has_lists or self.is_graph or isinstance(inner, SELECTING)):
             raise ConfigError(
-                f"index.factory makes a {type(inner).__name__}, which cannot be tuned here: take Flat, SQ or PQ codes, "
-                "IVF lists of them, or HNSW, with OPQ, PCA or RR in front and Refine or RFlat behind if wanted."
+                f"index.factory makes a {type(inner).__name__}, which cannot be tuned or filtered here: take Flat or SQ "
+                "codes, IVF lists of them or of PQ codes, or HNSW, with OPQ, PCA or RR in front and Refine or RFlat "
+                "behind if wanted."
             )
         if self.has_lists:
             self.quantizer = faiss.downcast_index(inner.quantizer)

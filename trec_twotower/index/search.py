@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,7 @@ class IndexReport:
     build_s: float  # of all before the tuning: exact search, training, and add_s
     add_s: float  # of reading and adding the items
     tune_s: float
+    settings: dict[str, Any] = field(default_factory=dict)  # the index's part of the config, as it was built with
 
     def in_words(self) -> str:
         """What was built and what it reaches, for people to read."""
