@@ -68,8 +68,8 @@ class Part:
         self.is_graph = isinstance(inner, faiss.IndexHNSW)
         if not (self.has_lists or self.is_graph or isinstance(inner, SELECTING)):
             raise ConfigError(
-                f"index.factory makes a {type(inner).__name__}, which cannot be tuned or filtered here: take Flat or SQ "
-                "codes, IVF lists of them or of PQ codes, or HNSW, with OPQ, PCA or RR in front and Refine or RFlat "
+                f"index.factory makes a {type(inner).__name__}, which cannot be tuned or filtered here: take Flat or "
+                "SQ codes, IVF lists of them or of PQ codes, or HNSW, with OPQ, PCA or RR in front and Refine or RFlat "
                 "behind if wanted."
             )
         if self.has_lists:

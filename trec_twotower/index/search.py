@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -175,6 +175,11 @@ class ItemIndex:
         each = None if seen is None else seen.take(np.repeat(np.arange(len(seen)), per_user))
         found = self.search(user_BMD.reshape(-1, dim), k, seen=each, allowed=allowed)
         return merged(found, num_users, k)
+
+    def with_margins(self, factor: float) -> ItemIndex:
+        """The same index, which scans the more the larger `factor` is; 1 is as tuned."""
+        fits = tuple(replace(fit, margin=fit.margin * factor) if fit.margin > 0 else fit for fit in self.report.fits)
+        return ItemIndex(self._scanner, replace(self.report, fits=fits), folder=self._folder, manifest=self._manifest)
 
     def scanned(self, user_BD: np.ndarray, k: int) -> np.ndarray:
         """The share of the items (B,) that lies in the lists that a search for `k` scans; 1 without lists."""
