@@ -77,6 +77,11 @@ def build_parser() -> argparse.ArgumentParser:
         "--encoder", action="store_true", help="instead the towers, to encode rows elsewhere, under RUN/encoder"
     )
 
+    export.add_argument(
+        "--columns", nargs="+", default=[], metavar="NAME", help="columns of items/ to stand beside the items' vectors"
+    )
+    export.add_argument("--users", metavar="PART", help="whose users: test or valid (default: test, else valid)")
+
     index = command("index", _index, "a FAISS index of the exported items, tuned against exact search, under RUN/index")
     index.add_argument("run_dir", metavar="RUN", type=Path, help="a run folder with an export")
     index.add_argument(
@@ -280,13 +285,15 @@ def _export(options: argparse.Namespace) -> int:
 
     run = Run.open(options.run_dir)
     _quiet()
+    if options.encoder and (options.columns or options.users):
+        raise ConfigError("--encoder writes towers, no vectors: leave out --columns and --users, or --encoder.")
     if options.encoder:
         return _export_encoder(run, options.checkpoint)
     with _ranks(run.config) as ranks:
         from trec_twotower.export import export, load_model
         from trec_twotower.files import read_json
 
-        folder = export(load_model(run, ranks, options.checkpoint), ranks)
+        folder = export(load_model(run, ranks, options.checkpoint), ranks, columns=options.columns, users=options.users)
         if ranks.is_first:
             manifest = read_json(folder / "manifest.json")
             print(
