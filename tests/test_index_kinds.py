@@ -143,6 +143,49 @@ def test_users_near_many_items_scan_more_than_users_whose_items_lie_together():
     assert lists_B.mean() < 0.8 * same_for_all, "as many lists for everybody cost more"
 
 
+def test_lists_drawn_by_what_users_want_are_scanned_less(monkeypatch):
+    """Long items are everybody's best: against the same index with lists drawn from all items alike."""
+    item_ID, user_QD = clustered(8_000, 1_000, spread=1.0)
+    config = settings(lists=100, target_recall=0.97, max_train_vectors=4_000)
+    by_hits = build_index(item_ID, user_QD, config).report
+
+    def alike(hits_I, count, seed):
+        return np.sort(np.random.default_rng(seed).choice(len(hits_I), count))
+
+    monkeypatch.setattr("trec_twotower.index.build._drawn_by_hits", alike)
+    by_items = build_index(item_ID, user_QD, config).report
+    assert min(by_hits.reached_recall, by_items.reached_recall) > 0.95
+    assert by_hits.scanned_share < 0.8 * by_items.scanned_share
+
+
+def test_lists_are_drawn_where_users_look_too():
+    """Users along an axis on which no item is: no mean of items alone lies there."""
+    item_ID, user_QD = clustered(3_000, 400, dim=16)
+    item_ID[:, 0] = 0
+    user_QD[:, 0] = 3
+    index = build_index(item_ID, user_QD, settings(lists=40, k=20, max_train_vectors=600))
+    centroid_LD = index._scanner.parts[0].quantizer.reconstruct_n(0, 40)
+    cosine_L = centroid_LD[:, 0] / np.linalg.norm(centroid_LD, axis=1)
+    assert 1 <= (cosine_L > 0.8).sum() < 20
+    length = np.linalg.norm(centroid_LD[cosine_L > 0.8], axis=1)
+    assert (0.5 < length).all() and (length < 1.5).all(), "that of the items, which is 1; the users' is 3"
+
+
+def test_packed_codes_are_of_what_the_centroid_leaves(vectors):
+    """As those of other kinds; FAISS's own way for them is the whole vector, of which the same bits tell less."""
+    index = build_index(*vectors, settings(factory="IVF40,PQ16x4fs,Refine(SQfp16)", target_recall=0.9, k=10))
+    base = index._scanner.parts[0].base
+    assert base.by_residual
+    item_ID, user_BD = vectors[0], vectors[1][:200]
+    whole = faiss.index_factory(32, "IVF40,PQ16x4fs", faiss.METRIC_INNER_PRODUCT)
+    whole.train(item_ID)
+    whole.add(item_ID)
+    base.nprobe = whole.nprobe = 40
+    expected = best_written_out(item_ID, user_BD, 10)
+    ours, stock = (recall(each.search(user_BD, 10)[1], expected) for each in (base, whole))
+    assert ours > stock + 0.02
+
+
 def test_nobody_is_tuned_for_and_reported_on():
     user_QD = np.arange(3_000, dtype=np.float32).reshape(-1, 1) + 1
     users = _Users(Matrix(user_QD, "user"), IndexConfig(tune_users=900))
