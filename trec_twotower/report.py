@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 
 from trec_twotower.data.dataset import HISTORY, ITEM_ID, POSITIVES, USER_ID, Dataset, Split
 from trec_twotower.errors import ConfigError, nearest
-from trec_twotower.evaluate import EXACT, REACHABLE
+from trec_twotower.evaluate import EXACT, NOT_SAMPLED, REACHABLE
 from trec_twotower.export import Exported, read_export
 from trec_twotower.files import MANIFEST, read_json, read_manifest, write_file
 from trec_twotower.index import ItemIndex, exact_search
@@ -184,6 +184,7 @@ def _evaluation(run: Run, exported: Exported | None) -> str:
             [escape(contender), *(f"{metrics[column]:.4f}" for column in columns)]
             for contender, metrics in rows.items()
         ])  # fmt: skip
+    page += f"<p>{escape(NOT_SAMPLED)}</p>\n" if result.get("sampled") else ""
     drawn = []
     for name, parts in result.get("slices", {}).items():
         enough = {label: part for label, part in parts.items() if part["users"] >= FEWEST_USERS}
