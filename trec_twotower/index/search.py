@@ -367,10 +367,12 @@ class ItemIndex:
         if not (folder / MANIFEST).is_file():
             raise DataError(f"There is no index in {folder}, its {MANIFEST} is missing: {MEND}")
         manifest = read_manifest(folder, MEND) if mapped else open_sealed(folder, MEND)
-        if not str(manifest.get("heads")).count("xxh3-") or "report" not in manifest:
+        if "heads" not in manifest or "report" not in manifest:
             raise DataError(f"{folder} is not an index, or one of an older version: {MEND}")
         if foreign := set(manifest["heads"]) - set(manifest["files"]):  # only those stay in the folder for certain
             raise DataError(f"{folder / MANIFEST} names {min(foreign)!r} but does not list it: do not trust it; {MEND}")
+        if any(not str(digest).startswith("xxh3-") for digest in manifest["heads"].values()):
+            raise DataError(f"{folder} is an index of an older version: {MEND}")
         if model_version is not None and manifest["model_version"] != model_version:
             raise ConfigError(
                 f"The index in {folder} was built from model {manifest['model_version']}, "
