@@ -168,7 +168,7 @@ def test_lists_are_drawn_where_users_look_too():
     cosine_L = centroid_LD[:, 0] / np.linalg.norm(centroid_LD, axis=1)
     assert 1 <= (cosine_L > 0.8).sum() < 20
     length = np.linalg.norm(centroid_LD[cosine_L > 0.8], axis=1)
-    assert (0.5 < length).all() and (length < 1.5).all(), "that of the items, which is 1; the users' is 3"
+    assert (length > 0.5).all() and (length < 1.5).all(), "that of the items, which is 1; the users' is 3"
 
 
 def test_packed_codes_are_of_what_the_centroid_leaves(vectors):
