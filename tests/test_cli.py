@@ -351,6 +351,26 @@ def test_an_index_of_other_weights_is_refused_until_both_agree(cli, shop_copy):
     assert cli("export", run).code == cli("index", run).code == cli("recommend", run, "--user", "user-1").code == 0
 
 
+def test_an_index_is_built_with_other_settings_than_the_run_was_trained_with(cli, shop_copy):
+    run = shop_copy.run
+    before = (run / "config.yaml").read_bytes()
+    said = cli("index", run, "index.lists=4", "index.target_recall=0.9", "index.tune_users=60")
+    assert said.code == 0, said.err
+    report = json.loads((run / "index/manifest.json").read_text())["report"]
+    assert (report["lists"], report["target_recall"]) == (4, 0.9)
+    settings = report["settings"]
+    assert (settings["lists"], settings["target_recall"], settings["tune_users"]) == (4, 0.9, 60)
+    assert (run / "config.yaml").read_bytes() == before
+    for override, wrong in (
+        ("train.epochs=3", "train.epochs is no setting of the index"),
+        ("index.target=0.9", "nearest: 'target_recall'"),
+        ("index.target_recall=2", "less than or equal to 1"),
+        ("index.shards=1000", "index.shards is 1,000 but the catalogue has 40 items"),
+    ):
+        said = cli("index", run, override)
+        assert said.code == USAGE and wrong in said.mistake
+
+
 # ---------------------------------------------------------------- on two ranks
 
 

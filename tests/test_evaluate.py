@@ -192,6 +192,7 @@ def test_drawn_negatives_come_by_request_and_are_named_for_it(cli, shop_copy):
     result = json.loads((shop_copy.run / "evaluation.json").read_text())
     assert result["sampled"].keys() == {"6 uniform negatives", "6 same colour negatives"}
     assert said.out.count("NOT over the catalogue: each item to find among 6 ") == 2
+    assert said.out.count("'item to item' is not told there") == 1
     of_all, alike = (rows["two towers, exact search"] for rows in result["sampled"].values())
     assert of_all["hit@5"] > result["metrics"]["two towers, exact search"]["recall@5"]
     assert of_all["mrr"] > alike["mrr"]  # items of the own colour are the hard ones

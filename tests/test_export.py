@@ -57,6 +57,49 @@ def test_what_is_read_back_is_what_was_encoded(loaded):
     assert exported.manifest["model_version"] == model.version and len(exported.user_ids) == 80
 
 
+def test_vectors_are_encoded_and_written_a_group_at_a_time(loaded, monkeypatch):
+    """Never more at once than a group, and the same as all at once; columns of items/ beside them."""
+    from trec_twotower import export as module
+
+    model, ranks = loaded
+    whole = module.read_export(module.export(model, ranks))
+    sizes, encode = [], module.encode
+    monkeypatch.setattr(module, "GROUP_ROWS", 7)
+    monkeypatch.setattr(
+        module,
+        "encode",
+        lambda towers, side, columns, _: sizes.append(columns.num_rows) or encode(towers, side, columns, _),
+    )
+    folder = module.export(model, ranks, columns=["title", "colour", "tags"])
+    assert sizes == [7] * 5 + [5] + [7] * 11 + [3]
+    again = module.read_export(folder)
+    np.testing.assert_allclose(again.item_ID, whole.item_ID, atol=1e-6)
+    np.testing.assert_allclose(again.user_QD, whole.user_QD, atol=1e-6)
+    assert again.item_ids.equals(whole.item_ids) and again.user_ids.equals(whole.user_ids)
+    file = pq.ParquetFile(folder / "items-00000-of-00001.parquet")
+    assert file.schema_arrow.names == ["item_id", "title", "colour", "tags", "vector"] and file.num_row_groups == 6
+    items = model.sources.dataset.items.table(["title", "colour", "tags"])
+    for name in items.column_names:
+        assert file.read([name])[name].to_pylist() == items[name].to_pylist()
+    assert again.manifest["columns"] == ["title", "colour", "tags"]
+
+
+def test_the_part_of_the_users_is_chosen(cli, shop_copy, shop_tables):
+    run = shop_copy.run
+    assert cli("export", run, "--users", "valid").code == 0
+    users = pq.read_table(run / "export/users-00000-of-00001.parquet")
+    assert users["user_id"].to_pylist() == shop_tables["valid"]["user_id"].to_pylist()
+    assert json.loads((run / "export/manifest.json").read_text())["users_from"] == "valid"
+    for flags, wrong in (
+        (("--users", "train"), "has of held-out parts test, valid: name one"),
+        (("--columns", "titel"), "nearest: 'title'"),
+        (("--columns", "item_id"), "'item_id', which is there already"),
+        (("--columns", "title", "--encoder"), "leave out --columns"),
+    ):
+        said = cli("export", run, *flags)
+        assert said.code == 2 and wrong in said.mistake
+
+
 def test_vectors_that_are_no_numbers_are_named_and_the_earlier_export_stays(loaded, shop_copy):
     import torch
 
@@ -86,7 +129,7 @@ def test_a_failed_write_leaves_the_earlier_export(loaded, shop_copy, monkeypatch
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device", "items.parquet")
 
-    monkeypatch.setattr(module.pq, "write_table", full)
+    monkeypatch.setattr(module.pq.ParquetWriter, "write_table", full)
     with pytest.raises(OSError, match="No space left"):
         module.export(model, ranks)
     assert {path.name: path.read_bytes() for path in (shop_copy.run / "export").iterdir()} == before

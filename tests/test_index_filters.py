@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -9,7 +11,9 @@ import pytest
 from tests.test_index import clustered, settings
 from trec_twotower.data.lists import Lists
 from trec_twotower.errors import ConfigError, DataError
-from trec_twotower.index import build_index, mask_of
+from trec_twotower.index import build_index, filters, mask_of
+from trec_twotower.index.filters import Race, likely_ways, num_to_fetch
+from trec_twotower.index.probing import REACH, Fit
 
 WAYS = ("exact", "selector", "overfetch", None)
 
@@ -57,6 +61,79 @@ def test_an_answer_is_never_short_of_items_that_there_are(world, way):
         _, (found_K,) = index.search(user_1D, 25, seen=seen, allowed=index.allow(mask_I, way))
         assert set(found_K[:18]) == set(worst[12:].tolist())
         assert found_K[18:].tolist() == [-1] * 7
+
+
+def test_the_fewer_are_allowed_the_more_is_scored_of_them():
+    """All of a few; of many what is found as if all were allowed; and no way comes back once another took its place."""
+    catalogue = SimpleNamespace(num_items=1_000_000, dim=64)
+    fits = tuple(
+        Fit(k, 0.0, (0.0,) * (1 + len(REACH)), 0.0, 300, share)
+        for k, share in ((100, 0.02), (400, 0.025), (1600, 0.04))
+    )
+    for k in (10, 100, 400):
+        first = [
+            likely_ways(catalogue, fits, int(share * 1_000_000), k)[0]
+            for share in np.geomspace(2 * k / 1e6, 0.999, 200)
+        ]
+        changes = [one for one, other in zip(["", *first], first, strict=False) if one != other]
+        assert first[0] == "exact" and first[-1] == "overfetch" and len(changes) == len(set(first))
+    wide = SimpleNamespace(num_items=1_000_000, dim=1024)
+    assert "exact" in likely_ways(catalogue, fits, 30_000, 100)
+    assert "exact" not in likely_ways(wide, fits, 30_000, 100), "scoring costs by the number of axes, asking does not"
+
+
+def test_enough_is_fetched_in_all_but_few_searches(rng):
+    """By drawing which of the neighbours are allowed."""
+    for k, share in ((10, 0.5), (100, 0.1), (100, 0.9), (1, 0.02)):
+        fetched = num_to_fetch(k, share)
+        allowed = rng.binomial(fetched, share, size=100_000)
+        assert (allowed < k).mean() < 0.002
+        assert (rng.binomial(int(k / share), share, size=20_000) < k).mean() > 0.1, "as few as expected do not do"
+
+
+def test_the_way_that_took_the_least_time_is_taken_from_then_on(world, monkeypatch):
+    """By a clock that a slow way puts forward."""
+    item_ID, user_BD, index = world
+    mask_I = np.random.default_rng(5).random(len(item_ID)) < 0.3
+    clock, by_way, taken = [0.0], type(index)._by_way, []
+    monkeypatch.setattr("trec_twotower.index.search.time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    monkeypatch.setattr("trec_twotower.index.search.likely_ways", lambda *_: ["exact", "overfetch", "selector"])
+
+    def slow(self, way, *rest):
+        clock[0] += {"exact": 3, "selector": 1, "overfetch": 2}[way]
+        taken.append(way)
+        return by_way(self, way, *rest)
+
+    monkeypatch.setattr(type(index), "_by_way", slow)
+    allowed = index.allow(mask_I)
+    assert index.way_of(allowed, 10) == "exact", "what is likeliest, as long as nothing is known"
+    for number in range(32):
+        index.search(user_BD[number : number + 1], 10, allowed=allowed)
+    assert sorted(taken[:27]) == sorted(9 * ["exact", "selector", "overfetch"]) and set(taken[27:]) == {"selector"}
+    assert index.way_of(allowed, 10) == "selector"
+    assert index.way_of(allowed, 11) == "exact", "of another k nothing is known"
+
+
+def test_a_single_likely_way_is_not_timed():
+    assert Race(["overfetch"]).next_way() == ("overfetch", False)
+
+
+def test_vectors_of_allowed_items_are_read_once(world, monkeypatch):
+    """Also for a k of which nobody knew when the filter was made; but not kept beyond a size."""
+    item_ID, user_BD, index = world
+    mask_I = np.random.default_rng(5).random(len(item_ID)) < 0.9
+    calls, scanner = [], index._scanner
+    read = scanner.vectors_of
+    monkeypatch.setattr(scanner, "vectors_of", lambda rows: calls.append(len(rows)) or read(rows))
+    allowed = index.allow(mask_I, "overfetch")
+    assert not calls
+    for number in range(3):
+        index.search(user_BD[number : number + 1], int(mask_I.sum()), allowed=allowed)
+    assert calls == [mask_I.sum()]
+    monkeypatch.setattr(filters, "KEPT_BYTES", 1000)
+    large = index.allow(mask_I, "exact")
+    index.search(user_BD[:1], 10, allowed=large)
+    assert len(calls) == 3 and not large.kept
 
 
 def test_a_filter_says_what_it_wants(world):

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import tracemalloc
 import weakref
 from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from tests.test_index import best_written_out, clustered, recall, settings
+from trec_twotower import export
 from trec_twotower.config import IndexConfig
 from trec_twotower.data.lists import Lists
 from trec_twotower.errors import ConfigError, DataError
+from trec_twotower.export import VectorFiles
 from trec_twotower.index import ItemIndex, Matrix, build_index, choose_recipe, engine, faiss
 from trec_twotower.index.build import _Users
 from trec_twotower.index.scan import Part
@@ -84,7 +88,7 @@ def test_a_mapped_index_is_refused_when_cut_or_damaged_where_its_layout_stands(v
     whole = path.read_bytes()
     damaged = bytearray(whole)
     damaged[200] ^= 1
-    for content, said in ((bytes(damaged), "sha256 of its first"), (whole[:-1], "were written"), (b"", "has 0 bytes")):
+    for content, said in ((bytes(damaged), "digest of its first"), (whole[:-1], "were written"), (b"", "has 0 bytes")):
         path.write_bytes(content)
         with pytest.raises(DataError, match=said):
             ItemIndex.load(folder, mapped=True)
@@ -139,6 +143,49 @@ def test_users_near_many_items_scan_more_than_users_whose_items_lie_together():
     assert lists_B.mean() < 0.8 * same_for_all, "as many lists for everybody cost more"
 
 
+def test_lists_drawn_by_what_users_want_are_scanned_less(monkeypatch):
+    """Long items are everybody's best: against the same index with lists drawn from all items alike."""
+    item_ID, user_QD = clustered(8_000, 1_000, spread=1.0)
+    config = settings(lists=100, target_recall=0.97, max_train_vectors=4_000)
+    by_hits = build_index(item_ID, user_QD, config).report
+
+    def alike(hits_I, count, seed):
+        return np.sort(np.random.default_rng(seed).choice(len(hits_I), count))
+
+    monkeypatch.setattr("trec_twotower.index.build._drawn_by_hits", alike)
+    by_items = build_index(item_ID, user_QD, config).report
+    assert min(by_hits.reached_recall, by_items.reached_recall) > 0.95
+    assert by_hits.scanned_share < 0.8 * by_items.scanned_share
+
+
+def test_lists_are_drawn_where_users_look_too():
+    """Users along an axis on which no item is: no mean of items alone lies there."""
+    item_ID, user_QD = clustered(3_000, 400, dim=16)
+    item_ID[:, 0] = 0
+    user_QD[:, 0] = 3
+    index = build_index(item_ID, user_QD, settings(lists=40, k=20, max_train_vectors=600))
+    centroid_LD = index._scanner.parts[0].quantizer.reconstruct_n(0, 40)
+    cosine_L = centroid_LD[:, 0] / np.linalg.norm(centroid_LD, axis=1)
+    assert 1 <= (cosine_L > 0.8).sum() < 20
+    length = np.linalg.norm(centroid_LD[cosine_L > 0.8], axis=1)
+    assert (length > 0.5).all() and (length < 1.5).all(), "that of the items, which is 1; the users' is 3"
+
+
+def test_packed_codes_are_of_what_the_centroid_leaves(vectors):
+    """As those of other kinds; FAISS's own way for them is the whole vector, of which the same bits tell less."""
+    index = build_index(*vectors, settings(factory="IVF40,PQ16x4fs,Refine(SQfp16)", target_recall=0.9, k=10))
+    base = index._scanner.parts[0].base
+    assert base.by_residual
+    item_ID, user_BD = vectors[0], vectors[1][:200]
+    whole = faiss.index_factory(32, "IVF40,PQ16x4fs", faiss.METRIC_INNER_PRODUCT)
+    whole.train(item_ID)
+    whole.add(item_ID)
+    base.nprobe = whole.nprobe = 40
+    expected = best_written_out(item_ID, user_BD, 10)
+    ours, stock = (recall(each.search(user_BD, 10)[1], expected) for each in (base, whole))
+    assert ours > stock + 0.02
+
+
 def test_nobody_is_tuned_for_and_reported_on():
     user_QD = np.arange(3_000, dtype=np.float32).reshape(-1, 1) + 1
     users = _Users(Matrix(user_QD, "user"), IndexConfig(tune_users=900))
@@ -182,6 +229,43 @@ def test_items_in_pieces_make_the_index_of_the_whole_and_are_not_kept(vectors, f
         assert (faiss.serialize_index(one.whole) == faiss.serialize_index(other.whole)).all()
 
 
+def test_building_from_files_holds_a_small_part_of_them(tmp_path, monkeypatch):
+    """Counted in Arrow's pool whenever a piece is handed on, and by numpy's own accounts; FAISS holds the index."""
+    item_ID, user_QD = clustered(60_000, 600)
+    write_export(tmp_path, item_ID)
+    monkeypatch.setattr(export, "PIECE", 2048)
+    held = []
+
+    class Watched(VectorFiles):
+        def pieces(self):
+            for piece in super().pieces():
+                held.append(pa.default_memory_pool().bytes_allocated() - held_before)
+                yield piece
+                del piece
+
+    config = settings(factory="IVF64,SQfp16", k=10, tune_users=300, target_recall=0.9, max_train_vectors=4_000)
+    build_index(item_ID[:2_000], user_QD, config)  # what is compiled and kept at the first call
+    del item_ID
+    held_before = pa.default_memory_pool().bytes_allocated()
+    tracemalloc.start()
+    try:
+        index = build_index(Watched(tmp_path, "items"), user_QD, config)
+        _, most_of_numpy = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    vector_bytes = 4 * 32 * 60_000
+    assert len(index) == 60_000 and index.report.reached_recall > 0.85
+    assert len(held) == 4 * 30 and 0 < max(held) < vector_bytes / 2
+    assert most_of_numpy < vector_bytes / 2
+
+
+def write_export(folder, item_ID):
+    """In row groups, as exports are."""
+    column = pa.FixedSizeListArray.from_arrays(pa.array(item_ID.reshape(-1)), item_ID.shape[1])
+    table = pa.table({"item_id": np.arange(len(item_ID)), "vector": column})
+    pq.write_table(table, folder / "items-0.parquet", row_group_size=8_192, use_dictionary=False)
+
+
 # ---------------------------------------------------------------- which kind
 
 
@@ -194,7 +278,8 @@ def test_items_in_pieces_make_the_index_of_the_whole_and_are_not_kept(vectors, f
         (1_000_000, {"latency": "batch"}, "IVF3000,PQ32x4fs,Refine(SQfp16)"),
         (1_000_000, {"memory_gb": 0.1}, "IVF3000,SQ8"),
         (1_000_000, {"lists": 64}, "IVF64,SQfp16"),
-        (100_000_000, {"max_train_vectors": 2_000_000}, "IVF30000_HNSW32,SQfp16"),
+        (100_000_000, {}, "IVF30000_HNSW32,SQfp16"),
+        (100_000_000, {"max_train_vectors": 390_000}, "IVF10000,SQfp16"),
         (1_000_000, {"factory": "IVF7,Flat"}, "IVF7,Flat"),
     ],
 )
@@ -206,6 +291,20 @@ def test_a_large_catalogue_is_shared_by_several_indexes():
     assert choose_recipe(100_000_000, 64, IndexConfig()).shards == 1
     assert choose_recipe(200_000_000, 64, IndexConfig()).shards == 2  # 27 GB of at most 17 each
     assert choose_recipe(1_000, 64, IndexConfig(shards=3)).shards == 3
+
+
+@pytest.mark.parametrize(("num_items", "shards", "most"), [(20_000, 30_000, 256), (1_000, 16, 15), (63, 2, 1)])
+def test_shards_of_hardly_any_items_are_refused(num_items, shards, most):
+    for given in ({}, {"factory": "Flat"}):
+        with pytest.raises(ConfigError, match=rf"index.shards is {shards:,} but .* at most {most} indexes"):
+            choose_recipe(num_items, 64, IndexConfig(shards=shards, **given))
+
+
+@pytest.mark.parametrize("factory", ["SQ8,Refine(PQ16)", "IVF4,PQ16", "IVF4,SQfp16,Refine(PQ16)", "OPQ16,IVF4,Flat"])
+def test_codes_that_cannot_be_learned_of_so_few_items_are_refused(vectors, factory):
+    item_ID, user_QD = vectors
+    with pytest.raises(ConfigError, match=r"index.factory .* cannot be learned of 100 vectors"):
+        build_index(item_ID[:100], user_QD, settings(factory=factory, max_train_vectors=100))
 
 
 def test_memory_that_holds_no_kind_is_refused():
@@ -221,7 +320,9 @@ def test_memory_that_holds_no_kind_is_refused():
         ("LSH", "'metric == METRIC_L2' failed"),
         ("IVF16(PQ4x4),Flat", "finds its lists by a IndexPQ"),
         ("IVF16,SQ8,Refine(HNSW8)", "again by a IndexHNSWFlat, which does not hold"),
-        ("NSG16", "makes a IndexNSGFlat, which cannot be tuned here"),
+        ("NSG16", "makes a IndexNSGFlat, which cannot be tuned"),
+        ("PQ16x4fs,Refine(SQfp16)", "makes a IndexPQFastScan, which cannot be tuned"),
+        ("PQ16", "makes a IndexPQ, which cannot be tuned or filtered"),
     ],
 )
 def test_a_factory_that_cannot_be_tuned_is_refused(vectors, factory, said):

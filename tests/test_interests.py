@@ -170,7 +170,16 @@ def seen_of(seen: Lists) -> list[np.ndarray]:
 
 def test_exported_vectors_are_lists_of_lists(tmp_path, rng, lone_rank):
     user_QMD = rng.normal(size=(7, 3, 4)).astype(np.float32)
-    assert _write(tmp_path, "users", "user_id", pa.array(range(7)), user_QMD, lone_rank) is None
+
+    def write() -> str | None:
+        def ids(start, stop):
+            return [pa.array(range(start, stop))]
+
+        return _write(
+            tmp_path, "users", {"user_id": pa.int64()}, 7, ids, lambda *rows: user_QMD[slice(*rows)], lone_rank
+        )
+
+    assert write() is None
     kind = pq.read_schema(tmp_path / "users-00000-of-00001.parquet").field(VECTORS).type
     assert kind == pa.list_(pa.list_(pa.float32(), 4), 3)
     plain = pq.read_table(tmp_path / "users-00000-of-00001.parquet").to_pydict()[VECTORS]
@@ -179,9 +188,7 @@ def test_exported_vectors_are_lists_of_lists(tmp_path, rng, lone_rank):
     assert (len(files), files.dim) == (21, 4)
     assert np.array_equal(np.concatenate(list(files.pieces())), user_QMD.reshape(21, 4))
     user_QMD[3, 1, 2] = np.nan
-    assert "1 users have vectors with NaN" in str(
-        _write(tmp_path, "users", "user_id", pa.array(range(7)), user_QMD, lone_rank)
-    )
+    assert "1 users have vectors with NaN" in str(write())
 
 
 # A mean and a variance

@@ -7,7 +7,7 @@ import pytest
 
 from trec_twotower.data.kernels import IS_COMPILED
 from trec_twotower.exhaustive import best_of_few
-from trec_twotower.index import faiss
+from trec_twotower.index import faiss, list_scan
 from trec_twotower.index.list_scan import ListScan
 from trec_twotower.index.probing import Coarse, Fit
 from trec_twotower.index.scan import scan_preassigned
@@ -90,6 +90,31 @@ def test_lists_without_items_and_threads_change_nothing(lists):
         faiss.omp_set_num_threads(threads)
     expected = by_faiss(lists, K)
     assert_same(found, tuple(np.tile(part, (5, 1)) for part in expected))
+
+
+@pytest.mark.parametrize("mapped", [False, True])
+@pytest.mark.parametrize("codes", ["Flat", "SQfp16", "PQ4x4"])
+def test_where_lists_lie_is_what_faiss_says_of_each(tmp_path, rng, monkeypatch, codes, mapped):
+    """Also where it must be asked, and where lists are empty."""
+    items = rng.normal(size=(900, 8)).astype(np.float32)
+    index = faiss.index_factory(8, f"IVF50,{codes}", faiss.METRIC_INNER_PRODUCT)
+    index.train(items)
+    index.add(items[:60])
+    if mapped:
+        faiss.write_index(index, str(tmp_path / "index"))
+        index = faiss.read_index(str(tmp_path / "index"), faiss.IO_FLAG_MMAP)
+    lists = index.invlists
+    expected = [
+        (lists.list_size(each), int(lists.get_codes(each) or 0), int(lists.get_ids(each) or 0)) for each in range(50)
+    ]
+    assert min(expected)[0] == 0
+    for _ in range(2):
+        size_L, codes_L, ids_L = list_scan.list_places(index)
+        held = size_L > 0
+        assert size_L.tolist() == [size for size, _, _ in expected]
+        assert codes_L[held].tolist() == [where for size, where, _ in expected if size]
+        assert ids_L[held].tolist() == [where for size, _, where in expected if size]
+        monkeypatch.setattr(list_scan, "_words", lambda *_: None)
 
 
 @needs_numba

@@ -41,6 +41,29 @@ def test_a_user_who_saw_nearly_all_gets_a_shorter_list(retriever):
     assert len(answer.items) == 35
 
 
+def test_a_mapped_index_serves_the_same(retriever, shop, monkeypatch):
+    """And is what `serve --mapped` takes, after a reload too."""
+    from trec_twotower import cli, server
+    from trec_twotower.index import ItemIndex
+    from trec_twotower.serve import Retriever
+
+    asked = []
+    load = ItemIndex.load.__func__
+    monkeypatch.setattr(
+        ItemIndex, "load", classmethod(lambda *given, **more: asked.append(more["mapped"]) or load(*given, **more))
+    )
+    with_map = Retriever.alone(shop.run, mapped=True)
+    assert with_map.recommend(["user-1", "user-2"], k=10) == retriever.recommend(["user-1", "user-2"], k=10)
+    started = {}
+    monkeypatch.setattr(server, "serve", lambda *given, **more: started.update(more))
+    for flags, mapped in (((), False), (("--mapped",), True)):
+        assert cli.main(["serve", str(shop.run), *flags]) == 0 and started["mapped"] is mapped
+        service = server.Service(shop.run, mapped=mapped)
+        service._mark = (0, 0)  # as if another had been published
+        assert service.reload()
+    assert asked == [True, False, False, True, True]
+
+
 def test_what_cannot_be_answered_is_said(retriever):
     for k in (0, -1, 41):
         with pytest.raises(ConfigError, match=f"k is {k}, but the catalogue has 40 items"):

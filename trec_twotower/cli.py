@@ -77,8 +77,16 @@ def build_parser() -> argparse.ArgumentParser:
         "--encoder", action="store_true", help="instead the towers, to encode rows elsewhere, under RUN/encoder"
     )
 
+    export.add_argument(
+        "--columns", nargs="+", default=[], metavar="NAME", help="columns of items/ to stand beside the items' vectors"
+    )
+    export.add_argument("--users", metavar="PART", help="whose users: test or valid (default: test, else valid)")
+
     index = command("index", _index, "a FAISS index of the exported items, tuned against exact search, under RUN/index")
     index.add_argument("run_dir", metavar="RUN", type=Path, help="a run folder with an export")
+    index.add_argument(
+        "overrides", nargs="*", default=[], metavar="key=value", help="such as index.target_recall=0.95, for this index"
+    )
 
     evaluate = command("evaluate", _evaluate, "metrics over the whole catalogue, beside the baselines")
     folder(evaluate)
@@ -120,6 +128,9 @@ def build_parser() -> argparse.ArgumentParser:
     serve.add_argument("--max-k", type=int, default=1000, help="the most items a request may ask for (default 1000)")
     serve.add_argument(
         "--reload-s", type=float, default=10.0, help="seconds between looks for a new index; 0: none (default 10)"
+    )
+    serve.add_argument(
+        "--mapped", action="store_true", help="share the index with other processes of this host, each reading at need"
     )
 
     report = command("report", _report, "the run in pictures, one HTML file of all that was done so far")
@@ -284,13 +295,15 @@ def _export(options: argparse.Namespace) -> int:
 
     run = Run.open(options.run_dir)
     _quiet()
+    if options.encoder and (options.columns or options.users):
+        raise ConfigError("--encoder writes towers, no vectors: leave out --columns and --users, or --encoder.")
     if options.encoder:
         return _export_encoder(run, options.checkpoint)
     with _ranks(run.config) as ranks:
         from trec_twotower.export import export, load_model
         from trec_twotower.files import read_json
 
-        folder = export(load_model(run, ranks, options.checkpoint), ranks)
+        folder = export(load_model(run, ranks, options.checkpoint), ranks, columns=options.columns, users=options.users)
         if ranks.is_first:
             manifest = read_json(folder / "manifest.json")
             print(
@@ -319,18 +332,20 @@ def _export_encoder(run: Any, checkpoint: str) -> int:
 
 
 def _index(options: argparse.Namespace) -> int:
+    from trec_twotower.config import with_index_settings
     from trec_twotower.export import open_export
     from trec_twotower.index import build_index
     from trec_twotower.run import Run
 
     run = Run.open(options.run_dir)
+    settings = with_index_settings(run.config, options.overrides)
     manifest, items, users = open_export(run.folder / "export")
     if not len(users):
         raise ConfigError(
             f"{run.folder / 'export'} holds no users, because {run.config.data.dataset} has neither test/ nor valid/, "
             "but the index is tuned for users' vectors: write one of them, then train, export and index."
         )
-    index = build_index(items, users, run.config.index)
+    index = build_index(items, users, settings)
     index.save(
         run.folder / "index",
         model_version=manifest["model_version"],
@@ -405,6 +420,7 @@ def _serve(options: argparse.Namespace) -> int:
         checkpoint=options.checkpoint,
         max_k=options.max_k,
         reload_s=options.reload_s,
+        mapped=options.mapped,
     )
     return 0
 

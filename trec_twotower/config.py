@@ -499,7 +499,9 @@ class IndexConfig(Settings):
     factory: str | None = None  # FAISS's own words for an index, such as IVF1024,SQfp16; default: by the above
     lists: PositiveInt | None = None  # default: by the size of the catalogue
     shards: PositiveInt | None = None  # indexes that share the items; default: by their size
-    max_train_vectors: PositiveInt = 500_000
+    max_train_vectors: PositiveInt | None = (
+        None  # at most, which bounds lists; default: 48 a list, and 65,536 for codes
+    )
     tune_users: PositiveInt = 4096
     seed: Seed = 0
     device: Literal["auto", "cpu", "gpu"] = "auto"
@@ -822,6 +824,18 @@ def load_config(path: Path | str, overrides: Iterable[str] = ()) -> RunConfig:
     for feature in (*config.user, *config.item):
         feature.check_words()  # a saved run has its words, and is opened without the file
     return config
+
+
+def with_index_settings(config: RunConfig, overrides: Iterable[str]) -> IndexConfig:
+    """How a run's index is built, with some `index.key=value` changed; raises ConfigError for any other key."""
+    overrides = list(overrides)
+    for name in parse_overrides(overrides):
+        if not name.startswith("index."):
+            raise ConfigError(
+                f"{name} is no setting of the index, and the run is trained already: change index settings alone, such "
+                "as index.target_recall=0.95."
+            )
+    return validate(RunConfig, apply_overrides(as_values(config), overrides), "index settings").index
 
 
 def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:

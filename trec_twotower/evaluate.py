@@ -34,6 +34,10 @@ Search = Callable[[np.ndarray, int, Lists], np.ndarray]  # user vectors, k, seen
 
 EXACT, THROUGH_INDEX = "two towers, exact search", "two towers, through the index"
 POPULARITY, ITEM_TO_ITEM, SVD, REACHABLE = "popularity", "item to item", "SVD two towers", "best reachable"
+NOT_SAMPLED = (
+    f"({ITEM_TO_ITEM!r} is not told there, as its scores are no inner products; nor the index, which finds no items "
+    "where they are given.)"
+)
 OUTSIDE = (2.5, 97.5)  # percentiles of the resampled means that an interval lies between
 
 
@@ -367,6 +371,8 @@ def told(result: dict[str, Any], ks: Sequence[int]) -> str:
         lines += ["", f"recall@{k} by {name} (users): " + ", ".join(figures)]
     for name, rows in result.get("sampled", {}).items():
         lines += ["", f"NOT over the catalogue: each item to find among {name}", comparison(rows, list(rows[EXACT]))]
+    if result.get("sampled"):
+        lines.append(NOT_SAMPLED)
     if "index_loss" in result:
         loss = result["index_loss"][f"recall@{k}"]
         low, high = loss.get("interval", (None, None))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,19 +15,24 @@ import pyarrow.parquet as pq
 
 from trec_twotower.checkpoint import Checkpoints, model_version
 from trec_twotower.config import binding
-from trec_twotower.data.dataset import ITEM_ID, USER_ID
+from trec_twotower.data.dataset import ITEM_ID, USER_ID, Split
 from trec_twotower.data.features import Sources
 from trec_twotower.data.held_out import HeldOut
+from trec_twotower.data.transforms import Columns
 from trec_twotower.distributed import Ranks
-from trec_twotower.encode import encode, encode_share
-from trec_twotower.errors import ConfigError, DataError
+from trec_twotower.encode import encode
+from trec_twotower.errors import ConfigError, DataError, nearest
 from trec_twotower.files import MANIFEST, naming_a_full_disk, open_sealed, publish_folder, seal
 from trec_twotower.model.two_tower import TwoTower
 from trec_twotower.run import Run
+from trec_twotower.schema import Side
 from trec_twotower.train import build_model, towers
 
 VECTOR = "vector"
 VECTORS = "vectors"  # of users with several
+GROUP_ROWS = 1 << 16  # of a row group: what is encoded and written together
+PIECE = 1 << 16  # vectors that are handed on together when an export is read back
+READ_ROWS = 1 << 11  # rows that are decoded together for that: what Arrow makes of them is several times as large
 
 
 @dataclass(frozen=True)
@@ -52,14 +57,17 @@ def load_model(run: Run, ranks: Ranks, which: str = "best") -> LoadedModel:
     return LoadedModel(run, sources, towers(sharded), model_version(path), manifest["step"])
 
 
-def export(loaded: LoadedModel, ranks: Ranks) -> Path:
+def export(loaded: LoadedModel, ranks: Ranks, *, columns: Sequence[str] = (), users: str | None = None) -> Path:
     """Write RUN/export: items-*.parquet in catalogue order, users-*.parquet, manifest.json. Returns the folder.
 
     A vector is a fixed-size list of float32 (`vector`), several of a user a fixed-size list of those (`vectors`).
-    The users are those of the dataset's test/ (else valid/), as they are known there. A vector that is not finite
-    stops the export with a DataError; an earlier export stays until the new one is complete.
+    Beside the items' stand `columns` of items/. The users are those of the dataset's part `users` (test/, else valid/),
+    as they are known there. Encoded and written a row group at a time. A vector that is not finite stops the export
+    with a DataError; an earlier export stays until the new one is complete.
     """
     run, sources = loaded.run, loaded.sources
+    split = _part_with_users(sources, users)
+    columns = _known_columns(sources, columns)
     folder = run.folder / "export"
     temporary = run.folder / ".export.tmp"
 
@@ -70,7 +78,7 @@ def export(loaded: LoadedModel, ranks: Ranks) -> Path:
     ranks.once(begin)
     try:
         with naming_a_full_disk(folder, temporary):
-            num_users, split = _write_vectors(loaded, temporary, ranks)
+            num_users = _write_vectors(loaded, temporary, ranks, columns, split)
     except BaseException:
         if ranks.is_first:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -86,6 +94,7 @@ def export(loaded: LoadedModel, ranks: Ranks) -> Path:
             "items": len(sources.catalogue),
             "users": num_users,
             "users_from": split,
+            "columns": columns,
         }
         seal(temporary, facts)
         publish_folder(temporary, folder)
@@ -94,39 +103,110 @@ def export(loaded: LoadedModel, ranks: Ranks) -> Path:
     return folder
 
 
-def _write_vectors(loaded: LoadedModel, folder: Path, ranks: Ranks) -> tuple[int, str | None]:
-    """Write this rank's items and users; returns how many users all ranks wrote, and from which part of the dataset."""
+def _part_with_users(sources: Sources, users: str | None) -> str | None:
+    """The part of the dataset whose users are exported; None where there is none."""
+    known = [name for name in ("test", "valid") if sources.dataset.has(name)]
+    if users is None:
+        return known[0] if known else None
+    if users not in known:
+        raise ConfigError(
+            f"--users is {users!r}, but {sources.dataset.folder} has of held-out parts {', '.join(known) or 'none'}: "
+            "name one of them, or encode other users by an encoder (export --encoder)."
+        )
+    return users
+
+
+def _known_columns(sources: Sources, columns: Sequence[str]) -> list[str]:
+    split = sources.catalogue.split
+    for name in columns:
+        if name not in split.columns or name in (ITEM_ID, VECTOR):
+            why = "is there already" if name in (ITEM_ID, VECTOR) else f"is not in {split.folder}"
+            raise ConfigError(f"--columns names {name!r}, which {why}{nearest(name, split.columns)}.")
+    return list(dict.fromkeys(columns))
+
+
+def _write_vectors(loaded: LoadedModel, folder: Path, ranks: Ranks, columns: Sequence[str], split: str | None) -> int:
+    """Write this rank's items and users; returns how many users all ranks wrote."""
     sources = loaded.sources
-    item_vectors = encode_share(loaded.model, "item", sources.catalogue.columns, ranks).cpu().numpy()
-    mine = ranks.share(len(sources.catalogue))
-    item_ids = sources.catalogue.ids.slice(mine.start, mine.stop - mine.start)
-    problem = _write(folder, "items", ITEM_ID, item_ids, item_vectors, ranks)
+    catalogue = sources.catalogue
+
+    def encoded(side: Side, columns: Columns) -> Callable[[int, int], np.ndarray]:
+        return lambda start, stop: encode(loaded.model, side, columns.slice(start, stop), ranks).cpu().numpy()
+
+    def of_items(start: int, stop: int) -> list[pa.Array]:
+        about = _about(catalogue.split, columns, start, stop)
+        return [catalogue.ids.slice(start, stop - start), *(about[name] for name in columns)]
+
+    kinds = {ITEM_ID: catalogue.ids.type, **{name: catalogue.split.columns[name] for name in columns}}
+    problem = _write(folder, "items", kinds, len(catalogue), of_items, encoded("item", catalogue.columns), ranks)
     num_users = 0
-    split = next((name for name in ("test", "valid") if sources.dataset.has(name)), None)
     if split is not None:
         users = HeldOut.read(sources, split)
         num_users = len(users)
-        part = users.part(ranks.share(num_users))
-        user_vectors = encode(loaded.model, "user", part.user, ranks).cpu().numpy()
-        problem = problem or _write(folder, "users", USER_ID, part.user_ids, user_vectors, ranks)
+        wrong = _write(
+            folder, "users", {USER_ID: users.user_ids.type}, num_users,
+            lambda start, stop: [users.user_ids.slice(start, stop - start)], encoded("user", users.user), ranks,
+        )  # fmt: skip
+        problem = problem or wrong
     if sum(ranks.sizes(int(problem is not None))):
         raise DataError(problem or "Another rank found vectors that are not finite; its message says which.")
-    return num_users, split
+    return num_users
 
 
-def _write(folder: Path, what: str, id_column: str, ids: pa.Array, vectors: np.ndarray, ranks: Ranks) -> str | None:
-    """Write this rank's file; returns what is wrong with the vectors instead, if anything is."""
-    bad = np.flatnonzero(~np.isfinite(vectors).all(axis=tuple(range(1, vectors.ndim))))
-    if bad.size:
-        first = ids.take(pa.array(bad[:5])).to_pylist()
-        return (
-            f"{bad.size:,} {what} have vectors with NaN or infinity, such as {id_column} {first}: nothing was exported."
-        )
+def _about(split: Split, columns: Sequence[str], start: int, stop: int) -> pa.Table:
+    """Columns of some rows of items/."""
+    tables = [pa.table({name: pa.array([], split.columns[name]) for name in columns})]
+    for group in split.row_groups if columns else ():
+        first, last = max(start, group.first_row), min(stop, group.first_row + group.num_rows)
+        if first < last:
+            table = split.read(group, list(columns)).select(list(columns))
+            tables.append(table.slice(first - group.first_row, last - first).cast(tables[0].schema))
+    return pa.concat_tables(tables).unify_dictionaries()
+
+
+def _write(
+    folder: Path,
+    what: str,
+    kinds: Mapping[str, pa.DataType],
+    num_rows: int,
+    beside: Callable[[int, int], list[pa.Array]],
+    vectors_of: Callable[[int, int], np.ndarray],
+    ranks: Ranks,
+) -> str | None:
+    """Encode and write this rank's share of the rows; returns what is wrong with the vectors, if anything is.
+
+    `kinds` are of what stands before the vectors, the ids first; `beside` gives that for rows from and to, as
+    `vectors_of` gives the vectors, for which all ranks call together.
+    """
+    mine = ranks.share(num_rows)
     path = folder / f"{what}-{ranks.rank:05d}-of-{ranks.num_ranks:05d}.parquet"
-    table = pa.table({id_column: ids, **vector_column(vectors)})
-    pq.write_table(
-        table, path, row_group_size=65_536, write_page_checksum=True, compression="zstd", use_dictionary=False
-    )
+    num_bad, writer = 0, None
+    bad_ids: list[Any] = []
+    try:
+        # All ranks encode together, so that one with a row less goes round as often as the others
+        for begin in range(0, max(*ranks.sizes(mine.stop - mine.start), 1), GROUP_ROWS):
+            start, stop = (min(mine.start + at, mine.stop) for at in (begin, begin + GROUP_ROWS))
+            vectors = vectors_of(start, stop)
+            bad = np.flatnonzero(~np.isfinite(vectors).all(axis=tuple(range(1, vectors.ndim))))
+            cells = beside(start, stop)
+            num_bad += len(bad)
+            bad_ids += cells[0].take(pa.array(bad[: 5 - len(bad_ids)])).to_pylist()
+            made = vector_column(vectors)
+            schema = pa.schema([*kinds.items(), *((name, column.type) for name, column in made.items())])
+            if writer is None:
+                writer = pq.ParquetWriter(
+                    path, schema, write_page_checksum=True, compression="zstd", use_dictionary=False
+                )
+            if len(vectors):
+                writer.write_table(pa.table([*cells, *made.values()], schema=schema), row_group_size=GROUP_ROWS)
+    finally:
+        if writer is not None:
+            writer.close()
+    if num_bad:
+        return (
+            f"{num_bad:,} {what} have vectors with NaN or infinity, such as {next(iter(kinds))} {bad_ids}: nothing was "
+            "exported."
+        )
     return None
 
 
@@ -155,7 +235,8 @@ class VectorFiles:
     def __init__(self, folder: Path, what: str) -> None:
         self._paths = sorted(folder.glob(f"{what}-*.parquet"))
         self._column, (*several, self._dim) = _shape(self._paths)
-        self._num_rows = sum(pq.read_metadata(path).num_rows for path in self._paths) * math.prod(several)
+        self._per_row = math.prod(several)
+        self._num_rows = sum(pq.read_metadata(path).num_rows for path in self._paths) * self._per_row
 
     @property
     def dim(self) -> int:
@@ -167,9 +248,22 @@ class VectorFiles:
     def pieces(self) -> Iterator[np.ndarray]:
         """float32 blocks of up to 2^16 rows."""
         for path in self._paths:
-            with pq.ParquetFile(path, page_checksum_verification=True) as file:
-                for batch in file.iter_batches(1 << 16, columns=[self._column]):
-                    yield _numbers(batch.column(0)).reshape(-1, self._dim)
+            # Arrow would else read a column of the whole file ahead, and a row group's in one piece
+            read = {"pre_buffer": False, "buffer_size": 1 << 20, "page_checksum_verification": True}
+            with pq.ParquetFile(path, **read) as file:
+                left = file.metadata.num_rows * self._per_row
+                piece_CD, filled = np.empty((min(left, PIECE), self._dim), np.float32), 0
+                for batch in file.iter_batches(READ_ROWS, columns=[self._column]):
+                    part_CD = _numbers(batch.column(0)).reshape(-1, self._dim)
+                    while len(part_CD):
+                        taken = min(len(part_CD), len(piece_CD) - filled)
+                        piece_CD[filled : filled + taken] = part_CD[:taken]
+                        part_CD, filled, left = part_CD[taken:], filled + taken, left - taken
+                        if filled == len(piece_CD):
+                            yield piece_CD
+                            del piece_CD  # before the next is made
+                            piece_CD, filled = np.empty((min(left, PIECE), self._dim), np.float32), 0
+                    del batch, part_CD
 
     def ids(self) -> pa.Array:
         """Their outside ids."""
@@ -218,7 +312,9 @@ def _read(folder: Path, what: str, id_column: str, dim: int) -> tuple[pa.Array, 
     paths = sorted(folder.glob(f"{what}-*.parquet"))
     if not paths:
         return pa.array([], pa.int64()), np.empty((0, dim), np.float32)
-    table = pa.concat_tables(pq.read_table(path, page_checksum_verification=True) for path in paths).combine_chunks()
     name, shape = _shape(paths)
+    table = pa.concat_tables(
+        pq.read_table(path, columns=[id_column, name], page_checksum_verification=True) for path in paths
+    ).combine_chunks()
     vectors = _numbers(table[name].chunk(0)) if table.num_rows else np.empty(0, np.float32)
     return table[id_column].chunk(0), vectors.reshape(-1, *shape)

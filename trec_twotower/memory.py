@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
 import resource
 from pathlib import Path
+
+import pyarrow as pa
 
 CGROUPS = Path("/sys/fs/cgroup")
 
@@ -45,3 +49,10 @@ def resident_bytes() -> int:
 def peak_resident_bytes() -> int:
     """Of this process, since it began."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def give_back() -> None:
+    """Return to the system what was freed and is kept for later: by the C library and by Arrow."""
+    pa.default_memory_pool().release_unused()
+    with contextlib.suppress(OSError, AttributeError):  # another C library than glibc
+        ctypes.CDLL(None).malloc_trim(0)

@@ -72,6 +72,12 @@ def state_bytes(weight: nn.Parameter, rows: int, columns: int) -> int:
     return 4 * rows * (per_weight * columns + per_row)
 
 
+def table_state_bytes(config: OptimizerConfig, rows: int, columns: int) -> int:
+    """The same, of a config."""
+    per_weight, per_row = _STATES[_TABLE_OPTIMIZERS[config.sparse]]
+    return 4 * rows * (per_weight * columns + per_row)
+
+
 def _table_optimizer(config: OptimizerConfig) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
     settings: dict[str, Any] = {"lr": config.lr}
     if config.sparse != "sgd":

@@ -18,12 +18,12 @@ import pyarrow.compute as pc
 from matplotlib.figure import Figure
 
 from trec_twotower.data.dataset import HISTORY, ITEM_ID, POSITIVES, USER_ID, Dataset, Split
-from trec_twotower.data.lists import Lists
 from trec_twotower.errors import ConfigError, nearest
-from trec_twotower.evaluate import EXACT, REACHABLE
+from trec_twotower.evaluate import EXACT, NOT_SAMPLED, REACHABLE
 from trec_twotower.export import Exported, read_export
 from trec_twotower.files import MANIFEST, read_json, read_manifest, write_file
 from trec_twotower.index import ItemIndex, exact_search
+from trec_twotower.optimizer import table_state_bytes
 from trec_twotower.run import STATUS, Run
 from trec_twotower.serve import in_words
 from trec_twotower.slices import NONE, OTHERS, column_of, parts_of
@@ -44,6 +44,7 @@ STYLE: Any = {  # matplotlib's type names each of its settings
 MAPPED_ITEMS = 4000  # points on the map
 SHOWN_USERS, SHOWN_ITEMS, SHOWN_HISTORY = 4, 8, 5
 TIMED_USERS = 256
+TURNS = 7
 FEWEST_USERS = 20  # whose mean is drawn as a point
 
 CSS = """
@@ -70,7 +71,7 @@ def write_report(run: Run, colour: str | None = None) -> Path:
     exported = read_export(run.folder / "export") if (run.folder / "export" / MANIFEST).is_file() else None
     parts: list[tuple[str, Callable[[], str]]] = [
         ("Training", lambda: _training(run)),
-        ("How well held-out items are found", lambda: _evaluation(run)),
+        ("How well held-out items are found", lambda: _evaluation(run, exported)),
         ("The index", lambda: _index(run, exported)),
         ("The items", lambda: _map(run, exported, colour)),
         ("Some users", lambda: _users(run, exported)),
@@ -144,7 +145,7 @@ def _training(run: Run) -> str:
 # ---------------------------------------------------------------- evaluation
 
 
-def _evaluation(run: Run) -> str:
+def _evaluation(run: Run, exported: Exported | None) -> str:
     path = run.folder / "evaluation.json"
     if not path.is_file():
         return _missing("Nothing was evaluated yet", "evaluate", run)
@@ -153,12 +154,24 @@ def _evaluation(run: Run) -> str:
     columns = [f"{name}@{k}" for k in ks for name in ("recall", "ndcg")] + [f"mrr@{ks[0]}", f"map@{ks[0]}"]
     page = (
         f"<p>{escape(result['split'])}, {result['users']:,} users, whole catalogue, items already taken left out; "
-        "below each figure the interval that 95 of 100 draws of the users lie in.</p>\n"
+        "below each figure the interval that 95 of 100 draws of the users lie in. Of model "
+        f"{escape(str(result['model_version']))}, step {result['step']:,}.</p>\n"
     )
+    if exported is not None and result["model_version"] != exported.manifest["model_version"]:
+        page += (
+            f"<p><strong>These figures are not of the exported vectors</strong>, which are of model "
+            f"{escape(str(exported.manifest['model_version']))}, step {exported.manifest['step']:,}: evaluate or "
+            f"export again (--checkpoint {exported.manifest['step']} names that one).</p>\n"
+        )
     page += _table(["", *columns], [
         [escape(name), *(_with_interval(result, name, metrics, column) for column in columns)]
         for name, metrics in result["metrics"].items()
     ])  # fmt: skip
+    if "index_loss" in result:
+        loss = result["index_loss"][f"recall@{ks[0]}"]
+        low, high = loss.get("interval", (None, None))
+        between = f" ({low:+.5f} to {high:+.5f}, 95 times of 100)" if low is not None else ""
+        page += f"<p>Lost through the index, of recall@{ks[0]}: {loss['value']:+.5f}{between}.</p>\n"
     names = [f"{name}@{ks[0]}" for name in ("coverage", "novelty", "diversity", "popularity_bias")]
     page += _table(["", *names], [
         [escape(name), *(f"{lists[column]:.4f}" if column in lists else "-" for column in names)]
@@ -171,6 +184,7 @@ def _evaluation(run: Run) -> str:
             [escape(contender), *(f"{metrics[column]:.4f}" for column in columns)]
             for contender, metrics in rows.items()
         ])  # fmt: skip
+    page += f"<p>{escape(NOT_SAMPLED)}</p>\n" if result.get("sampled") else ""
     drawn = []
     for name, parts in result.get("slices", {}).items():
         enough = {label: part for label, part in parts.items() if part["users"] >= FEWEST_USERS}
@@ -184,8 +198,8 @@ def _evaluation(run: Run) -> str:
             axes = figure.add_subplot(rows, 2, place, title=f"recall@{ks[0]} by {name}")
             for number, contender in enumerate(contenders):
                 value = [part["metrics"][contender][f"recall@{ks[0]}"] for part in parts.values()]
-                line = "" if "." in name else "-"  # values of a column stand in no order
-                axes.plot(range(len(parts)), value, line, marker="o", markersize=3, label=contender,
+                line = "none" if "." in name else "-"  # values of a column stand in no order
+                axes.plot(range(len(parts)), value, linestyle=line, marker="o", markersize=3, label=contender,
                           color=(BLUE, ORANGE, "#5aa469", "#9a6fb0")[number % 4])  # fmt: skip
             labels = [label.partition(" (")[0] for label in parts]
             axes.set_xticks(range(len(parts)), labels, rotation=35, ha="right")
@@ -218,22 +232,23 @@ def _index(run: Run, exported: Exported | None) -> str:
     index = ItemIndex.load(folder)
     k = min(int(report["k"]), len(index))
     user_BD = np.ascontiguousarray(exported.user_QD[:TIMED_USERS])
-    exact_s = _took_s(lambda: exact_search(exported.item_ID, user_BD, k, Lists.empty(len(user_BD))))
-    index_s = _took_s(lambda: index.search_unseen(user_BD, k, Lists.empty(len(user_BD))))
-    single_ms = (
-        np.array([_took_s(partial(index.search_unseen, user[None], k, Lists.empty(1))) for user in user_BD]) * 1e3
-    )
+    contenders: dict[Any, Callable[[], Any]] = {"exact search": lambda: exact_search(exported.item_ID, user_BD, k)}
+    contenders |= {factor: partial(index.with_margins(factor).search, user_BD, k) for factor in _factors(index)}
+    found, seconds = _in_turn(contenders)
+    exact_s, index_s = seconds["exact search"], seconds[1.0]
+    single_ms = np.array([_took_s(partial(index.search, user[None], k)) for user in user_BD]) * 1e3
     figure = Figure(figsize=(9, 3))
     axes = figure.add_subplot(1, 2, 1, title=f"recall@{k} against queries/s", xlabel="recall", ylabel="queries/s")
-    curve = sorted((float(each[0]), float(each[-1])) for each in report.get("curve", ()) if len(each) >= 2)
-    if curve:
-        axes.plot(*zip(*curve, strict=True), color=BLUE, marker="o", markersize=3, label="this index, as tuned")
-    reached = float(report["reached_recall"])
-    chosen = report["curve"][min(3, len(report["curve"]) - 1)]
-    axes.plot(chosen[0], chosen[-1], "*", color=ORANGE, markersize=13, label="chosen")
-    axes.plot([1], [len(user_BD) / exact_s], "s", color="#5aa469", label="exact search, measured now")
+    worst_B = found["exact search"][0][:, -1]
+    point = {factor: (_recall(found[factor], worst_B), len(user_BD) / seconds[factor]) for factor in _factors(index)}
+    if len(point) > 1:
+        axes.plot(*zip(*sorted(point.values()), strict=True), color=BLUE, marker="o", markersize=3, label="this index")
+    axes.plot(*point[1.0], "*", color=ORANGE, markersize=13, label="as tuned")
+    axes.plot([1], [len(user_BD) / exact_s], "s", color="#5aa469", label="exact search")
     axes.axvline(float(report["target_recall"]), color=INK, linestyle=":", linewidth=1, label="target")
-    axes.set_ylim(bottom=0)
+    lowest = min(float(report["target_recall"]), *(recall for recall, _ in point.values()))
+    axes.set_xlim(lowest - 0.1 * (1.02 - lowest), 1 + 0.1 * (1.02 - lowest))
+    axes.set_ylim(0, 1.15 * max(len(user_BD) / exact_s, *(rate for _, rate in point.values())))
     axes.legend(fontsize=8)
     axes = figure.add_subplot(1, 2, 2, title="one user at a time", xlabel="ms", ylabel="users")
     middle, slow = np.percentile(single_ms, [50, 99])
@@ -241,14 +256,43 @@ def _index(run: Run, exported: Exported | None) -> str:
     for at, name, style in ((middle, "p50", "-"), (slow, "p99", "--")):
         axes.axvline(at, color=ORANGE, linestyle=style, label=f"{name} {at:.2f} ms")
     axes.legend(fontsize=8)
+    reaches = (
+        f"recall@{k} {float(report['reached_recall']):.4f} against exact search (target {report['target_recall']}), "
+        f"scanning {report['scanned_share']:.1%} of the items."
+    )
+    if not report["lists"] and report["reached_recall"] == 1:
+        reaches = "so few that all are scored: exact search is the index."
     said = (
-        f"<p>{escape(str(report['kind']))} of {len(index):,} items, {report['bytes'] / 1e6:,.1f} MB: recall@{k} "
-        f"{reached:.4f} against exact search (target {report['target_recall']}), scanning "
-        f"{report['scanned_share']:.1%} of the items. Measured here on {len(user_BD)} users: "
-        f"{len(user_BD) / index_s:,.0f} queries/s in one batch, exact search {len(user_BD) / exact_s:,.0f}; one user "
-        f"at a time p50 {middle:.2f} ms, p99 {slow:.2f} ms.</p>\n"
+        f"<p>{escape(str(report['kind']))} of {len(index):,} items, {report['bytes'] / 1e6:,.1f} MB: {reaches} "
+        f"Measured here in turn on {len(user_BD)} users: {len(user_BD) / index_s:,.0f} queries/s in one batch, exact "
+        f"search {len(user_BD) / exact_s:,.0f}; one user at a time p50 {middle:.2f} ms, p99 {slow:.2f} ms.</p>\n"
     )
     return said + _svg(figure, "index")
+
+
+def _factors(index: ItemIndex) -> tuple[float, ...]:
+    """Of the margin by which lists are chosen, for points around the tuned one."""
+    return (0.0, 0.5, 0.75, 1.0, 1.25, 1.5) if index.report.lists else (1.0,)
+
+
+def _in_turn(contenders: dict[Any, Callable[[], Any]]) -> tuple[dict[Any, Any], dict[Any, float]]:
+    """What each returns, and the least of its seconds; all take turns, so that what else goes on meets all alike."""
+    found: dict[Any, Any] = {}
+    seconds: dict[Any, list[float]] = {name: [] for name in contenders}
+    for turn in range(1 + TURNS):
+        for name, work in contenders.items():
+            started = time.perf_counter()
+            found[name] = work()
+            if turn:
+                seconds[name].append(time.perf_counter() - started)
+    return found, {name: min(taken) for name, taken in seconds.items()}
+
+
+def _recall(answer: tuple[np.ndarray, np.ndarray], worst_B: np.ndarray) -> float:
+    """The share of answers as good as the worst of exact search's; scores that rounding alone parts are equal."""
+    score_BK, item_row_BK = answer
+    slack_B = 1e-3 * np.abs(worst_B)
+    return float(((score_BK >= (worst_B - slack_B)[:, None]) & (item_row_BK >= 0)).mean())
 
 
 def _took_s(work: Callable[[], Any]) -> float:
@@ -342,17 +386,19 @@ def _users(run: Run, exported: Exported | None) -> str:
     split = dataset.split(exported.manifest["users_from"])
     chosen = np.unique(np.linspace(0, len(exported.user_QD) - 1, SHOWN_USERS).astype(int))
     ids = exported.user_ids.take(pa.array(chosen))
-    rows: dict[Any, dict[str, Any]] = {}
+    rows: dict[Any, list[dict[str, Any]]] = {}
     wanted = POSITIVES if split.has(POSITIVES) else ITEM_ID
     columns = [USER_ID, wanted, *([HISTORY] if split.has(HISTORY) else [])]
     for _, table in split.tables(columns):
         here = table.filter(pc.is_in(table[USER_ID], value_set=ids.cast(table.schema.field(USER_ID).type)))
         for row in here.to_pylist():
-            rows.setdefault(row[USER_ID], row)
+            if row[wanted] not in (None, []):  # of the others nothing is exported
+                rows.setdefault(row[USER_ID], []).append(row)
     row_of = {item: row for row, item in enumerate(exported.item_ids.to_pylist())}
     cards = []
     for user, user_id in zip(chosen, ids.to_pylist(), strict=True):
-        row = rows[user_id]
+        earlier = pc.sum(pc.equal(exported.user_ids.slice(0, user), user_id)).as_py() or 0
+        row = rows[user_id][earlier]  # a user may stand in several rows
         history = [row_of[item] for item in row.get(HISTORY) or [] if item in row_of]
         next_ones = row[wanted] if isinstance(row[wanted], list) else [row[wanted]]
         score_I = (exported.item_ID @ np.atleast_2d(exported.user_QD[user]).T).max(axis=1)
@@ -397,12 +443,26 @@ def _memory(run: Run) -> str:
         # A table that every rank holds whole has no rows of its own in the plan.
         height, width = (shard["rows"], shard["columns"]) if shard["rows"] else (spec.buckets, spec.dim)
         size = height * width * spec.weight_bytes
-        total[shard["rank"]] += size
+        state = table_state_bytes(run.config.train.optimizer, height, width)
+        total[shard["rank"]] += size + state
         cells = (shard["table"], shard["sharding"], shard["kernel"])
-        rows.append([*map(escape, cells), str(shard["rank"]), f"{height:,}", f"{width:,}", f"{size / 1e6:,.2f}"])
-    page = _table(["table", "sharding", "kernel", "rank", "rows", "columns", "weights MB"], rows)
+        rows.append(
+            [
+                *map(escape, cells),
+                str(shard["rank"]),
+                f"{height:,}",
+                f"{width:,}",
+                f"{size / 1e6:,.2f}",
+                f"{state / 1e6:,.2f}",
+            ]
+        )
+    page = _table(["table", "sharding", "kernel", "rank", "rows", "columns", "weights MB", "optimizer MB"], rows)
     said = ", ".join(f"rank {rank} {size / 1e6:,.1f} MB" for rank, size in total.items())
-    page += f"<p>Weights of the tables: {said}."
-    if (run.folder / STATUS).is_file() and "peak_rank_bytes" in (status := read_json(run.folder / STATUS)):
-        page += f" The most that any rank held in all: {status['peak_rank_bytes'] / 2**20:,.0f} MiB."
+    page += f"<p>Tables with their optimizer's state: {said}."
+    status = read_json(run.folder / STATUS) if (run.folder / STATUS).is_file() else {}
+    if "peak_bytes_by_rank" in status:
+        peaks = ", ".join(f"rank {rank} {held / 2**20:,.0f}" for rank, held in enumerate(status["peak_bytes_by_rank"]))
+        page += f" The most that each process held in all, measured: {peaks} MiB."
+    elif "peak_rank_bytes" in status:
+        page += f" The most that any rank held in all, measured: {status['peak_rank_bytes'] / 2**20:,.0f} MiB."
     return page + "</p>\n"

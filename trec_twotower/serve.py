@@ -58,19 +58,22 @@ class Retriever:
         self.ranks = ranks
 
     @classmethod
-    def open(cls, run_dir: Path | str, ranks: Ranks, checkpoint: str = "best") -> Retriever:
-        """Raises ConfigError when the index was built from the weights of another checkpoint."""
+    def open(cls, run_dir: Path | str, ranks: Ranks, checkpoint: str = "best", *, mapped: bool = False) -> Retriever:
+        """Raises ConfigError when the index was built from the weights of another checkpoint.
+
+        `mapped`: the index is shared with other processes of the host, see `ItemIndex.load`.
+        """
         run = Run.open(Path(run_dir))
         loaded = load_model(run, ranks, checkpoint)
-        return cls(loaded, ItemIndex.load(run.folder / "index", model_version=loaded.version), ranks)
+        return cls(loaded, ItemIndex.load(run.folder / "index", model_version=loaded.version, mapped=mapped), ranks)
 
     @classmethod
-    def alone(cls, run_dir: Path | str, checkpoint: str = "best") -> Retriever:
+    def alone(cls, run_dir: Path | str, checkpoint: str = "best", *, mapped: bool = False) -> Retriever:
         """The same in a process that is in no group, such as a server: the tables lie whole on its device."""
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         ranks, run = Ranks(0, 1, device), Run.open(Path(run_dir))
         loaded = load_whole(run, run.sources(ranks), device, checkpoint)
-        return cls(loaded, ItemIndex.load(run.folder / "index", model_version=loaded.version), ranks)
+        return cls(loaded, ItemIndex.load(run.folder / "index", model_version=loaded.version, mapped=mapped), ranks)
 
     def allow(
         self,

@@ -59,11 +59,11 @@ class Refused(Exception):
 class Service:
     """Answers requests, as plain values, from the newest model and index of a run folder."""
 
-    def __init__(self, run_dir: Path, checkpoint: str = "best", max_k: int = 1000) -> None:
-        self.run_dir, self.checkpoint, self.max_k = run_dir, checkpoint, max_k
+    def __init__(self, run_dir: Path, checkpoint: str = "best", max_k: int = 1000, mapped: bool = False) -> None:
+        self.run_dir, self.checkpoint, self.max_k, self.mapped = run_dir, checkpoint, max_k, mapped
         self._lock = threading.Lock()
         self._mark = self._marked()
-        self._use(Retriever.alone(run_dir, checkpoint))
+        self._use(Retriever.alone(run_dir, checkpoint, mapped=mapped))
         self.reloads = Counter[str]()
 
     def _use(self, retriever: Retriever) -> None:
@@ -85,7 +85,7 @@ class Service:
             mark = self._marked()
             if mark is None or mark == self._mark:  # None: between two publications
                 return False
-            retriever = Retriever.alone(self.run_dir, self.checkpoint)
+            retriever = Retriever.alone(self.run_dir, self.checkpoint, mapped=self.mapped)
         except (
             ConfigError,
             DataError,
@@ -401,9 +401,11 @@ def _json(value: Any) -> tuple[str, str]:
     return json.dumps(value, default=str) + "\n", "application/json"
 
 
-def serve(run_dir: Path, host: str, port: int, *, checkpoint: str, max_k: int, reload_s: float) -> None:
+def serve(
+    run_dir: Path, host: str, port: int, *, checkpoint: str, max_k: int, reload_s: float, mapped: bool = False
+) -> None:
     """Answer until SIGTERM or Ctrl-C; raises ConfigError where the place is taken or the run is not ready."""
-    service = Service(run_dir, checkpoint, max_k)
+    service = Service(run_dir, checkpoint, max_k, mapped)
     try:
         server = Server(host, port, service)
     except (OSError, OverflowError) as error:

@@ -453,7 +453,7 @@ class Progress:
         self.heartbeat.doing = "its end"
         self.checkpoints.wait()
         self.attempts.end()
-        peak_bytes = max(self.ranks.sizes(peak_resident_bytes()))
+        peak_bytes = self.ranks.sizes(peak_resident_bytes())
         self.log.close()
         if self.ranks.is_first:
             status = {
@@ -470,8 +470,9 @@ class Progress:
                 "waiting_s": round(self.waiting_s, 3),  # of train_s, for data, since the last start
                 "evaluate_s": round(self.evaluate_s, 3),
                 "rows_per_s": round(self.passes.rows_before(self.step) / max(self.train_s, 1e-9), 1),
-                "peak_rank_bytes": peak_bytes,
                 OWN_ITEMS: None if self.own_items is None else asdict(self.own_items),
+                "peak_rank_bytes": max(peak_bytes),
+                "peak_bytes_by_rank": peak_bytes,
                 "num_ranks": self.ranks.num_ranks,
             }
             write_json(self.run.folder / STATUS, status)

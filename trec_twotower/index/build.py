@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from trec_twotower.config import IndexConfig
+from trec_twotower.config import IndexConfig, as_values
 from trec_twotower.errors import ConfigError, DataError
 from trec_twotower.index.engine import (
     BestSoFar,
@@ -42,6 +42,7 @@ from trec_twotower.index.recipe import GRAPH_LISTS, POINTS_PER_LIST, Recipe, cho
 from trec_twotower.index.scan import Part
 from trec_twotower.index.search import IndexReport, ItemIndex
 from trec_twotower.index.tuning import Judge, tune
+from trec_twotower.memory import give_back
 
 POINTS = 48  # training points a list, where there are so many
 CODE_POINTS = 65_536  # and at least so many where codes are trained
@@ -57,8 +58,10 @@ def build_index(items: Vectors | np.ndarray, users: Vectors | np.ndarray, config
     """An index of the items in their order, tuned to `config.target_recall` for users such as these.
 
     Of the users, `config.tune_users` are drawn: a third says where lists are needed, a third how much is scanned, a
-    third what that reaches. The items are gone through three times and never held whole outside the index. Raises
-    DataError for vectors that are not finite, ConfigError for a recipe or a target that cannot be.
+    third what that reaches. The items are gone through four times (exact search, training, which list each is for,
+    adding) and never held whole outside the index: lists are made as long as they become, what a step has done with is
+    given back before the next. Raises DataError for vectors that are not finite, ConfigError for a recipe or a target
+    that cannot be.
     """
     items = Matrix(items, "item") if isinstance(items, np.ndarray) else items
     if isinstance(users, np.ndarray):
@@ -72,11 +75,15 @@ def build_index(items: Vectors | np.ndarray, users: Vectors | np.ndarray, config
     template = _template(items.dim, recipe)
     drawn = _Users(users, config)
     truth = _Truth(drawn, items, recipe, config)
+    give_back()
     centroid_LD = _train(template, items, drawn.points_BD, truth.hits_I, config)
+    del drawn, truth.hits_I
+    give_back()
     trained = time.perf_counter()
     wholes = _filled(template, centroid_LD, items, recipe, config)
+    give_back()
     built = time.perf_counter()
-    scanner, tuned = tune(wholes, *truth.judges(), config)
+    scanner, tuned = tune(wholes, truth.tuned_for, truth.reported_on, config)
     report = IndexReport(
         kind=recipe.factory,
         device=scanner.device,
@@ -87,6 +94,7 @@ def build_index(items: Vectors | np.ndarray, users: Vectors | np.ndarray, config
         build_s=built - started,
         add_s=built - trained,
         tune_s=time.perf_counter() - built,
+        settings=as_values(config),
         **tuned,
     )
     return ItemIndex(scanner, report)
@@ -110,7 +118,10 @@ class _Users:
 
 
 class _Truth:
-    """Exact search's answers: how often each item is among the best, and the users' best items with their scores."""
+    """Exact search's answers: how often each item is among the best, and what judges hold against users' best items.
+
+    Of those, `tuned_for` is of rising k, `reported_on` of the first k and of other users.
+    """
 
     def __init__(self, users: _Users, items: Vectors, recipe: Recipe, config: IndexConfig) -> None:
         num_items, hits = len(items), recipe.lists is not None
@@ -140,15 +151,11 @@ class _Truth:
                 if len(best.user_BD):
                     best.add(item_CD, first_row)
             first_row += len(item_CD)
-        self.longest_item = longest
-        self.tune, self.report, self.long = (found[name] for name in ("tune", "report", "long"))
+            del item_CD
         self.hits_I = np.bincount(found["lists"].item_row_BK.ravel(), minlength=num_items) if hits else None
-
-    def judges(self) -> tuple[list[Judge], Judge]:
-        """Of those that are tuned for, by rising k, and of those that are reported on."""
-        slack = TIES * self.longest_item
-        tuned_for = [Judge(self.tune if k == self.ks[0] else self.long, k, slack) for k in self.ks]
-        return tuned_for, Judge(self.report, self.ks[0], slack)
+        slack = TIES * longest
+        self.tuned_for = [Judge(found["tune" if each == k else "long"], each, slack) for each in self.ks]
+        self.reported_on = Judge(found["report"], k, slack)
 
 
 # ---------------------------------------------------------------- lists, codes, items
@@ -180,19 +187,64 @@ def _filled(
 ) -> list[Any]:
     """The trained template with all items, or copies of it that share them in their order."""
     rows_per_shard = -(-len(items) // (8 * recipe.shards)) * 8  # whole bytes of a filter's bitmap
+    list_I = _list_of_each(Part(template), centroid_LD, items, config.device)
     wholes: list[Any] = []
-    left = 0
+    left = first_row = 0
     for item_CD in items.pieces():
         while len(item_CD):
             if left == 0:
                 last = len(items) - len(wholes) * rows_per_shard <= rows_per_shard
                 wholes.append(template if last else faiss.clone_index(template))
                 left = rows_per_shard
+                if list_I is not None:
+                    _make_room(Part(wholes[-1]), list_I[first_row : first_row + left])
             part, item_CD = item_CD[:left], item_CD[left:]
-            with _assigned_by_distance(Part(wholes[-1]), centroid_LD, config.device):
-                wholes[-1].add(part)
+            if list_I is not None:
+                _add_to_lists(Part(wholes[-1]), part, list_I[first_row : first_row + len(part)])
+            else:
+                with _assigned_by_distance(Part(wholes[-1]), centroid_LD, config.device):
+                    wholes[-1].add(part)
             left -= len(part)
+            first_row += len(part)
+        del item_CD, part  # before the next is read
     return wholes
+
+
+def _list_of_each(part: Part, centroid_LD: np.ndarray | None, items: Vectors, device: Device) -> np.ndarray | None:
+    """The list (I,) of the nearest centroid, int32; None where there are no lists, or FAISS alone fills them."""
+    if centroid_LD is None or not isinstance(
+        faiss.downcast_InvertedLists(part.base.invlists), faiss.ArrayInvertedLists
+    ):
+        return None
+    nearest, _kept_alive = _nearest(part.base.d, len(centroid_LD), device)
+    nearest.add(centroid_LD)
+    list_I = np.empty(len(items), np.int32)
+    first_row = 0
+    for item_CD in items.pieces():
+        list_I[first_row : first_row + len(item_CD)] = nearest.search(part.transformed(item_CD), 1)[1][:, 0]
+        first_row += len(item_CD)
+        del item_CD  # before the next is read
+    return list_I
+
+
+def _make_room(part: Part, list_I: np.ndarray) -> None:
+    """Lists that grow item by item take half as much again, and leave holes where they were shorter."""
+    lists = part.base.invlists
+    for number, size in enumerate(np.bincount(list_I, minlength=part.base.nlist).tolist()):
+        lists.resize(number, size)
+        lists.resize(number, 0)  # the memory stays
+
+
+def _add_to_lists(part: Part, item_CD: np.ndarray, list_C: np.ndarray) -> None:
+    """As FAISS's own adding, with each item's list known."""
+    inside_CD = np.ascontiguousarray(part.transformed(item_CD))
+    number_C = list_C.astype(np.int64)
+    pointer = faiss.swig_ptr
+    part.base.add_core(len(inside_CD), pointer(inside_CD), None, pointer(number_C))
+    if part.refine is not None:
+        part.refine.add(item_CD)
+    for wrapper in part.wrappers:
+        wrapper.ntotal = part.base.ntotal
 
 
 def _train(
@@ -203,24 +255,46 @@ def _train(
     if hits_I is None:
         if not template.is_trained:
             rows = np.random.default_rng(config.seed).permutation(len(items))[:CODE_POINTS]
-            template.train(_rows_of(items, np.sort(rows)))
+            with _naming_the_factory(config, len(rows)):
+                template.train(_rows_of(items, np.sort(rows)))
         return None
     num_lists = part.base.nlist
-    num_trained = min(max(POINTS * num_lists, CODE_POINTS), max(config.max_train_vectors, num_lists))
+    num_trained = max(POINTS * num_lists, CODE_POINTS)
+    if config.max_train_vectors is not None:
+        num_trained = min(num_trained, max(config.max_train_vectors, num_lists))
     rows = _drawn_by_hits(hits_I, num_trained, config.seed)
-    sample_CD = _rows_of(items, rows)
-    part.train_transforms(sample_CD)
-    point_CD = part.transformed(_with_users(sample_CD, user_BD, hits_I[rows]))
-    centroid_LD = _draw_lists(point_CD, num_lists, config)
+    user_BD = user_BD[: int(USER_SHARE * len(rows))]
+    point_CD = np.empty((len(rows) + len(user_BD), items.dim), np.float32)
+    sample_CD = _rows_of(items, rows, point_CD[: len(rows)])
+    point_CD[len(rows) :] = _as_long_as_their_items(user_BD, sample_CD, hits_I[rows])
+    with _naming_the_factory(config, len(sample_CD)):
+        part.train_transforms(sample_CD)
+    centroid_LD = _draw_lists(part.transformed(point_CD), num_lists, config)
     part.quantizer.add(centroid_LD)
-    with _assigned_by_distance(part, centroid_LD, config.device):
+    learned_CD = sample_CD if part.has_codes else sample_CD[:1]  # of plain numbers nothing is learned
+    with _naming_the_factory(config, len(rows)), _assigned_by_distance(part, centroid_LD, config.device):
         # The lists are there already: this trains the codes, of distances to centroids
-        part.base.train(part.transformed(sample_CD))
+        part.base.train(part.transformed(learned_CD))
     if part.refine is not None and not part.refine.is_trained:
-        part.refine.train(sample_CD)
+        with _naming_the_factory(config, len(sample_CD)):
+            part.refine.train(sample_CD)
     for wrapper in part.wrappers:
         wrapper.is_trained = True
     return centroid_LD
+
+
+@contextmanager
+def _naming_the_factory(config: IndexConfig, num_trained: int) -> Iterator[None]:
+    """What FAISS cannot learn of so few vectors, or of such, as a mistake of the config."""
+    try:
+        yield
+    except RuntimeError as error:
+        asked = f"index.factory {config.factory!r}" if config.factory is not None else "This kind of index"
+        reason = str(error).split("Error: ")[-1].strip().splitlines()[-1]
+        raise ConfigError(
+            f"{asked} cannot be learned of {num_trained:,} vectors ({reason}): take one that learns less, such as "
+            "Flat, SQfp16 or PQ16x4, or give it more items."
+        ) from None
 
 
 def _drawn_by_hits(hits_I: np.ndarray, count: int, seed: int) -> np.ndarray:
@@ -230,23 +304,24 @@ def _drawn_by_hits(hits_I: np.ndarray, count: int, seed: int) -> np.ndarray:
     return np.minimum(np.searchsorted(reach_I, at, side="right"), len(hits_I) - 1)
 
 
-def _rows_of(items: Vectors, rows: np.ndarray) -> np.ndarray:
+def _rows_of(items: Vectors, rows: np.ndarray, into_CD: np.ndarray | None = None) -> np.ndarray:
     """The items of some rows, which are in order."""
-    sample_CD = np.empty((len(rows), items.dim), np.float32)
+    sample_CD = np.empty((len(rows), items.dim), np.float32) if into_CD is None else into_CD
     first_row = 0
     for item_CD in items.pieces():
         start, stop = np.searchsorted(rows, [first_row, first_row + len(item_CD)])
-        sample_CD[start:stop] = item_CD[rows[start:stop] - first_row]
+        np.take(item_CD, rows[start:stop] - first_row, axis=0, out=sample_CD[start:stop], mode="clip")
         first_row += len(item_CD)
+        del item_CD
     return sample_CD
 
 
-def _with_users(sample_CD: np.ndarray, user_BD: np.ndarray, hits_C: np.ndarray) -> np.ndarray:
-    """Items and, as a share of them, users, who are given the length of the items they get."""
+def _as_long_as_their_items(user_BD: np.ndarray, sample_CD: np.ndarray, hits_C: np.ndarray) -> np.ndarray:
+    """Users who stand among the items as points of lists, of the length of the items that they get."""
     length_B = np.linalg.norm(user_BD, axis=1, keepdims=True)
-    user_BD = (user_BD / np.maximum(length_B, 1e-12))[: int(USER_SHARE * len(sample_CD))]
-    length = float((np.linalg.norm(sample_CD, axis=1) * hits_C).sum() / max(hits_C.sum(), 1))
-    return np.concatenate([sample_CD, user_BD * np.float32(length)])
+    length_C = np.sqrt(np.einsum("cd,cd->c", sample_CD, sample_CD))
+    length = float((length_C * hits_C).sum() / max(hits_C.sum(), 1))
+    return user_BD / np.maximum(length_B, 1e-12) * np.float32(length)
 
 
 def _draw_lists(vector_CD: np.ndarray, num_lists: int, config: IndexConfig) -> np.ndarray:

@@ -7,6 +7,7 @@ which costs no heap. Half precision is widened as it is read. The answers are th
 
 from __future__ import annotations
 
+import ctypes
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from typing import Any
@@ -32,16 +33,56 @@ except ImportError:  # pragma: no cover - doctor says so
     assert not IS_COMPILED
 
 
+def list_places(ivf: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """How many items each list has (L,), and the addresses of their codes and of their ids, int64.
+
+    Read all at once from the arrays in which FAISS keeps that, where these lie as they do in the versions known; else
+    asked for list by list, which takes milliseconds.
+    """
+    lists, num_lists = faiss.downcast_InvertedLists(ivf.invlists), ivf.nlist
+    places = None
+    if isinstance(lists, faiss.OnDiskInvertedLists):
+        places = _words(lists.lists.this, num_lists, 3)  # size, capacity, offset
+        if places is not None:
+            code_L = int(lists.ptr) + places[:, 2]
+            found = places[:, 0].copy(), code_L, code_L + places[:, 1] * ivf.code_size
+    elif isinstance(lists, faiss.ArrayInvertedLists):
+        places, ids = (_words(each, num_lists, 10) for each in (lists.codes.this, lists.ids))
+        if places is not None and ids is not None:  # 8 words of who owns it, where it lies, how long it is
+            found = places[:, 9] // ivf.code_size, places[:, 8].copy(), ids[:, 8].copy()
+    some = {0, num_lists // 2, num_lists - 1}
+    if places is not None and all(_lies_there(lists, number, found) for number in some):
+        return found
+    asked = [
+        (lists.list_size(number), int(lists.get_codes(number) or 0), int(lists.get_ids(number) or 0))
+        for number in range(num_lists)
+    ]
+    size_L, code_L, id_L = np.array(asked, np.int64).reshape(-1, 3).T.copy()
+    return size_L, code_L, id_L
+
+
+def _words(vector: Any, count: int, width: int) -> np.ndarray | None:
+    """The elements of a std::vector as rows of `width` words; None where they are of another size."""
+    first, end = np.ctypeslib.as_array(ctypes.cast(int(vector), ctypes.POINTER(ctypes.c_int64)), (2,)).tolist()
+    if not count or end - first != 8 * width * count:
+        return None
+    return np.ctypeslib.as_array(ctypes.cast(first, ctypes.POINTER(ctypes.c_int64)), (count, width))
+
+
+def _lies_there(lists: Any, number: int, found: tuple[np.ndarray, ...]) -> bool:
+    size, codes, ids = (int(part[number]) for part in found)
+    if size != lists.list_size(number):
+        return False
+    return size == 0 or (codes == int(lists.get_codes(number)) and ids == int(lists.get_ids(number)))
+
+
 class ListScan:
     """The lists of one FAISS index, by where they lie in memory; `of` makes one where the kind of lists allows."""
 
     def __init__(self, ivf: Any, kind: int) -> None:
-        lists = ivf.invlists
         self.kind, self.dim = kind, ivf.d
         self._owner = ivf
-        self.size_L = np.array([lists.list_size(each) for each in range(ivf.nlist)], np.int64)
-        self._codes_L = np.array([int(lists.get_codes(each) or 0) for each in range(ivf.nlist)], np.int64)
-        self._ids_L = np.array([int(lists.get_ids(each) or 0) for each in range(ivf.nlist)], np.int64)
+        self.size_L, self._codes_L, self._ids_L = list_places(ivf)
         self._least_D = self._step_D = None
         if kind == BYTE:  # number = least + step * (byte + 1/2)
             trained_2D = faiss.vector_to_array(ivf.sq.trained).reshape(2, self.dim)

@@ -47,9 +47,8 @@ class Fit:
         """Each user's k-th best score (B,), from its best lists in order: their scores and their numbers of items."""
         return features(score_BP, size_BP, k) @ _array(self.weights) + self.bias
 
-    def fitted(self, score_BP: np.ndarray, size_BP: np.ndarray, worst_B: np.ndarray) -> Fit:
+    def fitted(self, feature_BF: np.ndarray, worst_B: np.ndarray) -> Fit:
         """This rule with the weights that foretell `worst_B` best."""
-        feature_BF = features(score_BP, size_BP, self.k)
         mean_F, mean = feature_BF.mean(axis=0), worst_B.mean()
         centred_BF = feature_BF - mean_F
         scale = max(float(centred_BF.var()), 1e-12)
@@ -177,16 +176,29 @@ class Coarse:
         skips_empty = size_L is not None
         size_L = self.size_L if size_L is None else size_L
         foretold_B = np.empty(len(user_BD)) if known_B is None else known_B.astype(np.float64)
-        list_BP = np.empty((len(user_BD), most), np.int64)
-        score_BP = np.empty((len(user_BD), most), np.float32)
-        longest = 1
-        for start in range(0, len(user_BD), CHOSEN_TOGETHER):
+        chosen = []
+        for start in range(0, max(len(user_BD), 1), CHOSEN_TOGETHER):
             users = slice(start, start + CHOSEN_TOGETHER)
-            longest = max(longest, _choose(
-                user_BD[users] @ self._centroid_LD.T, size_L, skips_empty, REACH * k, fit.bias, _array(fit.weights),
-                fit.margin, known_B is None, foretold_B[users], score_BP[users], list_BP[users],
-            ))  # fmt: skip
-        return score_BP[:, :longest], list_BP[:, :longest], foretold_B
+            score_BL = user_BD[users] @ self._centroid_LD.T
+            list_BP = np.empty((len(score_BL), most), np.int64)
+            score_BP = np.empty((len(score_BL), most), np.float32)
+            longest = _choose(
+                score_BL, size_L, skips_empty, REACH * k, fit.bias, _array(fit.weights), fit.margin, known_B is None,
+                foretold_B[users], score_BP, list_BP,
+            )  # fmt: skip
+            chosen.append((score_BP[:, :longest], list_BP[:, :longest]))
+            if len(user_BD) > CHOSEN_TOGETHER:
+                chosen[-1] = chosen[-1][0].copy(), chosen[-1][1].copy()  # the rest of what is as wide as `most` goes
+        if len(chosen) == 1:
+            return *chosen[0], foretold_B
+        longest = max(part.shape[1] for part, _ in chosen)
+        score_BP = np.full((len(user_BD), longest), -np.inf, np.float32)
+        list_BP = np.full((len(user_BD), longest), -1, np.int64)
+        for number, (some_scores, some_lists) in enumerate(chosen):
+            users = slice(number * CHOSEN_TOGETHER, (number + 1) * CHOSEN_TOGETHER)
+            score_BP[users, : some_scores.shape[1]] = some_scores
+            list_BP[users, : some_lists.shape[1]] = some_lists
+        return score_BP, list_BP, foretold_B
 
 
 @kernel

@@ -12,6 +12,7 @@ from trec_twotower.errors import ConfigError
 EXACT_ITEMS = 16_384  # up to so many, scoring all of them is as fast as choosing which to score
 GRAPH_LISTS = 16_384  # from so many on, the lists are themselves found through a graph
 SHARD_BYTES = 16 << 30  # a file, and a GPU's share, stays below
+SHARD_ITEMS, MOST_SHARDS = 64, 256  # a search goes through all shards: more, of fewer items, serve nobody
 POINTS_PER_LIST = 39  # FAISS's own floor of training points for a centroid worth its name
 ID_BYTES = 8
 
@@ -45,7 +46,7 @@ def choose_recipe(num_items: int, dim: int, config: IndexConfig, *, on_gpu: bool
                 f"index.factory asks for {lists:,} lists but the catalogue has {num_items:,} items: "
                 f"ask for at most {num_items:,}, or leave factory out for a choice by size."
             )
-        return Recipe(config.factory, config.shards or 1)
+        return Recipe(config.factory, _shards(num_items, config) or 1)
     budget = math.inf if config.memory_gb is None else config.memory_gb * 1e9
     lists = choose_lists(num_items, config)
     choices = {"Flat": 4.0 * dim} if num_items <= EXACT_ITEMS and config.lists is None else {}
@@ -55,7 +56,7 @@ def choose_recipe(num_items: int, dim: int, config: IndexConfig, *, on_gpu: bool
     for factory, item_bytes in choices.items():
         num_bytes = int(item_bytes * num_items) + (overhead if factory != "Flat" else 0)
         if num_bytes <= budget:
-            shards = config.shards or math.ceil(num_bytes / SHARD_BYTES)
+            shards = _shards(num_items, config) or math.ceil(num_bytes / SHARD_BYTES)
             return Recipe(factory, shards)
     raise ConfigError(
         f"index.memory_gb is {config.memory_gb:g}, but {num_items:,} items of dim {dim} take at least "
@@ -63,10 +64,20 @@ def choose_recipe(num_items: int, dim: int, config: IndexConfig, *, on_gpu: bool
     )
 
 
+def _shards(num_items: int, config: IndexConfig) -> int | None:
+    most = max(1, min(MOST_SHARDS, num_items // SHARD_ITEMS))
+    if config.shards is not None and config.shards > most:
+        raise ConfigError(
+            f"index.shards is {config.shards:,} but the catalogue has {num_items:,} items, which are shared by at most "
+            f"{most:,} indexes ({SHARD_ITEMS} items each, {MOST_SHARDS} in all): lower it, or leave it out."
+        )
+    return config.shards
+
+
 def choose_lists(num_items: int, config: IndexConfig) -> int:
     """About 3 sqrt(items), as long as each list has training points enough; 1 for a tiny catalogue."""
     if config.lists is None:
-        num_trained = min(num_items, config.max_train_vectors)
+        num_trained = min(num_items, config.max_train_vectors or num_items)
         return max(1, min(int(3 * math.sqrt(num_items)), num_trained // POINTS_PER_LIST))
     if config.lists > num_items:
         raise ConfigError(

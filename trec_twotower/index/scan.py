@@ -13,11 +13,13 @@ import torch
 
 from trec_twotower.errors import ConfigError
 from trec_twotower.index.engine import GPU_LIMIT, Device, best_of_all, faiss, to_gpu, use_blas_well, uses_gpu
-from trec_twotower.index.list_scan import ListScan
+from trec_twotower.index.list_scan import ListScan, list_places
 from trec_twotower.index.probing import Coarse, Fit
 
 AGAIN_NUMBERS = 1 << 18  # of vectors scored again together: 1 MiB, which stays in the cache
 SORTED_FROM = 64  # users; in a larger batch those of like lists go after each other, which then lie in the cache
+
+SELECTING = (faiss.IndexFlat, faiss.IndexScalarQuantizer)  # without lists, but with a filter; PQ codes have none
 
 Answer = tuple[np.ndarray, np.ndarray]  # scores (B, K) float32 and item rows (B, K) int64, ending in -1
 
@@ -64,10 +66,11 @@ class Part:
         self.base = inner
         self.has_lists = isinstance(inner, faiss.IndexIVF)
         self.is_graph = isinstance(inner, faiss.IndexHNSW)
-        if not (self.has_lists or self.is_graph or isinstance(inner, faiss.IndexFlatCodes)):
+        if not (self.has_lists or self.is_graph or isinstance(inner, SELECTING)):
             raise ConfigError(
-                f"index.factory makes a {type(inner).__name__}, which cannot be tuned here: take Flat, SQ or PQ codes, "
-                "IVF lists of them, or HNSW, with OPQ, PCA or RR in front and Refine or RFlat behind if wanted."
+                f"index.factory makes a {type(inner).__name__}, which cannot be tuned or filtered here: take Flat or "
+                "SQ codes, IVF lists of them or of PQ codes, or HNSW, with OPQ, PCA or RR in front and Refine or RFlat "
+                "behind if wanted."
             )
         if self.has_lists:
             self.quantizer = faiss.downcast_index(inner.quantizer)
@@ -91,6 +94,14 @@ class Part:
         """Whether its scores are of vectors in fewer bits than they came."""
         return not isinstance(self.refine if self.refine is not None else self.base, faiss.IndexFlat)
 
+    @property
+    def has_codes(self) -> bool:
+        """Whether the lists hold codes that are learned; plain numbers are not."""
+        if isinstance(self.base, faiss.IndexIVFScalarQuantizer):
+            plain = (faiss.ScalarQuantizer.QT_fp16, faiss.ScalarQuantizer.QT_bf16)
+            return self.base.sq.qtype not in plain
+        return not isinstance(self.base, faiss.IndexIVFFlat)
+
     def transformed(self, vectors: np.ndarray) -> np.ndarray:
         """What the lists hold of vectors."""
         for transform in self._transforms:
@@ -104,7 +115,7 @@ class Part:
             item_CD = transform.apply(item_CD)
 
     def list_sizes(self) -> np.ndarray:
-        return np.array([self.base.invlists.list_size(each) for each in range(self.base.nlist)], np.int64)
+        return list_places(self.base)[0]
 
     def ids_of_list(self, number: int) -> np.ndarray:
         """The rows, within this part, of a list's items."""

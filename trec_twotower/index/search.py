@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
-from dataclasses import asdict, dataclass
+import time
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import xxhash
 
 from trec_twotower.data.lists import Lists
 from trec_twotower.errors import ConfigError, DataError
 from trec_twotower.files import MANIFEST, new_folder, open_sealed, read_manifest, seal, verify_sealed
 from trec_twotower.index.engine import Device, as_vectors, faiss, merged
-from trec_twotower.index.filters import Allowed, Way, choose_way, make_allowed, num_to_fetch
+from trec_twotower.index.filters import Allowed, Race, Way, likely_ways, make_allowed, num_to_fetch
+from trec_twotower.index.list_scan import TOGETHER
 from trec_twotower.index.probing import Fit, fit_for
 from trec_twotower.index.scan import Answer, Scanner
 from trec_twotower.metrics import blocks_by_length, first_kept
@@ -48,6 +50,7 @@ class IndexReport:
     build_s: float  # of all before the tuning: exact search, training, and add_s
     add_s: float  # of reading and adding the items
     tune_s: float
+    settings: dict[str, Any] = field(default_factory=dict)  # the index's part of the config, as it was built with
 
     def in_words(self) -> str:
         """What was built and what it reaches, for people to read."""
@@ -173,6 +176,11 @@ class ItemIndex:
         found = self.search(user_BMD.reshape(-1, dim), k, seen=each, allowed=allowed)
         return merged(found, num_users, k)
 
+    def with_margins(self, factor: float) -> ItemIndex:
+        """The same index, which scans the more the larger `factor` is; 1 is as tuned."""
+        fits = tuple(replace(fit, margin=fit.margin * factor) if fit.margin > 0 else fit for fit in self.report.fits)
+        return ItemIndex(self._scanner, replace(self.report, fits=fits), folder=self._folder, manifest=self._manifest)
+
     def scanned(self, user_BD: np.ndarray, k: int) -> np.ndarray:
         """The share of the items (B,) that lies in the lists that a search for `k` scans; 1 without lists."""
         scanner = self._scanner
@@ -183,17 +191,25 @@ class ItemIndex:
 
     def allow(self, mask_I: np.ndarray, way: Way | None = None) -> Allowed:
         """The items marked in a bool array (I,), made ready for searches; `way` forces how they are searched."""
-        return make_allowed(self._scanner, mask_I, self.report.fits, way)
+        allowed = make_allowed(self._scanner, mask_I, way)
+        if self.way_of(allowed, self.report.k) == "exact":
+            allowed.vectors(self._scanner)
+        return allowed
 
-    def way_of(self, allowed: Allowed, k: int) -> Way:
-        """How a search for `k` of these items goes."""
+    def way_of(self, allowed: Allowed, k: int, num_users: int = 1) -> Way:
+        """How a search for `k` of these items goes, as far as it is known."""
+        return self._race(allowed, k, num_users).best
+
+    def _race(self, allowed: Allowed, k: int, num_users: int) -> Race:
         if k >= len(allowed.item_rows):
-            return "exact"
+            return Race(["exact"])
         if allowed.way is not None:
-            return allowed.way
-        if k not in allowed.chosen:
-            allowed.chosen[k] = choose_way(self._scanner, self.report.fits, len(allowed.item_rows), k)
-        return allowed.chosen[k]
+            return Race([allowed.way])
+        key = (k, num_users >= TOGETHER)
+        if key not in allowed.races:
+            ways = likely_ways(self._scanner, self.report.fits, len(allowed.item_rows), k)
+            allowed.races.setdefault(key, Race(ways))
+        return allowed.races[key]
 
     def _seen_here(self, seen: Lists, allowed: Allowed | None) -> Lists:
         """Seen items once each, without those that could not be found anyway."""
@@ -239,10 +255,21 @@ class ItemIndex:
 
     def _first_try(self, user_BD: np.ndarray, k: int, allowed: Allowed | None) -> Answer:
         """The best `k` as tuned; with `allowed`, by the best way for so many, of which overfetch brings more."""
-        scanner, fits = self._scanner, self.report.fits
         if allowed is None:
-            return self._scan(user_BD, k, fit_for(fits, k))
-        way = self.way_of(allowed, k)
+            return self._scan(user_BD, k, fit_for(self.report.fits, k))
+        race = self._race(allowed, k, len(user_BD))
+        way, is_timed = race.next_way()
+        if not is_timed or not len(user_BD):
+            return self._by_way(way, user_BD, k, allowed)
+        if way == "exact":
+            allowed.vectors(self._scanner)  # later searches have them already
+        started = time.perf_counter()
+        found = self._kept(self._by_way(way, user_BD, k, allowed), k, None, allowed)
+        race.tell(way, (time.perf_counter() - started) / len(user_BD))
+        return found
+
+    def _by_way(self, way: Way, user_BD: np.ndarray, k: int, allowed: Allowed) -> Answer:
+        scanner, fits = self._scanner, self.report.fits
         if way == "exact":
             return self._scan_allowed(user_BD, k, allowed)
         if way == "overfetch":
@@ -295,8 +322,7 @@ class ItemIndex:
         return scanner.scan_lists(user_BD, k, scanner.choose_lists(user_BD, k, fit, size_L=size_L, most=most), bitmap)
 
     def _scan_allowed(self, user_BD: np.ndarray, k: int, allowed: Allowed) -> Answer:
-        vectors = allowed.vectors if allowed.vectors is not None else self._scanner.vectors_of(allowed.item_rows)
-        return self._scanner.scan_some(user_BD, k, allowed.item_rows, vectors)
+        return self._scanner.scan_some(user_BD, k, allowed.item_rows, allowed.vectors(self._scanner))
 
     # ------------------------------------------------------------ saving and loading
 
@@ -345,6 +371,8 @@ class ItemIndex:
             raise DataError(f"{folder} is not an index, or one of an older version: {MEND}")
         if foreign := set(manifest["heads"]) - set(manifest["files"]):  # only those stay in the folder for certain
             raise DataError(f"{folder / MANIFEST} names {min(foreign)!r} but does not list it: do not trust it; {MEND}")
+        if any(not str(digest).startswith("xxh3-") for digest in manifest["heads"].values()):
+            raise DataError(f"{folder} is an index of an older version: {MEND}")
         if model_version is not None and manifest["model_version"] != model_version:
             raise ConfigError(
                 f"The index in {folder} was built from model {manifest['model_version']}, "
@@ -357,7 +385,7 @@ class ItemIndex:
                 _check_head(folder / name, manifest["files"][name]["bytes"], digest)
             faiss.set_deserialization_vector_byte_limit(manifest["files"][name]["bytes"])  # no part exceeds the whole
             try:
-                wholes.append(faiss.read_index(str(folder / name), faiss.IO_FLAG_MMAP_IFC if mapped else 0))
+                wholes.append(faiss.read_index(str(folder / name), _how_to_map(manifest) if mapped else 0))
             except RuntimeError as error:
                 found = str(error).strip().splitlines()[-1]
                 raise DataError(f"{folder / name} is no index that FAISS reads ({found}): {MEND}") from None
@@ -383,9 +411,17 @@ def _read_ids(folder: Path, manifest: dict[str, Any], num_items: int) -> pa.Arra
     return ids
 
 
+def _how_to_map(manifest: dict[str, Any]) -> int:
+    """FAISS's flag. One maps lists at once, but nothing else; the other maps all, by a millisecond a thousand lists."""
+    report = manifest["report"]
+    only_lists = report["lists"] and not any(word in report["kind"] for word in ("fs", "Refine", "RFlat"))
+    return faiss.IO_FLAG_MMAP if only_lists else faiss.IO_FLAG_MMAP_IFC
+
+
 def _head_digest(path: Path) -> str:
+    """Of accidents alone it is to tell, and that in a hundredth of a millisecond."""
     with path.open("rb") as file:
-        return hashlib.sha256(file.read(HEAD_BYTES)).hexdigest()
+        return f"xxh3-{xxhash.xxh3_64_hexdigest(file.read(HEAD_BYTES))}"
 
 
 def _check_head(path: Path, num_bytes: int, digest: str) -> None:
@@ -394,4 +430,4 @@ def _check_head(path: Path, num_bytes: int, digest: str) -> None:
     if path.stat().st_size != num_bytes:
         raise DataError(f"{path} has {path.stat().st_size:,} bytes, {num_bytes:,} were written: {MEND}")
     if _head_digest(path) != digest:
-        raise DataError(f"{path} is damaged (the sha256 of its first {HEAD_BYTES:,} bytes differs): {MEND}")
+        raise DataError(f"{path} is damaged (the digest of its first {HEAD_BYTES:,} bytes differs): {MEND}")

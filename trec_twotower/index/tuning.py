@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,11 +14,12 @@ from trec_twotower.config import IndexConfig
 from trec_twotower.data.lists import Lists
 from trec_twotower.errors import ConfigError
 from trec_twotower.index.engine import BestSoFar
-from trec_twotower.index.probing import REACH, Fit
+from trec_twotower.index.probing import Fit, features
 from trec_twotower.index.recipe import GRAPH_LISTS
 from trec_twotower.index.scan import Scanner
 
 SAFE = 0.1  # of the misses allowed are not used up, as other users' are a little more than those tuned for
+CELLS = 1 << 16  # users x lists that are weighed together
 TRIES = 6  # margins that are scanned with before all lists are
 
 
@@ -27,8 +28,8 @@ class Judge:
 
     def __init__(self, best: BestSoFar, k: int, slack: float) -> None:
         self.user_BD, self.k = best.user_BD, k
-        self.worst_B = best.score_BK[:, k - 1]
-        self.best_BK = best.item_row_BK[:, :k]
+        self.worst_B = best.score_BK[:, k - 1].copy()
+        self.best_BK = best.item_row_BK[:, :k].copy()  # not to keep the rest
         tied_B = self.worst_B - slack * np.linalg.norm(self.user_BD, axis=1)
         good_BC = (best.score_BK >= tied_B[:, None]) & (best.item_row_BK >= 0)
         self._good = Lists(np.concatenate([[0], np.cumsum(good_BC.sum(axis=1))]), best.item_row_BK[good_BC])
@@ -72,9 +73,20 @@ def _scan(scanner: Scanner, judge: Judge, fit: Fit) -> tuple[tuple[np.ndarray, n
     if scanner.coarse is None:
         found = scanner.scan_codes(judge.user_BD, judge.k, max(fit.most_lists, judge.k))
         return found, np.full(len(judge.user_BD), fit.scanned_share), 0.0
-    chosen = scanner.choose_lists(judge.user_BD, judge.k, fit)
-    found = scanner.scan_lists(judge.user_BD, judge.k, chosen)
-    return found, scanner.scanned(chosen.list_BP), float((chosen.list_BP >= 0).sum(axis=1).mean())
+    answers, shares, lists = [], [], []
+    for user_BD in _by_width(judge.user_BD, fit.most_lists):
+        chosen = scanner.choose_lists(user_BD, judge.k, fit)
+        answers.append(scanner.scan_lists(user_BD, judge.k, chosen))
+        shares.append(scanner.scanned(chosen.list_BP))
+        lists.append((chosen.list_BP >= 0).sum(axis=1))
+    score_BK, item_row_BK = (np.concatenate(part) for part in zip(*answers, strict=True))
+    return (score_BK, item_row_BK), np.concatenate(shares), float(np.concatenate(lists).mean())
+
+
+def _by_width(user_BD: np.ndarray, width: int) -> Iterator[np.ndarray]:
+    """The users in blocks whose matrices of `width` lists stay small beside the index."""
+    step = max(16, CELLS // max(width, 1))
+    return (user_BD[start : start + step] for start in range(0, len(user_BD), step))
 
 
 def _reached(scanner: Scanner, judge: Judge, fit: Fit) -> tuple[float, np.ndarray, float, float]:
@@ -111,7 +123,12 @@ def _fit(scanner: Scanner, judge: Judge, shorter: Fit | None, config: IndexConfi
     most = scanner.num_lists if scanner.num_lists < GRAPH_LISTS else 2048
     # What users need when nothing is capped says where the cap may be
     fit = _with_margin(scanner, judge, _refitted(scanner, vector_BD, judge, Fit(judge.k, 0.0, (), 0.0, most)), config)
-    lists_B = (scanner.choose_lists(judge.user_BD, judge.k, fit).list_BP >= 0).sum(axis=1)
+    lists_B = np.concatenate(
+        [
+            (scanner.choose_lists(user_BD, judge.k, fit).list_BP >= 0).sum(axis=1)
+            for user_BD in _by_width(judge.user_BD, fit.most_lists)
+        ]
+    )
     cap = max(int(np.ceil(1.5 * np.percentile(lists_B, 99))), shorter.most_lists if shorter else 8)
     while cap < most:
         capped = _refitted(scanner, vector_BD, judge, replace(fit, most_lists=cap))
@@ -125,10 +142,12 @@ def _fit(scanner: Scanner, judge: Judge, shorter: Fit | None, config: IndexConfi
 
 def _refitted(scanner: Scanner, vector_BD: np.ndarray, judge: Judge, fit: Fit) -> Fit:
     assert scanner.coarse is not None
-    score_BP, list_BP = scanner.coarse.nearest(vector_BD, min(fit.most_lists, scanner.num_lists))
-    if not fit.weights:
-        fit = replace(fit, weights=(0.0,) * (1 + len(REACH)))
-    return fit.fitted(score_BP, scanner.coarse.size_L[list_BP], judge.worst_B)
+    most = min(fit.most_lists, scanner.num_lists)
+    feature_BF = []
+    for user_BD in _by_width(vector_BD, most):
+        score_BP, list_BP = scanner.coarse.nearest(user_BD, most)
+        feature_BF.append(features(score_BP, scanner.coarse.size_L[list_BP], fit.k))
+    return fit.fitted(np.concatenate(feature_BF), judge.worst_B)
 
 
 def _with_margin(scanner: Scanner, judge: Judge, fit: Fit, config: IndexConfig, *, must: bool = True) -> Fit:
@@ -165,14 +184,18 @@ def _needed_margins(scanner: Scanner, judge: Judge, fit: Fit) -> tuple[np.ndarra
     """
     assert scanner.coarse is not None
     vector_BD = scanner.parts[0].transformed(judge.user_BD)
-    score_BP, list_BP = scanner.coarse.nearest(vector_BD, min(fit.most_lists, scanner.num_lists))
-    foretold_B = fit.foretell(score_BP, scanner.coarse.size_L[list_BP], judge.k)
-    lowest_B = np.where(np.isfinite(score_BP), score_BP, np.inf).min(axis=1)
+    width = min(fit.most_lists, scanner.num_lists)
+    told = []
+    for user_BD in _by_width(vector_BD, width):
+        score_BP, list_BP = scanner.coarse.nearest(user_BD, width)
+        lowest = np.where(np.isfinite(score_BP), score_BP, np.inf).min(axis=1)
+        told.append((fit.foretell(score_BP, scanner.coarse.size_L[list_BP], judge.k), lowest, score_BP[:, 0].copy()))
+    foretold_B, lowest_B, highest_B = (np.concatenate(part) for part in zip(*told, strict=True))
     most = float((foretold_B - lowest_B).max())
     most += 1e-4 * abs(most) + 1e-6  # below 0 where a k near the whole catalogue has a worse k-th best than any list
     own_BK = scanner.coarse.scores(vector_BD, scanner.list_of_item()[judge.best_BK])
     need_BK = np.where(own_BK >= lowest_B[:, None] - 1e-6, foretold_B[:, None] - own_BK, np.inf)
-    need_BK[own_BK >= score_BP[:, :1] - 1e-6] = -np.inf  # a user's best list is always scanned
+    need_BK[own_BK >= highest_B[:, None] - 1e-6] = -np.inf  # a user's best list is always scanned
     return np.sort(need_BK, axis=None), most
 
 
