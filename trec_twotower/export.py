@@ -18,6 +18,7 @@ from trec_twotower.config import binding
 from trec_twotower.data.dataset import ITEM_ID, USER_ID
 from trec_twotower.data.features import Sources
 from trec_twotower.data.held_out import HeldOut
+from trec_twotower.data.words import python_values
 from trec_twotower.distributed import Ranks
 from trec_twotower.encode import encode, encode_share
 from trec_twotower.errors import ConfigError, DataError
@@ -118,7 +119,7 @@ def _write(folder: Path, what: str, id_column: str, ids: pa.Array, vectors: np.n
     """Write this rank's file; returns what is wrong with the vectors instead, if anything is."""
     bad = np.flatnonzero(~np.isfinite(vectors).all(axis=tuple(range(1, vectors.ndim))))
     if bad.size:
-        first = ids.take(pa.array(bad[:5])).to_pylist()
+        first = python_values(ids.take(pa.array(bad[:5])))
         return (
             f"{bad.size:,} {what} have vectors with NaN or infinity, such as {id_column} {first}: nothing was exported."
         )

@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 
 from trec_twotower.data.dataset import HISTORY, ITEM_ID, POSITIVES, USER_ID, Dataset, Split
 from trec_twotower.data.lists import Lists
+from trec_twotower.data.words import python_rows, python_values
 from trec_twotower.errors import ConfigError, nearest
 from trec_twotower.evaluate import EXACT, REACHABLE
 from trec_twotower.export import Exported, read_export
@@ -347,11 +348,11 @@ def _users(run: Run, exported: Exported | None) -> str:
     columns = [USER_ID, wanted, *([HISTORY] if split.has(HISTORY) else [])]
     for _, table in split.tables(columns):
         here = table.filter(pc.is_in(table[USER_ID], value_set=ids.cast(table.schema.field(USER_ID).type)))
-        for row in here.to_pylist():
+        for row in python_rows(here):
             rows.setdefault(row[USER_ID], row)
-    row_of = {item: row for row, item in enumerate(exported.item_ids.to_pylist())}
+    row_of = {item: row for row, item in enumerate(python_values(exported.item_ids))}
     cards = []
-    for user, user_id in zip(chosen, ids.to_pylist(), strict=True):
+    for user, user_id in zip(chosen, python_values(ids), strict=True):
         row = rows[user_id]
         history = [row_of[item] for item in row.get(HISTORY) or [] if item in row_of]
         next_ones = row[wanted] if isinstance(row[wanted], list) else [row[wanted]]
@@ -378,7 +379,7 @@ def _words(items: Split, rows: Sequence[int]) -> list[str]:
         inside = [row for row in dict.fromkeys(rows) if 0 <= row - group.first_row < group.num_rows]
         if inside:
             table = items.read(group, list(items.columns)).take(pa.array([row - group.first_row for row in inside]))
-            found.update(zip(inside, (escape(in_words(about)) for about in table.to_pylist()), strict=True))
+            found.update(zip(inside, (escape(in_words(about)) for about in python_rows(table)), strict=True))
     return [found[row] for row in rows]
 
 

@@ -17,6 +17,7 @@ from trec_twotower.data.lists import Lists
 from trec_twotower.data.numbers import Statistics, learn_statistics
 from trec_twotower.data.transforms import Columns, numeric, one_chunk, transform
 from trec_twotower.data.vocabulary import make_vocabulary
+from trec_twotower.data.words import python_value
 from trec_twotower.errors import ConfigError, DataError, nearest
 from trec_twotower.schema import FeatureSpec, Schema, Side
 
@@ -161,7 +162,7 @@ class Sources:
         if (rows < 0).any():
             first = int(np.flatnonzero(rows < 0)[0])
             raise DataError(
-                f"{where}: user {ids[first].as_py()!r} is not in {self.users.split.folder} ({int((rows < 0).sum()):,} "
+                f"{where}: user {python_value(ids, first)!r} is not in {self.users.split.folder} ({int((rows < 0).sum()):,} "
                 "rows name such users): write a row for each user there."
             )
         return columns.beside(self.users.columns.take(rows))
@@ -179,7 +180,7 @@ class Sources:
         rows = self.catalogue.rows_of(ids, where)
         if (rows < 0).any():
             first = int(np.flatnonzero(rows < 0)[0])
-            raise self.unknown(ids[first].as_py(), int((rows < 0).sum()), where)
+            raise self.unknown(python_value(ids, first), int((rows < 0).sum()), where)
         return rows
 
     def unknown(self, item: object, count: int, where: str) -> DataError:
@@ -197,7 +198,7 @@ class Sources:
             if known_only:
                 return rows.where(~unknown)
             row = int(rows.rows[unknown][0])
-            item = lists.flatten().drop_null()[int(unknown.argmax())].as_py()
+            item = python_value(lists.flatten().drop_null(), int(unknown.argmax()))
             raise self.unknown(item, int(unknown.sum()), f"{where}, row {row:,}")
         return rows
 

@@ -15,6 +15,7 @@ from trec_twotower.data.hashing import id_keys, is_id, is_text
 from trec_twotower.data.lists import Lists
 from trec_twotower.data.probing import KeyTable
 from trec_twotower.data.transforms import check_weights, is_id_list, key_lists, one_chunk, with_weights
+from trec_twotower.data.words import python_value
 from trec_twotower.errors import ConfigError, DataError, nearest
 
 
@@ -65,7 +66,7 @@ def read_given(sources: Sources, given: GivenConfig, table: pa.Table, where: str
 def _unknown(sources: Sources, items: Lists, ids: pa.Array, place: str, setting: str) -> DataError:
     is_unknown = items.values < 0
     row = int(items.rows[is_unknown][0])
-    item = ids.flatten().drop_null()[int(is_unknown.argmax())].as_py()
+    item = python_value(ids.flatten().drop_null(), int(is_unknown.argmax()))
     error = sources.unknown(item, int(is_unknown.sum()), f"{place}, row {row:,}")
     return DataError(f"{error} ({setting}: skip leaves out such items alone.)")
 
@@ -119,7 +120,7 @@ class KeyedLists:
         doubles = KeyTable(keys, slots).insert(0, len(keys))
         if len(doubles):
             first, second = doubles[0].tolist()
-            name = table[key][second].as_py()
+            name = python_value(table[key], second)
             raise DataError(
                 f"{path}: {key} {name!r} stands in rows {first:,} and {second:,}: keep one row with all its items."
             )
