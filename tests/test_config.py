@@ -269,6 +269,8 @@ def test_what_has_no_default_must_be_there(section):
         ("data.seed=-1", "'data.seed' is -1"),
         ("data.seed=9223372036854775808", "'data.seed' is 9223372036854775808"),
         ("data.dataset=5", "'data.dataset' is 5"),
+        ("tables.item.buckets=4294967297", "'tables.item.buckets' is 4294967297: input should be less than or equal"),
+        ("item.0={name: item_id, kind: id, buckets: 4294967297, dim: 4}", "'item.0.buckets' is 4294967297"),
         ("user.1.name=010", "'user.1.name' is 10"),
         ("model.user_tower.mlp=64", "'model.user_tower.mlp' is 64"),
         # What each value alone does not show

@@ -104,6 +104,12 @@ def test_a_trace_shows_the_steps_that_were_asked_for(usual):
     assert "addmm" in (usual / "profile" / "rank-0.txt").read_text()
 
 
+def test_a_run_that_ends_before_its_trace_begins_says_so(small_world, tmp_path, lone_rank, capsys):
+    trained(small_world, tmp_path / "run", lone_rank, epochs=1, profile_steps=2)
+    assert not (tmp_path / "run" / "profile").exists()
+    assert "no trace was written: train.profile_steps is 2, but the 6 steps before them" in capsys.readouterr().out
+
+
 # Precision
 
 

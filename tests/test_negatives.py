@@ -443,10 +443,28 @@ def test_a_column_that_train_lacks_is_told_with_the_nearest(tiny):
 
 def test_labels_and_weights_stand_beside_every_item(tiny):
     shown = [[30], None, [20, 10]]
-    with pytest.raises(DataError, match=r"row group 1, column 'shown', row 0: 2 ids but 1 weights in 'labels'"):
+    with pytest.raises(DataError, match=r"row group 1, column 'shown', row 0: 2 ids but 1 labels in 'labels'"):
         tiny({"given": {"column": "shown", "labels": "labels"}}, shown=shown, labels=[[1], None, [0]])
     with pytest.raises(DataError, match=r"row group 1, column 'shown', row 0: 'w' has a weight below 0"):
         tiny({"given": {"column": "shown", "weights": "w"}}, shown=shown, w=[[1.0], None, [0.0, -1.0]])
+    for what in ("label", "weight"):
+        with pytest.raises(DataError, match=rf"row group 1, column 'shown', row 0: the {what}s in 'w' hold null, NaN"):
+            tiny({"given": {"column": "shown", f"{what}s": "w"}}, shown=shown, w=[[1.0], None, [0.0, math.nan]])
+
+
+@pytest.mark.parametrize("kind", ["bce", "softmax_bce", "softmax", "bpr"])
+@pytest.mark.parametrize("label", [2.0, 1.25, -1.0])
+def test_labels_beyond_0_and_1_are_refused_where_the_loss_would_have_no_least_value(tiny, kind, label):
+    """bce adds (1 - y) * softplus(l), which falls without end for y > 1; others ask only what is above 0."""
+    columns = {"shown": [[30], None, [20, 10]], "y": [[0.5], None, [1.0, label]]}
+    case = {"kind": kind, "given": {"column": "shown", "labels": "y"}}
+    if kind in ("softmax", "bpr"):
+        assert len(list(tiny(case, **columns).since(0, 2))) == 2
+        return
+    with pytest.raises(DataError, match=rf"row group 1, column 'shown', row 0: 'y' has the label {label:g}, .*{kind}"):
+        tiny(case, **columns)
+    columns["y"] = [[0.5], None, [1.0, 0.0]]
+    assert len(list(tiny(case, **columns).since(0, 2))) == 2
 
 
 def test_an_unknown_item_is_named_with_its_place_or_left_out_when_that_is_asked_for(tiny):
@@ -463,6 +481,18 @@ def test_an_unknown_item_is_named_with_its_place_or_left_out_when_that_is_asked_
     for batch in made.since(0, 2):
         found |= dict(zip(rows_of(batch), given_of(batch, candidates_of([batch])), strict=True))
     assert found == {0: [(30, 1, 1)], 1: [], 2: [(20, 2, 2), (10, 4, 4)]}
+
+
+def test_a_queue_without_room_for_a_step_is_refused_before_it(tiny):
+    """Two rows a step draw item 10 twice in 4/3, or once in 2/3 of times, as Poisson has it; beside 3 even draws."""
+    chance = [1 - math.exp(-4 / 3) * (2 / 3) ** 3, 1 - math.exp(-2 / 3) * (2 / 3) ** 3, 1 - (2 / 3) ** 3]
+    mean = sum(chance)
+    assert 2 < mean < 3
+    assert tiny({"negatives": {"sampled": 3, "queue": 3}}).candidates.keeps_list
+    with pytest.raises(
+        ConfigError, match=rf"queue is 2, but a step has some {mean:.0f} candidates .* \(such as {8 * mean:.0f}\)"
+    ):
+        tiny({"negatives": {"sampled": 3, "queue": 2}})
 
 
 def test_a_sample_larger_than_the_catalogue_is_refused(tiny):

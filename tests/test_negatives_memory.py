@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from trec_twotower.data.hashing import hash_to_bucket
-from trec_twotower.errors import ConfigError
 from trec_twotower.model.frequency import RATE, Frequency
 from trec_twotower.model.losses import LOSSES, Pairs, Relations
 from trec_twotower.model.queue import ItemQueue
@@ -156,14 +155,23 @@ def test_a_queue_that_was_saved_goes_on_as_it_would_have(rng):
     assert torch.equal(queue.beside(item_CD, key_C, relations, listed)[0], item_CD)
 
 
-def test_a_queue_without_room_for_a_step_is_refused(rng):
-    item_CD, key_C, relations, _ = step_of(rng, torch.zeros(NUM_ITEMS))
-    count = int(relations.is_negative_C.sum())
-    ItemQueue(count, DIM, 1.0, CPU).push(item_CD, key_C, relations)
-    with pytest.raises(
-        ConfigError, match=rf"queue is {count - 1}, but a step has {count} candidates: .*such as {8 * count}"
-    ):
-        ItemQueue(count - 1, DIM, 1.0, CPU).push(item_CD, key_C, relations)
+def test_of_a_step_without_room_so_many_are_kept_evenly(rng):
+    """Of 40 candidates in 25 places, each is there in 25 of 40 steps (five standard errors), with that in its log q."""
+    none = Pairs(torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64))
+    p_I = torch.linspace(0.05, 0.9, NUM_ITEMS)
+    queue, again = ItemQueue(25, DIM, 1.0, CPU), ItemQueue(25, DIM, 1.0, CPU)
+    seen, steps = np.zeros(NUM_ITEMS), 2_000
+    key_C = torch.arange(NUM_ITEMS)
+    relations = Relations(positive=none, known=none, log_q_C=p_I.log())
+    for _ in range(steps):
+        for each in (queue, again):
+            each.push(key_C[:, None].expand(-1, DIM).float(), key_C, relations)
+        assert torch.equal(queue.key_Q, again.key_Q)
+        held = queue.key_Q[queue.key_Q >= 0]
+        assert len(held) == 25 and torch.equal(queue.vector_QD[queue.key_Q >= 0][:, 0].long(), held)
+        torch.testing.assert_close(queue.log_p_Q[queue.key_Q >= 0], (p_I[held] * 25 / 40).log())
+        seen[held] += 1
+    assert (np.abs(seen / steps - 25 / 40) < 5 * math.sqrt(25 / 40 * 15 / 40 / steps)).all()
 
 
 # Streaming frequencies

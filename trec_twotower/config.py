@@ -268,6 +268,7 @@ class InterestsConfig(Settings):
 
 
 CORRECTED = ("softmax", "bce", "softmax_bce", "bsl")  # the losses that log_q is for
+GRADUAL = ("bce", "softmax_bce")  # the losses that take a given label as a share, from 0 to 1
 SELECTIVE = ("softmax", "bsl", "ccl", "bpr", "margin")  # the losses that may keep a row's hardest negatives alone
 
 

@@ -274,8 +274,8 @@ def principal_plane(vector_ID: np.ndarray) -> tuple[np.ndarray, float]:
 
 
 def _map(run: Run, exported: Exported | None, colour: str | None) -> str:
-    if colour is not None and not Dataset(run.config.data.dataset).items.has(colour):
-        known = Dataset(run.config.data.dataset).items.columns
+    if colour is not None and not Dataset.of(run.config.data).items.has(colour):
+        known = Dataset.of(run.config.data).items.columns
         raise ConfigError(f"--colour asks for column {colour!r} of items/{nearest(colour, known)}.")
     if exported is None:
         return _missing("There are no vectors yet", "export", run)
@@ -324,7 +324,7 @@ def _lengths(run: Run, exported: Exported) -> str:
 
 def _coloured(run: Run, colour: str | None) -> tuple[str, tuple[str, ...], np.ndarray]:
     """The name, the labels and each item's label."""
-    items = Dataset(run.config.data.dataset).items
+    items = Dataset.of(run.config.data).items
     if colour is None:
         colour = next(
             (each.reads for each in run.config.item if each.kind == "category" and items.has(each.reads)), None
@@ -339,7 +339,7 @@ def _coloured(run: Run, colour: str | None) -> tuple[str, tuple[str, ...], np.nd
 def _users(run: Run, exported: Exported | None) -> str:
     if exported is None or not len(exported.user_QD):
         return _missing("There are no vectors of users yet", "export", run)
-    dataset = Dataset(run.config.data.dataset)
+    dataset = Dataset.of(run.config.data)
     split = dataset.split(exported.manifest["users_from"])
     chosen = np.unique(np.linspace(0, len(exported.user_QD) - 1, SHOWN_USERS).astype(int))
     ids = exported.user_ids.take(pa.array(chosen))

@@ -172,8 +172,8 @@ class Retriever:
         score_BK, item_row_BK = self._ranked(user_BD, k, seen, allowed, rules)
         found = item_row_BK[0][item_row_BK[0] >= 0]
         about = sources.catalogue.words(found)
-        ids = sources.catalogue.ids.take(pa.array(found))
-        items = [Recommendation(*entry) for entry in zip(python_values(ids), score_BK[0][: len(found)].tolist(), about, strict=True)]
+        ids = python_values(sources.catalogue.ids.take(pa.array(found)))
+        items = [Recommendation(*entry) for entry in zip(ids, score_BK[0][: len(found)].tolist(), about, strict=True)]
         newest = seen.values[::-1][:history_shown]
         return Recommendations(python_value(table[USER_ID], 0), items, sources.catalogue.words(newest))
 

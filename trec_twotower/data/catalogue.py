@@ -298,7 +298,7 @@ def check_side(features: list[FeatureSpec], split: Split) -> None:
 
 
 def find_id(ids: pa.Array, text: str) -> int | None:
-    """The row of an id that a person typed, or None; of bytes that are no UTF-8 a shell's argument holds each as EXACT."""
+    """The row of an id that a person typed, or None; bytes that are no UTF-8 stand in it as a shell has them."""
     try:
         value = exact_array([text]).cast(ids.type)[0]
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError):

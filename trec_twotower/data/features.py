@@ -162,8 +162,8 @@ class Sources:
         if (rows < 0).any():
             first = int(np.flatnonzero(rows < 0)[0])
             raise DataError(
-                f"{where}: user {python_value(ids, first)!r} is not in {self.users.split.folder} ({int((rows < 0).sum()):,} "
-                "rows name such users): write a row for each user there."
+                f"{where}: user {python_value(ids, first)!r} is not in {self.users.split.folder} "
+                f"({int((rows < 0).sum()):,} rows name such users): write a row for each user there."
             )
         return columns.beside(self.users.columns.take(rows))
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from trec_twotower.errors import ConfigError
+from trec_twotower.data.hashing import mix_torch
 from trec_twotower.model.losses import Pairs, Relations
 
 NEVER = -(1 << 62)
@@ -16,7 +17,8 @@ NEVER = -(1 << 62)
 class ItemQueue(nn.Module):
     """The last candidates that stood against all rows, in a ring of `size` places, the same on all ranks.
 
-    It holds whole steps alone, and an item once: as it was when it was last a candidate. With the step's own candidates
+    It holds whole steps alone, and an item once: as it was when it was last a candidate. Of a step with more candidates
+    than there are places, so many drawn evenly are kept. With the step's own candidates
     it makes up one set, of which an item is with probability 1 - (1 - p) ** (1 + steps held), if p is its probability
     to be a candidate of one step.
     """
@@ -78,7 +80,7 @@ class ItemQueue(nn.Module):
 
     @torch.no_grad()
     def push(self, item_CD: Tensor, key_C: Tensor, relations: Relations) -> None:
-        """Take in a step's candidates that stand against all rows; raises ConfigError where there is no room."""
+        """Take in a step's candidates that stand against all rows."""
         log_p_C = torch.zeros_like(item_CD[:, 0])
         if relations.log_q_C is not None and self.strength:
             log_p_C = relations.log_q_C / self.strength
@@ -88,11 +90,11 @@ class ItemQueue(nn.Module):
         else:
             vector_ND, key_N, log_p_N = parts
         count = len(key_N)
-        if count > self.size:
-            raise ConfigError(
-                f"loss.negatives.queue is {self.size:,}, but a step has {count:,} candidates: make room for those of "
-                f"several steps (such as {8 * count:,}), or take queue out."
-            )
+        if count > self.size:  # as many drawn evenly, the same on all ranks
+            kept = torch.argsort(mix_torch(key_N ^ mix_torch(self.count)))[: self.size]
+            vector_ND, key_N = vector_ND[kept], key_N[kept]
+            log_p_N = log_p_N[kept] + math.log(self.size / count)
+            count = self.size
         if not count:
             return
         self.key_Q.masked_fill_(torch.isin(self.key_Q, key_N), -1)
