@@ -491,7 +491,7 @@ def test_every_section_is_in_the_list_of_bindings():
     of_towers = {name.rpartition(".")[2] for name in listed if name.startswith("model.")}
     untold -= {f"model.{tower}.{name}" for tower in ("user_tower", "item_tower") for name in of_towers}
     untold -= {f"model.{tower}.{name}" for tower in ("user_tower", "item_tower") for name in ("gating", "experts")}
-    untold -= {f"loss.negatives.{name}" for name in ("same", "mined", "refresh")}  # sections of their own
+    untold -= {f"loss.negatives.{name}" for name in ("popular", "same", "mined", "refresh")}  # sections of their own
     untold -= {"train.start", "loss.interests"}  # likewise
     untold -= {"loss.kind", "loss.given", *(f"loss.{name}" for told in LOSS_PARAMETERS.values() for name in told)}
     assert not untold, f"list {untold} in OTHER"

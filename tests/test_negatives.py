@@ -199,6 +199,8 @@ CASES = {
     "even alone": {"negatives": ONLY | {"sampled": 30}},
     "popular": {"negatives": ONLY | {"sampled": 40, "power": 0.75}},
     "popular beside the batch": {"negatives": {"sampled": 25, "power": 1.0}},
+    "even and popular": {"negatives": ONLY | {"sampled": 15, "popular": {"count": 25, "power": 1.0}}},
+    "two powers beside the batch": {"negatives": {"sampled": 9, "power": 0.5, "popular": {"count": 12}}},
     "same": {"negatives": ONLY | {"same": {"feature": "shelf", "count": 25}}},
     "given": {"negatives": ONLY, "given": SHOWN},
     "given with labels": {"negatives": ONLY, "given": GRADED},
@@ -211,6 +213,7 @@ CASES = {
         "negatives": {
             "sampled": 5,
             "power": 0.5,
+            "popular": {"count": 4, "power": 0.9},
             "same": {"feature": "shelf", "count": 6},
             "mined": {"file": "by_item.parquet", "count": 1},
         },
@@ -248,7 +251,7 @@ def test_items_stand_against_all_rows_as_often_as_log_q_says(world, name, rows):
     expected = np.exp(made.log_q_I)
     if name in ("given", "given with labels", "mined by item", "mined by user"):
         expected[seen == 0] = np.where(expected < 0.05, 0, expected)[seen == 0]  # the floor of those never brought
-    allowance = 0 if name in ("even alone", "popular") else 0.015
+    allowance = 0 if name in ("even alone", "popular", "even and popular") else 0.015
     error = np.sqrt(expected * (1 - expected) / steps)
     assert (np.abs(seen / steps - expected) < 5 * error + allowance).all()
     assert abs((seen / steps - expected).mean()) < 5 * math.sqrt((error**2).sum()) / NUM_ITEMS + allowance
@@ -495,6 +498,20 @@ def test_a_queue_without_room_for_a_step_is_refused_before_it(tiny):
         tiny({"negatives": {"sampled": 3, "queue": 2}})
 
 
+def test_even_and_popular_draws_are_independent_of_each_other(world):
+    """Both of power 1 and as many: the same numbers would bring the same items."""
+    made = batches_of(
+        world, in_world(world, {"negatives": {"sampled": 30, "power": 1.0, "popular": {"count": 30, "power": 1.0}}})
+    )
+    first, second = made.negatives.samplers
+    np.testing.assert_array_equal(first.expected_I, second.expected_I)
+    pairs = [(first.draw(step, np.empty(0)), second.draw(step, np.empty(0))) for step in range(200)]
+    share_I = first.cumulative_I - np.concatenate([[0], first.cumulative_I[:-1]])
+    alike = np.mean([(one == other).mean() for one, other in pairs])
+    chance = float((share_I**2).sum())
+    assert abs(alike - chance) < 5 * math.sqrt(chance / (200 * 30))
+
+
 def test_a_sample_larger_than_the_catalogue_is_refused(tiny):
     assert tiny({"negatives": {"sampled": 3}}).negatives.log_I.shape == (3,)
     with pytest.raises(
@@ -582,6 +599,6 @@ def test_the_same_category_needs_a_feature_of_one_id_a_row(small_world, tmp_path
 def test_the_page_on_negatives_shows_configs_that_hold():
     page = (Path(__file__).parent.parent / "docs" / "negatives.md").read_text()
     shown = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
-    assert len(shown) == 10
+    assert len(shown) == 11
     for text in shown:
         validate(LossConfig, parse_yaml(text, "docs/negatives.md")["loss"], "docs/negatives.md")

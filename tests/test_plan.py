@@ -194,7 +194,8 @@ def test_a_step_is_as_large_as_the_plan_says(write_dataset, tmp_path, rows):
                  {"name": "tags", "kind": "bag", "buckets": 99, "dim": 4}],
         "loss": {
             "given": {"column": "shown"},
-            "negatives": {"sampled": 70, "same": {"feature": "shelf", "count": 30},
+            "negatives": {"sampled": 50, "popular": {"count": 20, "power": 0.0},
+                          "same": {"feature": "shelf", "count": 30},
                           "mined": {"file": tmp_path / "mined.parquet", "count": 1}},
         },
     }, "here")  # fmt: skip

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from trec_twotower.config import RunConfig
-from trec_twotower.data.dataset import HISTORY, POSITIVES, UNREADABLE, folder_of
+from trec_twotower.data.dataset import HISTORY, POSITIVES, TRAIN_USERS, UNREADABLE, folder_of
 from trec_twotower.distributed import Ranks
 from trec_twotower.errors import ConfigError, DataError
 from trec_twotower.model.embedding import build_lists, build_tables, table_parameters
@@ -206,8 +206,9 @@ def step_size(config: RunConfig, num_ranks: int) -> tuple[StepSize, str]:
     footers, source = {}, "bags as long as in the data"
     try:
         folder = folder_of(data.dataset)
-        for name in ("train", "items"):
-            footers[name] = _Footers(sorted((folder / name).glob("*.parquet")))
+        by_user = data.rows == "user" and data.follow is None and (folder / TRAIN_USERS).is_dir()
+        for name, place in (("train", TRAIN_USERS if by_user else "train"), ("items", "items")):
+            footers[name] = _Footers(sorted((folder / place).glob("*.parquet")))
     except (*UNREADABLE, ConfigError, DataError):
         source = f"no data at {data.dataset}: bags as long as max_length, or {ASSUMED_IDS}"
     train, items = footers.get("train"), footers.get("items")
@@ -218,7 +219,7 @@ def step_size(config: RunConfig, num_ranks: int) -> tuple[StepSize, str]:
     catalogue = items.num_rows if items else float("inf")
     loss, negatives = config.loss, config.loss.negatives
     brought = 0.0 if negatives.sampled == "all" else float(negatives.sampled)
-    brought += negatives.same.count if negatives.same is not None else 0
+    brought += sum(each.count for each in (negatives.popular, negatives.same) if each is not None)
     brought += sum(each.count * data.batch_size for each in (negatives.mined, negatives.refresh) if each is not None)
     if loss.given is not None:
         brought += data.batch_size * ((train.mean_length(loss.given.column) if train else None) or ASSUMED_IDS)

@@ -118,7 +118,7 @@ class Run:
             numbers = {name: asdict(statistics) for name, statistics in learned.statistics.items()}
             count_NI = count_items(learned, self.config.loss)
             if not np.atleast_2d(count_NI)[0].any():
-                train = first.train
+                train = learned.dataset.train
                 raise DataError(
                     f"{train.folder} has {train.num_rows:,} rows, but all their {POSITIVES!r} are empty or null, so "
                     "there is nothing to learn: write what each user took."

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,6 +23,7 @@ from trec_twotower.errors import ConfigError, DataError, nearest
 
 USER_ID, ITEM_ID, POSITIVES, HISTORY = "user_id", "item_id", "positives", "history"
 DESCRIPTION = "dataset.yaml"
+TRAIN, TRAIN_USERS = "train", "train_users"  # the folders of training rows: of either kind, of users beside events
 FOOTERS = 64  # kept of the files read last
 UNREADABLE = (OSError, pa.ArrowException, KeyError, UnicodeDecodeError)  # what pyarrow raises for damaged files
 
@@ -228,6 +230,7 @@ class Dataset:
         self.files = files
         self._like = like
         self._grows = grows
+        self._train = TRAIN
         self.folder = folder = folder_of(folder)
         if not folder.is_dir():
             near = [path.name for path in folder.parent.iterdir()] if folder.parent.is_dir() else []
@@ -239,7 +242,21 @@ class Dataset:
     @classmethod
     def of(cls, data: DataConfig) -> Dataset:
         """The one that a config names, with all its files."""
-        return cls(data.dataset, grows=data.follow is not None)
+        return cls(data.dataset, grows=data.follow is not None).by(data.rows)
+
+    def by(self, rows: str) -> Dataset:
+        """The same, seen by event or by user: its training rows are those of train_users/ where that is so and there.
+
+        Of a folder that grows, those of train/.
+        """
+        is_apart = rows == "user" and self.files is None and not self._grows and self.has(TRAIN_USERS)
+        place = TRAIN_USERS if is_apart else TRAIN
+        if place == self._train:
+            return self
+        other = copy(self)
+        other._train = place
+        other.__dict__.pop("train", None)  # cached
+        return other
 
     @cached_property
     def train(self) -> Split:
@@ -269,12 +286,13 @@ class Dataset:
             parts = sorted(path.name for path in self.folder.iterdir() if path.is_dir())
             raise DataError(f"{self.folder} has no part {name!r}{nearest(name, parts)}.")
         files = None if self.files is None else self.files.get(name)
+        place = self._train if name == TRAIN else name
         described = {Path(path).name: facts for path, facts in self._described_files.items()
-                     if Path(path).parent.name == name}  # fmt: skip
+                     if Path(path).parent.name == place}  # fmt: skip
         if described and self.files is None and not self._grows:
-            self._check_files(name, set(described))
+            self._check_files(place, set(described))
         footers = {file: facts["footer"] for file, facts in described.items() if "footer" in facts}
-        return Split(self.folder / name, name, files, self._like if name == "train" else None, footers)
+        return Split(self.folder / place, name, files, self._like if name == TRAIN else None, footers)
 
     def _check_files(self, name: str, described: set[str]) -> None:
         """Raises DataError where a part has other files than dataset.yaml lists of it."""

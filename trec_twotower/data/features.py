@@ -47,7 +47,7 @@ class Sources:
         statistics: Mapping[str, Statistics] | None = None,
         cache: CacheFolder | None = None,
     ) -> None:
-        self.dataset = dataset
+        self.dataset = dataset = dataset.by(rows)
         self.schema = schema
         self.rows = rows
         self.cache = cache
@@ -106,9 +106,10 @@ class Sources:
         train = self.dataset.train
         wanted, other = (POSITIVES, "event") if self.rows == "user" else (ITEM_ID, "user")
         if not train.has(wanted):
+            beside = " (or train_users/ beside it, as `prepare ... rows=both` does)" if self.rows == "user" else ""
             raise ConfigError(
                 f"data.rows is {self.rows!r}, which needs the column {wanted!r} in {train.folder}, but its columns are "
-                f"{', '.join(train.columns)}: set data.rows: {other}, or write {wanted!r}."
+                f"{', '.join(train.columns)}: set data.rows: {other}, or write {wanted!r}{beside}."
             )
 
     def learn(self) -> dict[str, Statistics]:

@@ -29,6 +29,7 @@ from trec_twotower.errors import ConfigError
 
 # Keep these draws apart from others of the same seed.
 _SAMPLED, _SAME_POSITIVE, _SAME_ITEM, _MINED, _REFRESHED = 0x6E6567, 0x73616D, 0x73616E, 0x6D696E, 0x726566
+_POPULAR = 0x706F70
 
 
 @dataclass(frozen=True)
@@ -107,14 +108,15 @@ class Evenly(Sampler):
 class ByPopularity(Sampler):
     """So many draws, an item that was taken n times in proportion to n ** power; one that never was as if once."""
 
-    def __init__(self, count: int, power: float, taken_I: np.ndarray, seed: int) -> None:
-        self.count, self.seed = count, seed
+    def __init__(self, count: int, power: float, taken_I: np.ndarray, seed: int, kind: int = _SAMPLED) -> None:
+        """`kind` keeps the draws apart from others of the same seed."""
+        self.count, self.seed, self.kind = count, seed, kind
         weight_I = np.maximum(taken_I, 1).astype(np.float64) ** power
         self.cumulative_I = np.cumsum(weight_I / weight_I.sum())
         self.expected_I = -count * _log_of_missing(weight_I / weight_I.sum())
 
     def draw(self, step: int, taken: np.ndarray) -> np.ndarray:
-        draw = uniform(_SAMPLED, self.seed, step, np.arange(self.count)) * self.cumulative_I[-1]
+        draw = uniform(self.kind, self.seed, step, np.arange(self.count)) * self.cumulative_I[-1]
         return np.searchsorted(self.cumulative_I, draw, side="right")
 
 
@@ -157,13 +159,28 @@ def _sampled(config: NegativesConfig, facts: Facts) -> Sampler | None:
     return Evenly(config.sampled, facts.num_items, facts.seed)
 
 
+def _popular(config: NegativesConfig, facts: Facts) -> Sampler | None:
+    if config.popular is None:
+        return None
+    if config.popular.count > facts.num_items:
+        raise ConfigError(
+            f"loss.negatives.popular.count is {config.popular.count:,}, but the catalogue has only "
+            f"{facts.num_items:,} items: set it to less."
+        )
+    return ByPopularity(config.popular.count, config.popular.power, facts.taken_I, facts.seed, _POPULAR)
+
+
 def _same(config: NegativesConfig, facts: Facts) -> Sampler | None:
     if config.same is None:
         return None
     return OfTheSameCategory(config.same.count, facts.catalogue_values(config.same.feature), facts.taken_I, facts.seed)
 
 
-SAMPLERS: dict[str, Callable[[NegativesConfig, Facts], Sampler | None]] = {"sampled": _sampled, "same": _same}
+SAMPLERS: dict[str, Callable[[NegativesConfig, Facts], Sampler | None]] = {
+    "sampled": _sampled,
+    "popular": _popular,
+    "same": _same,
+}
 
 
 # ---------------------------------------------------------------- against the row that names them
