@@ -18,6 +18,7 @@ from trec_twotower.config import DataConfig, LossConfig, parse_yaml, validate
 from trec_twotower.data.batch import Batch
 from trec_twotower.data.dataset import Dataset
 from trec_twotower.data.features import Sources
+from trec_twotower.data.hashing import fingerprints
 from trec_twotower.data.interactions import TrainBatches
 from trec_twotower.data.lists import Lists
 from trec_twotower.data.negatives import ByPopularity, Evenly, OfTheSameCategory, Refreshed, count_items, drawn_from
@@ -510,6 +511,24 @@ def test_even_and_popular_draws_are_independent_of_each_other(world):
     alike = np.mean([(one == other).mean() for one, other in pairs])
     chance = float((share_I**2).sum())
     assert abs(alike - chance) < 5 * math.sqrt(chance / (200 * 30))
+
+
+def test_items_that_share_a_fingerprint_are_two_to_the_queue_and_to_streaming_frequencies(tmp_path, write_dataset):
+    """Two of 200,000 ids, found by search; the bits below 32 are what histories are compared by."""
+    keys = np.arange(200_000)
+    of_keys = fingerprints(keys)
+    order = np.argsort(of_keys, kind="stable")
+    [place, *_] = np.flatnonzero(np.diff(of_keys[order]) == 0)
+    twins = order[place : place + 2].tolist()
+    train = pa.table({"user_id": [1, 2], "row": [0, 1], "item_id": twins, "history": [[7], [7]]})
+    folder = write_dataset(tmp_path / "d", train=train, items=pa.table({"item_id": [*twins, 7], "shelf": [0, 0, 1]}))
+    for case in ({"negatives": {"queue": 9}}, {"log_q_estimate": "streaming"}):
+        [batch] = batches_of(folder, validate(LossConfig, case, "a test"), batch_size=2).since(0, 1)
+        key = batch.item_key_C.numpy()
+        assert len(set(key.tolist())) == 2 and (key >= 0).all()
+        assert set((key % 2**32).tolist()) == {int(of_keys[twins[0]])}
+        if batch.listed_key_L is not None:
+            assert (~batch.listed_key_L[batch.listed_key_L < 0]).tolist() == [int(of_keys[7])] * 2
 
 
 def test_a_sample_larger_than_the_catalogue_is_refused(tiny):

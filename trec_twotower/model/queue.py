@@ -12,6 +12,7 @@ from trec_twotower.data.hashing import mix_torch
 from trec_twotower.model.losses import Pairs, Relations
 
 NEVER = -(1 << 62)
+FINGERPRINT = (1 << 32) - 1  # the bits of a key that are the item's fingerprint
 
 
 class ItemQueue(nn.Module):
@@ -49,7 +50,7 @@ class ItemQueue(nn.Module):
         """The step's candidates with those of earlier steps behind them, and how all of them relate to the rows.
 
         An item that stands against all rows in this step counts as it is now. `listed` are the keys (as columns) that
-        are no negatives of a row.
+        are no negatives of a row; of items of histories ~fingerprint, which is negative, stands for the key.
         """
         is_whole_Q = self.first_Q >= self.count - self.size
         is_negative_C = relations.is_negative_C
@@ -109,12 +110,22 @@ class ItemQueue(nn.Module):
 
 
 def _found(listed: Pairs, key_K: Tensor) -> tuple[Tensor, Tensor]:
-    """Of the pairs those whose key is one of `key_K` (rising): rows, and places there."""
+    """Of the pairs those whose key, or fingerprint, is one of `key_K` (rising): rows, and places there."""
     if not len(key_K):
         return listed.row_P[:0], listed.column_P[:0]
-    place = torch.searchsorted(key_K, listed.column_P).clamp_(max=len(key_K) - 1)
-    is_there = key_K[place] == listed.column_P
-    return listed.row_P[is_there], place[is_there]
+    is_key = listed.column_P >= 0
+    fingerprint_K, order_K = (key_K & FINGERPRINT).sort()
+    by_key = _places(listed.column_P[is_key], key_K)
+    by_fingerprint = _places(~listed.column_P[~is_key], fingerprint_K)
+    row = torch.cat([listed.row_P[is_key], listed.row_P[~is_key]])
+    place = torch.cat([by_key, torch.where(by_fingerprint < 0, by_fingerprint, order_K[by_fingerprint])])
+    return row[place >= 0], place[place >= 0]
+
+
+def _places(wanted_P: Tensor, rising_K: Tensor) -> Tensor:
+    """Where each stands among `rising_K`, -1: nowhere."""
+    place = torch.searchsorted(rising_K, wanted_P).clamp_(max=len(rising_K) - 1)
+    return torch.where(rising_K[place] == wanted_P, place, -1)
 
 
 def _at_least_once(log_p: Tensor, times: Tensor) -> Tensor:
