@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 
 from trec_twotower.config import (
     LOSS_PARAMETERS,
+    OptimizerConfig,
     RunConfig,
+    TrainConfig,
     apply_overrides,
     as_values,
     check_same_run,
@@ -27,6 +29,7 @@ from trec_twotower.config import (
     validate,
 )
 from trec_twotower.errors import ConfigError, nearest
+from trec_twotower.schema import TableSpec
 
 SHIPPED = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
 SMALL = """
@@ -473,6 +476,20 @@ def test_the_hash_changes_exactly_with_the_settings_that_bind_a_run(name):
     if name != "user.0.name":
         assert f"{shown} was " in str(caught.value) and f", now {value!r}" in str(caught.value)
         assert str(caught.value).count(" was ") == 1
+
+
+def test_the_page_on_training_shows_a_config_that_holds_and_every_setting_it_names_is_one():
+    page = (Path(__file__).parent.parent / "docs" / "training.md").read_text()
+    [shown] = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    validate(TrainConfig, parse_yaml(shown, "docs/training.md")["train"], "docs/training.md")
+    for prefix, model in (("train.", TrainConfig), ("train.optimizer.", OptimizerConfig), ("tables.NAME.", TableSpec)):
+        [table] = re.findall(rf"\| `{re.escape(prefix)}` \| \|\n\|---\|---\|\n((?:\|.*\n)+)", page)
+        named = {name for line in table.splitlines() for name in re.findall(r"`(\w+)`", line.split("|")[1])}
+        assert named and named <= set(model.model_fields), named - set(model.model_fields)
+    assert set(OptimizerConfig.model_fields) == {
+        name for name in re.findall(r"`(\w+)`", page.split("## Updates")[1].split("## Tables")[0])
+        if name in OptimizerConfig.model_fields
+    }  # fmt: skip
 
 
 def test_every_section_is_in_the_list_of_bindings():
