@@ -18,10 +18,9 @@ FINGERPRINT = (1 << 32) - 1  # the bits of a key that are the item's fingerprint
 class ItemQueue(nn.Module):
     """The last candidates that stood against all rows, in a ring of `size` places, the same on all ranks.
 
-    It holds whole steps alone, and an item once: as it was when it was last a candidate. Of a step with more candidates
-    than there are places, so many drawn evenly are kept. With the step's own candidates
-    it makes up one set, of which an item is with probability 1 - (1 - p) ** (1 + steps held), if p is its probability
-    to be a candidate of one step.
+    It holds whole steps alone (of a step with more candidates than there are places, as many drawn evenly), and an item
+    once: as it was when it was last a candidate. With the step's own candidates it makes up one set, of which an item
+    is with probability 1 - (1 - p) ** (1 + steps held), if p is its probability to be a candidate of one step.
     """
 
     def __init__(self, size: int, dim: int, log_q: float, device: torch.device) -> None:
