@@ -120,18 +120,36 @@ def test_help_loads_neither_faiss_nor_torch():
         (["data.rows=user"], ["'history'", "without weights"]),
         (["data.rows=user", "user.history.weights=null"], ["'positives'", "data.rows"]),
         (["data.batch_size=321"], ["321", "320 rows"]),
+        (["data.dataset=ss3://bucket/shop"], ["ss3://bucket/shop", "nearest: 's3'"]),
+        (["data.cache={config}"], ["data.cache is", "no folder", "leave it out"]),
         (["evaluate.k=[41]", "evaluate.best=recall@41"], ["41", "40"]),
     ],
     ids=" ".join,
 )
 def test_a_config_that_cannot_be_is_refused_and_the_mended_one_runs_in_its_place(cli, shop, tmp_path, overrides, says):
     run = tmp_path / "run"
+    overrides = [word.replace("{config}", str(shop.config)) for word in overrides]
     said = cli("train", shop.config, f"run_dir={run}", *overrides)
     assert said.code == USAGE
     assert not [word for word in says if word not in said.mistake], said.mistake
     assert not run.exists() or "evaluate.k=[41]" in overrides  # which is looked at when the model is there
     again = cli("train", shop.config, f"run_dir={run}", "train.epochs=1")
     assert again.code == 0, again.err
+
+
+@pytest.mark.parametrize("nothing", [[], None])
+def test_users_who_all_took_nothing_are_refused(cli, shop_tables, write_dataset, tmp_path, nothing):
+    kind = pa.list_(pa.string())
+    train = pa.table({"user_id": ["a", "b", "c"], "positives": pa.array([[], nothing, nothing], kind)})
+    data, config = write_dataset(tmp_path / "d", train=train, items=shop_tables["items"]), tmp_path / "c.yaml"
+    config.write_text(
+        f"data: {{dataset: {data}, rows: user, batch_size: 2}}\n"
+        "user: [{name: history, kind: bag, buckets: 16, dim: 4}]\n"
+        "item: [{name: item_id, kind: id, buckets: 16, dim: 4}]\n"
+    )
+    said = cli("train", config, f"run_dir={tmp_path / 'run'}")
+    assert said.code == 3 and "d/train has 3 rows, but all their 'positives' are empty or null" in said.mistake
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_run_folder_of_another_config_is_refused_and_keeps_its_training(cli, shop):

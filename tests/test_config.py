@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 
 from trec_twotower.config import (
     LOSS_PARAMETERS,
+    OptimizerConfig,
     RunConfig,
+    TrainConfig,
     apply_overrides,
     as_values,
     check_same_run,
@@ -27,6 +29,7 @@ from trec_twotower.config import (
     validate,
 )
 from trec_twotower.errors import ConfigError, nearest
+from trec_twotower.schema import TableSpec
 
 SHIPPED = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
 SMALL = """
@@ -269,6 +272,8 @@ def test_what_has_no_default_must_be_there(section):
         ("data.seed=-1", "'data.seed' is -1"),
         ("data.seed=9223372036854775808", "'data.seed' is 9223372036854775808"),
         ("data.dataset=5", "'data.dataset' is 5"),
+        ("tables.item.buckets=4294967297", "'tables.item.buckets' is 4294967297: input should be less than or equal"),
+        ("item.0={name: item_id, kind: id, buckets: 4294967297, dim: 4}", "'item.0.buckets' is 4294967297"),
         ("user.1.name=010", "'user.1.name' is 10"),
         ("model.user_tower.mlp=64", "'model.user_tower.mlp' is 64"),
         # What each value alone does not show
@@ -479,6 +484,20 @@ def test_the_hash_changes_exactly_with_the_settings_that_bind_a_run(name):
         assert str(caught.value).count(" was ") == 1
 
 
+def test_the_page_on_training_shows_a_config_that_holds_and_every_setting_it_names_is_one():
+    page = (Path(__file__).parent.parent / "docs" / "training.md").read_text()
+    [shown] = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    validate(TrainConfig, parse_yaml(shown, "docs/training.md")["train"], "docs/training.md")
+    for prefix, model in (("train.", TrainConfig), ("train.optimizer.", OptimizerConfig), ("tables.NAME.", TableSpec)):
+        [table] = re.findall(rf"\| `{re.escape(prefix)}` \| \|\n\|---\|---\|\n((?:\|.*\n)+)", page)
+        named = {name for line in table.splitlines() for name in re.findall(r"`(\w+)`", line.split("|")[1])}
+        assert named and named <= set(model.model_fields), named - set(model.model_fields)
+    assert set(OptimizerConfig.model_fields) == {
+        name for name in re.findall(r"`(\w+)`", page.split("## Updates")[1].split("## Tables")[0])
+        if name in OptimizerConfig.model_fields
+    }  # fmt: skip
+
+
 def test_every_section_is_in_the_list_of_bindings():
     """A setting that is new must say whether it binds a run."""
 
@@ -495,7 +514,7 @@ def test_every_section_is_in_the_list_of_bindings():
     of_towers = {name.rpartition(".")[2] for name in listed if name.startswith("model.")}
     untold -= {f"model.{tower}.{name}" for tower in ("user_tower", "item_tower") for name in of_towers}
     untold -= {f"model.{tower}.{name}" for tower in ("user_tower", "item_tower") for name in ("gating", "experts")}
-    untold -= {f"loss.negatives.{name}" for name in ("same", "mined", "refresh")}  # sections of their own
+    untold -= {f"loss.negatives.{name}" for name in ("popular", "same", "mined", "refresh")}  # sections of their own
     untold -= {"train.start", "loss.interests"}  # likewise
     untold -= {"loss.kind", "loss.given", *(f"loss.{name}" for told in LOSS_PARAMETERS.values() for name in told)}
     assert not untold, f"list {untold} in OTHER"

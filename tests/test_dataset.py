@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 
 import numpy as np
 import pyarrow as pa
@@ -218,6 +219,37 @@ def test_a_described_dataset_is_what_its_description_says(tmp_path):
             Dataset(tmp_path / "d").train  # noqa: B018
     description.write_bytes(said)
     assert Dataset(tmp_path / "d").train.num_rows == 3
+
+
+def test_files_that_a_description_lacks_or_that_lack_are_named_but_where_a_folder_grows(tmp_path):
+    with DatasetWriter(tmp_path / "d", rows_per_group=1, rows_per_part=1) as writer:
+        writer.write("train", TRAIN)
+        writer.write("items", ITEMS)
+        writer.finish("here", {}, {})
+    train, items = tmp_path / "d/train", tmp_path / "d/items"
+    assert len(list(train.glob("*"))) == len(TRAIN) == 3
+    (train / "part-00001.parquet").rename(train / "part-1.parquet")
+    refused(
+        tmp_path / "d",
+        r"d/train is not what .*dataset\.yaml says: it has no part-00001\.parquet, listed there and also has "
+        r"part-1\.parquet, unlisted there\. Make the dataset again; or, .* remove dataset\.yaml",
+    )
+    assert Dataset(tmp_path / "d", grows=True).train.num_rows == 3
+    assert Dataset(tmp_path / "d", {"train": {"part-1.parquet": (train / "part-1.parquet").stat().st_size}}).train
+    for number in range(4):
+        (items / f"more-{number}.parquet").write_bytes((items / "part-00000.parquet").read_bytes())
+    with pytest.raises(DataError, match=r"items .* also has more-0\.parquet and 3 other files, unlisted there"):
+        Dataset(tmp_path / "d").items  # noqa: B018
+    (tmp_path / "d/dataset.yaml").unlink()
+    assert Dataset(tmp_path / "d").train.num_rows == 3
+
+
+def test_urls_of_unknown_schemes_and_those_whose_library_is_missing_are_mistakes_in_the_config(monkeypatch):
+    with pytest.raises(ConfigError, match=r"ss3://b/d, but fsspec knows no ss3:// \(nearest: 's3'\)"):
+        Dataset("ss3://b/d")
+    monkeypatch.setitem(sys.modules, "s3fs", None)
+    with pytest.raises(ConfigError, match=r"s3://b/d, but what reads s3:// is not installed .*: pip install s3fs"):
+        Dataset("s3://b/d")
 
 
 def test_a_folder_may_describe_itself_or_not(dataset_dir):

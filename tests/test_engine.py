@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.golden.curves import KEPT, curves
 from tests.ranks.launch import SAID_BY_TORCHREC
@@ -17,11 +19,18 @@ from tests.ranks.worlds import event_config
 from trec_twotower import train as training
 from trec_twotower.distributed import Ranks
 from trec_twotower.errors import ConfigError
+from trec_twotower.model import watch as watching
 from trec_twotower.model.embedding import Pooled, tower_inputs
+from trec_twotower.model.losses import Pairs, Relations
 from trec_twotower.model.losses.cells import exponentiate
+from trec_twotower.model.watch import Watch
 from trec_twotower.schema import FeatureSpec, Schema, TableSpec
 
 pytestmark = [pytest.mark.filterwarnings(said) for said in SAID_BY_TORCHREC]
+
+SLOW = pytest.mark.skipif(
+    "TREC_TT_SLOW_TESTS" not in os.environ, reason="a minute of C++ compiler: set TREC_TT_SLOW_TESTS"
+)
 
 
 def lines_of(run_dir: Path) -> list[dict[str, Any]]:
@@ -97,11 +106,121 @@ def test_every_logged_line_tells_how_the_step_went(golden):
     assert np.mean(means[-3:]) > np.mean(means[:3])  # positives come closer as they are learned
 
 
+@pytest.mark.parametrize("is_unit", [True, False])
+@pytest.mark.parametrize("limits", [{}, {"SAMPLE_ROWS": 4, "HISTOGRAM_CELLS": 30}], ids=["all rows", "some rows"])
+def test_what_is_seen_of_a_step_is_what_loops_see(monkeypatch, rng, is_unit, limits):
+    """Accuracy, mean lengths and both histograms, cell by cell; of many rows every nth is ranked."""
+    for name, value in limits.items():
+        monkeypatch.setattr(watching, name, value)
+    num_rows, num_columns = 9, 13
+    user, item = (rng.normal(0, 2, (count, 3)).astype(np.float32) for count in (num_rows, num_columns))
+    positives = [
+        (row, int(column)) for row in range(num_rows) for column in rng.choice(num_columns, (row + 1) % 3, False)
+    ]
+    for row, column in positives[::2]:  # so that some are the best
+        user[row] = 2 * item[column]
+    raw = {"user": user * 3, "item": item[:5]}
+    if is_unit:
+        user, item = (each / np.linalg.norm(each, axis=1, keepdims=True) for each in (user, item))
+    known = [*positives, *((int(row), int(column)) for row, column in rng.integers(0, (9, 13), (12, 2)))]
+    is_negative = rng.random(num_columns) < 0.8
+    watch = Watch(is_unit=is_unit)
+    watch.is_wanted = True
+    for side, vectors in raw.items():
+        watch.note_length(side, torch.from_numpy(vectors))
+    pairs = [Pairs(*torch.tensor(each).unbind(1)) for each in (positives, known)]
+    watch.look(
+        torch.from_numpy(user), torch.from_numpy(item), Relations(*pairs, is_negative_C=torch.tensor(is_negative))
+    )
+    found = watch.figures(Ranks(0, 1, torch.device("cpu")))
+    assert watch.figures(Ranks(0, 1, torch.device("cpu"))) == {}
+
+    every = 3 if limits else 1
+    rows = list(range(0, num_rows, every))
+    hits, of_positives, of_negatives = [], [], []
+    for row in rows:
+        against = [
+            sum(float(a) * float(b) for a, b in zip(user[row], item[column], strict=True))
+            for column in range(num_columns)
+            if is_negative[column] and (row, column) not in known
+        ]
+        if row in rows[: 30 // num_columns if limits else num_rows]:
+            of_negatives += against
+        for column in (column for taker, column in positives if taker == row):
+            score = sum(float(a) * float(b) for a, b in zip(user[row], item[column], strict=True))
+            hits.append(score > max(against))
+            of_positives.append(score)
+    assert 0 < sum(hits) < len(hits) or limits
+    assert found["accuracy"] == sum(hits) / len(hits)
+    for side, vectors in raw.items():
+        assert found[f"{side}_length"] == pytest.approx(
+            np.mean([math.hypot(*row) for row in vectors.tolist()]), rel=1e-5
+        )
+    for name, scores in (("positive_scores", of_positives), ("negative_scores", of_negatives)):
+        edges, counts = found[name].edges, found[name].counts
+        wanted = [0] * (len(edges) - 1)
+        for score in scores:  # what lies beyond the outer edges counts in the outer bins
+            wanted[sum(score > edge for edge in edges[1:-1])] += 1
+        assert counts.tolist() == wanted
+
+
+def test_tensorboard_shows_what_the_lines_say(golden):
+    run = golden[1] / "events"
+    board = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0, "histograms": 0}).Reload()
+    lines = lines_of(run)
+    names = {name for line in lines for name, value in line.items() if isinstance(value, int | float)} - {"step"}
+    assert {"loss", "accuracy", "rows_per_s"} <= names
+    for name in names:
+        shown = {event.step: event.value for event in board.Scalars(f"train/{name}")}
+        assert shown == pytest.approx({line["step"]: line[name] for line in lines if name in line}, rel=1e-6), name
+    for name in ("positive_scores", "negative_scores"):
+        shown = {event.step: event.histogram_value for event in board.Histograms(f"train/{name}")}
+        assert shown.keys() == {line["step"] for line in lines}
+        for line in lines:
+            histogram, (edges, counts) = shown[line["step"]], line[name].values()
+            inside = dict(zip(edges[1:], counts, strict=True))
+            drawn = {
+                round(limit, 6): count for limit, count in zip(histogram.bucket_limit, histogram.bucket, strict=True)
+            }
+            assert {limit: count for limit, count in drawn.items() if count} == {
+                limit: count for limit, count in inside.items() if count
+            }
+            assert histogram.num == sum(counts)
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's own, while it looks at what it compiles
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=SLOW)])
+def test_compiled_towers_train_as_the_others_do(small_world, tmp_path, lone_rank, usual, backend):
+    """Three epochs whose batches differ in size; with aot_eager the graphs are traced, and run without a compiler."""
+    compiled: list[Any] = []
+    real = torch.compile
+
+    def spy(work: Any, **how: Any) -> Any:
+        compiled.append(how)
+        return real(work, **how, backend=backend)
+
+    torch._dynamo.reset()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "compile", spy)
+        found = losses_of(trained(small_world, tmp_path / "run", lone_rank, compile=True))
+    assert compiled == [{"dynamic": True}] * 2
+    assert (
+        torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 2
+    )  # both towers were, and not left to run as they are
+    assert found == pytest.approx(losses_of(usual), rel=1e-4)
+
+
 def test_a_trace_shows_the_steps_that_were_asked_for(usual):
     events = json.loads((usual / "profile" / "rank-0.json").read_text())["traceEvents"]
     steps = {event["name"] for event in events if str(event.get("name")).startswith("ProfilerStep#")}
     assert len(steps) == 3
     assert "addmm" in (usual / "profile" / "rank-0.txt").read_text()
+
+
+def test_a_run_that_ends_before_its_trace_begins_says_so(small_world, tmp_path, lone_rank, capsys):
+    trained(small_world, tmp_path / "run", lone_rank, epochs=1, profile_steps=2)
+    assert not (tmp_path / "run" / "profile").exists()
+    assert "no trace was written: train.profile_steps is 2, but the 6 steps before them" in capsys.readouterr().out
 
 
 # Precision

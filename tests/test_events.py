@@ -20,11 +20,13 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from trec_twotower.config import load_config
 from trec_twotower.data.dataset import Dataset
 from trec_twotower.data.sources import event_files, event_splits, events, prepare
 from trec_twotower.data.sources.options import read_options
 from trec_twotower.data.sources.writer import DatasetWriter
 from trec_twotower.errors import ConfigError, DataError
+from trec_twotower.plan import step_size
 
 # User 1 takes 10, then 30 and 20 in one second, then 10 again and 40; user 2 takes two items, user 3 three.
 LOG = [
@@ -658,3 +660,76 @@ def test_a_catalogue_may_lack_what_the_core_drops(tmp_path):
     items = write_log(tmp_path / "items.parquet", [{"item_id": item} for item in (10, 20, 30, 40)])
     out, _ = make(tmp_path, LOG, items=str(items), min_item_events=2)
     assert 50 not in {item for row in rows(out, "test") for item in row["positives"] + row["history"]}
+
+
+# A row per user beside those per event
+
+
+def test_users_rows_hold_what_each_took_in_train_once_and_oldest_first(tmp_path):
+    out, manifest = make(tmp_path, [*LOG, {"user_id": 1, "item_id": 10, "timestamp": 6}], rows="both", min_history=1)
+    assert rows(out, "train_users") == [
+        {"user_id": 1, "positives": [10, 20, 30]},  # at 3 and 5; again at 6; the last two are held out
+        {"user_id": 2, "positives": [30, 10]},
+        {"user_id": 3, "positives": [20]},
+    ]
+    assert manifest["counts"]["train_users_rows"] == 3 and "train_users" in manifest["columns"]
+    assert {(row["user_id"], row["item_id"]) for row in rows(out, "train")} <= {
+        (row["user_id"], item) for row in rows(out, "train_users") for item in row["positives"]
+    }
+    timed, _ = make(
+        tmp_path, rows="both", split="time", valid_from=5, test_from=8, events=str(tmp_path / "log.parquet")
+    )
+    assert rows(timed, "train_users") == [
+        {"user_id": 1, "positives": [10]},
+        {"user_id": 2, "positives": [30, 10]},
+        {"user_id": 3, "positives": [20]},
+    ]
+
+
+def test_one_folder_trains_by_event_and_by_user_and_is_evaluated_alike(tmp_path, cli):
+    """Users take one colour of four; either way of reading finds the held-out item among 40 far above chance."""
+    random = np.random.default_rng(0)
+    log = [
+        {"user_id": user, "item_id": 4 * int(item) + user % 4, "timestamp": 100 * user + place}
+        for user in range(120)
+        for place, item in enumerate(random.permutation(10)[:7])
+    ]
+    out, _ = make(tmp_path, log, rows="both")
+    config = tmp_path / "config.yaml"
+    config.write_text(
+        f"data: {{dataset: {out}, batch_size: 40}}\n"
+        "tables: {item: {buckets: 64, dim: 8}}\n"
+        "user: [{name: history, kind: bag, table: item}]\n"
+        "item: [{name: item_id, kind: id, table: item}]\n"
+        "model: {dim: 8}\n"
+        "loss: {negatives: {sampled: all}}\n"
+        "train: {optimizer: {lr: 0.1}}\n"
+        "evaluate: {k: [10], best: recall@10}\n"
+    )
+    steps = {}
+    for way, epochs in (("event", 4), ("user", 20)):
+        run = tmp_path / f"by-{way}"
+        said = cli("train", config, f"run_dir={run}", f"data.rows={way}", f"train.epochs={epochs}")
+        assert said.code == 0, said.err
+        for command in (("export", run), ("index", run), ("evaluate", run), ("recommend", run, "--user", "5")):
+            said = cli(*command)
+            assert said.code == 0, said.err
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        assert max(line["recall@10"] for line in lines if line["kind"] == "valid") > 0.7  # by chance .25
+        steps[way] = max(line["step"] for line in lines)
+    assert steps == {"event": 4 * 120 * 5 // 40, "user": 20 * 120 // 40}
+    for way, length in (("event", (0 + 1 + 2 + 3 + 4) / 5), ("user", 5 * 0.5)):  # of what is input
+        step, source = step_size(load_config(config, [f"data.rows={way}"]), 2)
+        assert source == "bags as long as in the data" and step.ids["user:history"] == 40 / 2 * length
+
+
+def test_a_folder_of_events_alone_says_how_users_rows_are_had(tmp_path, cli):
+    out, _ = make(tmp_path, LOG)
+    config = tmp_path / "config.yaml"
+    config.write_text(
+        f"data: {{dataset: {out}, batch_size: 2, rows: user}}\n"
+        "user: [{name: history, kind: bag, buckets: 64, dim: 8}]\n"
+        "item: [{name: item_id, kind: id, buckets: 64, dim: 8}]\n"
+    )
+    said = cli("train", config, f"run_dir={tmp_path / 'run'}")
+    assert said.code == 2 and "rows=both" in said.mistake

@@ -15,8 +15,8 @@ PACKAGE = Path(trec_twotower.__file__).parent
 # A package stands where its __init__ does: behind its parts, which it may import.
 LAYERS = """
     errors schema config files memory faults lock preemption distributed heartbeat
-    data data.kernels data.hashing data.lists data.probing data.numbers data.times data.vocabulary data.vectors
-    data.text data.transforms data.dataset
+    data data.kernels data.words data.hashing data.lists data.probing data.numbers data.times
+    data.vocabulary data.vectors data.text data.transforms data.dataset
     data.cache_folder data.arrays data.catalogue data.features data.coverage data.held_out
     data.batch data.examples data.item_lists data.negatives data.order data.packed data.cache data.reader data.step_rows
     data.candidates
@@ -44,6 +44,7 @@ WITHOUT_TORCH = {"errors", "schema", "config", "files"} | {
     f"data.{part}"
     for part in (
         "kernels",
+        "words",
         "hashing",
         "lists",
         "probing",

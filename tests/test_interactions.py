@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import threading
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 
 import numpy as np
@@ -13,9 +13,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from trec_twotower.config import DataConfig, LossConfig, NegativesConfig
-from trec_twotower.data.batch import Batch
+from trec_twotower.data.batch import Batch, Listed
 from trec_twotower.data.dataset import Dataset
 from trec_twotower.data.features import Sources
 from trec_twotower.data.held_out import HeldOut
@@ -683,3 +684,78 @@ def test_held_out_rows_that_do_not_fit_are_refused(held, tiny):
         HeldOut.read(tiny(test=pa.table({"user_id": [1]})), "test")
     with pytest.raises(DataError, match=r"row 0: item 99 is not in the catalogue"):
         HeldOut.read(held(test=pa.table({"user_id": [1], "history": [[10]], "positives": [[10, 99]]})), "test")
+
+
+# Copies to a GPU
+
+
+def full_batch() -> Batch:
+    """One that has all its parts, each of other numbers."""
+    number = iter(range(100))
+
+    def tensor() -> torch.Tensor:
+        return torch.full((2,), float(next(number)))
+
+    def jagged() -> KeyedJaggedTensor:
+        return KeyedJaggedTensor(["a"], values=tensor(), lengths=torch.tensor([1, 1]), weights=tensor())
+
+    tensors = {
+        part.name: tensor() for part in fields(Batch) if "Tensor" in str(part.type) and "Keyed" not in str(part.type)
+    }
+    whole = Listed(**{part.name: tensor() for part in fields(Listed)})
+    listed = {"x": whole, "y": Listed(place=tensor())}
+    return Batch(
+        **tensors, sparse=jagged(), sequences=jagged(), listed=listed, item_sizes=(3, 4), num_rows_of_all_ranks=7
+    )
+
+
+def tensors_of(batch: Batch) -> dict[str, torch.Tensor]:
+    """Every tensor of a batch by its place."""
+    found = {}
+    for name, value in vars(batch).items():
+        if isinstance(value, torch.Tensor):
+            found[name] = value
+        elif isinstance(value, KeyedJaggedTensor):
+            found |= {f"{name}.values": value.values(), f"{name}.weights": value.weights()}
+            found[f"{name}.lengths"] = value.lengths()
+    for key, listed in batch.listed.items():
+        found |= {f"{key}.{name}": value for name, value in vars(listed).items() if value is not None}
+    return found
+
+
+def test_every_tensor_of_a_batch_is_pinned_moved_and_recorded(monkeypatch):
+    """On a CPU, by spies in place of torch's: pinning and moving give other tensors, which hold the same."""
+    batch = full_batch()
+    before = tensors_of(batch)
+    assert len(before) == 18 + 2 * 3 + 6 + 1, "a new part of a batch belongs in this test"
+    pinned: list[torch.Tensor] = []
+
+    def pin_memory(self, *_):
+        pinned.append(self.clone())
+        return pinned[-1]
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin_memory)
+    after = batch.pin_memory()
+    assert (after.item_sizes, after.num_rows_of_all_ranks) == ((3, 4), 7)
+    for name, value in tensors_of(after).items():
+        assert value is not before[name] and torch.equal(value, before[name]), name
+        assert any(value is each for each in pinned), name
+
+    recorded: list[tuple[int, str]] = []
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda self, stream: recorded.append((self.data_ptr(), stream)))
+    batch.record_stream("a stream")
+    assert {(value.data_ptr(), "a stream") for value in before.values()} <= set(recorded)
+
+    moved = batch.to(torch.device("meta"), non_blocking=True)
+    assert tensors_of(moved).keys() == before.keys()
+    assert {value.device.type for value in tensors_of(moved).values()} == {"meta"}
+
+
+@pytest.mark.parametrize("is_pinned", [True, False])
+def test_batches_are_pinned_where_that_is_asked_for(monkeypatch, sources, is_pinned):
+    pinned: list[Batch] = []
+    monkeypatch.setattr(Batch, "pin_memory", lambda self: pinned.append(self) or self)
+    data = DataConfig(dataset=sources["event"].dataset.folder, batch_size=10)
+    counts = sources["event"].item_counts()
+    batches = TrainBatches(sources["event"], data, LossConfig(), counts, (0, 1), pin_memory=is_pinned)
+    assert [any(batch is each for each in pinned) for batch in batches.since(0, 2)] == [is_pinned] * 2

@@ -18,6 +18,7 @@ from trec_twotower.config import DataConfig, LossConfig, parse_yaml, validate
 from trec_twotower.data.batch import Batch
 from trec_twotower.data.dataset import Dataset
 from trec_twotower.data.features import Sources
+from trec_twotower.data.hashing import fingerprints
 from trec_twotower.data.interactions import TrainBatches
 from trec_twotower.data.lists import Lists
 from trec_twotower.data.negatives import ByPopularity, Evenly, OfTheSameCategory, Refreshed, count_items, drawn_from
@@ -199,6 +200,8 @@ CASES = {
     "even alone": {"negatives": ONLY | {"sampled": 30}},
     "popular": {"negatives": ONLY | {"sampled": 40, "power": 0.75}},
     "popular beside the batch": {"negatives": {"sampled": 25, "power": 1.0}},
+    "even and popular": {"negatives": ONLY | {"sampled": 15, "popular": {"count": 25, "power": 1.0}}},
+    "two powers beside the batch": {"negatives": {"sampled": 9, "power": 0.5, "popular": {"count": 12}}},
     "same": {"negatives": ONLY | {"same": {"feature": "shelf", "count": 25}}},
     "given": {"negatives": ONLY, "given": SHOWN},
     "given with labels": {"negatives": ONLY, "given": GRADED},
@@ -211,6 +214,7 @@ CASES = {
         "negatives": {
             "sampled": 5,
             "power": 0.5,
+            "popular": {"count": 4, "power": 0.9},
             "same": {"feature": "shelf", "count": 6},
             "mined": {"file": "by_item.parquet", "count": 1},
         },
@@ -248,7 +252,7 @@ def test_items_stand_against_all_rows_as_often_as_log_q_says(world, name, rows):
     expected = np.exp(made.log_q_I)
     if name in ("given", "given with labels", "mined by item", "mined by user"):
         expected[seen == 0] = np.where(expected < 0.05, 0, expected)[seen == 0]  # the floor of those never brought
-    allowance = 0 if name in ("even alone", "popular") else 0.015
+    allowance = 0 if name in ("even alone", "popular", "even and popular") else 0.015
     error = np.sqrt(expected * (1 - expected) / steps)
     assert (np.abs(seen / steps - expected) < 5 * error + allowance).all()
     assert abs((seen / steps - expected).mean()) < 5 * math.sqrt((error**2).sum()) / NUM_ITEMS + allowance
@@ -443,10 +447,28 @@ def test_a_column_that_train_lacks_is_told_with_the_nearest(tiny):
 
 def test_labels_and_weights_stand_beside_every_item(tiny):
     shown = [[30], None, [20, 10]]
-    with pytest.raises(DataError, match=r"row group 1, column 'shown', row 0: 2 ids but 1 weights in 'labels'"):
+    with pytest.raises(DataError, match=r"row group 1, column 'shown', row 0: 2 ids but 1 labels in 'labels'"):
         tiny({"given": {"column": "shown", "labels": "labels"}}, shown=shown, labels=[[1], None, [0]])
     with pytest.raises(DataError, match=r"row group 1, column 'shown', row 0: 'w' has a weight below 0"):
         tiny({"given": {"column": "shown", "weights": "w"}}, shown=shown, w=[[1.0], None, [0.0, -1.0]])
+    for what in ("label", "weight"):
+        with pytest.raises(DataError, match=rf"row group 1, column 'shown', row 0: the {what}s in 'w' hold null, NaN"):
+            tiny({"given": {"column": "shown", f"{what}s": "w"}}, shown=shown, w=[[1.0], None, [0.0, math.nan]])
+
+
+@pytest.mark.parametrize("kind", ["bce", "softmax_bce", "softmax", "bpr"])
+@pytest.mark.parametrize("label", [2.0, 1.25, -1.0])
+def test_labels_beyond_0_and_1_are_refused_where_the_loss_would_have_no_least_value(tiny, kind, label):
+    """bce adds (1 - y) * softplus(l), which falls without end for y > 1; others ask only what is above 0."""
+    columns = {"shown": [[30], None, [20, 10]], "y": [[0.5], None, [1.0, label]]}
+    case = {"kind": kind, "given": {"column": "shown", "labels": "y"}}
+    if kind in ("softmax", "bpr"):
+        assert len(list(tiny(case, **columns).since(0, 2))) == 2
+        return
+    with pytest.raises(DataError, match=rf"row group 1, column 'shown', row 0: 'y' has the label {label:g}, .*{kind}"):
+        tiny(case, **columns)
+    columns["y"] = [[0.5], None, [1.0, 0.0]]
+    assert len(list(tiny(case, **columns).since(0, 2))) == 2
 
 
 def test_an_unknown_item_is_named_with_its_place_or_left_out_when_that_is_asked_for(tiny):
@@ -463,6 +485,50 @@ def test_an_unknown_item_is_named_with_its_place_or_left_out_when_that_is_asked_
     for batch in made.since(0, 2):
         found |= dict(zip(rows_of(batch), given_of(batch, candidates_of([batch])), strict=True))
     assert found == {0: [(30, 1, 1)], 1: [], 2: [(20, 2, 2), (10, 4, 4)]}
+
+
+def test_a_queue_without_room_for_a_step_is_refused_before_it(tiny):
+    """Two rows a step draw item 10 twice in 4/3, or once in 2/3 of times, as Poisson has it; beside 3 even draws."""
+    chance = [1 - math.exp(-4 / 3) * (2 / 3) ** 3, 1 - math.exp(-2 / 3) * (2 / 3) ** 3, 1 - (2 / 3) ** 3]
+    mean = sum(chance)
+    assert 2 < mean < 3
+    assert tiny({"negatives": {"sampled": 3, "queue": 3}}).candidates.keeps_list
+    with pytest.raises(
+        ConfigError, match=rf"queue is 2, but a step has some {mean:.0f} candidates .* \(such as {8 * mean:.0f}\)"
+    ):
+        tiny({"negatives": {"sampled": 3, "queue": 2}})
+
+
+def test_even_and_popular_draws_are_independent_of_each_other(world):
+    """Both of power 1 and as many: the same numbers would bring the same items."""
+    made = batches_of(
+        world, in_world(world, {"negatives": {"sampled": 30, "power": 1.0, "popular": {"count": 30, "power": 1.0}}})
+    )
+    first, second = made.negatives.samplers
+    np.testing.assert_array_equal(first.expected_I, second.expected_I)
+    pairs = [(first.draw(step, np.empty(0)), second.draw(step, np.empty(0))) for step in range(200)]
+    share_I = first.cumulative_I - np.concatenate([[0], first.cumulative_I[:-1]])
+    alike = np.mean([(one == other).mean() for one, other in pairs])
+    chance = float((share_I**2).sum())
+    assert abs(alike - chance) < 5 * math.sqrt(chance / (200 * 30))
+
+
+def test_items_that_share_a_fingerprint_are_two_to_the_queue_and_to_streaming_frequencies(tmp_path, write_dataset):
+    """Two of 200,000 ids, found by search; the bits below 32 are what histories are compared by."""
+    keys = np.arange(200_000)
+    of_keys = fingerprints(keys)
+    order = np.argsort(of_keys, kind="stable")
+    [place, *_] = np.flatnonzero(np.diff(of_keys[order]) == 0)
+    twins = order[place : place + 2].tolist()
+    train = pa.table({"user_id": [1, 2], "row": [0, 1], "item_id": twins, "history": [[7], [7]]})
+    folder = write_dataset(tmp_path / "d", train=train, items=pa.table({"item_id": [*twins, 7], "shelf": [0, 0, 1]}))
+    for case in ({"negatives": {"queue": 9}}, {"log_q_estimate": "streaming"}):
+        [batch] = batches_of(folder, validate(LossConfig, case, "a test"), batch_size=2).since(0, 1)
+        key = batch.item_key_C.numpy()
+        assert len(set(key.tolist())) == 2 and (key >= 0).all()
+        assert set((key % 2**32).tolist()) == {int(of_keys[twins[0]])}
+        if batch.listed_key_L is not None:
+            assert (~batch.listed_key_L[batch.listed_key_L < 0]).tolist() == [int(of_keys[7])] * 2
 
 
 def test_a_sample_larger_than_the_catalogue_is_refused(tiny):
@@ -552,6 +618,6 @@ def test_the_same_category_needs_a_feature_of_one_id_a_row(small_world, tmp_path
 def test_the_page_on_negatives_shows_configs_that_hold():
     page = (Path(__file__).parent.parent / "docs" / "negatives.md").read_text()
     shown = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
-    assert len(shown) == 10
+    assert len(shown) == 11
     for text in shown:
         validate(LossConfig, parse_yaml(text, "docs/negatives.md")["loss"], "docs/negatives.md")

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from trec_twotower.data.hashing import hash_to_bucket
-from trec_twotower.errors import ConfigError
 from trec_twotower.model.frequency import RATE, Frequency
 from trec_twotower.model.losses import LOSSES, Pairs, Relations
 from trec_twotower.model.queue import ItemQueue
@@ -156,14 +155,41 @@ def test_a_queue_that_was_saved_goes_on_as_it_would_have(rng):
     assert torch.equal(queue.beside(item_CD, key_C, relations, listed)[0], item_CD)
 
 
-def test_a_queue_without_room_for_a_step_is_refused(rng):
-    item_CD, key_C, relations, _ = step_of(rng, torch.zeros(NUM_ITEMS))
-    count = int(relations.is_negative_C.sum())
-    ItemQueue(count, DIM, 1.0, CPU).push(item_CD, key_C, relations)
-    with pytest.raises(
-        ConfigError, match=rf"queue is {count - 1}, but a step has {count} candidates: .*such as {8 * count}"
-    ):
-        ItemQueue(count - 1, DIM, 1.0, CPU).push(item_CD, key_C, relations)
+def test_what_a_history_holds_is_found_by_the_low_half_of_its_key(rng):
+    """Against a loop: keys of 63 bits, of which some share the upper or the lower 32."""
+    key_C = torch.unique(torch.from_numpy(rng.integers(0, 7, 30) << 32 | rng.integers(0, 2**32, 30)))
+    key_C = torch.cat([key_C, key_C[:3] ^ (1 << 62)])
+    queue = ItemQueue(99, DIM, 0.0, CPU)
+    none = Pairs(torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64))
+    no_relations = Relations(positive=none, known=none)
+    queue.push(torch.zeros(len(key_C), DIM), key_C, no_relations)
+    exact, halves = key_C[[0, 4, 31]], key_C[[5, 9, 9]] & (2**32 - 1)
+    listed = Pairs(torch.arange(8), torch.cat([exact, exact[:1] ^ 1, ~halves, ~(halves[:1] ^ 1)]))
+    _, both = queue.beside(torch.empty(0, DIM), key_C[:0], no_relations, listed)
+    held = sorted(key_C.tolist())
+    wanted = {(row, held.index(key)) for row, key in enumerate(exact.tolist())}
+    for row, half in enumerate(halves.tolist(), 4):
+        wanted |= {(row, place) for place, key in enumerate(held) if key % 2**32 == half}
+    assert set(zip(both.known.row_P.tolist(), both.known.column_P.tolist(), strict=True)) == wanted
+
+
+def test_of_a_step_without_room_so_many_are_kept_evenly(rng):
+    """Of 40 candidates in 25 places, each is there in 25 of 40 steps (five standard errors), with that in its log q."""
+    none = Pairs(torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64))
+    p_I = torch.linspace(0.05, 0.9, NUM_ITEMS)
+    queue, again = ItemQueue(25, DIM, 1.0, CPU), ItemQueue(25, DIM, 1.0, CPU)
+    seen, steps = np.zeros(NUM_ITEMS), 2_000
+    key_C = torch.arange(NUM_ITEMS)
+    relations = Relations(positive=none, known=none, log_q_C=p_I.log())
+    for _ in range(steps):
+        for each in (queue, again):
+            each.push(key_C[:, None].expand(-1, DIM).float(), key_C, relations)
+        assert torch.equal(queue.key_Q, again.key_Q)
+        held = queue.key_Q[queue.key_Q >= 0]
+        assert len(held) == 25 and torch.equal(queue.vector_QD[queue.key_Q >= 0][:, 0].long(), held)
+        torch.testing.assert_close(queue.log_p_Q[queue.key_Q >= 0], (p_I[held] * 25 / 40).log())
+        seen[held] += 1
+    assert (np.abs(seen / steps - 25 / 40) < 5 * math.sqrt(25 / 40 * 15 / 40 / steps)).all()
 
 
 # Streaming frequencies

@@ -7,14 +7,21 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from tests.ranks.launch import SAID_BY_TORCHREC, torchrun
 from tests.ranks.worlds import event_config, tables, user_config
+from trec_twotower.config import RunConfig, validate
+from trec_twotower.data.dataset import Dataset
+from trec_twotower.data.features import Sources
+from trec_twotower.data.interactions import TrainBatches
+from trec_twotower.data.negatives import count_items
 from trec_twotower.errors import ConfigError
 from trec_twotower.memory import host_bytes
-from trec_twotower.plan import describe_plan, step_size
+from trec_twotower.plan import StepSize, describe_plan, exchange_of_towers, num_dense_weights, step_size
 
 pytestmark = pytest.mark.filterwarnings(*SAID_BY_TORCHREC)
 
@@ -138,11 +145,78 @@ def test_ranks_send_what_the_plan_tells(measured):
             assert counted == pytest.approx(expected, rel=tolerance), f"{name}: {what}"
 
 
+def test_ranks_send_the_vectors_that_the_plan_tells(measured):
+    for what, (expected, counted) in measured["candidates"].items():
+        assert (expected > 0) == (measured["num_ranks"] > 1 and what != "ids")
+        assert counted == pytest.approx(expected, rel=1e-6), what
+
+
+def test_the_towers_gradients_are_those_of_all_their_weights(tmp_path):
+    """user: 8 wide to 10 to 6; item: 8 and 8 wide to 9 to 6; a temperature. With biases; by hand."""
+    config = user_config(tmp_path, tmp_path / "r", loss={"temperature": {"learned": True, "start": 0.2}})
+    schema = config.feature_schema
+    sizes = [(*schema.widths("user"), 10), (*schema.widths("item"), 9)]
+    weights = sum((sum(widths) + 1) * hidden + (hidden + 1) * 6 for *widths, hidden in sizes) + 1
+    found = exchange_of_towers(config, StepSize(0, {}, False, 0.0), 4)["(towers)"]
+    assert num_dense_weights(config) == weights
+    assert found.gradients == 2 * 3 / 4 * 4 * weights and not found.ids and not found.vectors
+
+
 # What a step looks up
 
 
+@pytest.mark.parametrize("rows", ["event", "user"])
+def test_a_step_is_as_large_as_the_plan_says(write_dataset, tmp_path, rows):
+    """Against batches of two ranks, in a world so wide that hardly an item comes twice in a step; and of many files."""
+    rng = np.random.default_rng(0)
+    num_items, num_rows = 60_000, 400
+
+    def lists(lengths):
+        return [rng.integers(0, num_items, length).tolist() for length in rng.integers(*lengths, num_rows)]
+
+    train = {"user_id": np.arange(num_rows), "history": lists((0, 9)), "shown": lists((0, 7))}
+    train |= {"positives": lists((2, 9))} if rows == "user" else {"item_id": rng.integers(0, num_items, num_rows)}
+    tags = [[f"t{number % 50}"] * (number % 4) for number in range(num_items)]
+    items = {"item_id": np.arange(num_items), "shelf": rng.integers(0, 500, num_items), "tags": tags}
+    mined = {"item_id": np.arange(num_items), "negatives": rng.integers(0, num_items, (num_items, 5)).tolist()}
+    pq.write_table(pa.table(mined), tmp_path / "mined.parquet")
+    train, items = pa.table(train), pa.table(items)
+    folder = write_dataset(
+        tmp_path / "d",
+        train=[train.slice(first, 100) for first in range(0, num_rows, 100)],
+        items=[items.slice(first, 20_000) for first in range(0, num_items, 20_000)],
+    )
+    config = validate(RunConfig, {
+        "data": {"dataset": folder, "batch_size": 50, "rows": rows, "threads": 0},
+        "user": [{"name": "history", "kind": "bag", "buckets": 99, "dim": 4}],
+        "item": [{"name": "item_id", "kind": "id", "buckets": 99, "dim": 4},
+                 {"name": "shelf", "kind": "category", "buckets": 99, "dim": 4},
+                 {"name": "tags", "kind": "bag", "buckets": 99, "dim": 4}],
+        "loss": {
+            "given": {"column": "shown"},
+            "negatives": {"sampled": 50, "popular": {"count": 20, "power": 0.0},
+                          "same": {"feature": "shelf", "count": 30},
+                          "mined": {"file": tmp_path / "mined.parquet", "count": 1}},
+        },
+    }, "here")  # fmt: skip
+    step, _ = step_size(config, 2)
+    sources = Sources(Dataset(folder), config.feature_schema, rows)
+    counts = count_items(sources, config.loss)
+    batches = [
+        batch
+        for rank in range(2)
+        for batch in TrainBatches(sources, config.data, config.loss, counts, share=(rank, 2)).since(0, 8)
+    ]
+    candidates = np.mean([sum(batch.item_sizes) for batch in batches])
+    assert step.candidates == pytest.approx(candidates, rel=0.02)
+    for name in config.feature_schema.keys():  # noqa: SIM118
+        ids = np.mean([batch.sparse[name].values().numel() for batch in batches])
+        # With a row per user a batch's histories are the half that chance draws.
+        assert step.ids[name] == pytest.approx(ids, rel=0.05), name
+
+
 def test_lengths_of_bags_come_from_the_footers(write_dataset, tmp_path):
-    """Histories of 3, 0, null and 5 elements are 2 a row; users of 2 and 4 items put half of them in.
+    """Users of 2 and 4 items put half of them in, whatever stands in `history`; tags are one in every second row.
 
     A step of 8 users of 3 items, half of them targets, has 12 candidates and 7 samples, but never more than the
     catalogue.
@@ -152,7 +226,8 @@ def test_lengths_of_bags_come_from_the_footers(write_dataset, tmp_path):
         tmp_path / "d",
         train=pa.table({
             "user_id": pa.array(range(4)),
-            "history": pa.array([[1, 2, 3], [], None, [1, 2, 3, 4, 5]], kind),
+            "history": pa.array([[1], [], None, [1]], kind),
+            "clicks": pa.array([[1, 2, 3], [], None, [1, 2, 3, 4, 5]], kind),
             "positives": pa.array([[1, 2], [1, 2, 3, 4], [1, 2], [1, 2, 3, 4]], kind),
         }),
         items=pa.table({"item_id": pa.array(range(100)), "tags": pa.array([["a"], []] * 50, pa.list_(pa.string()))}),
@@ -161,14 +236,14 @@ def test_lengths_of_bags_come_from_the_footers(write_dataset, tmp_path):
     step, source = step_size(config, 2)
     assert source == "bags as long as in the data"
     assert step.rows == round((12 + 7) / 2)
-    assert step.ids == {"user:history": 4 * 2.0, "item:item_id": 9.5, "item:tags": 9.5 * 0.5}
+    assert step.ids == {"user:history": 4 * 1.5, "item:item_id": 9.5, "item:tags": 9.5 * 0.5}
     shorter = user_config(tmp_path, tmp_path / "r", data={"dataset": folder, "batch_size": 1000}, loss={"negatives": {
         "sampled": "all"}}, user=[{"name": "history", "kind": "bag", "table": "item", "max_length": 1}])  # fmt: skip
     step, _ = step_size(shorter, 2)
     assert (step.rows, step.ids["user:history"], step.ids["item:item_id"]) == (500, 500.0, 50.0)
-    split = user_config(tmp_path, tmp_path / "r", data={"dataset": folder}, user=[
-        {"name": "history", "kind": "bag", "table": "item", "column": "from_positives"}])  # fmt: skip
-    assert step_size(split, 2)[0].ids["user:history"] == 4 * 1.5
+    clicks = user_config(tmp_path, tmp_path / "r", data={"dataset": folder}, user=[
+        {"name": "clicks", "kind": "bag", "table": "item"}])  # fmt: skip
+    assert step_size(clicks, 2)[0].ids["user:clicks"] == 4 * 2.0  # of 3, 0, null and 5
 
 
 def test_without_data_the_lengths_are_told_to_be_assumed(tmp_path):

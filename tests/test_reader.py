@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import json
 import os
-import threading
 
 import numpy as np
 import pyarrow as pa
@@ -12,7 +12,7 @@ import torch
 
 from trec_twotower.config import DataConfig, LossConfig, NegativesConfig
 from trec_twotower.data import order, reader
-from trec_twotower.data.dataset import Dataset, RowGroup
+from trec_twotower.data.dataset import Dataset, RowGroup, Split
 from trec_twotower.data.features import Sources
 from trec_twotower.data.interactions import TrainBatches
 from trec_twotower.data.order import Interleaving, Window, windows_of
@@ -111,11 +111,16 @@ def test_a_full_cache_is_not_parquet_read_again(folder, tmp_path, monkeypatch):
     wanted = contents(batches_of(folder, **cached))
     again = batches_of(folder, **cached)
 
+    bare = batches_of(folder)
+
     def unread(*_, **__):
         raise AssertionError("read from Parquet")
 
-    monkeypatch.setattr(type(again.sources.dataset.train), "read", unread)
+    for way in ("read", "blocks"):
+        monkeypatch.setattr(Split, way, unread)
     assert contents(again) == wanted
+    with pytest.raises(AssertionError, match="read from Parquet"):
+        contents(bare)
 
 
 def test_a_cache_belongs_to_its_data_and_its_way_of_reading(folder, tmp_path, rng):
@@ -149,20 +154,17 @@ def test_the_cache_keeps_to_its_size(folder, tmp_path):
     assert sum(path.stat().st_size for path in files) < size
 
 
-def test_ranks_that_fill_one_cache_at_once_do_not_meet(folder, tmp_path):
-    wanted = [contents(batches_of(folder, (rank, 2))) for rank in range(2)]
-    found: dict[int, list] = {}
-
-    def read(rank: int) -> None:
-        found[rank] = contents(batches_of(folder, (rank, 2), cache=tmp_path / "cache"))
-
-    ranks = [threading.Thread(target=read, args=(rank,)) for rank in range(2)]
-    for rank in ranks:
-        rank.start()
-    for rank in ranks:
-        rank.join(60)
-    assert [found[0], found[1]] == wanted
-    assert not [path for path in (tmp_path / "cache").rglob("*") if path.name.startswith(".")]
+def test_ranks_that_fill_one_cache_at_once_do_not_meet(folder, tmp_path, forked):
+    """Two processes that begin at the same moment, and read the same row groups."""
+    cache, out = tmp_path / "cache", tmp_path / "out"
+    out.mkdir()
+    code, said = forked(2, "tests.ranks.filled", folder, cache, out)
+    assert code == 0, said
+    for rank in range(2):
+        wanted = [contents(batches_of(folder, (rank, 2), rows=rows)) for rows in ("event", "user")]
+        assert json.loads((out / f"found-{rank}.json").read_text()) == json.loads(json.dumps(wanted))
+    assert len(list(cache.glob("*/*.arrow"))) == 2 * 9
+    assert not [path for path in cache.rglob("*") if path.name.startswith(".")]
 
 
 def test_a_dataset_behind_a_url_reads_as_one_here(folder):

@@ -17,6 +17,7 @@ from tests.ranks.worlds import LOSSES, NUM_EVENTS, NUM_ITEMS, PLANS
 Results = dict[str, Any]
 KINDS = ("sgd", "rowwise_adagrad", "adagrad")
 LOSS_TOLERANCE = {"sgd": 1e-6, "rowwise_adagrad": 1e-5, "adagrad": 1e-5}  # relative
+WEIGHT_TOLERANCE = {"sgd": 1e-6}  # absolute, of weights of size 1 or so: Adagrad divides by what begins near 0
 TRAININGS = [
     *(f"event {plan} {kind}" for kind in ("sgd", "rowwise_adagrad") for plan in (*PLANS, "mixed")),
     *(f"event {plan} adagrad" for plan in ("table_wise", "mixed")),
@@ -26,7 +27,8 @@ TRAININGS = [
     "tail 11",
     "one row",
     *(f"loss {name}" for name in LOSSES),
-    *(f"negatives {plan} {kind}" for kind in ("sgd", "rowwise_adagrad") for plan in ("table_wise", "row_wise")),
+    *(f"negatives {plan} sgd" for plan in PLANS),
+    *(f"negatives {plan} rowwise_adagrad" for plan in ("table_wise", "row_wise")),
     "negatives user sgd",
 ]
 
@@ -76,7 +78,8 @@ def test_two_ranks_train_as_one(name, one, two):
     assert len(first["steps"]) >= 6
     tolerance = LOSS_TOLERANCE.get(name.split()[-1], 1e-6)
     assert relative(first["losses"], second["losses"]) < tolerance
-    assert furthest(first["weights"], second["weights"]) < 5e-6
+    furthest_weight = WEIGHT_TOLERANCE.get(name.split()[-1], 5e-6)
+    assert furthest(first["weights"], second["weights"]) < furthest_weight
     assert furthest(first["states"], second["states"]) < 5e-6
 
 

@@ -457,7 +457,7 @@ def _features(options: argparse.Namespace) -> int:
     from trec_twotower.data.dataset import Dataset
     from trec_twotower.data.features import Sources
 
-    dataset, cache = Dataset(config.data.dataset), CacheFolder.of(config.data)
+    dataset, cache = Dataset.of(config.data), CacheFolder.of(config.data)
     print(describe_coverage(Sources(dataset, config.feature_schema, config.data.rows, cache=cache)))
     return 0
 

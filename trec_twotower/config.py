@@ -45,7 +45,7 @@ class DataConfig(Settings):
     """What is read, and in which order."""
 
     dataset: Annotated[str, BeforeValidator(_plain)]  # the folder that `prepare` wrote, or a URL that fsspec knows
-    rows: Literal["event", "user"] = "event"  # user: a row holds all of a user's positives
+    rows: Literal["event", "user"] = "event"  # user: a row holds all of a user's positives (of train_users/, if there)
     batch_size: PositiveInt = 4096  # rows a step, over all ranks together
     seed: Seed = 0  # of the order, the split of a user's items and the samples
     shuffle_rows: PositiveInt = 1 << 19  # rows that are permuted together; memory grows with it
@@ -144,6 +144,13 @@ class SameConfig(Settings):
     count: PositiveInt  # positives drawn a step, over all ranks; each brings an item of its category
 
 
+class PopularConfig(Settings):
+    """Items by how often they were taken, drawn beside those of loss.negatives.sampled."""
+
+    count: PositiveInt  # drawn from the catalogue a step, over all ranks
+    power: NonNegativeFloat = 0.75  # an item taken n times is drawn in proportion to n ** power
+
+
 class MinedConfig(Settings):
     """Items that a file names for each item or user."""
 
@@ -177,6 +184,7 @@ class NegativesConfig(Settings):
     in_batch: bool = True  # the other rows' positives, over all ranks
     sampled: NonNegativeInt | Literal["all"] = 0  # drawn from the catalogue a step, over all ranks
     power: NonNegativeFloat = 0.0  # an item taken n times is drawn in proportion to n ** power; 0: evenly
+    popular: PopularConfig | None = None
     same: SameConfig | None = None
     mined: MinedConfig | None = None
     refresh: RefreshConfig | None = None
@@ -185,7 +193,7 @@ class NegativesConfig(Settings):
 
     @model_validator(mode="after")
     def _fit_together(self) -> Self:
-        beside = [name for name in ("same", "mined", "refresh", "queue") if getattr(self, name)]
+        beside = [name for name in ("popular", "same", "mined", "refresh", "queue") if getattr(self, name)]
         if self.sampled == "all" and (beside or self.power):
             raise ValueError(
                 "loss.negatives.sampled is all, so every item is a candidate already: take "
@@ -268,6 +276,7 @@ class InterestsConfig(Settings):
 
 
 CORRECTED = ("softmax", "bce", "softmax_bce", "bsl")  # the losses that log_q is for
+GRADUAL = ("bce", "softmax_bce")  # the losses that take a given label as a share, from 0 to 1
 SELECTIVE = ("softmax", "bsl", "ccl", "bpr", "margin")  # the losses that may keep a row's hardest negatives alone
 
 
@@ -302,7 +311,8 @@ class LossConfig(Settings):
     @property
     def has_other_negatives(self) -> bool:
         """Whether there are negatives beside the other rows' positives, or none are needed."""
-        drawn = (self.negatives.sampled, self.negatives.same, self.negatives.mined, self.given)
+        others = self.negatives
+        drawn = (others.sampled, others.popular, others.same, others.mined, self.given)
         return any(each is not None and each != 0 for each in drawn)
 
     @model_validator(mode="before")
@@ -359,7 +369,7 @@ class LossConfig(Settings):
                     "loss.kind is listwise, which ranks a row's graded list, but loss.given names no column of labels: "
                     "set loss.given.column and loss.given.labels, or choose another kind."
                 )
-            if unused := [name for name in ("same", "queue") if getattr(self.negatives, name)]:
+            if unused := [name for name in ("popular", "same", "queue") if getattr(self.negatives, name)]:
                 raise ValueError(
                     "loss.kind is listwise, which looks at a row's own list alone, but loss.negatives has "
                     f"{', '.join(unused)}: take that out, or choose another kind."
@@ -367,7 +377,7 @@ class LossConfig(Settings):
         elif not self.negatives.in_batch and not self.has_other_negatives:
             raise ValueError(
                 "loss.negatives has in_batch: false and sampled: 0, so nothing is left to tell a positive from: "
-                "set in_batch: true, or sampled to a count or all (or same, mined, or loss.given)."
+                "set in_batch: true, or sampled to a count or all (or popular, same, mined, or loss.given)."
             )
         return self
 

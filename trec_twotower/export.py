@@ -19,6 +19,7 @@ from trec_twotower.data.dataset import ITEM_ID, USER_ID, Split
 from trec_twotower.data.features import Sources
 from trec_twotower.data.held_out import HeldOut
 from trec_twotower.data.transforms import Columns
+from trec_twotower.data.words import python_values
 from trec_twotower.distributed import Ranks
 from trec_twotower.encode import encode
 from trec_twotower.errors import ConfigError, DataError, nearest
@@ -190,7 +191,7 @@ def _write(
             bad = np.flatnonzero(~np.isfinite(vectors).all(axis=tuple(range(1, vectors.ndim))))
             cells = beside(start, stop)
             num_bad += len(bad)
-            bad_ids += cells[0].take(pa.array(bad[: 5 - len(bad_ids)])).to_pylist()
+            bad_ids += python_values(cells[0].take(pa.array(bad[: 5 - len(bad_ids)])))
             made = vector_column(vectors)
             schema = pa.schema([*kinds.items(), *((name, column.type) for name, column in made.items())])
             if writer is None:

@@ -122,6 +122,7 @@ class Trace:
 
     def __init__(self, num_steps: int, run_dir: Path, ranks: Ranks) -> None:
         self._profiler: torch.profiler.profile | None = None
+        self._num_steps, self._is_written = num_steps, False
         self.folder, self.rank, self.device = run_dir / "profile", ranks.rank, ranks.device
         if not num_steps:
             return
@@ -143,12 +144,19 @@ class Trace:
     def __exit__(self, *_: object) -> None:
         if self._profiler is not None:
             self._profiler.stop()
+            if not self._is_written and self.rank == 0:
+                print(
+                    f"no trace was written: train.profile_steps is {self._num_steps}, but the {WARM_STEPS + 1} steps "
+                    "before them were not through when this run ended; train for longer.",
+                    flush=True,
+                )
 
     def step_is_done(self) -> None:
         if self._profiler is not None:
             self._profiler.step()
 
     def _write(self, profiler: torch.profiler.profile) -> None:
+        self._is_written = True
         self.folder.mkdir(parents=True, exist_ok=True)
         profiler.export_chrome_trace(str(self.folder / f"rank-{self.rank}.json"))
         by = "self_device_time_total" if self.device.type == "cuda" else "self_cpu_time_total"

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import pyarrow.parquet as pq
 import torch
 from torch import nn
 
 from trec_twotower.config import RunConfig
-from trec_twotower.data.dataset import POSITIVES, UNREADABLE, folder_of
+from trec_twotower.data.dataset import HISTORY, POSITIVES, TRAIN_USERS, UNREADABLE, folder_of
+from trec_twotower.distributed import Ranks
 from trec_twotower.errors import ConfigError, DataError
 from trec_twotower.model.embedding import build_lists, build_tables, table_parameters
+from trec_twotower.model.two_tower import TwoTower
 from trec_twotower.optimizer import check_optimizer, fuse_table_updates, state_bytes
 from trec_twotower.schema import FeatureSpec, Schema, Side, key, part_of
 from trec_twotower.sharding import CACHE_SHARE, RankMemory, TablePlacement, make_plan, placements
@@ -38,6 +41,7 @@ class StepSize:
     rows: int  # of the KeyedJaggedTensor: the larger of users and candidates
     ids: Mapping[str, float]  # by key, of all rows
     is_weighted: bool
+    candidates: float  # of the step, over all ranks
 
 
 def describe_plan(config: RunConfig, num_ranks: int, gpu_gb: float | None = None) -> str:
@@ -122,7 +126,7 @@ def _about_memory(model: OnlyTables, shards: list[TablePlacement], num_ranks: in
 
 def _about_exchange(config: RunConfig, shards: list[TablePlacement], num_ranks: int) -> list[str]:
     step, source = step_size(config, num_ranks)
-    sent = exchange(config.feature_schema, shards, step, num_ranks)
+    sent = exchange(config.feature_schema, shards, step, num_ranks) | exchange_of_towers(config, step, num_ranks)
     lines = [
         f"What a rank sends to others in a step of {config.data.batch_size:,} rows ({source}), in KB",
         f"{'table':<20} {'ids':>11} {'vectors':>11} {'gradients':>11}",
@@ -168,19 +172,44 @@ def exchange(schema: Schema, shards: list[TablePlacement], step: StepSize, num_r
     return found
 
 
+def exchange_of_towers(config: RunConfig, step: StepSize, num_ranks: int) -> dict[str, Exchange]:
+    """What the candidates' vectors and the towers' weights cost a step in messages between ranks.
+
+    Every rank sends its share of the vectors to all others, and of their gradients all ranks make the sum: as in a
+    ring, twice (N - 1) / N of what is summed. So it is for the gradients of all weights that are in no table.
+    """
+    away = (num_ranks - 1) / num_ranks
+    vectors = step.candidates * config.model.vector_dim * VALUE_BYTES
+    weights = num_dense_weights(config) * VALUE_BYTES
+    return {
+        "(candidates)": Exchange(vectors=away * vectors, gradients=2 * away * vectors),
+        "(towers)": Exchange(gradients=2 * away * weights),
+    }
+
+
+def num_dense_weights(config: RunConfig) -> int:
+    """Of the towers and a learned temperature: all that are trained and lie whole on every rank."""
+    negatives = config.loss.negatives.model_copy(update={"queue": 0})
+    loss = config.loss.model_copy(update={"negatives": negatives})
+    model = TwoTower(config.feature_schema, config.model, loss, Ranks(0, 1, torch.device("cpu")))
+    tables = {weight for part in (model.tables, model.lists) if part is not None for weight in part.parameters()}
+    return sum(each.numel() for each in model.parameters() if each.requires_grad and each not in tables)
+
+
 def step_size(config: RunConfig, num_ranks: int) -> tuple[StepSize, str]:
     """What a rank looks up in a step, and how that is known: from the data's footers where they can be read.
 
-    All candidates are taken to be distinct, as far as the catalogue goes, and ranks to have equal shares.
+    All candidates are taken to be distinct, as far as the catalogue goes, ranks to have equal shares, and every row to
+    draw as many mined or refreshed items as it may.
     """
     schema, data = config.feature_schema, config.data
     footers, source = {}, "bags as long as in the data"
     try:
         folder = folder_of(data.dataset)
-        for name in ("train", "items"):
-            with pq.ParquetFile(next(iter(sorted((folder / name).glob("*.parquet"))))) as file:
-                footers[name] = _Footer(file)
-    except (*UNREADABLE, StopIteration, ConfigError, DataError):
+        by_user = data.rows == "user" and data.follow is None and (folder / TRAIN_USERS).is_dir()
+        for name, place in (("train", TRAIN_USERS if by_user else "train"), ("items", "items")):
+            footers[name] = _Footers(sorted((folder / place).glob("*.parquet")))
+    except (*UNREADABLE, ConfigError, DataError):
         source = f"no data at {data.dataset}: bags as long as max_length, or {ASSUMED_IDS}"
     train, items = footers.get("train"), footers.get("items")
     positives = float(data.batch_size)
@@ -188,10 +217,15 @@ def step_size(config: RunConfig, num_ranks: int) -> tuple[StepSize, str]:
         positives *= (train.mean_length(POSITIVES) if train else None) or ASSUMED_IDS
         positives *= 1 - data.input_share
     catalogue = items.num_rows if items else float("inf")
-    sampled = config.loss.negatives.sampled
-    candidates = min(positives + (catalogue if sampled == "all" else sampled), catalogue)
-    if candidates == float("inf"):
-        candidates = positives
+    loss, negatives = config.loss, config.loss.negatives
+    brought = 0.0 if negatives.sampled == "all" else float(negatives.sampled)
+    brought += sum(each.count for each in (negatives.popular, negatives.same) if each is not None)
+    brought += sum(each.count * data.batch_size for each in (negatives.mined, negatives.refresh) if each is not None)
+    if loss.given is not None:
+        brought += data.batch_size * ((train.mean_length(loss.given.column) if train else None) or ASSUMED_IDS)
+    candidates = min(positives + brought, catalogue)
+    if negatives.sampled == "all" and items:
+        candidates = catalogue
     rows = {"user": data.batch_size / num_ranks, "item": candidates / num_ranks}
     ids = {
         key(side, feature): rows[side] * _mean_ids(side, feature, config, train if side == "user" else items)
@@ -205,7 +239,7 @@ def step_size(config: RunConfig, num_ranks: int) -> tuple[StepSize, str]:
         ids[part_of(name, "delta", "+")] = ids[name]
         for attribute in (other for other in schema.item if other.name in feature.attributes):
             ids[part_of(name, attribute.name)] = ids[name] * _mean_ids("item", attribute, config, items)
-    return StepSize(round(max(rows.values())), ids, schema.is_weighted), source
+    return StepSize(round(max(rows.values())), ids, schema.is_weighted, candidates), source
 
 
 def _tables_of_keys(schema: Schema) -> dict[str, str]:
@@ -214,13 +248,20 @@ def _tables_of_keys(schema: Schema) -> dict[str, str]:
     return {**bags, **dict(schema.listed_keys)}
 
 
-class _Footer:
-    """What a Parquet file's end tells of lengths, without reading a value."""
+class _Footers:
+    """What the ends of a folder's Parquet files tell of rows and lengths, without reading a value."""
 
-    def __init__(self, file: pq.ParquetFile) -> None:
-        metadata = file.metadata
-        self.num_rows = metadata.num_rows
+    def __init__(self, paths: Sequence[Path]) -> None:
+        if not paths:
+            raise DataError("There are no *.parquet files.")
+        self.num_rows = 0
         self._ids: dict[str, int] = {}
+        for path in paths:
+            with path.open("rb") as opened, pq.ParquetFile(opened) as file:
+                self._add(file.metadata)
+
+    def _add(self, metadata: pq.FileMetaData) -> None:
+        self.num_rows += metadata.num_rows
         for group in range(metadata.num_row_groups):
             for number in range(metadata.num_columns):
                 column = metadata.row_group(group).column(number)
@@ -233,16 +274,17 @@ class _Footer:
         return self._ids[column] / max(self.num_rows, 1) if column in self._ids else None
 
 
-def _mean_ids(side: Side, feature: FeatureSpec, config: RunConfig, footer: _Footer | None) -> float:
+def _mean_ids(side: Side, feature: FeatureSpec, config: RunConfig, footer: _Footers | None) -> float:
     if feature.kind == "text":  # nothing says how many words a text has
         runs = feature.words + (0 if feature.characters is None else ASSUMED_PARTS)
         return float(runs * min(feature.max_length or ASSUMED_WORDS, ASSUMED_WORDS))
     if feature.kind not in ("bag", "sequence"):
         return 2.0 if feature.soft else 1.0
-    mean = footer.mean_length(feature.reads) if footer else None
-    if mean is None and footer and side == "user" and config.data.rows == "user":
-        taken = footer.mean_length(POSITIVES)  # of which a part is input
+    if side == "user" and config.data.rows == "user" and feature.reads == HISTORY:  # a drawn part of the positives
+        taken = footer.mean_length(POSITIVES) if footer else None
         mean = None if taken is None else taken * config.data.input_share
+    else:
+        mean = footer.mean_length(feature.reads) if footer else None
     if mean is None:
         mean = float(feature.max_length or ASSUMED_IDS)
     return min(mean, feature.max_length or mean)

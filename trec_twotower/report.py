@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 from matplotlib.figure import Figure
 
 from trec_twotower.data.dataset import HISTORY, ITEM_ID, POSITIVES, USER_ID, Dataset, Split
+from trec_twotower.data.words import python_rows, python_values
 from trec_twotower.errors import ConfigError, nearest
 from trec_twotower.evaluate import EXACT, NOT_SAMPLED, REACHABLE
 from trec_twotower.export import Exported, read_export
@@ -317,8 +318,8 @@ def principal_plane(vector_ID: np.ndarray) -> tuple[np.ndarray, float]:
 
 
 def _map(run: Run, exported: Exported | None, colour: str | None) -> str:
-    if colour is not None and not Dataset(run.config.data.dataset).items.has(colour):
-        known = Dataset(run.config.data.dataset).items.columns
+    if colour is not None and not Dataset.of(run.config.data).items.has(colour):
+        known = Dataset.of(run.config.data).items.columns
         raise ConfigError(f"--colour asks for column {colour!r} of items/{nearest(colour, known)}.")
     if exported is None:
         return _missing("There are no vectors yet", "export", run)
@@ -367,7 +368,7 @@ def _lengths(run: Run, exported: Exported) -> str:
 
 def _coloured(run: Run, colour: str | None) -> tuple[str, tuple[str, ...], np.ndarray]:
     """The name, the labels and each item's label."""
-    items = Dataset(run.config.data.dataset).items
+    items = Dataset.of(run.config.data).items
     if colour is None:
         colour = next(
             (each.reads for each in run.config.item if each.kind == "category" and items.has(each.reads)), None
@@ -382,7 +383,7 @@ def _coloured(run: Run, colour: str | None) -> tuple[str, tuple[str, ...], np.nd
 def _users(run: Run, exported: Exported | None) -> str:
     if exported is None or not len(exported.user_QD):
         return _missing("There are no vectors of users yet", "export", run)
-    dataset = Dataset(run.config.data.dataset)
+    dataset = Dataset.of(run.config.data)
     split = dataset.split(exported.manifest["users_from"])
     chosen = np.unique(np.linspace(0, len(exported.user_QD) - 1, SHOWN_USERS).astype(int))
     ids = exported.user_ids.take(pa.array(chosen))
@@ -391,13 +392,13 @@ def _users(run: Run, exported: Exported | None) -> str:
     columns = [USER_ID, wanted, *([HISTORY] if split.has(HISTORY) else [])]
     for _, table in split.tables(columns):
         here = table.filter(pc.is_in(table[USER_ID], value_set=ids.cast(table.schema.field(USER_ID).type)))
-        for row in here.to_pylist():
+        for row in python_rows(here):
             if row[wanted] not in (None, []):  # of the others nothing is exported
                 rows.setdefault(row[USER_ID], []).append(row)
-    row_of = {item: row for row, item in enumerate(exported.item_ids.to_pylist())}
+    row_of = {item: row for row, item in enumerate(python_values(exported.item_ids))}
     cards = []
-    for user, user_id in zip(chosen, ids.to_pylist(), strict=True):
-        earlier = pc.sum(pc.equal(exported.user_ids.slice(0, user), user_id)).as_py() or 0
+    for user, exact_id, user_id in zip(chosen, ids, python_values(ids), strict=True):
+        earlier = pc.sum(pc.equal(exported.user_ids.slice(0, user), exact_id)).as_py() or 0
         row = rows[user_id][earlier]  # a user may stand in several rows
         history = [row_of[item] for item in row.get(HISTORY) or [] if item in row_of]
         next_ones = row[wanted] if isinstance(row[wanted], list) else [row[wanted]]
@@ -424,7 +425,7 @@ def _words(items: Split, rows: Sequence[int]) -> list[str]:
         inside = [row for row in dict.fromkeys(rows) if 0 <= row - group.first_row < group.num_rows]
         if inside:
             table = items.read(group, list(items.columns)).take(pa.array([row - group.first_row for row in inside]))
-            found.update(zip(inside, (escape(in_words(about)) for about in table.to_pylist()), strict=True))
+            found.update(zip(inside, (escape(in_words(about)) for about in python_rows(table)), strict=True))
     return [found[row] for row in rows]
 
 

@@ -20,7 +20,7 @@ from trec_twotower.config import (
 )
 from trec_twotower.data.cache_folder import CacheFolder
 from trec_twotower.data.coverage import OwnItems, own_items
-from trec_twotower.data.dataset import Dataset
+from trec_twotower.data.dataset import POSITIVES, Dataset
 from trec_twotower.data.features import Sources
 from trec_twotower.data.interactions import TrainBatches
 from trec_twotower.data.negatives import count_items
@@ -96,7 +96,7 @@ class Run:
     def sources(self, ranks: Ranks) -> Sources:
         """The run's dataset, seen with the statistics that were learned when it began (and are learned once only)."""
         generations = self.generations(ranks)
-        dataset = Dataset(self.config.data.dataset) if generations is None else generations.dataset()
+        dataset = Dataset.of(self.config.data) if generations is None else generations.dataset()
         # What a run that follows has learned, it learned from generation 0; later rows change nothing of it.
         first = dataset if generations is None else generations.dataset(0, 0)
         cache = CacheFolder.of(self.config.data)
@@ -112,11 +112,19 @@ class Run:
                         f"then {saved['fingerprint']}): bring that one back, or train into another run_dir."
                     )
                 return saved["numbers"]
+            if self.config.data.cache is not None:
+                assert cache.root  # which raises ConfigError before anything is written
             learned = Sources(first, self.config.feature_schema, self.config.data.rows, cache=cache)
             if generations is None or len(generations.taken) == 1:
                 begun.append(learned)
             numbers = {name: asdict(statistics) for name, statistics in learned.statistics.items()}
             count_NI = count_items(learned, self.config.loss)
+            if not np.atleast_2d(count_NI)[0].any():
+                train = learned.dataset.train
+                raise DataError(
+                    f"{train.folder} has {train.num_rows:,} rows, but all their {POSITIVES!r} are empty or null, so "
+                    "there is nothing to learn: write what each user took."
+                )
             uncached = self.config.data.model_copy(update={"cache": None})
             TrainBatches(learned, uncached, self.config.loss, count_NI, share=(0, 1))  # raises what it has to
             # The data hold what the config wants of them: only now there is something to write.

@@ -102,7 +102,7 @@ def _with_dim(values: Any) -> Any:
 class TableSpec(Settings):
     """One embedding table, which any number of features may share."""
 
-    buckets: PositiveInt  # rows; ids are hashed into them
+    buckets: int = Field(ge=1, le=1 << 32)  # rows; ids are hashed into them
     dim: PositiveInt  # columns, a multiple of 4 (but of data_parallel); auto: by auto_dim
     hashes: Literal[1, 2] = 1  # 2: an id is the sum of two rows that two hashes choose, so that few ids share both
     sharding: ShardingKind = "auto"  # auto: the planner chooses
@@ -230,7 +230,7 @@ class FeatureSpec(Settings):
     kind: Kind
     column: str | None = None  # default: the feature's name
     table: str | None = None  # a table declared under `tables`, to share it
-    buckets: PositiveInt | None = None  # or a table of its own, with so many rows ...
+    buckets: int | None = Field(default=None, ge=1, le=1 << 32)  # or a table of its own, with so many rows ...
     # ... and columns, of a table a multiple of 4; auto: by auto_dim
     dim: PositiveInt | None = None
     hashes: Literal[1, 2] = 1  # of a table of its own, see TableSpec
@@ -266,7 +266,7 @@ class FeatureSpec(Settings):
     encoder: EncoderSpec | None = None  # sequence; default: the mean
     times: str | None = None  # sequence, bag: a column of lists as long, of rising seconds or timestamps
     actions: str | None = None  # sequence: a column of lists as long, of what was done: integers or strings ...
-    action_buckets: PositiveInt = 64  # ... hashed into so many
+    action_buckets: int = Field(default=64, ge=1, le=1 << 32)  # ... hashed into so many
     attributes: tuple[str, ...] = ()  # sequence: item features that are added to each step's vector
     delta: bool = False  # sequence: a second table, which starts at zero, is added to its table's vectors
 

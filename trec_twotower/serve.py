@@ -17,6 +17,7 @@ from trec_twotower.data.dataset import HISTORY, ITEM_ID, POSITIVES, USER_ID, Spl
 from trec_twotower.data.features import Sources
 from trec_twotower.data.lists import Lists, side_by_side
 from trec_twotower.data.transforms import Columns, key_lists, one_chunk
+from trec_twotower.data.words import python_value, python_values
 from trec_twotower.distributed import Ranks
 from trec_twotower.encode import encode
 from trec_twotower.encoder import load_whole
@@ -176,10 +177,10 @@ class Retriever:
         score_BK, item_row_BK = self._ranked(user_BD, k, seen, allowed, rules)
         found = item_row_BK[0][item_row_BK[0] >= 0]
         about = sources.catalogue.words(found)
-        ids = sources.catalogue.ids.take(pa.array(found)).to_pylist()
+        ids = python_values(sources.catalogue.ids.take(pa.array(found)))
         items = [Recommendation(*entry) for entry in zip(ids, score_BK[0][: len(found)].tolist(), about, strict=True)]
         newest = seen.values[::-1][:history_shown]
-        return Recommendations(table[USER_ID][0].as_py(), items, sources.catalogue.words(newest))
+        return Recommendations(python_value(table[USER_ID], 0), items, sources.catalogue.words(newest))
 
     def _ranked(
         self, user_BD: np.ndarray, k: int, seen: Lists, allowed: Allowed | None, rules: Rules | None

@@ -14,6 +14,7 @@ from trec_twotower.data.dataset import ITEM_ID, USER_ID, Split
 from trec_twotower.data.features import Sources
 from trec_twotower.data.held_out import HeldOut
 from trec_twotower.data.transforms import one_chunk
+from trec_twotower.data.words import python_values
 from trec_twotower.errors import ConfigError, nearest
 from trec_twotower.schema import Side
 
@@ -113,9 +114,9 @@ def parts_of(values: pa.Array) -> tuple[tuple[str, ...], np.ndarray]:
         part = np.where(known, np.searchsorted(inner, number, side="right"), len(labels))
         return (*labels, NONE), part.astype(np.int64)
     # Most frequent first; of equals in their order as text.
-    told = sorted(zip(distinct.field(0).to_pylist(), distinct.field(1).to_pylist(), strict=True),
-                  key=lambda pair: (-pair[1], str(pair[0])))[:MOST_VALUES]  # fmt: skip
-    chosen = pa.array([value for value, _ in told], values.type)
+    names, counts = map(python_values, distinct.flatten())
+    order = sorted(range(len(names)), key=lambda place: (-counts[place], str(names[place])))[:MOST_VALUES]
+    chosen = distinct.field(0).take(pa.array(order, pa.int64()))
     part_of = pc.index_in(values, value_set=chosen).fill_null(len(chosen)).to_numpy(zero_copy_only=False)
     part_of = np.where(values.is_null().to_numpy(zero_copy_only=False), len(chosen) + 1, part_of)
-    return (*(str(value) for value, _ in told), OTHERS, NONE), part_of.astype(np.int64)
+    return (*(str(names[place]) for place in order), OTHERS, NONE), part_of.astype(np.int64)

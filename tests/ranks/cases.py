@@ -81,7 +81,7 @@ class Work:
         for name, loss in LOSSES.items():
             cases[f"loss {name}"] = user_config(self.world, self.out / "runs" / f"loss-{name}", MIXED, loss=loss)
         for kind, lr in (("sgd", 0.5), ("rowwise_adagrad", 0.1)):
-            for plan in ("table_wise", "row_wise"):
+            for plan in PLANS if kind == "sgd" else ("table_wise", "row_wise"):
                 wanted = {
                     "loss": {**negatives(self.world), "log_q_estimate": "streaming" if kind == "sgd" else "exact"},
                     "train": {"optimizer": {"sparse": kind, "lr": lr}},

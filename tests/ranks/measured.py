@@ -26,7 +26,7 @@ from trec_twotower.data.transforms import Columns  # noqa: E402
 from trec_twotower.distributed import Ranks, start_ranks  # noqa: E402
 from trec_twotower.memory import resident_bytes  # noqa: E402
 from trec_twotower.optimizer import RunOptimizer, fuse_table_updates  # noqa: E402
-from trec_twotower.plan import OnlyTables, StepSize, bytes_of, exchange  # noqa: E402
+from trec_twotower.plan import OnlyTables, StepSize, bytes_of, exchange, exchange_of_towers  # noqa: E402
 from trec_twotower.sharding import placements  # noqa: E402
 from trec_twotower.train import build_model, towers  # noqa: E402
 
@@ -84,7 +84,7 @@ class Sent:
     def __enter__(self) -> Sent:
         self._real = {name: getattr(dist, name) for name in
                       ("all_to_all_single", "reduce_scatter", "reduce_scatter_tensor", "all_gather",
-                       "all_gather_into_tensor")}  # fmt: skip
+                       "all_gather_into_tensor", "all_reduce")}  # fmt: skip
         for name in self._real:
             setattr(dist, name, getattr(self, name))
         return self
@@ -116,6 +116,11 @@ class Sent:
         self._note(tensor, tensor.nbytes * (self.ranks.num_ranks - 1))
         return self._real["all_gather"](outputs, tensor, *args, **rest)
 
+    def all_reduce(self, tensor: Any, *args: Any, **rest: Any) -> Any:
+        """As in a ring: what is scattered as sums and then gathered."""
+        self._note(tensor, 2 * tensor.nbytes * (self.ranks.num_ranks - 1) / self.ranks.num_ranks)
+        return self._real["all_reduce"](tensor, *args, **rest)
+
     def all_gather_into_tensor(self, output: Any, input: Any, *args: Any, **rest: Any) -> Any:
         self._note(input, input.nbytes * (self.ranks.num_ranks - 1))
         return self._real["all_gather_into_tensor"](output, input, *args, **rest)
@@ -138,13 +143,25 @@ def sent_by(config: RunConfig, ranks: Ranks) -> dict[str, tuple[float, float]]:
         pooled = model.tables(batch.sparse).values()
         sent.phase = "gradients"
         pooled.sum().backward()
-    step = StepSize(40, dict(zip(config.feature_schema.keys(), (120.0, 25.0, 50.0), strict=True)), False)
+    step = StepSize(40, dict(zip(config.feature_schema.keys(), (120.0, 25.0, 50.0), strict=True)), False, 50.0)
     expected = exchange(config.feature_schema, placements(sharded.plan), step, ranks.num_ranks)
     measured = ranks.sum(np.array(list(sent.bytes.values()))) / ranks.num_ranks
     return {
         name: (sum(getattr(each, name) for each in expected.values()), float(value))
         for name, value in zip(sent.bytes, measured, strict=True)
     }
+
+
+def candidates_sent(config: RunConfig, ranks: Ranks) -> dict[str, tuple[float, float]]:
+    """The same of 50 candidates' vectors, which each rank has the half of (all, where it is alone)."""
+    share = 50 // ranks.num_ranks
+    vectors = torch.ones(share, config.model.vector_dim, requires_grad=True)
+    with Sent(ranks) as sent:
+        everyone = ranks.gather(vectors, [share] * ranks.num_ranks)
+        sent.phase = "gradients"
+        everyone.sum().backward()
+    expected = exchange_of_towers(config, StepSize(0, {}, False, 50.0), ranks.num_ranks)["(candidates)"]
+    return {name: (getattr(expected, name), value) for name, value in sent.bytes.items()}
 
 
 def main() -> None:
@@ -155,8 +172,9 @@ def main() -> None:
         for name, (sparse, kinds) in MEMORY.items():
             memory[name] = ranks.collect(memory_of(config_of(kinds, sparse, 400_000), ranks))
         sent = {name: sent_by(config_of(kinds, "sgd", 500), ranks) for name, kinds in SENT.items()}
+        candidates = candidates_sent(config_of(SENT["mixed"], "sgd", 500), ranks)
         if ranks.is_first:
-            Path(sys.argv[1]).write_text(json.dumps({"memory": memory, "sent": sent}))
+            Path(sys.argv[1]).write_text(json.dumps({"memory": memory, "sent": sent, "candidates": candidates}))
 
 
 if __name__ == "__main__":

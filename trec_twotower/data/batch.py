@@ -75,9 +75,9 @@ class Batch(Pipelineable):
     given_column_G: Tensor | None = None
     given_label_G: Tensor | None = None
     given_weight_G: Tensor | None = None
-    item_key_C: Tensor | None = None  # what tells a candidate from others in all steps (a fingerprint), where asked for
+    item_key_C: Tensor | None = None  # what tells a candidate from others in all steps (63 bits), where asked for
     listed_row_L: Tensor | None = None  # pairs of a row and the key of any item that is no negative of it, where asked
-    listed_key_L: Tensor | None = None  # for: candidates of earlier steps may be among them
+    listed_key_L: Tensor | None = None  # for: candidates of earlier steps may be among them; of a history ~fingerprint
     # Where there are sequences: the ids whose vectors are wanted one by one, each key's in one row, and how they lie.
     sequences: KeyedJaggedTensor | None = None
     listed: dict[str, Listed] = field(default_factory=dict)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from trec_twotower.config import DataConfig
+from trec_twotower.errors import ConfigError
 
 
 class CacheFolder:
@@ -31,9 +32,17 @@ class CacheFolder:
 
     @cached_property
     def root(self) -> Path:
-        """The folder itself; raises OSError where none can be made."""
+        """The folder itself; raises OSError where none can be made, ConfigError where the one given is none."""
         root = self._given or _user_cache()
-        root.mkdir(parents=True, exist_ok=True)
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError, PermissionError) as error:
+            if self._given is None:
+                raise
+            raise ConfigError(
+                f"data.cache is {root}, which is no folder and cannot be made one ({error.strerror}): name another, or "
+                "leave it out."
+            ) from None
         return root
 
     def place(self, facts: Mapping[str, Any]) -> Path:

@@ -12,7 +12,7 @@ from trec_twotower.data.batch import Candidates, Targets
 from trec_twotower.data.dataset import USER_ID
 from trec_twotower.data.examples import Examples
 from trec_twotower.data.features import Sources
-from trec_twotower.data.hashing import fingerprints
+from trec_twotower.data.hashing import fingerprints, mix_array
 from trec_twotower.data.item_lists import KeyedLists
 from trec_twotower.data.kernels import find_columns, mark_distinct
 from trec_twotower.data.lists import Lists, distinct
@@ -34,8 +34,8 @@ class CandidateSets:
         self.num_items = len(sources.catalogue)
         self.keeps_list = loss.negatives.queue > 0
         self.keeps_key = self.keeps_list or loss.log_q_estimate == "streaming"
-        has_fingerprints = masks_history or self.keeps_key
-        self.fingerprint_I = fingerprints(sources.catalogue.keys) if has_fingerprints else None
+        self.catalogue_keys = sources.catalogue.keys
+        self.fingerprint_I = fingerprints(self.catalogue_keys) if masks_history else None
         self.known: KeyedLists | None = None
         if loss.known is not None:
             self.known = KeyedLists.read(loss.known, USER_ID, "item_ids", sources, "loss.known", skips_unknown=True)
@@ -133,7 +133,7 @@ class CandidateSets:
         lists = [each for each in (mine.positives, mine.known, *own) if each is not None]
         pairs = [(each.rows, self._key(each.values)) for each in lists]
         if mine.history is not None:
-            pairs.append((mine.history.rows, mine.history.values.astype(np.int64)))
+            pairs.append((mine.history.rows, ~mine.history.values.astype(np.int64)))  # a fingerprint: see ItemQueue
         if self.known is not None:
             list_of_row = self._list_of_row(mine)
             has_list = np.flatnonzero(list_of_row >= 0)
@@ -148,9 +148,11 @@ class CandidateSets:
         return self.known.rows_of(mine.user_key)
 
     def _key(self, item_row: np.ndarray) -> np.ndarray:
-        """What tells items apart in all steps, and is the same when the catalogue has grown: int64."""
-        assert self.fingerprint_I is not None
-        return self.fingerprint_I[item_row].astype(np.int64)
+        """What tells items apart in all steps, and is the same when the catalogue has grown: 63 bits of their mix.
+
+        The low 32 of them are the item's fingerprint.
+        """
+        return (mix_array(self.catalogue_keys[item_row]) & np.uint64((1 << 63) - 1)).view(np.int64)
 
     def _distinct(self, item_rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Each catalogue row once, rising; and its place among them, or -1: this thread's array, to be wiped after use.

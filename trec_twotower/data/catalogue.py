@@ -33,6 +33,7 @@ from trec_twotower.data.transforms import (
     one_chunk,
     transform,
 )
+from trec_twotower.data.words import exact_array, python_rows, python_value
 from trec_twotower.errors import DataError
 from trec_twotower.schema import FeatureSpec, TableSpec, hash_parts
 
@@ -108,7 +109,7 @@ class Catalogue:
             inside = wanted[(wanted >= group.first_row) & (wanted < group.first_row + group.num_rows)]
             if inside.size:
                 table = self.split.read(group, list(self.split.columns))
-                taken = table.take(pa.array(inside - group.first_row)).to_pylist()
+                taken = python_rows(table.take(pa.array(inside - group.first_row)))
                 found.update(zip(inside.tolist(), taken, strict=True))
         return [found[row] for row in wanted.tolist()]
 
@@ -193,7 +194,7 @@ class _Hashing:
             return
         first, second = doubles[0].tolist()
         [group] = [group for group in self.split.row_groups if 0 <= first - group.first_row < group.num_rows]
-        name = self.split.read(group, [self.id_column])[self.id_column][first - group.first_row].as_py()
+        name = python_value(self.split.read(group, [self.id_column])[self.id_column], first - group.first_row)
         raise DataError(
             f"{self.split.folder}: {self.id_column} {name!r} stands in rows {first:,} and {second:,} "
             f"({len(doubles):,} such pairs): keep one row an id."
@@ -297,9 +298,9 @@ def check_side(features: list[FeatureSpec], split: Split) -> None:
 
 
 def find_id(ids: pa.Array, text: str) -> int | None:
-    """The row of an id that a person typed, or None."""
+    """The row of an id that a person typed, or None; bytes that are no UTF-8 stand in it as a shell has them."""
     try:
-        value = pa.scalar(text).cast(ids.type)
+        value = exact_array([text]).cast(ids.type)[0]
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
         return None
     row = pc.index(ids, value).as_py()

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,12 +17,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 
-from trec_twotower.config import read_yaml
+from trec_twotower.config import DataConfig, read_yaml
 from trec_twotower.data.hashing import is_id, is_text
 from trec_twotower.errors import ConfigError, DataError, nearest
 
 USER_ID, ITEM_ID, POSITIVES, HISTORY = "user_id", "item_id", "positives", "history"
 DESCRIPTION = "dataset.yaml"
+TRAIN, TRAIN_USERS = "train", "train_users"  # the folders of training rows: of either kind, of users beside events
 FOOTERS = 64  # kept of the files read last
 UNREADABLE = (OSError, pa.ArrowException, KeyError, UnicodeDecodeError)  # what pyarrow raises for damaged files
 
@@ -213,7 +215,8 @@ class Split:
 class Dataset:
     """The folder that `prepare`, or anything else that writes Parquet, has made.
 
-    `files` are, for some of its parts, the files that are meant, as Split takes them; so is `like`, for train/.
+    `files` are, for some of its parts, the files that are meant, as Split takes them; so is `like`, for train/. Without
+    `files` those of a part that dataset.yaml describes are the ones that it lists, but for a folder that `grows`.
     """
 
     def __init__(
@@ -221,9 +224,13 @@ class Dataset:
         folder: Path | str,
         files: Mapping[str, Mapping[str, int]] | None = None,
         like: Mapping[str, pa.DataType] | None = None,
+        *,
+        grows: bool = False,
     ) -> None:
         self.files = files
         self._like = like
+        self._grows = grows
+        self._train = TRAIN
         self.folder = folder = folder_of(folder)
         if not folder.is_dir():
             near = [path.name for path in folder.parent.iterdir()] if folder.parent.is_dir() else []
@@ -231,6 +238,25 @@ class Dataset:
         for name in ("train", "items"):
             if not (folder / name).is_dir():
                 raise DataError(f"{folder} is no dataset: it has no folder {name}/ (it needs train/ and items/).")
+
+    @classmethod
+    def of(cls, data: DataConfig) -> Dataset:
+        """The one that a config names, with all its files."""
+        return cls(data.dataset, grows=data.follow is not None).by(data.rows)
+
+    def by(self, rows: str) -> Dataset:
+        """The same, seen by event or by user: its training rows are those of train_users/ where that is so and there.
+
+        Of a folder that grows, those of train/.
+        """
+        is_apart = rows == "user" and self.files is None and not self._grows and self.has(TRAIN_USERS)
+        place = TRAIN_USERS if is_apart else TRAIN
+        if place == self._train:
+            return self
+        other = copy(self)
+        other._train = place
+        other.__dict__.pop("train", None)  # cached
+        return other
 
     @cached_property
     def train(self) -> Split:
@@ -260,12 +286,28 @@ class Dataset:
             parts = sorted(path.name for path in self.folder.iterdir() if path.is_dir())
             raise DataError(f"{self.folder} has no part {name!r}{nearest(name, parts)}.")
         files = None if self.files is None else self.files.get(name)
-        footers = {
-            Path(path).name: facts["footer"]
-            for path, facts in self._described_files.items()
-            if Path(path).parent.name == name and "footer" in facts
-        }
-        return Split(self.folder / name, name, files, self._like if name == "train" else None, footers)
+        place = self._train if name == TRAIN else name
+        described = {Path(path).name: facts for path, facts in self._described_files.items()
+                     if Path(path).parent.name == place}  # fmt: skip
+        if described and self.files is None and not self._grows:
+            self._check_files(place, set(described))
+        footers = {file: facts["footer"] for file, facts in described.items() if "footer" in facts}
+        return Split(self.folder / place, name, files, self._like if name == TRAIN else None, footers)
+
+    def _check_files(self, name: str, described: set[str]) -> None:
+        """Raises DataError where a part has other files than dataset.yaml lists of it."""
+        found = {path.name for path in (self.folder / name).glob("*.parquet")}
+        odd = [
+            f"{'has no' if is_lacking else 'also has'} {_few(files)}, {'' if is_lacking else 'un'}listed there"
+            for is_lacking, files in ((True, described - found), (False, found - described))
+            if files
+        ]
+        if odd:
+            raise DataError(
+                f"{self.folder / name} is not what {self.folder / DESCRIPTION} says: it {' and '.join(odd)}. Make the "
+                f"dataset again; or, where the files are as you want them, remove {DESCRIPTION} (of a folder that "
+                "grows, set data.follow)."
+            )
 
     @cached_property
     def description(self) -> dict[str, Any]:
@@ -312,6 +354,12 @@ class Dataset:
             raise DataError(
                 f"{split.folder}: column {column!r} is {split.columns[column]}, but ids are integers or text: cast it."
             )
+
+
+def _few(names: set[str]) -> str:
+    """Some names, or the first of them and how many others there are."""
+    first, *others = sorted(names)
+    return ", ".join([first, *others]) if len(others) < 3 else f"{first} and {len(others):,} other files"
 
 
 def widest(one: pa.DataType, other: pa.DataType) -> pa.DataType | None:
@@ -386,12 +434,32 @@ def rows_if_whole(path: Path) -> int | None:
         return None
 
 
+_LIBRARIES = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "abfs": "adlfs", "az": "adlfs", "hdfs": "pyarrow"}
+
+
 def folder_of(place: Path | str) -> Path:
-    """A folder of this machine, or behind a URL that fsspec knows (s3://..., gs://..., memory://...)."""
+    """A folder of this machine, or behind a URL that fsspec knows (s3://..., gs://..., memory://...).
+
+    Raises ConfigError for a scheme that is unknown, or whose library is not installed.
+    """
     if isinstance(place, str) and "://" in place:
         from upath import UPath
 
-        there: Any = UPath(place)  # has the face of a Path
+        scheme = place.partition("://")[0]
+        try:
+            there: Any = UPath(place)  # has the face of a Path
+            _ = there.fs
+        except ImportError as error:
+            library = _LIBRARIES.get(scheme)
+            mend = f"pip install {library}" if library else "install what that says"
+            raise ConfigError(
+                f"The dataset is {place}, but what reads {scheme}:// is not installed ({error}): {mend}."
+            ) from None
+        except ValueError:
+            raise ConfigError(
+                f"The dataset is {place}, but fsspec knows no {scheme}://{nearest(scheme, _LIBRARIES)}: name a folder, "
+                "or a URL of such a scheme."
+            ) from None
         return there
     return Path(place)
 

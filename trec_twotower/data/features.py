@@ -17,6 +17,7 @@ from trec_twotower.data.lists import Lists
 from trec_twotower.data.numbers import Statistics, learn_statistics
 from trec_twotower.data.transforms import Columns, numeric, one_chunk, transform
 from trec_twotower.data.vocabulary import make_vocabulary
+from trec_twotower.data.words import python_value
 from trec_twotower.errors import ConfigError, DataError, nearest
 from trec_twotower.schema import FeatureSpec, Schema, Side
 
@@ -46,7 +47,7 @@ class Sources:
         statistics: Mapping[str, Statistics] | None = None,
         cache: CacheFolder | None = None,
     ) -> None:
-        self.dataset = dataset
+        self.dataset = dataset = dataset.by(rows)
         self.schema = schema
         self.rows = rows
         self.cache = cache
@@ -136,9 +137,10 @@ class Sources:
         train = self.dataset.train
         wanted, other = (POSITIVES, "event") if self.rows == "user" else (ITEM_ID, "user")
         if not train.has(wanted):
+            beside = " (or train_users/ beside it, as `prepare ... rows=both` does)" if self.rows == "user" else ""
             raise ConfigError(
                 f"data.rows is {self.rows!r}, which needs the column {wanted!r} in {train.folder}, but its columns are "
-                f"{', '.join(train.columns)}: set data.rows: {other}, or write {wanted!r}."
+                f"{', '.join(train.columns)}: set data.rows: {other}, or write {wanted!r}{beside}."
             )
 
     def learn(self) -> dict[str, Statistics]:
@@ -189,8 +191,8 @@ class Sources:
         if (rows < 0).any():
             first = int(np.flatnonzero(rows < 0)[0])
             raise DataError(
-                f"{where}: user {ids[first].as_py()!r} is not in {self.users.split.folder} ({int((rows < 0).sum()):,} "
-                "rows name such users): write a row for each user there."
+                f"{where}: user {python_value(ids, first)!r} is not in {self.users.split.folder} "
+                f"({int((rows < 0).sum()):,} rows name such users): write a row for each user there."
             )
         return columns.beside(self.users.columns.take(rows))
 
@@ -245,7 +247,7 @@ class Sources:
         rows = self.catalogue.rows_of(ids, where)
         if (rows < 0).any():
             first = int(np.flatnonzero(rows < 0)[0])
-            raise self.unknown(ids[first].as_py(), int((rows < 0).sum()), where)
+            raise self.unknown(python_value(ids, first), int((rows < 0).sum()), where)
         return rows
 
     def unknown(self, item: object, count: int, where: str) -> DataError:
@@ -263,7 +265,7 @@ class Sources:
             if known_only:
                 return rows.where(~unknown)
             row = int(rows.rows[unknown][0])
-            item = lists.flatten().drop_null()[int(unknown.argmax())].as_py()
+            item = python_value(lists.flatten().drop_null(), int(unknown.argmax()))
             raise self.unknown(item, int(unknown.sum()), f"{where}, row {row:,}")
         return rows
 

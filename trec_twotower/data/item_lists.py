@@ -8,13 +8,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from trec_twotower.config import GivenConfig
+from trec_twotower.config import GRADUAL, GivenConfig, LossConfig
 from trec_twotower.data.dataset import ITEM_ID, UNREADABLE, USER_ID, Split
 from trec_twotower.data.features import Sources
 from trec_twotower.data.hashing import id_keys, is_id, is_text
 from trec_twotower.data.lists import Lists
 from trec_twotower.data.probing import KeyTable
 from trec_twotower.data.transforms import check_weights, is_id_list, key_lists, one_chunk, with_weights
+from trec_twotower.data.words import python_value
 from trec_twotower.errors import ConfigError, DataError, nearest
 
 
@@ -36,17 +37,26 @@ def given_columns(given: GivenConfig) -> list[str]:
     return [name for name in (given.column, given.labels, given.weights) if name is not None]
 
 
-def read_given(sources: Sources, given: GivenConfig, table: pa.Table, where: str) -> tuple[Lists, Lists | None]:
+def read_given(sources: Sources, loss: LossConfig, table: pa.Table, where: str) -> tuple[Lists, Lists | None]:
     """The items that the rows of a table name beside their positives, and how much each of them weighs.
 
     Catalogue rows, with the labels as weights where there are some, and lists of float32 as long. Items outside the
-    catalogue are left out, or a DataError, as `given.unknown` says.
+    catalogue are left out, or a DataError, as `loss.given.unknown` says.
     """
+    given = loss.given
+    assert given is not None
     ids, place = one_chunk(table[given.column]), f"{where}, column {given.column!r}"
     keys = key_lists(ids, place)
     items = Lists(keys.offsets, sources.catalogue.rows_of_keys(keys.values))
     if given.labels is not None:
-        items = with_weights(items, ids, one_chunk(table[given.labels]), place, given.labels)
+        items = with_weights(items, ids, one_chunk(table[given.labels]), place, given.labels, "label")
+        assert items.weights is not None
+        if loss.kind in GRADUAL and (is_outside := (items.weights < 0) | (items.weights > 1)).any():
+            row, label = int(items.rows[is_outside][0]), items.weights[is_outside][0]
+            raise DataError(
+                f"{place}, row {row:,}: {given.labels!r} has the label {label:g}, but loss.kind {loss.kind} takes "
+                "labels from 0 to 1: divide them by the highest, or choose another kind."
+            )
     weights = None
     if given.weights is not None:
         weights = with_weights(items, ids, one_chunk(table[given.weights]), place, given.weights).weights
@@ -65,7 +75,7 @@ def read_given(sources: Sources, given: GivenConfig, table: pa.Table, where: str
 def _unknown(sources: Sources, items: Lists, ids: pa.Array, place: str, setting: str) -> DataError:
     is_unknown = items.values < 0
     row = int(items.rows[is_unknown][0])
-    item = ids.flatten().drop_null()[int(is_unknown.argmax())].as_py()
+    item = python_value(ids.flatten().drop_null(), int(is_unknown.argmax()))
     error = sources.unknown(item, int(is_unknown.sum()), f"{place}, row {row:,}")
     return DataError(f"{error} ({setting}: skip leaves out such items alone.)")
 
@@ -119,7 +129,7 @@ class KeyedLists:
         doubles = KeyTable(keys, slots).insert(0, len(keys))
         if len(doubles):
             first, second = doubles[0].tolist()
-            name = table[key][second].as_py()
+            name = python_value(table[key], second)
             raise DataError(
                 f"{path}: {key} {name!r} stands in rows {first:,} and {second:,}: keep one row with all its items."
             )

@@ -29,6 +29,7 @@ from trec_twotower.errors import ConfigError
 
 # Keep these draws apart from others of the same seed.
 _SAMPLED, _SAME_POSITIVE, _SAME_ITEM, _MINED, _REFRESHED = 0x6E6567, 0x73616D, 0x73616E, 0x6D696E, 0x726566
+_POPULAR = 0x706F70
 
 
 @dataclass(frozen=True)
@@ -107,14 +108,15 @@ class Evenly(Sampler):
 class ByPopularity(Sampler):
     """So many draws, an item that was taken n times in proportion to n ** power; one that never was as if once."""
 
-    def __init__(self, count: int, power: float, taken_I: np.ndarray, seed: int) -> None:
-        self.count, self.seed = count, seed
+    def __init__(self, count: int, power: float, taken_I: np.ndarray, seed: int, kind: int = _SAMPLED) -> None:
+        """`kind` keeps the draws apart from others of the same seed."""
+        self.count, self.seed, self.kind = count, seed, kind
         weight_I = np.maximum(taken_I, 1).astype(np.float64) ** power
         self.cumulative_I = np.cumsum(weight_I / weight_I.sum())
         self.expected_I = -count * _log_of_missing(weight_I / weight_I.sum())
 
     def draw(self, step: int, taken: np.ndarray) -> np.ndarray:
-        draw = uniform(_SAMPLED, self.seed, step, np.arange(self.count)) * self.cumulative_I[-1]
+        draw = uniform(self.kind, self.seed, step, np.arange(self.count)) * self.cumulative_I[-1]
         return np.searchsorted(self.cumulative_I, draw, side="right")
 
 
@@ -157,13 +159,28 @@ def _sampled(config: NegativesConfig, facts: Facts) -> Sampler | None:
     return Evenly(config.sampled, facts.num_items, facts.seed)
 
 
+def _popular(config: NegativesConfig, facts: Facts) -> Sampler | None:
+    if config.popular is None:
+        return None
+    if config.popular.count > facts.num_items:
+        raise ConfigError(
+            f"loss.negatives.popular.count is {config.popular.count:,}, but the catalogue has only "
+            f"{facts.num_items:,} items: set it to less."
+        )
+    return ByPopularity(config.popular.count, config.popular.power, facts.taken_I, facts.seed, _POPULAR)
+
+
 def _same(config: NegativesConfig, facts: Facts) -> Sampler | None:
     if config.same is None:
         return None
     return OfTheSameCategory(config.same.count, facts.catalogue_values(config.same.feature), facts.taken_I, facts.seed)
 
 
-SAMPLERS: dict[str, Callable[[NegativesConfig, Facts], Sampler | None]] = {"sampled": _sampled, "same": _same}
+SAMPLERS: dict[str, Callable[[NegativesConfig, Facts], Sampler | None]] = {
+    "sampled": _sampled,
+    "popular": _popular,
+    "same": _same,
+}
 
 
 # ---------------------------------------------------------------- against the row that names them
@@ -267,12 +284,12 @@ def share_of_lists(lists: Lists, share_L: np.ndarray, count: int, num_items: int
 class _RefusedItems:
     """Of how many rows each item is refused."""
 
-    def __init__(self, sources: Sources, given: GivenConfig) -> None:
-        self.sources, self.given = sources, given
+    def __init__(self, sources: Sources, loss: LossConfig, given: GivenConfig) -> None:
+        self.sources, self.loss = sources, loss
         self.columns = given_columns(given)
 
     def count(self, table: pa.Table, where: str, positives: Lists) -> np.ndarray:
-        items, _ = read_given(self.sources, self.given, table, where)
+        items, _ = read_given(self.sources, self.loss, table, where)
         if items.weights is not None:
             items = items.where(items.weights <= 0)
         num_items = len(self.sources.catalogue)
@@ -325,7 +342,7 @@ def count_items(sources: Sources, loss: LossConfig) -> np.ndarray:
         if word == "given":
             assert loss.given is not None
             check_given(sources.dataset.train, loss.given)
-            counters.append(_RefusedItems(sources, loss.given))
+            counters.append(_RefusedItems(sources, loss, loss.given))
         elif word == "mined":
             mined = loss.negatives.mined
             assert mined is not None
@@ -370,7 +387,8 @@ class Negatives:
             num_items, taken_I, data.batch_size, data.seed, lambda name: sources.catalogue.columns.sparse[name].values
         )
         is_by_user = data.rows == "user"
-        self._draws = taken_I.sum() / counted_rows * (1 - data.input_share if is_by_user else 1) * data.batch_size
+        draws = taken_I.sum() / counted_rows * (1 - data.input_share if is_by_user else 1) * data.batch_size
+        self._once = draws / max(taken_I.sum(), 1)  # positives that a step draws of an item, for each time it was taken
         self._key_share_I = share.get("key", taken_I / counted_rows)
         refresh = loss.negatives.refresh
         if refresh is not None and refresh.ranks[0] >= num_items:
@@ -388,6 +406,7 @@ class Negatives:
             self._lists.append(Mined(mined, read_mined(sources, mined), share_I, sources, facts))
         self.lists = list(self._lists)
         self.log_I = self._log()
+        self._check_queue()
 
     def refresh(self, lists: Lists, list_of_item: np.ndarray) -> None:
         """Let rows draw from these lists from now on, in place of those before."""
@@ -396,17 +415,30 @@ class Negatives:
         self.lists = [*self._lists, Refreshed(config, lists, list_of_item, self._key_share_I, self.facts)]
         self.log_I = self._log()
 
-    def _log(self) -> np.ndarray:
-        """Log of the chance that an item is among the candidates that stand against all rows: (I,) float32."""
+    def _check_queue(self) -> None:
+        """Raises ConfigError where the queue has no room for the candidates of one step."""
+        size = self.loss.negatives.queue
+        if size and size < (mean := float(-np.expm1(-self._expected()).sum())):
+            raise ConfigError(
+                f"loss.negatives.queue is {size:,}, but a step has some {mean:,.0f} candidates that would be kept: "
+                f"make room for those of several steps (such as {round(8 * mean):,}), or take queue out."
+            )
+
+    def _expected(self) -> np.ndarray:
+        """-log of the chance that an item is not among the candidates that stand against all rows: (I,)."""
         taken_I = self.facts.taken_I
-        once = self._draws / max(taken_I.sum(), 1)
-        expected_I = taken_I * once if self.loss.negatives.in_batch else np.zeros(len(taken_I))
+        expected_I = taken_I * self._once if self.loss.negatives.in_batch else np.zeros(len(taken_I))
         sources = [sampler.expected_I for sampler in self.samplers]
         sources += [lists.expected_I for lists in self.lists if lists.shared]
         for of_source_I in sources:
             expected_I = expected_I + of_source_I
+        return expected_I
+
+    def _log(self) -> np.ndarray:
+        """Log of the chance that an item is among the candidates that stand against all rows: (I,) float32."""
+        expected_I = self._expected()
         # A positive needs a finite correction even where its chance is nil, as with a count of 0.
-        expected_I = np.where(expected_I > 0, expected_I, once or 1.0)
+        expected_I = np.where(expected_I > 0, expected_I, self._once or 1.0)
         return np.log(-np.expm1(-expected_I)).astype(np.float32)
 
 

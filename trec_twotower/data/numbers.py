@@ -12,6 +12,7 @@ import pyarrow as pa
 
 from trec_twotower.data.hashing import id_keys, uniform
 from trec_twotower.data.lists import Lists
+from trec_twotower.data.words import exact_array
 from trec_twotower.errors import DataError
 from trec_twotower.schema import FeatureSpec
 
@@ -40,7 +41,7 @@ class Statistics:
     @cached_property
     def rows_of_words(self) -> tuple[np.ndarray, np.ndarray]:
         """The 64-bit keys of all words, rising, and the place of each among `words`."""
-        keys = id_keys(pa.array(self.words) if self.words else pa.array([], pa.string()), "the vocabulary")
+        keys = id_keys(exact_array(self.words), "the vocabulary")
         order = np.argsort(keys)
         return keys[order], order
 

@@ -209,7 +209,7 @@ class UnitReader:
         """Given items, their weights and users' keys, each where the loss asks for it."""
         items = weight = user_key = None
         if self.given is not None:
-            items, weight = read_given(self.sources, self.given, table, where)
+            items, weight = read_given(self.sources, self.loss, table, where)
         if self.keeps_user_key:
             user_key = id_keys(one_chunk(table[USER_ID]), f"{where}, column {USER_ID!r}")
         return items, weight, user_key

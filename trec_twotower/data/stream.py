@@ -143,7 +143,7 @@ class Generations:
     @classmethod
     def begin(cls, data: DataConfig) -> Generations:
         """Of one generation, all that is there; raises DataError where that is no whole batch, or nothing at all."""
-        Dataset(data.dataset)  # says what a folder lacks
+        Dataset.of(data)  # says what a folder lacks
         begun = cls(data.dataset, ()).with_new(data)
         if begun is None:
             wanted = f"{data.batch_size:,} rows (data.drop_last)" if data.drop_last else "a row"

@@ -16,6 +16,7 @@ import xxhash
 
 from trec_twotower.data.hashing import mix_array
 from trec_twotower.data.lists import Lists, offsets_of, side_by_side
+from trec_twotower.data.words import python_values
 from trec_twotower.errors import ConfigError
 from trec_twotower.schema import FeatureSpec
 
@@ -46,7 +47,7 @@ def text_keys(feature: FeatureSpec, array: pa.Array) -> Lists:
     which is no word. The first `max_length` words count.
     """
     encoded = array if pa.types.is_dictionary(array.type) else array.dictionary_encode()
-    texts = [words_of(text or "")[: feature.max_length] for text in encoded.dictionary.to_pylist()]
+    texts = [words_of(text or "")[: feature.max_length] for text in python_values(encoded.dictionary)]
     number: dict[str, int] = {}
     flat = np.array([number.setdefault(word, len(number)) for text in texts for word in text], np.int64)
     words = Lists(offsets_of([len(text) for text in texts]), flat)
@@ -166,7 +167,7 @@ def _tokenizer(folder: str) -> Any:
 def tokens(feature: FeatureSpec, array: pa.Array) -> Lists:
     """The first `max_length` tokens of each text, with the marks that its model wants (int32); of null none."""
     encoded = array if pa.types.is_dictionary(array.type) else array.dictionary_encode()
-    texts = [text or "" for text in encoded.dictionary.to_pylist()]
+    texts = [text or "" for text in python_values(encoded.dictionary)]
     found: list[list[int]] = []
     if texts:
         with _borrowed:

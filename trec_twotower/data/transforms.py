@@ -347,13 +347,19 @@ def _offsets(array: pa.Array) -> np.ndarray:
     return offsets - offsets[0]
 
 
-def with_weights(lists: Lists, ids: pa.Array, weights: pa.Array, where: str, column: str) -> Lists:
+def with_weights(
+    lists: Lists, ids: pa.Array, weights: pa.Array, where: str, column: str, what: str = "weight"
+) -> Lists:
     """`lists`, which were made of `ids`, with the numbers that stand beside these in another column, `column`."""
     check_weights(column, weights.type, where)
-    flat = beside(ids, weights, where, column, "weight")
+    flat = beside(ids, weights, where, column, what)
     values = flat.cast(pa.float32(), safe=False).to_numpy(zero_copy_only=False)
-    if not np.isfinite(values).all():
-        raise DataError(f"{where}: the weights in {column!r} hold null, NaN or infinity: write finite numbers.")
+    is_odd = ~np.isfinite(values)
+    if is_odd.any():
+        row = int(lists.rows[is_odd][0])
+        raise DataError(
+            f"{where}, row {row:,}: the {what}s in {column!r} hold null, NaN or infinity: write finite numbers."
+        )
     return Lists(lists.offsets, lists.values, values)
 
 

@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 
 from trec_twotower.data.hashing import id_keys
 from trec_twotower.data.numbers import Statistics
+from trec_twotower.data.words import EXACT, python_values
 from trec_twotower.errors import ConfigError
 from trec_twotower.schema import LEARNED, FeatureSpec
 
@@ -77,9 +78,9 @@ def make_vocabulary(feature: FeatureSpec, kind: pa.DataType, columns: Iterable[p
         return Statistics(words=tuple(words))
     counts: dict[Any, int] = {}
     for array in columns:
-        for entry in pc.value_counts(array.drop_null()):
-            word = entry["values"].as_py()
-            counts[word] = counts.get(word, 0) + entry["counts"].as_py()
+        found = pc.value_counts(array.drop_null())
+        for word, count in zip(python_values(found.field(0), EXACT), found.field(1).to_pylist(), strict=True):
+            counts[word] = counts.get(word, 0) + count
     kept = sorted((-count, word) for word, count in counts.items() if count >= feature.min_count)
     return Statistics(words=tuple(word for _, word in kept[:room]))
 

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from trec_twotower.errors import ConfigError
+from trec_twotower.data.hashing import mix_torch
 from trec_twotower.model.losses import Pairs, Relations
 
 NEVER = -(1 << 62)
+FINGERPRINT = (1 << 32) - 1  # the bits of a key that are the item's fingerprint
 
 
 class ItemQueue(nn.Module):
     """The last candidates that stood against all rows, in a ring of `size` places, the same on all ranks.
 
-    It holds whole steps alone, and an item once: as it was when it was last a candidate. With the step's own candidates
-    it makes up one set, of which an item is with probability 1 - (1 - p) ** (1 + steps held), if p is its probability
-    to be a candidate of one step.
+    It holds whole steps alone (of a step with more candidates than there are places, as many drawn evenly), and an item
+    once: as it was when it was last a candidate. With the step's own candidates it makes up one set, of which an item
+    is with probability 1 - (1 - p) ** (1 + steps held), if p is its probability to be a candidate of one step.
     """
 
     def __init__(self, size: int, dim: int, log_q: float, device: torch.device) -> None:
@@ -47,7 +49,7 @@ class ItemQueue(nn.Module):
         """The step's candidates with those of earlier steps behind them, and how all of them relate to the rows.
 
         An item that stands against all rows in this step counts as it is now. `listed` are the keys (as columns) that
-        are no negatives of a row.
+        are no negatives of a row; of items of histories ~fingerprint, which is negative, stands for the key.
         """
         is_whole_Q = self.first_Q >= self.count - self.size
         is_negative_C = relations.is_negative_C
@@ -78,7 +80,7 @@ class ItemQueue(nn.Module):
 
     @torch.no_grad()
     def push(self, item_CD: Tensor, key_C: Tensor, relations: Relations) -> None:
-        """Take in a step's candidates that stand against all rows; raises ConfigError where there is no room."""
+        """Take in a step's candidates that stand against all rows."""
         log_p_C = torch.zeros_like(item_CD[:, 0])
         if relations.log_q_C is not None and self.strength:
             log_p_C = relations.log_q_C / self.strength
@@ -88,11 +90,11 @@ class ItemQueue(nn.Module):
         else:
             vector_ND, key_N, log_p_N = parts
         count = len(key_N)
-        if count > self.size:
-            raise ConfigError(
-                f"loss.negatives.queue is {self.size:,}, but a step has {count:,} candidates: make room for those of "
-                f"several steps (such as {8 * count:,}), or take queue out."
-            )
+        if count > self.size:  # as many drawn evenly, the same on all ranks
+            kept = torch.argsort(mix_torch(key_N ^ mix_torch(self.count)))[: self.size]
+            vector_ND, key_N = vector_ND[kept], key_N[kept]
+            log_p_N = log_p_N[kept] + math.log(self.size / count)
+            count = self.size
         if not count:
             return
         self.key_Q.masked_fill_(torch.isin(self.key_Q, key_N), -1)
@@ -107,12 +109,22 @@ class ItemQueue(nn.Module):
 
 
 def _found(listed: Pairs, key_K: Tensor) -> tuple[Tensor, Tensor]:
-    """Of the pairs those whose key is one of `key_K` (rising): rows, and places there."""
+    """Of the pairs those whose key, or fingerprint, is one of `key_K` (rising): rows, and places there."""
     if not len(key_K):
         return listed.row_P[:0], listed.column_P[:0]
-    place = torch.searchsorted(key_K, listed.column_P).clamp_(max=len(key_K) - 1)
-    is_there = key_K[place] == listed.column_P
-    return listed.row_P[is_there], place[is_there]
+    is_key = listed.column_P >= 0
+    fingerprint_K, order_K = (key_K & FINGERPRINT).sort()
+    by_key = _places(listed.column_P[is_key], key_K)
+    by_fingerprint = _places(~listed.column_P[~is_key], fingerprint_K)
+    row = torch.cat([listed.row_P[is_key], listed.row_P[~is_key]])
+    place = torch.cat([by_key, torch.where(by_fingerprint < 0, by_fingerprint, order_K[by_fingerprint])])
+    return row[place >= 0], place[place >= 0]
+
+
+def _places(wanted_P: Tensor, rising_K: Tensor) -> Tensor:
+    """Where each stands among `rising_K`, -1: nowhere."""
+    place = torch.searchsorted(rising_K, wanted_P).clamp_(max=len(rising_K) - 1)
+    return torch.where(rising_K[place] == wanted_P, place, -1)
 
 
 def _at_least_once(log_p: Tensor, times: Tensor) -> Tensor:

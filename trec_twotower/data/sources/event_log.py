@@ -57,6 +57,7 @@ class LogOptions(SourceOptions):
 
     max_history: PositiveInt = 50  # newest items kept in a train row; valid and test rows keep all
     min_history: int = Field(0, ge=0)  # train rows with fewer earlier items are left out
+    rows: Literal["event", "both"] = "event"  # both: also train_users/, a row per user, for data.rows: user
     split: Literal["leave-last-out", "time"] = "leave-last-out"
     valid_from: Moment | None = None  # split = time: seconds, or a date such as 2024-05-31
     test_from: Moment | None = None

@@ -118,6 +118,18 @@ class Splits:
             history = piece.ids(piece.row, oldest[part], piece.now[row[part]])
             self._write("train", piece.table.take(row[part]).append_column("history", history))
         self.repeats_kept += int((piece.earliest < piece.row).sum())
+        if self.options.rows == "both":
+            self._write_users(piece, is_train)
+
+    def _write_users(self, piece: Piece, is_train: np.ndarray) -> None:
+        """A row per user: what it took in train, each item once, oldest first."""
+        positive = np.flatnonzero(is_train & (piece.earliest == piece.row))
+        count = np.bincount(piece.owner[positive], minlength=len(piece.starts) - 1)
+        user, offsets = np.flatnonzero(count), offsets_of(count)
+        for part in _parts(count[user]):
+            taken = piece.ids(positive, offsets[user[part]], offsets[user[part] + 1])
+            users = piece.table["user_id"].take(piece.starts[user[part]])
+            self.writer.write("train_users", pa.table({"user_id": users, "positives": taken}))
 
     def _write_held_out(
         self,

@@ -33,7 +33,7 @@ MANIFEST = "dataset.yaml"
 SCRATCH = "scratch"
 ROWS_PER_GROUP = 131_072
 ROWS_PER_PART = 32 * ROWS_PER_GROUP
-SPLITS = ("train", "valid", "test", "items", "users")
+SPLITS = ("train", "train_users", "valid", "test", "items", "users")
 
 _in_use: set[Path] = set()  # temporary folders of this process
 
@@ -80,7 +80,7 @@ class DatasetWriter:
         return self
 
     def write(self, split: str, table: pa.Table) -> None:
-        """Add rows to train, valid, test, items or users; all tables of a split have one schema."""
+        """Add rows to train, train_users, valid, test, items or users; all tables of a split have one schema."""
         assert split in SPLITS, split
         if split not in self._splits:
             self._splits[split] = _Split(self.temporary / split, self.rows_per_group, self.groups_per_part)
@@ -103,6 +103,8 @@ class DatasetWriter:
             shutil.rmtree(self.temporary / SCRATCH)
         written = [name for name in SPLITS if name in self._splits and self._splits[name].files]
         rows = {f"{name}_rows": self._rows(name) for name in ("train", "valid", "test")}
+        if "train_users" in written:
+            rows["train_users_rows"] = self._rows("train_users")
         manifest = {
             "format": FORMAT,
             "source": source,

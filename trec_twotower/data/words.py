@@ -1,0 +1,54 @@
+"""Arrow's values as Python's, also where text is not UTF-8: Parquet says it is, but nothing holds writers to it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import pyarrow as pa
+
+READABLE = "replace"  # for people: what is not UTF-8 becomes U+FFFD
+EXACT = "surrogateescape"  # to be turned back: every byte is kept
+
+
+def python_values(array: pa.Array | pa.ChunkedArray, errors: str = READABLE) -> list[Any]:
+    """`to_pylist` for all bytes that text may hold; `errors` as bytes.decode takes it."""
+    try:
+        return array.to_pylist()
+    except UnicodeDecodeError:
+        pass
+    if isinstance(array, pa.ChunkedArray):
+        return [value for chunk in array.chunks for value in python_values(chunk, errors)]
+    kind = array.type
+    if pa.types.is_dictionary(kind):
+        return python_values(array.dictionary_decode(), errors)
+    if pa.types.is_struct(kind):
+        fields = [python_values(part, errors) for part in array.flatten()]
+        names = [field.name for field in kind]
+        rows = zip(array.is_valid().to_pylist(), *fields, strict=True)
+        return [dict(zip(names, values, strict=True)) if is_valid else None for is_valid, *values in rows]
+    if pa.types.is_nested(kind):  # lists; of other kinds no column is read
+        return [None if not each.is_valid else python_values(each.values, errors) for each in array]
+    text = array.cast(pa.large_binary()).to_pylist()
+    return [None if each is None else each.decode(errors=errors) for each in text]
+
+
+def python_value(array: pa.Array | pa.ChunkedArray, row: int) -> Any:
+    """One value, for people to read."""
+    [value] = python_values(array.slice(row, 1))
+    return value
+
+
+def python_rows(table: pa.Table) -> list[dict[str, Any]]:
+    """`Table.to_pylist`, likewise."""
+    columns = [python_values(column) for column in table.columns]
+    return [dict(zip(table.column_names, row, strict=True)) for row in zip(*columns, strict=True)]
+
+
+def exact_array(words: Iterable[int | str]) -> pa.Array:
+    """Words that were read with EXACT, or integers, as the array that they came from."""
+    words = list(words)
+    if not words or not isinstance(words[0], str):
+        return pa.array(words, None if words else pa.string())
+    encoded = pa.array([str(word).encode(errors=EXACT) for word in words], pa.binary())
+    return pa.Array.from_buffers(pa.string(), len(encoded), encoded.buffers())
