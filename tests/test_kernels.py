@@ -58,6 +58,17 @@ def test_taken_lists_are_those_of_plain_python(rows, data):
         ]
 
 
+@given(st.lists(st.integers(0, 199), min_size=1, max_size=300))
+def test_marked_values_are_the_sorted_set_and_leave_the_bits_as_they_were(values):
+    bits, place_of = np.zeros(4, np.uint64), np.full(200, -1)
+    for dtype in (np.int32, np.int64):
+        out = np.zeros(len(values), np.int64)
+        count = kernels.mark_distinct(np.array(values, dtype), bits, out, place_of)
+        assert out[:count].tolist() == sorted(set(values)) and not bits.any()
+        assert place_of[out[:count]].tolist() == list(range(count)) and (place_of >= 0).sum() == count
+        place_of[:] = -1
+
+
 def test_a_read_only_or_strided_column_is_taken_as_any_other():
     """As memory-mapped files and slices of wider arrays are."""
     values = np.arange(20, dtype=np.int32)
@@ -128,15 +139,19 @@ def test_without_numba_every_kernel_does_the_same(plain, rng):
     runs = np.array([[3, 9], [9, 9], [20, 41]])
     calls["put_headers"] = (words, 4 * np.arange(300), np.zeros(1300, np.int32), np.zeros(300, np.int64))
     calls["put_lists"] = (words, 2, offsets, 60 * np.arange(len(offsets) - 1), np.zeros(900, np.int32))
-    calls["put_records"] = (words, starts, 10 * np.arange(90)[::-1], np.zeros(900, np.int32))
     parts = np.array([[0, 1, 0], [2, 2, 30]]), np.array([[0, 1, 100], [1, 2, -1]])
     calls["copy_rows"] = (words, starts, runs, 0, np.zeros((2, 28), np.int64), 4, *parts, np.zeros(900, np.int32))
     heaps, ends = np.arange(90, dtype=np.int32) ** 2 % 7, np.zeros((2, 8), np.int64)
     calls["count_values"] = (words, starts, 3, heaps, np.zeros((7, 2), np.int64))
+    places, copied = 10 * np.arange(90)[::-1], np.zeros(900, np.int32)
+    calls["put_records"] = (words, starts, places, copied, 3, heaps, np.zeros((7, 2), np.int64))
+    calls["put_lengths"] = (offsets, np.full(6, 9, np.int32))
+    calls["put_divisors"] = (offsets, True, np.float32(2), np.full(6, 9, np.float32))
+    calls["mark_distinct"] = (words, np.zeros(2, np.uint64), np.zeros(900, np.int64), np.full(70, -1))
     calls["deal"] = (heaps, 10 + np.arange(90), *ends, np.zeros(91, np.int64), np.zeros(90, np.int64))
     calls["count_before"] = (words.astype(np.uint16), np.array([0, 7, 7, 900]), np.zeros((4, 5), np.int64))
     names = {name for name, value in vars(plain).items() if callable(value) and name.islower()}
-    assert names - {"kernel", "partial", "copy_run", "mixed"} == set(calls)
+    assert names - {"kernel", "partial", "copy_run", "lowest_bit", "mixed"} == set(calls)
     for name, arguments in calls.items():
         ours, theirs = copy.deepcopy(arguments), copy.deepcopy(arguments)
         assert getattr(plain, name)(*ours) == getattr(kernels, name)(*theirs), name
