@@ -144,13 +144,13 @@ def test_settings_of_a_table_that_clash_are_refused(spec, said):
 
 @pytest.mark.parametrize("plan", ["auto", "table_wise", "row_wise"])
 def test_tables_that_fit_nowhere_are_a_mistake_in_the_config(plan):
-    """2^33 rows of 256 columns are 8,796,093 MB, a number a row 34,360 more.
+    """2^32 rows of 512 columns are 8,796,093 MB, a number a row 17,180 more.
 
     The planner's own error would be a page, and no ConfigError.
     """
     wanted = tables(plan)
-    wanted["item"] |= {"buckets": 2**33, "dim": 256}
-    said = "on 2 ranks: .* need 8,830,453 MB, of which 'item' 8,830,453 MB, and each rank has 100,000 MB of memory, of"
+    wanted["item"] |= {"buckets": 2**32, "dim": 512}
+    said = "on 2 ranks: .* need 8,813,273 MB, of which 'item' 8,813,273 MB, and each rank has 100,000 MB of memory, of"
     optimizer = {"optimizer": {"sparse": "rowwise_adagrad"}}
     with pytest.raises(ConfigError, match=said):
         planned(plan, 2, tables=wanted, train=optimizer, memory=RankMemory(100 * 10**9))

@@ -383,12 +383,15 @@ class ItemIndex:
         for name, digest in manifest["heads"].items():
             if mapped:
                 _check_head(folder / name, manifest["files"][name]["bytes"], digest)
+            usual = faiss.get_deserialization_vector_byte_limit()
             faiss.set_deserialization_vector_byte_limit(manifest["files"][name]["bytes"])  # no part exceeds the whole
             try:
                 wholes.append(faiss.read_index(str(folder / name), _how_to_map(manifest) if mapped else 0))
             except RuntimeError as error:
                 found = str(error).strip().splitlines()[-1]
                 raise DataError(f"{folder / name} is no index that FAISS reads ({found}): {MEND}") from None
+            finally:
+                faiss.set_deserialization_vector_byte_limit(usual)  # for whoever reads other indexes in this process
         report = IndexReport.read(manifest["report"])
         scanner = Scanner(wholes, device, report.refine_factor)
         if scanner.num_items != manifest["items"]:
