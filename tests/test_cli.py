@@ -111,7 +111,10 @@ def test_help_loads_neither_faiss_nor_torch():
         (["evaluate.k=[0]"], ["evaluate.k", "greater than 0"]),
         (["evaluate.best=recall@7"], ["'recall@7'", "nearest"]),
         (["model.item_tower.project=false"], ["project: false", "model.dim = 8"]),
-        (["index.factory=FooBar"], ["index.factory 'FooBar' is no index of dim 8 to FAISS", "such as IVF1024,SQfp16"]),
+        (
+            ["index.factory=FooBar"],
+            ["index.factory 'FooBar' is no index of dim 8 to FAISS (could not parse", "such as IVF1024,SQfp16"],
+        ),
         (["item.price.dim=6", "item.price.bins=3", "item.price.normalise=zscore"], ["'price'", "dim 6", "4 or 8"]),
         # what only the data can tell
         (["user.history.column=histori"], ["'histori'", "nearest: 'history'"]),

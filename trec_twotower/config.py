@@ -509,9 +509,7 @@ class IndexConfig(Settings):
     factory: str | None = None  # FAISS's own words for an index, such as IVF1024,SQfp16; default: by the above
     lists: PositiveInt | None = None  # default: by the size of the catalogue
     shards: PositiveInt | None = None  # indexes that share the items; default: by their size
-    max_train_vectors: PositiveInt | None = (
-        None  # at most, which bounds lists; default: 48 a list, and 65,536 for codes
-    )
+    max_train_vectors: PositiveInt | None = None  # which bounds lists; default: 48 a list, and 65,536 for codes
     tune_users: PositiveInt = 4096
     seed: Seed = 0
     device: Literal["auto", "cpu", "gpu"] = "auto"

@@ -68,13 +68,16 @@ def fuse_table_updates(model: nn.Module, config: OptimizerConfig) -> None:
 
 def state_bytes(weight: nn.Parameter, rows: int, columns: int) -> int:
     """Of what the update of this table (`fuse_table_updates`) keeps for a shard of so many rows and columns."""
-    per_weight, per_row = _STATES[weight._optimizer_classes[0]]
-    return 4 * rows * (per_weight * columns + per_row)
+    return _state_bytes(weight._optimizer_classes[0], rows, columns)
 
 
 def table_state_bytes(config: OptimizerConfig, rows: int, columns: int) -> int:
     """The same, of a config."""
-    per_weight, per_row = _STATES[_TABLE_OPTIMIZERS[config.sparse]]
+    return _state_bytes(_TABLE_OPTIMIZERS[config.sparse], rows, columns)
+
+
+def _state_bytes(kind: type[torch.optim.Optimizer], rows: int, columns: int) -> int:
+    per_weight, per_row = _STATES[kind]
     return 4 * rows * (per_weight * columns + per_row)
 
 

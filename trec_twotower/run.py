@@ -112,8 +112,7 @@ class Run:
                         f"then {saved['fingerprint']}): bring that one back, or train into another run_dir."
                     )
                 return saved["numbers"]
-            if self.config.data.cache is not None:
-                assert cache.root  # which raises ConfigError before anything is written
+            cache.check()
             learned = Sources(first, self.config.feature_schema, self.config.data.rows, cache=cache)
             if generations is None or len(generations.taken) == 1:
                 begun.append(learned)

@@ -39,11 +39,21 @@ class CacheFolder:
         except (FileExistsError, NotADirectoryError, PermissionError) as error:
             if self._given is None:
                 raise
-            raise ConfigError(
-                f"data.cache is {root}, which is no folder and cannot be made one ({error.strerror}): name another, or "
-                "leave it out."
-            ) from None
+            raise self._no_folder(str(error.strerror)) from None
         return root
+
+    def check(self) -> None:
+        """Raises ConfigError where the folder given is none and cannot be made one; makes none."""
+        if self._given is not None:
+            there = next(place for place in (self._given, *self._given.absolute().parents) if place.exists())
+            if not there.is_dir():
+                raise self._no_folder(f"{there} is a file")
+
+    def _no_folder(self, why: str) -> ConfigError:
+        return ConfigError(
+            f"data.cache is {self._given}, which is no folder and cannot be made one ({why}): name another, or leave "
+            "it out."
+        )
 
     def place(self, facts: Mapping[str, Any]) -> Path:
         """The folder of what is made from these facts: everything that its content depends on."""

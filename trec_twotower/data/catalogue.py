@@ -101,6 +101,11 @@ class Catalogue:
         keys = key_lists(lists, where)
         return Lists(keys.offsets, self.rows_of_keys(keys.values))
 
+    def row(self, row: int, columns: list[str]) -> pa.Table:
+        """What the files say of one row in these columns."""
+        group = next(each for each in self.split.row_groups if row < each.first_row + each.num_rows)
+        return self.split.read(group, columns).slice(row - group.first_row, 1)
+
     def words(self, rows: np.ndarray) -> list[dict[str, Any]]:
         """Everything the files say of these rows, for people to read."""
         wanted = np.asarray(rows)

@@ -213,11 +213,14 @@ class Sources:
             columns = columns.beside(users.columns.take(np.array([row])))
         if not anew:
             return columns
-        wanted = {name for each in anew for name in each.all_columns}
-        known = users.words(np.array([row]))[0] if row >= 0 and not wanted <= told.keys() else {}
+        others = sorted({name for each in anew for name in each.all_columns} - told.keys())
         kinds = users.split.columns
-        whole = {name: told.get(name, pa.array([known.get(name)], kinds[name])) for name in sorted(wanted)}
-        made = transform(anew, self.schema.tables, self._statistics_of("user"), pa.table(whole), where)
+        if row < 0:
+            kept = pa.table({name: pa.nulls(1, kinds[name]) for name in others})
+        else:
+            kept = users.row(row, others) if others else pa.table({})
+        whole = pa.table({**told, **{name: kept[name] for name in others}})
+        made = transform(anew, self.schema.tables, self._statistics_of("user"), whole, where)
         return columns.beside(made)
 
     def static_columns(self) -> list[str]:

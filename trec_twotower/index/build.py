@@ -35,6 +35,7 @@ from trec_twotower.index.engine import (
     as_vectors,
     check_same_dim,
     faiss,
+    reason_of,
     to_gpu,
     uses_gpu,
 )
@@ -171,9 +172,8 @@ def _template(dim: int, recipe: Recipe) -> Any:
     try:
         template = faiss.index_factory(dim, recipe.factory, faiss.METRIC_INNER_PRODUCT)
     except RuntimeError as error:
-        reason = str(error).split("Error: ")[-1].strip()
         raise ConfigError(
-            f"index.factory {recipe.factory!r} is no index of dim {dim} to FAISS ({reason}): "
+            f"index.factory {recipe.factory!r} is no index of dim {dim} to FAISS ({reason_of(error)}): "
             "write it as in FAISS's index_factory, such as IVF1024,SQfp16."
         ) from None
     base = Part(template).base
@@ -290,10 +290,9 @@ def _naming_the_factory(config: IndexConfig, num_trained: int) -> Iterator[None]
         yield
     except RuntimeError as error:
         asked = f"index.factory {config.factory!r}" if config.factory is not None else "This kind of index"
-        reason = str(error).split("Error: ")[-1].strip().splitlines()[-1]
         raise ConfigError(
-            f"{asked} cannot be learned of {num_trained:,} vectors ({reason}): take one that learns less, such as "
-            "Flat, SQfp16 or PQ16x4, or give it more items."
+            f"{asked} cannot be learned of {num_trained:,} vectors ({reason_of(error)}): take one that learns "
+            "less, such as Flat, SQfp16 or PQ16x4, or give it more items."
         ) from None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, Literal, Protocol
@@ -27,6 +28,12 @@ USER_BLOCK, ITEM_BLOCK = 256, 1 << 17  # exact search's matrix on a GPU: 128 MiB
 PIECE = 1 << 16  # items read, assigned and added at a time
 
 Device = Literal["auto", "cpu", "gpu"]
+
+
+def reason_of(error: RuntimeError) -> str:
+    """What FAISS says is wrong, without the place in its source that it names first."""
+    said = " ".join(str(error).split())
+    return re.sub(r"^Error in .*?\.\w+:\d+: (Error: )?", "", said)
 
 
 class Vectors(Protocol):

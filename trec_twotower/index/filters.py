@@ -55,7 +55,8 @@ class Allowed:
 class Race:
     """The first searches go by each way that might be the fastest in turn, the others by the one that was.
 
-    All ways answer alike, so that no search is made twice; what a way costs is that of this index on this machine.
+    Every way reaches the target recall, so that no search is made twice; what a way costs is that of this index on this
+    machine. Until it is decided, one user's answers may differ as much as an index's do from exact search.
     """
 
     def __init__(self, ways: Sequence[Way]) -> None:

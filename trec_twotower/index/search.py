@@ -15,7 +15,7 @@ import xxhash
 from trec_twotower.data.lists import Lists
 from trec_twotower.errors import ConfigError, DataError
 from trec_twotower.files import MANIFEST, new_folder, open_sealed, read_manifest, seal, verify_sealed
-from trec_twotower.index.engine import Device, as_vectors, faiss, merged
+from trec_twotower.index.engine import Device, as_vectors, faiss, merged, reason_of
 from trec_twotower.index.filters import Allowed, Race, Way, likely_ways, make_allowed, num_to_fetch
 from trec_twotower.index.list_scan import TOGETHER
 from trec_twotower.index.probing import Fit, fit_for
@@ -388,8 +388,7 @@ class ItemIndex:
             try:
                 wholes.append(faiss.read_index(str(folder / name), _how_to_map(manifest) if mapped else 0))
             except RuntimeError as error:
-                found = str(error).strip().splitlines()[-1]
-                raise DataError(f"{folder / name} is no index that FAISS reads ({found}): {MEND}") from None
+                raise DataError(f"{folder / name} is no index that FAISS reads ({reason_of(error)}): {MEND}") from None
             finally:
                 faiss.set_deserialization_vector_byte_limit(usual)  # for whoever reads other indexes in this process
         report = IndexReport.read(manifest["report"])

@@ -170,10 +170,7 @@ class Experts(nn.Module):
         return self.config.balance * count * (used_K / rows * self.weight_BK.sum(0)).sum() * share
 
     def figures(self, ranks: Ranks) -> dict[str, float]:
-        """Each expert's mean weight in the last batch of all ranks, which call together; 0 for one that `top` left out.
-
-        A row whose `top` leaves an expert out counts 0 for it, however near it came.
-        """
+        """Each expert's mean weight in the last batch of all ranks, which call together; `top` leaves others at 0."""
         return row_means([f"expert_{number}" for number in range(self.config.count)], self.used_BK, ranks)
 
 
