@@ -19,8 +19,10 @@ from trec_twotower.config import (
     TrainConfig,
     apply_overrides,
     as_values,
+    binding,
     check_same_run,
     config_hash,
+    differences,
     load_config,
     parse_overrides,
     parse_yaml,
@@ -269,6 +271,7 @@ def test_what_has_no_default_must_be_there(section):
         ("model.similarity=euclid", "'model.similarity' is 'euclid'"),
         ("loss.negatives.sampled=-1", "loss.negatives.sampled"),
         ("data.input_share=1", "'data.input_share' is 1"),
+        ("data={dataset: d, rows: user, input_share: 0}", "data.input_share is 0, so that all of a user's items"),
         ("data.seed=-1", "'data.seed' is -1"),
         ("data.seed=9223372036854775808", "'data.seed' is 9223372036854775808"),
         ("data.dataset=5", "'data.dataset' is 5"),
@@ -283,6 +286,7 @@ def test_what_has_no_default_must_be_there(section):
         ("evaluate.slices=[tial]", "evaluate.slices names 'tial' (nearest: 'tail'): give any of tail, popularity"),
         ("evaluate.slices=[item.]", "evaluate.slices names 'item.'"),
         ("data.batch_size=1", "in-batch negatives need at least 2 rows"),
+        ("model.user_tower.unit=[ages]", "names the feature 'ages' (nearest: 'age')"),
         ("model.user_tower.project=false", "its last width 10 must be model.dim = 64"),
         ("model.user_tower={combine: sum, crosses: 1}", "crosses wants the features side by side"),
         ("model.user_tower.short=[histori]", "names the feature 'histori' (nearest: 'history')"),
@@ -391,6 +395,7 @@ OTHER = {
     "model.user_tower.crosses": (2, True),
     "model.user_tower.short": (["history"], True),
     "model.user_tower.wide": (["history"], True),
+    "model.user_tower.unit": (["history"], True),
     "model.user_tower.missing": (["history"], True),
     "model.user_vector": ("gaussian", True),
     "model.similarity": ("dot", True),
@@ -482,6 +487,22 @@ def test_the_hash_changes_exactly_with_the_settings_that_bind_a_run(name):
     if name != "user.0.name":
         assert f"{shown} was " in str(caught.value) and f", now {value!r}" in str(caught.value)
         assert str(caught.value).count(" was ") == 1
+
+
+def test_a_setting_that_an_older_run_has_not_is_at_its_default_there():
+    """A run that was trained before there was such a setting goes on, but for one in which it is changed."""
+    bag = "{name: history, kind: bag, table: item, max_length: 50}"
+    new = binding(small(f"user=[{bag}]", "tables.item.seed=0", "loss.interests=null"))
+    for name in ("model.user_tower.unit", "user.history.pooling", "tables.item.seed", "train.optimizer.clip_norm"):
+        old = {key: value for key, value in new.items() if key != name}
+        assert len(old) == len(new) - 1
+        assert not differences(old, new)
+    changed = binding(small("model.user_tower.unit=[history]"))
+    old = {key: value for key, value in changed.items() if key != "model.user_tower.unit"}
+    assert differences(old, changed) == "model.user_tower.unit was None, now ['history']"
+    # Where the whole group was not there, its defaults are no defaults.
+    whole = {"train.start": None}
+    assert "train.start.at was None, now 'start'" in differences(whole, {"train.start.at": "start"})
 
 
 def test_the_page_on_training_shows_a_config_that_holds_and_every_setting_it_names_is_one():

@@ -432,6 +432,23 @@ def test_the_split_is_drawn_anew_each_epoch_and_by_seed(sources):
         assert sum(targets()[row] != other[row] for row in range(40)) > 30
 
 
+def test_with_no_share_of_input_all_items_are_asked_for(tmp_path, write_dataset):
+    positives = [[1, 2], [5], [1, 3, 4]] * 4
+    train = pa.table({"user_id": range(12), "positives": positives})
+    schema = Schema.build({"id": ID}, (ROW.model_copy(update={"name": "user_id"}),), (ITEM,))
+    folder = write_dataset(tmp_path / "d", items=pa.table({"item_id": [1, 2, 3, 4, 5]}), train=train)
+    made = epoch_of(batches_of(Sources(Dataset(folder), schema, "user"), batch_size=6, input_share=0))
+    targets = []
+    for batch in made:
+        items = items_of([batch])
+        pairs = zip(batch.positive_row_P.tolist(), batch.positive_column_P.tolist(), strict=True)
+        by_row: dict[int, list[int]] = {}
+        for row, column in pairs:
+            by_row.setdefault(row, []).append(items[column])
+        targets += [sorted(found) for found in by_row.values()]
+    assert sorted(targets) == sorted(positives)
+
+
 @pytest.mark.parametrize("share", [0.2, 0.5, 0.8])
 def test_the_share_of_input_is_near_its_setting(tmp_path, write_dataset, share):
     """Each item by itself, so over n items within five standard errors; users are long, so that few need a target."""

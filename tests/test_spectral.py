@@ -12,9 +12,9 @@ import torch
 
 from tests.ranks.launch import SAID_BY_TORCHREC
 from tests.ranks.worlds import EVENTS, ITEM_IDS, USERS
-from trec_twotower.config import RunConfig, SpectralStart, validate
+from trec_twotower.config import RunConfig, SpectralStart, as_values, validate
 from trec_twotower.errors import ConfigError, DataError
-from trec_twotower.spectral import Taken, spectral_tables
+from trec_twotower.spectral import Taken, spectral_tables, spread
 from trec_twotower.train import towers, train
 
 pytestmark = pytest.mark.filterwarnings(*SAID_BY_TORCHREC)
@@ -54,6 +54,17 @@ def test_it_is_what_a_whole_decomposition_gives(powers, rng, lone_rank):
     assert not history[3].any() and not item[3].any()
 
 
+@pytest.mark.parametrize("pooling", ["sum", "mean", "sqrtn"])
+def test_the_spread_is_that_of_all_scores_at_once(pooling, rng, lone_rank, monkeypatch):
+    matrix = (rng.random((60, 25)) < 0.2).astype(np.float64)
+    matrix[4] = 0  # a user who took nothing has scores of zero
+    history, item = (torch.from_numpy(rng.normal(0.2, 1, (25, 6)).astype(np.float32)) for _ in range(2))
+    pooled = matrix / np.maximum(matrix.sum(1, keepdims=True), 1) ** {"sum": 0, "mean": 1, "sqrtn": 0.5}[pooling]
+    expected = (pooled @ history.double().numpy() @ item.double().numpy().T).std()
+    monkeypatch.setattr("trec_twotower.spectral.BLOCK_ROWS", 7)
+    assert spread(taken_of(matrix), history, item, pooling, lone_rank) == pytest.approx(expected, rel=1e-5)
+
+
 def test_users_in_blocks_are_users_at_once(rng, lone_rank, monkeypatch):
     taken = taken_of((rng.random((50, 30)) < 0.2).astype(float))
     start = SpectralStart(history="history")
@@ -71,6 +82,7 @@ def test_two_ranks_make_what_one_makes(name, on_one_rank, on_two_ranks):
     }
     one, two = (results[0][f"spectral {name}"] for results in (on_one_rank, on_two_ranks))
     assert torch.allclose(one["scores"], two["scores"], atol=1e-4 * float(one["scores"].abs().max()))
+    assert one["spread"] == pytest.approx(two["spread"], rel=1e-4) and one["spread"] > 0
     for found in (one, two):
         assert found["users"] == len({user for user, _ in pairs})
         assert found["items"] == sorted(ITEM_IDS.index(item) for _, item in pairs)
@@ -135,6 +147,93 @@ def test_without_an_epoch_it_is_a_recommender_and_training_goes_on_from_it(write
     other = config(tmp_path / "data", tmp_path / "run", train={"start": {"history": "history", "item_power": 1.0}})
     with pytest.raises(ConfigError, match=r"train\.start\.item_power was 0\.4, now 1\.0"):
         train(other, lone_rank)
+
+
+def beside(dataset: Path, run_dir: Path, **changed: Any) -> RunConfig:
+    """The closed form, at the end, beside four columns that are trained under cosine."""
+    tower = {"project": False, "unit": ["own"]}
+    values: dict[str, Any] = {
+        "tables": {name: {"buckets": 128, "dim": 4, "hashing": "modulo"} for name in ("history", "item", "a", "b")},
+        "user": [
+            {"name": "history", "kind": "bag", "table": "history", "pooling": "sqrtn"},
+            {"name": "own", "column": "history", "kind": "bag", "table": "a", "pooling": "sqrtn"},
+        ],
+        "item": [
+            {"name": "own", "column": "item_id", "kind": "id", "table": "b"},
+            {"name": "item_id", "kind": "id", "table": "item"},
+        ],
+        "model": {"dim": 8, "similarity": "dot", "user_tower": tower, "item_tower": tower},
+        "train": {"epochs": 3, "start": {"history": "history", "at": "end", "spread": 0.25}},
+    }
+    return config(dataset, run_dir, **{**values, **changed})
+
+
+def test_at_the_end_it_stands_beside_what_was_trained(write_dataset, tmp_path, lone_rank, capsys):
+    """Trained columns as without it, its own as it makes them, scaled; cut short between the two, the same again."""
+    from trec_twotower.encode import encode_everywhere
+    from trec_twotower.evaluate import Evaluator
+    from trec_twotower.export import load_model
+    from trec_twotower.run import Run
+
+    wanted = beside(clusters(write_dataset, tmp_path / "data"), tmp_path / "run")
+    train(wanted, lone_rank)
+    assert "the closed form is set beside them: tables.embedding_bags.history.weight" in capsys.readouterr().out
+
+    def vectors(folder: Path) -> tuple[np.ndarray, np.ndarray]:
+        loaded = load_model(Run.open(folder), lone_rank)
+        evaluator = Evaluator.of(loaded.sources, "test", wanted.evaluate, lone_rank)
+        item_ID = encode_everywhere(loaded.model, "item", loaded.sources.catalogue.columns, lone_rank)
+        return np.asarray(evaluator.users(loaded.model)), np.asarray(item_ID)
+
+    user_BD, item_ID = vectors(tmp_path / "run")
+    user_trained, item_trained = vectors(tmp_path / "run" / "trained")
+    assert user_BD.shape == (40, 8) and user_trained.shape == (40, 4)
+    assert np.allclose(user_BD[:, 4:], user_trained, atol=1e-6) and np.allclose(item_ID[:, :4], item_trained, atol=1e-6)
+    assert np.allclose(np.square(item_trained).sum(1), 1, atol=1e-5)
+    sources = load_model(Run.open(tmp_path / "run"), lone_rank).sources
+    taken = Taken.read(sources, lone_rank)
+    matrix = np.zeros((taken.num_users, taken.num_items))
+    matrix[taken.user_P, taken.item_P] = 1
+    start = wanted.train.start
+    assert start is not None
+    closed = by_whole_decomposition(matrix, 4, start)  # of an item in the history and one that is scored
+    score = matrix / np.sqrt(3) @ closed
+    score *= 0.25 / score.std()
+    # The test's users come in the order of train's, and have taken the same three items.
+    assert np.allclose(user_BD[:, :4] @ item_ID[:, 4:].T, score, atol=2e-3)
+
+    before = beside(tmp_path / "data", tmp_path / "again").without_closed_form
+    train(before, lone_rank)  # as a run that was stopped there
+    again = beside(tmp_path / "data", tmp_path / "again")
+    train(again, lone_rank)
+    train(again, lone_rank)  # has nothing left to do
+    assert all(
+        np.array_equal(one, other) for one, other in zip(vectors(tmp_path / "again"), (user_BD, item_ID), strict=True)
+    )
+    longer = beside(tmp_path / "data", tmp_path / "again", train={**as_values(again.train), "epochs": 4})
+    with pytest.raises(ConfigError, match=r"was trained for 3 epochs before its closed form .* train\.epochs is 4"):
+        train(longer, lone_rank)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ({"similarity": "cosine"}, "model.similarity is cosine: set similarity: dot"),
+        ({"user_tower": {"mlp": [8], "project": False}}, "model.user_tower has mlp"),
+        ({"item_tower": {}}, "model.item_tower has project"),
+        ({"user_tower": {"project": False, "unit": ["history", "own"]}}, "names 'history' under drop, missing or unit"),
+    ],
+)
+def test_what_would_come_between_the_two_parts_is_said(model, message, tmp_path):
+    tower = {"project": False, "unit": ["own"]}
+    shown = {"dim": 8, "similarity": "dot", "user_tower": tower, "item_tower": tower, **model}
+    with pytest.raises(ConfigError, match=f"train.start.at is end, .*{message}"):
+        beside(tmp_path / "data", tmp_path / "run", model=shown)
+
+
+def test_a_closed_form_alone_has_nothing_to_stand_beside(tmp_path):
+    with pytest.raises(ConfigError, match="there is no other user feature to train"):
+        config(tmp_path / "data", tmp_path / "run", train={"start": {"history": "history", "at": "end"}})
 
 
 @pytest.mark.parametrize(

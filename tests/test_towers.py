@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,7 +11,7 @@ from torch import Tensor, nn
 
 from trec_twotower.config import ExpertsConfig, GatingConfig, TowerConfig
 from trec_twotower.distributed import Ranks
-from trec_twotower.model.parts import Crosses, Experts, FeatureDropout, FeatureGates, Missing, ShortLong
+from trec_twotower.model.parts import Crosses, Experts, FeatureDropout, FeatureGates, Missing, ShortLong, Unit
 from trec_twotower.model.tower import Tower
 
 WIDTHS = (2, 3, 2)
@@ -52,6 +54,23 @@ def test_what_is_zero_gets_a_learned_vector_and_still_learns(feature_BE):
     assert made.equal(expected)
     made.sum().backward()
     assert feature_BE.grad.equal(torch.ones(5, 7)) and part.vector_E.grad.equal(torch.ones(5))
+
+
+def test_some_features_together_have_length_one(feature_BE):
+    """And rows in which they are zero stay zero, with a gradient that is finite."""
+    feature_BE = feature_BE.clone()
+    feature_BE[1, :2] = feature_BE[1, 5:] = 0
+    feature_BE.requires_grad_()
+    vector_BE = Unit(WIDTHS, [0, 2])(feature_BE)
+    for row, found in zip(feature_BE.detach(), vector_BE.detach(), strict=True):
+        length = math.sqrt(sum(float(row[place]) ** 2 for place in (0, 1, *range(5, len(row)))))
+        for place in range(len(row)):
+            expected = float(row[place]) / (length or 1.0) if place < 2 or place >= 5 else float(row[place])
+            assert float(found[place]) == pytest.approx(expected, abs=1e-6)
+    vector_BE.sum().backward()
+    assert feature_BE.grad is not None and feature_BE.grad.isfinite().all()
+    every = Unit(WIDTHS, [0, 1, 2])(feature_BE.detach())
+    assert torch.allclose(every.square().sum(1), torch.ones(len(every)))
 
 
 def test_gates_start_at_one_and_equal_the_formula_written_out(feature_BE):

@@ -20,12 +20,13 @@ from pydantic import (
     PositiveFloat,
     PositiveInt,
     Tag,
+    TypeAdapter,
     ValidationError,
     model_validator,
 )
 
 from trec_twotower.errors import ConfigError, nearest
-from trec_twotower.schema import FeatureSpec, Schema, Seed, Settings, Side, TableSpec
+from trec_twotower.schema import HISTORY, FeatureSpec, Schema, Seed, Settings, Side, TableSpec
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -49,7 +50,8 @@ class DataConfig(Settings):
     batch_size: PositiveInt = 4096  # rows a step, over all ranks together
     seed: Seed = 0  # of the order, the split of a user's items and the samples
     shuffle_rows: PositiveInt = 1 << 19  # rows that are permuted together; memory grows with it
-    input_share: float = Field(default=0.5, gt=0, lt=1)  # rows: user - how much of a user's items is input
+    # rows: user - how much of a user's items is input; 0: all are asked for, as where users are known by their id.
+    input_share: float = Field(default=0.5, ge=0, lt=1)
     threads: NonNegativeInt = 1  # that read, hash and make batches ahead; 0: the trainer's own, in between
     prefetch: PositiveInt = 4  # batches made ahead of the trainer
     cache: Path | None = None  # a folder for hashed rows, which later epochs read in place of Parquet, and catalogues
@@ -101,6 +103,7 @@ class TowerConfig(Settings):
     # Of a feature: the share of rows in which it is zero in training, as it is of what is new.
     drop: dict[str, Annotated[float, Field(ge=0, lt=1)]] = Field(default_factory=dict)
     missing: tuple[str, ...] | None = None  # features with a learned vector where they are zero: dropped, or not there
+    unit: tuple[str, ...] = ()  # features that together have length 1 among the others, as each side has under cosine
     gating: GatingConfig | None = None  # a weight for each feature
     crosses: NonNegativeInt = 0  # learned crosses of the features (DCN-v2), one degree more each
     short: tuple[str, ...] = ()  # features of the short term, met with all others by a learned gate
@@ -416,8 +419,9 @@ GPU_OPTIMIZERS = ("adam", "partial_rowwise_adam", "lamb")  # of tables
 
 
 class SpectralStart(Settings):
-    """The closed form of spectral.py as the first weights of a history's table and of the item's."""
+    """The closed form of spectral.py as the weights of a history's table and of the item's."""
 
+    at: Literal["start", "end"] = "start"  # end: beside what all other features were trained to, without these two
     history: str  # the user's bag of items
     item: str = "item_id"  # the item's id
     user_power: NonNegativeFloat = 0.4  # how much users with many items count for less
@@ -425,6 +429,7 @@ class SpectralStart(Settings):
     history_power: NonNegativeFloat = 0.3  # how much less a popular item says of a user
     length_power: float = 0.3  # how much higher a popular item scores
     spectrum_power: NonNegativeFloat = 0.3  # weight of strong directions; 0: all alike
+    spread: PositiveFloat | None = None  # standard deviation of its scores, users by items; default: as it comes
     oversampling: PositiveInt = 64  # directions beyond the tables' dim that the search keeps
     iterations: PositiveInt = 2
 
@@ -525,6 +530,9 @@ class IndexConfig(Settings):
         return self
 
 
+TRAINED = "trained"  # in a run's folder: the run that was trained before a closed form was set beside it
+
+
 class RunConfig(Settings):
     """One run, whole: what `train` takes and every later stage finds beside the run's artefacts."""
 
@@ -563,7 +571,7 @@ class RunConfig(Settings):
                 )
             names = [feature.name for feature in schema.features(side)]
             missing, by = tower.missing or (), tower.gating.by if tower.gating else ()
-            for name in (*tower.drop, *tower.short, *tower.wide, *missing, *by):
+            for name in (*tower.drop, *tower.unit, *tower.short, *tower.wide, *missing, *by):
                 if name not in names:
                     raise ValueError(f"model.{side}_tower names the feature {name!r}{nearest(name, names)}.")
             for name in tower.wide:
@@ -585,6 +593,9 @@ class RunConfig(Settings):
                     f"{self.model.dim}: change the dims, or set project: true."
                 )
         self._user_vectors_fit(schema)
+        self._inputs_are_drawn(schema)
+        if self.ends_in_closed_form:
+            self._closed_form_stands_alone(schema)
         if self.data.follow is not None:
             for name in ("schedule", "dense_schedule"):
                 schedule = getattr(self.train.optimizer, name)
@@ -662,6 +673,63 @@ class RunConfig(Settings):
                     f"±{scale:.3g}: the tower learns to do without an id that is zero, but a new one would be noise; "
                     f"{own} init_scale: 0 under `tables`, and name {feature.name!r} under missing, too."
                 )
+
+    def _inputs_are_drawn(self, schema: Schema) -> None:
+        """Where all of a user's items are asked for, none is left to tell them by."""
+        if self.data.rows != "user" or self.data.input_share:
+            return
+        filled = {self.train.start.history} if self.train.start is not None and self.ends_in_closed_form else set()
+        for feature in schema.features("user"):
+            if feature.reads == HISTORY and feature.name not in filled:
+                raise ValueError(
+                    f"data.input_share is 0, so that all of a user's items are asked for, but user feature "
+                    f"{feature.name!r} is made of the rest, of which there is none: raise input_share, or take the "
+                    "feature out."
+                )
+
+    @property
+    def ends_in_closed_form(self) -> bool:
+        return self.train.start is not None and self.train.start.at == "end"
+
+    def _closed_form_stands_alone(self, schema: Schema) -> None:
+        """The two parts of a vector add up to a score only where nothing comes between."""
+        assert self.train.start is not None
+        closed = {"user": self.train.start.history, "item": self.train.start.item}
+        towers = {"user": self.model.user_tower, "item": self.model.item_tower}
+        wrong = {"data.follow is set": self.data.follow, "model.user_vector is set": self.model.user_vector,
+                 f"model.similarity is {self.model.similarity}": self.model.similarity != "dot"}  # fmt: skip
+        for side, tower in towers.items():
+            parts = ("project", "mlp", "gating", "crosses", "short", "experts")
+            between = {name: getattr(tower, name) for name in parts}
+            between["combine: sum"] = tower.combine == "sum"
+            wrong |= {f"model.{side}_tower has {name}": value for name, value in between.items()}
+            names = [feature.name for feature in schema.features("user" if side == "user" else "item")]
+            wrong[f"there is no other {side} feature to train"] = names == [closed[side]]
+            used = {*tower.drop, *(tower.missing or ()), *tower.unit}
+            wrong[f"model.{side}_tower names {closed[side]!r} under drop, missing or unit"] = closed[side] in used
+        for found, is_so in wrong.items():
+            if is_so:
+                raise ValueError(
+                    f"train.start.at is end, which sets a closed form beside what was trained, one dot product for "
+                    f"both, but {found}: set similarity: dot and project: false, with nothing after the features, or "
+                    "at: start."
+                )
+
+    @property
+    def without_closed_form(self) -> RunConfig:
+        """What is trained before the closed form is set beside it (`train.start.at: end`), in RUN/trained."""
+        start, schema = self.train.start, self.feature_schema
+        assert start is not None and self.run_dir is not None
+        user = tuple(feature for feature in self.user if feature.name != start.history)
+        item = tuple(feature for feature in self.item if feature.name != start.item)
+        left = {feature.table for feature in (*user, *item)}
+        [closed] = [feature for feature in schema.sparse("item") if feature.name == start.item]
+        values = as_values(self)
+        values["user"], values["item"] = [as_values(each) for each in user], [as_values(each) for each in item]
+        values["tables"] = {name: as_values(table) for name, table in self.tables.items() if name in left}
+        values["model"]["dim"] -= schema.table_of(closed).dim
+        values["train"]["start"], values["run_dir"] = None, str(self.run_dir / TRAINED)
+        return validate(RunConfig, values, "what is trained beside the closed form of train.start")
 
     def _user_vectors_fit(self, schema: Schema) -> None:
         """Several vectors of a user, and Gaussian ones."""
@@ -990,8 +1058,34 @@ def check_same_run(saved: RunConfig, given: RunConfig, run_dir: Path) -> None:
         )
 
 
+def _is_newer(name: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
+    """Whether `old` was written before there was such a setting, which `new` leaves at its default."""
+    parts = name.split(".")
+    is_named = parts[0] in ("user", "item", "tables")  # and then comes the name of a feature or table
+    if name in old or any(".".join(parts[:count]) in old for count in range(1 + is_named, len(parts))):
+        return False
+    if is_named:
+        del parts[1]
+    settings: Any = RunConfig
+    for part in parts[:-1]:
+        settings = _model_in(settings.model_fields[part].annotation) if part in settings.model_fields else None
+        if settings is None:
+            return False
+    field = settings.model_fields.get(parts[-1])
+    return (
+        field is not None
+        and not field.is_required()
+        and _as_in_yaml(field.get_default(call_default_factory=True)) == new[name]
+    )
+
+
+def _as_in_yaml(value: Any) -> Any:
+    """As as_values has it."""
+    return TypeAdapter(Any).dump_python(value, mode="json")
+
+
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     """The settings of `binding` that differ, in words; empty where none does."""
-    names = [name for name in sorted({*old, *new}) if old.get(name) != new.get(name)]
+    names = [name for name in sorted({*old, *new}) if old.get(name) != new.get(name) and not _is_newer(name, old, new)]
     shown = "; ".join(f"{name} was {old.get(name)!r}, now {new.get(name)!r}" for name in names[:8])
     return shown + (f" (and {len(names) - 8} more)" if len(names) > 8 else "")

@@ -11,13 +11,13 @@ import torch
 from torch import nn
 
 from trec_twotower.config import RunConfig
-from trec_twotower.data.dataset import HISTORY, POSITIVES, TRAIN_USERS, UNREADABLE, folder_of
+from trec_twotower.data.dataset import POSITIVES, TRAIN_USERS, UNREADABLE, folder_of
 from trec_twotower.distributed import Ranks
 from trec_twotower.errors import ConfigError, DataError
 from trec_twotower.model.embedding import build_lists, build_tables, table_parameters
 from trec_twotower.model.two_tower import TwoTower
 from trec_twotower.optimizer import check_optimizer, fuse_table_updates, state_bytes
-from trec_twotower.schema import FeatureSpec, Schema, Side, key, part_of
+from trec_twotower.schema import HISTORY, FeatureSpec, Schema, Side, key, part_of
 from trec_twotower.sharding import CACHE_SHARE, RankMemory, TablePlacement, make_plan, placements
 
 ASSUMED_WORDS, ASSUMED_PARTS = 8, 12  # of a text, and of a word where its characters count

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from matplotlib.figure import Figure
 
-from trec_twotower.data.dataset import HISTORY, ITEM_ID, POSITIVES, USER_ID, Dataset, Split
+from trec_twotower.data.dataset import ITEM_ID, POSITIVES, USER_ID, Dataset, Split
 from trec_twotower.data.words import python_rows, python_values
 from trec_twotower.errors import ConfigError, nearest
 from trec_twotower.evaluate import EXACT, NOT_SAMPLED, REACHABLE
@@ -26,6 +26,7 @@ from trec_twotower.files import MANIFEST, read_json, read_manifest, write_file
 from trec_twotower.index import ItemIndex, exact_search
 from trec_twotower.optimizer import table_state_bytes
 from trec_twotower.run import STATUS, Run
+from trec_twotower.schema import HISTORY
 from trec_twotower.serve import in_words
 from trec_twotower.slices import NONE, OTHERS, column_of, parts_of
 

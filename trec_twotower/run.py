@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from trec_twotower.config import (
+    TRAINED,
     RunConfig,
     as_values,
     check_same_run,
@@ -69,7 +70,7 @@ class Run:
                 if leftover.is_file():
                     leftover.unlink()
             if not (folder / CONFIG).is_file():
-                if folder.is_dir() and any(path.name != LOCK for path in folder.iterdir()):
+                if folder.is_dir() and any(path.name not in (LOCK, TRAINED) for path in folder.iterdir()):
                     raise ConfigError(f"{folder} is not empty and no run folder: name another with run_dir=...")
             elif any((folder / "checkpoints").glob(f"step-*/{MANIFEST}")):
                 check_same_run(cls.open(folder).config, config, folder)

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 Side = Literal["user", "item"]
 Kind = Literal["id", "category", "number", "bag", "cross", "time", "sequence", "text", "vector"]
 Kernel = Literal["fused", "fused_uvm", "fused_uvm_caching"]
+HISTORY = "history"  # the column of what a user took before
+Pooling = Literal["sum", "mean", "sqrtn"]
 ShardingKind = Literal["auto", "table_wise", "row_wise", "column_wise", "table_row_wise", "data_parallel"]
 Seed = Annotated[int, Field(ge=0, lt=1 << 63)]
 _OF_TABLES = ("table", "buckets", "dim", "hashes")
@@ -238,7 +240,7 @@ class FeatureSpec(Settings):
     min_count: PositiveInt = 1  # category, learned: what stands in fewer rows is unknown
     # bag, sequence: the newest (last) so many elements count; text: the first so many words, or tokens.
     max_length: PositiveInt | None = None
-    pooling: Literal["sum", "mean", "sqrtn"] = "mean"  # bag, text
+    pooling: Pooling = "mean"  # bag, text
     weights: str | None = None  # bag: a column of lists, as long as the ids' lists
     half_life_days: PositiveFloat | None = None  # bag: after which an element of `times` weighs half
     words: NonNegativeInt = 1  # text: runs of up to so many words; 0: no words

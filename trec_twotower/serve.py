@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 import torch
 
 from trec_twotower.data.catalogue import find_id
-from trec_twotower.data.dataset import HISTORY, ITEM_ID, POSITIVES, USER_ID, Split
+from trec_twotower.data.dataset import ITEM_ID, POSITIVES, USER_ID, Split
 from trec_twotower.data.features import Sources
 from trec_twotower.data.lists import Lists, side_by_side
 from trec_twotower.data.transforms import Columns, key_lists, one_chunk
@@ -26,6 +26,7 @@ from trec_twotower.export import LoadedModel, load_model
 from trec_twotower.index import Allowed, ItemIndex, mask_of
 from trec_twotower.rerank import Rules, apply_rules
 from trec_twotower.run import Run
+from trec_twotower.schema import HISTORY
 
 
 @dataclass(frozen=True)

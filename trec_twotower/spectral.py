@@ -34,7 +34,7 @@ from trec_twotower.data.transforms import one_chunk
 from trec_twotower.distributed import Ranks
 from trec_twotower.errors import ConfigError, DataError
 from trec_twotower.model.embedding import table_shards
-from trec_twotower.schema import FeatureSpec, Schema, Side
+from trec_twotower.schema import FeatureSpec, Pooling, Schema, Side
 
 BLOCK_ROWS = 1 << 16  # users whose products are held at a time
 
@@ -135,6 +135,28 @@ def spectral_tables(taken: Taken, dim: int, start: SpectralStart, seed: int, ran
     return _shared(history_ID, ranks), _shared(item_ID, ranks)
 
 
+def spread(taken: Taken, history_ID: Tensor, item_ID: Tensor, pooling: Pooling, ranks: Ranks) -> float:
+    """The standard deviation of all users' scores of all items; all ranks call together.
+
+    A user's vector is pooled of all he has taken. Of the users u and items v the mean of (u . v)^2 is the sum of the
+    products of E[u u^T] and E[v v^T], number by number, so that no score is computed.
+    """
+    dim = history_ID.shape[1]
+    power = {"mean": 1.0, "sqrtn": 0.5, "sum": 0.0}[pooling]
+    gram_DD, total_D = torch.zeros(dim, dim, dtype=torch.float64), torch.zeros(dim, dtype=torch.float64)
+    for user, item, count in taken.blocks():
+        scale = np.maximum(np.bincount(user, minlength=count), 1).astype(np.float32) ** -power
+        of_users = _sparse(user, item, scale[user], (count, taken.num_items)).to(history_ID.device)
+        user_UD = of_users @ history_ID
+        gram_DD += (user_UD.T @ user_UD).cpu()
+        total_D += user_UD.sum(0).cpu()
+    num_users = float(ranks.sum(np.array([taken.num_users]))[0])
+    user_DD, user_D = (torch.from_numpy(ranks.sum(each.numpy())) / num_users for each in (gram_DD, total_D))
+    item_DD = (item_ID.T @ item_ID).double().cpu() / len(item_ID)
+    mean = float(user_D @ item_ID.double().mean(0).cpu())
+    return max(float((user_DD * item_DD).sum()) - mean**2, 0.0) ** 0.5
+
+
 def start_spectral(
     model: nn.Module, schema: Schema, start: SpectralStart, sources: Sources, seed: int, ranks: Ranks
 ) -> None:
@@ -145,10 +167,12 @@ def start_spectral(
     check_start(schema, start)
     history, item = _feature(schema, "user", start.history), _feature(schema, "item", start.item)
     taken = ranks.together(lambda: Taken.read(sources, ranks))
-    tables = spectral_tables(taken, schema.table_of(history).dim, start, seed, ranks)
+    history_ID, item_ID = spectral_tables(taken, schema.table_of(history).dim, start, seed, ranks)
+    if start.spread is not None:
+        history_ID *= start.spread / max(spread(taken, history_ID, item_ID, history.pooling, ranks), 1e-30)
     ids = sources.catalogue.ids
     wanted = {}
-    for feature, vector_ID in zip((history, item), tables, strict=True):
+    for feature, vector_ID in zip((history, item), (history_ID, item_ID), strict=True):
         alone = feature.model_copy(update={"kind": "id", "max_length": None, "weights": None})
         row_I = alone.hash(ids, schema.tables[feature.table_name] if feature.table else None).to_numpy()
         wanted[feature.table_name] = torch.from_numpy(row_I.astype(np.int64)).to(ranks.device), vector_ID

@@ -26,7 +26,7 @@ from trec_twotower.distributed import Ranks
 from trec_twotower.errors import ConfigError, Stopped, TrainingError
 from trec_twotower.failures import Attempts, describe_step
 from trec_twotower.faults import fault_point
-from trec_twotower.files import write_json
+from trec_twotower.files import MANIFEST, write_json
 from trec_twotower.heartbeat import Heartbeat
 from trec_twotower.lock import RunLock
 from trec_twotower.memory import peak_resident_bytes, resident_bytes
@@ -89,6 +89,10 @@ def train(
         try:
             with StopSignals() as signals:
                 fault_point("start:locked")
+                if config.ends_in_closed_form:
+                    ranks.once(lambda: _check_epochs(config))
+                    before = config.without_closed_form
+                    init_from = _train(before, ranks, evaluate, init_from, neighbours, heartbeat, signals)
                 return _train(config, ranks, evaluate, init_from, neighbours, heartbeat, signals)
         finally:
             lock.release()
@@ -119,10 +123,11 @@ def _train(
         in_background=config.checkpoint.in_background,
     )
     progress = Progress(config, ranks, run, passes, checkpoints, heartbeat, signals)
-    if config.train.start is not None and init_from is None and checkpoints.newest() is None:
-        heartbeat.doing = "its spectral start"
-        start_spectral(model, config.feature_schema, config.train.start, sources, config.train.seed, ranks)
+    is_new = checkpoints.newest() is None
     progress.resume(model, optimizer, init_from)
+    if config.train.start is not None and is_new and (init_from is None or config.ends_in_closed_form):
+        heartbeat.doing = "its closed form"
+        start_spectral(model, config.feature_schema, config.train.start, sources, config.train.seed, ranks)
     progress.own_items = ranks.once(run.own_items)
     if progress.own_items is not None:
         progress.say(progress.own_items.in_words)
@@ -161,6 +166,18 @@ def _train(
     return run.folder
 
 
+def _check_epochs(config: RunConfig) -> None:
+    """Raises ConfigError where a closed form stands beside what was trained, which is now to be trained further."""
+    assert config.run_dir is not None
+    if any((config.run_dir / "checkpoints").glob(f"step-*/{MANIFEST}")):
+        had = Run.open(config.run_dir).config.train.epochs
+        if had != config.train.epochs:
+            raise ConfigError(
+                f"{config.run_dir} was trained for {had} epochs before its closed form was set beside it, now "
+                f"train.epochs is {config.train.epochs}: train in a folder of its own (run_dir=...)."
+            )
+
+
 def passes_of(run: Run, sources: Sources, ranks: Ranks) -> Passes:
     """The run's batches: of its dataset so many times over, or of a folder that grows."""
     config, on_gpu = run.config, ranks.device.type == "cuda"
@@ -170,7 +187,7 @@ def passes_of(run: Run, sources: Sources, ranks: Ranks) -> Passes:
         return Stream(generations, sources, config.data, config.loss, run.folder, ranks, pin_memory=on_gpu)
     share = (ranks.rank, ranks.num_ranks)
     batches = TrainBatches(sources, config.data, config.loss, run.counts(), share, pin_memory=on_gpu)
-    return Epochs(batches, config.train.epochs)
+    return Epochs(batches, 0 if config.ends_in_closed_form else config.train.epochs)
 
 
 class Measure:
@@ -267,7 +284,9 @@ class Progress:
             raise ConfigError(f"{path} has no weight that fits this model: {'; '.join(left[:5])}.")
         towers(model).forget()
         self.say(f"began with {len(took)} weights of {path}: {', '.join(took)}")
-        if left:
+        if self.config.ends_in_closed_form:
+            self.say(f"the closed form is set beside them: {', '.join(each.partition(' (')[0] for each in left)}")
+        elif left:
             self.say(f"left {len(left)} as they were drawn: {'; '.join(left)}")
 
     def waiting_for(self, batches: Iterator[Batch]) -> Iterator[Batch]:

@@ -37,7 +37,7 @@ from trec_twotower.model.two_tower import TwoTower  # noqa: E402
 from trec_twotower.optimizer import RunOptimizer  # noqa: E402
 from trec_twotower.schema import Schema  # noqa: E402
 from trec_twotower.sharding import make_plan, placements  # noqa: E402
-from trec_twotower.spectral import Taken, spectral_tables  # noqa: E402
+from trec_twotower.spectral import Taken, spectral_tables, spread  # noqa: E402
 
 warnings.filterwarnings("error", module=r"trec_twotower(\.|$)")
 
@@ -102,6 +102,7 @@ class Work:
             history_ID, item_ID = spectral_tables(taken, 5, SpectralStart(history="history"), 7, self.ranks)
             pairs = self.ranks.collect(list(zip(taken.user_P.tolist(), taken.item_P.tolist(), strict=True)))
             self.results[f"spectral {name}"] = {
+                "spread": spread(taken, history_ID, item_ID, "sqrtn", self.ranks),
                 "scores": history_ID @ item_ID.T,
                 "users": sum(self.ranks.collect(taken.num_users)),
                 "pairs": sum(map(len, pairs)),

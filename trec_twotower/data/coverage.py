@@ -8,13 +8,13 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from trec_twotower.data.dataset import HISTORY, ITEM_ID, POSITIVES, Split
+from trec_twotower.data.dataset import ITEM_ID, POSITIVES, Split
 from trec_twotower.data.features import Sources
 from trec_twotower.data.hashing import id_keys
 from trec_twotower.data.text import text_keys
 from trec_twotower.data.transforms import bucket, cross_keys, hashings, key_lists, one_chunk
 from trec_twotower.data.vocabulary import UNKNOWN_ROW, in_vocabulary
-from trec_twotower.schema import FeatureSpec, Side
+from trec_twotower.schema import HISTORY, FeatureSpec, Side
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from trec_twotower.config import DataConfig, read_yaml
 from trec_twotower.data.hashing import is_id, is_text
 from trec_twotower.errors import ConfigError, DataError, nearest
 
-USER_ID, ITEM_ID, POSITIVES, HISTORY = "user_id", "item_id", "positives", "history"
+USER_ID, ITEM_ID, POSITIVES = "user_id", "item_id", "positives"
 DESCRIPTION = "dataset.yaml"
 TRAIN, TRAIN_USERS = "train", "train_users"  # the folders of training rows: of either kind, of users beside events
 FOOTERS = 64  # kept of the files read last

@@ -12,14 +12,14 @@ import pyarrow as pa
 
 from trec_twotower.data.cache_folder import CacheFolder
 from trec_twotower.data.catalogue import Catalogue, check_side
-from trec_twotower.data.dataset import HISTORY, ITEM_ID, POSITIVES, USER_ID, Dataset, Split
+from trec_twotower.data.dataset import ITEM_ID, POSITIVES, USER_ID, Dataset, Split
 from trec_twotower.data.lists import Lists
 from trec_twotower.data.numbers import Statistics, learn_statistics
 from trec_twotower.data.transforms import Columns, numeric, one_chunk, transform
 from trec_twotower.data.vocabulary import make_vocabulary
 from trec_twotower.data.words import python_value
 from trec_twotower.errors import ConfigError, DataError, nearest
-from trec_twotower.schema import FeatureSpec, Schema, Side
+from trec_twotower.schema import HISTORY, FeatureSpec, Schema, Side
 
 
 class Counter(Protocol):

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from trec_twotower.data.dataset import HISTORY, ITEM_ID, POSITIVES, USER_ID
+from trec_twotower.data.dataset import ITEM_ID, POSITIVES, USER_ID
 from trec_twotower.data.features import Sources
 from trec_twotower.data.lists import Lists
 from trec_twotower.data.transforms import Columns, one_chunk
 from trec_twotower.errors import DataError
+from trec_twotower.schema import HISTORY
 
 
 @dataclass(frozen=True)

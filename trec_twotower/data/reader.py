@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from trec_twotower.config import DataConfig, LossConfig
 from trec_twotower.data.cache import Cache
-from trec_twotower.data.dataset import HISTORY, ITEM_ID, POSITIVES, USER_ID, RowGroup
+from trec_twotower.data.dataset import ITEM_ID, POSITIVES, USER_ID, RowGroup
 from trec_twotower.data.examples import Examples, RowItems
 from trec_twotower.data.features import Sources
 from trec_twotower.data.hashing import fingerprints, id_keys, uniform
@@ -27,7 +27,7 @@ from trec_twotower.data.order import Unit
 from trec_twotower.data.packed import Buffers, Packed, Packer
 from trec_twotower.data.transforms import beside, check_kind, key_lists, one_chunk
 from trec_twotower.errors import DataError
-from trec_twotower.schema import FeatureSpec, hash_parts
+from trec_twotower.schema import HISTORY, FeatureSpec, hash_parts
 
 WEIGHT = "weight"
 ITEM_PARTS = frozenset(field.name for field in fields(RowItems))

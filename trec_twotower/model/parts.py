@@ -91,6 +91,23 @@ class FeatureGates(nn.Module):
         return feature_BE * _spread(weight_BF, self.widths)
 
 
+class Unit(nn.Module):
+    """Some features, together, divided by their length; rows in which they are zero stay so."""
+
+    def __init__(self, widths: Sequence[int], places: Sequence[int]) -> None:
+        super().__init__()
+        self.widths, self.is_unit = list(widths), [number in places for number in range(len(widths))]
+
+    def forward(self, feature_BE: Tensor) -> Tensor:
+        if all(self.is_unit):
+            return F.normalize(feature_BE, dim=1)
+        parts = feature_BE.split(self.widths, dim=1)
+        chosen = torch.cat([part for part, is_unit in zip(parts, self.is_unit, strict=True) if is_unit], dim=1)
+        length_B1 = torch.linalg.vector_norm(chosen, dim=1, keepdim=True).clamp(min=1e-12)
+        scaled = [part / length_B1 if is_unit else part for part, is_unit in zip(parts, self.is_unit, strict=True)]
+        return torch.cat(scaled, dim=1)
+
+
 class Crosses(nn.Module):
     """x0 * (W x + b) + x, so many times over: products of features, of one degree more each (DCN-v2, Wang 2021)."""
 

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from trec_twotower.config import TowerConfig, TrainConfig
 from trec_twotower.data.batch import Listed
 from trec_twotower.distributed import Ranks
-from trec_twotower.model.parts import Crosses, Experts, FeatureDropout, FeatureGates, Missing, ShortLong, Summed
+from trec_twotower.model.parts import Crosses, Experts, FeatureDropout, FeatureGates, Missing, ShortLong, Summed, Unit
 
 
 class Tower(nn.Module):
@@ -41,6 +41,8 @@ class Tower(nn.Module):
             layers.append(FeatureDropout(widths, [by_place.get(number, 0.0) for number in range(len(widths))]))
         if config.missing:
             layers.append(Missing(widths, sorted({place(name) for name in config.missing})))
+        if config.unit:
+            layers.append(Unit(widths, sorted({place(name) for name in config.unit})))
         if config.gating is not None:
             layers.append(FeatureGates(widths, config.gating, sorted({place(name) for name in config.gating.by})))
         if config.crosses:
