@@ -267,6 +267,9 @@ SPLITS = {
                 "train.start.history_power=0.4", "train.start.length_power=0.4", "train.start.spectrum_power=0",
             ),
             "fast: gowalla_spectral.yaml": of_config("gowalla_spectral"),
+            "closed form, dim 1024": of_config(
+                "gowalla_spectral", "tables.history.dim=1024", "tables.item.dim=1024", "model.dim=1024"
+            ),
             "best: gowalla.yaml": of_config("gowalla"),
         },
         published=dict(_lines("""

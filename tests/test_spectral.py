@@ -215,6 +215,15 @@ def test_at_the_end_it_stands_beside_what_was_trained(write_dataset, tmp_path, l
         train(longer, lone_rank)
 
 
+def test_its_plan_has_all_tables_but_steps_of_what_is_trained(write_dataset, tmp_path):
+    from trec_twotower.plan import describe_plan
+
+    said = describe_plan(beside(clusters(write_dataset, tmp_path / "data"), tmp_path / "run"), 2)
+    tables, _, sent = said.partition("What a rank sends")
+    assert all(f"\n{name} " in tables for name in ("history", "item", "a", "b"))
+    assert [name for name in ("history", "item", "a", "b") if f"\n{name} " in sent] == ["a", "b"]
+
+
 @pytest.mark.parametrize(
     ("model", "message"),
     [

@@ -719,7 +719,7 @@ class RunConfig(Settings):
     def without_closed_form(self) -> RunConfig:
         """What is trained before the closed form is set beside it (`train.start.at: end`), in RUN/trained."""
         start, schema = self.train.start, self.feature_schema
-        assert start is not None and self.run_dir is not None
+        assert start is not None
         user = tuple(feature for feature in self.user if feature.name != start.history)
         item = tuple(feature for feature in self.item if feature.name != start.item)
         left = {feature.table for feature in (*user, *item)}
@@ -728,7 +728,8 @@ class RunConfig(Settings):
         values["user"], values["item"] = [as_values(each) for each in user], [as_values(each) for each in item]
         values["tables"] = {name: as_values(table) for name, table in self.tables.items() if name in left}
         values["model"]["dim"] -= schema.table_of(closed).dim
-        values["train"]["start"], values["run_dir"] = None, str(self.run_dir / TRAINED)
+        values["train"]["start"] = None
+        values["run_dir"] = None if self.run_dir is None else str(self.run_dir / TRAINED)
         return validate(RunConfig, values, "what is trained beside the closed form of train.start")
 
     def _user_vectors_fit(self, schema: Schema) -> None:

@@ -125,6 +125,9 @@ def _about_memory(model: OnlyTables, shards: list[TablePlacement], num_ranks: in
 
 
 def _about_exchange(config: RunConfig, shards: list[TablePlacement], num_ranks: int) -> list[str]:
+    if config.ends_in_closed_form:  # steps are of what is trained before that
+        config = config.without_closed_form
+        shards = [shard for shard in shards if shard.table in config.feature_schema.tables]
     step, source = step_size(config, num_ranks)
     sent = exchange(config.feature_schema, shards, step, num_ranks) | exchange_of_towers(config, step, num_ranks)
     lines = [
