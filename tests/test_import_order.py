@@ -14,7 +14,7 @@ PACKAGE = Path(trec_twotower.__file__).parent
 
 # A package stands where its __init__ does: behind its parts, which it may import.
 LAYERS = """
-    errors schema config files memory faults lock preemption distributed heartbeat
+    errors schema config files memory faults lock preemption shared_memory distributed heartbeat
     data data.kernels data.words data.hashing data.lists data.probing data.numbers data.times
     data.vocabulary data.vectors data.text data.transforms data.dataset
     data.cache_folder data.arrays data.catalogue data.features data.coverage data.held_out

@@ -6,6 +6,7 @@ import logging
 import os
 import pickle
 import signal
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -19,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
+from trec_twotower import shared_memory
 from trec_twotower.errors import ConfigError
 from trec_twotower.faults import fault_point
 from trec_twotower.preemption import end_with_launcher
@@ -30,13 +32,20 @@ class Ranks:
     """This process among the `num_ranks` of its job; a job of one needs no torchrun."""
 
     def __init__(
-        self, rank: int, num_ranks: int, device: torch.device, timeout_s: float = 300, store: dist.Store | None = None
+        self,
+        rank: int,
+        num_ranks: int,
+        device: torch.device,
+        timeout_s: float = 300,
+        store: dist.Store | None = None,
+        group: dist.ProcessGroup | None = None,
     ) -> None:
         self.rank = rank
         self.num_ranks = num_ranks
         self.device = device
         self.timeout_s = timeout_s  # for a collective, once the first step is done
         self.store = store  # where the ranks found each other
+        self.group = group  # for what every step exchanges; None: the default one
 
     @property
     def is_first(self) -> bool:
@@ -94,6 +103,8 @@ class Ranks:
     def is_under_way(self) -> None:
         """The first step is done: from here on a collective may take `timeout_s` and no longer."""
         _set_pg_timeout(timedelta(seconds=self.timeout_s))
+        if isinstance(self.group, shared_memory.SharedMemoryGroup):
+            self.group.exchange.set_timeout(self.timeout_s)
 
     def new_group(self) -> dist.ProcessGroup:
         """A group of all ranks for messages between CPUs that run beside others'."""
@@ -110,14 +121,14 @@ class Ranks:
         total = torch.from_numpy(np.asarray(values, dtype=np.float64).copy())
         if self.num_ranks > 1:
             total = total.to(self.device)
-            dist.all_reduce(total)
+            dist.all_reduce(total, group=self.group)
         return total.cpu().numpy()
 
     def mean(self, value: Tensor) -> float:
         """A scalar's mean over ranks."""
         total = value.detach().clone()
         if self.num_ranks > 1:
-            dist.all_reduce(total)
+            dist.all_reduce(total, group=self.group)
         return float(total) / self.num_ranks
 
     def sizes(self, count: int) -> list[int]:
@@ -126,7 +137,7 @@ class Ranks:
             return [count]
         mine = torch.tensor([count], device=self.device)
         everyone = [torch.empty_like(mine) for _ in range(self.num_ranks)]
-        dist.all_gather(everyone, mine)
+        dist.all_gather(everyone, mine, group=self.group)
         return [int(size) for size in everyone]
 
     def gather(self, rows: Tensor, sizes: list[int]) -> Tensor:
@@ -138,7 +149,7 @@ class Ranks:
             return rows
         longest = max(sizes)
         padded = torch.nn.functional.pad(rows, [0, 0] * (rows.dim() - 1) + [0, longest - rows.shape[0]])
-        everyone = _AllGather.apply(padded, self.rank, self.num_ranks)
+        everyone = _AllGather.apply(padded, self.num_ranks, self.group)
         if all(size == longest for size in sizes):
             return everyone
         return torch.cat([everyone[rank * longest : rank * longest + size] for rank, size in enumerate(sizes)])
@@ -170,17 +181,18 @@ class _AllGather(torch.autograd.Function):
     """all_gather whose backward adds up the gradients that all ranks have for a rank's rows."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, rank: int, num_ranks: int) -> Tensor:
-        ctx.rows = slice(rank * rows.shape[0], (rank + 1) * rows.shape[0])
-        everyone = [torch.empty_like(rows) for _ in range(num_ranks)]
-        dist.all_gather(everyone, rows.contiguous())
-        return torch.cat(everyone)
+    def forward(ctx: Any, rows: Tensor, num_ranks: int, group: dist.ProcessGroup | None) -> Tensor:
+        ctx.num_ranks, ctx.group = num_ranks, group
+        everyone = rows.new_empty(num_ranks * rows.shape[0], *rows.shape[1:])
+        dist.all_gather(list(everyone.chunk(num_ranks)), rows.contiguous(), group=group)
+        return everyone
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        total = gradients[0].contiguous().clone()
-        dist.all_reduce(total)
-        return total[ctx.rows], None, None
+        [gradient] = gradients
+        mine = gradient.new_empty(gradient.shape[0] // ctx.num_ranks, *gradient.shape[1:])
+        dist.reduce_scatter(mine, list(gradient.contiguous().chunk(ctx.num_ranks)), group=ctx.group)
+        return mine, None, None
 
 
 # What torchrec says through the root logger of tables that are not sharded, and of starts without torchrun.
@@ -233,9 +245,27 @@ def start_ranks(timeout_s: int = 300, threads: int = 0, first_timeout_s: int | N
         )
     fault_point("start:joined")
     try:
-        yield Ranks(rank, num_ranks, device, timeout_s, store)
+        yield Ranks(rank, num_ranks, device, timeout_s, store, _shared_memory(num_ranks, first_timeout_s))
     finally:
         dist.destroy_process_group()
+
+
+def _shared_memory(num_ranks: int, timeout_s: int) -> dist.ProcessGroup | None:
+    """A group of ranks that all compute on the CPUs of one Linux machine; None where they do not, or may not.
+
+    TREC_TWOTOWER_EXCHANGE=gloo in the environment says that they may not.
+    """
+    is_one_machine = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) == num_ranks
+    if num_ranks == 1 or not is_one_machine or torch.cuda.is_available() or sys.platform != "linux":
+        return None
+    is_refused = os.environ.get("TREC_TWOTOWER_EXCHANGE") == "gloo"
+    try:
+        shared_memory.check()
+    except OSError:
+        is_refused = True
+    refusals = torch.tensor(int(is_refused))
+    dist.all_reduce(refusals)
+    return None if refusals else shared_memory.new_group(timeout_s)
 
 
 @contextmanager

@@ -178,14 +178,15 @@ def exchange(schema: Schema, shards: list[TablePlacement], step: StepSize, num_r
 def exchange_of_towers(config: RunConfig, step: StepSize, num_ranks: int) -> dict[str, Exchange]:
     """What the candidates' vectors and the towers' weights cost a step in messages between ranks.
 
-    Every rank sends its share of the vectors to all others, and of their gradients all ranks make the sum: as in a
-    ring, twice (N - 1) / N of what is summed. So it is for the gradients of all weights that are in no table.
+    Every rank sends its share of the vectors to all others, and gets the sum of the gradients that they have for it:
+    (N - 1) / N of the vectors each. The gradients of all weights that are in no table are summed on all ranks: as in a
+    ring, twice (N - 1) / N of them.
     """
     away = (num_ranks - 1) / num_ranks
     vectors = step.candidates * config.model.vector_dim * VALUE_BYTES
     weights = num_dense_weights(config) * VALUE_BYTES
     return {
-        "(candidates)": Exchange(vectors=away * vectors, gradients=2 * away * vectors),
+        "(candidates)": Exchange(vectors=away * vectors, gradients=away * vectors),
         "(towers)": Exchange(gradients=2 * away * weights),
     }
 

@@ -107,7 +107,7 @@ class TableSpec(Settings):
     buckets: int = Field(ge=1, le=1 << 32)  # rows; ids are hashed into them
     dim: PositiveInt  # columns, a multiple of 4 (but of data_parallel); auto: by auto_dim
     hashes: Literal[1, 2] = 1  # 2: an id is the sum of two rows that two hashes choose, so that few ids share both
-    sharding: ShardingKind = "auto"  # auto: the planner chooses
+    sharding: ShardingKind = "auto"  # auto: the planner chooses; row_wise on CPUs of one machine
     shard_columns: PositiveInt | None = None  # column_wise: of each shard; default: dim / ranks or a little more
     # On GPU: fused_uvm keeps the table in host memory, fused_uvm_caching with a cache of it on the GPU.
     kernel: Kernel = "fused"

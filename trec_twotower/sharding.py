@@ -27,6 +27,9 @@ from trec_twotower.schema import Schema, TableSpec
 # What the planner may choose freely. Not column-wise: it gives each shard a row-wise Adagrad state of its own, and so
 # other updates than on one rank; that, and copies on every rank, only on request.
 AUTO = [ShardingType.TABLE_WISE.value, ShardingType.ROW_WISE.value]
+# On the CPUs of one machine what travels costs little, and ranks that wait for the one with the longest bags much: the
+# planner knows of no lengths. One kind for all also means one exchange of ids, and not one for each kind.
+SHARED = [ShardingType.ROW_WISE.value]
 FREE_SHARE = 0.05  # of a rank's memory, which the planner leaves for everything but the tables
 CACHE_SHARE = 0.2  # of a table's rows, which fused_uvm_caching keeps on the GPU where the config says nothing
 # torchrec tells of every step of its planner, at length.
@@ -106,6 +109,7 @@ def make_plan(
         memory = RankMemory.of(device, local_ranks)
     for name, spec in schema.tables.items():
         _check(name, spec, num_ranks, local_ranks, device)
+    choices = SHARED if device.type == "cpu" and local_ranks == num_ranks > 1 else AUTO
     topology = Topology(
         world_size=num_ranks,
         local_world_size=local_ranks,
@@ -116,7 +120,7 @@ def make_plan(
     planner = EmbeddingShardingPlanner(
         topology=topology,
         batch_size=batch_size,
-        constraints={name: _constraints(spec, num_ranks) for name, spec in schema.tables.items()},
+        constraints={name: _constraints(spec, num_ranks, choices) for name, spec in schema.tables.items()},
         storage_reservation=FixedPercentageStorageReservation(percentage=FREE_SHARE),
     )
     try:
@@ -125,9 +129,10 @@ def make_plan(
         raise _too_large(model, schema, num_ranks, device, memory, error) from None
 
 
-def _constraints(spec: TableSpec, num_ranks: int) -> ParameterConstraints:
+def _constraints(spec: TableSpec, num_ranks: int, choices: list[str]) -> ParameterConstraints:
     if spec.sharding == "auto":
-        kinds = [kind for kind in AUTO if kind != "row_wise" or _fills_all(spec.buckets, num_ranks)]
+        fills_all = _fills_all(spec.buckets, num_ranks)
+        kinds = [kind for kind in choices if kind != "row_wise" or fills_all] or [ShardingType.TABLE_WISE.value]
     else:
         kinds = [spec.sharding]
     is_cached = spec.kernel == "fused_uvm_caching"
@@ -215,7 +220,7 @@ def placements(plan: ShardingPlan) -> list[TablePlacement]:
 def shard(model: nn.Module, schema: Schema, ranks: Ranks, batch_size: int) -> DistributedModelParallel:
     """The model with its tables spread over the ranks and its other weights kept equal on all."""
     plan = make_plan(model, schema, ranks.num_ranks, ranks.device, batch_size)
-    group = dist.group.WORLD
+    group = ranks.group or dist.group.WORLD
     assert group is not None
     return DistributedModelParallel(
         model,
