@@ -243,9 +243,10 @@ def start_ranks(timeout_s: int = 300, threads: int = 0, first_timeout_s: int | N
             world_size=num_ranks,
             timeout=timedelta(seconds=first_timeout_s),
         )
-    fault_point("start:joined")
     try:
-        yield Ranks(rank, num_ranks, device, timeout_s, store, _shared_memory(num_ranks, first_timeout_s))
+        group = _shared_memory(num_ranks, first_timeout_s)
+        fault_point("start:joined")
+        yield Ranks(rank, num_ranks, device, timeout_s, store, group)
     finally:
         dist.destroy_process_group()
 

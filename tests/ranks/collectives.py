@@ -36,6 +36,10 @@ def all_of(ranks: Ranks, size: int, group: dist.ProcessGroup | None) -> Iterator
     slanted = drawn(3, size).T
     dist.all_reduce(slanted, group=group)
     yield "all_reduce of columns", slanted
+    same = drawn(1).expand(size)
+    whole = torch.empty(number * size)
+    single("all_gather_single", "all_gather_into_tensor")(whole, same, group=group)
+    yield "all_gather_single of one number", whole
     everyone = [torch.empty(size, 2) for _ in range(number)]
     dist.all_gather(everyone, drawn(size, 2), group=group)
     yield "all_gather", torch.cat(everyone)
