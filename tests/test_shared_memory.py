@@ -8,6 +8,8 @@ import sys
 import pytest
 
 from tests.ranks.launch import torchrun
+from trec_twotower.distributed import _shared_memory
+from trec_twotower.errors import ConfigError
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="Linux alone has the memory that is shared")
 
@@ -20,6 +22,14 @@ def test_collectives_give_what_gloos_give(num_ranks, tmp_path):
     found = json.loads((tmp_path / "out.json").read_text())
     assert found["different"] == [[]] * num_ranks
     assert len(set(found["sums"])) == 1
+
+
+def test_a_word_that_names_no_exchange_is_refused(monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setenv("TREC_TWOTOWER_EXCHANGE", "tcp")
+    with pytest.raises(ConfigError, match="TREC_TWOTOWER_EXCHANGE is 'tcp': set it to gloo, or unset it"):
+        _shared_memory(2, 1)
 
 
 @pytest.mark.parametrize(

@@ -215,6 +215,28 @@ def test_at_the_end_it_stands_beside_what_was_trained(write_dataset, tmp_path, l
         train(longer, lone_rank)
 
 
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"history": "clicks"}, "train.start.history is 'clicks', but the user features .* are: history, own"),
+        (
+            {"history": "history", "item": "brand"},
+            "train.start.item is 'brand', but the item features .* are: own, item_id",
+        ),
+    ],
+)
+def test_names_of_no_feature_are_said_before_anything_is_trained(wrong, message, write_dataset, tmp_path, lone_rank):
+    from trec_twotower.plan import describe_plan
+
+    start = {"epochs": 1, "start": {**wrong, "at": "end"}}
+    named = beside(clusters(write_dataset, tmp_path / "data"), tmp_path / "run", train=start)
+    with pytest.raises(ConfigError, match=message):
+        train(named, lone_rank)
+    with pytest.raises(ConfigError, match=message):
+        describe_plan(named, 2)
+    assert not (tmp_path / "run" / "trained").exists()
+
+
 def test_its_plan_has_all_tables_but_steps_of_what_is_trained(write_dataset, tmp_path):
     from trec_twotower.plan import describe_plan
 

@@ -259,7 +259,10 @@ def _shared_memory(num_ranks: int, timeout_s: int) -> dist.ProcessGroup | None:
     is_one_machine = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) == num_ranks
     if num_ranks == 1 or not is_one_machine or torch.cuda.is_available() or sys.platform != "linux":
         return None
-    is_refused = os.environ.get("TREC_TWOTOWER_EXCHANGE") == "gloo"
+    word = os.environ.get("TREC_TWOTOWER_EXCHANGE")
+    if word not in (None, "gloo"):
+        raise ConfigError(f"TREC_TWOTOWER_EXCHANGE is {word!r}: set it to gloo, or unset it.")
+    is_refused = word == "gloo"
     try:
         shared_memory.check()
     except OSError:

@@ -19,6 +19,7 @@ from trec_twotower.model.two_tower import TwoTower
 from trec_twotower.optimizer import check_optimizer, fuse_table_updates, state_bytes
 from trec_twotower.schema import HISTORY, FeatureSpec, Schema, Side, key, part_of
 from trec_twotower.sharding import CACHE_SHARE, RankMemory, TablePlacement, make_plan, placements
+from trec_twotower.spectral import check_start
 
 ASSUMED_WORDS, ASSUMED_PARTS = 8, 12  # of a text, and of a word where its characters count
 ASSUMED_IDS = 20  # of a bag, where neither the data nor max_length say how many
@@ -57,6 +58,8 @@ def describe_plan(config: RunConfig, num_ranks: int, gpu_gb: float | None = None
     if gpu_gb is not None:
         memory = RankMemory(memory.host, int(gpu_gb * 1e9))
     check_optimizer(config.train.optimizer, schema, device.type)
+    if config.train.start is not None:
+        check_start(schema, config.train.start)
     model = OnlyTables(schema)
     fuse_table_updates(model, config.train.optimizer)
     plan = make_plan(

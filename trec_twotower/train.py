@@ -90,6 +90,8 @@ def train(
             with StopSignals() as signals:
                 fault_point("start:locked")
                 if config.ends_in_closed_form:
+                    assert config.train.start is not None
+                    check_start(config.feature_schema, config.train.start)
                     ranks.once(lambda: _check_epochs(config))
                     before = config.without_closed_form
                     init_from = _train(before, ranks, evaluate, init_from, neighbours, heartbeat, signals)
