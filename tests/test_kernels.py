@@ -137,8 +137,16 @@ def test_without_numba_every_kernel_does_the_same(plain, rng):
     calls["find_columns"] = (*lists, np.array([3, -1, 1, 2, 0, 3, 3]), np.arange(-45, 45), *some)
     words, starts = np.arange(900, dtype=np.int32) % 5, 10 * np.arange(91)
     runs = np.array([[3, 9], [9, 9], [20, 41]])
-    calls["put_headers"] = (words, 4 * np.arange(300), np.zeros(1300, np.int32), np.zeros(300, np.int64))
-    calls["put_lists"] = (words, 2, offsets, 60 * np.arange(len(offsets) - 1), np.zeros(900, np.int32))
+    at = words.ctypes.data
+    fields = np.array([[at, 1], [at + 8, 2]]), np.array([[offsets.ctypes.data, at, 2, at + 4, 1]] * 2)
+    calls["measure_rows"] = (
+        fields[1],
+        5,
+        np.array([0, 2, 2, 1], np.int32),
+        np.zeros(4, np.int64),
+        np.ones((3, 2), int),
+    )
+    calls["put_rows"] = (*fields, np.array([500, 0, 30, 600]), np.zeros(950, np.int32))
     parts = np.array([[0, 1, 0], [2, 2, 30]]), np.array([[0, 1, 100], [1, 2, -1]])
     calls["copy_rows"] = (words, starts, runs, 0, np.zeros((2, 28), np.int64), 4, *parts, np.zeros(900, np.int32))
     heaps, ends = np.arange(90, dtype=np.int32) ** 2 % 7, np.zeros((2, 8), np.int64)
@@ -149,9 +157,12 @@ def test_without_numba_every_kernel_does_the_same(plain, rng):
     calls["put_divisors"] = (offsets, True, np.float32(2), np.full(6, 9, np.float32))
     calls["mark_distinct"] = (words, np.zeros(2, np.uint64), np.zeros(900, np.int64), np.full(70, -1))
     calls["deal"] = (heaps, 10 + np.arange(90), *ends, np.zeros(91, np.int64), np.zeros(90, np.int64))
+    calls["mark_heaps"] = (np.arange(90)[::-1].copy(), np.array([0, 0, 30, 90]), np.full(90, 9, np.int32))
     calls["count_before"] = (words.astype(np.uint16), np.array([0, 7, 7, 900]), np.zeros((4, 5), np.int64))
     names = {name for name, value in vars(plain).items() if callable(value) and name.islower()}
-    assert names - {"kernel", "partial", "copy_run", "lowest_bit", "mixed"} == set(calls)
+    assert names - {"kernel", "partial", "copy_run", "copy_from", "word_at", "long_at", "lowest_bit", "mixed"} == set(
+        calls
+    )
     for name, arguments in calls.items():
         ours, theirs = copy.deepcopy(arguments), copy.deepcopy(arguments)
         assert getattr(plain, name)(*ours) == getattr(kernels, name)(*theirs), name

@@ -260,16 +260,23 @@ def test_any_places_of_a_window_are_slices_of_its_units(unit_rows, tmp_path, mon
 @BOTH
 @pytest.mark.parametrize("share", [(0, 1), (1, 2)], ids=["one rank", "second of two"])
 def test_how_many_rows_are_decoded_at_a_time_changes_nothing(folder, tmp_path, rows, share, monkeypatch):
-    """Three of 16, with and without cache."""
+    """Five of 16 hashed, then three decoded and two hashed, with and without cache."""
     wanted = contents(batches_of(folder, share, rows=rows))
+    monkeypatch.setattr(reader, "HASHED_ROWS", 5)
+    assert contents(batches_of(folder, share, rows=rows)) == wanted
     monkeypatch.setattr(reader, "BLOCK_ROWS", 3)
+    monkeypatch.setattr(reader, "HASHED_ROWS", 2)
     assert contents(batches_of(folder, share, rows=rows)) == wanted
     for _ in range(2):
         assert contents(batches_of(folder, share, rows=rows, cache=tmp_path / "cache")) == wanted
 
 
-def test_an_error_counts_rows_from_the_row_group_on_however_it_was_read(tmp_path, rng, write_dataset, monkeypatch):
-    monkeypatch.setattr(reader, "BLOCK_ROWS", 3)
+@pytest.mark.parametrize(("decoded", "hashed"), [(3, 9), (99, 5), (3, 2)])
+def test_an_error_counts_rows_from_the_row_group_on_however_it_was_read(
+    tmp_path, rng, write_dataset, monkeypatch, decoded, hashed
+):
+    monkeypatch.setattr(reader, "BLOCK_ROWS", decoded)
+    monkeypatch.setattr(reader, "HASHED_ROWS", hashed)
     age = np.arange(40) / 2.0
     age[29] = np.nan
     train = rows_of(rng, 40).set_column(7, "age", pa.array(age, from_pandas=False))

@@ -146,9 +146,9 @@ def make_batch(
     sparse, divisors = _keyed_jagged(schema, sides, num_rows)
     batch = Batch(
         sparse=sparse,
-        user_divisor_BF=torch.from_numpy(divisors["user"][:num_users]),
+        user_divisor_BF=torch.from_numpy(divisors["user"]),
         user_number_BN=torch.from_numpy(_numbers(schema, "user", user)),
-        item_divisor_SF=torch.from_numpy(divisors["item"][:num_items]),
+        item_divisor_SF=torch.from_numpy(divisors["item"]),
         item_number_SN=torch.from_numpy(_numbers(schema, "item", item)),
         num_rows_of_all_ranks=num_rows_of_all_ranks,
     )
@@ -182,14 +182,19 @@ def _tensor(values: np.ndarray | None) -> Tensor | None:
 
 
 def _keyed_jagged(schema: Schema, sides: Sides, num_rows: int) -> tuple[KeyedJaggedTensor, dict[Side, np.ndarray]]:
-    """All keys' bags, and for each side what its pooled sums are divided by: float32 (num_rows, features)."""
-    divisors = {side: np.ones((num_rows, len(schema.sparse(side))), np.float32) for side in sides}
+    """All keys' bags, and for each side what its pooled sums are divided by: float32 (its rows, features)."""
+    divisors: dict[Side, np.ndarray] = {}
     for side, columns in sides.items():
-        for column, feature in enumerate(schema.sparse(side)):
+        features = schema.sparse(side)
+        divisors[side] = np.empty((0 if columns is None else columns.num_rows, len(features)), np.float32)
+        for column, feature in enumerate(features):
             if columns is not None and divides(feature):
                 put_pooling_divisor(feature, columns.sparse[feature.name], divisors[side][:, column])
+            else:
+                divisors[side][:, column] = 1
     lengths = np.zeros((len(schema.lookups), num_rows), np.int32)
-    values, weights = [np.empty(0, np.int32)], [np.empty(0, np.float32)]
+    values: dict[Side, list[np.ndarray]] = {"user": [], "item": []}
+    weights = [np.empty(0, np.float32)]
     for length, lookup in zip(lengths, schema.lookups, strict=True):
         if (columns := sides[lookup.side]) is None:
             continue
@@ -198,17 +203,28 @@ def _keyed_jagged(schema: Schema, sides: Sides, num_rows: int) -> tuple[KeyedJag
             length[: len(bags)] = 1
         else:
             put_lengths(bags.offsets, length)
-        values.append(bags.values)
+        values[lookup.side].append(bags.values)
         if schema.is_weighted:
             weights.append(weights_of(bags))
     sparse = KeyedJaggedTensor(
         keys=schema.keys(),
-        values=torch.from_numpy(np.concatenate(values)),
+        values=torch.from_numpy(_joined(values, sides["user"])),
         weights=torch.from_numpy(np.concatenate(weights)) if schema.is_weighted else None,
         lengths=torch.from_numpy(lengths.reshape(-1)),
         stride=num_rows,
     )
     return sparse, divisors
+
+
+def _joined(values: Mapping[Side, list[np.ndarray]], user: Columns | None) -> np.ndarray:
+    """All values, the users' first, which may be in their place already: see Columns.joined."""
+    room = None if user is None else user.joined
+    total = sum(len(part) for parts in values.values() for part in parts)
+    if room is None or total > len(room) or any(part.dtype != room.dtype for part in values["item"]):
+        return np.concatenate([np.empty(0, np.int32), *values["user"], *values["item"]])
+    at = sum(map(len, values["user"]))
+    np.concatenate([room[:0], *values["item"]], out=room[at:total])
+    return room[:total]
 
 
 def _sequences(schema: Schema, sides: Sides) -> tuple[KeyedJaggedTensor, dict[str, Listed]]:

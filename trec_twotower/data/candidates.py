@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 
 import numpy as np
 
@@ -49,13 +50,13 @@ class CandidateSets:
         lists = [source.of(items) for source in self.negatives.lists]
         item_row, is_negative, column_I = self._set(items, lists)
         try:
-            edges = len(item_row) * np.arange(self.num_ranks + 1) // self.num_ranks
+            edges = [len(item_row) * rank // self.num_ranks for rank in range(self.num_ranks + 1)]
             exact = self.loss.log_q_estimate == "exact"
             candidates = Candidates(
                 item_row,
                 self.negatives.log_I[item_row] * np.float32(self.loss.log_q) if exact else None,
                 is_negative,
-                tuple(np.diff(edges).tolist()),
+                tuple(stop - start for start, stop in pairwise(edges)),
                 self._key(item_row) if self.keeps_key else None,
             )
             own = [each.take(my_places()) for each in lists]

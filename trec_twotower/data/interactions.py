@@ -76,6 +76,9 @@ class TrainBatches:
         self.candidates = CandidateSets(sources, loss, self.negatives, self.num_ranks, masks_history=masks_history)
         self.pin_memory = pin_memory  # for copies to a GPU that do not wait
         self.lists_at: ListsAt | None = None
+        schema = sources.schema
+        self._bags = [lookup.part for lookup in schema.lookups if lookup.side == "user"]
+        self._room = 0  # for the values of the items' bags: as many as a batch has had
 
     @property
     def log_q_I(self) -> np.ndarray:
@@ -106,11 +109,12 @@ class TrainBatches:
         made: deque[Future[Batch]] = deque()
         refresh = self.loss.negatives.refresh if self.lists_at is not None else None
         stop = end if refresh is None else step  # the step before which all others must have been taken
+        prefetch = self.data.prefetch if self.data.threads else 1
         while step < end or made:
             if refresh is not None and step == stop and not made:
                 self._refresh(step)
                 stop = min(end, step - step % refresh.every + refresh.every)
-            while step < stop and len(made) < self.data.prefetch:
+            while step < stop and len(made) < prefetch:
                 low, high, epoch = self._places(step)
                 while held and (held[0].window.epoch < epoch or held[0].window.end <= low):
                     held.popleft()
@@ -159,7 +163,7 @@ class TrainBatches:
         Each piece is a heap of a unit.
         """
         rows_of_pieces = np.array([unit.num_rows(heap) for unit, heap in pieces])  # (pieces, ranks)
-        mine: Examples = take([(unit.mine, heap) for unit, heap in pieces])
+        mine: Examples = take([(unit.mine, heap) for unit, heap in pieces], joined=self._bags, room=self._room)
         if self.num_ranks == 1:
             items = mine.items
         else:
@@ -179,6 +183,9 @@ class TrainBatches:
             targets=targets,
             num_rows_of_all_ranks=int(rows_R.sum()),
         )
+        of_items = batch.sparse.values().numel() - sum(len(mine.user.sparse[part].values) for part in self._bags)
+        if of_items > self._room:
+            self._room = of_items + of_items // 4
         return batch.pin_memory() if self.pin_memory else batch
 
 

@@ -7,6 +7,7 @@ cache where that cannot be written. Without numba they run as plain Python: righ
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -43,6 +44,15 @@ if not IS_COMPILED:
     def copy_run(out: np.ndarray, at: int, values: np.ndarray, low: int, count: int) -> None:
         out[at : at + count] = values[low : low + count]
 
+    def copy_from(out: np.ndarray, at: int, address: int, count: int) -> None:
+        ctypes.memmove(out[at:].ctypes.data, int(address), int(count) * out.itemsize)
+
+    def word_at(address: int) -> int:
+        return ctypes.c_int32.from_address(int(address)).value
+
+    def long_at(address: int) -> int:
+        return ctypes.c_int64.from_address(int(address)).value
+
     def lowest_bit(word: np.uint64) -> int:
         return (int(word) & -int(word)).bit_length() - 1
 
@@ -63,6 +73,29 @@ else:
             return context.get_dummy_value()
 
         return types.void(out, types.int64, values, types.int64, types.int64), generate
+
+    @intrinsic
+    def copy_from(context: Any, out: Any, at: Any, address: Any, count: Any) -> Any:
+        """The same from memory at an address: of arrays that are as many, and of the types, as a schema has them."""
+
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            array = make_array(signature.args[0])(context, builder, arguments[0])
+            to = builder.gep(array.data, [arguments[1]])
+            cgutils.raw_memcpy(builder, to, builder.inttoptr(arguments[2], to.type), arguments[3], array.itemsize)
+            return context.get_dummy_value()
+
+        return types.void(out, types.int64, types.int64, types.int64), generate
+
+    def _loader(kind: Any) -> Any:
+        def load(context: Any, address: Any) -> Any:
+            def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+                return builder.load(builder.inttoptr(arguments[0], context.get_value_type(kind).as_pointer()))
+
+            return kind(types.int64), generate
+
+        return intrinsic(load)
+
+    word_at, long_at = _loader(types.int32), _loader(types.int64)
 
     @intrinsic
     def lowest_bit(context: Any, word: Any) -> Any:
@@ -145,6 +178,14 @@ def copy_lists(values: np.ndarray, starts: np.ndarray, out_offsets: np.ndarray, 
 
 
 @kernel
+def mark_heaps(order: np.ndarray, cuts: np.ndarray, heap_of: np.ndarray) -> None:
+    """The heap of each row, where heap h takes the rows order[cuts[h]:cuts[h + 1]]."""
+    for heap in range(cuts.size - 1):
+        for i in range(cuts[heap], cuts[heap + 1]):
+            heap_of[order[i]] = heap
+
+
+@kernel
 def deal(
     heap_of: np.ndarray, sizes: np.ndarray, row_ends: np.ndarray, word_ends: np.ndarray,
     starts: np.ndarray, places: np.ndarray,
@@ -195,21 +236,41 @@ def put_divisors(offsets: np.ndarray, is_root: bool, scale: np.float32, out: np.
 
 
 @kernel
-def put_headers(header: np.ndarray, starts: np.ndarray, words: np.ndarray, cursor: np.ndarray) -> None:
-    """Write the words that each record begins with, see data/packed.py; `cursor` is then the place behind them."""
-    width = header.size // max(starts.size, 1)
-    for row in range(starts.size):  # by few wide stores: as many as wait for memory at a time
-        copy_run(words, starts[row], header, row * width, width)
-        cursor[row] = starts[row] + width
+def measure_rows(lists: np.ndarray, header: int, heap_of: np.ndarray, sizes: np.ndarray, totals: np.ndarray) -> None:
+    """How many words each row's record takes, see put_rows; the lengths of its lists are added to those of its heap."""
+    for row in range(sizes.size):
+        size = header
+        for field in range(lists.shape[0]):
+            length = long_at(lists[field, 0] + 8 * row + 8) - long_at(lists[field, 0] + 8 * row)
+            size += length * (lists[field, 2] + lists[field, 4])
+            totals[heap_of[row], field] += length
+        sizes[row] = size
 
 
 @kernel
-def put_lists(values: np.ndarray, width: int, offsets: np.ndarray, cursor: np.ndarray, words: np.ndarray) -> None:
-    """Write each row's list, of so many words a value, at its `cursor`, which moves on."""
-    for row in range(cursor.size):
-        count = (offsets[row + 1] - offsets[row]) * width
-        copy_run(words, cursor[row], values, offsets[row] * width, count)
-        cursor[row] += count
+def put_rows(fixed: np.ndarray, lists: np.ndarray, places: np.ndarray, words: np.ndarray) -> None:
+    """Write each row's record, see data/packed.py, from its place on.
+
+    `fixed` has the address and the words a row of each field of one length; `lists` those of the offsets (int64), and
+    the address and the words a value of the values and of the weights (0: it has none).
+    """
+    for row in range(places.size):
+        to = places[row]
+        for field in range(fixed.shape[0]):
+            width = fixed[field, 1]
+            for k in range(width):
+                words[to] = word_at(fixed[field, 0] + 4 * (row * width + k))
+                to += 1
+        behind = to + lists.shape[0]
+        for field in range(lists.shape[0]):
+            low = long_at(lists[field, 0] + 8 * row)
+            length = long_at(lists[field, 0] + 8 * row + 8) - low
+            words[to + field] = length
+            for part in range(1, 5, 2):
+                width = lists[field, part + 1]
+                if width > 0:
+                    copy_from(words, behind, lists[field, part] + 4 * low * width, length * width)
+                    behind += length * width
 
 
 @kernel
@@ -316,11 +377,16 @@ def insert_keys(
 def find_keys(wanted: np.ndarray, keys: np.ndarray, slots: np.ndarray, shift: np.uint64, out: np.ndarray) -> None:
     """The position of each wanted key in a KeyTable, -1 where there is none."""
     last = slots.size - 1
+    for i in range(wanted.size):  # the first looks of all: none waits for what another one finds
+        out[i] = slots[np.int64(mixed(np.uint64(wanted[i])) >> shift)]
     for i in range(wanted.size):
-        slot = np.int64(mixed(np.uint64(wanted[i])) >> shift)
-        while slots[slot] != 0 and keys[slots[slot] - 1] != wanted[i]:
-            slot = (slot + 1) & last
-        out[i] = slots[slot] - 1
+        found = out[i]
+        if found != 0 and keys[found - 1] != wanted[i]:
+            slot = np.int64(mixed(np.uint64(wanted[i])) >> shift)
+            while found != 0 and keys[found - 1] != wanted[i]:
+                slot = (slot + 1) & last
+                found = np.int64(slots[slot])
+        out[i] = found - 1
 
 
 @kernel

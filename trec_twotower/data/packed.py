@@ -23,13 +23,14 @@ from typing import Any
 import numpy as np
 
 from trec_twotower.data.examples import Examples, RowItems
-from trec_twotower.data.kernels import copy_rows, count_values, deal, put_headers, put_lists, put_records
+from trec_twotower.data.kernels import copy_rows, count_values, deal, measure_rows, put_records, put_rows
 from trec_twotower.data.lists import Lists
 from trec_twotower.data.transforms import Columns
 
 WORD_BYTES = 4
 LINE_WORDS = 16  # in a line of the processor's caches
 BUFFER_WORDS = 1 << 18  # buffers have a multiple of so many: most units need the same then
+INT32 = np.dtype(np.int32).str
 SPARSE, NUMBER = "sparse:", "number:"  # what the fields of an Examples' columns are called
 WEIGHTS = "\0weights"  # behind a list's name: what its weights are called
 KINDS: dict[str, Any] = {"Examples": Examples, "RowItems": RowItems}
@@ -93,6 +94,10 @@ class Layout:
         """Name, type, first word and words of each fixed field."""
         places = zip(self.fixed, self.places, strict=False)
         return [(field.name, field.dtype, place, field.width) for field, place in places]
+
+    @cached_property
+    def types(self) -> dict[str, str]:
+        return {field.name: field.dtype for field in self.fields}
 
     @cached_property
     def list_arrays(self) -> list[tuple[str, str, int, int]]:
@@ -202,27 +207,21 @@ class Packer:
         """The next rows."""
         layout = self._check(Layout.of(rows))
         parts = dict(_parts(rows))
-        sizes = np.full(len(rows.positives), layout.header, np.int64)
-        for field in layout.lists:
-            sizes += parts[field.name].lengths * np.int64(field.width + (field.weight is not None))
-        header = np.empty((len(sizes), layout.header), np.int32)
-        for field, place in zip(layout.fixed, layout.places, strict=False):
-            part = parts[field.name]
-            words = _as_words(part.values if field.is_single else part)
-            header[:, place : place + field.width] = words.reshape(-1, field.width)
-        for place, field in enumerate(layout.lists, layout.places[-1]):
-            header[:, place] = parts[field.name].lengths
+        memory = _Memory()
+        fixed = [
+            (memory.of(parts[field.name].values if field.is_single else parts[field.name]), field.width)
+            for field in layout.fixed
+        ]
+        lists = [
+            (memory.of(each.offsets), memory.of(each.values), field.width, *memory.of_weights(each.weights))
+            for field in layout.lists
+            for each in [parts[field.name]]
+        ]
+        tables = np.array(fixed, np.int64).reshape(-1, 2), np.array(lists, np.int64).reshape(-1, 5)
+        sizes = np.empty(len(rows.positives), np.int64)
         heap_of = self._heap_of[self._rows : self._rows + len(sizes)]
-        starts_of_headers = np.arange(len(sizes) + 1) * layout.header
-        count_values(header.reshape(-1), starts_of_headers, layout.places[-1], heap_of, self._totals)
-        starts = self._extend(sizes)
-        cursor = np.empty_like(starts)
-        put_headers(header.reshape(-1), starts, self._words, cursor)
-        for field in layout.lists:
-            lists = parts[field.name]
-            put_lists(_as_words(lists.values), field.width, lists.offsets, cursor, self._words)
-            if lists.weights is not None:
-                put_lists(_as_words(lists.weights), 1, lists.offsets, cursor, self._words)
+        measure_rows(tables[1], layout.header, heap_of, sizes, self._totals)
+        put_rows(*tables, self._extend(sizes), self._words)
 
     def add_packed(self, packed: Packed) -> None:
         """The next rows, as records already."""
@@ -267,10 +266,17 @@ class Packer:
         return places
 
 
-def take(parts: Sequence[tuple[Packed, int]], names: Collection[str] | None = None) -> Any:
+def take(
+    parts: Sequence[tuple[Packed, int]],
+    names: Collection[str] | None = None,
+    *,
+    joined: Sequence[str] = (),
+    room: int = 0,
+) -> Any:
     """A heap of each part in turn, as the Examples or RowItems that they were made of.
 
-    With `names` these fields alone, as RowItems.
+    With `names` these fields alone, as RowItems. The values of the sparse features `joined` stand one behind the other
+    if they are int32, with so much `room` for others behind them: see Columns.joined.
     """
     layout = parts[0][0].layout
     assert all(packed.layout is layout or packed.layout == layout for packed, _ in parts), "rows of different kinds"
@@ -279,32 +285,35 @@ def take(parts: Sequence[tuple[Packed, int]], names: Collection[str] | None = No
     offsets[:, 0] = 0
     totals = np.sum([packed.totals[heap] for packed, heap in parts], axis=0).tolist()
     wanted = None if names is None else {*names, *(name + WEIGHTS for name in names)}
-    num_words = 0
-    arrays: dict[str, tuple[int, int, str]] = {}  # the words that each begins and ends with
-
-    def place_of(name: str, dtype: str, size: int) -> int:
-        """Where in `out` the array begins, always a cache line."""
-        nonlocal num_words
-        first, num_words = num_words, num_words + -(-size // LINE_WORDS) * LINE_WORDS
-        arrays[name] = first, first + size, dtype
-        return first
-
-    fixed = [
-        (place, width, place_of(name, dtype, num_rows * width))
-        for name, dtype, place, width in layout.fixed_arrays
-        if wanted is None or name in wanted
-    ]
-    lists = [
-        (number, width, place_of(name, dtype, totals[number] * width) if wanted is None or name in wanted else -1)
-        for name, dtype, number, width in layout.list_arrays
-    ]
+    fixed = [each for each in layout.fixed_arrays if wanted is None or each[0] in wanted]
+    sizes = {name: num_rows * width for name, _, _, width in fixed}
+    for name, _, number, width in layout.list_arrays:
+        if wanted is None or name in wanted:
+            sizes[name] = totals[number] * width
+    first = [SPARSE + name for name in joined]
+    if any(layout.types.get(name) != INT32 for name in first):
+        first = []
+    begins, num_words = {}, 0  # where in `out` each array does
+    for name in first:
+        begins[name], num_words = num_words, num_words + sizes[name]
+    num_words += room if first else 0
+    for name, size in sizes.items():  # the others each with a cache line
+        if name not in begins:
+            begins[name] = -(-num_words // LINE_WORDS) * LINE_WORDS
+            num_words = begins[name] + size
     out = np.empty(num_words, np.int32)
-    kinds = np.array(fixed, np.int64).reshape(-1, 3), np.array(lists, np.int64).reshape(-1, 3)
+    of_fixed = [(place, width, begins[name]) for name, _, place, width in fixed]
+    of_lists = [(number, width, begins.get(name, -1)) for name, _, number, width in layout.list_arrays]
+    kinds = np.array(of_fixed, np.int64).reshape(-1, 3), np.array(of_lists, np.int64).reshape(-1, 3)
     at = 0
     for packed, heap in parts:
         runs = packed.heaps[heap]
         at = copy_rows(packed.words, packed.starts, runs, at, offsets, layout.places[-1], *kinds, out)
-    values = {name: out[first:end].view(dtype) for name, (first, end, dtype) in arrays.items()}
+    values = {
+        name: out[begins[name] : begins[name] + sizes[name]].view(dtype)
+        for name, dtype, _, _ in (*fixed, *layout.list_arrays)
+        if name in begins
+    }
     found: dict[str, Any] = {}
     number = 0
     for field in layout.fields:
@@ -318,7 +327,8 @@ def take(parts: Sequence[tuple[Packed, int]], names: Collection[str] | None = No
             if name.startswith(NUMBER):
                 array = array.reshape(num_rows, field.count)
             found[name] = Lists.singles(array) if field.is_single else array
-    return _rebuilt(RowItems if names is not None else KINDS[layout.kind], num_rows, found)
+    whole = out[: sum(sizes[name] for name in first) + room] if first else None
+    return _rebuilt(RowItems if names is not None else KINDS[layout.kind], num_rows, found, whole)
 
 
 def _parts(rows: Examples | RowItems) -> Iterable[tuple[str, Any]]:
@@ -342,14 +352,25 @@ def _field(name: str, value: Lists | np.ndarray) -> Field:
     return Field(name, value.values.dtype.str, weight=None if value.weights is None else value.weights.dtype.str)
 
 
-def _rebuilt(kind: Any, num_rows: int, found: dict[str, Any]) -> Any:
+def _rebuilt(kind: Any, num_rows: int, found: dict[str, Any], joined: np.ndarray | None) -> Any:
     parts = {name: value for name, value in found.items() if ":" not in name}
     if kind is Examples:
         sparse = {name.removeprefix(SPARSE): value for name, value in found.items() if name.startswith(SPARSE)}
         numbers = {name.removeprefix(NUMBER): value for name, value in found.items() if name.startswith(NUMBER)}
-        parts["user"] = Columns(num_rows, sparse, numbers)
+        parts["user"] = Columns(num_rows, sparse, numbers, joined=joined)
     return kind(**parts)
 
 
-def _as_words(values: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(values).reshape(-1).view(np.int32)
+class _Memory:
+    """Addresses of arrays, which live as long as this does."""
+
+    def __init__(self) -> None:
+        self._held: list[np.ndarray] = []
+
+    def of(self, values: np.ndarray) -> int:
+        self._held.append(np.ascontiguousarray(values))
+        return self._held[-1].ctypes.data
+
+    def of_weights(self, weights: np.ndarray | None) -> tuple[int, int]:
+        """With the words a value."""
+        return (0, 0) if weights is None else (self.of(weights), 1)

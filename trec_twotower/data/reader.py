@@ -22,6 +22,7 @@ from trec_twotower.data.examples import Examples, RowItems
 from trec_twotower.data.features import Sources
 from trec_twotower.data.hashing import fingerprints, id_keys, uniform
 from trec_twotower.data.item_lists import check_given, given_columns, read_given
+from trec_twotower.data.kernels import mark_heaps
 from trec_twotower.data.lists import Lists
 from trec_twotower.data.order import Unit
 from trec_twotower.data.packed import Buffers, Packed, Packer
@@ -32,6 +33,7 @@ from trec_twotower.schema import HISTORY, FeatureSpec, hash_parts
 WEIGHT = "weight"
 ITEM_PARTS = frozenset(field.name for field in fields(RowItems))
 BLOCK_ROWS = 1 << 17  # decoded at a time: less would have its pages zeroed anew each time
+HASHED_ROWS = 1 << 15  # hashed at a time: what is made of them stays in the processor's cache until it is packed
 _INPUT = 0x696E  # keeps these random numbers apart from others of the same seed
 
 
@@ -92,7 +94,7 @@ class UnitReader:
         """
         num_heaps = len(cuts) - 1
         heap_of = np.empty(unit.num_rows, np.int32)
-        heap_of[unit.order(self.data.seed)] = np.repeat(np.arange(num_heaps, dtype=np.int32), np.diff(cuts))
+        mark_heaps(unit.order(self.data.seed), cuts, heap_of)
         if self.num_ranks == 1:
             return UnitRows(self._packed(_parts(unit, 0, unit.num_rows), heap_of, num_heaps, unit.epoch))
         # Where each rank's rows of the window begin and end, counted in this unit.
@@ -162,8 +164,9 @@ class UnitReader:
         """Rows start .. stop - 1 of a row group, hashed while they are in the processor's cache; each with its row."""
         row, train = 0, self.sources.dataset.train
         for table in train.blocks(group, self._columns(), BLOCK_ROWS, dictionaries=True):
-            low, high = max(start - row, 0), min(stop - row, len(table))
-            if low < high:
+            first, last = max(start - row, 0), min(stop - row, len(table))
+            for low in range(first, last, HASHED_ROWS):
+                high = min(low + HASHED_ROWS, last)
                 try:
                     rows = self._hash(table.slice(low, high - low), str(group))
                 except DataError:
