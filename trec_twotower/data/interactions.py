@@ -29,6 +29,8 @@ from trec_twotower.data.reader import UnitReader, UnitRows
 from trec_twotower.data.step_rows import StepRows, rows_at
 from trec_twotower.errors import ConfigError
 
+ROWS_AHEAD = 1 << 16  # in batches that are made but not taken
+
 # (step, sources, how often each item was taken) -> lists of items, and which of them is each item's (-1: none).
 ListsAt = Callable[[int, Sources, np.ndarray], tuple[Lists, np.ndarray] | None]
 
@@ -109,12 +111,14 @@ class TrainBatches:
         made: deque[Future[Batch]] = deque()
         refresh = self.loss.negatives.refresh if self.lists_at is not None else None
         stop = end if refresh is None else step  # the step before which all others must have been taken
-        prefetch = self.data.prefetch if self.data.threads else 1
+        most = 1
+        if self.data.threads:  # fewer than 16 leave threads waiting for whoever takes the batches
+            most = self.data.prefetch or min(16, max(4, ROWS_AHEAD // self.data.batch_size))
         while step < end or made:
             if refresh is not None and step == stop and not made:
                 self._refresh(step)
                 stop = min(end, step - step % refresh.every + refresh.every)
-            while step < stop and len(made) < prefetch:
+            while step < stop and len(made) < most:
                 low, high, epoch = self._places(step)
                 while held and (held[0].window.epoch < epoch or held[0].window.end <= low):
                     held.popleft()
