@@ -28,6 +28,7 @@ from trec_twotower.data.order import Unit
 from trec_twotower.data.packed import Buffers, Packed, Packer
 from trec_twotower.data.transforms import beside, check_kind, key_lists, one_chunk
 from trec_twotower.errors import DataError
+from trec_twotower.memory import keep_freed
 from trec_twotower.schema import HISTORY, FeatureSpec, hash_parts
 
 WEIGHT = "weight"
@@ -77,6 +78,7 @@ class UnitReader:
             sources.check_lists_of_items()
             self.own_lists = sources.lists_of_items()
         self._buffers = Buffers()
+        keep_freed()
         self.cache = Cache.open(data, sources, self._settings) if data.cache is not None else None
 
     @property
