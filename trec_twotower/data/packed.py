@@ -207,18 +207,19 @@ class Packer:
         """The next rows."""
         layout = self._check(Layout.of(rows))
         parts = dict(_parts(rows))
-        memory = _Memory()
-        fixed = [
-            (memory.of(parts[field.name].values if field.is_single else parts[field.name]), field.width)
-            for field in layout.fixed
-        ]
-        lists = [
-            (memory.of(each.offsets), memory.of(each.values), field.width, *memory.of_weights(each.weights))
-            for field in layout.lists
-            for each in [parts[field.name]]
-        ]
+        num_rows, memory = len(rows.positives), _Memory()
+        fixed, lists = [], []
+        for field in layout.fixed:
+            values = parts[field.name].values if field.is_single else parts[field.name]
+            fixed.append((memory.of(values, num_rows), field.width))
+        for field in layout.lists:
+            each = parts[field.name]
+            assert each.offsets.dtype == np.int64, f"{field.name}: offsets of {each.offsets.dtype}"
+            of_weights = (0, 0) if each.weights is None else (memory.of(each.weights, len(each.values)), 1)
+            of_values = memory.of(each.values, each.offsets[-1])
+            lists.append((memory.of(each.offsets, num_rows + 1), of_values, field.width, *of_weights))
         tables = np.array(fixed, np.int64).reshape(-1, 2), np.array(lists, np.int64).reshape(-1, 5)
-        sizes = np.empty(len(rows.positives), np.int64)
+        sizes = np.empty(num_rows, np.int64)
         heap_of = self._heap_of[self._rows : self._rows + len(sizes)]
         measure_rows(tables[1], layout.header, heap_of, sizes, self._totals)
         put_rows(*tables, self._extend(sizes), self._words)
@@ -367,10 +368,8 @@ class _Memory:
     def __init__(self) -> None:
         self._held: list[np.ndarray] = []
 
-    def of(self, values: np.ndarray) -> int:
+    def of(self, values: np.ndarray, count: int) -> int:
+        """Of an array that must have so many entries: nothing checks what is read through an address."""
+        assert len(values) == count, f"{len(values)} entries in place of {count}"
         self._held.append(np.ascontiguousarray(values))
         return self._held[-1].ctypes.data
-
-    def of_weights(self, weights: np.ndarray | None) -> tuple[int, int]:
-        """With the words a value."""
-        return (0, 0) if weights is None else (self.of(weights), 1)
