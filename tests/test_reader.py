@@ -271,7 +271,19 @@ def test_how_many_rows_are_decoded_at_a_time_changes_nothing(folder, tmp_path, r
         assert contents(batches_of(folder, share, rows=rows, cache=tmp_path / "cache")) == wanted
 
 
-@pytest.mark.parametrize(("decoded", "hashed"), [(3, 9), (99, 5), (3, 2)])
+@pytest.mark.parametrize(("few", "longest"), [(99, 5), (3, 16)], ids=["few words", "many"])
+def test_a_row_group_is_hashed_in_parts_where_they_share_few_words(folder, monkeypatch, few, longest):
+    """Its dictionaries of some 30 words would be worked through for each part."""
+    sizes = []
+    hashing = reader.UnitReader._hash
+    monkeypatch.setattr(reader.UnitReader, "_hash", lambda *a: sizes.append(len(a[1])) or hashing(*a))
+    monkeypatch.setattr(reader, "HASHED_ROWS", 5)
+    monkeypatch.setattr(reader, "FEW_WORDS", few)
+    contents(batches_of(folder, threads=0), steps=12)
+    assert max(sizes) == longest and sum(sizes) == 130
+
+
+@pytest.mark.parametrize(("decoded", "hashed"), [(3, 9), (99, 5), (99, 15), (3, 2)])
 def test_an_error_counts_rows_from_the_row_group_on_however_it_was_read(
     tmp_path, rng, write_dataset, monkeypatch, decoded, hashed
 ):
@@ -288,7 +300,7 @@ def test_an_error_counts_rows_from_the_row_group_on_however_it_was_read(
     sources = Sources(Dataset(folder), SCHEMA, "event", statistics.statistics)
     data = DataConfig(dataset=folder, batch_size=11, threads=2)
     batches = TrainBatches(sources, data, LossConfig(), sources.item_counts(), (0, 1))
-    with pytest.raises(DataError, match=r"part-0\.parquet, row group 1, column 'age': .* in row 13: "):
+    with pytest.raises(DataError, match=r"part-0\.parquet, row group 1, column 'age': 1 of 16 .* in row 13: "):
         list(batches.since(0, 4))
 
 

@@ -20,7 +20,7 @@ from trec_twotower.data.cache import Cache
 from trec_twotower.data.dataset import ITEM_ID, POSITIVES, USER_ID, RowGroup
 from trec_twotower.data.examples import Examples, RowItems
 from trec_twotower.data.features import Sources
-from trec_twotower.data.hashing import fingerprints, id_keys, uniform
+from trec_twotower.data.hashing import fingerprints, id_keys, is_text, uniform
 from trec_twotower.data.item_lists import check_given, given_columns, read_given
 from trec_twotower.data.kernels import mark_heaps
 from trec_twotower.data.lists import Lists
@@ -35,6 +35,7 @@ WEIGHT = "weight"
 ITEM_PARTS = frozenset(field.name for field in fields(RowItems))
 BLOCK_ROWS = 1 << 17  # decoded at a time: less would have its pages zeroed anew each time
 HASHED_ROWS = 1 << 15  # hashed at a time: what is made of them stays in the processor's cache until it is packed
+FEW_WORDS = 1 << 13  # of all dictionaries of a table: more are not worked through again for each part of it
 _INPUT = 0x696E  # keeps these random numbers apart from others of the same seed
 
 
@@ -167,16 +168,31 @@ class UnitReader:
         row, train = 0, self.sources.dataset.train
         for table in train.blocks(group, self._columns(), BLOCK_ROWS, dictionaries=True):
             first, last = max(start - row, 0), min(stop - row, len(table))
-            for low in range(first, last, HASHED_ROWS):
-                high = min(low + HASHED_ROWS, last)
+            at_once = self._rows_at_once(table)
+            for low in range(first, last, at_once):
+                high = min(low + at_once, last)
                 try:
                     rows = self._hash(table.slice(low, high - low), str(group))
                 except DataError:
-                    if row + low:  # say it with the row as counted in the row group
+                    if high - low < group.num_rows:  # say it of the whole row group, as rows are counted there
                         self._hash(train.read(group, self._columns(), dictionaries=True), str(group))
                     raise
                 yield row + low, rows
             row += len(table)
+
+    def _rows_at_once(self, table: pa.Table) -> int:
+        """How many rows of a table are hashed at a time: all where the work goes by texts that parts would share."""
+        words = 0
+        for column in table.columns:
+            array = one_chunk(column)
+            if pa.types.is_list(array.type) or pa.types.is_large_list(array.type):
+                array = array.values
+            if pa.types.is_dictionary(array.type):
+                words += len(array.dictionary)
+            elif is_text(array.type):
+                return len(table)
+        reads_text = any(feature.kind == "text" for feature in self.sources.context)
+        return len(table) if reads_text or words > FEW_WORDS else HASHED_ROWS
 
     def _columns(self) -> list[str]:
         train = self.sources.dataset.train
