@@ -22,7 +22,8 @@ from trec_twotower.errors import ConfigError
 from trec_twotower.model import watch as watching
 from trec_twotower.model.embedding import Pooled, tower_inputs
 from trec_twotower.model.losses import Pairs, Relations
-from trec_twotower.model.losses.cells import exponentiate
+from trec_twotower.model.losses.cells import add_products, dots, exponentiate
+from trec_twotower.model.parts import InputLinear
 from trec_twotower.model.watch import Watch
 from trec_twotower.schema import FeatureSpec, Schema, TableSpec
 
@@ -245,18 +246,69 @@ def test_auto_is_bf16_on_gpus_that_have_it_or_what_the_environment_says(monkeypa
 # Kernels
 
 
+@pytest.mark.parametrize("is_shifted", [False, True])
 @pytest.mark.parametrize("size", [(1, 1), (3, 17), (5, 0), (40, 1001)])
-def test_exponentials_of_a_block_are_those_of_float64(rng, size):
+def test_exponentials_of_a_block_are_those_of_float64(rng, size, is_shifted):
     """Whole or with what is no negative (-inf), too small to count, or no number."""
     logit_bC = torch.from_numpy(rng.normal(-20, 25, size).astype(np.float32))
     logit_bC[0, ::3] = -math.inf
     if size == (3, 17):
         logit_bC[1], logit_bC[2, 4] = -math.inf, math.nan
-    peak_b = logit_bC.amax(1).nan_to_num(0, 0, 0) if size[1] else torch.zeros(size[0])
-    expected = (logit_bC - peak_b[:, None]).double().exp()
-    total_b = exponentiate(logit_bC, peak_b)
+    offset_C = torch.from_numpy(rng.normal(0, 2, size[1]).astype(np.float32)) if is_shifted else None
+    whole_bC = logit_bC.clone() if offset_C is None else logit_bC + offset_C
+    total_b, peak_b = exponentiate(logit_bC, offset_C)
+    expected = (whole_bC - peak_b[:, None]).double().exp()
     torch.testing.assert_close(logit_bC.double(), expected, rtol=4e-7, atol=2e-38, equal_nan=True)
     torch.testing.assert_close(total_b.double(), expected.sum(1), rtol=2e-6, atol=0, equal_nan=True)
+    for row, peak in zip(whole_bC.tolist(), peak_b.tolist(), strict=True):
+        if not any(map(math.isnan, row)):
+            assert peak == (max(row, default=-math.inf) if any(cell > -math.inf for cell in row) else 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_pairs_of_rows_are_multiplied_and_added_as_one_by_one(rng, dtype):
+    """By the kernel, and by torch for numbers that it does not take; the same row often."""
+    one, other = (torch.from_numpy(rng.normal(size=(rows, 5))).to(dtype) for rows in (3, 4))
+    row, column = torch.tensor([2, 0, 2, 2]), torch.tensor([3, 3, 1, 0])
+    pairs = list(zip(row.tolist(), column.tolist(), strict=True))
+    expected = [sum(float(x) * float(y) for x, y in zip(one[i], other[j], strict=True)) for i, j in pairs]
+    found = dots(one, row, other, column)
+    assert found.dtype == dtype and found.tolist() == pytest.approx(expected, rel=1e-5)
+    weight, into = torch.tensor([1.0, -2.0, 0.5, 3.0], dtype=dtype), one.clone()
+    add_products(into, row, weight, other, column)
+    by_hand = one.double().clone()
+    for (i, j), factor in zip(pairs, weight.tolist(), strict=True):
+        by_hand[i] += factor * other[j].double()
+    torch.testing.assert_close(into.double(), by_hand, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("wrong", [-4, 3])
+def test_rows_that_are_not_there_are_refused(wrong):
+    one = torch.ones(3, 2)
+    row, there = torch.tensor([0, wrong]), torch.tensor([0, 1])
+    with pytest.raises(IndexError):
+        dots(one, row, one, there)
+    with pytest.raises(IndexError):
+        add_products(one, there, torch.ones(2), one, row)
+
+
+@pytest.mark.parametrize("narrow", [False, True])
+def test_input_layers_have_the_gradient_of_linear_ones(rng, narrow):
+    """Of 19 features, whose rows begin whole cache lines apart; products in bfloat16 are torch's own."""
+    ours, plain = InputLinear(19, 7), torch.nn.Linear(19, 7)
+    plain.load_state_dict(ours.state_dict())
+    feature = torch.from_numpy(rng.normal(size=(11, 19)).astype(np.float32))
+    slope = torch.from_numpy(rng.normal(size=(11, 7)).astype(np.float32))
+    found = []
+    for layer in (ours, plain):
+        given = feature.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=narrow):
+            made = layer(given)
+        (made.float() * slope).sum().backward()
+        found.append([made, given.grad, layer.weight.grad, layer.bias.grad])
+    for mine, torchs in zip(*found, strict=True):
+        torch.testing.assert_close(mine, torchs, rtol=1e-5, atol=1e-6)
+    assert found[0][0].dtype == (torch.bfloat16 if narrow else torch.float32)
 
 
 def test_tower_inputs_have_the_gradient_of_their_parts_divided_and_joined():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -213,7 +214,7 @@ def test_a_gaussian_users_score_is_the_log_of_the_expected_similarity():
 CLUSTERS, ITEMS_EACH, STEPS, USERS = 16, 4, 6, 800
 
 
-def recall_of_two(kind: str, dim: int = 4, steps: int = 150, **settings: Any) -> float:
+def recall_of_two(kind: str, dim: int = 4, steps: int = 150, seed: int = 0, **settings: Any) -> float:
     """Users take items of two clusters by turns; how many of a half that was not trained on find the next one.
 
     It is of either cluster, so among the eight best of somebody who knows both.
@@ -224,7 +225,7 @@ def recall_of_two(kind: str, dim: int = 4, steps: int = 150, **settings: Any) ->
     history = pair.gather(1, turn) * ITEMS_EACH + torch.randint(ITEMS_EACH, (USERS, STEPS), generator=generator)
     either = torch.randint(2, (USERS, 1), generator=generator)
     target = (pair.gather(1, either) * ITEMS_EACH + torch.randint(ITEMS_EACH, (USERS, 1), generator=generator))[:, 0]
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     encoder = ENCODERS[kind](EncoderSpec(kind=kind, **settings), dim, STEPS)
     table, layer = nn.Parameter(torch.randn(CLUSTERS * ITEMS_EACH, dim)), nn.Linear(dim, dim)
     optimizer = torch.optim.Adam([*encoder.parameters(), *layer.parameters(), table], lr=0.1)
@@ -249,10 +250,17 @@ def recall_of_two(kind: str, dim: int = 4, steps: int = 150, **settings: Any) ->
 
 
 def test_several_vectors_solve_a_world_of_two_interests():
-    """In four dimensions no point is near two of sixteen clusters and far from the others."""
-    points, several = recall_of_two("attention"), recall_of_two("self_attention", interests=8)
+    """In four dimensions no point is near two of sixteen clusters and far from the others.
+
+    How well one run does depends on its first weights and on rounding, by .1 and more: hence the means.
+    """
+
+    def mean(kind: str, **settings: Any) -> float:
+        return statistics.mean(recall_of_two(kind, seed=seed, **settings) for seed in range(3))
+
+    points, several = recall_of_two("attention"), mean("self_attention", interests=8)
     assert several > points + 0.2, (several, points)
-    routed = recall_of_two("routing", interests=8, iterations=2)
+    routed = mean("routing", interests=8, iterations=2)
     assert routed > points + 0.1, (routed, points)
 
 

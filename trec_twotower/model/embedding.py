@@ -22,6 +22,7 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection, Embedding
 from trec_twotower.data.batch import Listed
 from trec_twotower.data.hashing import mix, mix_torch
 from trec_twotower.data.transforms import divides
+from trec_twotower.model.parts import aligned
 from trec_twotower.schema import Schema, Side, key, part_of
 
 FILL_CELLS = 1 << 18  # weights that are filled together: bounds the scratch memory, and keeps it in the cache
@@ -212,7 +213,7 @@ class _TowerInputs(torch.autograd.Function):
             mine = [piece for piece in pieces if piece.side == side]
             width = mine[-1].columns.stop if mine else 0
             rows = len(divisor)
-            input_BE = numbers.new_empty(rows, width + numbers.shape[1])
+            input_BE = aligned(numbers, rows, width + numbers.shape[1])
             input_BE[:, width:] = numbers
             for piece in mine:
                 part = sources[piece.source][:rows, piece.source_columns]

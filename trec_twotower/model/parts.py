@@ -6,14 +6,53 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from trec_twotower.config import ExpertsConfig, GatingConfig
 from trec_twotower.distributed import Ranks
+
+CACHE_LINE = 16  # float32 numbers
+
+
+def aligned(like: Tensor, rows: int, columns: int) -> Tensor:
+    """(rows, columns) without values, of `like`'s type, whose rows begin whole cache lines apart.
+
+    Products with rows of 322 numbers that lie end to end take 1.7 times as long as with those of 320 (MKL).
+    """
+    return like.new_empty(rows, -(-columns // CACHE_LINE) * CACHE_LINE)[:, :columns]
+
+
+class InputLinear(nn.Linear):
+    """A linear layer for features side by side, as many as there happen to be; their gradient is `aligned`."""
+
+    def forward(self, feature_BE: Tensor) -> Tensor:
+        is_plain = feature_BE.dtype == self.weight.dtype and not torch.is_autocast_enabled(feature_BE.device.type)
+        if torch.compiler.is_compiling() or not (is_plain and torch.is_grad_enabled()):
+            return super().forward(feature_BE)
+        return _InputLinear.apply(feature_BE, self.weight, self.bias)
+
+
+class _InputLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, feature_BE: Tensor, weight_HE: Tensor, bias_H: Tensor) -> Tensor:
+        ctx.save_for_backward(feature_BE, weight_HE)
+        return F.linear(feature_BE, weight_HE, bias_H)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient_BH,) = gradients
+        feature_BE, weight_HE = ctx.saved_tensors
+        of_feature = None
+        if ctx.needs_input_grad[0]:
+            of_feature = torch.mm(gradient_BH, weight_HE, out=aligned(gradient_BH, *feature_BE.shape))
+        return of_feature, gradient_BH.T @ feature_BE, gradient_BH.sum(0)
 
 
 class Summed(nn.Module):

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from trec_twotower.model.losses.cells import add_products, dots
+
 Precision = Literal["fp32", "bf16", "bf16_logits"]
 
 # Cells of the matrix at a time. On CPU 2 MiB of float32, so that a block is still in the cache when it is read again,
@@ -92,6 +94,7 @@ class Block:
     """Some rows: the logits of all their negatives, and their pairs. A rule may overwrite the logits."""
 
     logit_bC: Tensor  # -inf where a cell is no negative
+    offset_C: Tensor | None  # what the rule is to add to the logits, if it said that it would
     num_negatives_b: Tensor
     row_p: Tensor  # of the block, rising
     logit_p: Tensor
@@ -146,15 +149,17 @@ def in_blocks(
     pairs: Pairs | None = None,
     logit_P: Tensor | None = None,
     given_apart: bool = False,
+    adds_offset: bool = False,
     precision: Precision = "fp32",
 ) -> Tensor:
     """The sum over blocks of what `rule` makes of them; a scalar with gradients for the vectors and `logit_P`.
 
     The rule sees the logits u . v - log q of each row's negatives, and the row's `pairs` (default: the positives, with
     logits corrected alike). Row i's negatives are the columns in `is_negative_C` and what it refused, but no pair it
-    knows; with `given_apart` no given pair either, whatever its label. With precision bf16 the gradients' products are
-    made of bfloat16 numbers (relative error some 1e-3); logits and sums stay as they are. With bf16_logits the
-    negatives' logits are made of such numbers, too, and rounded to them before log q is taken off.
+    knows; with `given_apart` no given pair either, whatever its label. A rule that reads all logits once more anyway
+    may say `adds_offset`: then -log q may be in `Block.offset_C` and not in the logits. With precision bf16 the
+    gradients' products are made of bfloat16 numbers (relative error some 1e-3); logits and sums stay as they are. With
+    bf16_logits the negatives' logits are made of such numbers, too, and rounded to them before log q is taken off.
     """
     if pairs is None:
         pairs = relations.positive
@@ -166,7 +171,14 @@ def in_blocks(
     with torch.autocast(user_BD.device.type, enabled=False):
         negatives = _Negatives.of(user_BD.detach(), item_CD.detach(), relations, given_apart)
         return _InBlocks.apply(
-            user_BD, item_CD, logit_P, (row_P, weight_P.detach(), label_P.detach()), negatives, rule, precision
+            user_BD,
+            item_CD,
+            logit_P,
+            (row_P, weight_P.detach(), label_P.detach()),
+            negatives,
+            rule,
+            adds_offset,
+            precision,
         )
 
 
@@ -230,7 +242,7 @@ class _Negatives:
         row, column = opened // width, opened % width
         user_BMD = user_BD if user_BD.ndim == 3 else user_BD[:, None]
         opened_best = _best(user_BMD, item_CD, row, column)
-        opened_logit = _dots(user_BMD.flatten(0, 1), item_CD, row * user_BMD.shape[1] + opened_best, column)
+        opened_logit = dots(user_BMD.flatten(0, 1), row * user_BMD.shape[1] + opened_best, item_CD, column)
         if relations.hardest is not None:
             num_negatives_B.clamp_(max=relations.hardest)
         num_negatives_B = num_negatives_B.to(user_BD.dtype)
@@ -248,22 +260,29 @@ class _InBlocks(torch.autograd.Function):
         pairs: tuple[Tensor, Tensor, Tensor],
         negatives: _Negatives,
         rule: Rule,
+        adds_offset: bool,
         precision: Precision,
     ) -> Tensor:
         row_P, weight_P, label_P = pairs
         num_rows, num_columns = user_BD.shape[0], item_CD.shape[0]
         size = rows_a_block(num_columns, user_BD.device)
+        size = -(-num_rows // -(-num_rows // size)) if num_rows else size  # blocks of like size
         edges = torch.arange(0, num_rows + size, size, device=user_BD.device).clamp_(max=num_rows)
         edges_P = torch.searchsorted(row_P.contiguous(), edges).tolist()
         edges_shut = torch.searchsorted(negatives.shut, edges * num_columns).tolist()
         edges_opened = torch.searchsorted(negatives.opened, edges * num_columns).tolist()
+        cells = max(size * num_columns, 1)
+        row_p, shut, opened = row_P % size, negatives.shut % cells, negatives.opened % cells  # within their blocks
 
+        # What is opened has its offset already, and the hardest and the best of several are known only with it.
+        is_late = adds_offset and negatives.hardest is None and user_BD.ndim == 2 and not len(negatives.opened)
+        late_C, early_C = (negatives.offset_C, None) if is_late else (None, negatives.offset_C)
         narrow = user_BD.dtype if precision == "fp32" else torch.bfloat16
         narrow_CD = item_CD.to(narrow)
         loss = user_BD.new_zeros(())
         user_BMD = user_BD if user_BD.ndim == 3 else user_BD[:, None]
         num_vectors = user_BMD.shape[1]
-        grad_user_BMD = torch.zeros_like(user_BMD)
+        grad_user_BMD = torch.empty_like(user_BMD) if num_columns else torch.zeros_like(user_BMD)
         grad_item_DC = torch.zeros_like(item_CD.T, memory_format=torch.contiguous_format)
         grad_logit_P = torch.zeros_like(logit_P)
         room = user_BD.new_empty(min(size, num_rows), num_columns)  # one block, used again and again
@@ -272,29 +291,35 @@ class _InBlocks(torch.autograd.Function):
         for number, start in enumerate(range(0, num_rows if num_columns else 0, size)):
             stop = min(start + size, num_rows)
             mine = slice(edges_P[number], edges_P[number + 1])
-            shut = negatives.shut[edges_shut[number] : edges_shut[number + 1]]
-            opened = slice(edges_opened[number], edges_opened[number + 1])
             part_bMD = user_BMD[start:stop]
             logit_bC = room[: stop - start]
             if precision == "bf16_logits":
                 torch.mm(part_bMD[:, 0].to(narrow), narrow_CD.T, out=narrow_room[: stop - start])
-                logit_bC.copy_(narrow_room[: stop - start]).add_(negatives.offset_C)
+                logit_bC.copy_(narrow_room[: stop - start])
+                if early_C is not None:
+                    logit_bC += early_C
+            elif early_C is None:
+                torch.mm(part_bMD[:, 0], item_CD.T, out=logit_bC)
             else:
-                torch.addmm(negatives.offset_C, part_bMD[:, 0], item_CD.T, out=logit_bC)
-            cell_opened = negatives.opened[opened] - start * num_columns
+                torch.addmm(early_C, part_bMD[:, 0], item_CD.T, out=logit_bC)
             if several is not None:
                 several.raise_to_best(logit_bC, negatives.offset_C, part_bMD, item_CD)
-                several.best_bC.view(-1).index_copy_(0, cell_opened, negatives.opened_best[opened].to(torch.int8))
-            logit_bC.view(-1).index_fill_(0, shut - start * num_columns, float("-inf"))
-            logit_bC.view(-1).index_copy_(0, cell_opened, negatives.opened_logit[opened])
+            cell = logit_bC.view(-1)
+            cell.index_fill_(0, shut[edges_shut[number] : edges_shut[number + 1]], float("-inf"))
+            if len(opened):
+                part = slice(edges_opened[number], edges_opened[number + 1])
+                cell.index_copy_(0, opened[part], negatives.opened_logit[part])
+                if several is not None:
+                    several.best_bC.view(-1).index_copy_(0, opened[part], negatives.opened_best[part].to(torch.int8))
             if negatives.hardest is not None and negatives.hardest < num_columns:
                 top_bK, place_bK = logit_bC.topk(negatives.hardest, dim=1, sorted=False)
                 logit_bC.fill_(float("-inf")).scatter_(1, place_bK, top_bK)
             slopes = rule(
                 Block(
                     logit_bC,
+                    late_C,
                     negatives.num_negatives_B[start:stop],
-                    row_P[mine] - start,
+                    row_p[mine],
                     logit_P[mine],
                     weight_P[mine],
                     label_P[mine],
@@ -307,13 +332,15 @@ class _InBlocks(torch.autograd.Function):
                 cell_bC = slopes.cell_bC if several is None else several.of(vector, slopes.cell_bC)
                 if narrow != cell_bC.dtype:
                     cell_bC = narrow_room[: stop - start].copy_(cell_bC)
-                grad_user_BMD[start:stop, vector] = factor_b1 * (cell_bC @ narrow_CD)
                 weighted_Db = (factor_b1 * part_bMD[:, vector]).to(narrow).T
                 # (D, C), since this product is faster than its transpose.
                 if narrow == user_BD.dtype:
+                    made_bD = torch.mm(cell_bC, narrow_CD, out=grad_user_BMD[start:stop, vector])
                     grad_item_DC.addmm_(weighted_Db, cell_bC)
                 else:
+                    made_bD = grad_user_BMD[start:stop, vector].copy_(cell_bC @ narrow_CD)
                     grad_item_DC += weighted_Db @ cell_bC
+                made_bD *= factor_b1
         del room, narrow_room, several
         ctx.save_for_backward(grad_user_BMD.view_as(user_BD), grad_item_DC.T.contiguous(), grad_logit_P)
         return loss
@@ -321,7 +348,7 @@ class _InBlocks(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        return *(made * gradients[0] for made in ctx.saved_tensors), None, None, None, None
+        return *(made * gradients[0] for made in ctx.saved_tensors), None, None, None, None, None
 
 
 class _Several:
@@ -349,25 +376,16 @@ class _PairLogits(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, user_BD: Tensor, item_CD: Tensor, row_P: Tensor, column_P: Tensor) -> Tensor:
         ctx.save_for_backward(user_BD, item_CD, row_P, column_P)
-        return _dots(user_BD, item_CD, row_P, column_P)
+        return dots(user_BD, row_P, item_CD, column_P)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None]:
         user_BD, item_CD, row_P, column_P = ctx.saved_tensors
         grad_user_BD, grad_item_CD = torch.zeros_like(user_BD), torch.zeros_like(item_CD)
-        for part in _portions(row_P, user_BD):
-            row, column, slope = row_P[part], column_P[part], gradients[0][part, None]
-            grad_user_BD.index_add_(0, row, slope * item_CD[column])
-            grad_item_CD.index_add_(0, column, slope * user_BD[row])
+        add_products(grad_user_BD, row_P, gradients[0], item_CD, column_P)
+        add_products(grad_item_CD, column_P, gradients[0], user_BD, row_P)
         return grad_user_BD, grad_item_CD, None, None
-
-
-def _dots(user_BD: Tensor, item_CD: Tensor, row_P: Tensor, column_P: Tensor) -> Tensor:
-    out_P = user_BD.new_empty(row_P.shape[0])
-    for part in _portions(row_P, user_BD):
-        out_P[part] = torch.linalg.vecdot(user_BD[row_P[part]], item_CD[column_P[part]])
-    return out_P
 
 
 def _best(user_BMD: Tensor, item_CD: Tensor, row_P: Tensor, column_P: Tensor) -> Tensor:
@@ -376,14 +394,8 @@ def _best(user_BMD: Tensor, item_CD: Tensor, row_P: Tensor, column_P: Tensor) ->
     if num_vectors == 1:
         return torch.zeros_like(row_P)
     all_ND = user_BMD.flatten(0, 1)
-    each = [_dots(all_ND, item_CD, row_P * num_vectors + vector, column_P) for vector in range(num_vectors)]
+    each = [dots(all_ND, row_P * num_vectors + vector, item_CD, column_P) for vector in range(num_vectors)]
     return torch.stack(each).argmax(0)
-
-
-def _portions(row_P: Tensor, user_BD: Tensor) -> list[slice]:
-    """Runs of pairs whose vectors are a small part of a block."""
-    size = rows_a_block(8 * user_BD.shape[1], user_BD.device)
-    return [slice(start, start + size) for start in range(0, row_P.shape[0], size)]
 
 
 def _cells(pairs: Pairs, num_columns: int) -> Tensor:

@@ -28,11 +28,11 @@ def softmax(
     correction logQ is that of Bengio and Senecal (2008) and Yi et al. (2019).
     """
     user_BD, item_CD = scaled(user_BD, item_CD, temperature)
-    return in_blocks(user_BD, item_CD, relations, _softmax, precision=precision)
+    return in_blocks(user_BD, item_CD, relations, _softmax, adds_offset=True, precision=precision)
 
 
 def _softmax(block: Block) -> Slopes:
-    total_b, log_total_b = _exponentials(block.logit_bC)
+    total_b, log_total_b = _exponentials(block)
     # With L = log(sum over the row's negatives of exp(l)), positive p costs log(1 + exp(L - l_p)): only the negatives
     # are shifted together, so positives far apart do not push each other out of range.
     margin_p = log_total_b[block.row_p] - block.logit_p
@@ -67,7 +67,7 @@ def bsl(
     """
 
     def rule(block: Block) -> Slopes:
-        total_b, log_total_b = _exponentials(block.logit_bC)
+        total_b, log_total_b = _exponentials(block)
         weight_b = block.per_row(block.weight_p) * (block.num_negatives_b > 0)
         value_p = block.logit_p / temperature_ratio + block.weight_p.log()
         log_sum_b = row_log_sum_exp(value_p, block.row_p, len(total_b))
@@ -83,12 +83,10 @@ def bsl(
         )
 
     user_BD, item_CD = scaled(user_BD, item_CD, temperature)
-    return in_blocks(user_BD, item_CD, relations, rule, precision=precision)
+    return in_blocks(user_BD, item_CD, relations, rule, adds_offset=True, precision=precision)
 
 
-def _exponentials(logit_bC: Tensor) -> tuple[Tensor, Tensor]:
+def _exponentials(block: Block) -> tuple[Tensor, Tensor]:
     """Turn each row into exp(logit - its maximum); returns the rows' sums, and the logs of their unshifted sums."""
-    peak_b = logit_bC.amax(1)
-    peak_b = peak_b.where(~peak_b.isneginf(), 0.0)
-    total_b = exponentiate(logit_bC, peak_b)
+    total_b, peak_b = exponentiate(block.logit_bC, block.offset_C)
     return total_b, peak_b + total_b.log()
