@@ -23,7 +23,7 @@ from trec_twotower.model import watch as watching
 from trec_twotower.model.embedding import Pooled, tower_inputs
 from trec_twotower.model.losses import Pairs, Relations
 from trec_twotower.model.losses.cells import add_products, dots, exponentiate
-from trec_twotower.model.parts import InputLinear
+from trec_twotower.model.parts import InputLinear, unit
 from trec_twotower.model.watch import Watch
 from trec_twotower.schema import FeatureSpec, Schema, TableSpec
 
@@ -309,6 +309,21 @@ def test_input_layers_have_the_gradient_of_linear_ones(rng, narrow):
     for mine, torchs in zip(*found, strict=True):
         torch.testing.assert_close(mine, torchs, rtol=1e-5, atol=1e-6)
     assert found[0][0].dtype == (torch.bfloat16 if narrow else torch.float32)
+
+
+def test_unit_vectors_have_the_gradient_of_normalised_ones(rng):
+    """In float64, beside a vector of zeros and one too short to count."""
+    vector = torch.from_numpy(rng.normal(size=(6, 5)))
+    vector[2], vector[3] = 0, 1e-14
+    slope, found = torch.from_numpy(rng.normal(size=(6, 5))), []
+    for normalise in (unit, torch.nn.functional.normalize):
+        given = vector.clone().requires_grad_()
+        made = normalise(given)
+        (made * slope).sum().backward()
+        found.append((made.detach(), given.grad))
+    assert torch.equal(found[0][0], found[1][0])
+    torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-12, atol=1e-12)
+    assert torch.equal(unit(vector), found[0][0])  # without a gradient
 
 
 def test_tower_inputs_have_the_gradient_of_their_parts_divided_and_joined():

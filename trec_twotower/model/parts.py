@@ -18,6 +18,7 @@ from trec_twotower.config import ExpertsConfig, GatingConfig
 from trec_twotower.distributed import Ranks
 
 CACHE_LINE = 16  # float32 numbers
+SHORTEST = 1e-12  # as F.normalize has it
 
 
 def aligned(like: Tensor, rows: int, columns: int) -> Tensor:
@@ -26,6 +27,29 @@ def aligned(like: Tensor, rows: int, columns: int) -> Tensor:
     Products with rows of 322 numbers that lie end to end take 1.7 times as long as with those of 320 (MKL).
     """
     return like.new_empty(rows, -(-columns // CACHE_LINE) * CACHE_LINE)[:, :columns]
+
+
+def unit(vector_BD: Tensor) -> Tensor:
+    """Each row divided by its length; rows shorter than SHORTEST by that. `F.normalize`, in fewer passes backward."""
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return F.normalize(vector_BD, dim=1)
+    return _Unit.apply(vector_BD)
+
+
+class _Unit(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, vector_BD: Tensor) -> Tensor:
+        length_B1 = torch.linalg.vector_norm(vector_BD, dim=1, keepdim=True).clamp_(min=SHORTEST)
+        unit_BD = vector_BD / length_B1
+        ctx.save_for_backward(unit_BD, length_B1)
+        return unit_BD
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        unit_BD, length_B1 = ctx.saved_tensors
+        along_B1 = torch.linalg.vecdot(unit_BD, gradients[0])[:, None] * (length_B1 > SHORTEST)
+        return torch.addcmul(gradients[0], unit_BD, along_B1, value=-1).div_(length_B1)
 
 
 class InputLinear(nn.Linear):

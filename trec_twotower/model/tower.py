@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from itertools import accumulate
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -23,6 +22,7 @@ from trec_twotower.model.parts import (
     ShortLong,
     Summed,
     Unit,
+    unit,
 )
 
 
@@ -102,7 +102,7 @@ class Tower(nn.Module):
             vector_BD = vector_BD + feature_BE[:, part]
         if self.note_length is not None:
             self.note_length(vector_BD)
-        return F.normalize(vector_BD, dim=1) if self.is_unit else vector_BD
+        return unit(vector_BD) if self.is_unit else vector_BD
 
     def penalty(self, ranks: Ranks) -> Tensor | None:
         """What its experts add to the loss of the last batch; None where nothing. All ranks call together."""

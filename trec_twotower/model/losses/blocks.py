@@ -161,20 +161,25 @@ def in_blocks(
     gradients' products are made of bfloat16 numbers (relative error some 1e-3); logits and sums stay as they are. With
     bf16_logits the negatives' logits are made of such numbers, too, and rounded to them before log q is taken off.
     """
-    if pairs is None:
-        pairs = relations.positive
-        logit_P = relations.corrected(pair_logits(user_BD, item_CD, pairs), pairs)
-    assert logit_P is not None
-    order_P = None if _is_rising(pairs.row_P) else torch.argsort(pairs.row_P, stable=True)
-    parts = [pairs.row_P, logit_P, pairs.weights(logit_P), pairs.labels(logit_P)]
-    row_P, logit_P, weight_P, label_P = parts if order_P is None else [part[order_P] for part in parts]
+    has_own_pairs = pairs is None and user_BD.ndim == 2  # their gradients are made here, too
     with torch.autocast(user_BD.device.type, enabled=False):
+        if pairs is None:
+            pairs = relations.positive
+            if has_own_pairs:
+                logit_P = dots(user_BD.detach(), pairs.row_P, item_CD.detach(), pairs.column_P)
+            else:
+                logit_P = pair_logits(user_BD, item_CD, pairs)
+            logit_P = relations.corrected(logit_P, pairs)
+        assert logit_P is not None
+        order_P = None if _is_rising(pairs.row_P) else torch.argsort(pairs.row_P, stable=True)
+        parts = [pairs.row_P, pairs.column_P, logit_P, pairs.weights(logit_P).detach(), pairs.labels(logit_P).detach()]
+        row_P, column_P, logit_P, weight_P, label_P = parts if order_P is None else [part[order_P] for part in parts]
         negatives = _Negatives.of(user_BD.detach(), item_CD.detach(), relations, given_apart)
         return _InBlocks.apply(
             user_BD,
             item_CD,
             logit_P,
-            (row_P, weight_P.detach(), label_P.detach()),
+            (row_P, column_P if has_own_pairs else None, weight_P, label_P),
             negatives,
             rule,
             adds_offset,
@@ -257,13 +262,13 @@ class _InBlocks(torch.autograd.Function):
         user_BD: Tensor,
         item_CD: Tensor,
         logit_P: Tensor,
-        pairs: tuple[Tensor, Tensor, Tensor],
+        pairs: tuple[Tensor, Tensor | None, Tensor, Tensor],
         negatives: _Negatives,
         rule: Rule,
         adds_offset: bool,
         precision: Precision,
     ) -> Tensor:
-        row_P, weight_P, label_P = pairs
+        row_P, column_P, weight_P, label_P = pairs
         num_rows, num_columns = user_BD.shape[0], item_CD.shape[0]
         size = rows_a_block(num_columns, user_BD.device)
         size = -(-num_rows // -(-num_rows // size)) if num_rows else size  # blocks of like size
@@ -342,7 +347,11 @@ class _InBlocks(torch.autograd.Function):
                     grad_item_DC += weighted_Db @ cell_bC
                 made_bD *= factor_b1
         del room, narrow_room, several
-        ctx.save_for_backward(grad_user_BMD.view_as(user_BD), grad_item_DC.T.contiguous(), grad_logit_P)
+        grad_user_BD, grad_item_CD = grad_user_BMD.view_as(user_BD), grad_item_DC.T.contiguous()
+        if column_P is not None:
+            add_products(grad_user_BD, row_P, grad_logit_P, item_CD, column_P)
+            add_products(grad_item_CD, column_P, grad_logit_P, user_BD, row_P)
+        ctx.save_for_backward(grad_user_BD, grad_item_CD, grad_logit_P)
         return loss
 
     @staticmethod

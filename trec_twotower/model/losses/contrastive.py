@@ -38,9 +38,9 @@ def _softmax(block: Block) -> Slopes:
     margin_p = log_total_b[block.row_p] - block.logit_p
     missed_p = block.weight_p * torch.sigmoid(margin_p)  # what the softmax gives to negatives
     return Slopes(
-        loss=-(block.weight_p * F.logsigmoid(-margin_p)).sum(),
+        loss=-torch.dot(block.weight_p, F.logsigmoid(-margin_p)),
         cell_bC=block.logit_bC,
-        factor_b=block.per_row(missed_p) / total_b.where(total_b > 0, 1.0),
+        factor_b=block.per_row(missed_p) / total_b.clamp(min=1.0),
         pair_p=-missed_p,
     )
 
@@ -78,7 +78,7 @@ def bsl(
         return Slopes(
             loss=(weight_b * (negative_b - positive_b)).sum(),
             cell_bC=block.logit_bC,
-            factor_b=weight_b / total_b.where(total_b > 0, 1.0),
+            factor_b=weight_b / total_b.clamp(min=1.0),
             pair_p=-weight_b[block.row_p] * share_p,
         )
 
@@ -87,6 +87,9 @@ def bsl(
 
 
 def _exponentials(block: Block) -> tuple[Tensor, Tensor]:
-    """Turn each row into exp(logit - its maximum); returns the rows' sums, and the logs of their unshifted sums."""
+    """Turn each row into exp(logit - its maximum); returns the rows' sums, and the logs of their unshifted sums.
+
+    A sum is at least 1, the largest logit's own part, and 0 where a row has no negatives.
+    """
     total_b, peak_b = exponentiate(block.logit_bC, block.offset_C)
     return total_b, peak_b + total_b.log()
