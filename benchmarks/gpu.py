@@ -228,7 +228,8 @@ def towers(folder: Path, quick: bool) -> Figures:
 
 def overlap(folder: Path, quick: bool) -> Figures:
     """The training loop itself, with its reader, in a process of its own."""
-    from trec_twotower.config import as_values, to_yaml
+    from trec_twotower.config import as_values
+    from trec_twotower.yaml_files import to_yaml
 
     with tempfile.TemporaryDirectory() as temporary:
         path, out = Path(temporary) / "gpu.yaml", Path(temporary) / "run"

@@ -352,7 +352,8 @@ def measure(folder: Path, options: argparse.Namespace, parts: list[str]) -> dict
 
 
 def waiting(folder: Path, gowalla: Path | None) -> dict[str, float]:
-    from trec_twotower.config import as_values, to_yaml
+    from trec_twotower.config import as_values
+    from trec_twotower.yaml_files import to_yaml
 
     figures = {}
     with tempfile.TemporaryDirectory() as temporary:

@@ -406,7 +406,8 @@ def on_one_core(words: list[str], *, tuned: bool) -> dict[str, float]:
 
 def ranks_rate(folder: Path, num_ranks: int, place: Path) -> float:
     """Rows per second of `train` in its steady state, a core a rank."""
-    from trec_twotower.config import as_values, to_yaml
+    from trec_twotower.config import as_values
+    from trec_twotower.yaml_files import to_yaml
 
     path, out = place / "training.yaml", place / f"ranks-{num_ranks}-{time.monotonic_ns()}"
     path.write_text(to_yaml(as_values(config_of(folder))))

@@ -22,7 +22,7 @@ from tests.ranks.states import whole_optimizer_state, whole_state
 from tests.ranks.worlds import MIXED, TABLES, event_config, user_config
 from trec_twotower.checkpoint import Checkpoints, model_version
 from trec_twotower.checkpoint_storage import PublishingWriter
-from trec_twotower.config import RunConfig, as_values, binding, config_hash, to_yaml
+from trec_twotower.config import RunConfig, as_values
 from trec_twotower.data.dataset import Dataset
 from trec_twotower.data.interactions import TrainBatches
 from trec_twotower.distributed import Ranks
@@ -30,7 +30,9 @@ from trec_twotower.errors import ConfigError, DataError, TrainingError
 from trec_twotower.files import _own_sha256, seal, write_json
 from trec_twotower.optimizer import RunOptimizer
 from trec_twotower.run import Run, RunLog
+from trec_twotower.same_run import binding, config_hash
 from trec_twotower.train import build_model, train
+from trec_twotower.yaml_files import to_yaml
 
 pytestmark = pytest.mark.filterwarnings(*SAID_BY_TORCHREC)
 ADAGRAD = {"optimizer": {"sparse": "rowwise_adagrad", "lr": 0.1, "schedule": "linear", "warmup_steps": 5}}

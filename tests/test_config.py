@@ -19,19 +19,14 @@ from trec_twotower.config import (
     TrainConfig,
     apply_overrides,
     as_values,
-    binding,
-    check_same_run,
-    config_hash,
-    differences,
     load_config,
     parse_overrides,
-    parse_yaml,
-    read_yaml,
-    to_yaml,
     validate,
 )
 from trec_twotower.errors import ConfigError, nearest
+from trec_twotower.same_run import binding, check_same_run, config_hash, differences
 from trec_twotower.schema import TableSpec
+from trec_twotower.yaml_files import parse_yaml, read_yaml, to_yaml
 
 SHIPPED = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
 SMALL = """

@@ -16,7 +16,7 @@ import torch
 from tests.ranks.launch import ROOT, SAID_BY_TORCHREC
 from tests.ranks.states import whole_state
 from tests.ranks.worlds import EVENTS, event_config
-from trec_twotower.config import as_values, to_yaml
+from trec_twotower.config import as_values
 from trec_twotower.errors import ConfigError, Stopped, TrainingError
 from trec_twotower.failures import ATTEMPT, summary
 from trec_twotower.faults import POINTS, Fault, fault_point
@@ -25,6 +25,7 @@ from trec_twotower.model.gate import NotFinite, gate
 from trec_twotower.model.two_tower import TwoTower
 from trec_twotower.preemption import AGENT_PID, StopSignals
 from trec_twotower.train import train
+from trec_twotower.yaml_files import to_yaml
 
 pytestmark = pytest.mark.filterwarnings(*SAID_BY_TORCHREC)
 

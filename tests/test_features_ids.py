@@ -18,7 +18,7 @@ from pydantic import ValidationError
 
 from tests.ranks.launch import SAID_BY_TORCHREC
 from tests.sequences import steps_config, write_steps
-from trec_twotower.config import DataConfig, LossConfig, RunConfig, load_config, read_yaml, validate
+from trec_twotower.config import DataConfig, LossConfig, RunConfig, load_config, validate
 from trec_twotower.data.batch import make_batch
 from trec_twotower.data.coverage import OwnItems, coverage, describe_coverage, own_items
 from trec_twotower.data.dataset import Dataset
@@ -31,6 +31,7 @@ from trec_twotower.errors import ConfigError, DataError
 from trec_twotower.model.embedding import Pooled, tower_inputs
 from trec_twotower.schema import FeatureSpec, Schema, TableSpec, auto_dim
 from trec_twotower.train import train
+from trec_twotower.yaml_files import read_yaml
 
 # Vocabularies
 

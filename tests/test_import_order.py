@@ -14,7 +14,7 @@ PACKAGE = Path(trec_twotower.__file__).parent
 
 # A package stands where its __init__ does: behind its parts, which it may import.
 LAYERS = """
-    errors schema config files memory faults lock preemption shared_memory distributed heartbeat
+    errors yaml_files schema config same_run files memory faults lock preemption shared_memory distributed heartbeat
     data data.kernels data.words data.hashing data.lists data.probing data.numbers data.times
     data.vocabulary data.vectors data.text data.transforms data.dataset
     data.cache_folder data.arrays data.catalogue data.features data.coverage data.held_out
@@ -26,7 +26,7 @@ LAYERS = """
     data.sources.synthetic_reach data.sources.synthetic data.sources.gowalla data.sources.amazon_beauty
     data.sources.event_files data.sources.event_splits data.sources.event_log data.sources.events data.sources.ratings
     data.sources.amazon_reviews data.sources.movielens data.sources.goodbooks data.sources
-    model model.embedding model.list_sums model.inputs model.sequence model.parts model.tower
+    model model.parts model.embedding model.list_sums model.inputs model.sequence model.tower
     model.temperature model.frequency
     model.losses.cells model.losses.blocks model.losses.contrastive model.losses.pointwise model.losses.pairwise
     model.losses.graded model.losses.mixture model.losses model.losses.regularisers model.queue model.gate model.watch
@@ -40,7 +40,7 @@ LAYERS = """
 """
 ORDER = LAYERS.split()
 LAZY = {"schema", "cli", "demo"}  # their imports inside functions may name anything
-WITHOUT_TORCH = {"errors", "schema", "config", "files"} | {
+WITHOUT_TORCH = {"errors", "yaml_files", "schema", "config", "same_run", "files"} | {
     f"data.{part}"
     for part in (
         "kernels",

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from tests.ranks.worlds import event_config
-from trec_twotower.config import DataConfig, LossConfig, parse_yaml, validate
+from trec_twotower.config import DataConfig, LossConfig, validate
 from trec_twotower.data.batch import Batch
 from trec_twotower.data.dataset import Dataset
 from trec_twotower.data.features import Sources
@@ -24,6 +24,7 @@ from trec_twotower.data.lists import Lists
 from trec_twotower.data.negatives import ByPopularity, Evenly, OfTheSameCategory, Refreshed, count_items, drawn_from
 from trec_twotower.errors import ConfigError, DataError
 from trec_twotower.schema import FeatureSpec, Schema, TableSpec
+from trec_twotower.yaml_files import parse_yaml
 
 NUM_ITEMS, NUM_USERS, NUM_ROWS = 60, 90, 900
 ITEMS = [1000 + 7 * n for n in np.random.default_rng(5).permutation(NUM_ITEMS).tolist()]

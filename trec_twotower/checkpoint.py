@@ -21,13 +21,13 @@ from torch.distributed.checkpoint import CheckpointException
 
 import trec_twotower
 from trec_twotower.checkpoint_storage import PublishingWriter, SafeReader, Snapshot
-from trec_twotower.config import differences
 from trec_twotower.distributed import Ranks
 from trec_twotower.errors import ConfigError, DataError, TrainingError
 from trec_twotower.faults import fault_point
 from trec_twotower.files import MANIFEST, read_manifest, sha256_of, verify_sealed
 from trec_twotower.model.embedding import table_in
 from trec_twotower.optimizer import RunOptimizer
+from trec_twotower.same_run import differences
 
 FORMAT = 2  # of a checkpoint's manifest and of the names in it
 CLOSE_S = 20.0  # for a save that is under way when the training fails; its other ranks may be gone
@@ -37,7 +37,7 @@ MEND = "remove this checkpoint; the run goes on from the one before it."
 class Checkpoints:
     """The folder checkpoints/ of a run: step-00000100/ and so on, of which some are kept.
 
-    With `settings` (config.binding), checkpoints that were trained under other ones are refused.
+    With `settings` (same_run.binding), checkpoints that were trained under other ones are refused.
     """
 
     def __init__(

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
-import yaml
 from pydantic import (
     BaseModel,
     BeforeValidator,
@@ -20,13 +17,13 @@ from pydantic import (
     PositiveFloat,
     PositiveInt,
     Tag,
-    TypeAdapter,
     ValidationError,
     model_validator,
 )
 
 from trec_twotower.errors import ConfigError, nearest
 from trec_twotower.schema import HISTORY, FeatureSpec, Schema, Seed, Settings, Side, TableSpec
+from trec_twotower.yaml_files import parse_yaml, read_yaml
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -773,116 +770,7 @@ class RunConfig(Settings):
             )
 
 
-# ---------------------------------------------------------------- YAML without its traps
-
-
-MAX_YAML_VALUES = 5_000_000  # of a file, aliases written out
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.2's core words: `no` and `NO` stay text, `1e-3` is a number, `12:30` and dates stay text."""
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        """Refuses what aliases blow up: ten short lines of them can stand for more than any memory holds."""
-        is_alias, line = self.check_event(yaml.AliasEvent), self.peek_event().start_mark.line + 1
-        node: Any = super().compose_node(parent, index)
-        if not is_alias:
-            inside = node.value if isinstance(node, yaml.CollectionNode) else []
-            parts = [part for each in inside for part in (each if isinstance(each, tuple) else (each,))]
-            node.num_values = 1 + sum(part.num_values for part in parts)
-        elif not hasattr(node, "num_values"):
-            raise ValueError(f"line {line}: an alias stands inside what it names")
-        if node.num_values > MAX_YAML_VALUES:
-            raise ConfigError(f"line {line}: aliases make it more than {MAX_YAML_VALUES:,} values: use fewer.")
-        return node
-
-
-_Loader.yaml_implicit_resolvers = {}
-for _tag, _pattern, _first in (
-    ("bool", r"^(?:true|True|TRUE|false|False|FALSE)$", "tTfF"),
-    ("null", r"^(?:~|null|Null|NULL|)$", ["~", "n", "N", ""]),
-    ("int", r"^[-+]?[0-9][0-9_]*$", "-+0123456789"),
-    (
-        "float",
-        r"^[-+]?(?:\.[0-9]+|[0-9][0-9_]*(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?$|^[-+]?\.(?:inf|nan)$",
-        "-+.0123456789",
-    ),
-):
-    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(_pattern), list(_first))
-
-
-def _decimal(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
-    """`010` is ten: no octal, no base 60."""
-    return int(loader.construct_scalar(node).replace("_", ""))
-
-
-def _mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
-    seen: dict[Any, int] = {}
-    for key_node, _ in node.value:
-        if not isinstance(key_node, yaml.ScalarNode):
-            raise ConfigError(
-                f"line {key_node.start_mark.line + 1}: a key is itself a list or a mapping: "
-                "quote text that begins with a brace or a bracket."
-            )
-        name = key_node.value
-        if name in seen:
-            raise ConfigError(
-                f"line {key_node.start_mark.line + 1}: the key {name!r} stands already at line {seen[name]}: keep one."
-            )
-        seen[name] = key_node.start_mark.line + 1
-    return loader.construct_mapping(node, deep=True)
-
-
-_Loader.add_constructor("tag:yaml.org,2002:int", _decimal)
-_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
-
-
-def parse_yaml(text: str, origin: str) -> Any:
-    """The value of a YAML text; raises ConfigError naming `origin` and the line."""
-    try:
-        return yaml.load(text, Loader=_Loader)
-    except ConfigError as error:
-        raise ConfigError(f"{origin}, {error}") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{origin} is not YAML: {error}") from None
-
-
-MAX_YAML_BYTES = 64 << 20  # a longer file is none of ours, and is not read into memory
-
-
-def read_yaml(path: Path) -> Any:
-    """The value of a YAML file; raises ConfigError naming it and the line."""
-    with path.open("rb") as file:
-        content = file.read(MAX_YAML_BYTES + 1)
-    if len(content) > MAX_YAML_BYTES:
-        raise ConfigError(f"{path} is longer than {MAX_YAML_BYTES:,} bytes: it is no file of ours.")
-    try:
-        text = content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path} is not UTF-8 ({error}): save it as UTF-8.") from None
-    return parse_yaml(text, str(path))
-
-
-def to_yaml(value: Any) -> str:
-    """YAML that `parse_yaml` reads back unchanged."""
-    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
-
-
-class _Dumper(yaml.SafeDumper):
-    """Quotes text by the same rules as `_Loader` reads it; floats keep every digit."""
-
-
-def _text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
-    """Line breaks beyond the usual one survive only as escapes, so in double quotes."""
-    style = '"' if set(text) & set("\x85\u2028\u2029") else None
-    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
-
-
-_Dumper.yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
-_Dumper.add_representer(str, _text)
-
-
-# ---------------------------------------------------------------- load, override, save
+# ---------------------------------------------------------------- load, override, check
 
 
 def load_config(path: Path | str, overrides: Iterable[str] = ()) -> RunConfig:
@@ -992,101 +880,18 @@ def _fields(model: Any, path: list[str | int]) -> list[str]:
         if isinstance(model, type) and issubclass(model, BaseModel):
             model = model.model_fields[str(part)].annotation if str(part) in model.model_fields else None
         else:
-            model = _model_in(model)
-    model = _model_in(model)
+            model = settings_in(model)
+    model = settings_in(model)
     return list(model.model_fields) if model is not None else []
 
 
-def _model_in(annotation: Any) -> type[BaseModel] | None:
+def settings_in(annotation: Any) -> type[BaseModel] | None:
     """The first group of settings that an annotation names, however deep."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
-    return next((found for part in get_args(annotation) if (found := _model_in(part)) is not None), None)
+    return next((found for part in get_args(annotation) if (found := settings_in(part)) is not None), None)
 
 
 def as_values(config: BaseModel) -> dict[str, Any]:
     """The config as plain values, as they stand in YAML and JSON."""
     return config.model_dump(mode="json")
-
-
-# What may change between two starts of one run, because it changes no batch and no weight before the next step.
-_FREE = ("train.epochs", "train.log_every", "train.evaluate_every", "train.timeout_s", "train.first_timeout_s",
-         "train.max_failures", "train.threads", "train.profile_steps", "train.pipeline",
-         "checkpoint", "evaluate", "index", "run_dir", "data.dataset", "data.prefetch",
-         "data.threads", "data.cache", "data.cache_gb")  # fmt: skip
-
-
-_PLACING = (".sharding", ".shard_columns", ".kernel", ".cache_share")  # of a table
-
-
-def binding(config: RunConfig) -> dict[str, Any]:
-    """The settings that make a run what it is, flat: {"model.dim": 64, ...}.
-
-    Where a table lies is not among them: a checkpoint goes on under another plan where its state allows.
-    """
-    flat: dict[str, Any] = {}
-
-    def walk(value: Any, place: str) -> None:
-        if place in _FREE or (place.startswith("tables.") and place.endswith(_PLACING)):
-            return
-        if place == "data.follow":
-            flat[place] = None if value is None else {}  # whether, not for how long
-        elif isinstance(value, dict):
-            for name, inner in value.items():
-                walk(inner, f"{place}.{name}" if place else name)
-        elif place in ("user", "item"):
-            flat[place] = [feature["name"] for feature in value]  # their order is the order of the tower's input
-            for feature in value:
-                walk(feature, f"{place}.{feature['name']}")
-        else:
-            flat[place] = value
-
-    walk(as_values(config), "")
-    return flat
-
-
-def config_hash(config: RunConfig) -> str:
-    """Twelve hex digits that change with any setting that binds a run."""
-    return hashlib.sha256(json.dumps(binding(config), sort_keys=True).encode()).hexdigest()[:12]
-
-
-def check_same_run(saved: RunConfig, given: RunConfig, run_dir: Path) -> None:
-    """Raises ConfigError listing the fields in which a run folder's config differs from the one given."""
-    if found := differences(binding(saved), binding(given)):
-        raise ConfigError(
-            f"{run_dir} belongs to another config: {found}. "
-            "Give this run a folder of its own (run_dir=...), or take the old settings back."
-        )
-
-
-def _is_newer(name: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
-    """Whether `old` was written before there was such a setting, which `new` leaves at its default."""
-    parts = name.split(".")
-    is_named = parts[0] in ("user", "item", "tables")  # and then comes the name of a feature or table
-    if name in old or any(".".join(parts[:count]) in old for count in range(1 + is_named, len(parts))):
-        return False
-    if is_named:
-        del parts[1]
-    settings: Any = RunConfig
-    for part in parts[:-1]:
-        settings = _model_in(settings.model_fields[part].annotation) if part in settings.model_fields else None
-        if settings is None:
-            return False
-    field = settings.model_fields.get(parts[-1])
-    return (
-        field is not None
-        and not field.is_required()
-        and _as_in_yaml(field.get_default(call_default_factory=True)) == new[name]
-    )
-
-
-def _as_in_yaml(value: Any) -> Any:
-    """As as_values has it."""
-    return TypeAdapter(Any).dump_python(value, mode="json")
-
-
-def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
-    """The settings of `binding` that differ, in words; empty where none does."""
-    names = [name for name in sorted({*old, *new}) if old.get(name) != new.get(name) and not _is_newer(name, old, new)]
-    shown = "; ".join(f"{name} was {old.get(name)!r}, now {new.get(name)!r}" for name in names[:8])
-    return shown + (f" (and {len(names) - 8} more)" if len(names) > 8 else "")

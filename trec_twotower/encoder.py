@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from trec_twotower.checkpoint import Checkpoints, model_version
-from trec_twotower.config import RunConfig, as_values, binding, read_yaml, to_yaml, validate
+from trec_twotower.config import RunConfig, as_values, validate
 from trec_twotower.data.dataset import ITEM_ID, USER_ID
 from trec_twotower.data.features import Sources
 from trec_twotower.data.lists import Lists
@@ -38,7 +38,9 @@ from trec_twotower.files import new_folder, open_sealed, read_json, seal, write_
 from trec_twotower.model.two_tower import SIDES, TwoTower
 from trec_twotower.program import ProgramError, export_program, program_inputs
 from trec_twotower.run import Run
+from trec_twotower.same_run import binding
 from trec_twotower.schema import Side
+from trec_twotower.yaml_files import read_yaml, to_yaml
 
 MEND = "write it again: trec-twotower export RUN --encoder"
 CONFIG, LEARNED, WEIGHTS, STEPS = "config.yaml", "learned.json", "weights.pt", "steps.npz"

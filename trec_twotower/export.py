@@ -14,7 +14,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from trec_twotower.checkpoint import Checkpoints, model_version
-from trec_twotower.config import binding
 from trec_twotower.data.dataset import ITEM_ID, USER_ID, Split
 from trec_twotower.data.features import Sources
 from trec_twotower.data.held_out import HeldOut
@@ -26,6 +25,7 @@ from trec_twotower.errors import ConfigError, DataError, nearest
 from trec_twotower.files import MANIFEST, naming_a_full_disk, open_sealed, publish_folder, seal
 from trec_twotower.model.two_tower import TwoTower
 from trec_twotower.run import Run
+from trec_twotower.same_run import binding
 from trec_twotower.schema import Side
 from trec_twotower.train import build_model, towers
 

@@ -10,15 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from trec_twotower.config import (
-    TRAINED,
-    RunConfig,
-    as_values,
-    check_same_run,
-    read_yaml,
-    to_yaml,
-    validate,
-)
+from trec_twotower.config import TRAINED, RunConfig, as_values, validate
 from trec_twotower.data.cache_folder import CacheFolder
 from trec_twotower.data.coverage import OwnItems, own_items
 from trec_twotower.data.dataset import POSITIVES, Dataset
@@ -41,7 +33,9 @@ from trec_twotower.errors import ConfigError, DataError, nearest
 from trec_twotower.files import MANIFEST, digest_of, naming, read_signed, sha256_of, write_file, write_signed
 from trec_twotower.lock import LOCK
 from trec_twotower.model.watch import Histogram
+from trec_twotower.same_run import check_same_run
 from trec_twotower.schema import LEARNED
+from trec_twotower.yaml_files import read_yaml, to_yaml
 
 CONFIG, STATISTICS, STATUS = "config.yaml", "statistics.json", "status.json"
 OWN_ITEMS = "own_items"  # of STATISTICS and STATUS: what data.own_item: drop leaves out

@@ -15,7 +15,7 @@ import torch
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from trec_twotower.checkpoint import Checkpoints, versions
-from trec_twotower.config import RunConfig, binding, config_hash
+from trec_twotower.config import RunConfig
 from trec_twotower.data.batch import Batch
 from trec_twotower.data.coverage import OwnItems
 from trec_twotower.data.features import Sources
@@ -38,6 +38,7 @@ from trec_twotower.pipeline import Steps, Trace
 from trec_twotower.preemption import STOPPING, StopSignals
 from trec_twotower.refresh import Neighbours, Refresh
 from trec_twotower.run import OWN_ITEMS, STATUS, Run, RunLog
+from trec_twotower.same_run import binding, config_hash
 from trec_twotower.sharding import placements, shard
 from trec_twotower.spectral import check_start, start_spectral
 

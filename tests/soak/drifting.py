@@ -18,8 +18,9 @@ import pyarrow.parquet as pq
 from tests.soak.jobs import Job, in_child
 from tests.soak.scenarios import Soak, Tally
 from tests.soak.world import config, write_config
-from trec_twotower.config import RunConfig, as_values, to_yaml, validate
+from trec_twotower.config import RunConfig, as_values, validate
 from trec_twotower.data.dataset import footer_digest
+from trec_twotower.yaml_files import to_yaml
 
 FINE = ""  # it is read, and every loss is finite
 CHUNK = 100  # cases in one process, so that one that crashes is told from the others

@@ -17,9 +17,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 
-from trec_twotower.config import DataConfig, read_yaml
+from trec_twotower.config import DataConfig
 from trec_twotower.data.hashing import is_id, is_text
 from trec_twotower.errors import ConfigError, DataError, nearest
+from trec_twotower.yaml_files import read_yaml
 
 USER_ID, ITEM_ID, POSITIVES = "user_id", "item_id", "positives"
 DESCRIPTION = "dataset.yaml"

@@ -24,9 +24,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
-from trec_twotower.config import parse_yaml
 from trec_twotower.data.dataset import digest_of_description, footer_digest
 from trec_twotower.errors import ConfigError
+from trec_twotower.yaml_files import parse_yaml
 
 FORMAT = 1
 MANIFEST = "dataset.yaml"
