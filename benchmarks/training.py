@@ -153,7 +153,7 @@ def plain_torch(folder: Path, num_batches: int) -> Step:
 
 
 def ours_bf16(folder: Path, num_batches: int) -> Step:
-    """All products in float32."""
+    """Products of towers and gradients in bfloat16, logits in float32."""
     return ours(folder, num_batches, "bf16")
 
 

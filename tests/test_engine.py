@@ -21,9 +21,9 @@ from trec_twotower.distributed import Ranks
 from trec_twotower.errors import ConfigError
 from trec_twotower.model import watch as watching
 from trec_twotower.model.embedding import Pooled, tower_inputs
-from trec_twotower.model.losses import Pairs, Relations
+from trec_twotower.model.losses import Pairs, Relations, cells
 from trec_twotower.model.losses.cells import add_products, dots, exponentiate
-from trec_twotower.model.parts import InputLinear, unit
+from trec_twotower.model.parts import AlignedLinear, unit
 from trec_twotower.model.watch import Watch
 from trec_twotower.schema import FeatureSpec, Schema, TableSpec
 
@@ -246,10 +246,12 @@ def test_auto_is_bf16_on_gpus_that_have_it_or_what_the_environment_says(monkeypa
 # Kernels
 
 
+@pytest.mark.parametrize("most_threads", [cells.MOST_THREADS, 0], ids=["compiled", "torch"])
 @pytest.mark.parametrize("is_shifted", [False, True])
 @pytest.mark.parametrize("size", [(1, 1), (3, 17), (5, 0), (40, 1001)])
-def test_exponentials_of_a_block_are_those_of_float64(rng, size, is_shifted):
+def test_exponentials_of_a_block_are_those_of_float64(rng, monkeypatch, size, is_shifted, most_threads):
     """Whole or with what is no negative (-inf), too small to count, or no number."""
+    monkeypatch.setattr(cells, "MOST_THREADS", most_threads)
     logit_bC = torch.from_numpy(rng.normal(-20, 25, size).astype(np.float32))
     logit_bC[0, ::3] = -math.inf
     if size == (3, 17):
@@ -295,7 +297,7 @@ def test_rows_that_are_not_there_are_refused(wrong):
 @pytest.mark.parametrize("narrow", [False, True])
 def test_input_layers_have_the_gradient_of_linear_ones(rng, narrow):
     """Of 19 features, whose rows begin whole cache lines apart; products in bfloat16 are torch's own."""
-    ours, plain = InputLinear(19, 7), torch.nn.Linear(19, 7)
+    ours, plain = AlignedLinear(19, 7), torch.nn.Linear(19, 7)
     plain.load_state_dict(ours.state_dict())
     feature = torch.from_numpy(rng.normal(size=(11, 19)).astype(np.float32))
     slope = torch.from_numpy(rng.normal(size=(11, 7)).astype(np.float32))

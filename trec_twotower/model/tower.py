@@ -13,11 +13,11 @@ from trec_twotower.config import TowerConfig, TrainConfig
 from trec_twotower.data.batch import Listed
 from trec_twotower.distributed import Ranks
 from trec_twotower.model.parts import (
+    AlignedLinear,
     Crosses,
     Experts,
     FeatureDropout,
     FeatureGates,
-    InputLinear,
     Missing,
     ShortLong,
     Summed,
@@ -67,10 +67,10 @@ class Tower(nn.Module):
             layers.append(Experts(width, config.experts))
         width, *hidden_widths = config.widths(widths, dim)
         for hidden in hidden_widths:
-            layers += [InputLinear(width, hidden), nn.ReLU()]
+            layers += [AlignedLinear(width, hidden), nn.ReLU()]
             width = hidden
         if config.project:
-            layers.append(InputLinear(width, dim))
+            layers.append(AlignedLinear(width, dim))
         self.layers = nn.Sequential(*layers)
         ends = list(accumulate(widths))
         self._wide = [slice(ends[number] - widths[number], ends[number]) for number in map(place, config.wide)]

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from trec_twotower.model.losses.cells import add_products, dots
+from trec_twotower.model.losses.cells import add_products, are_ours, dots
 
 Precision = Literal["fp32", "bf16", "bf16_logits"]
 
@@ -279,8 +279,10 @@ class _InBlocks(torch.autograd.Function):
         cells = max(size * num_columns, 1)
         row_p, shut, opened = row_P % size, negatives.shut % cells, negatives.opened % cells  # within their blocks
 
+        room = user_BD.new_empty(min(size, num_rows), num_columns)  # one block, used again and again
         # What is opened has its offset already, and the hardest and the best of several are known only with it.
         is_late = adds_offset and negatives.hardest is None and user_BD.ndim == 2 and not len(negatives.opened)
+        is_late = is_late and are_ours(room)  # torch would take a pass of its own
         late_C, early_C = (negatives.offset_C, None) if is_late else (None, negatives.offset_C)
         narrow = user_BD.dtype if precision == "fp32" else torch.bfloat16
         narrow_CD = item_CD.to(narrow)
@@ -290,7 +292,6 @@ class _InBlocks(torch.autograd.Function):
         grad_user_BMD = torch.empty_like(user_BMD) if num_columns else torch.zeros_like(user_BMD)
         grad_item_DC = torch.zeros_like(item_CD.T, memory_format=torch.contiguous_format)
         grad_logit_P = torch.zeros_like(logit_P)
-        room = user_BD.new_empty(min(size, num_rows), num_columns)  # one block, used again and again
         several = _Several(room) if num_vectors > 1 else None
         narrow_room = room if narrow == room.dtype else room.new_empty(room.shape, dtype=narrow)
         for number, start in enumerate(range(0, num_rows if num_columns else 0, size)):
