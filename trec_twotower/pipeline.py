@@ -160,5 +160,5 @@ class Trace:
         self.folder.mkdir(parents=True, exist_ok=True)
         profiler.export_chrome_trace(str(self.folder / f"rank-{self.rank}.json"))
         by = "self_device_time_total" if self.device.type == "cuda" else "self_cpu_time_total"
-        table = profiler.key_averages().table(sort_by=by, row_limit=40)
+        table = profiler.key_averages().table(sort_by=by, row_limit=-1)
         (self.folder / f"rank-{self.rank}.txt").write_text(table)
