@@ -18,7 +18,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from trec_twotower import shared_memory
 from trec_twotower.errors import ConfigError
@@ -102,7 +101,7 @@ class Ranks:
 
     def is_under_way(self) -> None:
         """The first step is done: from here on a collective may take `timeout_s` and no longer."""
-        _set_pg_timeout(timedelta(seconds=self.timeout_s))
+        _set_timeout(timedelta(seconds=self.timeout_s))
         if isinstance(self.group, shared_memory.SharedMemoryGroup):
             self.group.exchange.set_timeout(self.timeout_s)
 
@@ -270,6 +269,14 @@ def _shared_memory(num_ranks: int, timeout_s: int) -> dist.ProcessGroup | None:
     refusals = torch.tensor(int(is_refused))
     dist.all_reduce(refusals)
     return None if refusals else shared_memory.new_group(timeout_s)
+
+
+def _set_timeout(timeout: timedelta) -> None:
+    """Of the default group, from now on."""
+    if hasattr(dist, "set_timeout"):  # from torch 2.14 on
+        dist.set_timeout(timeout)
+    else:
+        torch.distributed.distributed_c10d._set_pg_timeout(timeout)
 
 
 @contextmanager

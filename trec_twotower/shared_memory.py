@@ -211,6 +211,11 @@ class SharedMemoryGroup(dist.ProcessGroup):
     def _get_backend_name(self) -> str:
         return "gloo"  # a ShardedTensor takes any other for one of GPUs, on ranks that hold nothing of it
 
+    @property
+    def _device_types(self) -> list[torch.device]:
+        """torchrec before 1.7 asks for it, and torch knows none of a group that is written in Python."""
+        return [torch.device("cpu")]
+
     def set_timeout(self, timeout: Any) -> None:
         self.exchange.set_timeout(timeout.total_seconds())
 

@@ -255,7 +255,7 @@ def _sparse(row: np.ndarray, column: np.ndarray, value: np.ndarray, shape: tuple
     """Of entries in rising order of rows."""
     ends = offsets_of(np.bincount(row, minlength=shape[0]))
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta", UserWarning)
+        warnings.filterwarnings("ignore", "Sparse (CSR tensor support is in beta|invariant checks)", UserWarning)
         return torch.sparse_csr_tensor(
             torch.from_numpy(ends.astype(np.int64)),
             torch.from_numpy(column),

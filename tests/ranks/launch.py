@@ -12,6 +12,8 @@ SAID_BY_TORCHREC = (  # warnings filters, for tests that shard a model in their 
     "ignore:This API is deprecated. Please use Pytorch:DeprecationWarning",
     "ignore:.broadcast_buffers. is deprecated:FutureWarning",
     "ignore:Please use DTensor:FutureWarning",
+    "ignore:._get_pg_default_device. will be deprecated:UserWarning",  # torchrec before 1.8
+    "ignore:Multiple backends are registered with this ProcessGroup:UserWarning",
     "ignore:.torch.jit.[a-z]+. is deprecated:DeprecationWarning",
     "ignore:(?s)fbgemm.*an autograd kernel was not registered:UserWarning",  # the updates are tested
 )
