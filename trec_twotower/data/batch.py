@@ -186,12 +186,10 @@ def _keyed_jagged(schema: Schema, sides: Sides, num_rows: int) -> tuple[KeyedJag
     divisors: dict[Side, np.ndarray] = {}
     for side, columns in sides.items():
         features = schema.sparse(side)
-        divisors[side] = np.empty((0 if columns is None else columns.num_rows, len(features)), np.float32)
+        divisors[side] = np.ones((0 if columns is None else columns.num_rows, len(features)), np.float32)
         for column, feature in enumerate(features):
             if columns is not None and divides(feature):
                 put_pooling_divisor(feature, columns.sparse[feature.name], divisors[side][:, column])
-            else:
-                divisors[side][:, column] = 1
     lengths = np.zeros((len(schema.lookups), num_rows), np.int32)
     values: dict[Side, list[np.ndarray]] = {"user": [], "item": []}
     weights = [np.empty(0, np.float32)]

@@ -7,6 +7,7 @@ A step takes the next `batch_size` rows of its epoch, so a cursor is one integer
 from __future__ import annotations
 
 import threading
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -210,7 +211,7 @@ class _Held:
         # The window's first place, those where steps begin, and its end.
         batch_size = reader.data.batch_size
         inside = range(window.first - window.first % batch_size + batch_size, window.end, batch_size)
-        self.edges = np.array([window.first, *inside, window.end]) - window.first
+        self.edges = [place - window.first for place in (window.first, *inside, window.end)]
         self._before: np.ndarray | None = None
         self._lock = threading.Lock()
 
@@ -228,14 +229,14 @@ class _Held:
         """How many rows of each unit come before each edge: (edges, units)."""
         with self._lock:  # whoever asks first
             if self._before is None:
-                self._before = Interleaving.of(self.window, self.reader.data.seed).before(self.edges)
+                self._before = Interleaving.of(self.window, self.reader.data.seed).before(np.array(self.edges))
             return self._before
 
     def pieces(self, low: int) -> list[tuple[UnitRows, int]]:
         """The heaps that the step takes which begins at this place of the epoch, or before the window."""
-        heap = int(np.searchsorted(self.edges, max(low - self.window.first, 0)))
-        first, end = self._cuts()[heap : heap + 2]
-        return [(self.rows[number].result(), heap) for number in np.flatnonzero(first < end).tolist()]
+        heap = bisect_left(self.edges, max(low - self.window.first, 0))
+        first, end = self._cuts()[heap : heap + 2].tolist()
+        return [(rows.result(), heap) for rows, low, high in zip(self.rows, first, end, strict=True) if low < high]
 
 
 def rows_taken(num_rows: int, data: DataConfig) -> int:

@@ -90,7 +90,10 @@ def normalise(feature: FeatureSpec, value: np.ndarray, missing: np.ndarray, stat
         value = np.sign(value) * np.log1p(np.abs(value))
     elif feature.normalise == "quantile":
         value = share_below(value, statistics.points)
-    return np.stack([np.where(filled, 0.0, value), missing], axis=1).astype(np.float32)
+    out = np.empty((len(value), 2), np.float32)
+    out[:, 0] = np.where(filled, 0.0, value)
+    out[:, 1] = missing
+    return out
 
 
 def share_below(value: np.ndarray, quantiles: tuple[float, ...]) -> np.ndarray:

@@ -96,6 +96,15 @@ class Layout:
         return [(field.name, field.dtype, place, field.width) for field, place in places]
 
     @cached_property
+    def homes(self) -> list[tuple[Field, str, str]]:
+        """Each field, where it belongs in an Examples (SPARSE, NUMBER; "": it is a part itself), its name there."""
+        found = []
+        for field in self.fields:
+            home = next((prefix for prefix in (SPARSE, NUMBER) if field.name.startswith(prefix)), "")
+            found.append((field, home, field.name.removeprefix(home)))
+        return found
+
+    @cached_property
     def types(self) -> dict[str, str]:
         return {field.name: field.dtype for field in self.fields}
 
@@ -140,6 +149,11 @@ class Packed:
         totals = np.zeros((1, len(self.layout.lists)), np.int64)
         count_values(self.words, self.starts, self.layout.places[-1], np.zeros(len(self), np.int32), totals)
         return totals
+
+    @cached_property
+    def heap_values(self) -> list[list[int]]:
+        """For each heap, how many values each list has there."""
+        return self.totals.tolist()
 
     @cached_property
     def heap_rows(self) -> list[int]:
@@ -284,7 +298,7 @@ def take(
     num_rows = sum(packed.heap_rows[heap] for packed, heap in parts)
     offsets = np.empty((len(layout.lists), num_rows + 1), np.int64)
     offsets[:, 0] = 0
-    totals = np.sum([packed.totals[heap] for packed, heap in parts], axis=0).tolist()
+    totals = [sum(counts) for counts in zip(*(packed.heap_values[heap] for packed, heap in parts), strict=True)]
     wanted = None if names is None else {*names, *(name + WEIGHTS for name in names)}
     fixed = [each for each in layout.fixed_arrays if wanted is None or each[0] in wanted]
     sizes = {name: num_rows * width for name, _, _, width in fixed}
@@ -315,21 +329,23 @@ def take(
         for name, dtype, _, _ in (*fixed, *layout.list_arrays)
         if name in begins
     }
-    found: dict[str, Any] = {}
+    found: dict[str, dict[str, Any]] = {SPARSE: {}, NUMBER: {}, "": {}}
     number = 0
-    for field in layout.fields:
-        name = field.name
+    for field, home, name in layout.homes:
+        array = values.get(field.name)
         if not field.count:
-            if name in values:
-                found[name] = Lists(offsets[number], values[name], values.get(name + WEIGHTS))
+            if array is not None:
+                found[home][name] = Lists(offsets[number], array, values.get(field.name + WEIGHTS))
             number += 1
-        elif name in values:
-            array = values[name]
-            if name.startswith(NUMBER):
+        elif array is not None:
+            if home == NUMBER:
                 array = array.reshape(num_rows, field.count)
-            found[name] = Lists.singles(array) if field.is_single else array
-    whole = out[: sum(sizes[name] for name in first) + room] if first else None
-    return _rebuilt(RowItems if names is not None else KINDS[layout.kind], num_rows, found, whole)
+            found[home][name] = Lists.singles(array) if field.is_single else array
+    kind = RowItems if names is not None else KINDS[layout.kind]
+    if kind is Examples:
+        whole = out[: sum(sizes[name] for name in first) + room] if first else None
+        found[""]["user"] = Columns(num_rows, found[SPARSE], found[NUMBER], joined=whole)
+    return kind(**found[""])
 
 
 def _parts(rows: Examples | RowItems) -> Iterable[tuple[str, Any]]:
@@ -351,15 +367,6 @@ def _field(name: str, value: Lists | np.ndarray) -> Field:
     if value.is_single:
         return Field(name, value.values.dtype.str, 1, True)
     return Field(name, value.values.dtype.str, weight=None if value.weights is None else value.weights.dtype.str)
-
-
-def _rebuilt(kind: Any, num_rows: int, found: dict[str, Any], joined: np.ndarray | None) -> Any:
-    parts = {name: value for name, value in found.items() if ":" not in name}
-    if kind is Examples:
-        sparse = {name.removeprefix(SPARSE): value for name, value in found.items() if name.startswith(SPARSE)}
-        numbers = {name.removeprefix(NUMBER): value for name, value in found.items() if name.startswith(NUMBER)}
-        parts["user"] = Columns(num_rows, sparse, numbers, joined=joined)
-    return kind(**parts)
 
 
 class _Memory:
