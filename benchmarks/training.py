@@ -8,16 +8,16 @@ lists in the user tower, the item's category, tags and price in the other. Every
 on one core, in turn, with its batches made beforehand; medians of the rounds count. `_tuned` is with the malloc
 settings of launch/torchrun.sh, the others with glibc's own.
 
-ours                    this package as it comes: distinct candidates, softmax in blocks, logQ, duplicates masked; all
-                        in float32
-ours_bf16               the same with bf16 products; logits and weights float32
+ours                    this package as it comes: distinct candidates, softmax in blocks, logQ, duplicates masked; bf16
+                        products where the processor has them (`precision: auto`), logits and weights float32
+ours_fp32               the same with float32 products
 torchrec_naive          the same tables, fused in TorchRec, and towers; an item a row, softmax over the whole matrix
 plain_torch             nn.EmbeddingBag(sparse=True) under torch.optim.Adagrad, the same softmax
 tfrs                    TensorFlow Recommenders, where --tfrs-python names an interpreter that has it (training_tfrs.py)
 notebook                from Parquet by a Dataset row by row; Adam, dense gradients; BCE, four sampled items a row
 
 step_vs_torchrec_naive  its step's time over ours; step_vs_torchrec_naive_tuned with tuned malloc for both
-step_bf16_vs_...        the same of ours_bf16
+step_fp32_vs_...        the same of ours_fp32
 step_vs_plain_torch     likewise; step_vs_tfrs against TensorFlow Recommenders, default malloc
 e2e_vs_notebook         rows per second from Parquet, ours over the notebook's
 e2e_vs_step             rows per second from Parquet over those with batches made beforehand, both tuned
@@ -50,7 +50,7 @@ NOTEBOOK_STEPS, NOTEBOOK_NEGATIVES = 4, 4
 Step = Callable[[int], None]
 
 
-def ours(folder: Path, num_batches: int, precision: str = "fp32") -> Step:
+def ours(folder: Path, num_batches: int, precision: str = "auto") -> Step:
     """Steps of the training loop on batches made beforehand."""
     from trec_twotower.config import validate
     from trec_twotower.data.batch import Batch
@@ -152,14 +152,14 @@ def plain_torch(folder: Path, num_batches: int) -> Step:
     return step
 
 
-def ours_bf16(folder: Path, num_batches: int) -> Step:
-    """Products of towers and gradients in bfloat16, logits in float32."""
-    return ours(folder, num_batches, "bf16")
+def ours_fp32(folder: Path, num_batches: int) -> Step:
+    """Whatever the processor has."""
+    return ours(folder, num_batches, "fp32")
 
 
 STEPS: dict[str, Callable[[Path, int], Step]] = {
     "ours": ours,
-    "ours_bf16": ours_bf16,
+    "ours_fp32": ours_fp32,
     "torchrec_naive": torchrec_naive,
     "plain_torch": plain_torch,
 }
@@ -454,14 +454,14 @@ def measure(folder: Path, place: Path, options: argparse.Namespace, parts: list[
     figures: dict[str, float] = {}
     if "step" in parts:
         figures |= rounds(step_times, options.rounds)
-        for word, name in (("", "ours"), ("_bf16", "ours_bf16")):
+        for word, name in (("", "ours"), ("_fp32", "ours_fp32")):
             for suffix in ("", "_tuned"):
                 naive_s = figures[f"torchrec_naive_step_s{suffix}"]
                 figures[f"step{word}_vs_torchrec_naive{suffix}"] = naive_s / figures[f"{name}_step_s{suffix}"]
         figures["step_vs_plain_torch"] = figures["plain_torch_step_s"] / figures["ours_step_s"]
         if "tfrs_step_s" in figures:
             figures["step_vs_tfrs"] = figures["tfrs_step_s"] / figures["ours_step_s"]
-        figures["step_over_floor"] = figures["ours_step_s_tuned"] / figures["floor_s"]
+        figures["step_over_floor"] = figures["ours_fp32_step_s_tuned"] / figures["floor_s"]
     if "e2e" in parts:
         figures |= rounds(from_parquet, options.rounds)
         figures["e2e_vs_notebook"] = figures["e2e_rows_per_s"] / figures["notebook_rows_per_s"]

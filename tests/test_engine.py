@@ -228,11 +228,17 @@ def test_a_run_that_ends_before_its_trace_begins_says_so(small_world, tmp_path, 
 
 
 @pytest.mark.parametrize(
-    ("device", "capability", "wanted"), [("cpu", None, "fp32"), ("cuda", (8, 0), "bf16"), ("cuda", (7, 5), "fp32")]
+    ("device", "has", "wanted"),
+    [
+        *(("cpu", (), "fp32"), ("cpu", ("avx512_bf16",), "bf16"), ("cpu", ("amx_tile",), "bf16")),
+        *(("cuda", (8, 0), "bf16"), ("cuda", (7, 5), "fp32")),
+    ],
 )
-def test_auto_is_bf16_on_gpus_that_have_it_or_what_the_environment_says(monkeypatch, device, capability, wanted):
+def test_auto_is_bf16_where_the_device_has_it_or_what_the_environment_says(monkeypatch, device, has, wanted):
     alone = Ranks(0, 1, torch.device(device))
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: has)
+    for name in ("avx512_bf16", "amx_tile"):
+        monkeypatch.setattr(torch.cpu, f"_is_{name}_supported", lambda name=name: name in has, raising=False)
     assert [alone.precision(word) for word in ("auto", "fp32", "bf16")] == ["fp32", "fp32", "bf16"]  # as conftest says
     monkeypatch.delenv("TREC_TWOTOWER_PRECISION")
     assert alone.precision("auto") == wanted
@@ -294,13 +300,14 @@ def test_rows_that_are_not_there_are_refused(wrong):
         add_products(one, there, torch.ones(2), one, row)
 
 
+@pytest.mark.parametrize("rows", [0, 1, 11, 128, 300])
 @pytest.mark.parametrize("narrow", [False, True])
-def test_input_layers_have_the_gradient_of_linear_ones(rng, narrow):
-    """Of 19 features, whose rows begin whole cache lines apart; products in bfloat16 are torch's own."""
+def test_input_layers_have_the_gradient_of_linear_ones(rng, narrow, rows):
+    """Of 19 features, whose rows begin whole cache lines apart; those of bfloat16 numbers are filled up to 128."""
     ours, plain = AlignedLinear(19, 7), torch.nn.Linear(19, 7)
     plain.load_state_dict(ours.state_dict())
-    feature = torch.from_numpy(rng.normal(size=(11, 19)).astype(np.float32))
-    slope = torch.from_numpy(rng.normal(size=(11, 7)).astype(np.float32))
+    feature = torch.from_numpy(rng.normal(size=(rows, 19)).astype(np.float32))
+    slope = torch.from_numpy(rng.normal(size=(rows, 7)).astype(np.float32))
     found = []
     for layer in (ours, plain):
         given = feature.clone().requires_grad_()
@@ -308,8 +315,12 @@ def test_input_layers_have_the_gradient_of_linear_ones(rng, narrow):
             made = layer(given)
         (made.float() * slope).sum().backward()
         found.append([made, given.grad, layer.weight.grad, layer.bias.grad])
+    if narrow:  # torch rounds the sum over rows
+        torch.testing.assert_close(found[0].pop(), slope.bfloat16().float().sum(0), rtol=1e-5, atol=1e-5)
+        found[1].pop()
     for mine, torchs in zip(*found, strict=True):
-        torch.testing.assert_close(mine, torchs, rtol=1e-5, atol=1e-6)
+        assert mine.dtype == torchs.dtype
+        torch.testing.assert_close(mine, torchs, rtol=1e-2 if narrow else 1e-5, atol=1e-6)
     assert found[0][0].dtype == (torch.bfloat16 if narrow else torch.float32)
 
 

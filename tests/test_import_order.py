@@ -26,7 +26,7 @@ LAYERS = """
     data.sources.synthetic_reach data.sources.synthetic data.sources.gowalla data.sources.amazon_beauty
     data.sources.event_files data.sources.event_splits data.sources.event_log data.sources.events data.sources.ratings
     data.sources.amazon_reviews data.sources.movielens data.sources.goodbooks data.sources
-    model model.parts model.embedding model.list_sums model.inputs model.sequence model.tower
+    model model.narrow model.parts model.embedding model.list_sums model.inputs model.sequence model.tower
     model.temperature model.frequency
     model.losses.cells model.losses.blocks model.losses.contrastive model.losses.pointwise model.losses.pairwise
     model.losses.graded model.losses.mixture model.losses model.losses.regularisers model.queue model.gate model.watch

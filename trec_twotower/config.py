@@ -249,7 +249,7 @@ class RegulariseConfig(Settings):
     uniformity: NonNegativeFloat = 0.0  # log of the mean of exp(-2 squared distance), of users and of candidates
 
 
-Precision = Literal["auto", "fp32", "bf16"]  # auto: bf16 on GPUs that have it, else fp32
+Precision = Literal["auto", "fp32", "bf16"]  # auto: bf16 where the hardware multiplies such numbers faster
 
 
 # What each loss can be told, and the values it has where a config says nothing.

@@ -51,7 +51,7 @@ class Ranks:
         return self.rank == 0
 
     def precision(self, wanted: Literal["auto", "fp32", "bf16"]) -> Literal["fp32", "bf16"]:
-        """What products are made of: for `auto` bf16 on a GPU that multiplies such numbers faster, else fp32.
+        """What products are made of: for `auto` bf16 where this device multiplies such numbers faster, else fp32.
 
         TREC_TWOTOWER_PRECISION in the environment says what auto means instead.
         """
@@ -159,12 +159,11 @@ class Ranks:
 
 
 def _multiplies_bf16(device: torch.device) -> bool:
-    """Of GPUs from A100 on. CPUs that can do not gain by it here.
-
-    Steps differ in their numbers of candidates, and oneDNN prepares and keeps its products for each size anew: on an
-    AVX512-BF16 processor a rank of the demo held twice the memory and was no faster.
-    """
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    """Faster than float32: GPUs from A100 on, CPUs with AVX512-BF16 or AMX."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    asked = (getattr(torch.cpu, f"_is_{name}_supported", None) for name in ("avx512_bf16", "amx_tile"))
+    return any(ask is not None and ask() for ask in asked)
 
 
 def _able_to_travel(error: Exception) -> Exception:

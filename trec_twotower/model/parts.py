@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from trec_twotower.config import ExpertsConfig, GatingConfig
 from trec_twotower.distributed import Ranks
+from trec_twotower.model.narrow import narrowed, whole_steps
 
 CACHE_LINE = 16  # float32 numbers
 SHORTEST = 1e-12  # as F.normalize has it
@@ -53,11 +54,16 @@ class _Unit(torch.autograd.Function):
 
 
 class AlignedLinear(nn.Linear):
-    """A linear layer of any number of inputs, whose gradient is `aligned`."""
+    """A linear layer of any number of inputs, whose gradient is `aligned`; of bfloat16 numbers on CPU see narrow.py."""
 
     def forward(self, feature_BE: Tensor) -> Tensor:
-        is_plain = feature_BE.dtype == self.weight.dtype and not torch.is_autocast_enabled(feature_BE.device.type)
-        if torch.compiler.is_compiling() or not (is_plain and torch.is_grad_enabled()):
+        kind = feature_BE.device.type
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return super().forward(feature_BE)
+        if torch.is_autocast_enabled(kind):
+            is_ours = kind == "cpu" and torch.get_autocast_dtype(kind) == torch.bfloat16
+            return _NarrowLinear.apply(feature_BE, self.weight, self.bias) if is_ours else super().forward(feature_BE)
+        if feature_BE.dtype != self.weight.dtype:
             return super().forward(feature_BE)
         return _AlignedLinear.apply(feature_BE, self.weight, self.bias)
 
@@ -77,6 +83,30 @@ class _AlignedLinear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             of_feature = torch.mm(gradient_BH, weight_HE, out=aligned(gradient_BH, *feature_BE.shape))
         return of_feature, gradient_BH.T @ feature_BE, gradient_BH.sum(0)
+
+
+class _NarrowLinear(torch.autograd.Function):
+    """What autocast makes of a linear layer, with as many rows as `whole_steps` says."""
+
+    @staticmethod
+    def forward(ctx: Any, feature_BE: Tensor, weight_HE: Tensor, bias_H: Tensor) -> Tensor:
+        num_rows = whole_steps(len(feature_BE), feature_BE.device)
+        narrow_BE, narrow_HE = narrowed(feature_BE, num_rows), weight_HE.bfloat16()
+        ctx.save_for_backward(narrow_BE, narrow_HE)
+        ctx.kinds = feature_BE.dtype, weight_HE.dtype
+        with torch.autocast(feature_BE.device.type, enabled=False):
+            return torch.addmm(bias_H.bfloat16(), narrow_BE, narrow_HE.T)[: len(feature_BE)]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient_BH,) = gradients
+        narrow_BE, narrow_HE = ctx.saved_tensors
+        of_feature, of_weight = ctx.kinds
+        narrow_BH, of_input = narrowed(gradient_BH, len(narrow_BE)), None
+        if ctx.needs_input_grad[0]:
+            of_input = (narrow_BH @ narrow_HE)[: len(gradient_BH)].to(of_feature)
+        return of_input, (narrow_BH.T @ narrow_BE).to(of_weight), gradient_BH.sum(0, dtype=of_weight)
 
 
 class Summed(nn.Module):

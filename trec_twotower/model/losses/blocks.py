@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from trec_twotower.model.losses.cells import add_products, are_ours, dots
+from trec_twotower.model.narrow import narrowed, whole_steps
 
 Precision = Literal["fp32", "bf16", "bf16_logits"]
 
@@ -270,7 +271,9 @@ class _InBlocks(torch.autograd.Function):
     ) -> Tensor:
         row_P, column_P, weight_P, label_P = pairs
         num_rows, num_columns = user_BD.shape[0], item_CD.shape[0]
-        size = rows_a_block(num_columns, user_BD.device)
+        narrow = user_BD.dtype if precision == "fp32" else torch.bfloat16
+        width = num_columns if narrow == user_BD.dtype else whole_steps(num_columns, user_BD.device)
+        size = rows_a_block(width, user_BD.device)
         size = -(-num_rows // -(-num_rows // size)) if num_rows else size  # blocks of like size
         edges = torch.arange(0, num_rows + size, size, device=user_BD.device).clamp_(max=num_rows)
         edges_P = torch.searchsorted(row_P.contiguous(), edges).tolist()
@@ -284,8 +287,7 @@ class _InBlocks(torch.autograd.Function):
         is_late = adds_offset and negatives.hardest is None and user_BD.ndim == 2 and not len(negatives.opened)
         is_late = is_late and are_ours(room)  # torch would take a pass of its own
         late_C, early_C = (negatives.offset_C, None) if is_late else (None, negatives.offset_C)
-        narrow = user_BD.dtype if precision == "fp32" else torch.bfloat16
-        narrow_CD = item_CD.to(narrow)
+        narrow_CD = item_CD.to(narrow) if narrow == item_CD.dtype else narrowed(item_CD, width)
         loss = user_BD.new_zeros(())
         user_BMD = user_BD if user_BD.ndim == 3 else user_BD[:, None]
         num_vectors = user_BMD.shape[1]
@@ -293,7 +295,7 @@ class _InBlocks(torch.autograd.Function):
         grad_item_DC = torch.zeros_like(item_CD.T, memory_format=torch.contiguous_format)
         grad_logit_P = torch.zeros_like(logit_P)
         several = _Several(room) if num_vectors > 1 else None
-        narrow_room = room if narrow == room.dtype else room.new_empty(room.shape, dtype=narrow)
+        narrow_room = room if narrow == room.dtype else room.new_zeros(len(room), width, dtype=narrow)
         for number, start in enumerate(range(0, num_rows if num_columns else 0, size)):
             stop = min(start + size, num_rows)
             mine = slice(edges_P[number], edges_P[number + 1])
@@ -301,7 +303,7 @@ class _InBlocks(torch.autograd.Function):
             logit_bC = room[: stop - start]
             if precision == "bf16_logits":
                 torch.mm(part_bMD[:, 0].to(narrow), narrow_CD.T, out=narrow_room[: stop - start])
-                logit_bC.copy_(narrow_room[: stop - start])
+                logit_bC.copy_(narrow_room[: stop - start, :num_columns])
                 if early_C is not None:
                     logit_bC += early_C
             elif early_C is None:
@@ -336,8 +338,9 @@ class _InBlocks(torch.autograd.Function):
             factor_b1 = slopes.factor_b[:, None]
             for vector in range(num_vectors):
                 cell_bC = slopes.cell_bC if several is None else several.of(vector, slopes.cell_bC)
-                if narrow != cell_bC.dtype:
-                    cell_bC = narrow_room[: stop - start].copy_(cell_bC)
+                if narrow != cell_bC.dtype:  # what stands behind the last column is met by vectors of zeros
+                    narrow_room[: stop - start, :num_columns].copy_(cell_bC)
+                    cell_bC = narrow_room[: stop - start]
                 weighted_Db = (factor_b1 * part_bMD[:, vector]).to(narrow).T
                 # (D, C), since this product is faster than its transpose.
                 if narrow == user_BD.dtype:
@@ -345,7 +348,7 @@ class _InBlocks(torch.autograd.Function):
                     grad_item_DC.addmm_(weighted_Db, cell_bC)
                 else:
                     made_bD = grad_user_BMD[start:stop, vector].copy_(cell_bC @ narrow_CD)
-                    grad_item_DC += weighted_Db @ cell_bC
+                    grad_item_DC += (weighted_Db @ cell_bC)[:, :num_columns]
                 made_bD *= factor_b1
         del room, narrow_room, several
         grad_user_BD, grad_item_CD = grad_user_BMD.view_as(user_BD), grad_item_DC.T.contiguous()
