@@ -139,6 +139,9 @@ def test_what_cannot_be_answered_is_said(served):
     assert "one value an item" in served.refused(400, users=["user-1"], most={"column": "tags", "count": 1})
     assert "must be a list of" in served.refused(400, users=["user-1"], boost=[{"score": 1}])
     assert "may have 256" in served.refused(413, users=["user-1"] * 257)
+    assert "filter on 'item_id'" in served.refused(400, users=["user-1"], without=["\ud800"])  # half a surrogate pair
+    assert "is in no part" in served.refused(404, users=["\ud800"])
+    assert "types" in served.refused(400, states=[{"user_id": "user-3", "history": ["\ud800"]}])
     assert served.ask("POST", "/recommend", raw=b"{")[0] == 400
     assert served.ask("POST", "/recommend", raw=b"[1]")[0] == 400
     assert served.ask("GET", "/recommend")[0] == 405 and served.ask("POST", "/health", {})[0] == 405
