@@ -53,6 +53,18 @@ def rows_of(shop_tables, side):
     return shop_tables["items"] if side == "item" else with_static(shop_tables)
 
 
+def test_a_side_that_is_no_tower_is_refused(folder, shop_tables):
+    """It is not taken for the item tower."""
+    from trec_twotower import Encoder
+
+    encoder = Encoder.load(folder)
+    rows = with_static(shop_tables)
+    asks = (encoder.encode, encoder.with_vectors, encoder.inputs, lambda side, _: encoder.columns(side))
+    for ask in asks:
+        with pytest.raises(ConfigError, match=r"no tower 'users' \(nearest: 'user'\)"):
+            ask("users", rows)
+
+
 def test_the_encoder_makes_the_exported_vectors_and_so_does_the_program_without_it(folder, shop, shop_tables):
     """In a process of its own there is no group, no run and no dataset; nor is this package in the second."""
     import torch

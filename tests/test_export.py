@@ -57,6 +57,29 @@ def test_what_is_read_back_is_what_was_encoded(loaded):
     assert exported.manifest["model_version"] == model.version and len(exported.user_ids) == 80
 
 
+def test_two_exports_at_once_do_not_mix(loaded, monkeypatch):
+    """One that begins and ends while another writes: each publishes its own vectors, the later one's stay."""
+    from trec_twotower import export as module
+    from trec_twotower.encode import encode
+
+    model, ranks = loaded
+    own_ID = encode(model.model, "item", model.sources.catalogue.columns, ranks).numpy()
+    calls: list[str] = []
+
+    def meanwhile(of, side, features, ranks):
+        calls.append(side)
+        if len(calls) == 1:
+            between = module.read_export(module.export(model, ranks))
+            np.testing.assert_array_equal(between.item_ID, 2 * own_ID)
+            return encode(of, side, features, ranks)
+        return encode(of, side, features, ranks) * (2 if len(calls) < 4 else 1)
+
+    monkeypatch.setattr(module, "encode", meanwhile)
+    exported = module.read_export(module.export(model, ranks))
+    np.testing.assert_array_equal(exported.item_ID, own_ID)
+    assert len(calls) == 4 and not list(model.run.folder.glob(".export*"))
+
+
 def test_vectors_are_encoded_and_written_a_group_at_a_time(loaded, monkeypatch):
     """Never more at once than a group, and the same as all at once; columns of items/ beside them."""
     from trec_twotower import export as module

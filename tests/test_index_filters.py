@@ -156,3 +156,17 @@ def test_columns_become_masks():
     assert mask_of(lists.slice(1), ["c"], "tags").tolist() == [False, False, True]
     with pytest.raises(ConfigError, match=r"filter on 'size', a column of int64, has \['large'\]"):
         mask_of(pa.array([3, 5]), ["large"], "size")
+
+
+def test_integers_beyond_int64_are_found_where_the_column_has_them():
+    large = pa.array([1, 2**63, 2**64 - 1], pa.uint64())
+    assert mask_of(large, [2**64 - 1, 1], "item_id").tolist() == [True, False, True]
+    assert mask_of(large, [str(2**63)], "item_id").tolist() == [False, True, False]
+    for cells, value in (
+        (pa.array([3, 5]), 2**63),
+        (large, 2**64),
+        (pa.array(["a"]), 2**63),
+        (pa.array(["a"]), "\ud800"),
+    ):
+        with pytest.raises(ConfigError, match="filter on 'item_id'"):
+            mask_of(cells, [value], "item_id")

@@ -210,6 +210,20 @@ def test_words_of_the_data_do_not_become_markup(shop_copy, cli, write_dataset, t
     Page(page)
 
 
+def test_a_report_of_a_dataset_that_has_changed_is_refused(shop_copy, cli, write_dataset, tmp_path, shop_tables):
+    """Its rows would be told in the words of other items."""
+    moved, config = tmp_path / "moved", shop_copy.run / "config.yaml"
+    shutil.copytree(shop_copy.dataset, moved)
+    config.write_text(config.read_text().replace(str(shop_copy.dataset), str(moved)))
+    assert cli("report", shop_copy.run).code == 0
+    shutil.rmtree(moved)
+    write_dataset(moved, **{**shop_tables, "items": shop_tables["items"].slice(3)})
+    page = (shop_copy.run / "report.html").read_bytes()
+    said = cli("report", shop_copy.run)
+    assert said.code == 3 and "is not the dataset this run began with" in said.mistake
+    assert (shop_copy.run / "report.html").read_bytes() == page
+
+
 def test_a_colour_that_is_no_column_is_refused(shop, cli):
     said = cli("report", shop.run, "--colour", "color")
     assert said.code == 2 and "'color'" in said.mistake and "nearest: 'colour'" in said.mistake

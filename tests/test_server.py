@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +140,9 @@ def test_what_cannot_be_answered_is_said(served):
     assert "one value an item" in served.refused(400, users=["user-1"], most={"column": "tags", "count": 1})
     assert "must be a list of" in served.refused(400, users=["user-1"], boost=[{"score": 1}])
     assert "may have 256" in served.refused(413, users=["user-1"] * 257)
+    assert "filter on 'item_id'" in served.refused(400, users=["user-1"], without=["\ud800"])  # half a surrogate pair
+    assert "is in no part" in served.refused(404, users=["\ud800"])
+    assert "types" in served.refused(400, states=[{"user_id": "user-3", "history": ["\ud800"]}])
     assert served.ask("POST", "/recommend", raw=b"{")[0] == 400
     assert served.ask("POST", "/recommend", raw=b"[1]")[0] == 400
     assert served.ask("GET", "/recommend")[0] == 405 and served.ask("POST", "/health", {})[0] == 405
@@ -151,6 +155,16 @@ def test_what_cannot_be_answered_is_said(served):
         raw.sendall(b"POST /recommend HTTP/1.1\r\nHost: x\r\n\r\n")
         assert raw.recv(64).startswith(b"HTTP/1.1 411 ")
     assert served.recommend(users=["user-1"], k=1)
+
+
+def test_numbers_that_json_has_no_word_for_are_told_as_null():
+    from trec_twotower.server import _json
+
+    about = {"rating": float("nan"), "sizes": [1.5, float("inf")], "maker": {"since": -float("inf")}, "price": 2.5}
+    text, _ = _json({"answers": [about], "day": date(2026, 1, 2)})
+    told = json.loads(text, parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
+    assert told["answers"] == [{"rating": None, "sizes": [1.5, None], "maker": {"since": None}, "price": 2.5}]
+    assert told["day"] == "2026-01-02"
 
 
 def test_many_at_once_get_each_its_own(served, retriever):

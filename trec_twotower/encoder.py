@@ -133,6 +133,7 @@ class Encoder:
 
     def columns(self, side: Side) -> list[str]:
         """The columns that rows of this side must have."""
+        _check_side(side)
         return sorted({column for feature in self.schema.features(side) for column in feature.all_columns})
 
     def encode(self, side: Side, rows: pa.Table | pa.RecordBatch) -> np.ndarray:
@@ -149,6 +150,7 @@ class Encoder:
 
     def with_vectors(self, side: Side, rows: pa.Table | pa.RecordBatch) -> pa.RecordBatch:
         """The rows' ids beside their vectors, as the export has them: for mapInArrow or map_batches."""
+        _check_side(side)
         name = USER_ID if side == "user" else ITEM_ID
         table = _table(rows)
         if name not in table.column_names:
@@ -159,6 +161,7 @@ class Encoder:
 
     def features(self, side: Side, rows: pa.Table | pa.RecordBatch) -> Columns:
         """What training would make of these rows."""
+        _check_side(side)
         table = _table(rows)
         for feature in self.schema.features(side):
             for name in feature.all_columns:
@@ -190,6 +193,11 @@ class Encoder:
             return str(error)
         torch.export.save(exported, path)
         return "ok"
+
+
+def _check_side(side: str) -> None:
+    if side not in SIDES:
+        raise ConfigError(f"There is no tower {side!r}{nearest(side, SIDES)}.")
 
 
 def _table(rows: pa.Table | pa.RecordBatch) -> pa.Table:

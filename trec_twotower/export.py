@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import os
 import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +36,7 @@ VECTOR = "vector"
 VECTORS = "vectors"  # of users with several
 GROUP_ROWS = 1 << 16  # of a row group: what is encoded and written together
 PIECE = 1 << 16  # vectors that are handed on together when an export is read back
+ABANDONED_S = 24 * 3600  # since a folder that was to become an export got its last file
 READ_ROWS = 1 << 11  # rows that are decoded together for that: what Arrow makes of them is several times as large
 
 
@@ -70,13 +74,17 @@ def export(loaded: LoadedModel, ranks: Ranks, *, columns: Sequence[str] = (), us
     split = _part_with_users(sources, users)
     columns = _known_columns(sources, columns)
     folder = run.folder / "export"
-    temporary = run.folder / ".export.tmp"
 
-    def begin() -> None:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
+    def begin() -> Path:
+        for left in run.folder.glob(".export.tmp-*"):  # of exports that were killed; others may be under way
+            with contextlib.suppress(FileNotFoundError):
+                if left.stat().st_mtime < time.time() - ABANDONED_S:
+                    shutil.rmtree(left, ignore_errors=True)
+        made = run.folder / f".export.tmp-{os.getpid()}-{time.time_ns()}"
+        made.mkdir()
+        return made
 
-    ranks.once(begin)
+    temporary = ranks.once(begin)
     try:
         with naming_a_full_disk(folder, temporary):
             num_users = _write_vectors(loaded, temporary, ranks, columns, split)

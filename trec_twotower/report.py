@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from matplotlib.figure import Figure
 
-from trec_twotower.data.dataset import ITEM_ID, POSITIVES, USER_ID, Dataset, Split
+from trec_twotower.data.dataset import ITEM_ID, POSITIVES, USER_ID, Split
 from trec_twotower.data.words import python_rows, python_values
 from trec_twotower.errors import ConfigError, nearest
 from trec_twotower.evaluate import EXACT, NOT_SAMPLED, REACHABLE
@@ -68,7 +68,8 @@ def write_report(run: Run, colour: str | None = None) -> Path:
     """RUN/report.html, of all stages that have run; those that have not say by which command they do.
 
     `colour` is the column of items/ that colours the map; by default the first category among the item features, else
-    how often each item was taken. Raises ConfigError where there is no such column, DataError for damaged files.
+    how often each item was taken. Raises ConfigError where there is no such column, DataError for damaged files or
+    another dataset.
     """
     exported = read_export(run.folder / "export") if (run.folder / "export" / MANIFEST).is_file() else None
     parts: list[tuple[str, Callable[[], str]]] = [
@@ -319,8 +320,8 @@ def principal_plane(vector_ID: np.ndarray) -> tuple[np.ndarray, float]:
 
 
 def _map(run: Run, exported: Exported | None, colour: str | None) -> str:
-    if colour is not None and not Dataset.of(run.config.data).items.has(colour):
-        known = Dataset.of(run.config.data).items.columns
+    if colour is not None and not run.dataset().items.has(colour):
+        known = run.dataset().items.columns
         raise ConfigError(f"--colour asks for column {colour!r} of items/{nearest(colour, known)}.")
     if exported is None:
         return _missing("There are no vectors yet", "export", run)
@@ -369,7 +370,7 @@ def _lengths(run: Run, exported: Exported) -> str:
 
 def _coloured(run: Run, colour: str | None) -> tuple[str, tuple[str, ...], np.ndarray]:
     """The name, the labels and each item's label."""
-    items = Dataset.of(run.config.data).items
+    items = run.dataset().items
     if colour is None:
         colour = next(
             (each.reads for each in run.config.item if each.kind == "category" and items.has(each.reads)), None
@@ -384,7 +385,7 @@ def _coloured(run: Run, colour: str | None) -> tuple[str, tuple[str, ...], np.nd
 def _users(run: Run, exported: Exported | None) -> str:
     if exported is None or not len(exported.user_QD):
         return _missing("There are no vectors of users yet", "export", run)
-    dataset = Dataset.of(run.config.data)
+    dataset = run.dataset()
     split = dataset.split(exported.manifest["users_from"])
     chosen = np.unique(np.linspace(0, len(exported.user_QD) - 1, SHOWN_USERS).astype(int))
     ids = exported.user_ids.take(pa.array(chosen))

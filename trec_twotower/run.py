@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from trec_twotower.config import TRAINED, RunConfig, as_values, validate
 from trec_twotower.data.cache_folder import CacheFolder
@@ -101,11 +102,7 @@ class Run:
         def learn() -> dict[str, dict[str, Any]]:
             if path.is_file():
                 saved = read_signed(path, LEARN_AGAIN)
-                if saved["fingerprint"] != first.fingerprint:
-                    raise DataError(
-                        f"{dataset.folder} is not the dataset this run began with (fingerprint {first.fingerprint}, "
-                        f"then {saved['fingerprint']}): bring that one back, or train into another run_dir."
-                    )
+                _check_same(first, saved)
                 return saved["numbers"]
             cache.check()
             learned = Sources(first, self.config.feature_schema, self.config.data.rows, cache=cache)
@@ -138,6 +135,15 @@ class Run:
             return begun[0]
         statistics = {name: Statistics(**values) for name, values in numbers.items()}
         return Sources(dataset, self.config.feature_schema, self.config.data.rows, statistics, cache)
+
+    def dataset(self) -> Dataset:
+        """The run's dataset, read by one process; raises DataError where it is not the one that the run began with."""
+        generations = self.generations(Ranks(0, 1, torch.device("cpu")))
+        dataset = Dataset.of(self.config.data) if generations is None else generations.dataset()
+        if (self.folder / STATISTICS).is_file():
+            first = dataset if generations is None else generations.dataset(0, 0)
+            _check_same(first, read_signed(self.folder / STATISTICS, LEARN_AGAIN))
+        return dataset
 
     def generations(self, ranks: Ranks) -> Generations | None:
         """The files that a run that follows has taken; one that begins takes those that are there."""
@@ -252,3 +258,12 @@ class RunLog:
         if self.is_written:
             with naming(self.board_folder):
                 self.board.close()
+
+
+def _check_same(dataset: Dataset, saved: dict[str, Any]) -> None:
+    """Raises DataError where the dataset is not that of which a run has `saved` what it learned."""
+    if saved["fingerprint"] != dataset.fingerprint:
+        raise DataError(
+            f"{dataset.folder} is not the dataset this run began with (fingerprint {dataset.fingerprint}, "
+            f"then {saved['fingerprint']}): bring that one back, or train into another run_dir."
+        )

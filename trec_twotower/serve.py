@@ -223,7 +223,7 @@ def state_table(sources: Sources, state: Mapping[str, Any], where: str) -> pa.Ta
             raise ConfigError(f"{where} has a column {name!r}, which no user feature reads{nearest(name, known)}.")
     try:
         return pa.table({name: pa.array([state.get(name)], kind) for name, kind in kinds.items()})
-    except (pa.ArrowException, OverflowError) as error:
+    except (pa.ArrowException, OverflowError, UnicodeEncodeError) as error:
         raise DataError(f"{where} does not have the types of {sources.dataset.folder}: {error}") from None
 
 
@@ -249,7 +249,10 @@ def _last_row(split: Split, user_id: Any) -> pa.Table | None:
         ids = one_chunk(split.read(group, [USER_ID])[USER_ID])
         if pa.types.is_dictionary(ids.type):
             ids = ids.dictionary_decode()
-        first = find_id(ids, str(user_id))
+        try:
+            first = find_id(ids, str(user_id))
+        except UnicodeEncodeError:  # half a surrogate pair, which JSON can hold and no column
+            return None
         if first is not None:
             rows = np.flatnonzero(pc.equal(ids, ids[first]).fill_null(False).to_numpy(zero_copy_only=False))
             return split.read(group, list(split.columns)).slice(rows[-1], 1).combine_chunks()

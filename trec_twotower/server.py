@@ -16,6 +16,7 @@ folder is taken up without a pause. Searches follow each other, since torch and 
 from __future__ import annotations
 
 import json
+import math
 import signal
 import sys
 import threading
@@ -398,7 +399,20 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def _json(value: Any) -> tuple[str, str]:
-    return json.dumps(value, default=str) + "\n", "application/json"
+    try:
+        text = json.dumps(value, default=str, allow_nan=False)
+    except ValueError:  # a catalogue's NaN or infinity, for which JSON has no word
+        text = json.dumps(_without_nan(value), default=str, allow_nan=False)
+    return text + "\n", "application/json"
+
+
+def _without_nan(value: Any) -> Any:
+    """The same with null in the place of NaN and infinity."""
+    if isinstance(value, dict):
+        return {name: _without_nan(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def serve(

@@ -132,9 +132,11 @@ def mask_of(cells: pa.Array, values: Sequence[Any], column: str) -> np.ndarray:
     is_list = pa.types.is_list(cells.type) or pa.types.is_large_list(cells.type)
     flat = cells.flatten() if is_list else cells
     try:
-        wanted = pa.array(values)
-        wanted = wanted.cast(flat.type)
-    except pa.ArrowException as error:
+        try:
+            wanted = pa.array(values).cast(flat.type)
+        except OverflowError:  # an integer beyond int64, which the column may have
+            wanted = pa.array(values, flat.type)
+    except (pa.ArrowException, OverflowError, UnicodeEncodeError) as error:
         raise ConfigError(f"The filter on {column!r}, a column of {flat.type}, has {list(values)}: {error}.") from None
     hit = pc.is_in(flat, value_set=wanted).to_numpy(zero_copy_only=False)
     if not is_list:
