@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import hashlib
 import io
 import json
@@ -21,7 +22,7 @@ from tests.ranks.launch import SAID_BY_TORCHREC
 from tests.ranks.states import whole_optimizer_state, whole_state
 from tests.ranks.worlds import MIXED, TABLES, event_config, user_config
 from trec_twotower.checkpoint import Checkpoints, model_version
-from trec_twotower.checkpoint_storage import PublishingWriter
+from trec_twotower.checkpoint_storage import PublishingWriter, _DigestedFile
 from trec_twotower.config import RunConfig, as_values
 from trec_twotower.data.dataset import Dataset
 from trec_twotower.data.interactions import TrainBatches
@@ -278,6 +279,25 @@ def test_a_save_without_room_names_path_and_need_and_leaves_the_earlier_ones(
     checkpoints.load(path, model, optimizer)
     assert checkpoints.save(10, model, optimizer, {}).name == "step-00000010"
     checkpoints.wait()
+
+
+@pytest.mark.parametrize("in_background", [False, True])
+def test_a_disk_that_fills_within_a_tensor_is_named_as_such(in_background, small, monkeypatch):
+    """torch raises an error of its own where it cannot end the archive of a tensor that was cut short."""
+    model, optimizer, checkpoints = small
+    checkpoints.in_background = in_background
+    write = _DigestedFile.write
+
+    def write_what_is_small(file: _DigestedFile, data: Any) -> int:
+        if len(data) > 1000:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(file, data)
+
+    monkeypatch.setattr(_DigestedFile, "write", write_what_is_small)
+    with pytest.raises(TrainingError, match=r"step 10 \(No space left on device\): a checkpoint takes some"):
+        checkpoints.save(10, model, optimizer, {})
+        checkpoints.wait()
+    assert not any(checkpoints.folder.iterdir())
 
 
 # In the background
