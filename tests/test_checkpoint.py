@@ -487,6 +487,17 @@ def train_here(lone_rank, capsys):
     return start
 
 
+def test_fewer_epochs_than_are_done_are_refused_and_change_nothing(train_here, lone_rank, small_world, tmp_path):
+    """As many are none of it; the config on disk stays that of the weights."""
+    folder = train_here(event_config(small_world, tmp_path / "run", train={"epochs": 2}))
+    before = (folder / "config.yaml").read_bytes(), (folder / "status.json").read_bytes()
+    with pytest.raises(ConfigError, match=r"is of step 6, but train\.epochs = 1 are only 3 steps"):
+        train(event_config(small_world, folder, train={"epochs": 1}), lone_rank)
+    assert ((folder / "config.yaml").read_bytes(), (folder / "status.json").read_bytes()) == before
+    train(event_config(small_world, folder, train={"epochs": 3, "log_every": 5}), lone_rank)
+    assert Run.open(folder).config.train.epochs == 3
+
+
 def test_another_config_is_refused_with_the_fields_that_differ(train_here, lone_rank, small_world, tmp_path):
     """Once there is something to lose; what changes no batch and no weight is free."""
     folder = train_here(event_config(small_world, tmp_path / "run", train={"epochs": 1}))
