@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import hashlib
 import io
 import json
@@ -21,7 +22,7 @@ from tests.ranks.launch import SAID_BY_TORCHREC
 from tests.ranks.states import whole_optimizer_state, whole_state
 from tests.ranks.worlds import MIXED, TABLES, event_config, user_config
 from trec_twotower.checkpoint import Checkpoints, model_version
-from trec_twotower.checkpoint_storage import PublishingWriter
+from trec_twotower.checkpoint_storage import PublishingWriter, _DigestedFile
 from trec_twotower.config import RunConfig, as_values
 from trec_twotower.data.dataset import Dataset
 from trec_twotower.data.interactions import TrainBatches
@@ -280,6 +281,25 @@ def test_a_save_without_room_names_path_and_need_and_leaves_the_earlier_ones(
     checkpoints.wait()
 
 
+@pytest.mark.parametrize("in_background", [False, True])
+def test_a_disk_that_fills_within_a_tensor_is_named_as_such(in_background, small, monkeypatch):
+    """torch raises an error of its own where it cannot end the archive of a tensor that was cut short."""
+    model, optimizer, checkpoints = small
+    checkpoints.in_background = in_background
+    write = _DigestedFile.write
+
+    def write_what_is_small(file: _DigestedFile, data: Any) -> int:
+        if len(data) > 1000:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(file, data)
+
+    monkeypatch.setattr(_DigestedFile, "write", write_what_is_small)
+    with pytest.raises(TrainingError, match=r"step 10 \(No space left on device\): a checkpoint takes some"):
+        checkpoints.save(10, model, optimizer, {})
+        checkpoints.wait()
+    assert not any(checkpoints.folder.iterdir())
+
+
 # In the background
 
 
@@ -465,6 +485,17 @@ def train_here(lone_rank, capsys):
         return folder
 
     return start
+
+
+def test_fewer_epochs_than_are_done_are_refused_and_change_nothing(train_here, lone_rank, small_world, tmp_path):
+    """As many are none of it; the config on disk stays that of the weights."""
+    folder = train_here(event_config(small_world, tmp_path / "run", train={"epochs": 2}))
+    before = (folder / "config.yaml").read_bytes(), (folder / "status.json").read_bytes()
+    with pytest.raises(ConfigError, match=r"is of step 6, but train\.epochs = 1 are only 3 steps"):
+        train(event_config(small_world, folder, train={"epochs": 1}), lone_rank)
+    assert ((folder / "config.yaml").read_bytes(), (folder / "status.json").read_bytes()) == before
+    train(event_config(small_world, folder, train={"epochs": 3, "log_every": 5}), lone_rank)
+    assert Run.open(folder).config.train.epochs == 3
 
 
 def test_another_config_is_refused_with_the_fields_that_differ(train_here, lone_rank, small_world, tmp_path):

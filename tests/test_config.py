@@ -235,6 +235,11 @@ def test_nearest_names_the_likest_or_shows_the_choice():
     assert nearest("zzz", []) == ""
 
 
+def test_of_a_long_choice_the_first_names_are_shown_and_the_rest_counted():
+    message = nearest("zzz", [f"run-{number}" for number in range(500)])
+    assert message.startswith(" (known: 'run-0', 'run-1', ") and message.endswith(", 'run-29' and 470 more)")
+
+
 def test_every_mistake_is_told_at_once_with_the_file():
     message = refused("data={}", "train.epochs=-1", "model.dimm=3")
     assert message.startswith("small.yaml: ")

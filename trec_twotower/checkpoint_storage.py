@@ -147,7 +147,12 @@ class _DigestingFileSystem(FileSystem):
     def create_stream(self, path: str | os.PathLike, mode: str) -> Iterator[io.IOBase]:
         assert mode == "wb"
         with _DigestedFile(Path(path), self.step) as file:
-            yield file
+            try:
+                yield file
+            except RuntimeError as error:  # torch ends its archive behind a write that failed, and hides why it did
+                if isinstance(error.__context__, OSError):
+                    raise error.__context__ from None
+                raise
         self.digests[Path(path).name] = {"bytes": file.num_bytes, "sha256": file.sha256.hexdigest()}
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+MOST_SHOWN = 30  # names of a choice in a message: a folder may hold hundreds of runs
+
 
 class ConfigError(ValueError):
     """A setting or an argument that cannot be right: exit code 2."""
@@ -41,9 +43,10 @@ class Stopped(Exception):
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """ " (nearest: 'x')" for the known name most like `name`, or the whole choice when none is alike."""
+    """ " (nearest: 'x')" for the known name most like `name`, or the choice (of many, the first) when none is alike."""
     known = list(known)
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     if close:
         return f" (nearest: {close[0]!r})"
-    return f" (known: {', '.join(map(repr, known))})" if known else ""
+    more = f" and {len(known) - MOST_SHOWN:,} more" if len(known) > MOST_SHOWN else ""
+    return f" (known: {', '.join(map(repr, known[:MOST_SHOWN]))}{more})" if known else ""

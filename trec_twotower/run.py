@@ -69,7 +69,6 @@ class Run:
                     raise ConfigError(f"{folder} is not empty and no run folder: name another with run_dir=...")
             elif any((folder / "checkpoints").glob(f"step-*/{MANIFEST}")):
                 check_same_run(cls.open(folder).config, config, folder)
-                write_file(folder / CONFIG, to_yaml(as_values(config)))
                 if config.data.follow is not None:
                     trained = max(int(path.name.removeprefix("step-")) for path in folder.glob("checkpoints/step-*"))
                     forget_changed(folder / STREAM, config.data, trained)
@@ -120,7 +119,7 @@ class Run:
             TrainBatches(learned, uncached, self.config.loss, count_NI, share=(0, 1))  # raises what it has to
             # The data hold what the config wants of them: only now there is something to write.
             self.folder.mkdir(parents=True, exist_ok=True)
-            write_file(self.folder / CONFIG, to_yaml(as_values(self.config)))
+            self.keep_config()
             write_counts(self.folder / COUNTS, count_NI)
             if generations is not None:
                 generations.write(self.folder / STREAM)
@@ -157,6 +156,10 @@ class Run:
             return Generations.read(path, data.dataset) if has_begun else Generations.begin(data)
 
         return ranks.once(read)
+
+    def keep_config(self) -> None:
+        """Write the settings beside what is trained by them."""
+        write_file(self.folder / CONFIG, to_yaml(as_values(self.config)))
 
     def check_files(self) -> None:
         """Raises DataError where a file of items that the config names is not what it was when the run began."""

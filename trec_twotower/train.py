@@ -261,6 +261,13 @@ class Progress:
         newest = self.checkpoints.newest()
         if newest is not None:
             manifest = self.checkpoints.load(newest, model, optimizer)
+            if not self.follows and manifest["step"] > self.num_steps:
+                raise ConfigError(
+                    f"{newest} is of step {manifest['step']:,}, but train.epochs = {self.config.train.epochs} are only "
+                    f"{self.num_steps:,} steps: set it to as many as are done, or more, or train in a folder of its "
+                    "own (run_dir=...)."
+                )
+            self.ranks.once(self.run.keep_config)
             self.step = self.saved_step = self.evaluated_step = manifest["step"]
             self.train_s, self.evaluate_s = manifest["train_s"], manifest["evaluate_s"]
             self.losses, self.logged_s = manifest["losses"], manifest["logged_s"]
