@@ -371,7 +371,7 @@ def test_a_manifest_is_complete(train_here, small_world, tmp_path):
     assert {(each["table"], each["sharding"], each["rank"]) for each in manifest["plan"]} == {
         (table, "row_wise", 0) for table in TABLES
     }
-    assert manifest["versions"]["torch"] == torch.__version__.partition("+")[0]
+    assert manifest["versions"]["torch"].partition("+")[0] == torch.__version__.partition("+")[0]
     for name, digest in manifest["files"].items():
         content = (path / name).read_bytes()
         assert digest == {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}

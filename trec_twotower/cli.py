@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -201,6 +202,9 @@ def _run(arguments: list[str] | None) -> int:
         lost = f"rank {os.environ['RANK']} lost the others ({cause_of(error)}): the first of them to end says why."
         _say_once(f"trec-twotower {options.command}: {lost}", is_own=True)
         return 1
+    except BrokenPipeError:  # nobody reads on, as behind `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python still has to write at its end
+        return 128 + signal.SIGPIPE
     except OSError as error:
         _say_once(f"trec-twotower {options.command}: {error.strerror or error}: {error.filename or ''}".rstrip(": "))
         return 1

@@ -87,11 +87,7 @@ class Service:
             if mark is None or mark == self._mark:  # None: between two publications
                 return False
             retriever = Retriever.alone(self.run_dir, self.checkpoint, mapped=self.mapped)
-        except (
-            ConfigError,
-            DataError,
-            OSError,
-        ) as error:  # between two publications, or a mistake
+        except Exception as error:  # between two publications, or any mistake: what comes later may be right
             self.reloads["failed"] += 1
             print(f"trec-twotower serve: went on with the old model: {error}", file=sys.stderr, flush=True)
             return False
