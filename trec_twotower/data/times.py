@@ -43,7 +43,7 @@ def seconds(feature: FeatureSpec, array: pa.Array, where: str) -> tuple[np.ndarr
     missing = array.is_null().to_numpy(zero_copy_only=False)
     if pa.types.is_date(array.type):
         array = array.cast(pa.timestamp("ms"))
-    unit = feature.unit
+    unit: str = feature.unit
     if pa.types.is_timestamp(array.type):
         array, unit = counted(array)
     if pa.types.is_integer(array.type):
