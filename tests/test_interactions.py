@@ -647,7 +647,13 @@ def test_a_bad_number_in_train_is_named_by_group_and_row(tmp_path, write_dataset
 @pytest.mark.parametrize("weight", [[1.0, -1.0], [1.0, math.nan], [1.0, None], [1.0, math.inf]])
 def test_a_weight_that_is_none_is_refused_with_its_row(tiny, weight):
     train = pa.table({"user_id": [1, 2], "item_id": [10, 20], "weight": weight})
-    with pytest.raises(DataError, match=r"column 'weight', row 1: .*weights are finite and at least 0"):
+    with pytest.raises(DataError, match=rf"column 'weight', row 1: {weight[1]}: weights are finite and at least 0"):
+        epoch_of(batches_of(tiny(train=train), batch_size=2))
+
+
+def test_weights_that_are_no_numbers_are_refused_as_no_feature(tiny):
+    train = pa.table({"user_id": [1, 2], "item_id": [10, 20], "weight": ["light", "heavy"]})
+    with pytest.raises(DataError, match=r"column 'weight' is .*string.*each row weighs in the loss: write numbers, or"):
         epoch_of(batches_of(tiny(train=train), batch_size=2))
 
 
