@@ -87,6 +87,18 @@ def test_every_command_that_takes_a_config_refuses_words_that_faiss_does_not_kno
     assert said.code == USAGE and "'IVF16,SQ7' is no index of dim 8 to FAISS" in said.mistake
 
 
+@pytest.mark.parametrize(("command", "then"), [("train", "goes on from what is saved"), ("features", "begins anew")])
+def test_who_interrupts_is_told_what_the_same_command_would_do(cli, shop, monkeypatch, command, then):
+    """Only a training has saved anything."""
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("trec_twotower.config.load_config", interrupted)
+    said = cli(command, shop.config)
+    assert said.code == 130 and said.mistake.strip().endswith(f": interrupted; the same command {then}."), said.err
+
+
 def test_help_loads_neither_faiss_nor_torch():
     look = (
         "import sys\nfrom trec_twotower.cli import main\ntry: main(['train', '--help'])\nexcept SystemExit: pass\n"

@@ -573,7 +573,8 @@ def test_logs_that_cannot_be_are_told_where_and_how_to_mend(tmp_path, log, optio
 @pytest.mark.parametrize(
     ("options", "parts"),
     [
-        ({}, ["events", "required"]),
+        ({}, ["events is missing"]),
+        ({"events": "x", "context": "device"}, ["a list is needed, such as context=[device]"]),
         ({"events": "x", "item": "user_id"}, ["'user_id' is named twice"]),
         ({"events": "x", "context": ["history"]}, ["'history'", "rename"]),
         ({"events": "x", "split": "time", "valid_from": 5}, ["both valid_from and test_from"]),

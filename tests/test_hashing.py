@@ -197,6 +197,13 @@ def test_a_table_has_between_one_and_two_to_the_32_buckets(num_buckets):
         hash_to_bucket_torch(torch.tensor([1]), num_buckets)
 
 
+@pytest.mark.parametrize("kind", [np.int32, np.uint8, np.float64])
+def test_keys_of_other_widths_are_refused(kind):
+    """Of two narrow keys the bits would be one key's, and half of the buckets whatever was in memory."""
+    with pytest.raises(ValueError, match=rf"keys are {np.dtype(kind)}, but a key has 64 bits: cast"):
+        hash_to_bucket(np.array([1, 2, 3, 4], kind), 100)
+
+
 @given(st.lists(INT64, max_size=20), st.integers(1, 2**40))
 def test_modulo_is_pythons(ids, num_buckets):
     assert modulo_bucket(np.array(ids, np.int64), num_buckets).tolist() == [key % num_buckets for key in ids]

@@ -598,6 +598,38 @@ def test_an_item_outside_the_catalogue_is_named(tiny):
         tiny(train=lists, rows="user").item_counts()
 
 
+TEXTS = pa.list_(pa.string())
+
+
+@pytest.mark.parametrize(
+    ("parts", "said"),
+    [
+        ({"items": {"item_id": ["10", "20"]}}, r"train: column 'item_id' is int64, but 'item_id' in .*items is string"),
+        ({"train": {"history": pa.array([["10"], []], TEXTS)}}, r"train: column 'history' is list<element: string>,"),
+        ({"test": {"history": pa.array([["10"], []], TEXTS)}}, r"test: column 'history' is list<element: string>,"),
+        ({"test": {"positives": pa.array([["10"], ["20"]], TEXTS)}}, r"test: column 'positives' is list<"),
+        ({"test": {"shop": ["1", "2"]}}, r"test: column 'shop' is string, but 'shop' in .*train is int64"),
+        ({"users": {"user_id": ["1", "2"]}}, r"train: column 'user_id' is int64, but 'user_id' in .*users is string"),
+    ],
+)
+def test_ids_that_are_text_here_and_numbers_there_are_refused(tmp_path, write_dataset, parts, said):
+    """Such ids hash apart: towers would learn one and be asked of the other, and no mask would know what was taken."""
+    train = {"user_id": [1, 2], "item_id": [10, 20], "history": [[20], [10]], "shop": [1, 2]}
+    tables = {
+        "train": train,
+        "test": {**{name: train[name] for name in ("user_id", "history", "shop")}, "positives": [[10], [20]]},
+        "items": {"item_id": [10, 20]},
+        "users": {"user_id": [1, 2], "age": [1.0, 2.0]},
+    }
+    tables = {part: pa.table({**columns, **parts.get(part, {})}) for part, columns in tables.items()}
+    user = (FeatureSpec(name="shop", kind="category", buckets=8, dim=4), AGE)
+    schema = Schema.build(
+        {"id": TableSpec(buckets=8, dim=4)}, user, (FeatureSpec(name="item_id", kind="id", table="id"),)
+    )
+    with pytest.raises(DataError, match=said):
+        HeldOut.read(Sources(Dataset(write_dataset(tmp_path / "d", **tables)), schema, "event"), "test")
+
+
 def test_a_user_without_a_row_in_users_is_named(tiny):
     train = pa.table({"user_id": [1, 5], "item_id": [10, 20]})
     source = tiny(user=[AGE], train=train, users=pa.table({"user_id": [1, 2], "age": [1.0, 2.0]}))
@@ -615,7 +647,13 @@ def test_a_bad_number_in_train_is_named_by_group_and_row(tmp_path, write_dataset
 @pytest.mark.parametrize("weight", [[1.0, -1.0], [1.0, math.nan], [1.0, None], [1.0, math.inf]])
 def test_a_weight_that_is_none_is_refused_with_its_row(tiny, weight):
     train = pa.table({"user_id": [1, 2], "item_id": [10, 20], "weight": weight})
-    with pytest.raises(DataError, match=r"column 'weight', row 1: .*weights are finite and at least 0"):
+    with pytest.raises(DataError, match=rf"column 'weight', row 1: {weight[1]}: weights are finite and at least 0"):
+        epoch_of(batches_of(tiny(train=train), batch_size=2))
+
+
+def test_weights_that_are_no_numbers_are_refused_as_no_feature(tiny):
+    train = pa.table({"user_id": [1, 2], "item_id": [10, 20], "weight": ["light", "heavy"]})
+    with pytest.raises(DataError, match=r"column 'weight' is .*string.*each row weighs in the loss: write numbers, or"):
         epoch_of(batches_of(tiny(train=train), batch_size=2))
 
 

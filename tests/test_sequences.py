@@ -81,6 +81,29 @@ def test_timestamps_are_told_apart_in_seconds():
     assert gaps[0] == gaps[1] == [[0, 1 + 16, 1 + 1]]  # log2(86,401) = 16.4
 
 
+def test_nanoseconds_beside_an_id_are_read_as_the_microseconds_they_begin_with():
+    at_us = [1_672_625_045_000_123, 1_672_625_047_000_124]
+    in_us = pa.array([at_us], pa.list_(pa.timestamp("us", "UTC")))
+    in_ns = pa.array([[1000 * each + 7 for each in at_us]], pa.list_(pa.timestamp("ns", "UTC")))
+    rows = table_of(history=[[1, 2]])
+    for times in (in_us, in_ns):
+        found = columns_of(rows.append_column("when", times), history(times="when")).sparse["history@gap"]
+        assert plain(found) == [[0, 1 + 1]]  # log2(1 + 2.000001) = 1.6
+
+
+@pytest.mark.parametrize("unit", ["us", "ns"])
+@pytest.mark.parametrize("until_unit", ["us", "ns"])
+def test_an_instant_is_not_after_itself_in_another_unit(unit, until_unit):
+    """An element of a bag may be as late as `until`, whatever its microsecond and however both columns write it."""
+    at_us = np.arange(1_672_625_045_000_123, 1_672_625_045_001_123)
+    per_us = {"us": 1, "ns": 1000}
+    times = pa.array((at_us * per_us[unit])[:, None].tolist(), pa.list_(pa.timestamp(unit)))
+    now = pa.array(at_us * per_us[until_unit], pa.timestamp(until_unit))
+    rows = pa.table({"history": pa.array([[1]] * len(at_us), pa.list_(pa.int64())), "when": times, "now": now})
+    bag = FeatureSpec(name="history", kind="bag", table="item", times="when", half_life_days=7.0, until="now")
+    assert (columns_of(rows, bag).sparse["history"].weights == 1.0).all()
+
+
 @pytest.mark.parametrize(
     ("columns", "parts", "said"),
     [

@@ -192,7 +192,8 @@ def _run(arguments: list[str] | None) -> int:
         _say_once(f"trec-twotower {options.command}: {stopped}")
         return _code_for_launcher(stopped.exit_code)
     except KeyboardInterrupt:
-        _say_once(f"trec-twotower {options.command}: interrupted; the same command goes on from what is saved.")
+        goes_on = "goes on from what is saved" if options.command == "train" else "begins anew"
+        _say_once(f"trec-twotower {options.command}: interrupted; the same command {goes_on}.")
         return INTERRUPTED
     except RuntimeError as error:
         from trec_twotower.heartbeat import cause_of, is_lost

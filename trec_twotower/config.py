@@ -857,13 +857,13 @@ def validate(model: type[Model], values: Mapping[str, Any], origin: str) -> Mode
     except ConfigError:
         raise
     except ValidationError as error:
-        lines = [_mistake(model, detail) for detail in error.errors()]
+        lines = [_mistake(model, values, detail) for detail in error.errors()]
         raise ConfigError(f"{origin}: " + "\n  ".join(dict.fromkeys(lines))) from None
 
 
-def _mistake(model: type[BaseModel], detail: Any) -> str:
+def _mistake(model: type[BaseModel], values: Any, detail: Any) -> str:
     parts = [part for part in detail["loc"] if not str(part).startswith("|")]
-    place = ".".join(map(str, parts))
+    place = ".".join(_named(values, parts))
     if detail["type"] == "extra_forbidden":
         *parents, last = parts
         return f"unknown key {place!r}{nearest(str(last), _fields(model, parents))}."
@@ -871,7 +871,22 @@ def _mistake(model: type[BaseModel], detail: Any) -> str:
         return f"{place!r} is missing: it has no default."
     if detail["type"] in ("value_error", "assertion_error"):
         return str(detail["ctx"]["error"])
-    return f"{place!r} is {detail['input']!r}: {detail['msg'][0].lower()}{detail['msg'][1:]}."
+    said = "input should be a list" if detail["type"] == "tuple_type" else detail["msg"].replace("Tuple", "List")
+    return f"{place!r} is {detail['input']!r}: {said[0].lower()}{said[1:]}."
+
+
+def _named(values: Any, parts: list[str | int]) -> list[str]:
+    """`parts` as overrides have them: elements of lists by their `name`, without pydantic's words for a choice."""
+    found = []
+    for part in parts:
+        if isinstance(values, list) and isinstance(part, int) and part < len(values):
+            values = values[part]
+            name = values.get("name") if isinstance(values, dict) else None
+            found.append(name if isinstance(name, str) and name else str(part))
+        elif isinstance(values, dict):
+            values = values.get(part)
+            found.append(str(part))
+    return found
 
 
 def _fields(model: Any, path: list[str | int]) -> list[str]:

@@ -13,6 +13,7 @@ import pyarrow as pa
 from trec_twotower.data.cache_folder import CacheFolder
 from trec_twotower.data.catalogue import Catalogue, check_side
 from trec_twotower.data.dataset import ITEM_ID, POSITIVES, USER_ID, Dataset, Split
+from trec_twotower.data.hashing import is_id, is_text
 from trec_twotower.data.lists import Lists
 from trec_twotower.data.numbers import Statistics, learn_statistics
 from trec_twotower.data.transforms import Columns, numeric, one_chunk, transform
@@ -54,6 +55,7 @@ class Sources:
         self.context, self.static = self._placed()
         check_side(list(schema.item), dataset.items)
         self._check_targets()
+        self.check_ids(dataset.train)
         self.statistics = dict(statistics) if statistics is not None else self.learn()
         self.catalogue = Catalogue(
             dataset.items, ITEM_ID, list(schema.item), schema.tables, self._statistics_of("item"), cache
@@ -142,6 +144,23 @@ class Sources:
                 f"data.rows is {self.rows!r}, which needs the column {wanted!r} in {train.folder}, but its columns are "
                 f"{', '.join(train.columns)}: set data.rows: {other}, or write {wanted!r}{beside}."
             )
+
+    def check_ids(self, split: Split) -> None:
+        """Raises DataError where `split` has as text what others have as integers: nothing would be the same id."""
+        items, users, train = self.dataset.items, self.dataset.users, self.dataset.train
+        of_items = (ITEM_ID, POSITIVES, HISTORY, *(each.reads for each in self._of_items))
+        pairs = [(column, items, ITEM_ID) for column in dict.fromkeys(of_items)]
+        pairs += [(USER_ID, users, USER_ID)] if users is not None and self.static else []
+        pairs += [(column, train, column) for column in self.user_columns()]
+        for column, other, name in pairs:
+            if column not in split.columns or name not in other.columns:
+                continue
+            kind, wanted = split.columns[column], other.columns[name]
+            if {_is_of_text(kind), _is_of_text(wanted)} == {True, False}:
+                raise DataError(
+                    f"{split.folder}: column {column!r} is {kind}, but {name!r} in {other.folder} is {wanted}, and "
+                    "text is never the same id as a number: write both with one type."
+                )
 
     def learn(self) -> dict[str, Statistics]:
         """What features learn of their columns: one pass over those of train, users/ and items/."""
@@ -294,3 +313,11 @@ class Sources:
             for counter, other_I in zip(counters, others, strict=True):
                 other_I += counter.count(table, str(group), positives)
         return np.stack([taken_I.astype(np.float64), *others]) if counters else taken_I
+
+
+def _is_of_text(kind: pa.DataType) -> bool | None:
+    """Whether ids, or lists of ids, are text; None where the column holds neither text nor integers."""
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        kind = kind.value_type
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    return is_text(kind) if is_id(kind) else None

@@ -66,8 +66,10 @@ def _mix_block(key: np.ndarray, out: np.ndarray, scratch: np.ndarray) -> None:
 
 
 def hash_to_bucket(keys: np.ndarray, num_buckets: int, seed: int = 0) -> np.ndarray:
-    """The bucket (0..num_buckets-1; int32 where that can hold it) of every int64 key."""
+    """The bucket (0..num_buckets-1; int32 where that can hold it) of every int64 (or uint64) key."""
     _check_buckets(num_buckets)
+    if keys.dtype not in (np.int64, np.uint64):
+        raise ValueError(f"keys are {keys.dtype}, but a key has 64 bits: cast them, as in keys.astype(np.int64).")
     out = np.empty(keys.size, bucket_type(num_buckets))
     flat = np.ascontiguousarray(keys).reshape(-1).view(np.uint64)
     salt = np.uint64(mix(seed))

@@ -34,6 +34,7 @@ class HeldOut:
         single = not split.has(POSITIVES)
         if single:
             split.require(ITEM_ID, f"names what to find (there is no {POSITIVES!r} either)")
+        sources.check_ids(split)
         columns |= {ITEM_ID if single else POSITIVES} | ({HISTORY} if split.has(HISTORY) else set())
         table = split.table(sorted(columns))
         where = str(split.folder)

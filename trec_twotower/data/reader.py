@@ -24,12 +24,13 @@ from trec_twotower.data.hashing import fingerprints, id_keys, is_text, uniform
 from trec_twotower.data.item_lists import check_given, given_columns, read_given
 from trec_twotower.data.kernels import mark_heaps
 from trec_twotower.data.lists import Lists
+from trec_twotower.data.numbers import is_number
 from trec_twotower.data.order import Unit
 from trec_twotower.data.packed import Buffers, Packed, Packer
-from trec_twotower.data.transforms import beside, check_kind, key_lists, one_chunk
+from trec_twotower.data.transforms import beside, key_lists, one_chunk
 from trec_twotower.errors import DataError
 from trec_twotower.memory import keep_freed
-from trec_twotower.schema import HISTORY, FeatureSpec, hash_parts
+from trec_twotower.schema import HISTORY, hash_parts
 
 WEIGHT = "weight"
 ITEM_PARTS = frozenset(field.name for field in fields(RowItems))
@@ -271,12 +272,17 @@ class UnitReader:
         if WEIGHT not in table.column_names:
             return None
         array = one_chunk(table[WEIGHT])
-        check_kind(FeatureSpec(name=WEIGHT, kind="number"), array.type, where)
+        if not is_number(array.type):
+            raise DataError(
+                f"{where}: column {WEIGHT!r} is {array.type}, but is read as what each row weighs in the loss: write "
+                "numbers, or rename it."
+            )
         weight = array.cast(pa.float32(), safe=False).to_numpy(zero_copy_only=False)
         bad = np.flatnonzero(~(np.isfinite(weight) & (weight >= 0)))
         if bad.size:
             raise DataError(
-                f"{where}, column {WEIGHT!r}, row {bad[0]:,}: {weight[bad[0]]}: weights are finite and at least 0."
+                f"{where}, column {WEIGHT!r}, row {bad[0]:,}: {array[bad[0]].as_py()}: weights are finite and at least "
+                "0."
             )
         return weight
 

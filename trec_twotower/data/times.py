@@ -23,6 +23,18 @@ def is_time(kind: pa.DataType) -> bool:
     return pa.types.is_timestamp(kind) or pa.types.is_date(kind) or (is_number(kind) and not pa.types.is_boolean(kind))
 
 
+def counted(array: pa.Array) -> tuple[pa.Array, str]:
+    """Timestamps as integers and the unit that these count: of nanoseconds microseconds, the rest is left out.
+
+    float64 holds microseconds of our time exactly and nanoseconds nearly, so that one instant in two columns of
+    different units would seem to be two.
+    """
+    unit = array.type.unit
+    if unit == "ns":
+        unit, array = "us", array.cast(pa.timestamp("us", array.type.tz), safe=False)
+    return array.cast(pa.int64()), unit
+
+
 def seconds(feature: FeatureSpec, array: pa.Array, where: str) -> tuple[np.ndarray, np.ndarray]:
     """Seconds since 1970 in UTC (float64), and which rows are missing.
 
@@ -31,10 +43,10 @@ def seconds(feature: FeatureSpec, array: pa.Array, where: str) -> tuple[np.ndarr
     missing = array.is_null().to_numpy(zero_copy_only=False)
     if pa.types.is_date(array.type):
         array = array.cast(pa.timestamp("ms"))
-    unit = feature.unit
+    unit: str = feature.unit
     if pa.types.is_timestamp(array.type):
-        unit, array = array.type.unit, array.cast(pa.int64())
-    if pa.types.is_integer(array.type):  # float64 holds microseconds of our time exactly, and nanoseconds nearly
+        array, unit = counted(array)
+    if pa.types.is_integer(array.type):
         value = array.fill_null(0).to_numpy(zero_copy_only=False) / PER_SECOND[unit]
     else:
         value = array.cast(pa.float64(), safe=False).fill_null(0.0).to_numpy(zero_copy_only=False) / PER_SECOND[unit]

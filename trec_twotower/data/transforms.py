@@ -13,7 +13,7 @@ from trec_twotower.data.kernels import put_divisors
 from trec_twotower.data.lists import Lists
 from trec_twotower.data.numbers import Statistics, binned, is_number, normalise, number_values
 from trec_twotower.data.text import text_keys, tokens
-from trec_twotower.data.times import DAY_S, ages, is_time, parts, seconds
+from trec_twotower.data.times import DAY_S, PER_SECOND, ages, counted, is_time, parts, seconds
 from trec_twotower.data.vectors import is_vector, vectors
 from trec_twotower.data.vocabulary import in_vocabulary
 from trec_twotower.errors import DataError
@@ -303,11 +303,10 @@ def rising_seconds(times: pa.Array, steps: Lists, where: str, column: str) -> tu
     """The time of each step in seconds (float64), and which are the first of their row; DataError where they fall."""
     if times.null_count:
         raise DataError(f"{where}: the times in {column!r} hold null beside an id: write the time of every step.")
+    second = 1
     if pa.types.is_timestamp(times.type):
-        times = times.cast(pa.timestamp("us", times.type.tz)).cast(pa.int64())
-        second = 1e6
-    else:
-        second = 1.0
+        times, unit = counted(times)
+        second = PER_SECOND[unit]
     value = times.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False) / second
     is_first = np.zeros(len(value), bool)
     is_first[steps.offsets[:-1][steps.lengths > 0]] = True

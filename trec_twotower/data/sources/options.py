@@ -61,5 +61,10 @@ def read_options(source: str, model: type[Model], overrides: dict[str, Any]) -> 
             for fault in error.errors():
                 name = ".".join(map(str, fault["loc"]))
                 message = fault["msg"].removeprefix("Value error, ")
-                faults.append(f"{name} = {fault['input']!r}: {message}" if name else message)
+                if fault["type"] == "missing":
+                    faults.append(f"{name} is missing: it has no default")
+                elif fault["type"] == "tuple_type":
+                    faults.append(f"{name} = {fault['input']!r}: a list is needed, such as {name}=[{fault['input']}]")
+                else:
+                    faults.append(f"{name} = {fault['input']!r}: {message}" if name else message)
     raise ConfigError(f"Source {source!r}: " + "; ".join(faults) + ".")

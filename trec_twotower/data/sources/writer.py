@@ -151,7 +151,7 @@ class DatasetWriter:
                 "a dataset and is left alone. Give another folder."
             )
         if not self._overwrite:
-            raise ConfigError(f"{out} exists already: give another folder, or ask to overwrite it.")
+            raise ConfigError(f"{out} exists already: give another folder, or add --overwrite.")
 
     def _put_in_place(self) -> None:
         self._refuse_if_taken()  # it may have come while we wrote
