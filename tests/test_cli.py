@@ -180,6 +180,8 @@ def test_a_strangers_folder_is_not_touched(cli, shop, tmp_path):
     (tmp_path / "thesis.txt").write_text("three years of work")
     said = cli("train", shop.config, f"run_dir={tmp_path}")
     assert said.code == USAGE and "not empty" in said.mistake and "run_dir=" in said.mistake
+    said = cli("train", shop.config, f"run_dir={tmp_path / 'thesis.txt'}")
+    assert said.code == USAGE and "thesis.txt is no folder" in said.mistake
     said = cli("prepare", "synthetic", "--out", tmp_path, "--overwrite", "users=10")
     assert said.code == USAGE and "thesis.txt" in said.mistake
     assert listing(tmp_path) == {"thesis.txt": b"three years of work"}
@@ -539,6 +541,22 @@ def test_ctrl_c_is_heard_while_a_rank_waits_for_the_others(shop, tmp_path):
         finally:
             job.kill()
     assert job.returncode in (-signal.SIGINT, 130) and "Traceback" not in err
+
+
+def test_a_reader_that_goes_away_is_no_mistake(tmp_path):
+    """As behind `| head`: nothing is said, and the exit code is that of a program which SIGPIPE ends."""
+    job = subprocess.Popen(
+        [sys.executable, "-m", "trec_twotower", "doctor"],
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    with job:
+        assert job.stdout is not None and job.stderr is not None
+        job.stdout.close()
+        assert job.stderr.read() == ""
+    assert job.returncode == 128 + signal.SIGPIPE
 
 
 def test_a_process_ends_with_its_command(tmp_path):

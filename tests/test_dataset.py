@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import sys
 
 import numpy as np
@@ -58,6 +59,17 @@ def test_a_part_without_files_or_without_rows_is_refused(dataset_dir):
     refused(dataset_dir, r"train has 1 files but not one row")
     (dataset_dir / "train" / "part-0.parquet").unlink()
     refused(dataset_dir, r"train holds no \*\.parquet files: run `trec-twotower prepare`")
+
+
+def test_files_in_folders_below_are_refused_and_not_left_out(dataset_dir):
+    """But for those that a writer has under way."""
+    below = dataset_dir / "train" / "day=1"
+    for folder in (below, dataset_dir / "train" / "_temporary"):
+        folder.mkdir()
+        shutil.copy(dataset_dir / "train" / "part-0.parquet", folder / "part-1.parquet")
+    refused(dataset_dir, r"train has day=1/part-1\.parquet in a folder below: the files of a part lie side by side")
+    shutil.rmtree(below)
+    assert Dataset(dataset_dir).train.num_rows == TRAIN.num_rows
 
 
 @pytest.mark.parametrize(

@@ -145,6 +145,8 @@ def test_a_split_without_a_column_of_the_towers_is_named(shop, shop_tables, writ
         ({"title": "A lamp", "item_id": "x", "stock": 0, "sold": True}, "A lamp (stock 0, sold True)"),
         ({"item_id": 7, "tags": list(range(9))}, "item 7 (tags 0 1 2 3 4 5 ...)"),
         ({"item_id": 7, "price": np.float32(0.1)}, "item 7 (price 0.10)"),
+        ({"item_id": 7, "tags": ["warm", None, "old"], "sizes": [None]}, "item 7 (tags warm old)"),
+        ({"item_id": 7, "vector": [0.5, -1.0], "maker": {"name": "x"}, "parts": [{"name": "y"}]}, "item 7"),
     ],
 )
 def test_items_are_told_in_words(about, words):

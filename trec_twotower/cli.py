@@ -204,7 +204,6 @@ def _run(arguments: list[str] | None) -> int:
         _say_once(f"trec-twotower {options.command}: {lost}", is_own=True)
         return 1
     except BrokenPipeError:  # nobody reads on, as behind `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python still has to write at its end
         return 128 + signal.SIGPIPE
     except OSError as error:
         _say_once(f"trec-twotower {options.command}: {error.strerror or error}: {error.filename or ''}".rstrip(": "))

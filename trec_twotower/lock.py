@@ -67,7 +67,12 @@ class RunLock:
 
     def _try(self) -> int | None:
         """The locked file, or None where someone else holds it."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError):
+            raise ConfigError(
+                f"{self.path.parent} is no folder, or is to lie in a file: name another run_dir."
+            ) from None
         try:
             file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
         except FileNotFoundError:  # its last holder has just removed the folder it had made

@@ -285,13 +285,21 @@ def in_words(about: dict[str, Any]) -> str:
     rest = [
         f"{name} {_word(value)}"
         for name, value in about.items()
-        if name not in ("item_id", "title") and value is not None and not (isinstance(value, list) and not value)
+        if name not in ("item_id", "title") and _is_told(value)
     ]
     title = about.get("title") or f"item {about['item_id']}"
     return f"{title}" + (f" ({', '.join(rest)})" if rest else "")
 
 
+def _is_told(value: Any) -> bool:
+    """Whether people read it: no vectors, no structs, nothing empty."""
+    if isinstance(value, list):
+        return any(each is not None for each in value) and not isinstance(value[0], float | dict | list)
+    return value is not None and not isinstance(value, dict)
+
+
 def _word(value: Any) -> str:
     if isinstance(value, list):
+        value = [each for each in value if each is not None]
         return " ".join(map(str, value[:6])) + (" ..." if len(value) > 6 else "")
     return f"{value:.2f}" if isinstance(value, float | np.floating) else str(value)

@@ -68,7 +68,7 @@ class Split:
         self._bytes = {} if files is None else {folder / name: size for name, size in files.items()}
         self._footers: dict[Path, pq.FileMetaData] = {}  # of many row groups, each would be a long read of its own
         self._texts: set[str] = set()  # columns of text that Parquet holds as dictionaries
-        paths = sorted(folder.glob("*.parquet")) if files is None else list(self._bytes)
+        paths = self._side_by_side() if files is None else list(self._bytes)
         if not paths:
             raise DataError(f"{folder} holds no *.parquet files: run `trec-twotower prepare`, or put them there.")
         first_row = 0
@@ -95,6 +95,19 @@ class Split:
         self.num_rows = first_row
         if not self.num_rows:
             raise DataError(f"{folder} has {len(paths)} files but not one row: there is nothing to read.")
+
+    def _side_by_side(self) -> list[Path]:
+        """The part's files; raises DataError where there are others in folders below, as of Hive's partitions."""
+        found = sorted(self.folder.rglob("*.parquet"))
+        below = [path for path in found if path.parent != self.folder]
+        for path in below:
+            name = str(path.relative_to(self.folder))
+            if name[0] not in "._":  # as writers call what is under way
+                raise DataError(
+                    f"{self.folder} has {name} in a folder below: the files of a part lie side by side. Move them up, "
+                    "or remove what is not meant; what a folder's name tells must be a column."
+                )
+        return [path for path in found if path.parent == self.folder]
 
     def _agree(self, path: Path, schema: pa.Schema) -> None:
         """The split's columns are those that all files have, of one type or narrower and wider ones, in any order."""
