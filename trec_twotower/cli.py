@@ -156,7 +156,13 @@ def main(arguments: list[str] | None = None) -> int:
 
     Without `arguments` it runs the process's own command line, and ends the process with it.
     """
-    code = _run(arguments)
+    try:
+        code = _run(arguments)
+    except Exception:
+        if arguments is not None:
+            raise
+        sys.excepthook(*sys.exc_info())
+        code = 1
     if arguments is None:
         _leave(code)
     return code
@@ -166,7 +172,8 @@ def _leave(code: int) -> NoReturn:
     """End this process at once.
 
     gloo's threads outlive the process group where a sharded model still refers to it. One that lets go of its last
-    tensor while the interpreter is being taken down cannot get the interpreter's lock, and aborts the process.
+    tensor while the interpreter is being taken down cannot get the interpreter's lock, and aborts the process. NCCL's
+    group, left behind by an error, would wait for ranks that wait for this one.
     """
     with contextlib.suppress(OSError):  # nobody reads on, as with `| head`
         sys.stdout.flush()

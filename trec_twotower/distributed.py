@@ -242,12 +242,17 @@ def start_ranks(timeout_s: int = 300, threads: int = 0, first_timeout_s: int | N
             world_size=num_ranks,
             timeout=timedelta(seconds=first_timeout_s),
         )
+    has_failed = True
     try:
         group = _shared_memory(num_ranks, first_timeout_s)
         fault_point("start:joined")
         yield Ranks(rank, num_ranks, device, timeout_s, store, group)
+        has_failed = False
     finally:
-        dist.destroy_process_group()
+        # NCCL takes its communicators down on all ranks together: where others still wait for this one in a collective,
+        # it would wait for them, and the error with it. The end of the process takes them down as well.
+        if not (has_failed and num_ranks > 1 and device.type == "cuda"):
+            dist.destroy_process_group()
 
 
 def _shared_memory(num_ranks: int, timeout_s: int) -> dist.ProcessGroup | None:
