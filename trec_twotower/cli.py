@@ -46,7 +46,7 @@ def build_parser() -> argparse.ArgumentParser:
         sub.add_argument("--checkpoint", default="best", metavar="WHICH", help="best (default), newest, or a step")
 
     demo = command("demo", _demo, "the whole chain on a generated world, with two ranks")
-    demo.add_argument("--ranks", type=int, default=2, help="processes that train together (default 2)")
+    demo.add_argument("--ranks", type=int, help="processes that train together (default 2; 1 where there is one GPU)")
     demo.add_argument("--dir", type=Path, default=Path("."), help="where data/demo and runs/demo go (default: here)")
 
     prepare = command("prepare", _prepare, "raw files to a dataset folder")

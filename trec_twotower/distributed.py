@@ -223,13 +223,20 @@ def start_ranks(timeout_s: int = 300, threads: int = 0, first_timeout_s: int | N
     rank = int(os.environ.get("RANK", 0))
     num_ranks = int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if torch.cuda.is_available():
+        num_gpus = torch.cuda.device_count()
+        if max(local_ranks, local_rank + 1) > num_gpus:
+            raise ConfigError(
+                f"{max(local_ranks, local_rank + 1)} ranks are on this machine, but torch sees {num_gpus} GPU"
+                f"{'s' * (num_gpus > 1)} here, and each rank takes one: start {num_gpus}, or set "
+                "CUDA_VISIBLE_DEVICES= to nothing, for ranks that compute on CPUs."
+            )
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if threads or "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(threads or max(1, cores // local_ranks))
     first_timeout_s = max(timeout_s, first_timeout_s or timeout_s)
