@@ -12,7 +12,16 @@ import numpy as np
 import torch
 
 from trec_twotower.errors import ConfigError
-from trec_twotower.index.engine import GPU_LIMIT, Device, best_of_all, faiss, to_gpu, use_blas_well, uses_gpu
+from trec_twotower.index.engine import (
+    GPU_LIMIT,
+    Device,
+    best_of_all,
+    faiss,
+    reason_of,
+    to_gpu,
+    use_blas_well,
+    uses_gpu,
+)
 from trec_twotower.index.list_scan import ListScan, list_places
 from trec_twotower.index.probing import Coarse, Fit
 
@@ -438,12 +447,16 @@ def _gpu_copies(parts: Sequence[Part], device: Device) -> _GpuCopies | None:
     fits = isinstance(first.base, kinds) and first.refine is None
     if fits and first.has_lists:
         fits = isinstance(first.quantizer, faiss.IndexFlat)
+    why = ""
     if fits:
-        return _GpuCopies(parts)
+        try:
+            return _GpuCopies(parts)
+        except RuntimeError as error:  # codes that it has not there, such as SQbf16 or PQ16x4, or memory
+            why = f" ({reason_of(error)})"
     if device == "gpu":
         raise ConfigError(
             f"index.device is 'gpu' but FAISS has no {type(first.base).__name__}"
-            f"{' that is scored again' if first.refine is not None else ''} there: take IVF lists of Flat, SQfp16, SQ8 "
-            "or PQ codes, or set index.device = auto."
+            f"{' that is scored again' if first.refine is not None else ''} there{why}: take IVF lists of Flat, "
+            "SQfp16, SQ8 or PQ codes, or set index.device = auto."
         )
     return None
