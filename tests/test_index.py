@@ -289,6 +289,21 @@ def test_codes_that_faiss_has_on_no_gpu_stay_on_the_cpu(monkeypatch):
         scan.Scanner([part.whole for part in index._scanner.parts], "gpu")
 
 
+def test_parts_on_gpus_share_their_scratch_memory_and_find_what_they_find_apart(monkeypatch):
+    """Copies that stay where they are, in place of FAISS's: what is asked of them is the same."""
+    made = []
+    monkeypatch.setattr(faiss, "StandardGpuResources", lambda: made.append(object()) or made[-1], raising=False)
+    monkeypatch.setattr(faiss, "get_num_gpus", lambda: 2, raising=False)
+    given = []
+    monkeypatch.setattr(scan, "to_gpu", lambda resources, on_cpu, gpu: given.append((resources, gpu)) or on_cpu)
+    item_ID, user_QD = clustered(400, 60)
+    index = build_index(item_ID, user_QD, settings(factory="IVF8,Flat", shards=3))
+    expected = index.search(user_QD, 20)[1]
+    index._scanner._on_gpu = scan._GpuCopies(index._scanner.parts)
+    assert len(made) == 1 and given == [(made[0], 0), (made[0], 1), (made[0], 0)]
+    assert recall(index.search(user_QD, 20)[1], expected) == 1
+
+
 @pytest.mark.skipif(not engine.uses_gpu("auto"), reason="FAISS sees no GPU here")
 def test_the_gpu_answers_as_the_cpu_does(tmp_path):
     item_ID, user_QD = clustered(20_000, 2_000, spread=0.5)

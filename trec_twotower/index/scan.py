@@ -411,17 +411,17 @@ class _GpuCopies:
         # A rank of a job has the GPU that the job gave it, and no other
         alone = not (torch.distributed.is_available() and torch.distributed.is_initialized())
         self._lock = threading.Lock()
+        self._resources = faiss.StandardGpuResources()  # 1.5 GiB of scratch memory on each GPU, once for all parts
         self._parts = []
         for number, part in enumerate(parts):
-            resources = faiss.StandardGpuResources()
             gpu = number % faiss.get_num_gpus() if alone and len(parts) > 1 else None
-            self._parts.append((resources, to_gpu(resources, part.base, gpu), part.first_row))
+            self._parts.append((to_gpu(self._resources, part.base, gpu), part.first_row))
 
     def scan(self, vector_BD: np.ndarray, k: int, score_BP: np.ndarray, list_BP: np.ndarray) -> Answer:
         answers = []
         portions = math.ceil(list_BP.shape[1] / GPU_LIMIT)
         with self._lock:
-            for _, index, first_row in self._parts:
+            for index, first_row in self._parts:
                 for lists in np.array_split(np.arange(list_BP.shape[1]), portions):
                     parameters = faiss.SearchParametersIVF()
                     parameters.nprobe = len(lists)
@@ -433,7 +433,7 @@ class _GpuCopies:
     def search(self, vector_BD: np.ndarray, k: int) -> Answer:
         answers = []
         with self._lock:
-            for _, index, first_row in self._parts:
+            for index, first_row in self._parts:
                 score_BK, row_BK = index.search(vector_BD, k)
                 score_BK[row_BK < 0] = -np.inf
                 answers.append((score_BK, np.where(row_BK >= 0, row_BK + first_row, -1)))
