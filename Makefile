@@ -4,12 +4,13 @@ PYTEST_ARGS ?=
 TEST_PROCESSES ?= 2
 SOAK_ARGS ?=
 
-.PHONY: help setup setup-test demo lint test soak clean
+.PHONY: help setup setup-test demo lint test test-gpu soak clean
 
 help:
 	@echo "make setup   .venv with everything that belongs to this machine (CPU or NVIDIA GPU)"
 	@echo "make demo    the whole way on a generated world: train, evaluate, index, recommend"
 	@echo "make test    what must pass before a commit: lint, types, tests (PYTEST_ARGS='-k index')"
+	@echo "make test-gpu  what a GPU makes of the same work, on a machine with one: make test is of CPUs, and hides it"
 	@echo "make soak    every fault as often as it takes (some 25 minutes), to soak.json (SOAK_ARGS='--share 0.1')"
 	@echo "make lint    style and types alone"
 	@echo "make clean   remove what tools left behind; .venv, data and runs stay"
@@ -30,10 +31,13 @@ lint: setup-test
 	$(PY) -m mypy
 
 test: lint
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(TEST_PROCESSES) --dist loadgroup $(PYTEST_ARGS)
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(PY) -m pytest -n $(TEST_PROCESSES) --dist loadgroup $(PYTEST_ARGS)
+
+test-gpu: setup-test
+	$(PY) -m pytest tests/test_gpu.py tests/test_index.py::test_the_gpu_answers_as_the_cpu_does $(PYTEST_ARGS)
 
 soak: setup-test
-	OMP_NUM_THREADS=1 $(PY) -m tests.soak $(SOAK_ARGS)
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(PY) -m tests.soak $(SOAK_ARGS)
 
 clean:
 	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info

@@ -339,6 +339,19 @@ def test_the_next_save_waits_for_the_last(small):
     assert checkpoints.complete() == paths
 
 
+@pytest.mark.parametrize(("device", "taken"), [("cpu", []), ("cuda:1", [torch.device("cuda:1")])])
+def test_a_save_in_the_background_stays_on_its_ranks_gpu(small, monkeypatch, device, taken):
+    """torch's writer asks for the current stream, and the GPU of a new thread is the first one."""
+    model, optimizer, checkpoints = small
+    checkpoints.in_background = True
+    monkeypatch.setattr(checkpoints, "ranks", Ranks(0, 1, torch.device(device)))
+    told = []
+    monkeypatch.setattr(torch.cuda, "set_device", lambda gpu: told.append((threading.current_thread().name, gpu)))
+    checkpoints.save(5, model, optimizer, {})
+    checkpoints.wait()
+    assert told == [("checkpoint", gpu) for gpu in taken]
+
+
 # What a checkpoint says of itself
 
 

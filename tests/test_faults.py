@@ -12,11 +12,15 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from tests.ranks.launch import ROOT, SAID_BY_TORCHREC
 from tests.ranks.states import whole_state
 from tests.ranks.worlds import EVENTS, event_config
+from trec_twotower import cli
 from trec_twotower.config import as_values
+from trec_twotower.demo import usual_ranks
+from trec_twotower.distributed import start_ranks
 from trec_twotower.errors import ConfigError, Stopped, TrainingError
 from trec_twotower.failures import ATTEMPT, summary
 from trec_twotower.faults import POINTS, Fault, fault_point
@@ -50,6 +54,59 @@ def test_nothing_is_lost_and_nothing_doubled_in_a_tenth_of_the_soak(tenth):
         if tally["wanted"]:
             assert tally["tried"] >= max(1, round(0.1 * tally["wanted"]) - 3), tally
         assert harm["exact"] == harm["tried"] and not (harm["lost"] or harm["doubled"] or harm["silent"]), tally
+
+
+# Ranks and GPUs
+
+
+@pytest.mark.parametrize(("has_gpu", "num_ranks", "left"), [(False, 2, True), (True, 1, True), (True, 2, False)])
+def test_a_rank_that_fails_does_not_wait_for_others_on_gpus(monkeypatch, has_gpu, num_ranks, left):
+    """NCCL's group ends on all ranks together; an error of one of them comes while the others wait for it."""
+    monkeypatch.setenv("WORLD_SIZE", str(num_ranks))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: int(has_gpu))
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
+    monkeypatch.setattr("trec_twotower.distributed._store", lambda *_: None)
+    monkeypatch.setattr(dist, "init_process_group", lambda *_, **__: None)
+    ended: list[bool] = []
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: ended.append(True))
+    with pytest.raises(KeyError), start_ranks():
+        raise KeyError("of one rank")
+    assert bool(ended) == left
+    with start_ranks():
+        ended.clear()
+    assert ended == [True]
+
+
+@pytest.mark.parametrize("local_rank", ["0", "1"])
+def test_more_ranks_than_gpus_are_refused_on_each(monkeypatch, local_rank):
+    for name, value in {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "LOCAL_RANK": local_rank}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(ConfigError, match="2 ranks are on this machine, but torch sees 1 GPU here"), start_ranks():
+        pass
+
+
+@pytest.mark.parametrize(("num_gpus", "num_ranks"), [(0, 2), (1, 1), (8, 2)])
+def test_the_demo_starts_as_many_ranks_as_gpus_allow(monkeypatch, num_gpus, num_ranks):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: num_gpus)
+    assert usual_ranks() == num_ranks
+
+
+def test_an_error_that_nobody_foresaw_is_told_and_ends_the_process_at_once(monkeypatch, capsys):
+    def fails(arguments: Any) -> int:
+        raise RuntimeError("out of memory")
+
+    codes: list[int] = []
+    monkeypatch.setattr(cli, "_run", fails)
+    monkeypatch.setattr(os, "_exit", codes.append)
+    cli.main()
+    assert codes == [1]
+    assert capsys.readouterr().err.endswith("RuntimeError: out of memory\n")
+    with pytest.raises(RuntimeError, match="out of memory"):
+        cli.main([])
 
 
 # Fault points

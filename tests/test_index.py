@@ -12,7 +12,7 @@ from trec_twotower import files
 from trec_twotower.config import IndexConfig
 from trec_twotower.data.lists import Lists
 from trec_twotower.errors import ConfigError, DataError
-from trec_twotower.index import ItemIndex, build_index, engine, exact_search, faiss, search
+from trec_twotower.index import ItemIndex, build_index, engine, exact_search, faiss, scan, search
 from trec_twotower.index.probing import REACH, Fit
 
 
@@ -272,6 +272,36 @@ def test_a_gpu_that_is_not_there_is_refused():
     with pytest.raises(ConfigError, match="sees no GPU"):
         build_index(item_ID, user_QD, settings(device="gpu", lists=2))
     assert build_index(item_ID, user_QD, settings(device="auto", lists=2)).device == "cpu"
+
+
+def test_codes_that_faiss_has_on_no_gpu_stay_on_the_cpu(monkeypatch):
+    """What there is of a kind's codes on a GPU, FAISS says when it is to copy them."""
+
+    def fails(parts):
+        raise RuntimeError("Error in void verify() at GpuIndexIVF.cu:98: Error: 'isSQSupported' failed: no such codes")
+
+    monkeypatch.setattr(scan, "uses_gpu", lambda device: device != "cpu")
+    monkeypatch.setattr(scan, "_GpuCopies", fails)
+    item_ID, user_QD = clustered(400, 60)
+    index = build_index(item_ID, user_QD, settings(factory="IVF8,SQbf16", device="auto"))
+    assert index.device == "cpu"
+    with pytest.raises(ConfigError, match=r"there \('isSQSupported' failed: no such codes\)"):
+        scan.Scanner([part.whole for part in index._scanner.parts], "gpu")
+
+
+def test_parts_on_gpus_share_their_scratch_memory_and_find_what_they_find_apart(monkeypatch):
+    """Copies that stay where they are, in place of FAISS's: what is asked of them is the same."""
+    made = []
+    monkeypatch.setattr(faiss, "StandardGpuResources", lambda: made.append(object()) or made[-1], raising=False)
+    monkeypatch.setattr(faiss, "get_num_gpus", lambda: 2, raising=False)
+    given = []
+    monkeypatch.setattr(scan, "to_gpu", lambda resources, on_cpu, gpu: given.append((resources, gpu)) or on_cpu)
+    item_ID, user_QD = clustered(400, 60)
+    index = build_index(item_ID, user_QD, settings(factory="IVF8,Flat", shards=3))
+    expected = index.search(user_QD, 20)[1]
+    index._scanner._on_gpu = scan._GpuCopies(index._scanner.parts)
+    assert len(made) == 1 and given == [(made[0], 0), (made[0], 1), (made[0], 0)]
+    assert recall(index.search(user_QD, 20)[1], expected) == 1
 
 
 @pytest.mark.skipif(not engine.uses_gpu("auto"), reason="FAISS sees no GPU here")

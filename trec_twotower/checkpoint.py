@@ -71,7 +71,7 @@ class Checkpoints:
             self._group = self.ranks.new_group()
         facts = {"format": FORMAT, "step": step, "num_ranks": self.ranks.num_ranks, **facts}
         writer = PublishingWriter(self.path(step), facts, step, self._sweep)
-        self._save = _Save(writer, self._snapshot, self._group)
+        self._save = _Save(writer, self._snapshot, self._group, self.ranks.device)
         if self.in_background:
             self._save.start()
         else:
@@ -253,13 +253,17 @@ class Checkpoints:
 class _Save(threading.Thread):
     """One save, beside the training or in its place."""
 
-    def __init__(self, writer: PublishingWriter, snapshot: Snapshot, group: dist.ProcessGroup) -> None:
+    def __init__(
+        self, writer: PublishingWriter, snapshot: Snapshot, group: dist.ProcessGroup, device: torch.device
+    ) -> None:
         super().__init__(name="checkpoint", daemon=True)
-        self.writer, self.snapshot, self.group = writer, snapshot, group
+        self.writer, self.snapshot, self.group, self.device = writer, snapshot, group, device
         self.error: BaseException | None = None  # a CheckpointException is no Exception
 
     def run(self) -> None:
         try:
+            if self.device.type == "cuda":  # a new thread's is the first GPU, where every rank would take memory
+                torch.cuda.set_device(self.device)
             state = self.snapshot.state_dict
             dcp.save(state, storage_writer=self.writer, planner=self.snapshot, process_group=self.group)
         except (Exception, CheckpointException) as error:  # for the training's own thread

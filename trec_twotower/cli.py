@@ -47,7 +47,7 @@ def build_parser() -> argparse.ArgumentParser:
         sub.add_argument("--checkpoint", default="best", metavar="WHICH", help="best (default), newest, or a step")
 
     demo = command("demo", _demo, "the whole chain on a generated world, with two ranks")
-    demo.add_argument("--ranks", type=int, default=2, help="processes that train together (default 2)")
+    demo.add_argument("--ranks", type=int, help="processes that train together (default 2; 1 where there is one GPU)")
     demo.add_argument("--dir", type=Path, default=Path("."), help="where data/demo and runs/demo go (default: here)")
 
     prepare = command("prepare", _prepare, "raw files to a dataset folder")
@@ -157,7 +157,13 @@ def main(arguments: list[str] | None = None) -> int:
 
     Without `arguments` it runs the process's own command line, and ends the process with it.
     """
-    code = _run(arguments)
+    try:
+        code = _run(arguments)
+    except Exception:
+        if arguments is not None:
+            raise
+        sys.excepthook(*sys.exc_info())
+        code = 1
     if arguments is None:
         _leave(code)
     return code
@@ -167,7 +173,8 @@ def _leave(code: int) -> NoReturn:
     """End this process at once.
 
     gloo's threads outlive the process group where a sharded model still refers to it. One that lets go of its last
-    tensor while the interpreter is being taken down cannot get the interpreter's lock, and aborts the process.
+    tensor while the interpreter is being taken down cannot get the interpreter's lock, and aborts the process. NCCL's
+    group, left behind by an error, would wait for ranks that wait for this one.
     """
     with contextlib.suppress(OSError):  # nobody reads on, as with `| head`
         sys.stdout.flush()

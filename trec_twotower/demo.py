@@ -24,8 +24,17 @@ def shipped(name: str) -> Path:
     raise ConfigError(f"{name} is neither in {PACKAGE} nor in {PACKAGE.parent}: install the package again.")
 
 
-def run_demo(folder: Path, num_ranks: int) -> int:
+def usual_ranks() -> int:
+    """Two, but not more than there are GPUs, of which a rank takes one."""
+    import torch
+
+    return min(2, torch.cuda.device_count() or 2)
+
+
+def run_demo(folder: Path, num_ranks: int | None = None) -> int:
     """Every stage, from prepare to report; returns the exit code of the first that fails."""
+    if num_ranks is None:
+        num_ranks = usual_ranks()
     if num_ranks < 1:
         raise ConfigError(f"--ranks is {num_ranks}: give 1 or more.")
     dataset, run = folder / "data" / "demo", folder / "runs" / "demo"

@@ -222,13 +222,20 @@ def start_ranks(timeout_s: int = 300, threads: int = 0, first_timeout_s: int | N
     rank = int(os.environ.get("RANK", 0))
     num_ranks = int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if torch.cuda.is_available():
+        num_gpus = torch.cuda.device_count()
+        if max(local_ranks, local_rank + 1) > num_gpus:
+            raise ConfigError(
+                f"{max(local_ranks, local_rank + 1)} ranks are on this machine, but torch sees {num_gpus} GPU"
+                f"{'s' * (num_gpus > 1)} here, and each rank takes one: start {num_gpus}, or set "
+                "CUDA_VISIBLE_DEVICES= to nothing, for ranks that compute on CPUs."
+            )
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if threads or "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(threads or max(1, cores // local_ranks))
     first_timeout_s = max(timeout_s, first_timeout_s or timeout_s)
@@ -241,12 +248,17 @@ def start_ranks(timeout_s: int = 300, threads: int = 0, first_timeout_s: int | N
             world_size=num_ranks,
             timeout=timedelta(seconds=first_timeout_s),
         )
+    has_failed = True
     try:
         group = _shared_memory(num_ranks, first_timeout_s)
         fault_point("start:joined")
         yield Ranks(rank, num_ranks, device, timeout_s, store, group)
+        has_failed = False
     finally:
-        dist.destroy_process_group()
+        # NCCL takes its communicators down on all ranks together: where others still wait for this one in a collective,
+        # it would wait for them, and the error with it. The end of the process takes them down as well.
+        if not (has_failed and num_ranks > 1 and device.type == "cuda"):
+            dist.destroy_process_group()
 
 
 def _shared_memory(num_ranks: int, timeout_s: int) -> dist.ProcessGroup | None:

@@ -12,7 +12,16 @@ import numpy as np
 import torch
 
 from trec_twotower.errors import ConfigError
-from trec_twotower.index.engine import GPU_LIMIT, Device, best_of_all, faiss, to_gpu, use_blas_well, uses_gpu
+from trec_twotower.index.engine import (
+    GPU_LIMIT,
+    Device,
+    best_of_all,
+    faiss,
+    reason_of,
+    to_gpu,
+    use_blas_well,
+    uses_gpu,
+)
 from trec_twotower.index.list_scan import ListScan, list_places
 from trec_twotower.index.probing import Coarse, Fit
 
@@ -402,17 +411,17 @@ class _GpuCopies:
         # A rank of a job has the GPU that the job gave it, and no other
         alone = not (torch.distributed.is_available() and torch.distributed.is_initialized())
         self._lock = threading.Lock()
+        self._resources = faiss.StandardGpuResources()  # 1.5 GiB of scratch memory on each GPU, once for all parts
         self._parts = []
         for number, part in enumerate(parts):
-            resources = faiss.StandardGpuResources()
             gpu = number % faiss.get_num_gpus() if alone and len(parts) > 1 else None
-            self._parts.append((resources, to_gpu(resources, part.base, gpu), part.first_row))
+            self._parts.append((to_gpu(self._resources, part.base, gpu), part.first_row))
 
     def scan(self, vector_BD: np.ndarray, k: int, score_BP: np.ndarray, list_BP: np.ndarray) -> Answer:
         answers = []
         portions = math.ceil(list_BP.shape[1] / GPU_LIMIT)
         with self._lock:
-            for _, index, first_row in self._parts:
+            for index, first_row in self._parts:
                 for lists in np.array_split(np.arange(list_BP.shape[1]), portions):
                     parameters = faiss.SearchParametersIVF()
                     parameters.nprobe = len(lists)
@@ -424,7 +433,7 @@ class _GpuCopies:
     def search(self, vector_BD: np.ndarray, k: int) -> Answer:
         answers = []
         with self._lock:
-            for _, index, first_row in self._parts:
+            for index, first_row in self._parts:
                 score_BK, row_BK = index.search(vector_BD, k)
                 score_BK[row_BK < 0] = -np.inf
                 answers.append((score_BK, np.where(row_BK >= 0, row_BK + first_row, -1)))
@@ -438,12 +447,16 @@ def _gpu_copies(parts: Sequence[Part], device: Device) -> _GpuCopies | None:
     fits = isinstance(first.base, kinds) and first.refine is None
     if fits and first.has_lists:
         fits = isinstance(first.quantizer, faiss.IndexFlat)
+    why = ""
     if fits:
-        return _GpuCopies(parts)
+        try:
+            return _GpuCopies(parts)
+        except RuntimeError as error:  # codes that it has not there, such as SQbf16 or PQ16x4, or memory
+            why = f" ({reason_of(error)})"
     if device == "gpu":
         raise ConfigError(
             f"index.device is 'gpu' but FAISS has no {type(first.base).__name__}"
-            f"{' that is scored again' if first.refine is not None else ''} there: take IVF lists of Flat, SQfp16, SQ8 "
-            "or PQ codes, or set index.device = auto."
+            f"{' that is scored again' if first.refine is not None else ''} there{why}: take IVF lists of Flat, "
+            "SQfp16, SQ8 or PQ codes, or set index.device = auto."
         )
     return None
