@@ -26,7 +26,7 @@ from trec_twotower.data.features import Sources
 from trec_twotower.data.numbers import Statistics
 from trec_twotower.data.reader import UnitReader, without_own
 from trec_twotower.data.transforms import transform
-from trec_twotower.data.vocabulary import in_vocabulary, make_vocabulary
+from trec_twotower.data.vocabulary import in_vocabulary, make_vocabulary, read_words
 from trec_twotower.errors import ConfigError, DataError
 from trec_twotower.model.embedding import Pooled, tower_inputs
 from trec_twotower.schema import FeatureSpec, Schema, TableSpec, auto_dim
@@ -59,6 +59,13 @@ def test_a_vocabulary_is_what_stands_there_most(parts, least, buckets):
         rows = [0 if word is None else 1 if word not in found.words else 2 + found.words.index(word)
                 for word in column.to_pylist()]  # fmt: skip
         assert in_vocabulary(column, saved, "here").tolist() == rows
+
+
+def test_a_vocabulary_file_is_read_line_by_line(tmp_path):
+    """Of an editor that begins it with a mark and ends lines its own way; other line ends are part of a word."""
+    path = tmp_path / "words.txt"
+    path.write_bytes("\ufeffred\r\nlight\u2028blue\r\n".encode())
+    assert read_words(str(path)) == ["red", "light\u2028blue"]
 
 
 def test_a_vocabulary_of_integers(tmp_path):

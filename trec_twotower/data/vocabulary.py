@@ -22,11 +22,12 @@ NULL_ROW, UNKNOWN_ROW, FIRST_WORD = 0, 1, 2  # of the feature's table
 def read_words(path: str) -> list[str]:
     """The words of a file, one a line; raises ConfigError where there is no such file, or no words, or one twice."""
     try:
-        words = Path(path).read_text(encoding="utf-8").splitlines()
+        text = Path(path).read_text(encoding="utf-8-sig")  # less the mark that some editors begin a file with
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
             f"The vocabulary {path} cannot be read ({error}): name a UTF-8 file of a word a line."
         ) from None
+    words = text.removesuffix("\n").split("\n") if text else []  # at line ends alone: a word may hold U+2028
     _check(words, path)
     return words
 
