@@ -12,7 +12,7 @@ from trec_twotower import files
 from trec_twotower.config import IndexConfig
 from trec_twotower.data.lists import Lists
 from trec_twotower.errors import ConfigError, DataError
-from trec_twotower.index import ItemIndex, build_index, engine, exact_search, faiss, scan, search
+from trec_twotower.index import ItemIndex, OnDevice, build_index, engine, exact_search, faiss, scan, search
 from trec_twotower.index.probing import REACH, Fit
 
 
@@ -337,21 +337,28 @@ def test_no_users_get_no_rows(world):
     assert score_BK.shape == item_row_BK.shape == (0, 10)
 
 
-@pytest.mark.parametrize("blocks", [(256, 1 << 17), (7, 100)], ids=["one block", "many blocks"])
-def test_exact_search_equals_sorting_every_score(monkeypatch, blocks):
-    monkeypatch.setattr(engine, "USER_BLOCK", blocks[0])
-    monkeypatch.setattr(engine, "ITEM_BLOCK", blocks[1])
+@pytest.mark.parametrize("blocks", [None, (256, 1 << 17), (7, 100)], ids=["faiss", "one block", "many blocks"])
+@pytest.mark.parametrize("keeps", [True, False])
+def test_exact_search_equals_sorting_every_score(monkeypatch, blocks, keeps):
+    """FAISS's, and torch's on any device, which holds all items or is given each block anew."""
     item_ID, user_BD = clustered(530, 30, spread=0.5)
+    items = item_ID
+    if blocks is not None:
+        monkeypatch.setattr(engine, "USER_BLOCK", blocks[0])
+        monkeypatch.setattr(engine, "ITEM_BLOCK", blocks[1])
+        items = OnDevice(item_ID, "cpu")
+        assert len(items) == 530 and (items._kept is not None)
+        items._kept = items._kept if keeps else None
     rng = np.random.default_rng(1)
     seen = [rng.permutation(530)[: rng.integers(0, 530)].tolist() for _ in range(30)]
     seen[3], seen[4] = list(range(530)), list(range(528)) * 2
     user_BD.flags.writeable = False  # as Arrow gives them
     for k in (1, 25, 530, 600):
-        score_BK, item_row_BK = exact_search(item_ID, user_BD, k, Lists.from_lists(seen), device="cpu")
+        score_BK, item_row_BK = exact_search(items, user_BD, k, Lists.from_lists(seen), device="cpu")
         assert_well_formed(item_ID, user_BD, score_BK, item_row_BK, k, seen)
         for row, best in zip(item_row_BK, best_written_out(item_ID, user_BD, k, seen), strict=True):
             np.testing.assert_array_equal(row[: len(best)], best)
-    _, item_row_BK = exact_search(item_ID, user_BD, 25, device="cpu")
+    _, item_row_BK = exact_search(items, user_BD, 25, device="cpu")
     assert item_row_BK.tolist() == best_written_out(item_ID, user_BD, 25)
 
 

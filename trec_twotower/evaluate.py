@@ -22,7 +22,7 @@ from trec_twotower.errors import ConfigError, nearest
 from trec_twotower.exhaustive import rank_everything
 from trec_twotower.export import load_model
 from trec_twotower.files import write_json
-from trec_twotower.index import ItemIndex, exact_search
+from trec_twotower.index import ItemIndex, OnDevice, exact_search
 from trec_twotower.metrics import Hits, MetricSums, list_metrics, popularity_ranking, ranking_metrics, resampled_sums
 from trec_twotower.model.two_tower import TwoTower
 from trec_twotower.run import Run
@@ -106,7 +106,8 @@ def exactly(item_ID: np.ndarray, ranks: Ranks) -> Search:
     """Search that scores every item of the catalogue."""
     if ranks.device.type == "cpu":
         return lambda user_BD, k, seen: rank_everything(item_ID, user_BD, k, seen)
-    return lambda user_BD, k, seen: exact_search(item_ID, user_BD, k, seen)[1]
+    items = OnDevice(item_ID, ranks.device)
+    return lambda user_BD, k, seen: exact_search(items, user_BD, k, seen)[1]
 
 
 def through(index: ItemIndex) -> Search:

@@ -1,7 +1,7 @@
 """The items in a FAISS index: chosen, built, tuned against exact search, searched, saved. The only import of faiss."""
 
 from trec_twotower.index.build import build_index, check_factory
-from trec_twotower.index.engine import Matrix, Vectors, exact_search, faiss
+from trec_twotower.index.engine import Matrix, OnDevice, Vectors, exact_search, faiss
 from trec_twotower.index.filters import Allowed, mask_of
 from trec_twotower.index.recipe import Recipe, choose_recipe
 from trec_twotower.index.search import IndexReport, ItemIndex
@@ -11,6 +11,7 @@ __all__ = [
     "IndexReport",
     "ItemIndex",
     "Matrix",
+    "OnDevice",
     "Recipe",
     "Vectors",
     "build_index",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -69,24 +69,58 @@ class Matrix:
 # ---------------------------------------------------------------- exact search
 
 
+class OnDevice:
+    """Item vectors on torch's device, for many calls of exact search; moved anew each time where they are too many.
+
+    They stay there if half of its free memory holds them.
+    """
+
+    def __init__(self, item_ID: np.ndarray, device: torch.device | str = "cuda") -> None:
+        self._item_ID, self.device = as_vectors(item_ID, "item"), torch.device(device)
+        self.dim = self._item_ID.shape[1]
+        self._kept: list[tuple[int, torch.Tensor]] | None = None
+        if self.device.type != "cuda" or 2 * self._item_ID.nbytes <= torch.cuda.mem_get_info(self.device)[0]:
+            self._kept = list(self._moved())
+
+    def __len__(self) -> int:
+        return len(self._item_ID)
+
+    def blocks(self) -> Iterable[tuple[int, torch.Tensor]]:
+        """Some items, (ITEM_BLOCK, D) at most, and the row of their first."""
+        return self._moved() if self._kept is None else self._kept
+
+    def _moved(self) -> Iterator[tuple[int, torch.Tensor]]:
+        for first in range(0, len(self), ITEM_BLOCK):
+            yield first, torch.tensor(self._item_ID[first : first + ITEM_BLOCK], device=self.device)
+
+
 def exact_search(
-    item_ID: np.ndarray, user_BD: np.ndarray, k: int, seen: Lists | None = None, *, device: Device = "auto"
+    item_ID: np.ndarray | OnDevice,
+    user_BD: np.ndarray,
+    k: int,
+    seen: Lists | None = None,
+    *,
+    device: Device = "auto",
 ) -> tuple[np.ndarray, np.ndarray]:
     """The `k` unseen items of highest score per user by scoring all: float32 and item rows int64, best first.
 
     Rows end in -inf and -1 where fewer than `k` unseen items exist. Equal scores come in any order. Of users of several
-    vectors, (B, M, D), an item's score is the highest by any of them.
+    vectors, (B, M, D), an item's score is the highest by any of them. Items that are on a device are scored there.
     """
     if np.ndim(user_BD) == 3:
         num_users, per_user, dim = user_BD.shape
         each = None if seen is None else seen.take(np.repeat(np.arange(num_users), per_user))
         return merged(exact_search(item_ID, user_BD.reshape(-1, dim), k, each, device=device), num_users, k)
-    item_ID, user_BD = as_vectors(item_ID, "item"), as_vectors(user_BD, "user")
-    check_same_dim(item_ID.shape[1], user_BD.shape[1])
+    user_BD = as_vectors(user_BD, "user")
     if device == "gpu" and not torch.cuda.is_available():
         raise ConfigError("Exact search is asked on a GPU but torch sees none: take device 'auto' or 'cpu'.")
-    if device != "cpu" and torch.cuda.is_available():
-        return _exact_on_gpu(item_ID, user_BD, k, seen)
+    if not isinstance(item_ID, OnDevice) and device != "cpu" and torch.cuda.is_available():
+        item_ID = OnDevice(item_ID)
+    if isinstance(item_ID, OnDevice):
+        check_same_dim(item_ID.dim, user_BD.shape[1])
+        return _exact_on_device(item_ID, user_BD, k, seen)
+    item_ID = as_vectors(item_ID, "item")
+    check_same_dim(item_ID.shape[1], user_BD.shape[1])
     if seen is None:
         return best_of_all(user_BD, item_ID, k)
     seen = seen.distinct()
@@ -142,23 +176,20 @@ class BestSoFar:
         self.item_row_BK = np.take_along_axis(item_row_BC, place_BK.numpy(), axis=1)
 
 
-def _exact_on_gpu(
-    item_ID: np.ndarray, user_BD: np.ndarray, k: int, seen: Lists | None
-) -> tuple[np.ndarray, np.ndarray]:
+def _exact_on_device(items: OnDevice, user_BD: np.ndarray, k: int, seen: Lists | None) -> tuple[np.ndarray, np.ndarray]:
     """Exact search by torch in blocks of users x items; k is bounded by nothing."""
     best_BK = torch.full((len(user_BD), k), -torch.inf)
     item_row_BK = torch.full((len(user_BD), k), -1, dtype=torch.int64)
-    for first_item in range(0, len(item_ID), ITEM_BLOCK):
-        item_CD = torch.tensor(item_ID[first_item : first_item + ITEM_BLOCK], device="cuda")
+    for first_item, item_CD in items.blocks():
         for first_user in range(0, len(user_BD), USER_BLOCK):
             users = slice(first_user, min(first_user + USER_BLOCK, len(user_BD)))
-            score_BC = torch.tensor(user_BD[users], device="cuda") @ item_CD.T
+            score_BC = torch.tensor(user_BD[users], device=items.device) @ item_CD.T
             if seen is not None:
                 taken = seen.take(np.arange(users.start, users.stop))
                 column = taken.values - first_item
                 is_here = (column >= 0) & (column < len(item_CD))
                 at = (torch.from_numpy(taken.rows[is_here]), torch.from_numpy(column[is_here]))
-                score_BC[tuple(part.cuda() for part in at)] = -torch.inf
+                score_BC[tuple(part.to(items.device) for part in at)] = -torch.inf
             block_BK, column_BK = (part.cpu() for part in score_BC.topk(min(k, len(item_CD)), dim=1))
             candidate = torch.cat([best_BK[users], block_BK], dim=1)
             candidate_row = torch.cat([item_row_BK[users], column_BK + first_item], dim=1)
