@@ -19,7 +19,7 @@ from trec_twotower.data.lists import Lists
 from trec_twotower.data.transforms import Columns, bucket
 from trec_twotower.distributed import Ranks
 from trec_twotower.errors import ConfigError
-from trec_twotower.model.embedding import Pooled, build_tables, fill_tables, tower_inputs
+from trec_twotower.model.embedding import FILL_CELLS, Pooled, build_tables, fill_tables, tower_inputs
 from trec_twotower.model.tower import Tower
 from trec_twotower.model.two_tower import TwoTower
 from trec_twotower.schema import FeatureSpec, Schema, TableSpec
@@ -73,7 +73,7 @@ def test_first_weights_are_uniform_within_the_start_scale(scale):
 
 def test_first_weights_are_the_formula_cell_by_cell(monkeypatch):
     """In Python's integers, on cells of the first, a middle and the last block of rows."""
-    monkeypatch.setattr("trec_twotower.model.embedding.FILL_CELLS", 800)
+    monkeypatch.setitem(FILL_CELLS, "cpu", 800)
     schema = one_table(257, 8, init_scale=0.5)
     weights = filled(schema, seed=9)["t"]
     salt = mixed(9 ^ xxhash.xxh3_64_intdigest(b"t"))

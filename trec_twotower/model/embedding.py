@@ -25,7 +25,8 @@ from trec_twotower.data.transforms import divides
 from trec_twotower.model.parts import aligned
 from trec_twotower.schema import Schema, Side, key, part_of
 
-FILL_CELLS = 1 << 18  # weights that are filled together: bounds the scratch memory, and keeps it in the cache
+# Weights that are filled together: scratch that stays in a CPU's cache, or few launches on a GPU.
+FILL_CELLS = {"cpu": 1 << 18, "cuda": 1 << 22}
 
 
 COLLECTIONS = ("embedding_bags", "embeddings")  # what torchrec calls the tables in both kinds of collection
@@ -275,7 +276,7 @@ def fill_tables(model: nn.Module, schema: Schema, seed: int) -> None:
         salt = mix(seed ^ xxhash.xxh3_64_intdigest(table.encode()))
         salt = salt - (1 << 64) if salt >> 63 else salt
         columns = torch.arange(first_column, first_column + weights.shape[1], device=weights.device)
-        step = max(1, FILL_CELLS // weights.shape[1])
+        step = max(1, FILL_CELLS[weights.device.type] // weights.shape[1])
         for start in range(0, weights.shape[0], step):
             part = weights[start : start + step]
             rows = torch.arange(first_row + start, first_row + start + len(part), device=weights.device)
