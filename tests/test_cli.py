@@ -559,6 +559,14 @@ def test_a_reader_that_goes_away_is_no_mistake(tmp_path):
     assert job.returncode == 128 + signal.SIGPIPE
 
 
+def test_a_pipe_that_breaks_elsewhere_is_told():
+    """What is said here is read."""
+    code = "from trec_twotower import cli\ndef run(_): raise BrokenPipeError(32, 'Broken pipe')\n"
+    code += "cli._doctor = run\ncli.main()"
+    job = subprocess.run([sys.executable, "-c", code, "doctor"], capture_output=True, text=True, timeout=60)
+    assert (job.returncode, job.stderr) == (1, "trec-twotower doctor: Broken pipe\n")
+
+
 def test_a_process_ends_with_its_command(tmp_path):
     """Not by taking the interpreter down, in which threads of torch may still be at work and abort it."""
     code = """

@@ -337,8 +337,11 @@ def test_no_users_get_no_rows(world):
     assert score_BK.shape == item_row_BK.shape == (0, 10)
 
 
-@pytest.mark.parametrize("blocks", [None, (256, 1 << 17), (7, 100)], ids=["faiss", "one block", "many blocks"])
-@pytest.mark.parametrize("keeps", [True, False])
+@pytest.mark.parametrize(
+    ("blocks", "keeps"),
+    [(None, False), ((256, 1 << 17), True), ((7, 100), True), ((7, 100), False)],
+    ids=["faiss", "one block", "many blocks", "blocks moved anew"],
+)
 def test_exact_search_equals_sorting_every_score(monkeypatch, blocks, keeps):
     """FAISS's, and torch's on any device, which holds all items or is given each block anew."""
     item_ID, user_BD = clustered(530, 30, spread=0.5)

@@ -20,6 +20,9 @@ from typing import Any
 
 import pytest
 
+from trec_twotower.serve import Retriever
+from trec_twotower.server import Service
+
 
 @dataclass(frozen=True)
 class Served:
@@ -195,6 +198,25 @@ def test_a_new_index_is_taken_up_and_a_broken_one_is_not(served):
     assert served.recommend(users=["user-1"], k=1)
     (index / "manifest.json").write_text(manifest)
     served.wait_for('reloads_total{outcome="done"} 2')
+
+
+def test_an_error_that_nobody_foresaw_leaves_what_is_served(served, tmp_path, monkeypatch, capsys):
+    """And is no end to looking: the next try finds the new index."""
+    run = tmp_path / "run"
+    shutil.copytree(served.run, run)
+    service = Service(run)
+    expected = service.recommend({"users": ["user-1"]})
+    (run / "index" / "manifest.json").touch()
+
+    def failing(*_: Any, **__: Any) -> None:
+        raise KeyError("metrics")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Retriever, "alone", failing)
+        assert not service.reload()
+    assert "went on with the old model: KeyError: 'metrics'" in capsys.readouterr().err
+    assert service.reloads == {"failed": 1} and service.recommend({"users": ["user-1"]}) == expected
+    assert service.reload() and service.reloads == {"failed": 1, "done": 1}
 
 
 def test_it_ends_at_sigterm_after_its_last_answer(served, cli):

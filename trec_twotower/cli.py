@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import select
 import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 from trec_twotower.errors import ConfigError, DataError, LostRanks, Stopped, TrainingError
 
@@ -210,11 +211,21 @@ def _run(arguments: list[str] | None) -> int:
         lost = f"rank {os.environ['RANK']} lost the others ({cause_of(error)}): the first of them to end says why."
         _say_once(f"trec-twotower {options.command}: {lost}", is_own=True)
         return 1
-    except BrokenPipeError:  # nobody reads on, as behind `| head`
-        return 128 + signal.SIGPIPE
     except OSError as error:
+        if isinstance(error, BrokenPipeError) and _is_unread(sys.stdout):  # as behind `| head`
+            return 128 + signal.SIGPIPE
         _say_once(f"trec-twotower {options.command}: {error.strerror or error}: {error.filename or ''}".rstrip(": "))
         return 1
+
+
+def _is_unread(stream: TextIO) -> bool:
+    """Whether it is a pipe that nobody reads on."""
+    poll = select.poll()
+    try:
+        poll.register(stream, 0)
+    except OSError:  # no file of the system: something in Python that catches what is said
+        return False
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def _say_once(message: str, is_own: bool = False) -> None:

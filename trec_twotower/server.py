@@ -89,7 +89,9 @@ class Service:
             retriever = Retriever.alone(self.run_dir, self.checkpoint, mapped=self.mapped)
         except Exception as error:  # between two publications, or any mistake: what comes later may be right
             self.reloads["failed"] += 1
-            print(f"trec-twotower serve: went on with the old model: {error}", file=sys.stderr, flush=True)
+            is_foreseen = isinstance(error, ConfigError | DataError | OSError)
+            why = str(error) if is_foreseen else f"{type(error).__name__}: {error}"
+            print(f"trec-twotower serve: went on with the old model: {why}", file=sys.stderr, flush=True)
             return False
         with self._lock:
             self._use(retriever)

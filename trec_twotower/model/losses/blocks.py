@@ -287,7 +287,7 @@ class _InBlocks(torch.autograd.Function):
         is_late = adds_offset and negatives.hardest is None and user_BD.ndim == 2 and not len(negatives.opened)
         is_late = is_late and are_ours(room)  # torch would take a pass of its own
         late_C, early_C = (negatives.offset_C, None) if is_late else (None, negatives.offset_C)
-        narrow_CD = item_CD.to(narrow) if narrow == item_CD.dtype else narrowed(item_CD, width)
+        narrow_CD = item_CD if narrow == item_CD.dtype else narrowed(item_CD, width)
         loss = user_BD.new_zeros(())
         user_BMD = user_BD if user_BD.ndim == 3 else user_BD[:, None]
         num_vectors = user_BMD.shape[1]
