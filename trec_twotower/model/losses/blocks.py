@@ -19,14 +19,16 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from trec_twotower.model.losses.cells import add_products, are_ours, dots
-from trec_twotower.model.narrow import narrowed, whole_steps
+from trec_twotower.model.narrow import STEP, filled_up, narrowed, whole_steps
 
 Precision = Literal["fp32", "bf16", "bf16_logits"]
 
 # Cells of the matrix at a time. On CPU 2 MiB of float32, so that a block is still in the cache when it is read again,
-# but not so few rows that products of theirs are slow; on a GPU enough to keep it busy.
+# but not so few rows that products of theirs are slow, and twice as many where products are of bfloat16, since oneDNN
+# arranges the candidates anew for each; on a GPU enough to keep it busy.
 BLOCK_CELLS = {"cpu": 1 << 19, "cuda": 1 << 26}
 BLOCK_ROWS = 96
+WHOLE_LINES = 16  # float32 in a cache line: products on CPUs are a tenth slower where rows begin within one
 
 
 @dataclass(frozen=True)
@@ -92,10 +94,13 @@ class Relations:
 
 @dataclass
 class Block:
-    """Some rows: the logits of all their negatives, and their pairs. A rule may overwrite the logits."""
+    """Some rows: the logits of all their negatives, and their pairs. A rule may overwrite the logits.
 
-    logit_bC: Tensor  # -inf where a cell is no negative
-    offset_C: Tensor | None  # what the rule is to add to the logits, if it said that it would
+    W: the candidates and, on CPUs, some columns behind them that are nobody's negatives.
+    """
+
+    logit_bW: Tensor  # -inf where a cell is no negative
+    offset_W: Tensor | None  # what the rule is to add to the logits, if it said that it would
     num_negatives_b: Tensor
     row_p: Tensor  # of the block, rising
     logit_p: Tensor
@@ -112,7 +117,7 @@ class Slopes:
     """What a block costs, and its derivatives with respect to the logits."""
 
     loss: Tensor  # scalar
-    cell_bC: Tensor  # but for a factor of the row, and 0 where a cell is no negative
+    cell_bW: Tensor  # but for a factor of the row, and 0 where a cell is no negative
     factor_b: Tensor
     pair_p: Tensor
 
@@ -158,7 +163,7 @@ def in_blocks(
     The rule sees the logits u . v - log q of each row's negatives, and the row's `pairs` (default: the positives, with
     logits corrected alike). Row i's negatives are the columns in `is_negative_C` and what it refused, but no pair it
     knows; with `given_apart` no given pair either, whatever its label. A rule that reads all logits once more anyway
-    may say `adds_offset`: then -log q may be in `Block.offset_C` and not in the logits. With precision bf16 the
+    may say `adds_offset`: then -log q may be in `Block.offset_W` and not in the logits. With precision bf16 the
     gradients' products are made of bfloat16 numbers (relative error some 1e-3); logits and sums stay as they are. With
     bf16_logits the negatives' logits are made of such numbers, too, and rounded to them before log q is taken off.
     """
@@ -175,7 +180,9 @@ def in_blocks(
         order_P = None if _is_rising(pairs.row_P) else torch.argsort(pairs.row_P, stable=True)
         parts = [pairs.row_P, pairs.column_P, logit_P, pairs.weights(logit_P).detach(), pairs.labels(logit_P).detach()]
         row_P, column_P, logit_P, weight_P, label_P = parts if order_P is None else [part[order_P] for part in parts]
-        negatives = _Negatives.of(user_BD.detach(), item_CD.detach(), relations, given_apart)
+        step = WHOLE_LINES if precision == "fp32" else STEP
+        width = whole_steps(item_CD.shape[0], user_BD.device, step)
+        negatives = _Negatives.of(user_BD.detach(), item_CD.detach(), relations, given_apart, width)
         return _InBlocks.apply(
             user_BD,
             item_CD,
@@ -204,16 +211,19 @@ def softplus_sum(value_bC: Tensor) -> Tensor:
     return total_b + torch.clamp(value_bC, min=0, out=scratch_bC).sum(1)
 
 
-def rows_a_block(num_columns: int, device: torch.device) -> int:
-    cells = BLOCK_CELLS["cpu" if device.type == "cpu" else "cuda"]
+def rows_a_block(num_columns: int, device: torch.device, is_narrow: bool) -> int:
+    cells = BLOCK_CELLS["cpu"] << is_narrow if device.type == "cpu" else BLOCK_CELLS["cuda"]
     return max(BLOCK_ROWS, cells // max(num_columns, 1))
 
 
 @dataclass(frozen=True)
 class _Negatives:
-    """Which cells are negatives: columns by their offset, and cells by number (row * C + column), rising, distinct."""
+    """Which cells are negatives: columns by their offset, and cells by number (row * W + column), rising, distinct.
 
-    offset_C: Tensor  # -log q, and -inf for columns that are not everybody's negatives
+    The W columns of the matrix are the candidates and, on CPUs, some behind them that are nobody's negatives.
+    """
+
+    offset_W: Tensor  # -log q, and -inf for columns that are not everybody's negatives
     shut: Tensor  # cells of negative columns that are none
     opened: Tensor  # cells of other columns that are some
     opened_logit: Tensor
@@ -222,14 +232,14 @@ class _Negatives:
     hardest: int | None
 
     @classmethod
-    def of(cls, user_BD: Tensor, item_CD: Tensor, relations: Relations, given_apart: bool) -> _Negatives:
+    def of(cls, user_BD: Tensor, item_CD: Tensor, relations: Relations, given_apart: bool, width: int) -> _Negatives:
         num_rows, num_columns = user_BD.shape[0], item_CD.shape[0]
         given, is_negative_C = relations.given, relations.is_negative_C
         offset_C = item_CD.new_zeros(num_columns) if relations.log_q_C is None else -relations.log_q_C
-        shut = _cells(relations.known, num_columns)
+        shut = _cells(relations.known, width)
         opened = shut[:0]
         if given is not None:
-            cell_G = _cells(given, num_columns)
+            cell_G = _cells(given, width)
             shut = torch.cat([shut, cell_G if given_apart else cell_G[~given.is_refused()]])
             if is_negative_C is not None and not given_apart:
                 opened = _distinct(cell_G[given.is_refused() & ~is_negative_C[given.column_P]])
@@ -238,22 +248,22 @@ class _Negatives:
         num_negatives = num_columns
         if is_negative_C is not None:
             offset_C = offset_C.where(is_negative_C, float("-inf"))
-            shut = shut[is_negative_C[shut % max(num_columns, 1)]]
+            shut = shut[is_negative_C[shut % max(width, 1)]]
             num_negatives = int(is_negative_C.sum())
         num_negatives_B = torch.full((num_rows,), num_negatives, device=user_BD.device)
         for cells, change in ((shut, -1), (opened, 1)):
             if len(cells):
-                num_negatives_B += change * torch.bincount(cells // num_columns, minlength=num_rows)
-        width = max(num_columns, 1)
-        row, column = opened // width, opened % width
+                num_negatives_B += change * torch.bincount(cells // width, minlength=num_rows)
+        row, column = opened // max(width, 1), opened % max(width, 1)
         user_BMD = user_BD if user_BD.ndim == 3 else user_BD[:, None]
         opened_best = _best(user_BMD, item_CD, row, column)
         opened_logit = dots(user_BMD.flatten(0, 1), row * user_BMD.shape[1] + opened_best, item_CD, column)
         if relations.hardest is not None:
             num_negatives_B.clamp_(max=relations.hardest)
         num_negatives_B = num_negatives_B.to(user_BD.dtype)
-        offset_C = offset_C.to(item_CD.dtype)
-        return cls(offset_C, shut, opened, opened_logit, opened_best, num_negatives_B, relations.hardest)
+        offset_W = item_CD.new_full((width,), float("-inf"))
+        offset_W[:num_columns] = offset_C
+        return cls(offset_W, shut, opened, opened_logit, opened_best, num_negatives_B, relations.hardest)
 
 
 class _InBlocks(torch.autograd.Function):
@@ -271,61 +281,63 @@ class _InBlocks(torch.autograd.Function):
     ) -> Tensor:
         row_P, column_P, weight_P, label_P = pairs
         num_rows, num_columns = user_BD.shape[0], item_CD.shape[0]
+        width = len(negatives.offset_W)
         narrow = user_BD.dtype if precision == "fp32" else torch.bfloat16
-        width = num_columns if narrow == user_BD.dtype else whole_steps(num_columns, user_BD.device)
-        size = rows_a_block(width, user_BD.device)
+        size = rows_a_block(width, user_BD.device, narrow != user_BD.dtype)
         size = -(-num_rows // -(-num_rows // size)) if num_rows else size  # blocks of like size
         edges = torch.arange(0, num_rows + size, size, device=user_BD.device).clamp_(max=num_rows)
         edges_P = torch.searchsorted(row_P.contiguous(), edges).tolist()
-        edges_shut = torch.searchsorted(negatives.shut, edges * num_columns).tolist()
-        edges_opened = torch.searchsorted(negatives.opened, edges * num_columns).tolist()
-        cells = max(size * num_columns, 1)
+        edges_shut = torch.searchsorted(negatives.shut, edges * width).tolist()
+        edges_opened = torch.searchsorted(negatives.opened, edges * width).tolist()
+        cells = max(size * width, 1)
         row_p, shut, opened = row_P % size, negatives.shut % cells, negatives.opened % cells  # within their blocks
 
-        room = user_BD.new_empty(min(size, num_rows), num_columns)  # one block, used again and again
+        room = user_BD.new_empty(min(size, num_rows), width)  # one block, used again and again
         # What is opened has its offset already, and the hardest and the best of several are known only with it.
         is_late = adds_offset and negatives.hardest is None and user_BD.ndim == 2 and not len(negatives.opened)
         is_late = is_late and are_ours(room)  # torch would take a pass of its own
-        late_C, early_C = (negatives.offset_C, None) if is_late else (None, negatives.offset_C)
-        narrow_CD = item_CD if narrow == item_CD.dtype else narrowed(item_CD, width)
+        late_W, early_W = (negatives.offset_W, None) if is_late else (None, negatives.offset_W)
+        item_WD = filled_up(item_CD, width)
+        narrow_WD = item_WD if narrow == item_CD.dtype else narrowed(item_CD, width)
         loss = user_BD.new_zeros(())
         user_BMD = user_BD if user_BD.ndim == 3 else user_BD[:, None]
         num_vectors = user_BMD.shape[1]
         grad_user_BMD = torch.empty_like(user_BMD) if num_columns else torch.zeros_like(user_BMD)
-        grad_item_DC = torch.zeros_like(item_CD.T, memory_format=torch.contiguous_format)
+        grad_item_DW = torch.zeros_like(item_WD.T, memory_format=torch.contiguous_format)
         grad_logit_P = torch.zeros_like(logit_P)
         several = _Several(room) if num_vectors > 1 else None
-        narrow_room = room if narrow == room.dtype else room.new_zeros(len(room), width, dtype=narrow)
+        narrow_room = None if narrow == room.dtype else torch.empty_like(room, dtype=narrow)
         for number, start in enumerate(range(0, num_rows if num_columns else 0, size)):
             stop = min(start + size, num_rows)
             mine = slice(edges_P[number], edges_P[number + 1])
             part_bMD = user_BMD[start:stop]
-            logit_bC = room[: stop - start]
+            logit_bW = room[: stop - start]
             if precision == "bf16_logits":
-                torch.mm(part_bMD[:, 0].to(narrow), narrow_CD.T, out=narrow_room[: stop - start])
-                logit_bC.copy_(narrow_room[: stop - start, :num_columns])
-                if early_C is not None:
-                    logit_bC += early_C
-            elif early_C is None:
-                torch.mm(part_bMD[:, 0], item_CD.T, out=logit_bC)
+                assert narrow_room is not None
+                torch.mm(part_bMD[:, 0].to(narrow), narrow_WD.T, out=narrow_room[: stop - start])
+                logit_bW.copy_(narrow_room[: stop - start])
+                if early_W is not None:
+                    logit_bW += early_W
+            elif early_W is None:
+                torch.mm(part_bMD[:, 0], item_WD.T, out=logit_bW)
             else:
-                torch.addmm(early_C, part_bMD[:, 0], item_CD.T, out=logit_bC)
+                torch.addmm(early_W, part_bMD[:, 0], item_WD.T, out=logit_bW)
             if several is not None:
-                several.raise_to_best(logit_bC, negatives.offset_C, part_bMD, item_CD)
-            cell = logit_bC.view(-1)
+                several.raise_to_best(logit_bW, negatives.offset_W, part_bMD, item_WD)
+            cell = logit_bW.view(-1)
             cell.index_fill_(0, shut[edges_shut[number] : edges_shut[number + 1]], float("-inf"))
             if len(opened):
                 part = slice(edges_opened[number], edges_opened[number + 1])
                 cell.index_copy_(0, opened[part], negatives.opened_logit[part])
                 if several is not None:
-                    several.best_bC.view(-1).index_copy_(0, opened[part], negatives.opened_best[part].to(torch.int8))
+                    several.best_bW.view(-1).index_copy_(0, opened[part], negatives.opened_best[part].to(torch.int8))
             if negatives.hardest is not None and negatives.hardest < num_columns:
-                top_bK, place_bK = logit_bC.topk(negatives.hardest, dim=1, sorted=False)
-                logit_bC.fill_(float("-inf")).scatter_(1, place_bK, top_bK)
+                top_bK, place_bK = logit_bW.topk(negatives.hardest, dim=1, sorted=False)
+                logit_bW.fill_(float("-inf")).scatter_(1, place_bK, top_bK)
             slopes = rule(
                 Block(
-                    logit_bC,
-                    late_C,
+                    logit_bW,
+                    late_W,
                     negatives.num_negatives_B[start:stop],
                     row_p[mine],
                     logit_P[mine],
@@ -337,21 +349,20 @@ class _InBlocks(torch.autograd.Function):
             grad_logit_P[mine] = slopes.pair_p
             factor_b1 = slopes.factor_b[:, None]
             for vector in range(num_vectors):
-                cell_bC = slopes.cell_bC if several is None else several.of(vector, slopes.cell_bC)
-                if narrow != cell_bC.dtype:  # what stands behind the last column is met by vectors of zeros
-                    narrow_room[: stop - start, :num_columns].copy_(cell_bC)
-                    cell_bC = narrow_room[: stop - start]
+                cell_bW = slopes.cell_bW if several is None else several.of(vector, slopes.cell_bW)
+                if narrow_room is not None:
+                    cell_bW = narrow_room[: stop - start].copy_(cell_bW)
                 weighted_Db = (factor_b1 * part_bMD[:, vector]).to(narrow).T
-                # (D, C), since this product is faster than its transpose.
+                # (D, W), since this product is faster than its transpose.
                 if narrow == user_BD.dtype:
-                    made_bD = torch.mm(cell_bC, narrow_CD, out=grad_user_BMD[start:stop, vector])
-                    grad_item_DC.addmm_(weighted_Db, cell_bC)
+                    made_bD = torch.mm(cell_bW, narrow_WD, out=grad_user_BMD[start:stop, vector])
+                    grad_item_DW.addmm_(weighted_Db, cell_bW)
                 else:
-                    made_bD = grad_user_BMD[start:stop, vector].copy_(cell_bC @ narrow_CD)
-                    grad_item_DC += (weighted_Db @ cell_bC)[:, :num_columns]
+                    made_bD = grad_user_BMD[start:stop, vector].copy_(cell_bW @ narrow_WD)
+                    grad_item_DW += weighted_Db @ cell_bW
                 made_bD *= factor_b1
         del room, narrow_room, several
-        grad_user_BD, grad_item_CD = grad_user_BMD.view_as(user_BD), grad_item_DC.T.contiguous()
+        grad_user_BD, grad_item_CD = grad_user_BMD.view_as(user_BD), grad_item_DW[:, :num_columns].T.contiguous()
         if column_P is not None:
             add_products(grad_user_BD, row_P, grad_logit_P, item_CD, column_P)
             add_products(grad_item_CD, column_P, grad_logit_P, user_BD, row_P)
@@ -369,20 +380,20 @@ class _Several:
 
     def __init__(self, room: Tensor) -> None:
         self._room, self._best = torch.empty_like(room), torch.empty_like(room, dtype=torch.int8)
-        self.best_bC = self._best
+        self.best_bW = self._best
 
-    def raise_to_best(self, logit_bC: Tensor, offset_C: Tensor, part_bMD: Tensor, item_CD: Tensor) -> None:
+    def raise_to_best(self, logit_bW: Tensor, offset_W: Tensor, part_bMD: Tensor, item_WD: Tensor) -> None:
         """Raise the first vectors' logits to those of the vectors that score higher."""
         rows, num_vectors = part_bMD.shape[:2]
-        self.best_bC = self._best[:rows].zero_()
+        self.best_bW = self._best[:rows].zero_()
         for vector in range(1, num_vectors):
-            other_bC = torch.addmm(offset_C, part_bMD[:, vector], item_CD.T, out=self._room[:rows])
-            self.best_bC.masked_fill_(other_bC > logit_bC, vector)
-            torch.maximum(logit_bC, other_bC, out=logit_bC)
+            other_bW = torch.addmm(offset_W, part_bMD[:, vector], item_WD.T, out=self._room[:rows])
+            self.best_bW.masked_fill_(other_bW > logit_bW, vector)
+            torch.maximum(logit_bW, other_bW, out=logit_bW)
 
-    def of(self, vector: int, cell_bC: Tensor) -> Tensor:
+    def of(self, vector: int, cell_bW: Tensor) -> Tensor:
         """The cells that are one vector's, the others 0."""
-        return torch.mul(cell_bC, self.best_bC == vector, out=self._room[: len(cell_bC)])
+        return torch.mul(cell_bW, self.best_bW == vector, out=self._room[: len(cell_bW)])
 
 
 class _PairLogits(torch.autograd.Function):

@@ -154,5 +154,6 @@ if IS_COMPILED:
         into: np.ndarray, at: np.ndarray, weight: np.ndarray, given: np.ndarray, beside: np.ndarray
     ) -> None:
         for p in range(at.size):
-            for d in range(into.shape[1]):
-                into[at[p], d] += weight[p] * given[beside[p], d]
+            target, source, factor = into[at[p]], given[beside[p]], weight[p]
+            for d in range(target.size):
+                target[d] += factor * source[d]

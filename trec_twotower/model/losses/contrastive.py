@@ -39,7 +39,7 @@ def _softmax(block: Block) -> Slopes:
     missed_p = block.weight_p * torch.sigmoid(margin_p)  # what the softmax gives to negatives
     return Slopes(
         loss=-torch.dot(block.weight_p, F.logsigmoid(-margin_p)),
-        cell_bC=block.logit_bC,
+        cell_bW=block.logit_bW,
         factor_b=block.per_row(missed_p) / total_b.clamp(min=1.0),
         pair_p=-missed_p,
     )
@@ -77,7 +77,7 @@ def bsl(
         share_p = (value_p - log_sum_b[block.row_p]).exp()
         return Slopes(
             loss=(weight_b * (negative_b - positive_b)).sum(),
-            cell_bC=block.logit_bC,
+            cell_bW=block.logit_bW,
             factor_b=weight_b / total_b.clamp(min=1.0),
             pair_p=-weight_b[block.row_p] * share_p,
         )
@@ -91,5 +91,5 @@ def _exponentials(block: Block) -> tuple[Tensor, Tensor]:
 
     A sum is at least 1, the largest logit's own part, and 0 where a row has no negatives.
     """
-    total_b, peak_b = exponentiate(block.logit_bC, block.offset_C)
+    total_b, peak_b = exponentiate(block.logit_bW, block.offset_W)
     return total_b, peak_b + total_b.log()

@@ -23,9 +23,9 @@ def bpr(
     l = u . v / temperature. Rendle et al. 2009, "BPR: Bayesian Personalized Ranking from Implicit Feedback".
     """
 
-    def cost(gap_pC: Tensor) -> Tensor:
-        total_p = softplus_sum(gap_pC)
-        gap_pC.sigmoid_()
+    def cost(gap_pW: Tensor) -> Tensor:
+        total_p = softplus_sum(gap_pW)
+        gap_pW.sigmoid_()
         return total_p
 
     user_BD, item_CD = scaled(user_BD, item_CD, temperature)
@@ -45,9 +45,9 @@ def margin(
     s = u . v. The ranking hinge, as in WSABIE (Weston et al. 2011) without its weights.
     """
 
-    def cost(gap_pC: Tensor) -> Tensor:
-        total_p = gap_pC.add_(margin).clamp_(min=0).sum(1)
-        gap_pC.sign_()
+    def cost(gap_pW: Tensor) -> Tensor:
+        total_p = gap_pW.add_(margin).clamp_(min=0).sum(1)
+        gap_pW.sign_()
         return total_p
 
     return in_blocks(*scaled(user_BD, item_CD), relations.uncorrected(), _each_pair(cost), precision=precision)
@@ -61,20 +61,20 @@ def _each_pair(cost: Callable[[Tensor], Tensor]) -> Callable[[Block], Slopes]:
 
     def rule(block: Block) -> Slopes:
         weight_p = block.weight_p / block.num_negatives_b.clamp(min=1)[block.row_p]
-        loss = block.logit_bC.new_zeros(())
+        loss = block.logit_bW.new_zeros(())
         pair_p = torch.zeros_like(block.logit_p)
-        num_rows = len(block.logit_bC)
+        num_rows = len(block.logit_bW)
         is_one_each = torch.equal(block.row_p, torch.arange(num_rows, device=block.row_p.device))
-        cell_bC = block.logit_bC if is_one_each else torch.zeros_like(block.logit_bC)
+        cell_bW = block.logit_bW if is_one_each else torch.zeros_like(block.logit_bW)
         for start in range(0, len(block.row_p), num_rows):  # as many pairs at a time as the block has rows
             part = slice(start, start + num_rows)
-            gap_pC = cell_bC if is_one_each else block.logit_bC[block.row_p[part]]  # one each: all in place
-            gap_pC.sub_(block.logit_p[part, None])
-            loss += (weight_p[part] * cost(gap_pC)).sum()
-            gap_pC.mul_(weight_p[part, None])
-            pair_p[part] = -gap_pC.sum(1)
+            gap_pW = cell_bW if is_one_each else block.logit_bW[block.row_p[part]]  # one each: all in place
+            gap_pW.sub_(block.logit_p[part, None])
+            loss += (weight_p[part] * cost(gap_pW)).sum()
+            gap_pW.mul_(weight_p[part, None])
+            pair_p[part] = -gap_pW.sum(1)
             if not is_one_each:
-                cell_bC.index_add_(0, block.row_p[part], gap_pC)
-        return Slopes(loss=loss, cell_bC=cell_bC, factor_b=torch.ones_like(block.num_negatives_b), pair_p=pair_p)
+                cell_bW.index_add_(0, block.row_p[part], gap_pW)
+        return Slopes(loss=loss, cell_bW=cell_bW, factor_b=torch.ones_like(block.num_negatives_b), pair_p=pair_p)
 
     return rule

@@ -60,8 +60,8 @@ def bce(
         factor_b = negative_weight * taken_b / block.num_negatives_b.clamp(min=1)
         pair_p = -block.label_p * F.logsigmoid(block.logit_p) - (1 - block.label_p) * F.logsigmoid(-block.logit_p)
         return Slopes(
-            loss=(factor_b * softplus_sum(block.logit_bC)).sum() + (block.weight_p * pair_p).sum(),
-            cell_bC=block.logit_bC.sigmoid_(),
+            loss=(factor_b * softplus_sum(block.logit_bW)).sum() + (block.weight_p * pair_p).sum(),
+            cell_bW=block.logit_bW.sigmoid_(),
             factor_b=factor_b,
             pair_p=block.weight_p * (torch.sigmoid(block.logit_p) - block.label_p),
         )
@@ -90,9 +90,9 @@ def ccl(
     """
 
     def rule(block: Block) -> Slopes:
-        excess_bC = block.logit_bC.sub_(margin).clamp_(min=0)
+        excess_bW = block.logit_bW.sub_(margin).clamp_(min=0)
         factor_b = negative_weight * block.per_row(block.weight_p) / block.num_negatives_b.clamp(min=1)
-        loss = (factor_b * excess_bC.sum(1)).sum() + (block.weight_p * (1 - block.logit_p)).sum()
-        return Slopes(loss=loss, cell_bC=excess_bC.sign_(), factor_b=factor_b, pair_p=-block.weight_p)
+        loss = (factor_b * excess_bW.sum(1)).sum() + (block.weight_p * (1 - block.logit_p)).sum()
+        return Slopes(loss=loss, cell_bW=excess_bW.sign_(), factor_b=factor_b, pair_p=-block.weight_p)
 
     return in_blocks(*scaled(user_BD, item_CD), relations.uncorrected(), rule, precision=precision)

@@ -38,7 +38,7 @@ def nearness(vector_ND: Tensor, first: int, num_rows: int) -> Tensor:
     )
 
     def rule(block: Block) -> Slopes:
-        cell_bC = block.logit_bC.exp_()
-        return Slopes(cell_bC.sum(), cell_bC, torch.ones_like(block.num_negatives_b), block.logit_p)
+        cell_bW = block.logit_bW.exp_()
+        return Slopes(cell_bW.sum(), cell_bW, torch.ones_like(block.num_negatives_b), block.logit_p)
 
     return in_blocks(part_BD, vector_ND, relations, rule)
