@@ -105,6 +105,25 @@ def test_users_are_shown_with_what_exact_search_gives_them(reported, shop_tables
         assert found == [item for item in map("-".join, gets) if item in test[user]["positives"]]
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "mend"),
+    [
+        ("evaluation.json", '{"split": "test"}', "evaluate again"),
+        ("evaluation.json", "[]", "evaluate again"),
+        ("metrics.jsonl", '{"step": 1}\n', "take the damaged lines out"),
+        ("metrics.jsonl", "{\n", "take the damaged lines out"),
+        ("status.json", "{}", "train again"),
+    ],
+)
+def test_files_of_another_shape_are_named(reported, shop_copy, cli, name, content, mend):
+    run, _ = reported
+    shutil.copy(run / "metrics.jsonl", shop_copy.run)
+    (shop_copy.run / name).write_text(content)
+    said = cli("report", shop_copy.run)
+    assert said.code == 3 and f"{name} is not as this version writes it" in said.err and mend in said.err
+    assert not (shop_copy.run / "report.html").exists()
+
+
 def test_a_run_that_was_only_trained_says_what_to_do_next(shop_copy, cli):
     shutil.rmtree(shop_copy.run / "export")
     shutil.rmtree(shop_copy.run / "index")

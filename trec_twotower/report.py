@@ -5,7 +5,8 @@ from __future__ import annotations
 import io
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from html import escape
 from pathlib import Path
@@ -19,7 +20,7 @@ from matplotlib.figure import Figure
 
 from trec_twotower.data.dataset import ITEM_ID, POSITIVES, USER_ID, Split
 from trec_twotower.data.words import python_rows, python_values
-from trec_twotower.errors import ConfigError, nearest
+from trec_twotower.errors import ConfigError, DataError, nearest
 from trec_twotower.evaluate import EXACT, NOT_SAMPLED, REACHABLE
 from trec_twotower.export import Exported, read_export
 from trec_twotower.files import MANIFEST, read_json, read_manifest, write_file
@@ -114,11 +115,41 @@ def _missing(what: str, command: str, run: Run) -> str:
     return f"<p>{what}: <code>trec-twotower {command} {escape(str(run.folder))}</code></p>\n"
 
 
+@contextmanager
+def _as_written(path: Path, mend: str) -> Iterator[None]:
+    """Raises DataError for a file that can be read but has not the parts of ours."""
+    try:
+        yield
+    except DataError:
+        raise
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        what = f"{type(error).__name__}: {error}"
+        raise DataError(f"{path} is not as this version writes it ({what}): {mend}") from error
+
+
 # ---------------------------------------------------------------- training
 
 
 def _training(run: Run) -> str:
     path = run.folder / "metrics.jsonl"
+    with _as_written(path, "take the damaged lines out."):
+        curves = _curves(run, path)
+    if curves is None:
+        return "<p>Nothing was logged yet: the first figures come after train.log_every steps.</p>\n"
+    said = ""
+    if (run.folder / STATUS).is_file():
+        status = read_json(run.folder / STATUS)
+        with _as_written(run.folder / STATUS, "train again."):
+            said = f"<p>{status['step']:,} of {status['of_steps']:,} steps, {escape(status['reason'])}"
+            if "train_s" in status:
+                said += (
+                    f"; {status['train_s']:,.0f} s on {status['num_ranks']} ranks, {status['rows_per_s']:,.0f} rows/s"
+                )
+            said += ".</p>\n"
+    return said + curves
+
+
+def _curves(run: Run, path: Path) -> str | None:
     events = [json.loads(line) for line in path.read_text().split("\n")[:-1]] if path.is_file() else []
     best = run.config.evaluate.best
     curves = [
@@ -128,21 +159,14 @@ def _training(run: Run) -> str:
     ]
     curves = [(name, points) for name, points in curves if points]
     if not curves:
-        return "<p>Nothing was logged yet: the first figures come after train.log_every steps.</p>\n"
+        return None
     figure = Figure(figsize=(9, 2.6))
     for place, (name, points) in enumerate(curves, 1):
         axes = figure.add_subplot(1, len(curves), place, title=name, xlabel="step")
         axes.plot(*zip(*points, strict=True), color=BLUE, marker="o" if len(points) < 30 else None, markersize=3)
         if name == "rows/s":
             axes.set_ylim(bottom=0)
-    said = ""
-    if (run.folder / STATUS).is_file():
-        status = read_json(run.folder / STATUS)
-        said = f"<p>{status['step']:,} of {status['of_steps']:,} steps, {escape(status['reason'])}"
-        if "train_s" in status:
-            said += f"; {status['train_s']:,.0f} s on {status['num_ranks']} ranks, {status['rows_per_s']:,.0f} rows/s"
-        said += ".</p>\n"
-    return said + _svg(figure, "training curves")
+    return _svg(figure, "training curves")
 
 
 # ---------------------------------------------------------------- evaluation
@@ -153,6 +177,11 @@ def _evaluation(run: Run, exported: Exported | None) -> str:
     if not path.is_file():
         return _missing("Nothing was evaluated yet", "evaluate", run)
     result = read_json(path, "evaluate again.")
+    with _as_written(path, "evaluate again."):
+        return _figures(result, exported)
+
+
+def _figures(result: dict[str, Any], exported: Exported | None) -> str:
     ks = sorted({int(name.partition("@")[2]) for name in result["metrics"][EXACT]})[:2]
     columns = [f"{name}@{k}" for k in ks for name in ("recall", "ndcg")] + [f"mrr@{ks[0]}", f"map@{ks[0]}"]
     page = (
