@@ -62,6 +62,19 @@ def test_every_step_is_a_whole_batch_over_all_ranks(folder, num_ranks, threads, 
         assert len(taken) == 55 and set(taken.values()) == {1}
 
 
+@pytest.mark.parametrize("drop_last", [True, False])
+def test_where_the_rows_of_a_step_stand_is_told(folder, drop_last):
+    """Each row of a step once, counted within its row group; in the second epoch, too."""
+    batches = batches_of(folder, drop_last=drop_last)
+    first_row = {(str(group.path), group.number): group.first_row for group in batches.sources.dataset.train.row_groups}
+    for step, batch in enumerate(batches.since(0, 2 * batches.steps_per_epoch)):
+        places = batches.rows_of(step)
+        for place in places:
+            assert place.rows == sorted(place.rows)
+        told = [first_row[place.path, place.row_group] + row for place in places for row in place.rows]
+        assert sorted(told) == sorted(rows_in(batch))
+
+
 def test_what_is_left_out_changes_from_epoch_to_epoch(folder):
     found = [rows_in(batch) for batch in batches_of(folder).since(0, 50)]
     left = [set(range(NUM_ROWS)) - {row for step in found[low : low + 5] for row in step} for low in range(0, 50, 5)]

@@ -219,6 +219,19 @@ def test_a_rotary_transformer_equals_the_block_written_out(is_causal):
             assert close(made_BD[row], state_LD[-1] if is_causal else state_LD.mean(0))
 
 
+@pytest.mark.parametrize("width", [1, 4, 5])
+def test_products_of_turned_vectors_depend_on_distances_alone(rng, width):
+    """Of an odd width, too, whose last number stands as it is."""
+    query, key = (torch.from_numpy(rng.normal(size=width)) for _ in range(2))
+
+    def product(one: float, other: float) -> float:
+        return float(turned(query[None], torch.tensor([one])) @ turned(key[None], torch.tensor([other])).T)
+
+    assert product(0.0, 0.0) == pytest.approx(float(query @ key))
+    assert product(3.0, 1.0) == pytest.approx(product(7.0, 5.0))
+    assert (product(3.0, 1.0) == pytest.approx(product(3.0, 2.0))) == (width == 1)
+
+
 @torch.no_grad()
 def test_routing_equals_capsules_written_out():
     """Steps choose among interests by softmax, interests are squashed sums, and steps choose again by agreement."""

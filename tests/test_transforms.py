@@ -213,8 +213,9 @@ def divisors(feature: FeatureSpec, lists: Lists) -> np.ndarray:
     return out[:-1]
 
 
-@given(WEIGHTED_ROWS, st.booleans())
-def test_dividing_the_sum_gives_the_pooling_of_the_name(rows, is_weighted):
+@given(WEIGHTED_ROWS, st.booleans(), st.sampled_from([1.0, 0.25, 3.0]))
+def test_dividing_the_sum_gives_the_pooling_of_the_name(rows, is_weighted, scale):
+    """Times the feature's scale."""
     lists = Lists.from_lists([[v for v, _ in row] for row in rows])
     if is_weighted:
         lists = Lists(lists.offsets, lists.values, np.array([w for row in rows for _, w in row], np.float32))
@@ -225,7 +226,8 @@ def test_dividing_the_sum_gives_the_pooling_of_the_name(rows, is_weighted):
         "sqrtn": [math.sqrt(math.fsum(w * w for w in row)) if row else 1.0 for row in weights],
     }
     for pooling, divisor in expected.items():
-        np.testing.assert_allclose(divisors(bag_of(pooling=pooling), lists), np.array(divisor), rtol=1e-6)
+        feature = bag_of(pooling=pooling, scale=scale)
+        np.testing.assert_allclose(divisors(feature, lists), np.array(divisor) / scale, rtol=1e-6)
 
 
 def test_weights_that_cancel_divide_by_one():
