@@ -203,9 +203,12 @@ def test_windows_take_every_row_group_once(sizes, tmp_path):
         assert sorted(rows_in_order(window, 3)) == list(range(window.num_rows))
 
 
-def test_neighbours_in_a_file_land_a_third_of_a_window_apart(tmp_path):
+@pytest.mark.parametrize(("unit_rows", "units"), [(1000, 4), (1500, 2), (order.UNIT_ROWS, 1)])
+def test_neighbours_in_a_file_land_a_third_of_a_window_apart(tmp_path, monkeypatch, unit_rows, units):
     """As two places drawn independently do: mean (n + 1) / 3 of n, with a standard error of 0.24 n / root of pairs."""
+    monkeypatch.setattr(order, "UNIT_ROWS", unit_rows)
     groups = groups_of([1000] * 16, tmp_path)
+    assert {len(window.units) for window in windows_of(groups, 4000, seed=0, epoch=0)} == {units}
     apart = []
     for window in windows_of(groups, 4000, seed=0, epoch=0):
         place = np.empty(window.num_rows, np.int64)
