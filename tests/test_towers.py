@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trec_twotower.config import ExpertsConfig, GatingConfig, TowerConfig
+from trec_twotower.config import ExpertsConfig, GatingConfig, TowerConfig, TrainConfig
 from trec_twotower.distributed import Ranks
 from trec_twotower.model.parts import Crosses, Experts, FeatureDropout, FeatureGates, Missing, ShortLong, Unit
-from trec_twotower.model.tower import Tower
+from trec_twotower.model.tower import Tower, encoder_name
 
 WIDTHS = (2, 3, 2)
 ALONE = Ranks(0, 1, torch.device("cpu"))  # in no process group
@@ -26,6 +26,20 @@ def feature_BE() -> Tensor:
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(1)
+
+
+@pytest.mark.parametrize("wanted", ["fp32", "auto", "bf16"])
+@pytest.mark.parametrize("is_training", [True, False])
+def test_encoders_compute_in_bf16_where_it_is_asked_for_and_in_training_alone(monkeypatch, wanted, is_training):
+    """`auto` is for layers; what an encoder returns is float32 in any case."""
+    monkeypatch.setenv("TREC_TWOTOWER_PRECISION", "bf16")  # what auto is
+    tower = Tower([4], 4, TowerConfig(), is_unit=False).train(is_training)
+    tower.encoders[encoder_name("words")] = encoder = nn.Linear(4, 4)
+    seen = []
+    encoder.register_forward_hook(lambda _, __, made: seen.append(made.dtype))
+    tower.trains_as(TrainConfig(precision=wanted), ALONE)
+    assert tower.encode("words", torch.ones(3, 4)).dtype == torch.float32
+    assert seen == [torch.bfloat16 if wanted == "bf16" and is_training else torch.float32]
 
 
 def test_features_are_dropped_whole_in_training_alone():
