@@ -294,10 +294,11 @@ def test_pairs_of_rows_are_multiplied_and_added_as_one_by_one(rng, dtype):
 def test_rows_that_are_not_there_are_refused(wrong):
     one = torch.ones(3, 2)
     row, there = torch.tensor([0, wrong]), torch.tensor([0, 1])
-    with pytest.raises(IndexError):
-        dots(one, row, one, there)
-    with pytest.raises(IndexError):
-        add_products(one, there, torch.ones(2), one, row)
+    for first, second in ((row, there), (there, row)):
+        with pytest.raises(IndexError):
+            dots(one, first, one, second)
+        with pytest.raises(IndexError):
+            add_products(one, first, torch.ones(2), one, second)
 
 
 @pytest.mark.parametrize("rows", [0, 1, 11, 128, 300])

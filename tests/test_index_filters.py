@@ -49,6 +49,32 @@ def test_allowed_items_alone_are_found_as_well_as_all_are(world, way, share):
     assert np.mean(hits) >= (1.0 if way == "exact" else 0.93)
 
 
+def test_items_that_a_user_likes_less_than_chance_would_have_it_are_found(world):
+    """A filter that knows of the scores leaves few good items; lists chosen by its share alone would hold .4 of them."""
+    item_ID, user_BD, index = world
+    hits = []
+    for user_1D in user_BD[:20, None]:
+        mask_I = np.zeros(len(item_ID), bool)
+        mask_I[np.argsort(-(item_ID @ user_1D[0]))[len(item_ID) // 5 : len(item_ID) // 2]] = True
+        _, found_1K = index.search(user_1D, 10, allowed=index.allow(mask_I, "selector"))
+        [wanted] = best_allowed(item_ID, user_1D, 10, mask_I)
+        hits.append(len(set(found_1K[0].tolist()) & set(wanted)) / 10)
+    assert np.mean(hits) >= 0.95
+
+
+@pytest.mark.parametrize("factory", ["OPQ8_16,IVF16,SQfp16", "OPQ8_16,IVF16,SQ8,Refine(SQfp16)", "PCAR24,SQfp16"])
+def test_few_allowed_items_are_scored_in_the_space_that_their_vectors_are_kept_in(factory):
+    """Turned or cut by a transform, or as they were given, where the index has them to score the best again."""
+    item_ID, user_QD = clustered(2_000, 300, spread=0.3)
+    index = build_index(item_ID, user_QD, settings(factory=factory, target_recall=0.6))
+    mask_I = np.zeros(len(item_ID), bool)
+    mask_I[::40] = True
+    _, found_BK = index.search(user_QD[:50], 5, allowed=index.allow(mask_I, "exact"))
+    wanted = best_allowed(item_ID, user_QD[:50], 5, mask_I)
+    hits = [len(set(one) & set(other)) / 5 for one, other in zip(found_BK.tolist(), wanted, strict=True)]
+    assert np.mean(hits) >= (0.98 if "Refine" in factory else 0.7)
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_an_answer_is_never_short_of_items_that_there_are(world, way):
     """The allowed ones lie as far from the user as can be, and half of them are seen."""
