@@ -50,7 +50,7 @@ def test_allowed_items_alone_are_found_as_well_as_all_are(world, way, share):
 
 
 def test_items_that_a_user_likes_less_than_chance_would_have_it_are_found(world):
-    """A filter that knows of the scores leaves few good items; lists chosen by its share alone would hold .4 of them."""
+    """A filter that knows of scores leaves few good items: lists chosen by its share alone would hold .4 of them."""
     item_ID, user_BD, index = world
     hits = []
     for user_1D in user_BD[:20, None]:
