@@ -75,6 +75,28 @@ def test_only_the_negatives_of_the_highest_logits_count(world, monkeypatch, kind
     assert abs(float(found[0] - everything[0])) > 1e-3
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("kind", CORRECTED)
+def test_the_hardest_are_those_after_the_correction_where_kernels_add_it_later_else(world, kind, precision):
+    """float32, whose log q is added with the exponentials unless negatives are chosen first."""
+    user_BD, item_CD = (each.detach().float().requires_grad_() for each in world[:2])
+    relations = replace(world[2], given=None)
+    relations = replace(
+        relations, log_q_C=4 * relations.log_q_C.float(), positive=replace(relations.positive, weight_P=None)
+    )
+    score_BC = (user_BD.double() @ item_CD.double().T - relations.log_q_C.double()).detach()
+    score_BC[:, ~relations.is_negative_C] = -torch.inf
+    score_BC[relations.known.row_P, relations.known.column_P] = -torch.inf
+    row, column = (score_BC < score_BC.topk(3, dim=1).values[:, -1:]).nonzero(as_tuple=True)
+    less = Pairs(torch.cat([relations.known.row_P, row]), torch.cat([relations.known.column_P, column]))
+    found, wanted = (
+        torch.autograd.grad(LOSSES[kind](user_BD, item_CD, each, precision=precision), (user_BD, item_CD))
+        for each in (replace(relations, hardest=3), replace(relations, known=less))
+    )
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("kind", SELECTIVE)
 def test_more_than_there_are_is_all(world, kind):
     _, _, relations = world
