@@ -17,7 +17,6 @@ from torchrec.distributed.planner.storage_reservations import FixedPercentageSto
 from torchrec.distributed.planner.types import PlannerError
 from torchrec.distributed.types import CacheParams, ShardingEnv, ShardingPlan, ShardingType
 
-from trec_twotower.cpu_updates import quicken_updates
 from trec_twotower.distributed import Ranks
 from trec_twotower.errors import ConfigError
 from trec_twotower.memory import host_bytes
@@ -223,7 +222,7 @@ def shard(model: nn.Module, schema: Schema, ranks: Ranks, batch_size: int) -> Di
     plan = make_plan(model, schema, ranks.num_ranks, ranks.device, batch_size)
     group = ranks.group or dist.group.WORLD
     assert group is not None
-    sharded = DistributedModelParallel(
+    return DistributedModelParallel(
         model,
         env=ShardingEnv.from_process_group(group),
         device=ranks.device,
@@ -231,5 +230,3 @@ def shard(model: nn.Module, schema: Schema, ranks: Ranks, batch_size: int) -> Di
         sharders=_sharders(),
         init_data_parallel=ranks.num_ranks > 1,  # one rank has nobody to average gradients with
     )
-    quicken_updates(sharded)
-    return sharded

@@ -16,6 +16,7 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from trec_twotower.checkpoint import Checkpoints, versions
 from trec_twotower.config import RunConfig
+from trec_twotower.cpu_updates import quicken_updates
 from trec_twotower.data.batch import Batch
 from trec_twotower.data.coverage import OwnItems
 from trec_twotower.data.features import Sources
@@ -59,6 +60,7 @@ def build_model(config: RunConfig, ranks: Ranks) -> DistributedModelParallel:
         check_start(schema, config.train.start)
     fuse_table_updates(model, config.train.optimizer)
     sharded = shard(model, schema, ranks, config.data.batch_size // ranks.num_ranks + 1)
+    quicken_updates(sharded)
     fill_tables(sharded, schema, config.train.seed)
     return sharded
 
