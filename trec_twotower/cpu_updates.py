@@ -7,8 +7,10 @@ fast: the bags of several features of a table are more bags of one feature, and 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -35,7 +37,7 @@ def quicken_updates(model: nn.Module) -> None:
         for lookup in getattr(sharded, "_lookups", ()):
             for tables in lookup.modules():
                 if isinstance(tables, Tables) and _pays(tables):
-                    tables.forward = partial(_look_up, tables, tables.forward)
+                    tables.forward = partial(_look_up, tables, tables.forward, _each(tables))
 
 
 def _pays(tables: Tables) -> bool:
@@ -51,9 +53,42 @@ def _is_one_by_one(tables: Tables) -> bool:
     return tables.pooling_mode == PoolingMode.NONE
 
 
+@dataclass(frozen=True)
+class _Table:
+    """One of them: its features, which stand behind each other, and what its update is told of it."""
+
+    features: range
+    columns: slice  # of the pooled bags, all features'
+    about: dict[str, Any]  # as of one feature
+
+
+def _each(tables: Tables) -> list[_Table]:
+    """The tables in the order of their features."""
+    places = tables.feature_table_map
+    starts = [number for number in range(len(places)) if number == 0 or places[number] != places[number - 1]]
+    found = []
+    for first, after in pairwise([*starts, len(places)]):
+        one = slice(first, first + 1)
+        columns = slice(int(tables.D_offsets[first]), int(tables.D_offsets[after]))
+        dim = (columns.stop - columns.start) // (after - first)
+        is_whole = _is_one_by_one(tables) or after > first + 1  # its gradients alone are given, feature below feature
+        about = {
+            "weights_placements": tables.weights_placements[one],
+            "weights_offsets": tables.weights_offsets[one],
+            "D_offsets": torch.tensor([0, dim] if is_whole else [columns.start, columns.stop], dtype=torch.int32),
+            "hash_size_cumsum": tables.hash_size_cumsum[[first, after]],
+        }
+        if tables.optimizer != EmbOptimType.EXACT_SGD:
+            about["momentum1_placements"] = tables.momentum1_placements[one]
+            about["momentum1_offsets"] = tables.momentum1_offsets[one]
+        found.append(_Table(range(first, after), columns, about))
+    return found
+
+
 def _look_up(
     tables: Tables,
     forward: Callable[..., Tensor],
+    each: Sequence[_Table],
     indices: Tensor,
     offsets: Tensor,
     per_sample_weights: Tensor | None = None,
@@ -62,7 +97,7 @@ def _look_up(
     """What the tables' own `forward` gives, with our update behind it."""
     if not torch.is_grad_enabled() or any(value is not None for value in others.values()):
         return forward(indices, offsets, per_sample_weights, **others)
-    return _LookUp.apply(tables, forward, tables.weights_host, indices, offsets, per_sample_weights)
+    return _LookUp.apply(tables, forward, each, tables.weights_host, indices, offsets, per_sample_weights)
 
 
 class _LookUp(torch.autograd.Function):
@@ -71,79 +106,53 @@ class _LookUp(torch.autograd.Function):
         ctx: Any,
         tables: Tables,
         forward: Callable[..., Tensor],
+        each: Sequence[_Table],
         weights: Tensor,  # tells autograd that there is something to learn
         indices: Tensor,
         offsets: Tensor,
         per_sample_weights: Tensor | None,
     ) -> Tensor:
-        ctx.tables, ctx.indices, ctx.offsets, ctx.weights = tables, indices, offsets, per_sample_weights
+        ctx.tables, ctx.each, ctx.given = tables, each, (indices, offsets, per_sample_weights)
         return forward(indices, offsets, per_sample_weights)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[None, ...]:
-        _update(ctx.tables, gradient.contiguous(), ctx.indices, ctx.offsets, ctx.weights)
-        return (None,) * 6
+        gradient = gradient.contiguous()
+        for table in ctx.each:
+            _update(ctx.tables, table, gradient, *ctx.given)
+        return (None,) * 7
 
 
-def _update(tables: Tables, gradient: Tensor, indices: Tensor, offsets: Tensor, weights: Tensor | None) -> None:
-    """All tables', from the gradient of what was looked up: (bags, dims of all features), or (indices, dim)."""
-    places = tables.feature_table_map
-    num_bags = (len(offsets) - 1) // len(places)
-    first = 0
-    for after in range(1, len(places) + 1):  # features from `first` to here are of one table, where the next is not
-        if after < len(places) and places[after] == places[first]:
-            continue
-        ends = offsets[first * num_bags : after * num_bags + 1]
-        columns = tables.D_offsets[first : after + 1]
-        if _is_one_by_one(tables):
-            mine = slice(int(ends[0]), int(ends[-1]))
-            bags = torch.arange(mine.stop - mine.start + 1, dtype=offsets.dtype)
-            _update_table(tables, first, after, gradient[mine], None, indices[mine], bags, None)
-        elif after == first + 1:
-            _update_table(tables, first, after, gradient, columns, indices, ends, weights)
-        else:
-            parts = gradient[:, int(columns[0]) : int(columns[-1])].unflatten(1, (after - first, -1))
-            _update_table(tables, first, after, parts.transpose(0, 1).flatten(0, 1), None, indices, ends, weights)
-        first = after
-
-
-def _update_table(
-    tables: Tables,
-    first: int,
-    after: int,
-    gradient: Tensor,
-    columns: Tensor | None,  # of the gradient that are the table's: their first and their end; None: all
-    indices: Tensor,
-    offsets: Tensor,
-    weights: Tensor | None,
+def _update(
+    tables: Tables, table: _Table, gradient: Tensor, indices: Tensor, offsets: Tensor, weights: Tensor | None
 ) -> None:
-    """That of the table of features `first` to `after`, as if of one feature, whose bags' gradients these are."""
-    if columns is None:
-        columns = torch.tensor([0, gradient.shape[1]], dtype=torch.int32)
-    feature = slice(first, first + 1)
-    settings: dict[str, Any] = {"learning_rate_tensor": tables.learning_rate_tensor}
+    """One table's, from the gradient of all that was looked up: (bags, dims of all features), or (indices, dim)."""
+    num_bags = (len(offsets) - 1) // len(tables.feature_table_map)
+    offsets = offsets[table.features.start * num_bags : table.features.stop * num_bags + 1]
+    if _is_one_by_one(tables):
+        mine = slice(int(offsets[0]), int(offsets[-1]))
+        gradient, indices = gradient[mine], indices[mine]
+        offsets = torch.arange(len(indices) + 1, dtype=offsets.dtype)
+    elif len(table.features) > 1:
+        by_feature = gradient[:, table.columns].unflatten(1, (len(table.features), -1))
+        gradient = by_feature.transpose(0, 1).flatten(0, 1)
+    settings = tables.optimizer_args
+    state = {}
     if tables.optimizer != EmbOptimType.EXACT_SGD:
-        settings |= {
-            "momentum1_host": tables.momentum1_host,
-            "momentum1_placements": tables.momentum1_placements[feature],
-            "momentum1_offsets": tables.momentum1_offsets[feature],
-            "eps": tables.optimizer_args.eps,
-        }
+        state = {"momentum1_host": tables.momentum1_host, "eps": settings.eps}
     update = getattr(torch.ops.fbgemm, f"split_embedding_backward_codegen_{_UPDATES[tables.optimizer]}_cpu")
     update(
         grad_output=gradient,
         host_weights=tables.weights_host,
-        weights_placements=tables.weights_placements[feature],
-        weights_offsets=tables.weights_offsets[feature],
-        D_offsets=columns,
         max_D=tables.max_D,
-        hash_size_cumsum=tables.hash_size_cumsum[[first, after]],
         total_hash_size_bits=tables.total_hash_size_bits,
         indices=indices,
         offsets=offsets,
         pooling_mode=int(PoolingMode.SUM if _is_one_by_one(tables) else tables.pooling_mode),
         indice_weights=weights,
-        stochastic_rounding=tables.optimizer_args.stochastic_rounding,
-        **settings,
+        stochastic_rounding=settings.stochastic_rounding,
+        learning_rate_tensor=tables.learning_rate_tensor,
+        **state,
+        **table.about,
     )
