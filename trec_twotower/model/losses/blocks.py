@@ -24,8 +24,8 @@ from trec_twotower.model.narrow import STEP, filled_up, narrowed, whole_steps
 Precision = Literal["fp32", "bf16", "bf16_logits"]
 
 # Cells of the matrix at a time. On CPU 2 MiB of float32, so that a block is still in the cache when it is read again,
-# but not so few rows that products of theirs are slow; on a GPU enough to keep it busy. With bf16 a block's part of the
-# items' gradient is rounded before it is added: larger blocks round larger numbers, which costs quality (LOG.md).
+# but not so few rows that products of theirs are slow, and twice as many where products are of bfloat16, since oneDNN
+# arranges the candidates anew for each; on a GPU enough to keep it busy.
 BLOCK_CELLS = {"cpu": 1 << 19, "cuda": 1 << 26}
 BLOCK_ROWS = 96
 WHOLE_LINES = 16  # float32 in a cache line: products on CPUs are a tenth slower where rows begin within one
@@ -211,8 +211,8 @@ def softplus_sum(value_bC: Tensor) -> Tensor:
     return total_b + torch.clamp(value_bC, min=0, out=scratch_bC).sum(1)
 
 
-def rows_a_block(num_columns: int, device: torch.device) -> int:
-    cells = BLOCK_CELLS["cpu" if device.type == "cpu" else "cuda"]
+def rows_a_block(num_columns: int, device: torch.device, is_narrow: bool) -> int:
+    cells = BLOCK_CELLS["cpu"] << is_narrow if device.type == "cpu" else BLOCK_CELLS["cuda"]
     return max(BLOCK_ROWS, cells // max(num_columns, 1))
 
 
@@ -283,7 +283,7 @@ class _InBlocks(torch.autograd.Function):
         num_rows, num_columns = user_BD.shape[0], item_CD.shape[0]
         width = len(negatives.offset_W)
         narrow = user_BD.dtype if precision == "fp32" else torch.bfloat16
-        size = rows_a_block(width, user_BD.device)
+        size = rows_a_block(width, user_BD.device, narrow != user_BD.dtype)
         size = -(-num_rows // -(-num_rows // size)) if num_rows else size  # blocks of like size
         edges = torch.arange(0, num_rows + size, size, device=user_BD.device).clamp_(max=num_rows)
         edges_P = torch.searchsorted(row_P.contiguous(), edges).tolist()
