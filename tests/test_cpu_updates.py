@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from typing import Any
 
 import numpy as np
@@ -163,6 +165,18 @@ def test_a_new_rate_holds_from_the_next_step() -> None:
     torch.testing.assert_close(moved, torch.tensor([[0.0] * 4, [2 * 0.5 + 2 * 0.25] * 4]))
 
 
+def test_tables_go_when_no_one_holds_them() -> None:
+    made = quickened(tables("sgd", features=[0, 0], sizes=[(2, 4)]))
+    made(torch.tensor([1, 1]), torch.tensor([0, 1, 2])).sum().backward()
+    gone = weakref.ref(made)
+    gc.disable()
+    try:
+        del made
+        assert gone() is None  # at once, and not when memory is short
+    finally:
+        gc.enable()
+
+
 def test_nothing_is_learned_where_nothing_is_asked() -> None:
     made = quickened(tables("sgd", features=[0, 0], sizes=[(2, 4)]))
     start = made.split_embedding_weights()[0].clone()
@@ -170,6 +184,14 @@ def test_nothing_is_learned_where_nothing_is_asked() -> None:
         found = made(torch.tensor([1, 1]), torch.tensor([0, 1, 2]))
     assert not found.requires_grad
     torch.testing.assert_close(made.split_embedding_weights()[0], start)
+
+
+def test_weights_of_ids_that_learn_keep_their_gradient() -> None:
+    made = quickened(tables("sgd", features=[0, 0], sizes=[(2, 4)]))
+    weights = torch.ones(2, requires_grad=True)
+    row = made.split_embedding_weights()[0][1].clone()
+    made(torch.tensor([1, 1]), torch.tensor([0, 1, 2]), weights).sum().backward()
+    torch.testing.assert_close(weights.grad, row.sum().repeat(2))
 
 
 @pytest.mark.parametrize(

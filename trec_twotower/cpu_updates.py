@@ -7,7 +7,8 @@ fast: the bags of several features of a table are more bags of one feature, and 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -37,7 +38,7 @@ def quicken_updates(model: nn.Module) -> None:
         for lookup in getattr(sharded, "_lookups", ()):
             for tables in lookup.modules():
                 if isinstance(tables, Tables) and _pays(tables):
-                    tables.forward = partial(_look_up, tables, tables.forward, _each(tables))
+                    tables.forward = partial(_look_up, weakref.ref(tables), _each(tables))
 
 
 def _pays(tables: Tables) -> bool:
@@ -86,8 +87,7 @@ def _each(tables: Tables) -> list[_Table]:
 
 
 def _look_up(
-    tables: Tables,
-    forward: Callable[..., Tensor],
+    held: weakref.ref[Tables],  # what the tables hold themselves
     each: Sequence[_Table],
     indices: Tensor,
     offsets: Tensor,
@@ -95,9 +95,12 @@ def _look_up(
     **others: Any,
 ) -> Tensor:
     """What the tables' own `forward` gives, with our update behind it."""
-    if not torch.is_grad_enabled() or any(value is not None for value in others.values()):
-        return forward(indices, offsets, per_sample_weights, **others)
-    return _LookUp.apply(tables, forward, each, tables.weights_host, indices, offsets, per_sample_weights)
+    tables = held()
+    assert tables is not None
+    learns_weights = per_sample_weights is not None and per_sample_weights.requires_grad
+    if not torch.is_grad_enabled() or learns_weights or any(value is not None for value in others.values()):
+        return Tables.forward(tables, indices, offsets, per_sample_weights, **others)
+    return _LookUp.apply(tables, each, tables.weights_host, indices, offsets, per_sample_weights)
 
 
 class _LookUp(torch.autograd.Function):
@@ -105,7 +108,6 @@ class _LookUp(torch.autograd.Function):
     def forward(
         ctx: Any,
         tables: Tables,
-        forward: Callable[..., Tensor],
         each: Sequence[_Table],
         weights: Tensor,  # tells autograd that there is something to learn
         indices: Tensor,
@@ -113,7 +115,7 @@ class _LookUp(torch.autograd.Function):
         per_sample_weights: Tensor | None,
     ) -> Tensor:
         ctx.tables, ctx.each, ctx.given = tables, each, (indices, offsets, per_sample_weights)
-        return forward(indices, offsets, per_sample_weights)
+        return Tables.forward(tables, indices, offsets, per_sample_weights)
 
     @staticmethod
     @once_differentiable
@@ -121,7 +123,7 @@ class _LookUp(torch.autograd.Function):
         gradient = gradient.contiguous()
         for table in ctx.each:
             _update(ctx.tables, table, gradient, *ctx.given)
-        return (None,) * 7
+        return (None,) * 6
 
 
 def _update(
