@@ -14,7 +14,6 @@ from trec_twotower.data.cache import Cache
 from trec_twotower.data.dataset import RowGroup
 from trec_twotower.data.examples import Examples
 from trec_twotower.data.lists import Lists
-from trec_twotower.data.packed import Buffers, Packed, Packer
 from trec_twotower.data.transforms import Columns
 
 GROUP = RowGroup(Path("train/part.parquet"), 0, 0, 3)
@@ -30,12 +29,6 @@ def examples() -> Examples:
     history = Lists(np.array([0, 1, 3, 3]), np.array([11, 2**31, 13], np.uint32))
     weight = np.array([1, 0.5, 2], np.float32)
     return Examples(Columns(3, sparse, numbers), Lists.singles(np.array([8, 2, 8])), None, history, weight)
-
-
-def packed(rows: Examples) -> Packed:
-    packer = Packer(np.zeros(3, np.int32), 1, Buffers())
-    packer.add(rows)
-    return packer.finish()
 
 
 def plain(found: Examples) -> list:
@@ -56,12 +49,12 @@ def cache_in(folder: Path) -> Cache:  # noqa: F811
 def written(tmp_path) -> Path:
     """The one file of a cache."""
     cache = cache_in(tmp_path)
-    cache.put(GROUP, packed(examples()))
+    cache.put(GROUP, examples())
     return cache.path(GROUP)
 
 
 def test_rows_come_back_as_they_were_put(written):
-    assert plain(cache_in(written.parent).get(GROUP).unpacked()) == plain(examples())
+    assert plain(cache_in(written.parent).get(GROUP)) == plain(examples())
 
 
 def test_a_flipped_bit_anywhere_in_a_file_is_noticed(written):
@@ -74,7 +67,7 @@ def test_a_flipped_bit_anywhere_in_a_file_is_noticed(written):
         assert cache_in(written.parent).get(GROUP) is None, f"byte {place} of {len(whole)}"
         assert not written.exists()
     written.write_bytes(whole)
-    assert plain(cache_in(written.parent).get(GROUP).unpacked()) == plain(examples())
+    assert plain(cache_in(written.parent).get(GROUP)) == plain(examples())
 
 
 def test_a_file_cut_anywhere_or_grown_is_noticed(written):

@@ -135,28 +135,23 @@ def test_without_numba_every_kernel_does_the_same(plain, rng):
     seeded = (7, np.uint64(keys[3]), np.zeros(5, np.int64), np.zeros(28, np.int64))
     calls["draw_from_lists"] = (np.array([0, 2, 2, 3, 5]), np.array([0, 2, -1, 3, 1]), *lists, *seeded)
     calls["find_columns"] = (*lists, np.array([3, -1, 1, 2, 0, 3, 3]), np.arange(-45, 45), *some)
-    words, starts = np.arange(900, dtype=np.int32) % 5, 10 * np.arange(91)
-    runs = np.array([[3, 9], [9, 9], [20, 41]])
+    words = np.arange(900, dtype=np.int32) % 5
     at = words.ctypes.data
-    fields = np.array([[at, 1], [at + 8, 2]]), np.array([[offsets.ctypes.data, at, 2, at + 4, 1]] * 2)
-    calls["measure_rows"] = (
-        fields[1],
-        5,
-        np.array([0, 2, 2, 1], np.int32),
-        np.zeros(4, np.int64),
-        np.ones((3, 2), int),
-    )
-    calls["put_rows"] = (*fields, np.array([500, 0, 30, 600]), np.zeros(950, np.int32))
-    parts = np.array([[0, 1, 0], [2, 2, 30]]), np.array([[0, 1, 100], [1, 2, -1]])
-    calls["copy_rows"] = (words, starts, runs, 0, np.zeros((2, 28), np.int64), 4, *parts, np.zeros(900, np.int32))
-    heaps, ends = np.arange(90, dtype=np.int32) ** 2 % 7, np.zeros((2, 8), np.int64)
-    calls["count_values"] = (words, starts, 3, heaps, np.zeros((7, 2), np.int64))
-    places, copied = 10 * np.arange(90)[::-1], np.zeros(900, np.int32)
-    calls["put_records"] = (words, starts, places, copied, 3, heaps, np.zeros((7, 2), np.int64))
+    heaps, places = np.arange(4, dtype=np.int32) % 3, np.array([20, 3, 0, 21])
+    calls["place_rows"] = (heaps, np.array([20, 3, 0]), np.zeros(4, np.int64))
+    columns = np.array([[at, 1, 100], [at + 8, 2, 200]])
+    calls["put_columns"] = (columns, places, np.zeros(300, np.int32))
+    of_lists = np.array([[offsets.ctypes.data, 0, at, 2, at + 4, 1], [offsets.ctypes.data, 30, at, 1, 0, 0]])
+    bounds = np.zeros((3, 4), np.int64)
+    calls["put_lists"] = (of_lists, heaps, places, np.zeros(950, np.int32), 60, bounds)
+    dealt = np.zeros(950, np.int32)
+    kernels.put_lists(of_lists, heaps, np.array([0, 2, 3, 1]), dealt, 60, bounds)
+    parts = np.array([[0, 1, 0], [2, 2, 30]]), np.array([[0, 2, 100], [0, 1, 400], [1, 1, 600]])
+    some = (dealt, np.array([0, 2, 3, 4]), np.stack([bounds, bounds]))
+    calls["copy_heap"] = (*some, 0, 1, np.zeros((2, 4), np.int64), 4, *parts, np.zeros(900, np.int32))
     calls["put_lengths"] = (offsets, np.full(6, 9, np.int32))
     calls["put_divisors"] = (offsets, True, np.float32(2), np.full(6, 9, np.float32))
     calls["mark_distinct"] = (words, np.zeros(2, np.uint64), np.zeros(900, np.int64), np.full(70, -1))
-    calls["deal"] = (heaps, 10 + np.arange(90), *ends, np.zeros(91, np.int64), np.zeros(90, np.int64))
     calls["mark_heaps"] = (np.arange(90)[::-1].copy(), np.array([0, 0, 30, 90]), np.full(90, 9, np.int32))
     calls["count_before"] = (words.astype(np.uint16), np.array([0, 7, 7, 900]), np.zeros((4, 5), np.int64))
     names = {name for name, value in vars(plain).items() if callable(value) and name.islower()}

@@ -1,4 +1,4 @@
-"""Records give back what was put into them, by heaps."""
+"""Heaps give back the rows that were dealt to them."""
 
 from __future__ import annotations
 
@@ -82,15 +82,10 @@ def rows_of(found: Examples) -> list[tuple]:
 
 
 def packed_of(rows: list[tuple], heap_of: list[int], num_heaps: int, cuts: list[int], buffers: Buffers) -> Packed:
-    """The rows, added in parts, every second as the records of another Packed."""
+    """The rows, added in parts, every second as a part of more rows."""
     packer = Packer(np.array(heap_of, np.int32), num_heaps, buffers)
     for number, (start, stop) in enumerate(zip([0, *cuts], [*cuts, len(rows)], strict=True)):
-        if number % 2 == 0:
-            packer.add(examples_of(rows[start:stop]))
-            continue
-        whole = Packer(np.zeros(len(rows), np.int32), 1, buffers)
-        whole.add(examples_of(rows))
-        packer.add_packed(whole.finish().slice(start, stop))
+        packer.add(examples_of(rows[start:stop]) if number % 2 == 0 else examples_of(rows).slice(start, stop))
     return packer.finish()
 
 
@@ -118,10 +113,6 @@ def test_a_heap_holds_its_rows_in_their_order(first, second, data):
         assert all(np.shares_memory(values, joined.user.joined) for values in in_order if len(values))
         other = take([(unit, heap) for unit in units], joined=["words", "wide"], room=3)
         assert rows_of(other) == wanted and other.user.joined is None  # of 64 bits
-        items = take([(unit, heap) for unit in units], {"positives", "given", "user_key"})
-        assert isinstance(items, RowItems) and items.given is None
-        assert items.positives.values.tolist() == found.positives.values.tolist()
-        assert items.user_key.tolist() == found.user_key.tolist()
 
 
 def test_a_layout_says_itself():
@@ -129,20 +120,47 @@ def test_a_layout_says_itself():
     assert Layout.from_json(layout.to_json()) == layout
 
 
-def test_memory_is_used_again_when_the_last_part_of_its_rows_is_gone():
+@given(ROWS, st.data())
+def test_items_alone_are_dealt_likewise(rows, data):
+    heap_of = data.draw(st.lists(st.integers(0, 2), min_size=len(rows), max_size=len(rows)))
+    packer = Packer(np.array(heap_of, np.int32), 3, Buffers())
+    packer.add(examples_of(rows).items)
+    packed = packer.finish()
+    for heap in range(3):
+        items = take([(packed, heap)])
+        assert isinstance(items, RowItems) and items.given is None
+        wanted = examples_of([row for row, at in zip(rows, heap_of, strict=True) if at == heap]).items
+        assert items.positives.values.tolist() == wanted.positives.values.tolist()
+        assert items.positives.offsets.tolist() == wanted.positives.offsets.tolist()
+        assert items.user_key.tolist() == wanted.user_key.tolist()
+
+
+def test_memory_is_used_again_when_its_rows_are_gone():
     rows = [(number, [], [], (0.0, 0.0), [number], [], 1.0, 0) for number in range(9)]
     buffers = Buffers()
-    part = packed_of(rows, [0] * 9, 1, [], buffers).slice(2, 5)
-    other = packed_of(rows[::-1], [0] * 9, 1, [], buffers)
-    assert rows_of(part.unpacked()) == rows[2:5] and not np.shares_memory(part.words, other.words)
-    memory = part.words
-    del part
+    one, other = (packed_of(each, [0] * 9, 1, [], buffers) for each in (rows, rows[::-1]))
+    assert rows_of(take([(one, 0)])) == rows and not np.shares_memory(one.words, other.words)
+    memory = one.words
+    del one
     again = packed_of(rows, [0] * 9, 1, [], buffers)
     assert np.shares_memory(again.words, memory)
-    assert rows_of(other.unpacked()) == rows[::-1] and rows_of(again.unpacked()) == rows
+    assert rows_of(take([(other, 0)])) == rows[::-1] and rows_of(take([(again, 0)])) == rows
 
 
-def test_records_of_different_kinds_are_refused():
+def test_memory_grows_with_rows_that_are_longer_than_the_first():
+    buffers = Buffers()
+    rows = [(n, list(range(n * n)), [(1, 0.5)] * n, (1.0, 2.0), [n], [7] * n, 1.0, n) for n in range(120)]
+    packer = Packer(np.arange(120, dtype=np.int32) % 7, 7, buffers)
+    packer.add(examples_of(rows[:10]))
+    first = len(packer._words)
+    packer.add(examples_of(rows[10:]))
+    packed = packer.finish()
+    assert len(packed.words) > first
+    for heap in range(7):
+        assert rows_of(take([(packed, heap)])) == rows[heap::7]
+
+
+def test_rows_of_different_kinds_are_refused():
     packer = Packer(np.zeros(2, np.int32), 1, Buffers())
     rows = [(1, [], [], (0.0, 0.0), [1], [], 1.0, 0)]
     packer.add(examples_of(rows))

@@ -21,10 +21,12 @@ import xxhash
 from trec_twotower.config import DataConfig
 from trec_twotower.data.cache_folder import CacheFolder, changed, size_of
 from trec_twotower.data.dataset import RowGroup
+from trec_twotower.data.examples import Examples
 from trec_twotower.data.features import Sources
-from trec_twotower.data.packed import Layout, Packed
+from trec_twotower.data.lists import Lists
+from trec_twotower.data.packed import WEIGHTS, Layout, assembled, parts_of
 
-FORMAT = 3
+FORMAT = 4
 DIGEST_BYTES = 8
 
 
@@ -66,7 +68,7 @@ class Cache:
     def path(self, group: RowGroup) -> Path:
         return self.folder / f"{self._number[group.path, group.number]:08d}.arrow"
 
-    def get(self, group: RowGroup) -> Packed | None:
+    def get(self, group: RowGroup) -> Examples | None:
         """The row group's rows, mapped and not read; None where they are not cached.
 
         The first time that this process meets a file it reads all of it, to compare the checksum; a damaged file is
@@ -91,11 +93,11 @@ class Cache:
             self._verified.add(version)
         return _from_arrow(pa.ipc.open_file(pa.BufferReader(content)).get_batch(0))
 
-    def put(self, group: RowGroup, packed: Packed) -> None:
+    def put(self, group: RowGroup, rows: Examples) -> None:
         """Keep a row group's rows, unless the cache is full or the disk is."""
         path = self.path(group)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}-{id(packed)}")
-        batch = _to_arrow(packed)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}-{id(rows)}")
+        batch = _to_arrow(rows)
         if size_of(self.folder) + batch.nbytes > self.limit_bytes:
             return
         try:
@@ -120,15 +122,31 @@ class _DigestedFile(io.BufferedWriter):
         return super().write(data)
 
 
-def _to_arrow(packed: Packed) -> pa.RecordBatch:
-    """One column: each row's record as a list of words. What stands where in it says the schema's metadata."""
-    first, last = int(packed.starts[0]), int(packed.starts[-1])
-    rows = pa.LargeListArray.from_arrays(pa.array(packed.starts - first), pa.array(packed.words[first:last]))
-    schema = pa.schema([pa.field("row", rows.type)], {"layout": packed.layout.to_json()})
-    return pa.record_batch([rows], schema=schema)
+def _to_arrow(rows: Examples) -> pa.RecordBatch:
+    """A column a field; what they make together says the schema's metadata."""
+    layout, columns = Layout.of(rows), {}
+    for field, (name, part) in zip(layout.fields, parts_of(rows), strict=True):
+        values = pa.array((part.values if isinstance(part, Lists) else part).reshape(-1))
+        if not field.count:
+            if part.weights is not None:
+                values = pa.StructArray.from_arrays([values, pa.array(part.weights)], ["value", "weight"])
+            values = pa.LargeListArray.from_arrays(pa.array(part.offsets), values)
+        elif field.count > 1:
+            values = pa.FixedSizeListArray.from_arrays(values, field.count)
+        columns[name] = values
+    schema = pa.schema([(name, values.type) for name, values in columns.items()], {"layout": layout.to_json()})
+    return pa.record_batch(list(columns.values()), schema=schema)
 
 
-def _from_arrow(batch: pa.RecordBatch) -> Packed:
-    [rows] = batch.columns
+def _from_arrow(batch: pa.RecordBatch) -> Examples:
     layout = Layout.from_json(batch.schema.metadata[b"layout"].decode())
-    return Packed.in_order(layout, rows.offsets.to_numpy(), rows.values.to_numpy())
+    values, offsets = {}, []
+    for field, column in zip(layout.fields, batch.columns, strict=True):
+        if not field.count:
+            offsets.append(column.offsets.to_numpy())
+        flat = column if field.count == 1 else column.values
+        if field.weight is not None:
+            values[field.name + WEIGHTS] = flat.field("weight").to_numpy()
+            flat = flat.field("value")
+        values[field.name] = flat.to_numpy()
+    return assembled(layout, batch.num_rows, values, offsets)

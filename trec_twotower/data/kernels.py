@@ -186,38 +186,96 @@ def mark_heaps(order: np.ndarray, cuts: np.ndarray, heap_of: np.ndarray) -> None
 
 
 @kernel
-def deal(
-    heap_of: np.ndarray, sizes: np.ndarray, row_ends: np.ndarray, word_ends: np.ndarray,
-    starts: np.ndarray, places: np.ndarray,
-) -> None:  # fmt: skip
-    """Where each record goes, when those of a heap stand behind each other and the heaps, too.
-
-    `row_ends` and `word_ends` (one more than heaps) begin as zeros, but for the first word; row_ends[h] is then the end
-    of heap h. `starts` are the records' first words as they then stand, `places` as they come.
-    """
-    for i in range(heap_of.size):
-        row_ends[heap_of[i] + 1] += 1
-        word_ends[heap_of[i] + 1] += sizes[i]
-    for heap in range(row_ends.size - 1):
-        row_ends[heap + 1] += row_ends[heap]
-        word_ends[heap + 1] += word_ends[heap]
-    starts[heap_of.size] = word_ends[word_ends.size - 1]
-    for i in range(heap_of.size):  # each heap's beginning moves on to its end
-        heap = heap_of[i]
-        places[i] = word_ends[heap]
-        starts[row_ends[heap]] = word_ends[heap]
-        row_ends[heap] += 1
-        word_ends[heap] += sizes[i]
+def place_rows(heap_of: np.ndarray, ends: np.ndarray, places: np.ndarray) -> None:
+    """Where each row goes, when those of a heap stand behind each other: ends[h], the next of heap h, moves on."""
+    for row in range(heap_of.size):
+        heap = heap_of[row]
+        places[row] = ends[heap]
+        ends[heap] += 1
 
 
 @kernel
-def count_values(
-    words: np.ndarray, starts: np.ndarray, place: int, heap_of: np.ndarray, totals: np.ndarray
-) -> None:  # fmt: skip
-    """Add the lengths of each record's lists, which stand from `place` of it on, to those of its heap."""
-    for row in range(heap_of.size):
-        for number in range(totals.shape[1]):
-            totals[heap_of[row], number] += words[starts[row] + place + number]
+def put_columns(columns: np.ndarray, places: np.ndarray, words: np.ndarray) -> None:
+    """Write rows of fields of one length to their places.
+
+    `columns` has the address of each field, its words a row, and the word where its column begins.
+    """
+    for field in range(columns.shape[0]):
+        address, width, begin = columns[field, 0], columns[field, 1], columns[field, 2]
+        if width == 1:
+            for row in range(places.size):
+                words[begin + places[row]] = word_at(address + 4 * row)
+            continue
+        for row in range(places.size):
+            for k in range(width):
+                words[begin + places[row] * width + k] = word_at(address + 4 * (row * width + k))
+
+
+@kernel
+def put_lists(
+    lists: np.ndarray, heap_of: np.ndarray, places: np.ndarray, words: np.ndarray, at: int, bounds: np.ndarray
+) -> int:
+    """Write rows of lists: their lengths to their places, their values, and then their weights, by heaps from `at` on.
+
+    `lists` has the address of each one's offsets (int64), the word where the column of its lengths begins, and the
+    address and the words a value of the values and of the weights (0: it has none). Of each of these `bounds` gets the
+    first word of every heap, and the end. Returns the end of all.
+    """
+    array = 0
+    counts, ends = np.empty(bounds.shape[1] - 1, np.int64), np.empty(bounds.shape[1] - 1, np.int64)
+    for field in range(lists.shape[0]):
+        offsets, begin = lists[field, 0], lists[field, 1]
+        counts[:] = 0
+        for row in range(places.size):
+            length = long_at(offsets + 8 * row + 8) - long_at(offsets + 8 * row)
+            words[begin + places[row]] = length
+            counts[heap_of[row]] += length
+        for part in range(2, 6, 2):
+            width = lists[field, part + 1]
+            if width == 0:
+                continue
+            for heap in range(counts.size):
+                bounds[array, heap] = ends[heap] = at
+                at += counts[heap] * width
+            bounds[array, counts.size] = at
+            for row in range(places.size):
+                low = long_at(offsets + 8 * row)
+                count = (long_at(offsets + 8 * row + 8) - low) * width
+                heap = heap_of[row]
+                copy_from(words, ends[heap], lists[field, part] + 4 * low * width, count)
+                ends[heap] += count
+            array += 1
+    return at
+
+
+@kernel
+def copy_heap(
+    words: np.ndarray, starts: np.ndarray, bounds: np.ndarray, heap: int, at: int, offsets: np.ndarray, place: int,
+    fixed: np.ndarray, lists: np.ndarray, out: np.ndarray,
+) -> int:  # fmt: skip
+    """Copy a heap's rows, `at` and following, to the array of each field.
+
+    Fields of one length are rows of `fixed`: the words a row before theirs, their words, and where in `out` their array
+    begins. Those of `lists`: the number of the lengths, which stand behind `place` words a row, the words of a value,
+    and the array. `offsets` of each list go on from `at`. Returns the place behind the last row.
+    """
+    num_rows, first = starts[starts.size - 1], starts[heap]
+    count = starts[heap + 1] - first
+    for field in range(fixed.shape[0]):
+        width = fixed[field, 1]
+        copy_run(out, fixed[field, 2] + at * width, words, num_rows * fixed[field, 0] + first * width, count * width)
+    for number in range(offsets.shape[0]):
+        begin, low = num_rows * (place + number) + first, offsets[number, at]
+        for row in range(count):
+            low += words[begin + row]
+            offsets[number, at + row + 1] = low
+    for array in range(lists.shape[0]):
+        to = lists[array, 2] + offsets[lists[array, 0], at] * lists[array, 1]
+        for part in range(bounds.shape[0]):
+            begin = bounds[part, array, heap]
+            copy_run(out, to, words, begin, bounds[part, array, heap + 1] - begin)
+            to += bounds[part, array, heap + 1] - begin
+    return at + count
 
 
 @kernel
@@ -233,90 +291,6 @@ def put_divisors(offsets: np.ndarray, is_root: bool, scale: np.float32, out: np.
     for row in range(offsets.size - 1):
         total = np.float32(max(offsets[row + 1] - offsets[row], 1))
         out[row] = (np.sqrt(total) if is_root else total) / scale
-
-
-@kernel
-def measure_rows(lists: np.ndarray, header: int, heap_of: np.ndarray, sizes: np.ndarray, totals: np.ndarray) -> None:
-    """How many words each row's record takes, see put_rows; the lengths of its lists are added to those of its heap."""
-    for row in range(sizes.size):
-        size = header
-        for field in range(lists.shape[0]):
-            length = long_at(lists[field, 0] + 8 * row + 8) - long_at(lists[field, 0] + 8 * row)
-            size += length * (lists[field, 2] + lists[field, 4])
-            totals[heap_of[row], field] += length
-        sizes[row] = size
-
-
-@kernel
-def put_rows(fixed: np.ndarray, lists: np.ndarray, places: np.ndarray, words: np.ndarray) -> None:
-    """Write each row's record, see data/packed.py, from its place on.
-
-    `fixed` has the address and the words a row of each field of one length; `lists` those of the offsets (int64), and
-    the address and the words a value of the values and of the weights (0: it has none).
-    """
-    for row in range(places.size):
-        to = places[row]
-        for field in range(fixed.shape[0]):
-            width = fixed[field, 1]
-            for k in range(width):
-                words[to] = word_at(fixed[field, 0] + 4 * (row * width + k))
-                to += 1
-        behind = to + lists.shape[0]
-        for field in range(lists.shape[0]):
-            low = long_at(lists[field, 0] + 8 * row)
-            length = long_at(lists[field, 0] + 8 * row + 8) - low
-            words[to + field] = length
-            for part in range(1, 5, 2):
-                width = lists[field, part + 1]
-                if width > 0:
-                    copy_from(words, behind, lists[field, part] + 4 * low * width, length * width)
-                    behind += length * width
-
-
-@kernel
-def put_records(
-    words: np.ndarray, starts: np.ndarray, places: np.ndarray, out: np.ndarray,
-    place: int, heap_of: np.ndarray, totals: np.ndarray,
-) -> None:  # fmt: skip
-    """Copy each record to its place, and count its lists' values as count_values does."""
-    for row in range(places.size):
-        first = starts[row]
-        copy_run(out, places[row], words, first, starts[row + 1] - first)
-        for number in range(totals.shape[1]):
-            totals[heap_of[row], number] += words[first + place + number]
-
-
-@kernel
-def copy_rows(
-    words: np.ndarray, starts: np.ndarray, runs: np.ndarray, at: int, offsets: np.ndarray, place: int,
-    fixed: np.ndarray, lists: np.ndarray, out: np.ndarray,
-) -> int:  # fmt: skip
-    """Take records apart: each row's part of a field goes to its place, `at` and following, in the field's array.
-
-    Fields of one length are rows of `fixed`: where they stand in a record, their words, and where in `out` their array
-    begins. Those of `lists`: the number of their length, which stands at `place` and following, the words of a value,
-    and the array (-1: not wanted). `offsets` of each list go on from `at`. Returns the place behind the last row.
-    """
-    for run in range(runs.shape[0]):
-        for row in range(runs[run, 0], runs[run, 1]):
-            first = starts[row]
-            for field in range(fixed.shape[0]):
-                width = fixed[field, 1]
-                to = fixed[field, 2] + at * width
-                for k in range(width):
-                    out[to + k] = words[first + fixed[field, 0] + k]
-            lengths = first + place
-            first = lengths + offsets.shape[0]
-            for field in range(lists.shape[0]):
-                number, width = lists[field, 0], lists[field, 1]
-                low = offsets[number, at]
-                length = np.int64(words[lengths + number])
-                offsets[number, at + 1] = low + length
-                if lists[field, 2] >= 0:
-                    copy_run(out, lists[field, 2] + low * width, words, first, length * width)
-                first += length * width
-            at += 1
-    return at
 
 
 @kernel

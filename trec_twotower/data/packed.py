@@ -1,13 +1,18 @@
-"""Rows as records: all that is known of a row stands in one run of memory, so that a batch takes it from there at once.
-
-A record is words of four bytes: its fields of one length, then how long its lists are, then the lists' values. With
-one id, a list of ids and one of weighted words:
-
-    id  2 1   17 4   9 .5                   country 5, history [17, 4], words [9] with the weight .5
+"""Rows by heaps: each step finds the rows that it takes of a unit behind each other, column by column.
 
 The rows of a batch lie anywhere in its window, more than the processor's caches hold, and reading memory at random
-places takes most of the time. So the records of a unit are put, as they are made, into as many heaps as steps will take
-rows of it: writing to some hundred places in turn is nearly as fast as to one, and a batch reads its heaps through.
+places takes most of the time. So the rows of a unit are dealt, as they are made, into as many heaps as steps will take
+rows of it: writing to some hundred places in turn is nearly as fast as to one, and a batch copies a few runs of each
+column. Of six rows in two heaps, with one id and a list of ids, added as three and three:
+
+    heap of each row    0 1 0   1 1 0
+    id                  5 7 9   4 8 6
+    history             [17, 4] [] [3]   [21] [] [30, 31]
+
+    words   id         5 9 6 | 7 4 8            columns of one length: heap 0, heap 1
+            lengths    2 1 2 | 0 1 0
+            history    17 4 3 |                 as it was added: first three rows, heap 0, heap 1
+                       30 31 | 21               the others
 """
 
 from __future__ import annotations
@@ -15,7 +20,7 @@ from __future__ import annotations
 import json
 import threading
 import weakref
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property, lru_cache
 from typing import Any
@@ -23,7 +28,7 @@ from typing import Any
 import numpy as np
 
 from trec_twotower.data.examples import Examples, RowItems
-from trec_twotower.data.kernels import copy_rows, count_values, deal, measure_rows, put_records, put_rows
+from trec_twotower.data.kernels import copy_heap, place_rows, put_columns, put_lists
 from trec_twotower.data.lists import Lists
 from trec_twotower.data.transforms import Columns
 
@@ -38,7 +43,7 @@ KINDS: dict[str, Any] = {"Examples": Examples, "RowItems": RowItems}
 
 @dataclass(frozen=True)
 class Field:
-    """One field of all records."""
+    """One field of all rows."""
 
     name: str
     dtype: str
@@ -54,14 +59,14 @@ class Field:
 
 @dataclass(frozen=True)
 class Layout:
-    """What stands in a record of an Examples or RowItems; fields of one length come first, then lists."""
+    """What there is of a row of an Examples or RowItems."""
 
     kind: str
     fields: tuple[Field, ...]
 
     @classmethod
     def of(cls, rows: Examples | RowItems) -> Layout:
-        return _one(cls(type(rows).__name__, tuple(_field(name, value) for name, value in _parts(rows))))
+        return _one(cls(type(rows).__name__, tuple(_field(name, value) for name, value in parts_of(rows))))
 
     @classmethod
     def from_json(cls, text: str) -> Layout:
@@ -81,17 +86,17 @@ class Layout:
 
     @cached_property
     def places(self) -> list[int]:
-        """The first word of each fixed field in a record, and that of the lists' lengths."""
+        """Words a row before each fixed field, and before the lists' lengths."""
         return np.cumsum([0, *(field.width for field in self.fixed)]).tolist()
 
     @property
     def header(self) -> int:
-        """Words before the lists' values."""
+        """Words a row, the lists' values left out."""
         return self.places[-1] + len(self.lists)
 
     @cached_property
     def fixed_arrays(self) -> list[tuple[str, str, int, int]]:
-        """Name, type, first word and words of each fixed field."""
+        """Name, type, words before it and words of each fixed field."""
         places = zip(self.fixed, self.places, strict=False)
         return [(field.name, field.dtype, place, field.width) for field, place in places]
 
@@ -127,51 +132,28 @@ def _one(layout: Layout) -> Layout:
 
 @dataclass(frozen=True, eq=False)
 class Packed:
-    """Records of some rows: row r is words[starts[r]:starts[r + 1]]."""
+    """Some rows by heaps."""
 
     layout: Layout
-    starts: np.ndarray  # int64, one more than rows
+    starts: np.ndarray  # int64, one more than heaps: each one's first row
     words: np.ndarray  # int32
-    heaps: np.ndarray  # int64 (heaps, runs, 2): the runs of rows of each heap
-    counted: np.ndarray | None = None  # totals, where they are known; else all rows are in one heap
-    whole: Packed | None = None  # whose memory this is a part of
-
-    @classmethod
-    def in_order(cls, layout: Layout, starts: np.ndarray, words: np.ndarray, whole: Packed | None = None) -> Packed:
-        """With all rows in one heap."""
-        return cls(layout, starts, words, np.array([[[0, len(starts) - 1]]]), whole=whole)
-
-    @cached_property
-    def totals(self) -> np.ndarray:
-        """int64 (heaps, lists): how many values their lists have."""
-        if self.counted is not None:
-            return self.counted
-        totals = np.zeros((1, len(self.layout.lists)), np.int64)
-        count_values(self.words, self.starts, self.layout.places[-1], np.zeros(len(self), np.int32), totals)
-        return totals
+    bounds: np.ndarray  # int64 (additions, values and weights of lists, heaps + 1): where each heap's words begin
 
     @cached_property
     def heap_values(self) -> list[list[int]]:
         """For each heap, how many values each list has there."""
-        return self.totals.tolist()
+        words = np.diff(self.bounds, axis=2).sum(axis=0)  # (values and weights, heaps)
+        arrays = enumerate(self.layout.list_arrays)
+        values = [words[at] // width for at, (name, _, _, width) in arrays if not name.endswith(WEIGHTS)]
+        return np.stack(values, axis=1).tolist() if values else [[]] * (len(self.starts) - 1)
 
     @cached_property
     def heap_rows(self) -> list[int]:
         """How many rows each heap has."""
-        return (self.heaps[:, :, 1] - self.heaps[:, :, 0]).sum(axis=1).tolist()
+        return np.diff(self.starts).tolist()
 
     def __len__(self) -> int:
-        return len(self.starts) - 1
-
-    def slice(self, start: int, stop: int) -> Packed:
-        """Rows start .. stop - 1 in one heap, without a copy."""
-        if (start, stop) == (0, len(self)) and len(self.heaps) == 1:
-            return self
-        return Packed.in_order(self.layout, self.starts[start : stop + 1], self.words, self.whole or self)
-
-    def unpacked(self, names: Collection[str] | None = None) -> Any:
-        """All rows, which are in one heap."""
-        return take([(self, 0)], names)
+        return int(self.starts[-1])
 
 
 class Buffers:
@@ -203,95 +185,86 @@ class Buffers:
 
 
 class Packer:
-    """Puts rows below each other into one Packed."""
+    """Deals rows into the heaps of one Packed."""
 
     def __init__(self, heap_of: np.ndarray, num_heaps: int, buffers: Buffers) -> None:
         """`heap_of` is the heap of each row that will be added, in their order (int32)."""
         self._heap_of = heap_of
-        self._num_heaps = num_heaps
         self._buffers = buffers
-        self._starts = np.zeros(len(heap_of) + 1, np.int64)
+        self._starts = np.zeros(num_heaps + 1, np.int64)
+        np.cumsum(np.bincount(heap_of, minlength=num_heaps), out=self._starts[1:])
+        self._ends = self._starts[:-1].copy()  # where each heap's next row goes
         self._words = np.empty(0, np.int32)
-        self._rows = 0
-        self._ends: list[np.ndarray] = []  # of each heap's rows, after each addition
-        self._totals = np.zeros((num_heaps, 0), np.int64)
+        self._rows = self._used = 0
+        self._bounds: list[np.ndarray] = []
         self._layout: Layout | None = None
 
     def add(self, rows: Examples | RowItems) -> None:
         """The next rows."""
         layout = self._check(Layout.of(rows))
-        parts = dict(_parts(rows))
+        parts = dict(parts_of(rows))
         num_rows, memory = len(rows.positives), _Memory()
-        fixed, lists = [], []
-        for field in layout.fixed:
+        columns, lists, num_words = [], [], 0
+        for field, place in zip(layout.fixed, layout.places, strict=False):
             values = parts[field.name].values if field.is_single else parts[field.name]
-            fixed.append((memory.of(values, num_rows), field.width))
-        for field in layout.lists:
+            columns.append((memory.of(values, num_rows), field.width, place * len(self._heap_of)))
+        for number, field in enumerate(layout.lists):
             each = parts[field.name]
             assert each.offsets.dtype == np.int64, f"{field.name}: offsets of {each.offsets.dtype}"
             of_weights = (0, 0) if each.weights is None else (memory.of(each.weights, len(each.values)), 1)
             of_values = memory.of(each.values, each.offsets[-1])
-            lists.append((memory.of(each.offsets, num_rows + 1), of_values, field.width, *of_weights))
-        tables = np.array(fixed, np.int64).reshape(-1, 2), np.array(lists, np.int64).reshape(-1, 5)
-        sizes = np.empty(num_rows, np.int64)
-        heap_of = self._heap_of[self._rows : self._rows + len(sizes)]
-        measure_rows(tables[1], layout.header, heap_of, sizes, self._totals)
-        put_rows(*tables, self._extend(sizes), self._words)
-
-    def add_packed(self, packed: Packed) -> None:
-        """The next rows, as records already."""
-        layout = self._check(packed.layout)
-        heap_of = self._heap_of[self._rows : self._rows + len(packed)]
-        places = self._extend(np.diff(packed.starts))
-        put_records(
-            packed.words, packed.starts, places, self._words, layout.places[-1], heap_of, self._totals
-        )  # fmt: skip
+            lengths = (layout.places[-1] + number) * len(self._heap_of)
+            lists.append((memory.of(each.offsets, num_rows + 1), lengths, of_values, field.width, *of_weights))
+            num_words += len(each.values) * (field.width + of_weights[1])
+        heap_of = self._heap_of[self._rows : self._rows + num_rows]
+        self._rows += num_rows
+        self._make_room(num_words)
+        places = np.empty(num_rows, np.int64)
+        place_rows(heap_of, self._ends, places)
+        put_columns(np.array(columns, np.int64).reshape(-1, 3), places, self._words)
+        bounds = np.empty((len(layout.list_arrays), len(self._starts)), np.int64)
+        table = np.array(lists, np.int64).reshape(-1, 6)
+        self._used = put_lists(table, heap_of, places, self._words, self._used, bounds)
+        self._bounds.append(bounds)
 
     def finish(self) -> Packed:
         assert self._layout is not None and self._rows == len(self._heap_of)
-        ends = np.stack(self._ends, axis=1)  # (1 + heaps, additions)
-        heaps = np.stack([ends[:-1], ends[1:]], axis=2)
-        words = self._words[: self._starts[-1]]
-        words.flags.writeable = False  # as those of a mapped file: kernels are compiled for one kind
-        return self._buffers.lend(Packed(self._layout, self._starts, words, heaps, self._totals), self._words)
+        packed = Packed(self._layout, self._starts, self._words[: self._used], np.stack(self._bounds))
+        return self._buffers.lend(packed, self._words)
 
     def _check(self, layout: Layout) -> Layout:
         if self._layout is None:
             self._layout = layout
-            self._totals = np.zeros((self._num_heaps, len(layout.lists)), np.int64)
+            self._used = layout.header * len(self._heap_of)
         assert layout == self._layout, f"{layout} below {self._layout}"
         return self._layout
 
-    def _extend(self, sizes: np.ndarray) -> np.ndarray:
-        """Room for records of these sizes: where each begins."""
-        first, self._rows = self._rows, self._rows + len(sizes)
-        starts, places = self._starts[first : self._rows + 1], np.empty(len(sizes), np.int64)
-        row_ends, word_ends = np.zeros((2, self._num_heaps + 1), np.int64)
-        word_ends[0] = starts[0]
-        deal(self._heap_of[first : self._rows], sizes, row_ends, word_ends, starts, places)
-        self._ends.append(first + np.concatenate([[0], row_ends[:-1]]))
-        if (end := int(starts[-1])) > len(self._words):
-            # As much as all rows need if the others are like these, and some more.
-            expected = int(end / self._rows * len(self._heap_of) * 1.05) + 4096
-            larger = self._buffers.take(max(end, expected))
-            larger[: starts[0]] = self._words[: starts[0]]
-            if len(self._words):
-                self._buffers.give(self._words)
-            self._words = larger
-        return places
+    def _make_room(self, num_words: int) -> None:
+        """For so many words of lists, and all columns of one length."""
+        assert self._layout is not None
+        end = self._used + num_words
+        if end <= len(self._words):
+            return
+        # As much as all rows need if the others are like these, and some more.
+        columns = self._layout.header * len(self._heap_of)
+        expected = columns + int((end - columns) / max(self._rows, 1) * len(self._heap_of) * 1.05) + 4096
+        larger = self._buffers.take(max(end, expected))
+        if len(self._words):
+            larger[: self._used] = self._words[: self._used]
+            self._buffers.give(self._words)
+        self._words = larger
 
 
 def take(
     parts: Sequence[tuple[Packed, int]],
-    names: Collection[str] | None = None,
     *,
     joined: Sequence[str] = (),
     room: int = 0,
 ) -> Any:
     """A heap of each part in turn, as the Examples or RowItems that they were made of.
 
-    With `names` these fields alone, as RowItems. The values of the sparse features `joined` stand one behind the other
-    if they are int32, with so much `room` for others behind them: see Columns.joined.
+    The values of the sparse features `joined` stand one behind the other if they are int32, with so much `room` for
+    others behind them: see Columns.joined.
     """
     layout = parts[0][0].layout
     assert all(packed.layout is layout or packed.layout == layout for packed, _ in parts), "rows of different kinds"
@@ -299,12 +272,8 @@ def take(
     offsets = np.empty((len(layout.lists), num_rows + 1), np.int64)
     offsets[:, 0] = 0
     totals = [sum(counts) for counts in zip(*(packed.heap_values[heap] for packed, heap in parts), strict=True)]
-    wanted = None if names is None else {*names, *(name + WEIGHTS for name in names)}
-    fixed = [each for each in layout.fixed_arrays if wanted is None or each[0] in wanted]
-    sizes = {name: num_rows * width for name, _, _, width in fixed}
-    for name, _, number, width in layout.list_arrays:
-        if wanted is None or name in wanted:
-            sizes[name] = totals[number] * width
+    sizes = {name: num_rows * width for name, _, _, width in layout.fixed_arrays}
+    sizes |= {name: totals[number] * width for name, _, number, width in layout.list_arrays}
     first = [SPARSE + name for name in joined]
     if any(layout.types.get(name) != INT32 for name in first):
         first = []
@@ -317,38 +286,44 @@ def take(
             begins[name] = -(-num_words // LINE_WORDS) * LINE_WORDS
             num_words = begins[name] + size
     out = np.empty(num_words, np.int32)
-    of_fixed = [(place, width, begins[name]) for name, _, place, width in fixed]
-    of_lists = [(number, width, begins.get(name, -1)) for name, _, number, width in layout.list_arrays]
+    of_fixed = [(place, width, begins[name]) for name, _, place, width in layout.fixed_arrays]
+    of_lists = [(number, width, begins[name]) for name, _, number, width in layout.list_arrays]
     kinds = np.array(of_fixed, np.int64).reshape(-1, 3), np.array(of_lists, np.int64).reshape(-1, 3)
     at = 0
     for packed, heap in parts:
-        runs = packed.heaps[heap]
-        at = copy_rows(packed.words, packed.starts, runs, at, offsets, layout.places[-1], *kinds, out)
+        at = copy_heap(packed.words, packed.starts, packed.bounds, heap, at, offsets, layout.places[-1], *kinds, out)
     values = {
         name: out[begins[name] : begins[name] + sizes[name]].view(dtype)
-        for name, dtype, _, _ in (*fixed, *layout.list_arrays)
-        if name in begins
+        for name, dtype, _, _ in (*layout.fixed_arrays, *layout.list_arrays)
     }
+    whole = out[: sum(sizes[name] for name in first) + room] if first else None
+    return assembled(layout, num_rows, values, list(offsets), whole)
+
+
+def assembled(
+    layout: Layout,
+    num_rows: int,
+    values: Mapping[str, np.ndarray],
+    offsets: Sequence[np.ndarray],
+    joined: np.ndarray | None = None,
+) -> Any:
+    """What a layout is of, from the arrays of its fields, flat, and the offsets of its lists."""
     found: dict[str, dict[str, Any]] = {SPARSE: {}, NUMBER: {}, "": {}}
-    number = 0
+    of_lists = iter(offsets)
     for field, home, name in layout.homes:
-        array = values.get(field.name)
+        array = values[field.name]
         if not field.count:
-            if array is not None:
-                found[home][name] = Lists(offsets[number], array, values.get(field.name + WEIGHTS))
-            number += 1
-        elif array is not None:
-            if home == NUMBER:
-                array = array.reshape(num_rows, field.count)
-            found[home][name] = Lists.singles(array) if field.is_single else array
-    kind = RowItems if names is not None else KINDS[layout.kind]
-    if kind is Examples:
-        whole = out[: sum(sizes[name] for name in first) + room] if first else None
-        found[""]["user"] = Columns(num_rows, found[SPARSE], found[NUMBER], joined=whole)
-    return kind(**found[""])
+            found[home][name] = Lists(next(of_lists), array, values.get(field.name + WEIGHTS))
+        elif field.is_single:
+            found[home][name] = Lists.singles(array)
+        else:
+            found[home][name] = array.reshape(num_rows, field.count) if home == NUMBER else array
+    if layout.kind == Examples.__name__:
+        found[""]["user"] = Columns(num_rows, found[SPARSE], found[NUMBER], joined=joined)
+    return KINDS[layout.kind](**found[""])
 
 
-def _parts(rows: Examples | RowItems) -> Iterable[tuple[str, Any]]:
+def parts_of(rows: Examples | RowItems) -> Iterable[tuple[str, Any]]:
     """All Lists and arrays of some rows, by name."""
     for field in fields(rows):
         value = getattr(rows, field.name)

@@ -8,7 +8,7 @@ step takes does not depend on who owns them.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 
@@ -33,7 +33,6 @@ from trec_twotower.memory import keep_freed
 from trec_twotower.schema import HISTORY, hash_parts
 
 WEIGHT = "weight"
-ITEM_PARTS = frozenset(field.name for field in fields(RowItems))
 BLOCK_ROWS = 1 << 17  # decoded at a time: less would have its pages zeroed anew each time
 HASHED_ROWS = 1 << 15  # hashed at a time: what is made of them stays in the processor's cache until it is packed
 FEW_WORDS = 1 << 13  # of all dictionaries of a table: more are not worked through again for each part of it
@@ -42,7 +41,7 @@ _INPUT = 0x696E  # keeps these random numbers apart from others of the same seed
 
 @dataclass(frozen=True)
 class UnitRows:
-    """This rank's rows of a unit, and the items of everybody's, as records, with a heap for each step.
+    """This rank's rows of a unit, and the items of everybody's, with a heap for each step.
 
     A heap's rows stand as in the files, and this rank's are a run of them.
     """
@@ -124,13 +123,7 @@ class UnitReader:
         packer = Packer(heap_of, num_heaps, self._buffers)
         for group, start, stop in parts:
             kept = self._kept(group)
-            if kept is not None and not self.is_by_user:
-                kept = kept.slice(start, stop)
-                packer.add_packed(kept)
-                if items is not None:
-                    items.add(kept.unpacked(ITEM_PARTS))
-                continue
-            blocks = self._blocks(group, start, stop) if kept is None else [(start, kept.slice(start, stop).unpacked())]
+            blocks = self._blocks(group, start, stop) if kept is None else [(start, kept.slice(start, stop))]
             for row, rows in blocks:
                 drawn = self._drawn(rows, group.first_row + row, epoch)
                 packer.add(drawn)
@@ -151,16 +144,13 @@ class UnitReader:
         table = self.sources.dataset.train.read(group, self._columns(), dictionaries=True).slice(0, 0)
         return self._drawn(self._hash(table, str(group)), 0, 0)
 
-    def _kept(self, group: RowGroup) -> Packed | None:
+    def _kept(self, group: RowGroup) -> Examples | None:
         """The whole row group from the cache, and into it where it is not there yet; None: there is no cache."""
         if self.cache is None:
             return None
         kept = self.cache.get(group)
         if kept is None:
-            packer = Packer(np.zeros(group.num_rows, np.int32), 1, self._buffers)
-            for _, rows in self._blocks(group, 0, group.num_rows):
-                packer.add(rows)
-            kept = packer.finish()
+            kept = Examples.concat([rows for _, rows in self._blocks(group, 0, group.num_rows)])
             self.cache.put(group, kept)
         return kept
 
@@ -256,7 +246,7 @@ class UnitReader:
         """The items of another rank's rows."""
         kept = self.cache.get(group) if self.cache is not None else None
         if kept is not None:
-            items = kept.slice(start, stop).unpacked(ITEM_PARTS)
+            items = kept.slice(start, stop).items
         else:
             whole = self.sources.dataset.train.read(group, self._item_columns(), dictionaries=True)
             table = whole.slice(start, stop - start)
