@@ -142,7 +142,7 @@ class UnitReader:
         """No rows, with all their columns: what a rank holds of a unit that others own."""
         group = self.sources.dataset.train.row_groups[0]
         table = self.sources.dataset.train.read(group, self._columns(), dictionaries=True).slice(0, 0)
-        return self._drawn(self._hash(table, str(group)), 0, 0)
+        return self._drawn(self._hash(table, str(group), self.sources.positives(table, str(group))), 0, 0)
 
     def _kept(self, group: RowGroup) -> Examples | None:
         """The whole row group from the cache, and into it where it is not there yet; None: there is no cache."""
@@ -160,13 +160,18 @@ class UnitReader:
         for table in train.blocks(group, self._columns(), BLOCK_ROWS, dictionaries=True):
             first, last = max(start - row, 0), min(stop - row, len(table))
             at_once = self._rows_at_once(table)
+            positives = None  # of all of them, since what they are found in leaves the cache between parts
             for low in range(first, last, at_once):
                 high = min(low + at_once, last)
                 try:
-                    rows = self._hash(table.slice(low, high - low), str(group))
+                    if positives is None:
+                        positives = self.sources.positives(table.slice(first, last - first), str(group))
+                    of_part = positives.slice(low - first, high - first)
+                    rows = self._hash(table.slice(low, high - low), str(group), of_part)
                 except DataError:
                     if high - low < group.num_rows:  # say it of the whole row group, as rows are counted there
-                        self._hash(train.read(group, self._columns(), dictionaries=True), str(group))
+                        whole = train.read(group, self._columns(), dictionaries=True)
+                        self._hash(whole, str(group), self.sources.positives(whole, str(group)))
                     raise
                 yield row + low, rows
             row += len(table)
@@ -199,17 +204,13 @@ class UnitReader:
         columns |= set(given_columns(self.given)) if self.given is not None else set()
         return sorted(columns | ({USER_ID} if self.keeps_user_key else set()))
 
-    def _hash(self, table: pa.Table, where: str) -> Examples:
-        """What does not depend on the epoch; drawn features hold all of a row's items yet."""
+    def _hash(self, table: pa.Table, where: str, positives: Lists) -> Examples:
+        """What does not depend on the epoch, and the positives; drawn features hold all of a row's items yet."""
         for columns in self.own_lists:
             table = without_own(table, columns, where, refuses=self.data.own_item == "refuse")
         given, history = None, None
         if self.is_by_user:
-            array = one_chunk(table[POSITIVES])
-            positives = self.sources.item_row_lists(array, f"{where}, column {POSITIVES!r}")
-            given = {HISTORY: key_lists(array, where)}
-        else:
-            positives = Lists.singles(self.sources.item_rows(one_chunk(table[ITEM_ID]), f"{where}, column {ITEM_ID!r}"))
+            given = {HISTORY: key_lists(one_chunk(table[POSITIVES]), where)}
         if self.masks_history:
             keys = key_lists(one_chunk(table[HISTORY]), f"{where}, column {HISTORY!r}")
             history = Lists(keys.offsets, fingerprints(keys.values))
