@@ -142,7 +142,7 @@ def test_without_numba_every_kernel_does_the_same(plain, rng):
     columns = np.array([[at, 1, 100], [at + 8, 2, 200]])
     calls["put_columns"] = (columns, places, np.zeros(300, np.int32))
     of_lists = np.array([[offsets.ctypes.data, 0, at, 2, at + 4, 1], [offsets.ctypes.data, 30, at, 1, 0, 0]])
-    bounds = np.zeros((3, 4), np.int64)
+    bounds = np.zeros((3, 3, 2), np.int64)
     calls["put_lists"] = (of_lists, heaps, places, np.zeros(950, np.int32), 60, bounds)
     dealt = np.zeros(950, np.int32)
     kernels.put_lists(of_lists, heaps, np.array([0, 2, 3, 1]), dealt, 60, bounds)
@@ -155,9 +155,17 @@ def test_without_numba_every_kernel_does_the_same(plain, rng):
     calls["mark_heaps"] = (np.arange(90)[::-1].copy(), np.array([0, 0, 30, 90]), np.full(90, 9, np.int32))
     calls["count_before"] = (words.astype(np.uint16), np.array([0, 7, 7, 900]), np.zeros((4, 5), np.int64))
     names = {name for name, value in vars(plain).items() if callable(value) and name.islower()}
-    assert names - {"kernel", "partial", "copy_run", "copy_from", "word_at", "long_at", "lowest_bit", "mixed"} == set(
-        calls
-    )
+    assert names - {
+        "kernel",
+        "partial",
+        "copy_run",
+        "copy_from",
+        "line_from",
+        "word_at",
+        "long_at",
+        "lowest_bit",
+        "mixed",
+    } == set(calls)
     for name, arguments in calls.items():
         ours, theirs = copy.deepcopy(arguments), copy.deepcopy(arguments)
         assert getattr(plain, name)(*ours) == getattr(kernels, name)(*theirs), name

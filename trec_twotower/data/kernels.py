@@ -14,8 +14,11 @@ from typing import Any
 
 import numpy as np
 
+LINE_BYTES = 64  # of the processor's caches
+
 njit: Any
 try:
+    from llvmlite import ir
     from numba import njit, types
     from numba.core import cgutils
     from numba.extending import intrinsic
@@ -46,6 +49,9 @@ if not IS_COMPILED:
 
     def copy_from(out: np.ndarray, at: int, address: int, count: int) -> None:
         ctypes.memmove(out[at:].ctypes.data, int(address), int(count) * out.itemsize)
+
+    def line_from(out: np.ndarray, at: int, address: int) -> None:
+        ctypes.memmove(out[at:].ctypes.data, int(address), LINE_BYTES)
 
     def word_at(address: int) -> int:
         return ctypes.c_int32.from_address(int(address)).value
@@ -85,6 +91,19 @@ else:
             return context.get_dummy_value()
 
         return types.void(out, types.int64, types.int64, types.int64), generate
+
+    @intrinsic
+    def line_from(context: Any, out: Any, at: Any, address: Any) -> Any:
+        """out[at:], LINE_BYTES of it, from memory at an address: a call of memcpy takes as long as several of these."""
+
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            line = ir.VectorType(ir.IntType(8), LINE_BYTES).as_pointer()
+            data = make_array(signature.args[0])(context, builder, arguments[0]).data
+            loaded = builder.load(builder.inttoptr(arguments[2], line), align=1)
+            builder.store(loaded, builder.bitcast(builder.gep(data, [arguments[1]]), line), align=1)
+            return context.get_dummy_value()
+
+        return types.void(out, types.int64, types.int64), generate
 
     def _loader(kind: Any) -> Any:
         def load(context: Any, address: Any) -> Any:
@@ -219,10 +238,11 @@ def put_lists(
 
     `lists` has the address of each one's offsets (int64), the word where the column of its lengths begins, and the
     address and the words a value of the values and of the weights (0: it has none). Of each of these `bounds` gets the
-    first word of every heap, and the end. Returns the end of all.
+    first word of every heap and its end, behind which a line is left: lists are copied by whole lines, and what comes
+    with them is overwritten by the next list of the heap. Returns the end of all.
     """
-    array = 0
-    counts, ends = np.empty(bounds.shape[1] - 1, np.int64), np.empty(bounds.shape[1] - 1, np.int64)
+    array, line = 0, LINE_BYTES // 4
+    counts, ends = np.empty(bounds.shape[1], np.int64), np.empty(bounds.shape[1], np.int64)
     for field in range(lists.shape[0]):
         offsets, begin = lists[field, 0], lists[field, 1]
         counts[:] = 0
@@ -231,19 +251,25 @@ def put_lists(
             words[begin + places[row]] = length
             counts[heap_of[row]] += length
         for part in range(2, 6, 2):
-            width = lists[field, part + 1]
+            address, width = lists[field, part], lists[field, part + 1]
             if width == 0:
                 continue
             for heap in range(counts.size):
-                bounds[array, heap] = ends[heap] = at
+                bounds[array, heap, 0] = ends[heap] = at
                 at += counts[heap] * width
-            bounds[array, counts.size] = at
+                bounds[array, heap, 1] = at
+                at += line
+            last = long_at(offsets + 8 * places.size) * width
             for row in range(places.size):
-                low = long_at(offsets + 8 * row)
-                count = (long_at(offsets + 8 * row + 8) - low) * width
-                heap = heap_of[row]
-                copy_from(words, ends[heap], lists[field, part] + 4 * low * width, count)
-                ends[heap] += count
+                low = long_at(offsets + 8 * row) * width
+                count = long_at(offsets + 8 * row + 8) * width - low
+                to = ends[heap_of[row]]
+                ends[heap_of[row]] = to + count
+                if low + count + line <= last:  # nothing is read behind the last value
+                    for k in range(0, count, line):
+                        line_from(words, to + k, address + 4 * (low + k))
+                else:
+                    copy_from(words, to, address + 4 * low, count)
             array += 1
     return at
 
@@ -272,9 +298,10 @@ def copy_heap(
     for array in range(lists.shape[0]):
         to = lists[array, 2] + offsets[lists[array, 0], at] * lists[array, 1]
         for part in range(bounds.shape[0]):
-            begin = bounds[part, array, heap]
-            copy_run(out, to, words, begin, bounds[part, array, heap + 1] - begin)
-            to += bounds[part, array, heap + 1] - begin
+            begin = bounds[part, array, heap, 0]
+            count_words = bounds[part, array, heap, 1] - begin
+            copy_run(out, to, words, begin, count_words)
+            to += count_words
     return at + count
 
 

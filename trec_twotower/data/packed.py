@@ -28,12 +28,12 @@ from typing import Any
 import numpy as np
 
 from trec_twotower.data.examples import Examples, RowItems
-from trec_twotower.data.kernels import copy_heap, place_rows, put_columns, put_lists
+from trec_twotower.data.kernels import LINE_BYTES, copy_heap, place_rows, put_columns, put_lists
 from trec_twotower.data.lists import Lists
 from trec_twotower.data.transforms import Columns
 
 WORD_BYTES = 4
-LINE_WORDS = 16  # in a line of the processor's caches
+LINE_WORDS = LINE_BYTES // WORD_BYTES
 BUFFER_WORDS = 1 << 18  # buffers have a multiple of so many: most units need the same then
 INT32 = np.dtype(np.int32).str
 SPARSE, NUMBER = "sparse:", "number:"  # what the fields of an Examples' columns are called
@@ -137,12 +137,12 @@ class Packed:
     layout: Layout
     starts: np.ndarray  # int64, one more than heaps: each one's first row
     words: np.ndarray  # int32
-    bounds: np.ndarray  # int64 (additions, values and weights of lists, heaps + 1): where each heap's words begin
+    bounds: np.ndarray  # int64 (additions, values and weights of lists, heaps, 2): where each heap's words are
 
     @cached_property
     def heap_values(self) -> list[list[int]]:
         """For each heap, how many values each list has there."""
-        words = np.diff(self.bounds, axis=2).sum(axis=0)  # (values and weights, heaps)
+        words = np.diff(self.bounds, axis=3)[..., 0].sum(axis=0)  # (values and weights, heaps)
         arrays = enumerate(self.layout.list_arrays)
         values = [words[at] // width for at, (name, _, _, width) in arrays if not name.endswith(WEIGHTS)]
         return np.stack(values, axis=1).tolist() if values else [[]] * (len(self.starts) - 1)
@@ -218,11 +218,11 @@ class Packer:
             num_words += len(each.values) * (field.width + of_weights[1])
         heap_of = self._heap_of[self._rows : self._rows + num_rows]
         self._rows += num_rows
-        self._make_room(num_words)
+        self._make_room(num_words + LINE_WORDS * len(layout.list_arrays) * (len(self._starts) - 1))
         places = np.empty(num_rows, np.int64)
         place_rows(heap_of, self._ends, places)
         put_columns(np.array(columns, np.int64).reshape(-1, 3), places, self._words)
-        bounds = np.empty((len(layout.list_arrays), len(self._starts)), np.int64)
+        bounds = np.empty((len(layout.list_arrays), len(self._starts) - 1, 2), np.int64)
         table = np.array(lists, np.int64).reshape(-1, 6)
         self._used = put_lists(table, heap_of, places, self._words, self._used, bounds)
         self._bounds.append(bounds)
