@@ -6,6 +6,7 @@ import datetime
 import gzip
 import hashlib
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -229,12 +230,33 @@ def test_times_of_any_type_become_whole_seconds_utc(tmp_path, kind):
     assert [row["timestamp"] for split in ("train", "valid", "test") for row in rows(out, split)] == at
 
 
+def test_times_with_a_zone_are_the_same_wherever_the_machine_stands(tmp_path):
+    at = [1_700_000_000, 1_700_000_001, 1_700_000_002]
+    times = pa.array(at, pa.timestamp("s")).cast(pa.timestamp("us", tz="Europe/Oslo"))
+    pq.write_table(pa.table({"user_id": [1, 1, 1], "item_id": [1, 2, 3], "timestamp": times}), tmp_path / "log.parquet")
+    code = "import sys; from pathlib import Path; from trec_twotower.data.sources import prepare; "
+    code += "prepare('events', Path(sys.argv[1]), {'events': sys.argv[2]})"
+    command = [sys.executable, "-c", code, str(tmp_path / "out"), str(tmp_path / "log.parquet")]
+    subprocess.run(command, env={**os.environ, "TZ": "America/New_York"}, check=True)
+    assert [row["timestamp"] for split in ("train", "valid", "test") for row in rows(tmp_path / "out", split)] == at
+
+
+def test_users_whose_events_meet_in_one_second_are_apart(tmp_path):
+    """The last second of each user is the first of the next."""
+    log = [(1, 10, 5), (2, 20, 5), (2, 21, 8), (3, 30, 8), (3, 31, 8), (4, 40, 8)]
+    out, _ = make(tmp_path, [dict(zip(("user_id", "item_id", "timestamp"), row, strict=True)) for row in log])
+    assert [(row["user_id"], row["item_id"], row["history"]) for row in rows(out, "train")] == [
+        (user, item, [20] if item == 21 else []) for user, item, _ in log
+    ]
+
+
 def test_events_within_one_second_are_simultaneous(tmp_path):
     start = datetime.datetime(2024, 2, 29, 12, 0, 0)
     times = [start + datetime.timedelta(milliseconds=part) for part in (0, 400, 999, 1000)]
-    log = [{"user_id": 1, "item_id": item, "timestamp": time} for item, time in enumerate(times)]
-    out, _ = make(tmp_path, log)
-    assert [rows(out, split)[0]["history"] for split in ("valid", "test")] == [[], [0, 1, 2]]
+    for given_as in (times, [time.replace(tzinfo=datetime.UTC).timestamp() for time in times]):
+        log = [{"user_id": 1, "item_id": item, "timestamp": time} for item, time in enumerate(given_as)]
+        out, _ = make(tmp_path, log)
+        assert [rows(out, split)[0]["history"] for split in ("valid", "test")] == [[], [0, 1, 2]]
 
 
 @pytest.mark.parametrize("moment", ["2024-05-31", datetime.date(2024, 5, 31), 1_717_113_600, "2024-05-31T02:00+02:00"])
@@ -282,6 +304,8 @@ def test_formats_and_splittings_of_one_log_give_one_dataset(tmp_path):
     write_log(parts / "deep" / "a.parquet", [dict(reversed(row.items())) for row in plain[3:]])
     (parts / "_SUCCESS").touch()
     (parts / ".b.parquet.crc").write_text("x")
+    (parts / "_temporary" / "0").mkdir(parents=True)
+    write_log(parts / "_temporary" / "0" / "half.parquet", plain[:2])
     given_as = [tmp_path / f"log.{end}" for end in ("csv", "tsv", "csv.gz", "jsonl", "parquet")] + [parts]
     made = []
     for path in [*map(str, given_as), str(tmp_path / "lo*.parquet")]:
@@ -551,6 +575,7 @@ def changed(number: int, **values: object) -> list[dict]:
         (LOG, {"item": "score"}, ["'score' is DOUBLE", "whole numbers or text", "cast"]),
         (LOG, {"min_user_events": 9}, ["No event is left of 10", "min_user_events = 9", "lower"]),
         (LOG, {"min_history": 4}, ["No train row is left", "min_history = 4", "lower"]),
+        (LOG, {"min_history": 2}, ["No train row is left"]),  # what came in the same second is not earlier
         (
             LOG,
             {"split": "time", "valid_from": 20, "test_from": 30},

@@ -156,13 +156,14 @@ def test_amazon_reviews_by_hand(tmp_path, gz):
 
 
 def test_amazon_metadata_takes_what_the_fields_hold(tmp_path):
-    """A field may hold a number, text, a list, an object or nothing; an item may have no line, or two."""
+    """A field may hold a number, text, a list, an object or nothing; an item may have no line, or several."""
     odd = [
         about("A", price=None, author=None, details=None, categories=None, features=[], description=[], title=""),
         about("B", price="from 5.99", author="Jane Doe", categories="Books", details='{"Publisher": "P (1999)"}'),
         about("D", price="None", author='{"name": "In Text"}', average_rating="4.1", details={}),
         about("E", price="$1,005.50", rating_number=3, details={"Date First Available": "May 3, 2011"}),
         about("E", price="7", rating_number=30, details={"Publication date": "2012"}),
+        about("E", price="8", rating_number=None),
         about("", title="of nothing"),
         {"parent_asin": "Z"},
     ]
@@ -184,7 +185,7 @@ def test_amazon_metadata_takes_what_the_fields_hold(tmp_path):
     assert (items["A"]["title"], items["A"]["description"], items["B"]["description"]) == (None, None, "Fast. ")
     assert items["D"]["average_rating"] == 4.1
     counts = made["counts"]
-    assert counts["items_without_metadata"] == 1 and counts["metadata_repeats_dropped"] == 1
+    assert counts["items_without_metadata"] == 1 and counts["metadata_repeats_dropped"] == 2
 
     everything = prepare("amazon-reviews", tmp_path / "all", {**options, "all_items": True})
     assert everything["counts"]["items"] == 6 and everything["counts"]["metadata_without_id_dropped"] == 1
@@ -205,15 +206,43 @@ def test_amazon_leave_last_out_cores_and_verified_reviews(tmp_path):
     assert prepare("amazon-reviews", tmp_path / "verified", verified)["counts"]["interactions"] == 7
 
 
+def test_amazon_reads_one_category_of_several_or_all(tmp_path):
+    folder = write_amazon(tmp_path / "raw", REVIEWS, [about(item) for item in "ABDEF"])
+    comics = write_amazon(tmp_path / "comics", [review("U9", "K", 5)], [about("K")])
+    (comics / "Books.jsonl").rename(folder / "Comic_Books.jsonl")
+    (comics / "meta_Books.jsonl").rename(folder / "meta_Comic_Books.jsonl")
+    for category, items in (("Books", "ABDEF"), (None, "ABDEFK")):
+        options = {"data_dir": str(folder), **ALL, "category": category}
+        prepare("amazon-reviews", tmp_path / str(category), options)
+        assert [item["item_id"] for item in rows(tmp_path / str(category), "items")] == list(items)
+
+
+def test_a_catalogue_has_no_item_that_the_core_drops(tmp_path):
+    """Each item is there twice or once; those of one event are gone, although the files tell of them."""
+    amazon = write_amazon(tmp_path / "amazon", REVIEWS, [about(item) for item in "ABCDEFZ"])
+    for source, folder, items in (
+        ("amazon-reviews", amazon, ["A", "B", "D"]),
+        ("movielens", write_csv(tmp_path / "movielens"), [1, 2]),
+        ("goodbooks", write_goodbooks(tmp_path / "goodbooks"), [1, 3]),
+    ):
+        options = {"data_dir": str(folder), "min_user_events": 1, "min_item_events": 2}
+        if source == "amazon-reviews":
+            options |= {"split": "leave-last-out"}
+        prepare(source, tmp_path / f"{source} out", options)
+        assert [item["item_id"] for item in rows(tmp_path / f"{source} out", "items")] == items
+
+
 @pytest.mark.parametrize(
     ("line", "said"),
     [
         ('{"rating": 5.0, "user_id": "U', ["Books.jsonl, line 11: ", "is not one JSON object"]),
         ('["a list"]', ["line 11", "is not one JSON object"]),
         (review("", "A", 1), ["row 10", "'user_id'"]),
+        (review("  ", "A", 1), ["row 10", "'user_id'"]),
         ({"rating": 5.0, "user_id": "U", "timestamp": START_MS}, ["row 10", "'parent_asin' is null"]),
         (review("U", "A", 1, "five"), ["row 10", "'rating' is", "five", "a number"]),
         (review("U", "A", 1, timestamp=START_MS // 1000), ["row 10", "'timestamp' is 1600000000", "milliseconds"]),
+        (review("U", "A", 1, timestamp=START_MS * 1000), ["row 10", "'timestamp' is 1600000000000000", "milliseconds"]),
         (review("U", "A", 1, timestamp=None), ["row 10", "'timestamp' is null"]),
     ],
 )
@@ -305,7 +334,9 @@ MOVIES = [
     (3, 'Heat: "The" Film', "(no genres listed)"),
 ]
 RATED = [(7, 1, 5, 100), (7, 2, 4, 200), (7, 3, 3, 300), (8, 3, 4.5, 50), (8, 2, 5, 60), (8, 1, 4, 70)]
-TAGS = [(7, 1, "Pixar", 10), (8, 1, "pixar ", 20), (8, 1, "fun", 30), (9, 2, "sad", 1), (9, 3, "late", 65)]
+# Two users say "pixar", one says "fun" twice.
+TAGS = [(7, 1, "Pixar", 10), (8, 1, "pixar ", 20), (8, 1, "fun", 30), (8, 1, "Fun", 31)]
+TAGS += [(9, 2, "sad", 1), (9, 3, "late", 65)]
 
 
 def write_dat(folder: Path, encoding: str = "latin-1") -> Path:
@@ -360,9 +391,11 @@ def test_movielens_by_hand(tmp_path, layout):
     users = rows(tmp_path / "out", "users")
     if layout == "csv":
         assert users == []
-        split = {"split": "time", "valid_from": 60, "test_from": 65}
+        split = {"split": "time", "valid_from": 65, "test_from": 100}  # in the second of the tag "late"
         prepare("movielens", tmp_path / "time", {"data_dir": str(folder), **split})
         assert [item["tags"] for item in rows(tmp_path / "time", "items")] == [["pixar", "fun"], ["sad"], []]
+        prepare("movielens", tmp_path / "one", {"data_dir": str(folder), "max_tags": 1})
+        assert [item["tags"] for item in rows(tmp_path / "one", "items")] == [["pixar"], ["sad"], ["late"]]
     else:
         assert (
             users[1] == {"user_id": 8, "gender": "M", "age": 56, "occupation": 16, "zip": "70072"} and len(users) == 2
@@ -374,15 +407,19 @@ def test_dirty_lines_of_movielens_are_named(tmp_path):
     for line, said in (
         ("9::x::5::7", ["ratings.dat, row 6", "'movieId' is x"]),
         ("9::1::good::7", ["row 6", "'rating' is good"]),
+        ("9::1::5::-7", ["row 6", "'timestamp' is -7"]),
+        ("9::1::5::1600000000000", ["row 6", "'timestamp' is 1600000000000", "seconds"]),
         ("9::1::5", ["ratings", "Line: 7"]),
     ):
         text = "".join("::".join(map(str, row)) + "\n" for row in RATED)
         (folder / "ratings.dat").write_text(text + line + "\n")
         message = refusal(DataError, "movielens", folder)
         assert all(each in message for each in said), message
-    (folder / "movies.dat").write_text("1::A::B\n1::C::D\n")
     write = (folder / "ratings.dat").write_text
     write("1::1::5::7\n1::2::5::8\n1::3::5::9\n")
+    (folder / "users.dat").write_text("1::F::1::2::3\n1::M::1::2::3\n")
+    assert "'userId' stand on more than one line, such as 1" in refusal(DataError, "movielens", folder)
+    (folder / "movies.dat").write_text("1::A::B\n1::C::D\n")
     assert "more than one line, such as 1" in refusal(DataError, "movielens", folder)
     (folder / "movies.dat").unlink()
     assert "There is no file movies.dat" in refusal(DataError, "movielens", folder)
@@ -401,15 +438,16 @@ def write_goodbooks(folder: Path) -> Path:
         "2,200,200,9,2,,,Homer,-750.0,,Odyssey,,3.9,10\n"
         "3,300,300,9,2,,,Anon,,,Tales,en-US,4.0,11\n"
     )
-    (folder / "tags.csv").write_text("tag_id,tag_name\n1,to-read\n2,fantasy\n3,classics\n4,magic\n")
+    (folder / "tags.csv").write_text("tag_id,tag_name\n1,to-read\n2,fantasy\n3,classics\n4,magic\n5,owned\n")
     shelves = ["100,1,900", "100,2,70", "100,4,80", "200,1,800", "200,3,5", "300,1,3", "999,2,4"]
+    shelves += ["100,5,60", "200,5,60"]
     (folder / "book_tags.csv").write_text("\n".join(["goodreads_book_id,tag_id,count", *shelves]) + "\n")
-    (folder / "to_read.csv").write_text("user_id,book_id\n1,2\n1,1\n2,9\n")
+    (folder / "to_read.csv").write_text("user_id,book_id\n1,2\n1,1\n2,9\n1,2\n")
     return folder
 
 
 def test_goodbooks_by_hand(tmp_path):
-    """A line stands for its time; the shelf that all books are on says nothing."""
+    """A line stands for its time; shelves of most books say nothing: "to-read" has all three, "owned" two."""
     folder = write_goodbooks(tmp_path / "raw")
     prepare("goodbooks", tmp_path / "out", {"data_dir": str(folder), "to_read": True})
     assert rows(tmp_path / "out", "test") == [{"user_id": 2, "positives": [3], "history": [1, 2]}]

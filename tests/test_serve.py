@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -34,6 +35,59 @@ def test_a_user_gets_the_best_unseen_items(retriever, shop_tables):
         assert scores == sorted(scores, reverse=True) and np.isfinite(scores).all()
         assert all(item.about["item_id"] == item.item_id for item in answer.items)
     assert first.user_id == "user-1" and second.user_id == "user-2"
+
+
+def test_the_newest_of_what_a_user_took_is_told(retriever, shop_tables):
+    taken = next(row["history"] for row in shop_tables["test"].to_pylist() if row["user_id"] == "user-1")
+    for shown in (0, 1, 2, 9):
+        (answer,) = retriever.recommend(["user-1"], k=1, history_shown=shown)
+        assert [about["item_id"] for about in answer.history] == taken[::-1][:shown]
+
+
+def test_what_a_user_took_is_not_shown_where_the_catalogue_lacks_some_of_it(
+    retriever, shop, shop_tables, write_dataset, tmp_path
+):
+    """The history of a user of test/, and of one who is given as a state, holds an item that was withdrawn."""
+    from trec_twotower.config import load_config
+    from trec_twotower.data.dataset import Dataset
+    from trec_twotower.data.interactions import Sources
+    from trec_twotower.serve import Retriever
+
+    test = shop_tables["test"]
+    row = {**next(row for row in test.to_pylist() if row["user_id"] == "user-1")}
+    row |= {"history": [*row["history"][:2], "withdrawn", "green-9"], "history_weight": [1.0, 2.0, 3.0, 4.0]}
+    dataset = write_dataset(tmp_path / "shop", **{**shop_tables, "test": pa.Table.from_pylist([row], test.schema)})
+    sources = Sources(Dataset(dataset), load_config(shop.config).feature_schema, "event")
+    there = Retriever(replace(retriever.loaded, sources=sources), retriever.index, retriever.ranks)
+    (stored,) = there.recommend(["user-1"], k=40)
+    (given,) = there.recommend_now([{name: row[name] for name in ("user_id", "history", "history_weight")}], k=40)
+    for answer in (stored, given):
+        assert [about["item_id"] for about in answer.history] == ["green-9", *row["history"][1::-1]]
+        assert len(answer.items) == 37 and not {item.item_id for item in answer.items} & set(row["history"])
+
+
+def test_rules_look_on_until_they_have_found_as_many_as_were_asked_for():
+    """The best 300 of 400 items are of one group, of which one item is shown; the others are in none."""
+    from trec_twotower.config import IndexConfig
+    from trec_twotower.data.lists import Lists
+    from trec_twotower.index import build_index
+    from trec_twotower.rerank import Rules
+    from trec_twotower.serve import Retriever
+
+    item_ID = np.stack([np.arange(400, 0, -1), np.ones(400)], 1).astype(np.float32)
+    user_BD = np.array([[1.0, 0.0]], np.float32)
+    found = Retriever(None, build_index(item_ID, user_BD, IndexConfig()), None)  # type: ignore[arg-type]
+    rules = Rules(group_I=np.where(np.arange(400) < 300, 0, -1), max_per_group=1)
+    seen = Lists.from_lists([[0, 301]])
+    score_BK, item_row_BK = found._ranked(user_BD, 5, seen, None, rules)
+    assert item_row_BK.tolist() == [[1, 300, 302, 303, 304]] and score_BK.tolist() == [[399, 100, 98, 97, 96]]
+    allowed = found.index.allow(np.arange(400) < 302)
+    assert found._ranked(user_BD, 5, seen, allowed, rules)[1].tolist() == [[1, 300, -1, -1, -1]]
+    # A boost lifts what is among the best 4 * 5 + 50, and nothing from behind them.
+    nobody = Lists.from_lists([[]])
+    for item, best in ((69, [69, 0, 1, 2, 3]), (70, [0, 1, 2, 3, 4])):
+        boosted = Rules(boost_I=np.where(np.arange(400) == item, 1000.0, 0.0))
+        assert found._ranked(user_BD, 5, nobody, None, boosted)[1].tolist() == [best]
 
 
 def test_a_user_who_saw_nearly_all_gets_a_shorter_list(retriever):
@@ -167,6 +221,18 @@ def test_recommendations_can_be_kept_to_a_part_of_the_catalogue(retriever, shop_
     assert [item.item_id for item in others.items] == best[3:]
     (chosen,) = retriever.recommend(["user-1"], k=2, allowed=retriever.allow(only=best[5:7]))
     assert [item.item_id for item in chosen.items] == best[5:7]
+    # All that is said at once holds at once.
+    (whole,) = retriever.recommend(["user-1"], k=40)
+    first, *expected = [
+        item.item_id
+        for item in whole.items[:25]
+        if item.about["colour"] in ("red", "blue") and "t1" in (item.about["tags"] or [])
+    ]
+    kept = retriever.allow(
+        where={"colour": ["red", "blue"], "tags": ["t1"]}, only=best[:25], without=[first, "nowhere"]
+    )
+    (answer,) = retriever.recommend(["user-1"], k=40, allowed=kept)
+    assert expected and [item.item_id for item in answer.items] == expected
     with pytest.raises(ConfigError, match="has no column 'smell' to filter by"):
         retriever.allow(where={"smell": ["red"]})
     with pytest.raises(DataError, match="allows none of the 40 items"):

@@ -130,7 +130,8 @@ def test_a_broken_write_leaves_the_earlier_dataset_and_no_trace(tmp_path, stop):
     assert digests(out) == before
 
 
-def test_a_failed_swap_puts_the_earlier_dataset_back(tmp_path, monkeypatch):
+@pytest.mark.parametrize("stop", [OSError, KeyboardInterrupt])
+def test_a_failed_swap_puts_the_earlier_dataset_back(tmp_path, monkeypatch, stop):
     out = tmp_path / "world"
     prepare("synthetic", out, {"users": 50, "items": 100, "clusters": 4})
     before = digests(out)
@@ -138,11 +139,11 @@ def test_a_failed_swap_puts_the_earlier_dataset_back(tmp_path, monkeypatch):
 
     def fail_on_temporary(self, target):
         if ".tmp-" in self.name:
-            raise OSError("no")
+            raise stop("no")
         return rename(self, target)
 
     monkeypatch.setattr(Path, "rename", fail_on_temporary)
-    with pytest.raises(OSError, match="no"):
+    with pytest.raises(stop, match="no"):
         prepare("synthetic", out, {"users": 60, "items": 100, "clusters": 4}, overwrite=True)
     assert [entry.name for entry in tmp_path.iterdir()] == ["world"]
     assert digests(out) == before
@@ -170,6 +171,17 @@ def test_a_strangers_folder_is_never_replaced(tmp_path):
         prepare("synthetic", stranger / "a.jpg", {}, overwrite=True)
 
 
+@pytest.mark.parametrize(("theirs", "said"), [("dataset_yaml", "exists already"), ("a_jpg", "not a dataset")])
+def test_what_came_while_we_wrote_is_left_alone(tmp_path, theirs, said):
+    out = tmp_path / "world"
+    with pytest.raises(ConfigError, match=said), DatasetWriter(out) as writer:
+        writer.write("train", pa.table({"user_id": [1]}))
+        folder(out, **{theirs: "theirs"})
+        writer.finish("test", {}, {})
+    assert [entry.name for entry in tmp_path.iterdir()] == ["world"]
+    assert [entry.read_text() for entry in out.iterdir()] == ["theirs"]
+
+
 def test_an_empty_folder_may_be_overwritten(tmp_path):
     (tmp_path / "empty").mkdir()
     prepare("synthetic", tmp_path / "empty", {"users": 50, "items": 100, "clusters": 4}, overwrite=True)
@@ -192,6 +204,28 @@ def test_leftovers_of_dead_processes_are_swept_and_a_half_swapped_dataset_comes_
         prepare("synthetic", out, {})
     assert digests(out) == before
     assert sorted(tmp_path.iterdir()) == sorted([out, alive, elsewhere])
+
+
+def test_what_a_swap_left_behind_is_swept_and_the_newer_dataset_stays(tmp_path, monkeypatch):
+    """A process is killed after the swap, before the older dataset is gone; one of another person is at work."""
+    out = tmp_path / "world"
+    prepare("synthetic", out, {"users": 50, "items": 100, "clusters": 4})
+    before = digests(out)
+    script = "import os, socket; print(f'{os.getpid()}@{socket.gethostname()}')"
+    dead = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.strip()
+    old = folder(tmp_path / f".world.old-{dead}", a_txt="older")
+    with pytest.raises(ConfigError, match="exists already"):
+        prepare("synthetic", out, {})
+    assert digests(out) == before and list(tmp_path.iterdir()) == [out]
+
+    def not_ours(pid: int, signal: int) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(os, "kill", not_ours)
+    folder(old, a_txt="at work")
+    with pytest.raises(ConfigError, match="exists already"):
+        prepare("synthetic", out, {})
+    assert sorted(tmp_path.iterdir()) == [old, out]
 
 
 def test_lists_are_ranges_of_the_values_even_where_they_overlap():
@@ -603,6 +637,7 @@ def test_id_lines_read_in_blocks_agree_with_split(content, block, ends):
         ("0 1\n1 2.0\n", ["line 2", "'2.0'"]),
         ("0 9223372036854775808\n", ["line 1", "'9223372036854775808'"]),
         ("0 1\n1 99999999999999999999999\n", ["line 2", "'99999999999999999999999'"]),
+        ("0 10000000000000000000\n", ["line 1", "'10000000000000000000'"]),
         ("4 1\n5 2\n\n4 3\n", ["user 4", "line 1", "line 4"]),
         ("", ["no line of ids"]),
         ("\n  \n", ["no line of ids"]),
@@ -804,6 +839,20 @@ def test_beauty_by_hand(tmp_path):
         "test_rows": 2,
     }
     assert manifest["counts_checked"] is False
+
+
+def test_a_history_of_beauty_holds_the_newest_of_its_user_alone(tmp_path):
+    """Of every user but the first, there are lines before the own one to reach into."""
+    taken = {user: [100 * user + place for place in range(user)] for user in (4, 9, 2, 6)}
+    lines = "".join(" ".join(map(str, [user, *items])) + "\n" for user, items in taken.items())
+    prepare(
+        "amazon-beauty", tmp_path / "out", {"data_dir": str(folder(tmp_path / "raw", a_txt=lines)), "max_history": 5}
+    )
+    assert [(row["user_id"], row["item_id"], row["history"]) for row in rows(tmp_path / "out", "train")] == [
+        (user, items[place], items[max(0, place - 5) : place])
+        for user, items in taken.items()
+        for place in range(1, len(items) - (2 if len(items) >= 3 else 0))
+    ]
 
 
 def test_beauty_without_attributes_has_a_catalogue_of_ids(tmp_path):

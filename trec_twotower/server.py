@@ -386,12 +386,15 @@ class _Handler(BaseHTTPRequestHandler):
             return 500, *_json({"error": "This is a fault of the server: its log has the traceback."})
 
     def _content(self) -> bytes:
-        length = self.headers.get("Content-Length")
-        if length is None:
+        lengths = self.headers.get_all("Content-Length", [])
+        if "Transfer-Encoding" in self.headers or len(lengths) > 1:  # who takes another end would see a request there
+            raise Refused(411, "Send the body in one piece, with one Content-Length and no Transfer-Encoding.")
+        if not lengths:
             if self.command == "POST":
                 raise Refused(411, "Send the body's Content-Length.")
             return b""
-        if not length.isdecimal() or int(length) > MAX_BODY_BYTES:
+        [length] = lengths
+        if not length.isdecimal() or len(length) > 20 or int(length) > MAX_BODY_BYTES:  # int() has its limit, too
             raise Refused(413, f"Content-Length is {length[:30]}, but a body may have {MAX_BODY_BYTES:,} bytes.")
         return self.rfile.read(int(length))
 
