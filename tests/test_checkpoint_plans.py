@@ -116,6 +116,14 @@ def test_a_plan_whose_state_differs_is_refused_and_weights_alone_can_begin_anoth
         assert torch.equal(value, taken[name]), name
 
 
+def test_a_state_that_no_optimizer_takes_is_refused(run_here, lone_rank, small_world, tmp_path):
+    """It would be lost without a word: Adagrad's, where plain steps are to go on."""
+    run = tmp_path / "run"
+    run_here(event_config(small_world, run, train={"epochs": 1, **optimizer_of("adagrad")}))
+    with pytest.raises(ConfigError, match=r"laid out otherwise for table 'brand', .* there\)"):
+        states(event_config(small_world, run, train=optimizer_of("sgd")), lone_rank, run)
+
+
 def test_init_from_lists_what_it_took_and_what_it_left(run_here, lone_rank, small_world, tmp_path):
     """A table of another size, a feature less and a wider layer: those stay as they are drawn, bit for bit."""
     old = tmp_path / "old"

@@ -268,6 +268,20 @@ def test_lengths_of_bags_come_from_the_footers(write_dataset, tmp_path):
     assert step_size(clicks, 2)[0].ids["user:clicks"] == 4 * 2.0  # of 3, 0, null and 5
 
 
+def test_what_users_put_in_is_no_target_and_candidates_are_in_the_catalogue(write_dataset, tmp_path):
+    """Of 4 items a user a quarter goes in: 8 users have 24 targets. 1000 have 3000, of a catalogue of 50."""
+    folder = write_dataset(
+        tmp_path / "d",
+        train=pa.table({"user_id": range(4), "history": [[1]] * 4, "positives": [[1, 2, 3, 4]] * 4}),
+        items=pa.table({"item_id": range(50), "tags": [["a"]] * 50}),
+    )
+    config = user_config(tmp_path, tmp_path / "r", data={"dataset": folder, "input_share": 0.25})
+    step, _ = step_size(config, 1)
+    assert (step.candidates, step.ids["user:history"]) == (24 + 7, 8 * 1)
+    many = user_config(tmp_path, tmp_path / "r", data={"dataset": folder, "batch_size": 1000})
+    assert step_size(many, 1)[0].candidates == 50
+
+
 def test_without_data_the_lengths_are_told_to_be_assumed(tmp_path):
     step, source = step_size(event_config(tmp_path / "nowhere", tmp_path / "r"), 1)
     assert source.startswith("no data at ") and "or 20" in source
