@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import hashlib
@@ -16,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 from tests.ranks.launch import SAID_BY_TORCHREC
@@ -300,7 +302,125 @@ def test_a_disk_that_fills_within_a_tensor_is_named_as_such(in_background, small
     assert not any(checkpoints.folder.iterdir())
 
 
+def failing(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    """Every write to a checkpoint's files raises this."""
+
+    def write(file: _DigestedFile, data: Any) -> int:
+        raise error
+
+    monkeypatch.setattr(_DigestedFile, "write", write)
+
+
+def test_a_disk_that_fails_otherwise_is_not_said_to_be_full(small, monkeypatch):
+    model, optimizer, checkpoints = small
+    failing(monkeypatch, OSError(errno.EIO, os.strerror(errno.EIO)))
+    with pytest.raises(TrainingError, match=r"step 10 \(Input/output error\): the earlier checkpoints are whole"):
+        checkpoints.save(10, model, optimizer, {})
+
+
+def test_an_error_that_is_none_of_the_disks_is_raised_as_it_is(small, monkeypatch):
+    model, optimizer, checkpoints = small
+    failing(monkeypatch, ZeroDivisionError("of a writer"))
+    with pytest.raises(ZeroDivisionError, match="of a writer"):
+        checkpoints.save(10, model, optimizer, {})
+    assert not any(checkpoints.folder.iterdir())
+
+
+def test_a_first_save_that_cannot_make_its_folder_names_it(small, tmp_path):
+    """There is then no folder whose free room could be asked for."""
+    model, optimizer, checkpoints = small
+    (tmp_path / "file").touch()
+    checkpoints.folder = tmp_path / "file" / "checkpoints"
+    with pytest.raises(TrainingError, match=r"could not write .*/file/checkpoints.* step 10 \(Not a directory\)"):
+        checkpoints.save(10, model, optimizer, {})
+
+
+def test_the_room_that_is_told_is_for_all_ranks(small, monkeypatch):
+    model, optimizer, checkpoints = small
+    checkpoints.in_background = True
+    monkeypatch.setenv("TREC_TT_FAULT", "save:opened:step10:full")
+    checkpoints.save(10, model, optimizer, {})
+    need = checkpoints._snapshot.num_bytes
+    monkeypatch.setattr(checkpoints, "ranks", Ranks(0, 3, torch.device("cpu")))
+    with pytest.raises(TrainingError, match=f"takes some {3 * need:,} bytes"):
+        checkpoints.wait()
+
+
+def test_a_checkpoint_whose_removal_is_cut_short_is_none_any_more(small, monkeypatch):
+    """Its manifest goes first: what is left of it is taken for no whole one."""
+    model, optimizer, checkpoints = small
+    for step in (5, 10):
+        checkpoints.save(step, model, optimizer, {})
+    remove = shutil.rmtree
+
+    def cut_short(path: Path, **how: Any) -> None:
+        if path == checkpoints.path(5):
+            next(path.glob("*.distcp")).unlink()
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+        remove(path, **how)
+
+    monkeypatch.setattr(shutil, "rmtree", cut_short)
+    with pytest.raises(TrainingError, match="step-00000005"):
+        checkpoints.save(15, model, optimizer, {})
+    assert checkpoints.path(5).is_dir()
+    assert checkpoints.complete() == [checkpoints.path(10), checkpoints.path(15)]
+
+
 # In the background
+
+
+@pytest.fixture
+def held(small, monkeypatch):
+    """A save that is under way and goes on when the event is set."""
+    model, optimizer, checkpoints = small
+    checkpoints.in_background = True
+    go_on, begin = threading.Event(), PublishingWriter.prepare_global_plan
+
+    def late(writer: PublishingWriter, plans: Any) -> Any:
+        assert go_on.wait(30)
+        return begin(writer, plans)
+
+    monkeypatch.setattr(PublishingWriter, "prepare_global_plan", late)
+    checkpoints.save(5, model, optimizer, {})
+    yield checkpoints, go_on
+    go_on.set()
+    checkpoints.wait()
+
+
+@pytest.mark.timeout(60)
+def test_a_training_that_ends_lets_its_save_end(held):
+    checkpoints, go_on = held
+    threading.Timer(0.2, go_on.set).start()
+    checkpoints.close()
+    assert checkpoints.complete() == [checkpoints.path(5)]
+
+
+@pytest.mark.timeout(60)
+def test_a_training_that_ends_does_not_wait_for_a_save_that_hangs(held, monkeypatch):
+    """Nor is it forgotten."""
+    checkpoints, go_on = held
+    monkeypatch.setattr("trec_twotower.checkpoint.CLOSE_S", 0.1)
+    checkpoints.close()
+    assert not checkpoints.complete()
+    go_on.set()
+    checkpoints.wait()
+    assert checkpoints.complete() == [checkpoints.path(5)]
+
+
+@pytest.mark.timeout(60)
+def test_a_save_that_has_failed_is_known_before_anyone_waits_for_it(small, monkeypatch):
+    """All ranks ask in every step; the end of a training that failed for another reason does not ask."""
+    model, optimizer, checkpoints = small
+    checkpoints.in_background = True
+    monkeypatch.setenv("TREC_TT_FAULT", "save:opened:step10:full")
+    for end in (checkpoints.wait, checkpoints.close):
+        checkpoints.save(10, model, optimizer, {})
+        assert checkpoints._save is not None
+        checkpoints._save.join()
+        assert checkpoints.has_failed
+        with pytest.raises(TrainingError) if end == checkpoints.wait else contextlib.nullcontext():
+            end()
+        assert not checkpoints.has_failed
 
 
 def test_what_is_saved_is_the_state_at_the_call(small, lone_rank, monkeypatch):
@@ -528,6 +648,48 @@ def test_another_config_is_refused_with_the_fields_that_differ(train_here, lone_
     assert "epochs" not in str(raised.value)
 
 
+def test_before_its_first_checkpoint_another_config_takes_a_runs_place(train_here, lone_rank, small_world, tmp_path):
+    """What the earlier one learned goes, and what a write that was killed left; a folder of such a name is not ours."""
+    folder = train_here(event_config(small_world, tmp_path / "run", train={"epochs": 1}))
+    other = event_config(small_world, folder, model={"dim": 8})
+    (folder / ".status.json.tmp-77").touch()
+    (folder / ".mine.tmp-77").mkdir()
+    with pytest.raises(ConfigError, match=r"model\.dim was 6, now 8"):
+        Run.join(other, lone_rank)
+    assert (folder / "statistics.json").is_file() and not (folder / ".status.json.tmp-77").exists()
+    (folder / "checkpoints/step-00000003/manifest.json").unlink()  # as of a removal that was cut short
+    (folder / "stream.json").touch()
+    assert Run.join(other, lone_rank).config.model.dim == 8
+    assert not (folder / "statistics.json").exists() and not (folder / "stream.json").exists()
+    assert (folder / ".mine.tmp-77").is_dir()
+
+
+def test_a_vocabulary_that_changes_under_a_run_is_named(lone_rank, small_world, tmp_path):
+    """As is one that was none of the files when the run began."""
+    words = tmp_path / "words.txt"
+    words.write_text("1\n2\n")
+
+    def config(vocabulary: Path) -> RunConfig:
+        features = [
+            {"name": "clicks", "kind": "bag", "table": "click"},
+            {"name": "country", "kind": "category", "table": "country"},
+            {"name": "land", "column": "country", "kind": "category", "vocabulary": str(vocabulary), "dim": 4},
+        ]
+        return event_config(small_world, tmp_path / "run", user=features)
+
+    run = Run.join(config(words), lone_rank)
+    run.sources(lone_rank)
+    run.check_files()
+    words.write_text("2\n1\n")
+    with pytest.raises(DataError, match=r"words\.txt is not the file that this run began with"):
+        run.check_files()
+    words.write_text("1\n2\n")
+    run.check_files()
+    shutil.copy(words, tmp_path / "more.txt")
+    with pytest.raises(DataError, match=r"more\.txt is not the file that this run began with .*, then None\)"):
+        Run(run.folder, config(tmp_path / "more.txt")).check_files()
+
+
 # Training that is cut short
 
 
@@ -589,6 +751,9 @@ def test_the_log_keeps_whole_lines_up_to_its_step(lone_rank, small_world, tmp_pa
     log.write(3, "train", {"loss": 9.0})
     log.close()
     assert [(line["step"], line["loss"]) for line in lines(run.folder)] == [(1, 1.0), (2, 0.5), (3, 9.0)]
+    board = EventAccumulator(str(log.board_folder))
+    board.Reload()
+    assert [(point.step, point.value) for point in board.Scalars("train/loss")] == [(1, 1.0), (2, 0.5), (3, 9.0)]
 
 
 def test_killed_ranks_go_on_as_if_nothing_had_been(small_world, tmp_path, lone_rank, forked):

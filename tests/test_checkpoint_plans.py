@@ -116,6 +116,14 @@ def test_a_plan_whose_state_differs_is_refused_and_weights_alone_can_begin_anoth
         assert torch.equal(value, taken[name]), name
 
 
+def test_a_state_that_no_optimizer_takes_is_refused(run_here, lone_rank, small_world, tmp_path):
+    """It would be lost without a word: Adagrad's, where plain steps are to go on."""
+    run = tmp_path / "run"
+    run_here(event_config(small_world, run, train={"epochs": 1, **optimizer_of("adagrad")}))
+    with pytest.raises(ConfigError, match=r"laid out otherwise for table 'brand', .* there\)"):
+        states(event_config(small_world, run, train=optimizer_of("sgd")), lone_rank, run)
+
+
 def test_init_from_lists_what_it_took_and_what_it_left(run_here, lone_rank, small_world, tmp_path):
     """A table of another size, a feature less and a wider layer: those stay as they are drawn, bit for bit."""
     old = tmp_path / "old"
@@ -140,6 +148,21 @@ def test_init_from_lists_what_it_took_and_what_it_left(run_here, lone_rank, smal
     names, _ = checkpoints.load_what_fits(checkpoints.complete()[-1], model)
     before, after = whole_state(fresh, lone_rank), whole_state(model, lone_rank)
     assert {name for name in before if torch.equal(before[name], after[name])} == set(before) - set(names)
+
+
+def test_a_lone_number_that_the_other_run_has_not_stays_as_it_was_drawn(run_here, small_world, tmp_path):
+    """A learned temperature is of size (), as is what is not there."""
+    fixed, learned = tmp_path / "fixed", tmp_path / "learned"
+    temperature = {"temperature": {"learned": True, "start": 0.2}}
+    run_here(event_config(small_world, fixed, train={"epochs": 1}))
+    said = run_here(event_config(small_world, learned, loss=temperature, train={"epochs": 1}), init_from=fixed)
+    assert "began with 13 weights" in said
+    assert "left 1 as they were drawn: temperature.position (one number here, not there)" in said
+    said = run_here(event_config(small_world, tmp_path / "back", train={"epochs": 1}), init_from=learned)
+    assert "left 1 as they were drawn: temperature.position (one number there, not here)" in said
+    third = event_config(small_world, tmp_path / "on", loss=temperature, train={"epochs": 1})
+    said = run_here(third, init_from=learned)
+    assert "began with 14 weights" in said and "as they were drawn" not in said
 
 
 def test_init_from_gives_way_to_the_runs_own_checkpoint(run_here, small_world, tmp_path):

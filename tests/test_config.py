@@ -554,6 +554,14 @@ def test_the_order_of_features_binds_a_run():
         check_same_run(first, second, Path("runs/small"))
 
 
+def test_a_section_that_is_taken_out_binds_as_one_that_comes():
+    """Its settings are then in the old config alone."""
+    without, having = small(), small("loss.negatives.popular={count: 5}")
+    for old, new, said in ((without, having, "was None, now 5"), (having, without, "was 5, now None")):
+        with pytest.raises(ConfigError, match=rf"loss\.negatives\.popular\.count {said}"):
+            check_same_run(old, new, Path("runs/small"))
+
+
 def test_a_long_list_of_differences_is_cut():
     rates = [f"train.optimizer.{name}=2" for name in ("lr", "eps", "dense_lr")]
     shares = [f"loss.{name}=0.5" for name in ("temperature", "log_q", "positive_power")]

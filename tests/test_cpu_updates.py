@@ -194,12 +194,23 @@ def test_weights_of_ids_that_learn_keep_their_gradient() -> None:
     torch.testing.assert_close(weights.grad, row.sum().repeat(2))
 
 
+def test_a_mean_hands_each_row_its_part() -> None:
+    """Row 1 is one of two in a bag and one of one in another, row 0 the other of the two."""
+    made = quickened(tables("sgd", features=[0, 0], sizes=[(2, 4)], pooling_mode=PoolingMode.MEAN))
+    assert is_quickened(made)
+    start = made.split_embedding_weights()[0].clone()
+    made(torch.tensor([1, 0, 1]), torch.tensor([0, 2, 3])).sum().backward()
+    moved = start - made.split_embedding_weights()[0]
+    torch.testing.assert_close(moved, torch.tensor([[LR / 2] * 4, [LR * 3 / 2] * 4]))
+
+
 @pytest.mark.parametrize(
     ("features", "more"),
     [
         ([0], {}),  # fbgemm is as fast by itself
         ([0, 0], {"weight_decay": 0.1}),
         ([0, 0], {"gradient_clipping": True}),
+        ([0, 0], {"max_norm": 0.5}),
     ],
 )
 def test_what_is_left_to_fbgemm(features: list[int], more: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,22 @@ def test_a_file_stays_as_it_was_when_its_new_content_cannot_be_written(tmp_path,
     assert (tmp_path / "a").read_text() == "old"
 
 
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="nothing tells the name of an open file")
+def test_a_file_takes_its_name_when_it_is_on_the_disk_and_then_its_folder_is_flushed(tmp_path, monkeypatch):
+    """What is flushed is all of it, and still under another name; last the list of names."""
+    flush, seen = os.fsync, []
+
+    def flushing(handle: int) -> None:
+        place = Path(os.readlink(f"/proc/self/fd/{handle}"))
+        seen.append((place, "" if place.is_dir() else place.read_text(), (tmp_path / "a").exists()))
+        flush(handle)
+
+    monkeypatch.setattr(os, "fsync", flushing)
+    write_file(tmp_path / "a", "content")
+    assert [told[1:] for told in seen] == [("content", False), ("", True)]
+    assert seen[0][0].parent == tmp_path and seen[1][0] == tmp_path
+
+
 def test_json_comes_back_equal(tmp_path):
     value = {"a": [1, 2.5, None, True], "b": {"ü": "ß"}}
     write_json(tmp_path / "a.json", value)
@@ -76,6 +93,16 @@ def test_missing_json_names_the_file_and_the_mend(tmp_path):
         read_json(tmp_path / "none.json", MEND)
 
 
+def test_json_that_is_larger_than_any_of_ours_is_not_read(tmp_path, monkeypatch):
+    path = tmp_path / "a.json"
+    path.write_text("[1, 2, 3]")
+    monkeypatch.setattr("trec_twotower.files.MAX_JSON_BYTES", 9)
+    assert read_json(path) == [1, 2, 3]
+    path.write_text("[1, 2, 30]")
+    with pytest.raises(DataError, match=r"a\.json is damaged \(more than 9 bytes\): export again"):
+        read_json(path, MEND)
+
+
 def test_a_new_folder_appears_only_when_it_is_complete(tmp_path):
     with new_folder(tmp_path / "run") as writing:
         (writing / "a").write_text("1")
@@ -90,6 +117,20 @@ def test_a_new_folder_takes_the_place_of_the_old_one_whole(tmp_path):
             (writing / content).write_text(content)
     assert names(tmp_path) == ["run"]
     assert names(tmp_path / "run") == ["second"]
+
+
+def test_what_a_killed_process_of_the_same_number_left_is_no_part_of_a_new_folder(tmp_path):
+    """In a container every start may be process 1: both its half-written folder and the one it was replacing."""
+    with new_folder(tmp_path / "run") as writing:
+        (writing / "a").write_text("first")
+    for left in ("tmp", "old"):
+        (tmp_path / f".run.{left}-{os.getpid()}").mkdir()
+        (tmp_path / f".run.{left}-{os.getpid()}" / "half").touch()
+    with new_folder(tmp_path / "run") as writing:
+        (writing / "a").write_text("second")
+    assert names(tmp_path) == ["run"]
+    assert names(tmp_path / "run") == ["a"]
+    assert (tmp_path / "run" / "a").read_text() == "second"
 
 
 def test_an_error_while_writing_leaves_the_old_folder_and_no_rest(tmp_path):
@@ -123,6 +164,25 @@ def test_publishing_flushes_every_file_and_every_folder_inside(tmp_path, monkeyp
     (tmp_path / "new" / "deep" / "file").touch()
     publish_folder(tmp_path / "new", tmp_path / "run")
     assert sorted(flushed) == sorted(["file", "deep", "new", tmp_path.name])
+
+
+def test_an_older_folder_goes_when_the_new_ones_name_is_on_the_disk(tmp_path, monkeypatch):
+    """A machine that fails at any moment has one of them whole: first the content, then the name, then the removal."""
+    for name in ("run", "new"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text(name)
+    found = []
+
+    def whole(path: Path) -> None:
+        held = sorted(place.read_text() for place in tmp_path.rglob("file"))
+        found.append((path.name, held, (tmp_path / "run" / "file").read_text()))
+
+    monkeypatch.setattr("trec_twotower.files.sync", whole)
+    publish_folder(tmp_path / "new", tmp_path / "run")
+    both = ["new", "run"]
+    assert sorted(found[:2]) == [("file", both, "run"), ("new", both, "run")]
+    assert found[2:] == [(tmp_path.name, both, "new")]
+    assert names(tmp_path) == ["run"]
 
 
 def test_a_sealed_folder_opens_with_its_facts(sealed):
@@ -163,6 +223,33 @@ def test_a_sealed_folder_tells_what_is_missing_cut_or_of_another_format(sealed):
         open_sealed(sealed, MEND)
     (sealed / MANIFEST).write_text("[]")
     with pytest.raises(DataError, match=r"manifest\.json is damaged"):
+        open_sealed(sealed, MEND)
+
+
+def test_a_manifest_without_its_own_digest_is_damaged(sealed):
+    manifest = read_json(sealed / MANIFEST)
+    del manifest["sha256"]
+    write_json(sealed / MANIFEST, manifest)
+    with pytest.raises(DataError, match=r"manifest\.json is damaged \(its own sha256 differs\): export again"):
+        open_sealed(sealed, MEND)
+
+
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        (["vectors"], "does not list its files with their bytes and sha256"),
+        ({"vectors": [200, "00"]}, "does not list its files with their bytes and sha256"),
+        ({"vectors": {"bytes": "200", "sha256": "00"}}, "does not list its files with their bytes and sha256"),
+        ({"vectors": {"bytes": 200, "sha256": None}}, "does not list its files with their bytes and sha256"),
+        ({"": {"bytes": 200, "sha256": "00"}}, "lists '', which is not in its folder"),
+        ({"a\0b": {"bytes": 200, "sha256": "00"}}, "which is not in its folder"),
+    ],
+)
+def test_a_manifest_of_another_make_is_refused(sealed, files, said):
+    """Sealed by whoever has made it, with what no file of ours can be compared with."""
+    manifest = {**read_json(sealed / MANIFEST), "files": files}
+    write_json(sealed / MANIFEST, {**manifest, "sha256": _own_sha256(manifest)})
+    with pytest.raises(DataError, match=said):
         open_sealed(sealed, MEND)
 
 

@@ -126,6 +126,10 @@ def test_a_holder_on_another_host_is_left_alone_while_its_heart_beats(from_elsew
     monkeypatch.setattr(locks.time, "sleep", beating)
     with pytest.raises(ConfigError, match="process 7 on elsewhere"):
         RunLock(tmp_path / "run").acquire(patience_s=30)
+    monkeypatch.undo()  # its heart stops, and who was refused holds nothing
+    lock = RunLock(tmp_path / "run")
+    lock.acquire(patience_s=0.5)
+    lock.release()
 
 
 @pytest.mark.timeout(60)
@@ -173,3 +177,92 @@ def test_a_file_that_was_removed_under_a_waiter_guards_nothing(tmp_path, monkeyp
     assert len(calls) == 2
     assert os.stat(tmp_path / "run" / LOCK).st_ino == os.fstat(calls[-1]).st_ino
     lock.release()
+
+
+def test_the_file_is_gone_before_the_lock_is_free(tmp_path, monkeypatch):
+    """Whoever gets the lock in between would lose the file, and a third would make another: two would train."""
+    lock, path, close = RunLock(tmp_path / "run"), tmp_path / "run" / LOCK, os.close
+    lock.acquire(patience_s=0)
+    closed = []
+
+    def closing(file: int) -> None:
+        closed.append((file, path.exists()))
+        close(file)
+
+    monkeypatch.setattr(os, "close", closing)
+    held = lock._file
+    lock.release()
+    assert closed == [(held, False)]
+
+
+@pytest.mark.timeout(60)
+def test_a_release_waits_for_the_beat_under_way(tmp_path, monkeypatch):
+    """It would go into whatever file is opened next, under the number that is free by then."""
+    monkeypatch.setattr(locks, "BEAT_S", 0.01)
+    lock, path, write = RunLock(tmp_path / "run"), tmp_path / "run" / LOCK, os.pwrite
+    lock.acquire(patience_s=0)
+    under_way, go_on = threading.Event(), threading.Event()
+
+    def slowly(*arguments) -> int:
+        under_way.set()
+        assert go_on.wait(30)
+        return write(*arguments)
+
+    monkeypatch.setattr(os, "pwrite", slowly)
+    assert under_way.wait(30)
+    releasing = threading.Thread(target=lock.release)
+    releasing.start()
+    releasing.join(0.2)
+    assert releasing.is_alive() and path.exists()
+    go_on.set()
+    releasing.join()
+    assert not path.exists()
+
+
+def test_of_a_longer_lock_that_a_dead_holder_left_nothing_stays(tmp_path):
+    """The new one is written over it."""
+    path = tmp_path / "run" / LOCK
+    path.parent.mkdir()
+    left = {"host": socket.gethostname(), "pid": 10**9, "heartbeat": 1.0, "more": "x" * 100}
+    path.write_text(json.dumps(left))
+    lock = RunLock(path.parent)
+    lock.acquire(patience_s=0)
+    found = json.loads(path.read_text())
+    assert found.keys() == {"host", "pid", "heartbeat"} and found["pid"] == os.getpid()
+    lock.release()
+
+
+@pytest.mark.timeout(60)
+def test_a_folder_that_goes_with_its_last_holder_is_made_again(tmp_path, monkeypatch):
+    """Between making sure of the folder and opening the file in it."""
+    opened, calls = os.open, []
+
+    def late(path, *arguments) -> int:
+        if not calls:
+            (tmp_path / "run").rmdir()
+        calls.append(path)
+        return opened(path, *arguments)
+
+    monkeypatch.setattr(os, "open", late)
+    lock = RunLock(tmp_path / "run")
+    lock.acquire(patience_s=10)
+    monkeypatch.undo()
+    assert len(calls) == 2
+    assert json.loads((tmp_path / "run" / LOCK).read_text())["pid"] == os.getpid()
+    lock.release()
+
+
+@pytest.mark.parametrize("place", ["file", "file/run"])
+def test_a_run_folder_that_is_a_file_or_lies_in_one_is_named(place, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=f"{place} is no folder, or is to lie in a file: name another run_dir"):
+        RunLock(tmp_path / place).acquire(patience_s=0)
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="there is no list of this process's files")
+def test_who_waits_in_vain_leaves_no_file_open(holder, tmp_path):
+    before = set(os.listdir("/proc/self/fd"))
+    with pytest.raises(ConfigError, match=f"process {holder.pid} "):
+        RunLock(tmp_path / "run").acquire(patience_s=0.3)
+    assert set(os.listdir("/proc/self/fd")) == before

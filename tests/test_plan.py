@@ -21,7 +21,18 @@ from trec_twotower.data.interactions import TrainBatches
 from trec_twotower.data.negatives import count_items
 from trec_twotower.errors import ConfigError
 from trec_twotower.memory import host_bytes
-from trec_twotower.plan import StepSize, describe_plan, exchange_of_towers, num_dense_weights, step_size
+from trec_twotower.optimizer import fuse_table_updates
+from trec_twotower.plan import (
+    OnlyTables,
+    ShardBytes,
+    StepSize,
+    bytes_of,
+    describe_plan,
+    exchange_of_towers,
+    num_dense_weights,
+    step_size,
+)
+from trec_twotower.sharding import TablePlacement
 
 pytestmark = pytest.mark.filterwarnings(*SAID_BY_TORCHREC)
 
@@ -104,6 +115,17 @@ def test_a_cached_table_is_told_on_the_gpu_and_beside_it():
     wanted["item"] |= {"buckets": 1_000_000, "kernel": "fused_uvm_caching", "cache_share": 0.25}
     said = describe_plan(described("rowwise_adagrad", wanted), 1, gpu_gb=80).splitlines()
     assert "rank 0: 20.0 MB of tables and their optimizer's state, and 52.0 in host memory beside the GPU" in said
+
+
+def test_a_table_beside_the_gpu_takes_none_of_it():
+    """48 MB and 4 of state in host memory, and nothing by which to find them in a cache."""
+    wanted = tables("table_wise")
+    wanted["item"] |= {"buckets": 1_000_000, "kernel": "fused_uvm"}
+    config = described("rowwise_adagrad", wanted)
+    model = OnlyTables(config.feature_schema)
+    fuse_table_updates(model, config.train.optimizer)
+    placed = TablePlacement("item", "table_wise", "fused_uvm", 0, 1_000_000, 12)
+    assert bytes_of(model, placed) == ShardBytes(48_000_000, 4_000_000, 0, 52_000_000)
 
 
 def test_updates_that_are_missing_here_are_missing_in_the_plan():
@@ -244,6 +266,20 @@ def test_lengths_of_bags_come_from_the_footers(write_dataset, tmp_path):
     clicks = user_config(tmp_path, tmp_path / "r", data={"dataset": folder}, user=[
         {"name": "clicks", "kind": "bag", "table": "item"}])  # fmt: skip
     assert step_size(clicks, 2)[0].ids["user:clicks"] == 4 * 2.0  # of 3, 0, null and 5
+
+
+def test_what_users_put_in_is_no_target_and_candidates_are_in_the_catalogue(write_dataset, tmp_path):
+    """Of 4 items a user a quarter goes in: 8 users have 24 targets. 1000 have 3000, of a catalogue of 50."""
+    folder = write_dataset(
+        tmp_path / "d",
+        train=pa.table({"user_id": range(4), "history": [[1]] * 4, "positives": [[1, 2, 3, 4]] * 4}),
+        items=pa.table({"item_id": range(50), "tags": [["a"]] * 50}),
+    )
+    config = user_config(tmp_path, tmp_path / "r", data={"dataset": folder, "input_share": 0.25})
+    step, _ = step_size(config, 1)
+    assert (step.candidates, step.ids["user:history"]) == (24 + 7, 8 * 1)
+    many = user_config(tmp_path, tmp_path / "r", data={"dataset": folder, "batch_size": 1000})
+    assert step_size(many, 1)[0].candidates == 50
 
 
 def test_without_data_the_lengths_are_told_to_be_assumed(tmp_path):

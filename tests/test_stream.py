@@ -412,6 +412,20 @@ def test_statistics_stay_those_of_the_first_generation(folder):
     np.testing.assert_allclose(np.sort(batch.user_number_BN[:, 0].numpy()), wanted, rtol=1e-5)
 
 
+def test_statistics_that_are_learned_again_are_of_the_first_generation_and_the_rows_of_all(folder):
+    """Whoever removes a broken statistics.json goes on as if it had never been broken."""
+    assert len(taken(stream_of(folder))) == 4
+    publish(folder, "train/c.parquet", rows(100, 5))
+    wanted = taken(stream_of(folder), 4)
+    path = folder.parent / "run" / "statistics.json"
+    before = path.read_bytes()
+    path.unlink()
+    stream = stream_of(folder)
+    assert path.read_bytes() == before
+    assert stream.sources.dataset.train.num_rows == 23 + 5
+    assert taken(stream_of(folder), 4) == wanted
+
+
 def test_users_that_come_are_known_from_the_next_generation_on(folder):
     publish(folder, "users/part-0.parquet", pa.table({"user_id": [0, 1, 2, 3, 4], "height": [1.5, 2, 1, 1, 1]}))
     config = config_of(folder)

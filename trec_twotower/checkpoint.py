@@ -24,7 +24,7 @@ from trec_twotower.checkpoint_storage import PublishingWriter, SafeReader, Snaps
 from trec_twotower.distributed import Ranks
 from trec_twotower.errors import ConfigError, DataError, TrainingError
 from trec_twotower.faults import fault_point
-from trec_twotower.files import MANIFEST, read_manifest, sha256_of, verify_sealed
+from trec_twotower.files import MANIFEST, free_bytes, read_manifest, sha256_of, verify_sealed
 from trec_twotower.model.embedding import table_in
 from trec_twotower.optimizer import RunOptimizer
 from trec_twotower.same_run import differences
@@ -113,7 +113,7 @@ class Checkpoints:
         if not isinstance(cause, OSError):
             return cause
         need = self._snapshot.num_bytes * self.ranks.num_ranks
-        space = shutil.disk_usage(self.folder).free
+        space = free_bytes(self.folder)  # which the first save may not have come to make
         mend = f"a checkpoint takes some {need:,} bytes and {space:,} are free; " if cause.errno == errno.ENOSPC else ""
         return TrainingError(
             f"Rank {rank} could not write {cause.filename or writer.temporary} for the checkpoint of step "
@@ -197,18 +197,19 @@ class Checkpoints:
         _, reader = self._open(path)
         state = _state(model, None)
         sizes = {name: _whole_size(value) for name, value in state.items()}
-        fitting = {name: value for name, value in state.items() if sizes[name] == tuple(reader.sizes.get(name, ()))}
+        there = {name: tuple(size) for name, size in reader.sizes.items()}  # () is a size, too: that of one number
+        fitting = {name: value for name, value in state.items() if sizes[name] == there.get(name)}
         self._fill(fitting, reader)
         model.load_state_dict({name: state[_MODEL + name] for name in model.state_dict()})
         left = [
             f"{name.removeprefix(_MODEL)} ({_size(sizes[name])} here, "
-            + (f"{_size(reader.sizes[name])} there)" if name in reader.sizes else "not there)")
+            + (f"{_size(there[name])} there)" if name in there else "not there)")
             for name in state
             if name not in fitting
         ]
         left += [
             f"{name.removeprefix(_MODEL)} ({_size(size)} there, not here)"
-            for name, size in reader.sizes.items()
+            for name, size in there.items()
             if name.startswith(_MODEL) and name not in state
         ]
         return [name.removeprefix(_MODEL) for name in fitting], left

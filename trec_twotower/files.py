@@ -102,10 +102,14 @@ def naming_a_full_disk(path: Path, temporary: Path) -> Iterator[None]:
         if getattr(error, "errno", None) != errno.ENOSPC and text not in str(error):
             raise
         written = sum(file.stat().st_size for file in temporary.rglob("*") if file.is_file())
-        place = next(parent for parent in (temporary, *temporary.parents) if parent.is_dir())
-        free = shutil.disk_usage(place).free
+        free = free_bytes(temporary)
         far = f"{written:,} bytes of it were written and {free:,} are free; make room and run the same command"
         raise OSError(errno.ENOSPC, f"{text} ({far})", str(path)) from error
+
+
+def free_bytes(path: Path) -> int:
+    """On the disk where `path` lies, or would."""
+    return shutil.disk_usage(next(place for place in (path, *path.parents) if place.is_dir())).free
 
 
 def publish_folder(temporary: Path, path: Path) -> None:
