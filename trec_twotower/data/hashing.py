@@ -142,7 +142,8 @@ def id_keys(ids: pa.Array, where: str) -> np.ndarray:
             f"{where}: {ids.null_count:,} of {len(ids):,} ids are null, the first in row {first:,}: remove these rows."
         )
     if pa.types.is_dictionary(ids.type):
-        return id_keys(ids.dictionary, where)[ids.indices.to_numpy(zero_copy_only=False)]
+        # Twice as fast as by brackets, where places have 32 bits.
+        return id_keys(ids.dictionary, where).take(ids.indices.to_numpy(zero_copy_only=False))
     if pa.types.is_integer(ids.type):
         values = ids.to_numpy(zero_copy_only=False)
         return values.view(np.int64) if values.dtype == np.uint64 else values.astype(np.int64, copy=False)
@@ -165,7 +166,7 @@ def is_id(kind: pa.DataType) -> bool:
 def _text_keys(ids: pa.Array) -> np.ndarray:
     """Each distinct string is hashed once, and a dictionary that comes again (a row group's) not at all."""
     for words, keys in list(_recent):
-        if words is ids or (len(words) == len(ids) and words.equals(ids)):
+        if _are_same(words, ids):
             return keys
     encoded = ids.dictionary_encode()
     distinct = encoded.dictionary.cast(pa.binary()).to_pylist()
@@ -174,6 +175,14 @@ def _text_keys(ids: pa.Array) -> np.ndarray:
     if len(ids) <= RECENT_WORDS:
         _recent.append((ids, keys))
     return keys
+
+
+def _are_same(one: pa.Array, other: pa.Array) -> bool:
+    """Whether two arrays of strings are equal; parts of one table have their words in the same memory."""
+    if len(one) != len(other):
+        return False
+    places = ([None if each is None else each.address for each in array.buffers()] for array in (one, other))
+    return (one.offset == other.offset and next(places) == next(places)) or one.equals(other)
 
 
 def _signed(value: int) -> int:

@@ -201,7 +201,7 @@ def bucket(spec: TableSpec, keys: np.ndarray) -> np.ndarray:
 def buckets(spec: TableSpec, ids: pa.Array, where: str) -> np.ndarray:
     """The table row of each id of a column without nulls; a dictionary's values are hashed once each."""
     if pa.types.is_dictionary(ids.type) and not ids.null_count:
-        return bucket(spec, id_keys(ids.dictionary, where))[ids.indices.to_numpy(zero_copy_only=False)]
+        return bucket(spec, id_keys(ids.dictionary, where)).take(ids.indices.to_numpy(zero_copy_only=False))
     return bucket(spec, id_keys(ids, where))
 
 
