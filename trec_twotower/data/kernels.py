@@ -187,13 +187,19 @@ def find_lists(offsets: np.ndarray, rows: np.ndarray, starts: np.ndarray, out_of
 
 @kernel
 def copy_lists(values: np.ndarray, starts: np.ndarray, out_offsets: np.ndarray, out: np.ndarray) -> None:
-    """Copies what find_lists found.
+    """Copies what find_lists found, by whole lines: what comes with a list is overwritten by the next.
 
     Apart from it, because a length that is still under way from memory would hold up all that comes behind it.
     """
+    line, address = LINE_BYTES // values.itemsize, values.ctypes.data
     for i in range(starts.size):
-        at = out_offsets[i]
-        copy_run(out, at, values, starts[i], out_offsets[i + 1] - at)
+        at, low = out_offsets[i], starts[i]
+        count = out_offsets[i + 1] - at
+        if low + count + line <= values.size and at + count + line <= out.size:
+            for k in range(0, count, line):
+                line_from(out, at + k, address + (low + k) * values.itemsize)
+        else:
+            copy_run(out, at, values, low, count)
 
 
 @kernel
