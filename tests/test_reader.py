@@ -263,35 +263,19 @@ def test_any_places_of_a_window_are_slices_of_its_units(unit_rows, tmp_path, mon
 @BOTH
 @pytest.mark.parametrize("share", [(0, 1), (1, 2)], ids=["one rank", "second of two"])
 def test_how_many_rows_are_decoded_at_a_time_changes_nothing(folder, tmp_path, rows, share, monkeypatch):
-    """Five of 16 hashed, then three decoded and two hashed, with and without cache."""
+    """Three of 16, with and without cache."""
     wanted = contents(batches_of(folder, share, rows=rows))
-    monkeypatch.setattr(reader, "HASHED_ROWS", 5)
-    assert contents(batches_of(folder, share, rows=rows)) == wanted
     monkeypatch.setattr(reader, "BLOCK_ROWS", 3)
-    monkeypatch.setattr(reader, "HASHED_ROWS", 2)
     assert contents(batches_of(folder, share, rows=rows)) == wanted
     for _ in range(2):
         assert contents(batches_of(folder, share, rows=rows, cache=tmp_path / "cache")) == wanted
 
 
-@pytest.mark.parametrize(("few", "longest"), [(99, 5), (3, 16)], ids=["few words", "many"])
-def test_a_row_group_is_hashed_in_parts_where_they_share_few_words(folder, monkeypatch, few, longest):
-    """Its dictionaries of some 30 words would be worked through for each part."""
-    sizes = []
-    hashing = reader.UnitReader._hash
-    monkeypatch.setattr(reader.UnitReader, "_hash", lambda *a: sizes.append(len(a[1])) or hashing(*a))
-    monkeypatch.setattr(reader, "HASHED_ROWS", 5)
-    monkeypatch.setattr(reader, "FEW_WORDS", few)
-    contents(batches_of(folder, threads=0), steps=12)
-    assert max(sizes) == longest and sum(sizes) == 130
-
-
-@pytest.mark.parametrize(("decoded", "hashed"), [(3, 9), (99, 5), (99, 15), (3, 2)])
+@pytest.mark.parametrize("decoded", [3, 15, 99])
 def test_an_error_counts_rows_from_the_row_group_on_however_it_was_read(
-    tmp_path, rng, write_dataset, monkeypatch, decoded, hashed
+    tmp_path, rng, write_dataset, monkeypatch, decoded
 ):
     monkeypatch.setattr(reader, "BLOCK_ROWS", decoded)
-    monkeypatch.setattr(reader, "HASHED_ROWS", hashed)
     age = np.arange(40) / 2.0
     age[29] = np.nan
     train = rows_of(rng, 40).set_column(7, "age", pa.array(age, from_pandas=False))

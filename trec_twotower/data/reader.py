@@ -20,7 +20,7 @@ from trec_twotower.data.cache import Cache
 from trec_twotower.data.dataset import ITEM_ID, POSITIVES, USER_ID, RowGroup
 from trec_twotower.data.examples import Examples, RowItems
 from trec_twotower.data.features import Sources
-from trec_twotower.data.hashing import fingerprints, id_keys, is_text, uniform
+from trec_twotower.data.hashing import fingerprints, id_keys, uniform
 from trec_twotower.data.item_lists import check_given, given_columns, read_given
 from trec_twotower.data.kernels import mark_heaps
 from trec_twotower.data.lists import Lists
@@ -33,9 +33,7 @@ from trec_twotower.memory import keep_freed
 from trec_twotower.schema import HISTORY, hash_parts
 
 WEIGHT = "weight"
-BLOCK_ROWS = 1 << 17  # decoded at a time: less would have its pages zeroed anew each time
-HASHED_ROWS = 1 << 15  # hashed at a time: what is made of them stays in the processor's cache until it is packed
-FEW_WORDS = 1 << 13  # of all dictionaries of a table: more are not worked through again for each part of it
+BLOCK_ROWS = 1 << 17  # decoded and hashed at a time: less would have its pages zeroed anew each time
 _INPUT = 0x696E  # keeps these random numbers apart from others of the same seed
 
 
@@ -142,7 +140,7 @@ class UnitReader:
         """No rows, with all their columns: what a rank holds of a unit that others own."""
         group = self.sources.dataset.train.row_groups[0]
         table = self.sources.dataset.train.read(group, self._columns(), dictionaries=True).slice(0, 0)
-        return self._drawn(self._hash(table, str(group), self.sources.positives(table, str(group))), 0, 0)
+        return self._drawn(self._hash(table, str(group)), 0, 0)
 
     def _kept(self, group: RowGroup) -> Examples | None:
         """The whole row group from the cache, and into it where it is not there yet; None: there is no cache."""
@@ -155,40 +153,19 @@ class UnitReader:
         return kept
 
     def _blocks(self, group: RowGroup, start: int, stop: int) -> Iterator[tuple[int, Examples]]:
-        """Rows start .. stop - 1 of a row group, hashed while they are in the processor's cache; each with its row."""
+        """Rows start .. stop - 1 of a row group, hashed, some at a time; each with the first one's row."""
         row, train = 0, self.sources.dataset.train
         for table in train.blocks(group, self._columns(), BLOCK_ROWS, dictionaries=True):
             first, last = max(start - row, 0), min(stop - row, len(table))
-            at_once = self._rows_at_once(table)
-            positives = None  # of all of them, since what they are found in leaves the cache between parts
-            for low in range(first, last, at_once):
-                high = min(low + at_once, last)
+            if first < last:
                 try:
-                    if positives is None:
-                        positives = self.sources.positives(table.slice(first, last - first), str(group))
-                    of_part = positives.slice(low - first, high - first)
-                    rows = self._hash(table.slice(low, high - low), str(group), of_part)
+                    rows = self._hash(table.slice(first, last - first), str(group))
                 except DataError:
-                    if high - low < group.num_rows:  # say it of the whole row group, as rows are counted there
-                        whole = train.read(group, self._columns(), dictionaries=True)
-                        self._hash(whole, str(group), self.sources.positives(whole, str(group)))
+                    if last - first < group.num_rows:  # say it of the whole row group, as rows are counted there
+                        self._hash(train.read(group, self._columns(), dictionaries=True), str(group))
                     raise
-                yield row + low, rows
+                yield row + first, rows
             row += len(table)
-
-    def _rows_at_once(self, table: pa.Table) -> int:
-        """How many rows of a table are hashed at a time: all where the work goes by texts that parts would share."""
-        words = 0
-        for column in table.columns:
-            array = one_chunk(column)
-            if pa.types.is_list(array.type) or pa.types.is_large_list(array.type):
-                array = array.values
-            if pa.types.is_dictionary(array.type):
-                words += len(array.dictionary)
-            elif is_text(array.type):
-                return len(table)
-        reads_text = any(feature.kind == "text" for feature in self.sources.context)
-        return len(table) if reads_text or words > FEW_WORDS else HASHED_ROWS
 
     def _columns(self) -> list[str]:
         train = self.sources.dataset.train
@@ -204,10 +181,11 @@ class UnitReader:
         columns |= set(given_columns(self.given)) if self.given is not None else set()
         return sorted(columns | ({USER_ID} if self.keeps_user_key else set()))
 
-    def _hash(self, table: pa.Table, where: str, positives: Lists) -> Examples:
-        """What does not depend on the epoch, and the positives; drawn features hold all of a row's items yet."""
+    def _hash(self, table: pa.Table, where: str) -> Examples:
+        """What does not depend on the epoch; drawn features hold all of a row's items yet."""
         for columns in self.own_lists:
             table = without_own(table, columns, where, refuses=self.data.own_item == "refuse")
+        positives = self.sources.positives(table, where)
         given, history = None, None
         if self.is_by_user:
             given = {HISTORY: key_lists(one_chunk(table[POSITIVES]), where)}
