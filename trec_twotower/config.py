@@ -50,7 +50,7 @@ class DataConfig(Settings):
     # rows: user - how much of a user's items is input; 0: all are asked for, as where users are known by their id.
     input_share: float = Field(default=0.5, ge=0, lt=1)
     threads: NonNegativeInt = 1  # that read, hash and make batches ahead; 0: the trainer's own, in between
-    prefetch: PositiveInt | None = None  # batches made ahead of the trainer; null: 16, or fewer of large ones
+    prefetch: PositiveInt | None = None  # batches made ahead of the trainer; null: 32, or fewer of large ones
     cache: Path | None = None  # a folder for hashed rows, which later epochs read in place of Parquet, and catalogues
     cache_gb: PositiveFloat = 50.0  # the most that folder may hold
     # The item that a row asks for, in its own history: kept (where things are taken again), left out, or an error.

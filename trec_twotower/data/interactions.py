@@ -30,7 +30,7 @@ from trec_twotower.data.reader import UnitReader, UnitRows
 from trec_twotower.data.step_rows import StepRows, rows_at
 from trec_twotower.errors import ConfigError
 
-ROWS_AHEAD = 1 << 16  # in batches that are made but not taken
+ROWS_AHEAD = 1 << 17  # in batches that are made but not taken
 
 # (step, sources, how often each item was taken) -> lists of items, and which of them is each item's (-1: none).
 ListsAt = Callable[[int, Sources, np.ndarray], tuple[Lists, np.ndarray] | None]
@@ -113,8 +113,8 @@ class TrainBatches:
         refresh = self.loss.negatives.refresh if self.lists_at is not None else None
         stop = end if refresh is None else step  # the step before which all others must have been taken
         most = 1
-        if self.data.threads:  # fewer than 16 leave threads waiting for whoever takes the batches
-            most = self.data.prefetch or min(16, max(4, ROWS_AHEAD // self.data.batch_size))
+        if self.data.threads:  # fewer than 32 leave threads waiting for whoever takes the batches
+            most = self.data.prefetch or min(32, max(4, ROWS_AHEAD // self.data.batch_size))
         while step < end or made:
             if refresh is not None and step == stop and not made:
                 self._refresh(step)
