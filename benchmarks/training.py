@@ -1,6 +1,6 @@
 """How fast a step is: against other ways to write it, against the machine's floor, and from Parquet to weights.
 
-    python benchmarks/training.py [--rows 2000000] [--batches 62] [--rounds 3] [--only step e2e ranks]
+    python benchmarks/training.py [--rows 2000000] [--batches 62] [--rounds 3] [--only step e2e ranks large_ranks]
                                   [--tfrs-python PATH] [--json FILE]
 
 The log of benchmarks/loading.py: tables of 1 M users and 200,000 items at dim 64, towers 128-64, batch 4096, three
@@ -23,7 +23,8 @@ e2e_vs_notebook         rows per second from Parquet, ours over the notebook's
 e2e_vs_step             rows per second from Parquet over those with batches made beforehand, both tuned
 step_over_floor         our float32 step over the machine's floor: its products at the measured rate of large ones, and
                         every table row gathered, pooled and updated once at the measured rates
-ranks_2_vs_1            rows per second of `train` on two ranks and two cores, over one rank on one core
+ranks_2_vs_1            rows per second of `train` on two ranks and two cores, over one rank on one core; with --only
+                        large_ranks ranks_2_vs_1_16384, at a batch of 16,384
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +47,8 @@ from machine import headline, write_figures
 
 BATCH, DIM, HIDDEN, COUNTRY_ROWS = 4096, 64, 128, 1_000  # as config_of says
 TUNED = "glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=17179869184:glibc.malloc.top_pad=268435456"
+LARGE = 16_384  # a batch that the same two ranks share
+PARTS = ("step", "e2e", "ranks", "large_ranks")  # by default all but the last
 WARM = 6
 NOTEBOOK_STEPS, NOTEBOOK_NEGATIVES = 4, 4
 Step = Callable[[int], None]
@@ -404,14 +408,15 @@ def on_one_core(words: list[str], *, tuned: bool) -> dict[str, float]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def ranks_rate(folder: Path, num_ranks: int, place: Path) -> float:
-    """Rows per second of `train` in its steady state, a core a rank."""
+def ranks_rate(folder: Path, num_ranks: int, place: Path, batch: int) -> float:
+    """Rows per second of `train` in its steady state, a core a rank; a line of its log is of 81,920 rows."""
     from trec_twotower.config import as_values
     from trec_twotower.yaml_files import to_yaml
 
     path, out = place / "training.yaml", place / f"ranks-{num_ranks}-{time.monotonic_ns()}"
-    path.write_text(to_yaml(as_values(config_of(folder))))
-    words = [ROOT / "launch/torchrun.sh", "--ranks", num_ranks, "train", path, f"run_dir={out}", "train.log_every=20"]
+    path.write_text(to_yaml(as_values(config_of(folder, batch_size=batch))))
+    words = [ROOT / "launch/torchrun.sh", "--ranks", num_ranks, "train", path, f"run_dir={out}"]
+    words.append(f"train.log_every={20 * BATCH // batch}")
     cores = sorted(os.sched_getaffinity(0))[:num_ranks]
     subprocess.run(
         [str(word) for word in words], check=True, cwd=ROOT, stdout=subprocess.DEVNULL,
@@ -430,7 +435,7 @@ def rounds(work: Callable[[], Iterator[tuple[str, float]]], count: int) -> dict[
     return {name: statistics.median(values) for name, values in found.items()}
 
 
-def measure(folder: Path, place: Path, options: argparse.Namespace, parts: list[str]) -> dict[str, float]:
+def measure(folder: Path, place: Path, options: argparse.Namespace, parts: Sequence[str]) -> dict[str, float]:
     def step_times() -> Iterator[tuple[str, float]]:
         for tuned in (False, True):
             for name in STEPS:
@@ -447,9 +452,9 @@ def measure(folder: Path, place: Path, options: argparse.Namespace, parts: list[
         yield "step_rows_per_s", BATCH / step_s
         yield "notebook_rows_per_s", alone("notebook", folder, options.batches, tuned=False)["rows_per_s"]
 
-    def over_ranks() -> Iterator[tuple[str, float]]:
+    def over_ranks(batch: int) -> Iterator[tuple[str, float]]:
         for count in (1, 2):
-            yield f"ranks_{count}_rows_per_s", ranks_rate(folder, count, place)
+            yield f"ranks_{count}_rows_per_s", ranks_rate(folder, count, place, batch)
 
     figures: dict[str, float] = {}
     if "step" in parts:
@@ -466,9 +471,11 @@ def measure(folder: Path, place: Path, options: argparse.Namespace, parts: list[
         figures |= rounds(from_parquet, options.rounds)
         figures["e2e_vs_notebook"] = figures["e2e_rows_per_s"] / figures["notebook_rows_per_s"]
         figures["e2e_vs_step"] = figures["e2e_rows_per_s"] / figures["step_rows_per_s"]
-    if "ranks" in parts:
-        figures |= rounds(over_ranks, options.rounds)
-        figures["ranks_2_vs_1"] = figures["ranks_2_rows_per_s"] / figures["ranks_1_rows_per_s"]
+    for part, batch, word in (("ranks", BATCH, ""), ("large_ranks", LARGE, f"_{LARGE}")):
+        if part in parts:
+            found = rounds(partial(over_ranks, batch), options.rounds)
+            figures |= {name + word: value for name, value in found.items()}
+            figures["ranks_2_vs_1" + word] = found["ranks_2_rows_per_s"] / found["ranks_1_rows_per_s"]
     return figures
 
 
@@ -478,7 +485,7 @@ def main() -> None:
     parser.add_argument("--batches", type=int, default=62)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--keep", type=Path, help="where the files go and stay (default: a temporary folder)")
-    parser.add_argument("--only", nargs="+", choices=["step", "e2e", "ranks"])
+    parser.add_argument("--only", nargs="+", choices=PARTS)
     parser.add_argument("--tfrs-python", type=Path, help="an interpreter that has tensorflow-recommenders")
     parser.add_argument("--json", type=Path, help="write the figures by name to this file")
     parser.add_argument("--inside", help=argparse.SUPPRESS)
@@ -491,7 +498,7 @@ def main() -> None:
         folder = ((options.keep or Path(temporary)) / f"log-{options.rows}").resolve()
         if not folder.exists():
             generate(folder, options.rows)
-        figures = measure(folder, Path(temporary), options, options.only or ["step", "e2e", "ranks"])
+        figures = measure(folder, Path(temporary), options, options.only or PARTS[:3])
     for name, value in figures.items():
         print(f"{name:<34}{value:>16,.5f}")
     write_figures(options.json, figures)

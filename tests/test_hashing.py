@@ -289,6 +289,17 @@ def test_hashing_needs_no_torch():
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
+def test_parts_of_one_array_of_words_are_told_apart():
+    """They lie in the same memory, and what was hashed before is looked up by where it lies."""
+    words = ["ant", "bee", "cow", "dog"]
+    array = pa.array(words)
+    for start, length in ((0, 3), (1, 3), (0, 3), (2, 2), (0, 2), (1, 3)):
+        wanted = [xxhash.xxh3_64_intdigest(word.encode()) for word in words[start : start + length]]
+        assert id_keys(array.slice(start, length), "here").view(np.uint64).tolist() == wanted
+        by_word = pa.DictionaryArray.from_arrays(pa.array([1, 0, 1], pa.int32()), array.slice(start, length))
+        assert id_keys(by_word, "here").view(np.uint64).tolist() == [wanted[1], wanted[0], wanted[1]]
+
+
 @pytest.mark.parametrize("dictionaries", [[], ["word"]], ids=["plain", "by dictionary"])
 def test_text_that_is_not_utf_8_is_hashed_by_its_bytes(tmp_path, dictionaries):
     """Parquet lets it through; nothing here decodes it."""

@@ -146,6 +146,7 @@ def test_a_lock_without_sense_hinders_nobody(content, tmp_path):
     (tmp_path / "run" / LOCK).write_bytes(content)
     lock = RunLock(tmp_path / "run")
     lock.acquire(patience_s=0)
+    assert json.loads((tmp_path / "run" / LOCK).read_text())["pid"] == os.getpid()
     lock.release()
 
 

@@ -152,9 +152,6 @@ class Packed:
         """How many rows each heap has."""
         return np.diff(self.starts).tolist()
 
-    def __len__(self) -> int:
-        return int(self.starts[-1])
-
 
 class Buffers:
     """Memory that units of rows take turns in: fresh pages cost as much as what is written to them."""
