@@ -8,8 +8,8 @@ from typing import Any, Self
 import duckdb
 from pydantic import Field, model_validator
 
-from trec_twotower.data.sources.event_files import Files, explained, fetch_row, fetch_rows, sql_name
-from trec_twotower.data.sources.event_log import LATEST_S, LogOptions, refuse_faults, write_log
+from trec_twotower.data.sources.event_files import LATEST_S, LATEST_US, Files, explained, fetch_row, fetch_rows, sql_name
+from trec_twotower.data.sources.event_log import LogOptions, refuse_faults, write_log
 from trec_twotower.data.sources.writer import DatasetWriter
 from trec_twotower.errors import DataError
 
@@ -59,7 +59,7 @@ def _load_events(database: duckdb.DuckDBPyConnection, options: Options) -> dict[
     columns = {
         "user_id": files.id(options.user, "user"),
         "item_id": files.id(options.item, "item"),
-        "timestamp": files.seconds(options.timestamp),
+        "timestamp": files.microseconds(options.timestamp),
     }
     if options.weight:
         columns["weight"] = files.number(options.weight)
@@ -74,7 +74,7 @@ def _load_events(database: duckdb.DuckDBPyConnection, options: Options) -> dict[
         (options.item, "item_id", "{} IS NULL", "remove these rows"),
         (options.timestamp, "timestamp", "{} IS NULL", "remove these rows, or give them a time"),
         (options.timestamp, "timestamp", "{} < 0", "times before 1970 are taken for mistakes: remove these rows"),
-        (options.timestamp, "timestamp", f"{{}} > {LATEST_S}", unit),
+        (options.timestamp, "timestamp", f"{{}} > {LATEST_US}", unit),
     ]
     if options.weight:
         bad = "coalesce(NOT isfinite({0}) OR {0} < 0, true)"
