@@ -271,10 +271,10 @@ def _ranks(config: Any | None = None) -> Any:
 def _prepare(options: argparse.Namespace) -> int:
     from trec_twotower.config import parse_overrides
     from trec_twotower.data.sources import prepare
+    from trec_twotower.data.sources.summary import describe
 
     made = prepare(options.source, options.out, parse_overrides(options.overrides), overwrite=options.overwrite)
-    counts = ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in made["counts"].items() if count)
-    print(f"{options.out}: {counts}")
+    print(describe(options.out, made))
     if made.get("counts_checked"):
         print("These are the published files, and the counts agree with the published ones.")
     return 0

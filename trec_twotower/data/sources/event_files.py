@@ -124,6 +124,13 @@ class Files:
         is_odd = kind.startswith("DECIMAL") or kind in ("HUGEINT", "UHUGEINT")
         return f"CAST({sql_name(column)} AS DOUBLE)" if is_odd else sql_name(column)
 
+    def sortable(self, column: str, role: str) -> str:
+        """Return an SQL expression: a column whose values have an order."""
+        kind = self.require(column, role)
+        if kind.endswith("]") or kind.startswith(("STRUCT", "MAP", "UNION", "JSON", "BLOB", "BIT")):
+            raise self._refusal(column, kind, "an order is given by numbers, text or times")
+        return sql_name(column)
+
     def refuse(self, database: duckdb.DuckDBPyConnection, column: str, fault: str, count: int, why: str) -> DataError:
         """Says how many rows have the fault (an SQL condition), and which file and row is the first."""
         fetch_rows(database, "SET preserve_insertion_order = true")
