@@ -364,8 +364,8 @@ def _index(options: argparse.Namespace) -> int:
     manifest, items, users = open_export(run.folder / "export")
     if not len(users):
         raise ConfigError(
-            f"{run.folder / 'export'} holds no users, because {run.config.data.dataset} has neither test/ nor valid/, "
-            "but the index is tuned for users' vectors: write one of them, then train, export and index."
+            f"{run.folder / 'export'} holds no users, because {run.config.data.dataset} has no part test/, valid/ or "
+            "serving/, but the index is tuned for users' vectors: write one of them, then train, export and index."
         )
     index = build_index(items, users, settings)
     index.save(

@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from trec_twotower.data.dataset import ITEM_ID, POSITIVES, USER_ID, Split
 from trec_twotower.data.words import python_rows, python_values
 from trec_twotower.errors import ConfigError, DataError, nearest
-from trec_twotower.evaluate import EXACT, NOT_SAMPLED, REACHABLE
+from trec_twotower.evaluate import EXACT, NOT_SAMPLED, REACHABLE, excluded_text
 from trec_twotower.export import Exported, read_export
 from trec_twotower.files import MANIFEST, read_json, read_manifest, write_file
 from trec_twotower.index import ItemIndex, exact_search
@@ -185,7 +185,7 @@ def _figures(result: dict[str, Any], exported: Exported | None) -> str:
     ks = sorted({int(name.partition("@")[2]) for name in result["metrics"][EXACT]})[:2]
     columns = [f"{name}@{k}" for k in ks for name in ("recall", "ndcg")] + [f"mrr@{ks[0]}", f"map@{ks[0]}"]
     page = (
-        f"<p>{escape(result['split'])}, {result['users']:,} users, whole catalogue, items already taken left out; "
+        f"<p>{escape(result['split'])}, {result['users']:,} users, whole catalogue, {excluded_text(result)}; "
         "below each figure the interval that 95 of 100 draws of the users lie in. Of model "
         f"{escape(str(result['model_version']))}, step {result['step']:,}.</p>\n"
     )

@@ -29,7 +29,7 @@ import pyarrow as pa
 from pydantic import BeforeValidator, Field, PositiveInt, model_validator
 
 from trec_twotower.data.sources.event_files import Files, explained, fetch_batches, fetch_row, fetch_rows, sql_name
-from trec_twotower.data.sources.event_splits import CHANCE, ORDER, Piece, Splits, whole_users
+from trec_twotower.data.sources.event_splits import CHANCE, Piece, Splits, whole_users
 from trec_twotower.data.sources.options import SourceOptions
 from trec_twotower.data.sources.writer import DatasetWriter
 from trec_twotower.errors import DataError
@@ -50,13 +50,16 @@ def _seconds(value: Any) -> Any:
 Moment = Annotated[int, BeforeValidator(_seconds)]
 
 
+Split = Literal["leave-last-out", "last-basket", "time", "position", "random", "none"]
+
+
 class LogOptions(SourceOptions):
     """What is dropped, and what is held out."""
 
     max_history: PositiveInt = 50  # newest items kept in a train row; valid and test rows keep all
     min_history: int = Field(0, ge=0)  # train rows with fewer earlier items are left out
     rows: Literal["event", "both"] = "event"  # both: also train_users/, a row per user, for data.rows: user
-    split: Literal["leave-last-out", "time", "none"] = "leave-last-out"  # none: all events are train rows
+    split: Split = "leave-last-out"
     hold_out: Literal["new", "any"] = "new"  # new: only items that the user has no earlier event with
     valid_from: Moment | None = None  # split = time: seconds, or a date such as 2024-05-31
     test_from: Moment | None = None
@@ -233,8 +236,9 @@ def _check_periods(database: duckdb.DuckDBPyConnection, options: LogOptions) -> 
         inside = f"timestamp >= {start} AND timestamp < {stop}"
         if not fetch_row(database, f"SELECT count(*) FROM kept WHERE {inside}")[0]:
             raise DataError(
-                f"No event is in the {split} period: the events run from {utc(first // 1_000_000)} to {utc(last // 1_000_000)}, but valid_from "
-                f"is {utc(options.valid_from)} and test_from {utc(options.test_from)}: move them."
+                f"No event is in the {split} period: the events run from {utc(first // 1_000_000)} to "
+                f"{utc(last // 1_000_000)}, but valid_from is {utc(options.valid_from)} and test_from "
+                f"{utc(options.test_from)}: move them."
             )
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from trec_twotower.data.dataset import SERVING
 from trec_twotower.data.lists import offsets_of
 from trec_twotower.data.sources.writer import DatasetWriter, list_column
 from trec_twotower.data.transforms import one_chunk
@@ -114,8 +115,7 @@ class Piece:
         """Return one list array per column: the column's values at the events of each range."""
         flat = ranges.flat()
         return [
-            pa.ListArray.from_arrays(flat.offsets, one_chunk(self.table[name]).take(flat.values))
-            for name in columns
+            pa.ListArray.from_arrays(flat.offsets, one_chunk(self.table[name]).take(flat.values)) for name in columns
         ]
 
     def by_user(self, rows: np.ndarray) -> tuple[np.ndarray, Ranges]:
@@ -228,14 +228,15 @@ class Splits:
         begin, end = piece.starts[:-1], piece.starts[1:]
         asked = piece.table.select(["user_id", *self.options.asked]).take(end - 1)
         nothing = Ranges(piece.row, begin, begin)
-        self._write_held_out("serving", piece, asked, nothing, Ranges(piece.row, begin, end))
+        self._write_held_out(SERVING, piece, asked, nothing, Ranges(piece.row, begin, end))
 
     def _write_train(self, piece: Piece, is_train: np.ndarray | None) -> None:
         """Write a row per event that is marked, or per event; in between are those with a long enough history."""
         is_long = piece.now - piece.first >= self.options.min_history
         row = np.flatnonzero(is_long if is_train is None else is_train & is_long)
         self._count_empty("train", piece.now[row] == piece.first[row], row > piece.first[row])
-        past = Ranges(piece.row, np.maximum(piece.first[row], piece.now[row] - self.options.max_history), piece.now[row])
+        oldest = np.maximum(piece.first[row], piece.now[row] - self.options.max_history)
+        past = Ranges(piece.row, oldest, piece.now[row])
         events = piece.table.select(["user_id", "item_id", *self.options.kept])
         for part in _parts(past.lengths):
             self._write("train", self._with_history(piece, events.take(row[part]), past.part(part)))
@@ -262,7 +263,7 @@ class Splits:
             [positives] = piece.lists(["item_id"], positive.part(part))
             rows = asked.slice(part.start, part.stop - part.start).add_column(1, "positives", positives)
             self._write(split, self._with_history(piece, rows, past.part(part)))
-        if split != "serving":
+        if split != SERVING:
             event = positive.flat()
             is_seen = is_past[piece.earliest[event.values.to_numpy()]]
             row = np.repeat(np.arange(len(positive.lengths)), positive.lengths)

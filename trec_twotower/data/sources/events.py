@@ -26,7 +26,6 @@ from trec_twotower.errors import DataError, nearest
 
 OURS = ("user_id", "item_id", "timestamp", "weight", "positives", "history")
 IN_FILES = "file"  # order = file: the order of rows in the files
-Split = Literal["leave-last-out", "last-basket", "time", "position", "random", "none"]
 
 
 class Options(LogOptions):
@@ -42,11 +41,10 @@ class Options(LogOptions):
     weight: str | None = None  # becomes the column `weight` of the train rows
     context: tuple[str, ...] = ()  # further columns of the events to keep, known before the item is chosen
     outcomes: tuple[str, ...] = ()  # columns known only after it: rows have them of earlier events, as history_NAME
-    split: Split = "leave-last-out"
     valid_share: float = Field(0.1, ge=0, lt=1)  # split = random: of each user's items
     test_share: float = Field(0.1, ge=0, lt=1)
     seed: int = Field(0, ge=0)  # of split = random, and of the order of events whose order is unknown
-    missing_rows: Literal["keep", "error"] = "keep"  # users and items of the events that have no row in `users`, `items`
+    missing_rows: Literal["keep", "error"] = "keep"  # of users and items that `users` and `items` have no row for
 
     @model_validator(mode="after")
     def _columns_fit(self) -> Self:

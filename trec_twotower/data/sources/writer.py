@@ -25,7 +25,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
-from trec_twotower.data.dataset import digest_of_description, footer_digest
+from trec_twotower.data.dataset import SERVING, digest_of_description, footer_digest
 from trec_twotower.errors import ConfigError
 from trec_twotower.yaml_files import parse_yaml
 
@@ -34,7 +34,7 @@ MANIFEST = "dataset.yaml"
 SCRATCH = "scratch"
 ROWS_PER_GROUP = 131_072
 ROWS_PER_PART = 32 * ROWS_PER_GROUP
-SPLITS = ("train", "train_users", "valid", "test", "serving", "items", "users")
+SPLITS = ("train", "train_users", "valid", "test", SERVING, "items", "users")
 
 _in_use: set[Path] = set()  # temporary folders of this process
 
@@ -104,7 +104,7 @@ class DatasetWriter:
             shutil.rmtree(self.temporary / SCRATCH)
         written = [name for name in SPLITS if name in self._splits and self._splits[name].files]
         rows = {f"{name}_rows": self._rows(name) for name in ("train", "valid", "test")}
-        rows |= {f"{name}_rows": self._rows(name) for name in ("train_users", "serving") if name in written}
+        rows |= {f"{name}_rows": self._rows(name) for name in ("train_users", SERVING) if name in written}
         manifest = {
             "format": FORMAT,
             "source": source,
