@@ -134,8 +134,9 @@ class Files:
     def refuse(self, database: duckdb.DuckDBPyConnection, column: str, fault: str, count: int, why: str) -> DataError:
         """Says how many rows have the fault (an SQL condition), and which file and row is the first."""
         fetch_rows(database, "SET preserve_insertion_order = true")
-        select = f"FROM {self.relation} WHERE {fault}"
-        (path,) = fetch_row(database, f"SELECT min({sql_name(_FILE)}) {select}")
+        # FILTER, because DuckDB skips row groups of Parquet by statistics that do not count NaN where it has a WHERE.
+        first_file = f"min({sql_name(_FILE)}) FILTER ({fault})"
+        (path,) = fetch_row(database, f"SELECT {first_file} FROM {self.relation}")
         row, value = fetch_row(
             database,
             f"SELECT row, value FROM (SELECT row_number() OVER () - 1 AS row, CAST({sql_name(column)} AS VARCHAR) AS "

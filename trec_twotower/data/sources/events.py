@@ -176,8 +176,9 @@ def _load_events(database: duckdb.DuckDBPyConnection, options: Options) -> dict[
         bad = "coalesce(NOT isfinite({0}) OR {0} < 0, true)"
         faults.append((options.weight, "weight", bad, "weights are finite and at least 0"))
     if options.order not in (None, IN_FILES):
-        why = "give each row a value, or order by another column"
-        faults.append((str(options.order), ORDER, "coalesce(CAST({} AS VARCHAR), 'nan') = 'nan'", why))
+        is_float = files.types[str(options.order)] in ("FLOAT", "DOUBLE")
+        fault = "coalesce(isnan({}), true)" if is_float else "{} IS NULL"
+        faults.append((str(options.order), ORDER, fault, "give each row a value, or order by another column"))
     return {"events_read": refuse_faults(database, files, columns, faults)}
 
 
@@ -244,13 +245,15 @@ def _load_side(
         f"SELECT (SELECT count(*) FROM kept_{role}s), (SELECT count(*) {idle}), (SELECT count(*) {dropped}), "
         f"(SELECT count(*) {missing}), (SELECT min({key}) {missing})",
     )
-    if num_missing and (num_missing == num_kept or options.missing_rows == "error"):
-        share = "none" if num_missing == num_kept else f"{num_kept - num_missing:,}"
-        advice = "check that both files write ids alike" if share == "none" else f"write a row for each {role}"
-        keep = "" if options.missing_rows == "keep" else ", or set missing_rows = keep, which fills theirs with nulls"
+    if num_missing == num_kept:
         raise DataError(
-            f"{where}: of {num_kept:,} {side} of the events {share} {'is' if share == 'none' else 'are'} there, the "
-            f"first that is missing is {first!r}: {advice}{keep}."
+            f"{where}: none of the {num_kept:,} {side} of the events has a row there, {first!r} for one: check that "
+            f"the events and this file write {role} ids in the same way."
+        )
+    if num_missing and options.missing_rows == "error":
+        raise DataError(
+            f"{where}: {num_missing:,} of the {num_kept:,} {side} of the events have no row there, the first of them "
+            f"{first!r}: write a row for each {role}, or set missing_rows = keep, which gives them nulls."
         )
     ids = f"SELECT {key} FROM kept_{role}s" + (f" UNION ALL SELECT {key} {idle}" if keeps_idle else "")
     fetch_rows(database, f"CREATE TABLE {side} AS SELECT * FROM ({ids}) LEFT JOIN {given} USING ({key})")
