@@ -91,15 +91,19 @@ def test_the_held_out_item_of_a_basket_is_not_the_one_with_the_greatest_id(tmp_p
         assert set(tested) == set(items) and max(tested.values()) < 130, tested
 
 
-def test_ties_are_broken_alike_for_ids_of_text_and_numbers_and_anew_for_another_seed(tmp_path):
-    log = [(user, item, 7) for user in range(40) for item in range(6)]
-    made = {}
-    for name, kind, seed in (("int", int, 0), ("text", str, 0), ("int again", int, 0), ("other", int, 1)):
-        out, manifest = make(tmp_path, as_rows([(kind(u), kind(i), t) for u, i, t in log]), seed=seed)
-        assert manifest["options"]["seed"] == seed
-        made[name] = {int(row["user_id"]): int(row["positives"][0]) for row in rows(out, "test")}
-        assert made[name] == {user: max(range(6), key=lambda item: chance(user, item, seed)) for user in range(40)}
-    assert made["int"] == made["text"] == made["int again"] != made["other"]
+def test_ties_are_broken_by_the_seed_for_ids_of_any_type(tmp_path):
+    tests = {}
+    for kind in (int, str):
+        for seed in (0, 1, 2**40):
+            log = [(kind(user), kind(item), 7) for user in range(-20, 20) for item in range(6)]
+            out, manifest = make(tmp_path, as_rows(random.Random(seed).sample(log, len(log))), seed=seed)
+            assert manifest["options"]["seed"] == seed
+            tests[kind, seed] = {row["user_id"]: row["positives"][0] for row in rows(out, "test")}
+            assert tests[kind, seed] == {
+                kind(user): max(map(kind, range(6)), key=lambda item: chance(kind(user), item, seed))
+                for user in range(-20, 20)
+            }
+        assert tests[kind, 0] != tests[kind, 1] != tests[kind, 2**40]
 
 
 # The order of events of one time

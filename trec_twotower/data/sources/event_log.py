@@ -29,7 +29,7 @@ import pyarrow as pa
 from pydantic import BeforeValidator, Field, PositiveInt, model_validator
 
 from trec_twotower.data.sources.event_files import Files, explained, fetch_batches, fetch_row, fetch_rows, sql_name
-from trec_twotower.data.sources.event_splits import CHANCE, Piece, Splits, whole_users
+from trec_twotower.data.sources.event_splits import Piece, Splits, break_ties, whole_users
 from trec_twotower.data.sources.options import SourceOptions
 from trec_twotower.data.sources.writer import DatasetWriter
 from trec_twotower.errors import DataError
@@ -111,9 +111,14 @@ class LogOptions(SourceOptions):
         return []
 
     @property
-    def tie_break(self) -> str:
-        """An SQL expression that sorts events whose order is unknown."""
-        return "item_id"
+    def tie_seed(self) -> int | None:
+        """The seed that draws the order of events whose order is unknown; None: by item id."""
+        return None
+
+    @property
+    def draws_order(self) -> bool:
+        """Whether that order counts as known, because nothing else orders the events."""
+        return False
 
     @property
     def shares(self) -> tuple[float, float]:
@@ -262,11 +267,11 @@ def _write_splits(database: duckdb.DuckDBPyConnection, options: LogOptions, writ
     columns = ", ".join(
         map(sql_name, dict.fromkeys(["user_id", "item_id", "timestamp", *options.order_columns, *_others(options)]))
     )
-    chance = f", {options.tie_break} AS {sql_name(CHANCE)}" if options.split == "random" else ""
-    order = [*map(sql_name, ["user_id", "timestamp", *options.order_columns]), options.tie_break]
-    order += map(sql_name, ["item_id", *_others(options)])
-    query = f"SELECT {columns}{chance} FROM kept ORDER BY {', '.join(order)}"
+    order = ["user_id", "timestamp", *options.order_columns, "item_id", *_others(options)]
+    query = f"SELECT {columns} FROM kept ORDER BY {', '.join(map(sql_name, order))}"
     for table in whole_users(fetch_batches(database, query, options)):
+        if options.tie_seed is not None:
+            table = break_ties(table, options.tie_seed, is_order=options.draws_order)
         splits.write(Piece(table))
     if not splits.rows["train"]:
         raise DataError(

@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from trec_twotower.data.dataset import SERVING
+from trec_twotower.data.hashing import id_keys, uniform
 from trec_twotower.data.lists import offsets_of
 from trec_twotower.data.sources.writer import DatasetWriter, list_column
 from trec_twotower.data.transforms import one_chunk
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from trec_twotower.data.sources.event_log import LogOptions
 
 ORDER = "order of the event"  # internal column: orders events of equal time
-CHANCE = "chance of the event"  # internal column of split = random: a seeded hash of user and item
 MIN_CANDIDATES = 3  # events that may be held out; a user with fewer is in train only
 MIN_BASKETS = 2  # the same for split = last-basket; valid/ needs one more
 _VALUES_PER_PIECE = 4_000_000  # list elements in memory at a time
@@ -125,6 +125,31 @@ class Piece:
         return user, Ranges(rows, offsets[user], offsets[user + 1])
 
 
+def break_ties(table: pa.Table, seed: int, *, is_order: bool = False) -> pa.Table:
+    """Return sorted events with those of one instant in an order drawn by `seed`, user and item.
+
+    With `is_order` the drawn order counts as known: the column ORDER parts the events of one instant.
+    """
+    piece = Piece(table)
+    row = np.flatnonzero(np.bincount(piece.now, minlength=len(table))[piece.now] > 1)
+    if is_order:
+        row = piece.row
+    if not len(row):
+        return table
+    draw = draws(table.take(row), seed)
+    order = np.lexsort((row, draw, piece.now[row]))
+    place = piece.row.copy()
+    place[row] = row[order]
+    table = table.take(place)
+    return table.append_column(ORDER, pa.array(draw[order])) if is_order else table
+
+
+def draws(events: pa.Table, seed: int) -> np.ndarray:
+    """Return a number in [0, 1) per event, which depends on the seed, the user and the item alone."""
+    user, item = (id_keys(one_chunk(events[name]), name) for name in ("user_id", "item_id"))
+    return uniform(seed, user, item)
+
+
 class Splits:
     """Writes the rows of each piece, by the split that the options name, and counts what it writes."""
 
@@ -211,9 +236,9 @@ class Splits:
 
     def _draw_parts(self, piece: Piece) -> np.ndarray:
         """Return the part of each event: a share of each user's items, and all events of an item with it."""
-        chance = piece.table[CHANCE].to_numpy()
         row = piece.row[piece.is_new]
-        row = row[np.lexsort((row, chance[row], piece.owner[row]))]
+        draw = draws(piece.table.take(row), self.options.tie_seed or 0)
+        row = row[np.lexsort((row, draw, piece.owner[row]))]
         count = np.bincount(piece.owner[row], minlength=piece.num_users)
         from_end = np.repeat(offsets_of(count)[1:], count) - np.arange(len(row))  # 1 for a user's last item
         num_valid, num_test = held_out_items(count, *self.options.shares)

@@ -17,7 +17,6 @@ from trec_twotower.data.sources.event_files import (
     fetch_row,
     fetch_rows,
     sql_name,
-    sql_text,
 )
 from trec_twotower.data.sources.event_log import LogOptions, refuse_faults, write_log
 from trec_twotower.data.sources.event_splits import ORDER
@@ -43,7 +42,7 @@ class Options(LogOptions):
     outcomes: tuple[str, ...] = ()  # columns known only after it: rows have them of earlier events, as history_NAME
     valid_share: float = Field(0.1, ge=0, lt=1)  # split = random: of each user's items
     test_share: float = Field(0.1, ge=0, lt=1)
-    seed: int = Field(0, ge=0)  # of split = random, and of the order of events whose order is unknown
+    seed: int = Field(0, ge=0, lt=2**63)  # of split = random, and of the order of events whose order is unknown
     missing_rows: Literal["keep", "error"] = "keep"  # of users and items that `users` and `items` have no row for
 
     @model_validator(mode="after")
@@ -112,12 +111,15 @@ class Options(LogOptions):
 
     @property
     def order_columns(self) -> list[str]:
-        return [ORDER] if self.order is not None or not self.has_times else []
+        return [ORDER] if self.order is not None or not (self.has_times or self.draws_order) else []
 
     @property
-    def tie_break(self) -> str:
-        """A hash that depends on the seed, the user and the item alone."""
-        return f"md5_number_lower(concat({sql_text(f'{self.seed}/')}, user_id, '/', item_id))"
+    def tie_seed(self) -> int | None:
+        return self.seed
+
+    @property
+    def draws_order(self) -> bool:
+        return self.split == "random" and self.order is None and not self.has_times
 
     @property
     def shares(self) -> tuple[float, float]:
@@ -153,8 +155,6 @@ def _load_events(database: duckdb.DuckDBPyConnection, options: Options) -> dict[
     columns |= {ORDER: order} if order is not None else {}
     selected = ", ".join(f"{expression} AS {sql_name(name)}" for name, expression in columns.items())
     query = f"SELECT {selected} FROM {files.relation}"
-    if options.order_columns and order is None:
-        query = f"SELECT *, {options.tie_break} AS {sql_name(ORDER)} FROM ({query})"
     with explained(f"events = {options.events}", options):
         fetch_rows(database, "SET preserve_insertion_order = true")  # order = file counts the rows
         fetch_rows(database, f"CREATE TABLE events AS {query}")
