@@ -441,8 +441,8 @@ def test_the_summary_counts_what_was_read_dropped_and_written(tmp_path):
         "  users        2, 1 in train only\n"
         "  items        4, 1 without a row in the file, 1 in no event\n"
         "  train        5 rows, 2 (40.0 %) without history\n"
-        "  valid        1 rows, 0 without history, 0 unfindable with exclude_seen\n"
-        "  test         1 rows, 0 without history, 1 (100.0 %) unfindable with exclude_seen\n"
+        "  valid        1 row, 0 without history, 0 unfindable with exclude_seen\n"
+        "  test         1 row, 0 without history, 1 (100.0 %) unfindable with exclude_seen\n"
         "Warning: 2 (40.0 %) of the train rows have no history, mostly because they are the first events of their "
         "users: min_history=1 leaves these out.\n"
         "Warning: 1 (100.0 %) of the test rows ask only for items of their own history, which no model can find while "
@@ -451,7 +451,7 @@ def test_the_summary_counts_what_was_read_dropped_and_written(tmp_path):
     _, manifest = make(tmp_path, log, min_item_events=2, dedupe=True)
     said = describe(Path("x"), manifest)
     assert "7 read, 3 dropped: repeats of a user and an item, 2 dropped: of rare users and items, 2 kept\n" in said
-    assert "There are no test rows: no user has enough events to hold one out (3 items)." in said
+    assert "There are no test rows: no user has enough events to hold one out (it needs 3 items)." in said
 
 
 def test_histories_that_ties_leave_empty_are_warned_of_with_the_option_that_helps(tmp_path):
@@ -467,6 +467,19 @@ def test_histories_that_ties_leave_empty_are_warned_of_with_the_option_that_help
     timed = as_rows([(1, 1, 0), (2, 7, 10), (3, 6, 20)])
     _, manifest = make(tmp_path, timed, split="time", valid_from=10, test_from=20)
     assert "their users have no earlier event" in describe(Path("x"), manifest)
+
+
+def test_events_that_come_after_the_held_out_items_are_warned_of(tmp_path):
+    log = as_rows([(user, min(time, 4), time) for user in range(3) for time in range(20)])
+    said = describe(Path("x"), make(tmp_path, log)[1])
+    assert "45 (75.0 %) of the events are repeats" in said and "split=time" in said and "hold_out=any" in said
+    assert "repeats at" not in describe(Path("x"), make(tmp_path, log, hold_out="any")[1])
+
+
+def test_a_share_of_nothing_is_no_warning(tmp_path):
+    log = as_rows([(user, item, item) for user in range(3) for item in range(9)])
+    said = describe(Path("x"), make(tmp_path, log, split="random", valid_share=0)[1])
+    assert "Warning" not in said and "valid" not in said and "test         3 rows" in said
 
 
 def test_every_source_has_a_summary(tmp_path):

@@ -265,7 +265,8 @@ def to_microseconds(time: str, factor: int) -> str:
 
     Times before 1970 become a negative number, those after LATEST_US a larger one: nothing overflows.
     """
-    clamped = f"CAST(least(greatest({time}, -1), {LATEST_US // factor + 1}) AS BIGINT)"
+    too_late = LATEST_US // factor + 1_000_000  # which a double can tell from LATEST_US
+    clamped = f"CAST(least(greatest({time}, -1), {too_late}) AS BIGINT)"
     return f"CASE WHEN {time} IS NOT NULL THEN {clamped} * {factor} END"
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-MANY_EMPTY = 0.2  # share of rows without history from which on a warning is printed
+MANY = 0.2  # share of rows without history, or of events that are not used, above which a warning is printed
 _PARTS = ("train", "train_users", "valid", "test", "serving")
 _READ = ("events_read", "ratings_read")
 _DROPPED = {
@@ -48,13 +48,13 @@ def _lines(counts: dict[str, int]) -> Iterator[tuple[str, str]]:
         counts.pop(f"{part}_empty_by_ties", None)
         if not rows:
             continue
-        facts = [f"{rows:,} rows"]
+        facts = [_number(rows, "row")]
         facts += [f"{_share(empty, rows)} without history"] if empty is not None else []
         facts += [f"{_share(unfindable, rows)} unfindable with exclude_seen"] if unfindable is not None else []
         yield part, ", ".join(facts)
     left_out = counts.pop("repeats_left_out", 0)
     if left_out:
-        yield "not trained", f"{left_out:,} repeats at or after the time of a held-out item"
+        yield "not trained", f"{_number(left_out, 'repeat')} at or after the time of a held-out item"
     for name, count in counts.items():
         if count:
             yield _plain(name), f"{count:,}"
@@ -64,7 +64,7 @@ def _warnings(counts: dict[str, int], options: dict[str, Any]) -> Iterator[str]:
     causes: dict[str, list[str]] = {}
     for part in ("train", "valid", "test"):
         rows, empty = counts.get(f"{part}_rows", 0), counts.get(f"{part}_empty_histories", 0)
-        if empty > MANY_EMPTY * rows:
+        if empty > MANY * rows:
             cause = _cause(part, 2 * counts[f"{part}_empty_by_ties"] >= empty, options)
             causes.setdefault(cause, []).append(f"{_share(empty, rows)} of the {part} rows")
     for cause, shares in causes.items():
@@ -77,36 +77,46 @@ def _warnings(counts: dict[str, int], options: dict[str, Any]) -> Iterator[str]:
                 "model can find while evaluate.exclude_seen is true. Set it to false or except_target, or prepare "
                 "with hold_out=new."
             )
-        if not rows and f"{part}_unfindable" in counts:
-            yield f"There are no {part} rows: no user has enough events to hold one out{_too_few(part, options)}."
+        if not rows and f"{part}_unfindable" in counts and options.get(f"{part}_share") != 0:
+            yield f"There are no {part} rows: no user has enough events to hold one out ({_needed(part, options)})."
+    left_out, kept = counts.get("repeats_left_out", 0), counts.get("interactions", 0)
+    if left_out > MANY * kept:
+        yield (
+            f"{_share(left_out, kept)} of the events are repeats at or after the time of a held-out item, and are not "
+            "trained on. split=time trains on all events before one time, hold_out=any on all but each user's last two."
+        )
 
 
 def _cause(part: str, is_by_ties: bool, options: dict[str, Any]) -> str:
     """Return why rows have no history, and which option helps."""
-    if is_by_ties:
+    if is_by_ties and options["split"] != "last-basket":
         cause = "mostly because other events of their users have the same time, so that the order is unknown."
         if "order" not in options:
             return cause
-        basket = ", or split=last-basket to hold out all items of one time" if options["split"] != "last-basket" else ""
+        is_by_event = options["split"] == "leave-last-out"
+        basket = ", or split=last-basket to hold out all items of one time" if is_by_event else ""
         return (
             f"{cause} Set order=COLUMN to a column that orders events of one time, or order=file where the rows of the "
             f"files are in order{basket}."
         )
     if part == "train":
-        return "mostly because they are the first events of their users: min_history=1 leaves these out."
+        first = "of the first time" if options["split"] == "last-basket" else "the first events"
+        return f"mostly because they are {first} of their users: min_history=1 leaves these out."
     return "because their users have no earlier event: they measure what the model recommends to new users."
 
 
-def _too_few(part: str, options: dict[str, Any]) -> str:
+def _needed(part: str, options: dict[str, Any]) -> str:
     if options["split"] == "last-basket":
-        return f" (last-basket needs {3 if part == 'valid' else 2} times with new items)"
-    if options["split"] == "random" and not options[f"{part}_share"]:
-        return f" ({part}_share is 0)"
-    return " (3 items)" if options.get("hold_out") == "new" else " (3 events)"
+        return f"it needs {3 if part == 'valid' else 2} times with new items"
+    return "it needs 3 items" if options.get("hold_out") == "new" else "it needs 3 events"
 
 
 def _share(count: int, rows: int) -> str:
     return f"{count:,} ({100 * count / rows:.1f} %)" if count and rows else f"{count:,}"
+
+
+def _number(count: int, noun: str) -> str:
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 def _plain(name: str) -> str:
