@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import random
 import tempfile
 from collections import Counter, defaultdict
@@ -125,7 +126,7 @@ def test_a_column_orders_events_of_one_time(tmp_path):
         assert "rank" not in manifest["columns"]["train"]
 
 
-@pytest.mark.parametrize("ending", ["csv", "parquet"])
+@pytest.mark.parametrize("ending", ["csv", "jsonl", "parquet"])
 def test_the_order_of_the_files_orders_events_of_one_time(tmp_path, ending):
     """300,000 rows in five files: DuckDB reads them with several threads, in pieces."""
     rng = np.random.default_rng(3)
@@ -139,6 +140,9 @@ def test_the_order_of_the_files_orders_events_of_one_time(tmp_path, ending):
             import pyarrow.csv
 
             pyarrow.csv.write_csv(part, tmp_path / f"parts/{number}.csv")
+        elif ending == "jsonl":
+            lines = "".join(json.dumps(row) + "\n" for row in part.to_pylist())
+            (tmp_path / f"parts/{number}.jsonl").write_text(lines)
         else:
             pq.write_table(part, tmp_path / f"parts/{number}.parquet", row_group_size=7_000)
     out, _ = make(tmp_path, events=str(tmp_path / "parts"), order="file", max_history=1)

@@ -82,7 +82,9 @@ def build_parser() -> argparse.ArgumentParser:
     export.add_argument(
         "--columns", nargs="+", default=[], metavar="NAME", help="columns of items/ to stand beside the items' vectors"
     )
-    export.add_argument("--users", metavar="PART", help="whose users: test, valid or serving (default: the first of them)")
+    export.add_argument(
+        "--users", metavar="PART", help="whose users: test, valid or serving (default: the first of them)"
+    )
 
     index = command("index", _index, "a FAISS index of the exported items, tuned against exact search, under RUN/index")
     index.add_argument("run_dir", metavar="RUN", type=Path, help="a run folder with an export")

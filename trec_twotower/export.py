@@ -119,7 +119,7 @@ def _part_with_users(sources: Sources, users: str | None) -> str | None:
         return known[0] if known else None
     if users not in known:
         raise ConfigError(
-            f"--users is {users!r}, but {sources.dataset.folder} has of parts with users {', '.join(known) or 'none'}: "
+            f"--users is {users!r}, but {sources.dataset.folder} has users in {', '.join(known) or 'no part'}: "
             "name one of them, or encode other users by an encoder (export --encoder)."
         )
     return users

@@ -25,6 +25,7 @@ from trec_twotower.errors import DataError, nearest
 
 OURS = ("user_id", "item_id", "timestamp", "weight", "positives", "history")
 IN_FILES = "file"  # order = file: the order of rows in the files
+ROW_NUMBER = "row_number() OVER ()"
 
 
 class Options(LogOptions):
@@ -154,10 +155,10 @@ def _load_events(database: duckdb.DuckDBPyConnection, options: Options) -> dict[
     order = _order(files, options)
     columns |= {ORDER: order} if order is not None else {}
     selected = ", ".join(f"{expression} AS {sql_name(name)}" for name, expression in columns.items())
-    query = f"SELECT {selected} FROM {files.relation}"
     with explained(f"events = {options.events}", options):
-        fetch_rows(database, "SET preserve_insertion_order = true")  # order = file counts the rows
-        fetch_rows(database, f"CREATE TABLE events AS {query}")
+        counts_rows = "true" if order == ROW_NUMBER else "false"  # which keeps more in memory
+        fetch_rows(database, f"SET preserve_insertion_order = {counts_rows}")
+        fetch_rows(database, f"CREATE TABLE events AS SELECT {selected} FROM {files.relation}")
         fetch_rows(database, "SET preserve_insertion_order = false")
 
     unit = f"more than {LATEST_S:,} seconds, as if in milliseconds: divide, so that it counts seconds"
@@ -201,7 +202,7 @@ def _order(files: Files, options: Options) -> str | None:
     if options.order not in (None, IN_FILES):
         return files.sortable(str(options.order), "order")
     is_in_files = options.order == IN_FILES or (not options.has_times and options.split != "random")
-    return "row_number() OVER ()" if is_in_files else None
+    return ROW_NUMBER if is_in_files else None
 
 
 def _load_sides(database: duckdb.DuckDBPyConnection, options: Options) -> dict[str, int]:
