@@ -120,10 +120,11 @@ class Lists:
         return (key[at_BK] == wanted_BK) & (item_row_BK >= 0)
 
     def hold(self, other: Lists) -> np.ndarray:
-        """Bool, one per value of `other`: is the value on the same row's list here?"""
+        """Bool, one per value of `other`: is the value on the same row's list here? -1 (no item) never is."""
         assert len(other) == len(self), f"{len(other)} rows against {len(self)} lists"
         span = max(int(self.values.max(initial=0)), int(other.values.max(initial=0))) + 1
-        return np.isin(other.rows * span + other.values, self.rows * span + self.values)
+        own = (self.rows * span + self.values)[self.values >= 0]
+        return np.isin(other.rows * span + other.values, own) & (other.values >= 0)
 
     @staticmethod
     def concat(parts: Sequence[Lists]) -> Lists:
