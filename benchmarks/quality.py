@@ -283,7 +283,9 @@ SPLITS = {
             SimpleX            .1872  .1557
             MF + BSL           .1882  .1584
             LightGCN + BSL     .1892  .1590
+            NESCL              .1917  .1617
             BSPM-EM            .1920  .1597
+            ChebyCF            .1941  .1616
         """)),
     ),
     "amazon-beauty": Split(
