@@ -16,7 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tests.golden.curves import KEPT, curves
 from tests.ranks.launch import SAID_BY_TORCHREC
 from tests.ranks.worlds import event_config
-from trec_twotower import train as training
+from trec_twotower import training
 from trec_twotower.distributed import Ranks
 from trec_twotower.errors import ConfigError
 from trec_twotower.model import watch as watching

@@ -32,7 +32,7 @@ LAYERS = """
     model.losses.graded model.losses.mixture model.losses model.losses.regularisers model.queue model.gate model.watch
     model.interests model.two_tower
     cpu_updates optimizer sharding spectral plan checkpoint_storage checkpoint encode run failures refresh pipeline
-    train export program encoder
+    training export program encoder
     metrics exhaustive index.engine index.list_scan index.probing index.recipe index.scan index.filters index.search
     index.tuning index.build index.neighbours index
     baselines slices sampled evaluate rerank serve server report
@@ -129,7 +129,7 @@ def test_words_settings_and_readers_need_no_torch(module):
 
 @pytest.mark.parametrize("name", sorted(set(trec_twotower.__all__) - {"__version__"}))
 def test_the_table_of_contents_names_what_is_there(name):
-    module = trec_twotower._CONTENTS[name]
+    module = trec_twotower._MODULE_OF[name]
     tree = ast.parse(path_of(module).read_text(encoding="utf-8"))
     defined = {node.name for node in tree.body if isinstance(node, ast.ClassDef | ast.FunctionDef)}
     defined |= {alias.name for node in tree.body if isinstance(node, ast.ImportFrom) for alias in node.names}

@@ -17,7 +17,7 @@ from tests.ranks.launch import SAID_BY_TORCHREC
 from tests.ranks.states import whole_state
 from tests.ranks.worlds import MIXED, NUM_ITEMS, event_config, negatives, user_config
 from trec_twotower import refresh as refreshing
-from trec_twotower import train as training
+from trec_twotower import training
 from trec_twotower.config import LossConfig, RunConfig, as_values, validate
 from trec_twotower.errors import ConfigError, DataError
 from trec_twotower.index import neighbours as nearness

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from tests.ranks.worlds import MIXED, event_config, negatives, user_config
-from trec_twotower import train as training
+from trec_twotower import training
 from trec_twotower.config import RunConfig
 from trec_twotower.distributed import Ranks
 

@@ -20,7 +20,7 @@ _quiet()
 
 from tests.ranks.states import whole_state  # noqa: E402
 from tests.sequences import DRAWN, RESUMED, SGD, TOGETHER, TOWERS, USERS, steps_config  # noqa: E402
-from trec_twotower import train as training  # noqa: E402
+from trec_twotower import training  # noqa: E402
 from trec_twotower.config import RunConfig  # noqa: E402
 from trec_twotower.distributed import Ranks, start_ranks  # noqa: E402
 from trec_twotower.encode import encode_everywhere  # noqa: E402
