@@ -42,7 +42,7 @@ def test_two_ranks_make_of_every_kind_what_one_makes(bazaar, one, forked):
 
 
 def test_a_resumed_run_is_one_that_never_stopped(bazaar, one, lone_rank):
-    from trec_twotower.training import train
+    from trec_twotower.training.loop import train
 
     whole = bazaar.parent / "whole"
     train(bazaar_config(bazaar, whole), lone_rank)

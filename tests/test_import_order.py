@@ -14,7 +14,8 @@ PACKAGE = Path(trec_twotower.__file__).parent
 
 # A package stands where its __init__ does: behind its parts, which it may import.
 LAYERS = """
-    errors yaml_files schema config same_run files memory faults lock preemption shared_memory distributed heartbeat
+    errors storage yaml_files schema config same_run files memory faults lock preemption shared_memory distributed
+    heartbeat
     data data.kernels data.words data.hashing data.lists data.probing data.numbers data.times
     data.vocabulary data.vectors data.text data.transforms data.dataset
     data.cache_folder data.arrays data.catalogue data.features data.coverage data.held_out
@@ -32,10 +33,10 @@ LAYERS = """
     model.losses.graded model.losses.mixture model.losses model.losses.regularisers model.queue model.gate model.watch
     model.interests model.two_tower
     cpu_updates optimizer sharding spectral plan checkpoint_storage checkpoint encode run failures refresh pipeline
-    training export program encoder
+    training.loop training export program encoder
     metrics exhaustive index.engine index.list_scan index.probing index.recipe index.scan index.filters index.search
     index.tuning index.build index.neighbours index
-    baselines slices sampled evaluate rerank serve server report
+    baselines slices sampled evaluate rerank serving.user_state serving serve server report
     torchrun doctor demo cli __main__
 """
 ORDER = LAYERS.split()

@@ -22,8 +22,9 @@ from trec_twotower.export import read_export
 from trec_twotower.index import build_index
 from trec_twotower.run import Run
 from trec_twotower.schema import ENCODER_PARAMETERS, FeatureSpec, Schema, TableSpec
-from trec_twotower.serve import Retriever, state_table
-from trec_twotower.training import build_model, towers
+from trec_twotower.serve import Retriever
+from trec_twotower.serving.user_state import state_table
+from trec_twotower.training.loop import build_model, towers
 
 pytestmark = [pytest.mark.filterwarnings(each) for each in SAID_BY_TORCHREC]
 TABLE = TableSpec(buckets=64, dim=4, hashing="modulo")

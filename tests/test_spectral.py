@@ -16,7 +16,7 @@ from tests.ranks.worlds import EVENTS, ITEM_IDS, USERS
 from trec_twotower.config import RunConfig, SpectralStart, as_values, validate
 from trec_twotower.errors import ConfigError, DataError
 from trec_twotower.spectral import Taken, spectral_tables, spread
-from trec_twotower.training import towers, train
+from trec_twotower.training.loop import towers, train
 
 pytestmark = pytest.mark.filterwarnings(*SAID_BY_TORCHREC)
 

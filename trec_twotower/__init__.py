@@ -22,7 +22,7 @@ if TYPE_CHECKING:  # the same names for type checkers and editors
     from trec_twotower.schema import Schema as Schema
     from trec_twotower.schema import TableSpec as TableSpec
     from trec_twotower.serve import Retriever as Retriever
-    from trec_twotower.training import train as train
+    from trec_twotower.training.loop import train as train
 
 __version__ = "0.1.0"
 
@@ -45,7 +45,7 @@ _MODULE_OF = {
     "hash_to_bucket": "data.hashing",
     "load_config": "config",
     "start_ranks": "distributed",
-    "train": "training",
+    "train": "training.loop",
 }
 __all__ = sorted([*_MODULE_OF, "__version__"])
 

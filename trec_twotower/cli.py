@@ -297,7 +297,7 @@ def _train(options: argparse.Namespace) -> int:
     _quiet()
     with _ranks(config) as ranks:
         from trec_twotower.evaluate import Evaluator
-        from trec_twotower.training import train
+        from trec_twotower.training.loop import train
 
         def evaluator(sources: Any) -> Any:
             if not sources.dataset.has("valid"):

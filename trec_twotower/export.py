@@ -30,7 +30,7 @@ from trec_twotower.model.two_tower import TwoTower
 from trec_twotower.run import Run
 from trec_twotower.same_run import binding
 from trec_twotower.schema import Side
-from trec_twotower.training import build_model, towers
+from trec_twotower.training.loop import build_model, towers
 
 VECTOR = "vector"
 VECTORS = "vectors"  # of users with several
