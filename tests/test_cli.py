@@ -45,7 +45,16 @@ def with_first(table: pa.Table, column: str, value: object) -> pa.Table:
     ("call", "says"),
     [
         ([], ["COMMAND"]),
-        (["trian", "shop.yaml"], ["'trian'", "'train'", "--help"]),
+        (["trian", "shop.yaml"], ["no command 'trian' (nearest: 'train')", "--help"]),
+        (["evalute", "--index"], ["no command 'evalute' (nearest: 'evaluate')"]),
+        (["train", "shop.yaml", "--initfrom", "run"], ["unrecognized", "nearest: '--init-from'"]),
+        (["recommend", "run", "--user", "-u"], ["--user", "--user=-VALUE"]),
+        (["recommend", "run", "--user", "1", "--without", "--k", "3"], ["--without=-VALUE"]),
+        (["launch"], ["train, export, evaluate, recommend"]),
+        (["launch", "--ranks", "2"], ["train, export, evaluate, recommend"]),
+        (["launch", "index", "run"], ["index runs in one process"]),
+        (["launch", "trian", "shop.yaml"], ["trian is no command (nearest: 'train')"]),
+        (["launch", "launch", "train"], ["launch runs in one process"]),
         (["train"], ["CONFIG"]),
         (["evaluate", "run", "--split"], ["--split"]),
         (["export", "run", "--ranks", "2"], ["--ranks"]),
@@ -73,6 +82,51 @@ def test_a_mistaken_call_is_told_what_is_wrong(cli, tmp_path, monkeypatch, call,
     assert said.out == "" and listing(tmp_path) == {}
 
 
+@pytest.mark.parametrize("variable", ["2", "many"])
+def test_a_stage_of_one_process_is_refused_on_ranks(cli, tmp_path, monkeypatch, variable):
+    monkeypatch.setenv("WORLD_SIZE", variable)
+    monkeypatch.setenv("RANK", "0")
+    for call in (["index", tmp_path], ["prepare", "synthetic", "--out", tmp_path / "d"], ["serve", tmp_path]):
+        said = cli(*call)
+        assert said.code == USAGE and "WORLD_SIZE" in said.mistake and "launcher" in said.mistake
+    assert listing(tmp_path) == {}
+
+
+def test_the_version_is_printed(cli):
+    import trec_twotower
+
+    said = cli("--version")
+    assert (said.code, said.out) == (0, f"trec-twotower {trec_twotower.__version__}\n")
+
+
+@pytest.mark.parametrize("name", ["demo", "demo.yaml", "configs/demo.yaml"])
+def test_a_shipped_config_is_opened_by_its_name(tmp_path, monkeypatch, name):
+    from trec_twotower.config import load_config
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "demo").mkdir()  # a folder of that name is no config
+    config = load_config(name)
+    assert config.data.dataset == "data/demo" and config.run_dir == Path("runs/demo")
+    local = tmp_path / name
+    if local.suffix:  # a file of one's own comes first
+        local.parent.mkdir(exist_ok=True)
+        text = (LAUNCHER.parent.parent / "configs/demo.yaml").read_text()
+        local.write_text(text.replace("data/demo", "data/mine"))
+        assert load_config(name).data.dataset == "data/mine"
+
+
+def test_only_shipped_names_are_opened_by_name(cli, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, says in (
+        ("gowala", "nearest: 'gowalla'"),
+        ("elsewhere/demo.yaml", "no config file elsewhere/demo.yaml (nearest: 'demo')"),
+        ("demo.json", "no config file demo.json"),
+        (".", "is a folder"),
+    ):
+        said = cli("plan", name, "--ranks", 2)
+        assert said.code == USAGE and says in said.mistake
+
+
 def test_a_missing_config_names_the_nearest(cli, shop):
     said = cli("train", shop.config.with_name("shopp.yaml"))
     assert said.code == USAGE and "shopp.yaml (nearest: 'shop.yaml')" in said.mistake
@@ -87,7 +141,9 @@ def test_every_command_that_takes_a_config_refuses_words_that_faiss_does_not_kno
     assert said.code == USAGE and "'IVF16,SQ7' is no index of dim 8 to FAISS" in said.mistake
 
 
-@pytest.mark.parametrize(("command", "then"), [("train", "goes on from what is saved"), ("features", "begins anew")])
+@pytest.mark.parametrize(
+    ("command", "then"), [("train", "continues from the newest checkpoint"), ("features", "starts again")]
+)
 def test_who_interrupts_is_told_what_the_same_command_would_do(cli, shop, monkeypatch, command, then):
     """Only a training has saved anything."""
 
@@ -341,6 +397,9 @@ def test_bad_test_rows_stop_what_reads_them(cli, shop_copy, shop_tables, write_d
         (["export", "RUN", "--checkpoint", "first"], USAGE, ["'first'", "best, newest", "[5, 10]"]),
         (["recommend", "RUN", "--user", "user-1", "--checkpoint", "x"], USAGE, ["'x'", "best, newest"]),
         (["recommend", "RUN", "--user", "user-80"], DATA, ["'user-80'", "no part"]),
+        (["recommend", "RUN", "--user", "user-1", "--where", "colour"], USAGE, ["'colour'", "category=Mugs"]),
+        (["recommend", "RUN", "--user", "user-1", "--where", "color=red"], USAGE, ["nearest: 'colour'"]),
+        (["recommend", "RUN", "--user", "user-1", "--where", "colour=pink"], DATA, ["allows none of the 40 items"]),
         (["recommend", "RUN", "--user", "user-1", "--k", "41"], USAGE, ["41", "40 items"]),
         (["evaluate", "RUN", "--rankings", "RUN"], USAGE, ["is a folder"]),
         (["evaluate", "RUNS"], USAGE, ["no run folder", "nearest: 'run'"]),
@@ -355,6 +414,31 @@ def test_what_a_run_cannot_give_is_said(cli, shop, call, code, says):
     assert said.code == code
     assert not [word for word in says if word not in said.mistake], said.mistake
     assert said.out == "" and listing(shop.run) == before
+
+
+def test_an_unknown_user_is_named_and_the_others_are_answered(cli, shop):
+    expected = cli("recommend", shop.run, "--user", "user-1", "--user", "user-2")
+    assert expected.code == 0 and expected.err == ""
+    said = cli("recommend", shop.run, "--user", "user-1", "--user", "user-80", "--user=-u", "--user", "user-2")
+    assert said.code == 0 and said.out == expected.out
+    first, second = said.err.splitlines()
+    assert "'user-80' is in no part" in first and "'-u' is in no part" in second
+    said = cli("recommend", shop.run, "--user", "user-80", "--user", "user-81")
+    assert said.code == DATA and said.out == "" and len(said.err.splitlines()) == 2
+
+
+def test_titles_cannot_control_the_terminal(cli, shop, shop_tables, write_dataset, tmp_path):
+    titles = pa.array(["\x1b]0;owned\x07\x1b[2J" + title for title in shop_tables["items"]["title"].to_pylist()])
+    items = replaced(shop_tables["items"], "title", titles)
+    dataset = write_dataset(tmp_path / "shop", **{**shop_tables, "items": items})
+    run = tmp_path / "run"
+    for call in (
+        ("train", shop.config, f"data.dataset={dataset}", f"run_dir={run}", "train.epochs=1"),
+        *(("export", run), ("index", run), ("recommend", run, "--user", "user-1")),
+    ):
+        said = cli(*call)
+        assert said.code == 0, said.err
+    assert "]0;owned[2JA " in said.out and not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", said.out)
 
 
 def test_stages_before_their_time_name_the_stage_to_run(cli, shop_copy):
@@ -562,7 +646,7 @@ def test_a_reader_that_goes_away_is_no_mistake(tmp_path):
 def test_a_pipe_that_breaks_elsewhere_is_told():
     """What is said here is read."""
     code = "from trec_twotower import cli\ndef run(_): raise BrokenPipeError(32, 'Broken pipe')\n"
-    code += "cli._doctor = run\ncli.main()"
+    code += "cli.COMMANDS['doctor'] = run\ncli.main()"
     job = subprocess.run([sys.executable, "-c", code, "doctor"], capture_output=True, text=True, timeout=60)
     assert (job.returncode, job.stderr) == (1, "trec-twotower doctor: Broken pipe\n")
 

@@ -14,8 +14,8 @@ PACKAGE = Path(trec_twotower.__file__).parent
 
 # A package stands where its __init__ does: behind its parts, which it may import.
 LAYERS = """
-    errors storage yaml_files schema config same_run files memory faults lock preemption shared_memory distributed
-    heartbeat
+    errors storage storage.package_files yaml_files schema config same_run files memory faults lock preemption
+    shared_memory distributed heartbeat
     data data.kernels data.words data.hashing data.lists data.probing data.numbers data.times
     data.vocabulary data.vectors data.text data.transforms data.dataset
     data.cache_folder data.arrays data.catalogue data.features data.coverage data.held_out
@@ -37,11 +37,12 @@ LAYERS = """
     metrics exhaustive index.engine index.list_scan index.probing index.recipe index.scan index.filters index.search
     index.tuning index.build index.neighbours index
     baselines slices sampled evaluate rerank serving.user_state serving serve server report
-    torchrun doctor demo cli __main__
+    torchrun doctor demo cli_output cli_parser cli __main__
 """
 ORDER = LAYERS.split()
 LAZY = {"schema", "cli", "demo"}  # their imports inside functions may name anything
-WITHOUT_TORCH = {"errors", "yaml_files", "schema", "config", "same_run", "files"} | {
+OFFLINE = ["errors", "storage", "storage.package_files", "yaml_files", "schema", "config", "same_run", "files"]
+WITHOUT_TORCH = set(OFFLINE) | {
     f"data.{part}"
     for part in (
         "kernels",

@@ -1,0 +1,82 @@
+"""What the command line prints besides results: one message for each mistake, by one rank, and the exit code."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import select
+import sys
+import warnings
+from pathlib import Path
+from typing import Any, NoReturn, TextIO
+
+
+def prepare_output() -> None:
+    """Have text that the terminal's encoding lacks printed as escapes, and our warnings as one line."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    show = warnings.showwarning
+
+    def show_as_line(message: Warning | str, category: type[Warning], filename: str, *rest: Any) -> None:
+        if Path(filename).is_relative_to(Path(__file__).parent):
+            print(f"trec-twotower: warning: {message}", file=sys.stderr, flush=True)
+        else:
+            show(message, category, filename, *rest)
+
+    warnings.showwarning = show_as_line  # type: ignore[assignment]
+
+
+def leave(code: int) -> NoReturn:
+    """End this process at once.
+
+    gloo's threads outlive the process group where a sharded model still refers to it. One that lets go of its last
+    tensor while the interpreter is being taken down cannot get the interpreter's lock, and aborts the process. NCCL's
+    group, left behind by an error, would wait for ranks that wait for this one.
+    """
+    with contextlib.suppress(OSError):  # nobody reads on, as with `| head`
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(code)
+
+
+def is_unread(stream: TextIO) -> bool:
+    """Whether it is a pipe that nobody reads on."""
+    poll = select.poll()
+    try:
+        poll.register(stream, 0)
+    except OSError:  # no file of the system: something in Python that catches what is said
+        return False
+    return any(event & select.POLLERR for _, event in poll.poll(0))
+
+
+def print_once(message: str, is_own: bool = False) -> None:
+    """Tell stderr; of the ranks of one job, which mostly find the same mistake, the first to come speaks.
+
+    Under a launcher that is not ours rank 0 speaks, and every rank of what is its own.
+    """
+    said_dir = os.environ.get("TREC_TT_SAID_DIR")
+    if said_dir is not None:
+        try:
+            digest = hashlib.sha256(message.encode(errors="backslashreplace")).hexdigest()[:16]
+            (Path(said_dir) / digest).touch(exist_ok=False)
+        except FileExistsError:
+            return
+        except OSError:
+            pass  # the job's folder is gone: better said twice than not at all
+    elif os.environ.get("RANK", "0") != "0" and not is_own:
+        return
+    print(message, file=sys.stderr, flush=True)
+
+
+def code_for_launcher(exit_code: int) -> int:
+    """The code to end with: under our launcher 0, which starts no rank again, and the true one left in a file."""
+    said_dir = os.environ.get("TREC_TT_SAID_DIR")
+    if said_dir is None:
+        return exit_code
+    try:
+        (Path(said_dir) / "exit_code").write_text(str(exit_code))
+    except OSError:
+        return exit_code
+    return 0
