@@ -515,6 +515,35 @@ def test_two_ranks_end_at_once_with_one_message(on_ranks, shop, tmp_path, overri
     assert not (run / "checkpoints").exists()
 
 
+@pytest.mark.timeout(240)
+def test_plain_torchrun_starts_ranks_as_our_launcher_does(on_ranks, shop, tmp_path):
+    """The same losses, and of a mistake one message; the exit code is torchrun's own."""
+    environ = {**os.environ, "OMP_NUM_THREADS": "1"}
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+
+    def started(name: str, *overrides: str) -> subprocess.CompletedProcess[str]:
+        call = ["-m", "trec_twotower", "train", str(shop.config), f"run_dir={tmp_path / name}", *overrides]
+        return subprocess.run([*torchrun, *call], env=environ, capture_output=True, text=True, timeout=100)
+
+    plain = started("plain", "train.epochs=1")
+    assert plain.returncode == 0, plain.stderr
+    said = on_ranks("train", shop.config, f"run_dir={tmp_path / 'ours'}", "train.epochs=1")
+    assert said.code == 0, said.err
+    losses = [
+        [
+            json.loads(line)["loss"]
+            for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+            if "loss" in line
+        ]
+        for name in ("plain", "ours")
+    ]
+    assert losses[0] == losses[1] != []
+    assert json.loads((tmp_path / "plain/status.json").read_text())["num_ranks"] == 2
+    refused = started("refused", "train.epoch=1")
+    messages = [line for line in refused.stderr.splitlines() if line.startswith("trec-twotower")]
+    assert refused.returncode == 1 and len(messages) == 1 and "nearest: 'epochs'" in messages[0]
+
+
 @pytest.mark.timeout(150)
 @pytest.mark.parametrize(
     ("override", "code", "says"),

@@ -7,6 +7,7 @@ import hashlib
 import os
 import select
 import sys
+import tempfile
 import warnings
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
@@ -52,22 +53,38 @@ def is_unread(stream: TextIO) -> bool:
 
 
 def print_once(message: str, is_own: bool = False) -> None:
-    """Tell stderr; of the ranks of one job, which mostly find the same mistake, the first to come speaks.
+    """Print a message to stderr; of the ranks of one job, which mostly find the same mistake, the first prints it.
 
-    Under a launcher that is not ours rank 0 speaks, and every rank of what is its own.
+    The ranks of a machine agree through files in a folder of their launcher. Under a launcher other than torchrun
+    rank 0 prints, and every rank a message that `is_own`.
     """
-    said_dir = os.environ.get("TREC_TT_SAID_DIR")
-    if said_dir is not None:
+    folder = _message_dir()
+    if folder is not None:
+        digest = hashlib.sha256(message.encode(errors="backslashreplace")).hexdigest()[:16]
         try:
-            digest = hashlib.sha256(message.encode(errors="backslashreplace")).hexdigest()[:16]
-            (Path(said_dir) / digest).touch(exist_ok=False)
+            (folder / digest).touch(exist_ok=False)
         except FileExistsError:
             return
         except OSError:
-            pass  # the job's folder is gone: better said twice than not at all
+            pass  # the folder is gone or full: better printed twice than not at all
     elif os.environ.get("RANK", "0") != "0" and not is_own:
         return
     print(message, file=sys.stderr, flush=True)
+
+
+def _message_dir() -> Path | None:
+    """Return the folder in which the ranks that torchrun started on this machine agree who prints what."""
+    given = os.environ.get("TREC_TT_SAID_DIR")  # by our own launcher, which removes it
+    if given is not None or "TORCHELASTIC_RUN_ID" not in os.environ:
+        return None if given is None else Path(given)
+    agent = os.getppid()
+    try:
+        started = Path(f"/proc/{agent}/stat").read_text().rpartition(")")[2].split()[19]  # pids come again
+        folder = Path(tempfile.gettempdir()) / f"trec-twotower-{os.getuid()}-{agent}-{started}"
+        folder.mkdir(mode=0o700, exist_ok=True)
+    except OSError:
+        return None
+    return folder
 
 
 def code_for_launcher(exit_code: int) -> int:
