@@ -25,24 +25,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     if arguments is None:
         prepare_output()
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    name = words[0] if words and words[0] in SUBCOMMANDS else ""
     try:
-        code = _run(arguments)
-    except Exception:
-        if arguments is not None:
+        code = _run(words, name, is_own_process=arguments is None)
+    except Exception as error:
+        if _is_interrupt(error):
+            code = _interrupted(name)
+        elif arguments is not None:
             raise
-        sys.excepthook(*sys.exc_info())
-        code = 1
+        else:
+            sys.excepthook(*sys.exc_info())
+            code = 1
     if arguments is None:
         leave(code)
     return code
 
 
-def _run(arguments: Sequence[str] | None) -> int:
-    words = list(sys.argv[1:] if arguments is None else arguments)
-    name = words[0] if words and words[0] in SUBCOMMANDS else ""
+def _run(words: list[str], name: str, *, is_own_process: bool) -> int:
     try:
         options = _parsed(words)
-        options.is_own_process = arguments is None
+        options.is_own_process = is_own_process
         return options.run(options)
     except (ConfigError, DataError, TrainingError) as error:
         message = str(error) if isinstance(error, CallError) else f"trec-twotower {name}: {error}"
@@ -52,9 +55,7 @@ def _run(arguments: Sequence[str] | None) -> int:
         print_once(f"trec-twotower {name}: {stopped}")
         return code_for_launcher(stopped.exit_code)
     except KeyboardInterrupt:
-        then = "continues from the newest checkpoint" if name == "train" else "starts again"
-        print_once(f"trec-twotower {name}: interrupted; the same command {then}.")
-        return INTERRUPTED
+        return _interrupted(name)
     except RuntimeError as error:
         from trec_twotower.heartbeat import cause_of, is_lost
 
@@ -68,6 +69,21 @@ def _run(arguments: Sequence[str] | None) -> int:
             return 128 + signal.SIGPIPE
         print_once(f"trec-twotower {name}: {error.strerror or error}: {error.filename or ''}".rstrip(": "))
         return 1
+
+
+def _interrupted(name: str) -> int:
+    then = "continues from the newest checkpoint" if name == "train" else "starts again"
+    print_once(f"trec-twotower {name}: interrupted; the same command {then}.")
+    return INTERRUPTED
+
+
+def _is_interrupt(error: BaseException | None) -> bool:
+    """Whether a library made an error of its own out of Ctrl-C, as native code does that calls Python."""
+    while error is not None:
+        if isinstance(error, KeyboardInterrupt) or "KeyboardInterrupt" in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _parsed(words: list[str]) -> argparse.Namespace:

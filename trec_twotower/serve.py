@@ -15,7 +15,7 @@ from trec_twotower.data.dataset import ITEM_ID
 from trec_twotower.data.lists import Lists
 from trec_twotower.data.transforms import one_chunk
 from trec_twotower.data.words import python_values
-from trec_twotower.distributed import Ranks
+from trec_twotower.distributed import Ranks, quiet_libraries
 from trec_twotower.encode import encode
 from trec_twotower.encoder import load_whole
 from trec_twotower.errors import ConfigError, nearest
@@ -80,6 +80,7 @@ class Retriever:
     @classmethod
     def alone(cls, run_dir: Path | str, checkpoint: str = "best", *, mapped: bool = False) -> Retriever:
         """Open a run in one process without a process group, such as a server: its device holds the whole tables."""
+        quiet_libraries()
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         ranks, run = Ranks(0, 1, device), Run.open(Path(run_dir))
         loaded = load_whole(run, run.sources(ranks), device, checkpoint)
