@@ -70,6 +70,8 @@ def with_first(table: pa.Table, column: str, value: object) -> pa.Table:
         (["export", "run"], ["run is no run folder", "config.yaml", "train"]),
         (["serve", "run"], ["run is no run folder"]),
         (["serve", "run", "--max-k", "0"], ["--max-k is 0"]),
+        (["serve", "run", "--reload-s", "-1"], ["--reload-s is -1"]),
+        (["serve", "run", "--reload-s", "nan"], ["--reload-s is nan"]),
         (["demo", "--ranks", "0"], ["--ranks is 0"]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
@@ -153,6 +155,64 @@ def test_who_interrupts_is_told_what_the_same_command_would_do(cli, shop, monkey
     monkeypatch.setattr("trec_twotower.config.load_config", interrupted)
     said = cli(command, shop.config)
     assert said.code == 130 and said.mistake.strip().endswith(f": interrupted; the same command {then}."), said.err
+
+
+def test_an_interrupt_that_a_library_made_an_error_of_is_an_interrupt(cli, shop, monkeypatch):
+    """Native code that calls Python reports Ctrl-C as an error of its own, in words or as the cause."""
+
+    def wrapped(*_: object) -> None:
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt as error:
+            raise ImportError("numpy could not be imported") from error
+
+    def in_words(*_: object) -> None:
+        raise SystemError("Error building `literal` serializer:\n  KeyboardInterrupt:")
+
+    for interrupted in (wrapped, in_words):
+        monkeypatch.setattr("trec_twotower.config.load_config", interrupted)
+        said = cli("features", shop.config)
+        assert said.code == 130 and "interrupted" in said.mistake
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize(
+    ("call", "begins"),
+    [
+        (["prepare", "synthetic", "--out", "OUT", "rows=50000000"], None),
+        (["train", "CONFIG", "run_dir=OUT", "train.epochs=1000000"], "step"),
+        (["train", "CONFIG", "run_dir=OUT"], None),
+        (["launch", "--ranks", "2", "train", "CONFIG", "run_dir=OUT"], None),
+        (["evaluate", "RUN"], None),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else None,
+)
+def test_ctrl_c_ends_a_command_in_one_line(shop, tmp_path, call, begins):
+    """Sent to the process group, as by a terminal, when the first step is printed or while libraries are imported."""
+    places = {"OUT": str(tmp_path / "out"), "CONFIG": str(shop.config), "RUN": str(shop.run)}
+    words = [re.sub("OUT|CONFIG|RUN", lambda found: places[found[0]], word) for word in call]
+    ready = "import sys, threading; from trec_twotower.cli import main; print('ready', flush=True); main()"
+    job = subprocess.Popen(
+        [sys.executable, "-c", ready, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True,
+    )  # fmt: skip
+    try:
+        assert job.stdout is not None and job.stdout.readline() == "ready\n"
+        if begins is not None:
+            assert job.stdout.readline().startswith(begins)
+        else:
+            time.sleep(1)
+        os.killpg(job.pid, signal.SIGINT)
+        _, err = job.communicate(timeout=60)
+    finally:
+        if job.poll() is None:
+            os.killpg(job.pid, signal.SIGKILL)
+    assert job.returncode == 130 and "Traceback" not in err, err
+    messages = [line for line in err.splitlines() if line.startswith("trec-twotower")]
+    assert len(messages) <= 1 and all(line.startswith(("trec-twotower", "torchrun: ")) for line in err.splitlines()), (
+        err
+    )
+    assert messages or err.startswith("torchrun: stopped by SIGINT")
 
 
 def test_help_loads_neither_faiss_nor_torch():
@@ -405,15 +465,29 @@ def test_bad_test_rows_stop_what_reads_them(cli, shop_copy, shop_tables, write_d
         (["evaluate", "RUNS"], USAGE, ["no run folder", "nearest: 'run'"]),
         (["index", "RUNS"], USAGE, ["no run folder", "nearest: 'run'"]),
         (["recommend", "RUNS", "--user", "user-1"], USAGE, ["no run folder", "nearest: 'run'"]),
+        (["export", "RUN/config.yaml"], USAGE, ["config.yaml is a file: name the run folder RUN."]),
+        (["export", "CONFIG"], USAGE, ["shop.yaml is a file: name a run folder."]),
+        (["report", "DATASET"], USAGE, ["is a dataset, and no run folder", "name the run that was trained on it"]),
+        (["index", "RUN", "lists=3"], USAGE, ["lists is no setting of the index (nearest: 'index.lists')"]),
+        (["index", "RUN", "train.epochs=3"], USAGE, ["train.epochs is no setting of the index, and"]),
+        (["export", "RUN", "--columns", "item_id"], USAGE, ["which every export of items has"]),
+        (["train", "CONFIG", "data.dataset=CONFIG", "run_dir=RUN-2"], DATA, ["is a file: a dataset is a folder"]),
+        (["train", "CONFIG", "run_dir=RUN-2", "--init-from", "RUN-3"], USAGE, ["no run folder", "nearest: 'run'"]),
+        (["prepare", "synthetic", "--out", "CONFIG/below", "users=9"], USAGE, ["shop.yaml, which is a file"]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
 def test_what_a_run_cannot_give_is_said(cli, shop, call, code, says):
-    before = listing(shop.run)
-    said = cli(*(word.replace("RUN", str(shop.run)) for word in call))
+    before = listing(shop.run.parent)
+
+    def filled(text: str) -> str:
+        places = {"RUN": shop.run, "CONFIG": shop.config, "DATASET": shop.dataset}
+        return re.sub("RUN|CONFIG|DATASET", lambda found: str(places[found[0]]), text)
+
+    said = cli(*map(filled, call))
     assert said.code == code
-    assert not [word for word in says if word not in said.mistake], said.mistake
-    assert said.out == "" and listing(shop.run) == before
+    assert not [word for word in says if filled(word) not in said.mistake], said.mistake
+    assert said.out == "" and listing(shop.run.parent) == before
 
 
 def test_an_unknown_user_is_named_and_the_others_are_answered(cli, shop):
@@ -449,6 +523,8 @@ def test_stages_before_their_time_name_the_stage_to_run(cli, shop_copy):
         assert said.code in (USAGE, DATA) and f"no index in {run / 'index'}" in said.mistake
         assert "trec-twotower index RUN" in said.mistake
     shutil.rmtree(run / "export")
+    said = cli("serve", run)
+    assert said.code == USAGE and "run trec-twotower export RUN, then trec-twotower index RUN" in said.mistake
     said = cli("index", run)
     assert said.code == USAGE and f"trec-twotower export {run}" in said.mistake
     shutil.rmtree(run / "checkpoints")

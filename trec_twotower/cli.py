@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import signal
 import subprocess
@@ -147,6 +148,10 @@ def _config(options: argparse.Namespace) -> Any:
 def _train(options: argparse.Namespace) -> int:
     config = _config(options)
     _quiet()
+    if options.init_from is not None:  # before the run folder is made
+        from trec_twotower.run import Run
+
+        Run.open(options.init_from)
     with _ranks(config) as ranks:
         from trec_twotower.evaluate import Evaluator
         from trec_twotower.training.loop import train
@@ -284,10 +289,10 @@ def _recommend(options: argparse.Namespace) -> int:
 
 
 def _serve(options: argparse.Namespace) -> int:
-    if options.max_k < 1 or not options.reload_s >= 0:
-        raise ConfigError(
-            f"--max-k is {options.max_k} and --reload-s {options.reload_s:g}: give 1 or more, and 0 or more."
-        )
+    if options.max_k < 1:
+        raise ConfigError(f"--max-k is {options.max_k}: give 1 or more.")
+    if not 0 <= options.reload_s < math.inf:
+        raise ConfigError(f"--reload-s is {options.reload_s:g}: give seconds, 0 or more.")
     _quiet()
     from trec_twotower.server import serve
 

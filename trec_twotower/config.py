@@ -809,9 +809,11 @@ def with_index_settings(config: RunConfig, overrides: Iterable[str]) -> IndexCon
     overrides = list(overrides)
     for name in parse_overrides(overrides):
         if not name.startswith("index."):
+            known = [f"index.{field}" for field in IndexConfig.model_fields]
+            near = nearest(f"index.{name}", known) if f"index.{name}" in known else ""
             raise ConfigError(
-                f"{name} is no setting of the index, and the run is trained already: change index settings alone, such "
-                "as index.target_recall=0.95."
+                f"{name} is no setting of the index{near}, and the run is trained already: change index settings "
+                "alone, such as index.target_recall=0.95."
             )
     return validate(RunConfig, apply_overrides(as_values(config), overrides), "index settings").index
 

@@ -74,6 +74,7 @@ class Retriever:
         index was built from the weights of another checkpoint.
         """
         run = Run.open(Path(run_dir))
+        _check_indexed(run)
         loaded = load_model(run, ranks, checkpoint)
         return cls(loaded, ItemIndex.load(run.folder / "index", model_version=loaded.version, mapped=mapped), ranks)
 
@@ -83,6 +84,7 @@ class Retriever:
         quiet_libraries()
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         ranks, run = Ranks(0, 1, device), Run.open(Path(run_dir))
+        _check_indexed(run)
         loaded = load_whole(run, run.sources(ranks), device, checkpoint)
         return cls(loaded, ItemIndex.load(run.folder / "index", model_version=loaded.version, mapped=mapped), ranks)
 
@@ -206,6 +208,13 @@ class Retriever:
             if fetched == len(self.index) or (item_row_BK >= 0).all() or (found_BK[1] < 0).any():
                 return score_BK, item_row_BK
             fetched *= 4
+
+
+def _check_indexed(run: Run) -> None:
+    """Raise ConfigError for a run without an index, with the stages to run."""
+    if not (run.folder / "index").is_dir():
+        export = "" if (run.folder / "export").is_dir() else "trec-twotower export RUN, then "
+        raise ConfigError(f"There is no index in {run.folder / 'index'}: run {export}trec-twotower index RUN.")
 
 
 def _several(values: Any, name: str) -> Sequence[Any]:
