@@ -504,15 +504,19 @@ def test_an_unknown_user_is_named_and_the_others_are_answered(cli, shop):
 def test_titles_cannot_control_the_terminal(cli, shop, shop_tables, write_dataset, tmp_path):
     titles = pa.array(["\x1b]0;owned\x07\x1b[2J" + title for title in shop_tables["items"]["title"].to_pylist()])
     items = replaced(shop_tables["items"], "title", titles)
+    items = replaced(items, "colour", pa.array([f"\x1b[7m{colour}" for colour in items["colour"].to_pylist()]))
     dataset = write_dataset(tmp_path / "shop", **{**shop_tables, "items": items})
     run = tmp_path / "run"
     for call in (
         ("train", shop.config, f"data.dataset={dataset}", f"run_dir={run}", "train.epochs=1"),
-        *(("export", run), ("index", run), ("recommend", run, "--user", "user-1")),
+        *(("export", run), ("index", run), ("evaluate", run, "--slice", "item.colour")),
+        ("recommend", run, "--user", "user-1"),
     ):
         said = cli(*call)
         assert said.code == 0, said.err
-    assert "]0;owned[2JA " in said.out and not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", said.out)
+        assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", said.out)
+        assert call[0] != "evaluate" or "[7mred" in said.out
+    assert "]0;owned[2JA " in said.out
 
 
 def test_stages_before_their_time_name_the_stage_to_run(cli, shop_copy):
@@ -642,6 +646,13 @@ def test_what_two_ranks_find_while_they_read_is_one_message(
     assert said.code == code
     assert len(said.err.splitlines()) == 1 and not [word for word in says if word not in said.mistake], said.err
     assert not (run / "checkpoints").exists()
+
+
+@pytest.mark.timeout(150)
+def test_two_ranks_recommend_as_one_does_and_print_once(on_forked_ranks, cli, shop):
+    call = ("recommend", shop.run, "--user", "user-1", "--user", "user-80", "--user", "user-2")
+    one, two = cli(*call), on_forked_ranks(*call)
+    assert (two.code, two.out, two.err) == (0, one.out, one.err) and two.err.count("user-80") == 1
 
 
 @pytest.mark.timeout(150)

@@ -240,6 +240,16 @@ def test_a_dataset_without_held_out_rows_serves_the_newest_train_row(write_datas
     assert items_of(found, newest_state(found, 2).seen) == list("hab")
 
 
+def test_the_row_of_serving_counts_first(write_dataset, tmp_path):
+    """A part of whole histories, for datasets of which nothing is held out."""
+    serving = TEST.drop_columns(["positives"]).append_column("positives", pa.array([[]], pa.list_(pa.string())))
+    found = sources(write_dataset(tmp_path / "d", train=TRAIN, serving=serving, items=ITEMS), SPEC, TIME)
+    state = newest_state(found, 1)
+    assert items_of(found, state.seen) == list("abcd")
+    same(state.features, found.user_features(serving, "a row"))
+    assert items_of(found, newest_state(found, 2).seen) == list("hab")  # who has no row there
+
+
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_a_row_per_user_has_all_positives_in_its_state(write_dataset, tmp_path, split):
     bag = FeatureSpec(name="history", kind="bag", buckets=64, dim=4)

@@ -255,7 +255,9 @@ def _evaluate(options: argparse.Namespace) -> int:
             sampled_same=options.same,
         )
         if ranks.is_first:
-            print(table)
+            from trec_twotower.serve import printable
+
+            print("\n".join(map(printable, table.split("\n"))))  # values of the slices' columns are in it
     return 0
 
 

@@ -103,9 +103,9 @@ def state_table(sources: Sources, state: Mapping[str, Any], where: str) -> pa.Ta
 
 
 def find_user(sources: Sources, user_id: Any) -> tuple[pa.Table, Split]:
-    """Return a user's newest row and its part of the dataset: test/, else valid/, else the last row of train/."""
+    """Return a user's newest row and its part of the dataset: serving/, test/, valid/ or the last row of train/."""
     text = _id_text(user_id)
-    for name in ("test", "valid", "train"):
+    for name in ("serving", "test", "valid", "train"):
         if not sources.dataset.has(name):
             continue
         split = sources.dataset.split(name)
