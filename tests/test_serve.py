@@ -137,7 +137,8 @@ def test_what_cannot_be_answered_is_said(retriever):
     [
         ("user-1", r"user_ids is the single value 'user-1': give a list, such as \['user-1'\]"),
         (b"user-1", "user_ids is the single value b'user-1'"),
-        (7, "user_ids is 7: give a list of values"),
+        (7, "user_ids is 7: give a list"),
+        (np.array(7), r"user_ids is array\(7\): give a list"),
         (None, "user_ids is None"),
         ({"user-1": 3}, "user_ids is {'user-1': 3}: give a list"),
     ],
@@ -160,6 +161,33 @@ def test_an_unknown_user_does_not_fail_the_others(retriever, odd):
     assert first == last == expected and expected.is_known
     assert not unknown.is_known and unknown.items == [] and unknown.history == [] and unknown.user_id is odd
     assert re.search("is in no part of|but ids are integers or strings", unknown.error)
+
+
+@pytest.mark.parametrize(
+    ("states", "message"),
+    [
+        ({"history": ["red-1"]}, "states is {'history': .*: give a list"),
+        ("history", "states is the single value 'history'"),
+        ([None], "state 0 is NoneType: give a dict"),
+        ([{}, "history"], "state 1 is str: give a dict"),
+        ([{3: "NO"}], "state 0 has a column 3, which no user feature reads"),
+    ],
+)
+def test_what_is_no_list_of_states_is_refused(retriever, states, message):
+    with pytest.raises(ConfigError, match=message):
+        retriever.recommend_now(states)
+
+
+def test_numbers_of_numpy_and_steps_are_accepted(retriever, shop):
+    from trec_twotower.serve import Retriever
+
+    expected = retriever.recommend(["user-1"], k=3)
+    assert retriever.recommend(["user-1"], k=np.int64(3), history_shown=np.int32(5)) == expected
+    assert Retriever.alone(shop.run, retriever.loaded.step).recommend(["user-1"], k=3) == expected
+    with pytest.raises(ConfigError, match="where is 'red': give a dict"):
+        retriever.allow(where="red")
+    (unknown,) = retriever.recommend(["x" * 10_000])
+    assert len(unknown.error) < 400
 
 
 def test_users_may_be_given_in_any_collection(retriever):

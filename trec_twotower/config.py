@@ -820,6 +820,8 @@ def with_index_settings(config: RunConfig, overrides: Iterable[str]) -> IndexCon
 
 def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
     """`["a.b=1"]` -> {"a.b": 1}; the values are read as YAML."""
+    if isinstance(overrides, str | Mapping):
+        raise ConfigError(f"Overrides are {overrides!r}: give a list of key=value, such as ['train.epochs=3'].")
     parsed = {}
     for override in overrides:
         name, equals, text = override.partition("=")

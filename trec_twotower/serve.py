@@ -67,7 +67,9 @@ class Retriever:
         self.ranks = ranks
 
     @classmethod
-    def open(cls, run_dir: Path | str, ranks: Ranks, checkpoint: str = "best", *, mapped: bool = False) -> Retriever:
+    def open(
+        cls, run_dir: Path | str, ranks: Ranks, checkpoint: str | int = "best", *, mapped: bool = False
+    ) -> Retriever:
         """Open a run inside `with start_ranks() as ranks`; all ranks call together, here and for recommendations.
 
         `mapped` shares the index with other processes of the host, see `ItemIndex.load`. Raises ConfigError where the
@@ -75,17 +77,17 @@ class Retriever:
         """
         run = Run.open(Path(run_dir))
         _check_indexed(run)
-        loaded = load_model(run, ranks, checkpoint)
+        loaded = load_model(run, ranks, str(checkpoint))
         return cls(loaded, ItemIndex.load(run.folder / "index", model_version=loaded.version, mapped=mapped), ranks)
 
     @classmethod
-    def alone(cls, run_dir: Path | str, checkpoint: str = "best", *, mapped: bool = False) -> Retriever:
+    def alone(cls, run_dir: Path | str, checkpoint: str | int = "best", *, mapped: bool = False) -> Retriever:
         """Open a run in one process without a process group, such as a server: its device holds the whole tables."""
         quiet_libraries()
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         ranks, run = Ranks(0, 1, device), Run.open(Path(run_dir))
         _check_indexed(run)
-        loaded = load_whole(run, run.sources(ranks), device, checkpoint)
+        loaded = load_whole(run, run.sources(ranks), device, str(checkpoint))
         return cls(loaded, ItemIndex.load(run.folder / "index", model_version=loaded.version, mapped=mapped), ranks)
 
     def allow(
@@ -103,6 +105,8 @@ class Retriever:
         """
         catalogue = self.loaded.sources.catalogue
         mask_I = np.ones(len(catalogue), bool)
+        if not isinstance(where, Mapping | None):
+            raise ConfigError(f"where is {where!r}: give a dict of columns, each with a list of values.")
         for column, values in (where or {}).items():
             known = catalogue.split.columns
             if column not in known:
@@ -132,7 +136,7 @@ class Retriever:
         A user without a row gets an answer with `error` and no items. There are fewer than `k` items where fewer are
         left. `rules` choose among the items found. Raises ConfigError for `user_ids` that are no list of ids.
         """
-        self._check_counts(k, history_shown)
+        k = self._check_counts(k, history_shown)
         answers = []
         for user_id in _several(user_ids, "user_ids"):
             try:
@@ -158,16 +162,17 @@ class Retriever:
         take precedence over users/; without them, those of a user in users/ count. All other missing columns are null.
         Raises ConfigError for a column that no user feature reads, DataError for values that training would refuse.
         """
-        self._check_counts(k, history_shown)
-        if isinstance(states, Mapping | str):
-            raise ConfigError(f"states is one {type(states).__name__}: give a list of dicts, such as [state].")
+        k = self._check_counts(k, history_shown)
         answers = []
-        for number, state in enumerate(states):
+        for number, state in enumerate(_several(states, "states")):
+            if not isinstance(state, Mapping):
+                raise ConfigError(f"state {number:,} is {type(state).__name__}: give a dict of columns and values.")
             known = given_state(self.loaded.sources, state, f"state {number:,}")
             answers.append(self._answer(known, k, allowed, rules, history_shown))
         return answers
 
-    def _check_counts(self, k: Any, history_shown: Any) -> None:
+    def _check_counts(self, k: Any, history_shown: Any) -> int:
+        """Return `k` as an int; raises ConfigError for counts that cannot be."""
         for name, value in (("k", k), ("history_shown", history_shown)):
             if isinstance(value, bool) or not isinstance(value, int | np.integer):
                 raise ConfigError(f"{name} is {value!r}: give a whole number.")
@@ -177,6 +182,7 @@ class Retriever:
             )
         if history_shown < 0:
             raise ConfigError(f"history_shown is {history_shown}: give 0 or more.")
+        return int(k)
 
     def _answer(
         self, state: UserState, k: int, allowed: Allowed | None, rules: Rules | None, history_shown: int
@@ -219,10 +225,11 @@ def _check_indexed(run: Run) -> None:
 
 def _several(values: Any, name: str) -> Sequence[Any]:
     """Return the elements of a list, an array or another collection; raises ConfigError for a single value."""
+    is_list = isinstance(values, Iterable) and not isinstance(values, Mapping)
     if isinstance(values, str | bytes):
         raise ConfigError(f"{name} is the single value {values!r}: give a list, such as [{values!r}].")
-    if isinstance(values, Mapping) or not isinstance(values, Iterable):
-        raise ConfigError(f"{name} is {values!r}: give a list of values.")
+    if not is_list or (isinstance(values, np.ndarray) and not values.ndim):
+        raise ConfigError(f"{name} is {values!r}: give a list.")
     return list(values)
 
 

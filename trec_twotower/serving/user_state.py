@@ -27,6 +27,7 @@ from trec_twotower.errors import ConfigError, DataError, nearest
 from trec_twotower.schema import HISTORY, FeatureSpec
 
 TIMESTAMP = "timestamp"  # the time of a row's event, as `prepare` writes it
+MAX_SHOWN = 100  # characters of an unknown id in a message
 PREFIX = "history_"  # of columns aligned with `history`: `history_X` holds X of each interaction
 
 
@@ -95,7 +96,7 @@ def state_table(sources: Sources, state: Mapping[str, Any], where: str) -> pa.Ta
         known = [*kinds, *sources.static_columns()]
     for name in state:
         if name not in kinds:
-            raise ConfigError(f"{where} has a column {name!r}, which no user feature reads{nearest(name, known)}.")
+            raise ConfigError(f"{where} has a column {name!r}, which no user feature reads{nearest(str(name), known)}.")
     try:
         return pa.table({name: pa.array([state.get(name)], kind) for name, kind in kinds.items()})
     except (pa.ArrowException, OverflowError, UnicodeEncodeError) as error:
@@ -116,7 +117,8 @@ def find_user(sources: Sources, user_id: Any) -> tuple[pa.Table, Split]:
         if found is not None:
             return found, split
     raise UnknownUser(
-        f"User {user_id!r} is in no part of {sources.dataset.folder}: give one of its user_ids, such as those of test/."
+        f"User {_shown(user_id)} is in no part of {sources.dataset.folder}: give one of its user_ids, such as those of "
+        "test/."
     )
 
 
@@ -124,8 +126,13 @@ def _id_text(user_id: Any) -> str:
     """Return the id as a person types it; raises UnknownUser for a value that is no id."""
     value = user_id.as_py() if isinstance(user_id, pa.Scalar) else user_id
     if isinstance(value, bool | np.bool_) or not isinstance(value, int | str | np.integer):
-        raise UnknownUser(f"User {value!r} is {type(value).__name__}, but ids are integers or strings.")
+        raise UnknownUser(f"User {_shown(value)} is {type(value).__name__}, but ids are integers or strings.")
     return str(value)
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
 
 
 def _last_row(split: Split, text: str) -> pa.Table | None:
