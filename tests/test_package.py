@@ -95,6 +95,13 @@ def run(*command: object, cwd: Path, **environ: str) -> str:
     return done.stdout
 
 
+def test_the_command_says_its_version_from_an_installed_package(installed, tmp_path):
+    command = [sys.executable, installed / "bin/trec-twotower", "--version"]
+    environ = {**os.environ, "PYTHONPATH": str(installed)}
+    said = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=60)
+    assert (said.returncode, said.stdout) == (0, f"trec-twotower {trec_twotower.__version__}\n"), said.stderr
+
+
 @pytest.fixture(scope="module")
 def unpacked(tmp_path_factory) -> Path:
     """The source distribution of a copy of the checkout, unpacked."""
