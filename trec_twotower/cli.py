@@ -124,10 +124,10 @@ def _ranks(config: Any | None = None) -> Any:
 def _prepare(options: argparse.Namespace) -> int:
     from trec_twotower.config import parse_overrides
     from trec_twotower.data.sources import prepare
+    from trec_twotower.data.sources.summary import describe
 
     made = prepare(options.source, options.out, parse_overrides(options.overrides), overwrite=options.overwrite)
-    counts = ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in made["counts"].items() if count)
-    print(f"{options.out}: {counts}")
+    print(describe(options.out, made))
     if made.get("counts_checked"):
         print("These are the published files, and the counts agree with the published ones.")
     return 0
@@ -221,8 +221,8 @@ def _index(options: argparse.Namespace) -> int:
     manifest, items, users = open_export(run.folder / "export")
     if not len(users):
         raise ConfigError(
-            f"{run.folder / 'export'} holds no users, because {run.config.data.dataset} has neither test/ nor valid/, "
-            "but the index is tuned for users' vectors: write one of them, then train, export and index."
+            f"{run.folder / 'export'} holds no users, because {run.config.data.dataset} has no part test/, valid/ or "
+            "serving/, but the index is tuned for users' vectors: write one of them, then train, export and index."
         )
     index = build_index(items, users, settings)
     index.save(

@@ -102,7 +102,7 @@ def _export(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--columns", nargs="+", default=[], metavar="NAME", help="columns of items/ to write next to the items' vectors"
     )
-    sub.add_argument("--users", metavar="PART", help="whose users: test or valid (default: test, else valid)")
+    sub.add_argument("--users", metavar="PART", help="whose users: test, valid or serving (default: the first of them)")
 
 
 def _index(sub: argparse.ArgumentParser) -> None:

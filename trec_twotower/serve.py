@@ -132,7 +132,8 @@ class Retriever:
     ) -> list[Recommendations]:
         """Return for each user the best `k` items that the user has not seen, of those `allowed`.
 
-        A user is known by the newest row of the dataset, with the row's own positives counted as seen (user_state.py).
+        A user is known by the newest row of the dataset, with the row's own positives counted as seen (user_state.py);
+        with evaluate.exclude_seen: false, seen items are recommended as well.
         A user without a row gets an answer with `error` and no items. There are fewer than `k` items where fewer are
         left. `rules` choose among the items found. Raises ConfigError for `user_ids` that are no list of ids.
         """
@@ -189,7 +190,8 @@ class Retriever:
     ) -> Recommendations:
         sources = self.loaded.sources
         user_BD = encode(self.loaded.model, "user", state.features, self.ranks).cpu().numpy()
-        score_BK, item_row_BK = self._ranked(user_BD, k, state.seen, allowed, rules)
+        excluded = state.seen if self.loaded.run.config.evaluate.exclude_seen else Lists.empty(1)
+        score_BK, item_row_BK = self._ranked(user_BD, k, excluded, allowed, rules)
         found = item_row_BK[0][item_row_BK[0] >= 0]
         about = sources.catalogue.words(found)
         ids = python_values(sources.catalogue.ids.take(pa.array(found)))

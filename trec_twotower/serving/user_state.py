@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from trec_twotower.data.catalogue import find_id
-from trec_twotower.data.dataset import ITEM_ID, POSITIVES, USER_ID, Split
+from trec_twotower.data.dataset import ITEM_ID, POSITIVES, SERVING, USER_ID, Split
 from trec_twotower.data.features import Sources
 from trec_twotower.data.hashing import is_id, is_text
 from trec_twotower.data.lists import Lists, side_by_side
@@ -106,7 +106,7 @@ def state_table(sources: Sources, state: Mapping[str, Any], where: str) -> pa.Ta
 def find_user(sources: Sources, user_id: Any) -> tuple[pa.Table, Split]:
     """Return a user's newest row and its part of the dataset: serving/, test/, valid/ or the last row of train/."""
     text = _id_text(user_id)
-    for name in ("serving", "test", "valid", "train"):
+    for name in (SERVING, "test", "valid", "train"):
         if not sources.dataset.has(name):
             continue
         split = sources.dataset.split(name)
