@@ -84,8 +84,7 @@ class Run:
         """A run that exists; raises ConfigError when there is none."""
         path = folder / CONFIG
         if not path.is_file():
-            near = [other.name for other in folder.parent.iterdir()] if folder.parent.is_dir() else []
-            raise ConfigError(f"{folder} is no run folder (it has no {CONFIG}){nearest(folder.name, near)}: train one.")
+            raise ConfigError(_no_run(folder))
         return cls(folder, validate(RunConfig, read_yaml(path), str(path)))
 
     def sources(self, ranks: Ranks) -> Sources:
@@ -261,6 +260,17 @@ class RunLog:
         if self.is_written:
             with naming(self.board_folder):
                 self.board.close()
+
+
+def _no_run(folder: Path) -> str:
+    """Return why there is no run at `folder`, with the run most like it among its neighbours."""
+    if folder.is_file():
+        inside = f"name the run folder {folder.parent}" if (folder.parent / CONFIG).is_file() else "name a run folder"
+        return f"{folder} is a file: {inside}."
+    if (folder / "train").is_dir() and (folder / "items").is_dir():
+        return f"{folder} is a dataset, and no run folder (it has no {CONFIG}): name the run that was trained on it."
+    runs = [path.parent.name for path in folder.parent.glob(f"*/{CONFIG}")] if folder.parent.is_dir() else []
+    return f"{folder} is no run folder (it has no {CONFIG}){nearest(folder.name, runs)}: train one."
 
 
 def _check_same(dataset: Dataset, saved: dict[str, Any]) -> None:
