@@ -247,8 +247,6 @@ def find_user(sources: Sources, user_id: Any) -> tuple[pa.Table, Split]:
 def _last_row(split: Split, user_id: Any) -> pa.Table | None:
     for group in reversed(split.row_groups):
         ids = one_chunk(split.read(group, [USER_ID])[USER_ID])
-        if pa.types.is_dictionary(ids.type):
-            ids = ids.dictionary_decode()
         try:
             first = find_id(ids, str(user_id))
         except UnicodeEncodeError:  # half a surrogate pair, which JSON can hold and no column

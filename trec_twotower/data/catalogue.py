@@ -142,8 +142,7 @@ class _Hashing:
         self.features = features
         self.tables = tables
         self.statistics = statistics
-        kind = split.columns[id_column]
-        self.id_kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+        self.id_kind = split.columns[id_column]
         # The hashed ids serve those features that are the id; hashing text is the costly part.
         self.reuses_keys = all(feature.kind == "id" for feature in features if id_column in feature.all_columns)
         reads = {column for feature in features for column in feature.all_columns}
@@ -209,8 +208,6 @@ class _Hashing:
         """The arrays of one row group."""
         where = str(group)
         ids = one_chunk(self.split.read(group, [self.id_column])[self.id_column])
-        if pa.types.is_dictionary(ids.type):
-            ids = ids.dictionary_decode()
         keys = id_keys(ids, f"{where}, column {self.id_column!r}")
         found = {"keys": keys}
         if is_text(self.id_kind):

@@ -18,8 +18,10 @@ import pyarrow.parquet as pq
 import xxhash
 
 from trec_twotower.config import DataConfig
+from trec_twotower.data.arrow_types import is_list, plain_column, plain_type
 from trec_twotower.data.hashing import is_id, is_text
 from trec_twotower.errors import ConfigError, DataError, nearest
+from trec_twotower.schema import HISTORY
 from trec_twotower.yaml_files import read_yaml
 
 USER_ID, ITEM_ID, POSITIVES = "user_id", "item_id", "positives"
@@ -111,7 +113,12 @@ class Split:
 
     def _agree(self, path: Path, schema: pa.Schema) -> None:
         """The split's columns are those that all files have, of one type or narrower and wider ones, in any order."""
-        found = {field.name: field.type for field in schema}
+        found = {field.name: plain_type(field.type) for field in schema}
+        if len(found) < len(schema):
+            double = next(name for name in found if schema.names.count(name) > 1)
+            raise DataError(
+                f"{path} has {schema.names.count(double)} columns named {double!r}: give each its own name."
+            )
         if not self.columns:
             self.columns = found
             self._first = path
@@ -162,6 +169,12 @@ class Split:
             )
         return column in self.columns
 
+    def adopt_types(self, types: Mapping[str, pa.DataType]) -> None:
+        """Read columns that hold nothing but null, or lists of nothing, with these types of other parts."""
+        for name, kind in self.columns.items():
+            if name in types and _holds_null_alone(kind):
+                self.columns[name] = widest(kind, types[name]) or kind
+
     def require(self, column: str, why: str) -> pa.DataType:
         """The column's type; raises ConfigError when the split has no such column."""
         if not self.has(column):
@@ -188,11 +201,9 @@ class Split:
                 self._footers.clear()
             self._footers[group.path] = file.metadata
             for block in _decoded(file, group, list(columns), block_rows):
-                table = block.select(columns).combine_chunks()
-                for place, name in enumerate(columns):
-                    if table.schema.types[place] != self.columns[name]:
-                        table = self._widened(table, place, name)
-                found += len(table)
+                block = block.select(columns)
+                table = pa.table({name: self._read(block[name], name, group, dictionaries) for name in columns})
+                found += len(block)
                 yield table
         except UNREADABLE as error:
             raise DataError(f"{group}{self._column_at_fault(group, columns)}: cannot be read: {error}") from None
@@ -210,12 +221,19 @@ class Split:
                 return f", column {name!r}"
         return ""
 
-    def _widened(self, table: pa.Table, place: int, name: str) -> pa.Table:
-        """A column of a file that has it narrower, as the widest file has it; dictionaries stay."""
-        kind = table.schema.types[place]
-        if pa.types.is_dictionary(kind) or (_is_list(kind) and pa.types.is_dictionary(kind.value_type)):
-            return table
-        return table.set_column(place, name, table[name].cast(self.columns[name]))
+    def _read(self, column: pa.ChunkedArray, name: str, group: RowGroup, dictionaries: bool) -> pa.Array:
+        """Return a column in one chunk and of the split's type; with `dictionaries`, encoded text stays encoded."""
+        try:
+            column = plain_column(column, keeps_dictionaries=dictionaries)
+            kind = column.type
+            is_encoded = pa.types.is_dictionary(kind) or (is_list(kind) and pa.types.is_dictionary(kind.value_type))
+            if not is_encoded and kind != self.columns[name]:  # a narrower type than other files have
+                column = column.cast(self.columns[name])
+            return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
+        except pa.ArrowException as error:
+            raise DataError(
+                f"{group}, column {name!r}: its {column.type} cannot be read as {self.columns[name]}: {error}"
+            ) from None
 
     def tables(self, columns: Sequence[str]) -> Iterator[tuple[RowGroup, pa.Table]]:
         for group in self.row_groups:
@@ -306,7 +324,11 @@ class Dataset:
         if described and self.files is None and not self._grows:
             self._check_files(place, set(described))
         footers = {file: facts["footer"] for file, facts in described.items() if "footer" in facts}
-        return Split(self.folder / place, name, files, self._like if name == TRAIN else None, footers)
+        split = Split(self.folder / place, name, files, self._like if name == TRAIN else None, footers)
+        if name not in (TRAIN, "items", "users") and any(map(_holds_null_alone, split.columns.values())):
+            ids = pa.list_(self.items.columns[ITEM_ID])
+            split.adopt_types({POSITIVES: ids, HISTORY: ids, ITEM_ID: ids.value_type, **self.train.columns})
+        return split
 
     def _check_files(self, name: str, described: set[str]) -> None:
         """Raises DataError where a part has other files than dataset.yaml lists of it."""
@@ -382,14 +404,19 @@ def widest(one: pa.DataType, other: pa.DataType) -> pa.DataType | None:
         return one
     if pa.types.is_null(one):
         return other
-    if _is_list(one) and _is_list(other):
+    if is_list(one) and is_list(other):
         inner = widest(one.value_type, other.value_type)
-        return None if inner is None else pa.list_(inner)
+        is_large = any(not pa.types.is_list(kind) for kind in (one, other))
+        return None if inner is None else pa.large_list(inner) if is_large else pa.list_(inner)
     for is_kind in (pa.types.is_signed_integer, pa.types.is_floating):
         if is_kind(one) and is_kind(other):
             return one if one.bit_width > other.bit_width else other
-    texts = [kind.value_type if pa.types.is_dictionary(kind) else kind for kind in (one, other)]
-    return pa.string() if all(is_text(kind) for kind in texts) else None
+    return pa.large_string() if is_text(one) and is_text(other) else None
+
+
+def _holds_null_alone(kind: pa.DataType) -> bool:
+    """Return whether this is the type of a column of nulls, or of lists without elements."""
+    return pa.types.is_null(kind.value_type if is_list(kind) else kind)
 
 
 def _decoded(file: pq.ParquetFile, group: RowGroup, columns: list[str], block_rows: int) -> Iterator[pa.Table]:
@@ -402,13 +429,9 @@ def _decoded(file: pq.ParquetFile, group: RowGroup, columns: list[str], block_ro
 
 def _is_wider(wide: pa.DataType, kind: pa.DataType) -> bool:
     """Whether numbers of the type `wide`, which holds `kind`, need not fit into that."""
-    if _is_list(wide) and _is_list(kind):
+    if is_list(wide) and is_list(kind):
         return _is_wider(wide.value_type, kind.value_type)
     return wide != kind and not pa.types.is_null(kind) and not is_text(wide)
-
-
-def _is_list(kind: pa.DataType) -> bool:
-    return pa.types.is_list(kind) or pa.types.is_large_list(kind)
 
 
 def _encoded_texts(file: pq.ParquetFile) -> set[str]:

@@ -10,6 +10,7 @@ from typing import Protocol
 import numpy as np
 import pyarrow as pa
 
+from trec_twotower.data.arrow_types import is_list
 from trec_twotower.data.cache_folder import CacheFolder
 from trec_twotower.data.catalogue import Catalogue, check_side
 from trec_twotower.data.dataset import ITEM_ID, POSITIVES, USER_ID, Dataset, Split
@@ -317,7 +318,5 @@ class Sources:
 
 def _is_of_text(kind: pa.DataType) -> bool | None:
     """Whether ids, or lists of ids, are text; None where the column holds neither text nor integers."""
-    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
-        kind = kind.value_type
-    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    kind = kind.value_type if is_list(kind) else kind
     return is_text(kind) if is_id(kind) else None

@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from trec_twotower.config import GRADUAL, GivenConfig, LossConfig
+from trec_twotower.data.arrow_types import plain_table, plain_type
 from trec_twotower.data.dataset import ITEM_ID, UNREADABLE, USER_ID, Split
 from trec_twotower.data.features import Sources
 from trec_twotower.data.hashing import id_keys, is_id, is_text
@@ -100,14 +101,14 @@ class KeyedLists:
             raise ConfigError(f"{setting} is {path}, which is no file{nearest(path.name, near)}.")
         try:
             file = pq.ParquetFile(path, page_checksum_verification=True)
-            kinds = {field.name: field.type for field in file.schema_arrow}
+            kinds = {field.name: plain_type(field.type) for field in file.schema_arrow}
             for name in (key, items):
                 if name not in kinds:
                     raise ConfigError(
                         f"{path}, which {setting} names, has no column {name!r}{nearest(name, kinds)}: it needs "
                         f"{key!r} and {items!r}."
                     )
-            table = file.read([key, items])
+            table = plain_table(file.read([key, items]), [key, items])
         except UNREADABLE as error:
             raise DataError(f"{path} cannot be read as Parquet: {error}") from None
         if not is_id_list(kinds[items]):
@@ -142,6 +143,5 @@ class KeyedLists:
 
 def _check_alike(here: str, kind: pa.DataType, there: str, other: pa.DataType) -> None:
     """Text and integers never meet: raises DataError."""
-    plain = [each.value_type if pa.types.is_dictionary(each) else each for each in (kind, other)]
-    if not is_id(plain[0]) or is_text(plain[0]) != is_text(plain[1]):
+    if not is_id(kind) or is_text(kind) != is_text(other):
         raise DataError(f"{here} is {kind}, but the ids of {there} are {other}: write them alike.")
