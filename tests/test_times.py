@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
+from itertools import pairwise
 
 import numpy as np
 import pyarrow as pa
@@ -60,7 +61,7 @@ def test_a_fading_bag_weighs_the_same_instants_alike_in_every_type(form):
 @pytest.mark.parametrize("form", FORMS)
 def test_gaps_between_steps_are_the_same_in_every_type(form):
     times, unit = FORMS[form]
-    gap_s = [86_400 * (later - earlier) for earlier, later in zip(DAYS, DAYS[1:], strict=False)]
+    gap_s = [86_400 * (later - earlier) for earlier, later in pairwise(DAYS)]
     expected = [0, *(int(1 + np.log2(1 + gap)) for gap in gap_s)]
     assert transformed(steps(unit=unit), times)["history@gap"].values.tolist() == expected
 
