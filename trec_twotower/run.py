@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -17,6 +18,7 @@ from trec_twotower.data.coverage import OwnItems, own_items
 from trec_twotower.data.dataset import POSITIVES, Dataset
 from trec_twotower.data.features import Sources
 from trec_twotower.data.interactions import TrainBatches
+from trec_twotower.data.known_items import KnownItems, KnownUsers
 from trec_twotower.data.negatives import count_items
 from trec_twotower.data.stream import (
     COUNT_AGAIN,
@@ -39,6 +41,7 @@ from trec_twotower.schema import LEARNED
 from trec_twotower.yaml_files import read_yaml, to_yaml
 
 CONFIG, STATISTICS, STATUS = "config.yaml", "statistics.json", "status.json"
+KNOWN = "known_items.npz"
 OWN_ITEMS = "own_items"  # of STATISTICS and STATUS: what data.own_item: drop leaves out
 LEARN_AGAIN = f"remove {STATISTICS}, and the next command learns from the data again."
 
@@ -88,8 +91,11 @@ class Run:
             raise ConfigError(f"{folder} is no run folder (it has no {CONFIG}){nearest(folder.name, near)}: train one.")
         return cls(folder, validate(RunConfig, read_yaml(path), str(path)))
 
-    def sources(self, ranks: Ranks) -> Sources:
-        """The run's dataset, seen with the statistics that were learned when it began (and are learned once only)."""
+    def sources(self, ranks: Ranks, *, trains: bool = False) -> Sources:
+        """The run's dataset, seen with the statistics that were learned when it began (and are learned once only).
+
+        Raises DataError where it is not what the run began with; where nobody `trains`, items may have been added.
+        """
         generations = self.generations(ranks)
         dataset = Dataset.of(self.config.data) if generations is None else generations.dataset()
         # What a run that follows has learned, it learned from generation 0; later rows change nothing of it.
@@ -98,11 +104,11 @@ class Run:
         path = self.folder / STATISTICS
         begun: list[Sources] = []
 
-        def learn() -> dict[str, dict[str, Any]]:
+        def learn() -> tuple[dict[str, dict[str, Any]], bool]:
             if path.is_file():
                 saved = read_signed(path, LEARN_AGAIN)
                 _check_same(first, saved)
-                return saved["numbers"]
+                return saved["numbers"], False
             cache.check()
             learned = Sources(first, self.config.feature_schema, self.config.data.rows, cache=cache)
             if generations is None or len(generations.taken) == 1:
@@ -126,14 +132,42 @@ class Run:
             own = own_items(learned) if self.config.data.own_item == "drop" else None
             facts: dict[str, Any] = {"fingerprint": first.fingerprint, "numbers": numbers, "files": self._digests()}
             facts |= {COUNTS: digest_of(self.folder / COUNTS), OWN_ITEMS: None if own is None else asdict(own)}
+            facts |= {"described": first.described_fingerprint, **self._keep_known(learned)}
             write_signed(path, facts)
-            return numbers
+            return numbers, True
 
-        numbers = ranks.once(learn)
+        numbers, is_new = ranks.once(learn)
         if begun:
             return begun[0]
         statistics = {name: Statistics(**values) for name, values in numbers.items()}
-        return Sources(dataset, self.config.feature_schema, self.config.data.rows, statistics, cache)
+        sources = Sources(dataset, self.config.feature_schema, self.config.data.rows, statistics, cache)
+        if not is_new and (notice := ranks.once(lambda: self._check_known(sources, trains))) and ranks.is_first:
+            print(f"trec-twotower: {notice}", file=sys.stderr, flush=True)
+        return sources
+
+    def _keep_known(self, sources: Sources) -> dict[str, Any]:
+        """Write the items that the run begins with; returns what is for STATISTICS of them and of the users."""
+        items = KnownItems.of(sources.catalogue)
+        items.write(self.folder / KNOWN)
+        users = None if sources.users is None else asdict(KnownUsers.of(sources.users))
+        return {KNOWN: digest_of(self.folder / KNOWN), "item_sums": items.sums, "users": users}
+
+    def known_items(self) -> KnownItems:
+        """The items that the run began with."""
+        saved = read_signed(self.folder / STATISTICS, LEARN_AGAIN)
+        path = self.folder / KNOWN
+        found = KnownItems.read(path, saved["item_sums"], LEARN_AGAIN)
+        if digest_of(path) != saved[KNOWN]:
+            raise DataError(f"{path} is damaged (its sha256 differs): {LEARN_AGAIN}")
+        return found
+
+    def _check_known(self, sources: Sources, trains: bool) -> str | None:
+        """Return a notice of new items, or None; raises DataError where items or users are not what they were."""
+        grows = self.config.data.follow is not None
+        users = read_signed(self.folder / STATISTICS, LEARN_AGAIN)["users"]
+        if trains and not grows and users is not None and sources.users is not None:
+            KnownUsers(**users).check(sources.users, self.folder)
+        return self.known_items().check(sources.catalogue, self.folder, grows=grows, trains=trains)
 
     def dataset(self) -> Dataset:
         """The run's dataset, read by one process; raises DataError where it is not the one that the run began with."""
@@ -187,9 +221,12 @@ class Run:
         found = read_signed(self.folder / STATISTICS, LEARN_AGAIN).get(OWN_ITEMS)
         return None if found is None else OwnItems(**found)
 
-    def item_counts(self) -> np.ndarray:
-        """How often each item of the catalogue was taken in train: (I,)."""
-        return np.atleast_2d(self.counts())[0]
+    def item_counts(self, keys: np.ndarray) -> np.ndarray:
+        """How often each of these items, given by their ids' 64-bit keys (I,), was interacted with in train: (I,)."""
+        count_I = np.atleast_2d(self.counts())[0]
+        if self.config.data.follow is not None:  # rows of later items come after those of earlier ones
+            return np.pad(count_I, (0, max(len(keys) - len(count_I), 0)))[: len(keys)]
+        return self.known_items().counts_of(keys, count_I)
 
     def counts(self) -> np.ndarray:
         """What negatives.count_items has counted."""
@@ -265,8 +302,12 @@ class RunLog:
 
 def _check_same(dataset: Dataset, saved: dict[str, Any]) -> None:
     """Raises DataError where the dataset is not that of which a run has `saved` what it learned."""
-    if saved["fingerprint"] != dataset.fingerprint:
-        raise DataError(
-            f"{dataset.folder} is not the dataset this run began with (fingerprint {dataset.fingerprint}, "
-            f"then {saved['fingerprint']}): bring that one back, or train into another run_dir."
-        )
+    if KNOWN not in saved:
+        raise DataError(f"{STATISTICS} was written by an earlier version, which kept no items: {LEARN_AGAIN}")
+    pairs = [(saved["fingerprint"], dataset.fingerprint), (saved["described"], dataset.described_fingerprint)]
+    for then, now in pairs:
+        if then != now and None not in (then, now):  # dataset.yaml may be removed
+            raise DataError(
+                f"{dataset.folder} is not the dataset this run began with (fingerprint {now}, then {then}, of the "
+                "files with rows): bring that one back, or train into another run_dir."
+            )

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
+from trec_twotower.catalogue_index import CatalogueIndex, aligned
 from trec_twotower.data.catalogue import find_id
 from trec_twotower.data.dataset import ITEM_ID, POSITIVES, USER_ID, Split
 from trec_twotower.data.features import Sources
@@ -54,7 +55,7 @@ class UnknownUser(DataError):
 class Retriever:
     """A run's towers and its index, ready to answer; `with start_ranks() as ranks: Retriever.open(run, ranks)`."""
 
-    def __init__(self, loaded: LoadedModel, index: ItemIndex, ranks: Ranks) -> None:
+    def __init__(self, loaded: LoadedModel, index: ItemIndex | CatalogueIndex, ranks: Ranks) -> None:
         self.loaded = loaded
         self.index = index
         self.ranks = ranks
@@ -66,16 +67,20 @@ class Retriever:
         `mapped`: the index is shared with other processes of the host, see `ItemIndex.load`.
         """
         run = Run.open(Path(run_dir))
-        loaded = load_model(run, ranks, checkpoint)
-        return cls(loaded, ItemIndex.load(run.folder / "index", model_version=loaded.version, mapped=mapped), ranks)
+        return cls._of(load_model(run, ranks, checkpoint), ranks, mapped)
 
     @classmethod
     def alone(cls, run_dir: Path | str, checkpoint: str = "best", *, mapped: bool = False) -> Retriever:
         """The same in a process that is in no group, such as a server: the tables lie whole on its device."""
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         ranks, run = Ranks(0, 1, device), Run.open(Path(run_dir))
-        loaded = load_whole(run, run.sources(ranks), device, checkpoint)
-        return cls(loaded, ItemIndex.load(run.folder / "index", model_version=loaded.version, mapped=mapped), ranks)
+        return cls._of(load_whole(run, run.sources(ranks), device, checkpoint), ranks, mapped)
+
+    @classmethod
+    def _of(cls, loaded: LoadedModel, ranks: Ranks, mapped: bool) -> Retriever:
+        """Return the Retriever of a model and of its run's index."""
+        index = ItemIndex.load(loaded.run.folder / "index", model_version=loaded.version, mapped=mapped)
+        return cls(loaded, aligned(index, loaded.sources.catalogue, is_told=ranks.is_first), ranks)
 
     def allow(
         self,

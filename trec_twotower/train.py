@@ -113,7 +113,7 @@ def _train(
     signals: StopSignals,
 ) -> Path:
     run = Run.join(config, ranks)
-    sources = run.sources(ranks)
+    sources = run.sources(ranks, trains=True)
     passes = passes_of(run, sources, ranks)
     measure = Measure(evaluate, passes)
     fault_point("start:read")

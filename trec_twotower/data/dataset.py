@@ -20,6 +20,7 @@ import xxhash
 from trec_twotower.config import DataConfig
 from trec_twotower.data.arrow_types import is_list, plain_column, plain_type
 from trec_twotower.data.hashing import is_id, is_text
+from trec_twotower.data.table_formats import refuse_table_format
 from trec_twotower.errors import ConfigError, DataError, nearest
 from trec_twotower.schema import HISTORY
 from trec_twotower.yaml_files import read_yaml
@@ -27,6 +28,7 @@ from trec_twotower.yaml_files import read_yaml
 USER_ID, ITEM_ID, POSITIVES = "user_id", "item_id", "positives"
 DESCRIPTION = "dataset.yaml"
 TRAIN, TRAIN_USERS = "train", "train_users"  # the folders of training rows: of either kind, of users beside events
+PARTS_OF_ROWS = (TRAIN, TRAIN_USERS, "valid", "test")
 FOOTERS = 64  # kept of the files read last
 UNREADABLE = (OSError, pa.ArrowException, KeyError, UnicodeDecodeError)  # what pyarrow raises for damaged files
 
@@ -100,16 +102,13 @@ class Split:
 
     def _side_by_side(self) -> list[Path]:
         """The part's files; raises DataError where there are others in folders below, as of Hive's partitions."""
-        found = sorted(self.folder.rglob("*.parquet"))
-        below = [path for path in found if path.parent != self.folder]
-        for path in below:
-            name = str(path.relative_to(self.folder))
-            if name[0] not in "._":  # as writers call what is under way
-                raise DataError(
-                    f"{self.folder} has {name} in a folder below: the files of a part lie side by side. Move them up, "
-                    "or remove what is not meant; what a folder's name tells must be a column."
-                )
-        return [path for path in found if path.parent == self.folder]
+        refuse_tables(self.folder)
+        for path in _parquet_below(self.folder):
+            raise DataError(
+                f"{self.folder} has {path.relative_to(self.folder)} in a folder below: the files of a part lie side by "
+                "side. Move them up, or remove what is not meant; what a folder's name tells must be a column."
+            )
+        return parquet_files(self.folder)
 
     def _agree(self, path: Path, schema: pa.Schema) -> None:
         """The split's columns are those that all files have, of one type or narrower and wider ones, in any order."""
@@ -332,7 +331,7 @@ class Dataset:
 
     def _check_files(self, name: str, described: set[str]) -> None:
         """Raises DataError where a part has other files than dataset.yaml lists of it."""
-        found = {path.name for path in (self.folder / name).glob("*.parquet")}
+        found = {path.name for path in parquet_files(self.folder / name)}
         odd = [
             f"{'has no' if is_lacking else 'also has'} {_few(files)}, {'' if is_lacking else 'un'}listed there"
             for is_lacking, files in ((True, described - found), (False, found - described))
@@ -365,19 +364,32 @@ class Dataset:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Twelve hex digits that change when the data do: names and sizes of all files, and dataset.yaml's digests.
+        """Twelve hex digits that change when the rows do: names and sizes of the files of train/, valid/ and test/.
 
-        Where only some files are meant, of those alone.
+        Where only some files are meant, of those alone, also of items/ and users/.
         """
         digest = hashlib.sha256()
         if self.files is not None:
             digest.update(json.dumps(self.files, sort_keys=True).encode())
             return digest.hexdigest()[:12]
-        for path in sorted(self.folder.rglob("*.parquet")):
-            digest.update(f"{path.relative_to(self.folder)} {path.stat().st_size}\n".encode())
-        for name, facts in sorted(self._described_files.items()):
-            digest.update(f"{name} {facts.get('sha256')}\n".encode())
+        for part in PARTS_OF_ROWS:
+            for path in self.paths(part):
+                digest.update(f"{part}/{path.name} {_size_of(path)}\n".encode())
         return digest.hexdigest()[:12]
+
+    @cached_property
+    def described_fingerprint(self) -> str | None:
+        """Twelve hex digits of the digests that dataset.yaml has of those files; None where there are none."""
+        facts = {name: each.get("sha256") for name, each in self._described_files.items()
+                 if Path(name).parent.name in PARTS_OF_ROWS}  # fmt: skip
+        if not facts or self.files is not None:
+            return None
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
+
+    def paths(self, part: str) -> list[Path]:
+        """Return the Parquet files that lie in a part of the dataset; none where there is no such part."""
+        folder = self.folder / part
+        return parquet_files(folder) if folder.is_dir() else []
 
     @staticmethod
     def _check_ids(split: Split, column: str) -> None:
@@ -412,6 +424,14 @@ def widest(one: pa.DataType, other: pa.DataType) -> pa.DataType | None:
         if is_kind(one) and is_kind(other):
             return one if one.bit_width > other.bit_width else other
     return pa.large_string() if is_text(one) and is_text(other) else None
+
+
+def _size_of(path: Path) -> int:
+    """Return a file's bytes; raises DataError where it is a link to nothing."""
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        raise DataError(f"{path} is a link to {path.resolve()}, which is not there: bring that file back.") from None
 
 
 def _holds_null_alone(kind: pa.DataType) -> bool:
@@ -461,6 +481,39 @@ def footer_digest(path: Path) -> str:
         length = int.from_bytes(file.read(4), "little")
         file.seek(max(num_bytes - 8 - length, 0))
         return f"xxh3-{xxhash.xxh3_64_hexdigest(file.read())}"
+
+
+def parquet_files(folder: Path) -> list[Path]:
+    """Return the Parquet files of a part, in the order of their rows; names with . or _ first are a writer's own."""
+    found = (path for path in folder.glob("*.parquet") if path.name[0] not in "._")
+    return sorted(path for path in found if hasattr(path, "fs") or not path.is_dir())
+
+
+def _parquet_below(folder: Path) -> Iterator[Path]:
+    """Yield the Parquet files in folders below a part's, also behind links, but for those with . or _ first."""
+    if hasattr(folder, "fs"):  # listed by one request; such stores have no links
+        below = (path for path in sorted(folder.rglob("*.parquet")) if path.parent != folder)
+    else:
+        folders = (path for path in sorted(folder.iterdir()) if path.is_dir())
+        below = (path for each in folders for path in sorted(each.rglob("*.parquet")))
+    yield from (path for path in below if str(path.relative_to(folder))[0] not in "._")
+
+
+def refuse_tables(folder: Path) -> None:
+    """Raise DataError where a part's folder is a table of Delta Lake or the like, or the folder of a table's files."""
+    place = folder if hasattr(folder, "fs") else folder.resolve()  # train/ may be a link to the files of a table
+    refuse_table_format(folder)
+    refuse_table_format(place.parent)
+
+
+def refuse_partitions(folder: Path) -> None:
+    """Raise DataError where a folder that grows has files in Hive's partitions, which nobody would read."""
+    for path in sorted(folder.iterdir()):
+        if "=" in path.name and path.is_dir() and any(path.rglob("*.parquet")):
+            raise DataError(
+                f"{folder} has files in the partition {path.name}: the files of a part lie side by side. Write them "
+                f"into {folder} itself, with {path.name.partition('=')[0]!r} as a column."
+            )
 
 
 def rows_if_whole(path: Path) -> int | None:
