@@ -16,9 +16,11 @@ PACKAGE = Path(trec_twotower.__file__).parent
 LAYERS = """
     errors yaml_files schema config same_run files memory faults lock preemption shared_memory distributed heartbeat
     data data.kernels data.words data.hashing data.lists data.probing data.numbers data.times
-    data.arrow_types data.table_formats data.vocabulary data.vectors data.text data.transforms data.value_digests data.dataset
+    data.arrow_types data.table_formats data.vocabulary data.vectors data.text data.transforms data.value_digests
+    data.dataset
     data.cache_folder data.arrays data.catalogue data.features data.coverage data.held_out
-    data.known_items data.batch data.examples data.item_lists data.negatives data.order data.packed data.cache data.reader data.step_rows
+    data.known_items
+    data.batch data.examples data.item_lists data.negatives data.order data.packed data.cache data.reader data.step_rows
     data.candidates
     data.interactions
     data.stream

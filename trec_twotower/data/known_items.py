@@ -41,7 +41,7 @@ class KnownItems:
     def read(cls, path: Path, sums: Mapping[str, int], fix: str) -> KnownItems:
         """Return what `write` has written; raises DataError where the file is missing or damaged."""
         try:
-            with np.load(path, allow_pickle=False) as arrays:
+            with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
                 return cls(arrays["keys"], arrays["digests"], sums)
         except Exception as error:  # an altered archive can raise anything
             raise DataError(f"{path} cannot be read ({error}): {fix}") from None
