@@ -17,7 +17,7 @@ LAYERS = """
     errors yaml_files schema config same_run files memory faults lock preemption shared_memory distributed heartbeat
     data data.kernels data.words data.hashing data.lists data.probing data.numbers data.times
     data.arrow_types data.table_formats data.vocabulary data.vectors data.text data.transforms data.value_digests
-    data.dataset
+    data.parquet_files data.dataset
     data.cache_folder data.arrays data.catalogue data.features data.coverage data.held_out
     data.known_items
     data.batch data.examples data.item_lists data.negatives data.order data.packed data.cache data.reader data.step_rows
@@ -52,6 +52,7 @@ WITHOUT_TORCH = {"errors", "yaml_files", "schema", "config", "same_run", "files"
         "probing",
         "arrow_types",
         "table_formats",
+        "parquet_files",
         "numbers",
         "times",
         "vocabulary",

@@ -235,8 +235,10 @@ def test_items_in_another_order_are_the_same_items_to_every_later_stage(moving_s
         assert (now.code, now.out, now.err) == (0, before, "")
     now = evaluated(moving_shop, cli)
     for part in ("metrics", "slices"):  # of the others, equal counts are ranked by row
-        found, before = ({name: value for name, value in flat(each[part]).items() if "two towers, " in name and "/tail/" not in name}
-                         for each in (now, figures))  # fmt: skip
+        found, before = (
+            {name: value for name, value in flat(each[part]).items() if "two towers, " in name and "/tail/" not in name}
+            for each in (now, figures)
+        )
         assert found == pytest.approx(before, abs=1e-6) and len(found) > 10
     assert cards(moving_shop, cli) == shown
     said = trained_further(moving_shop, cli)

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from trec_twotower.config import RunConfig
-from trec_twotower.data.dataset import POSITIVES, TRAIN_USERS, UNREADABLE, folder_of, parquet_files
+from trec_twotower.data.dataset import POSITIVES, TRAIN_USERS
+from trec_twotower.data.parquet_files import UNREADABLE, folder_of, parquet_files
 from trec_twotower.distributed import Ranks
 from trec_twotower.errors import ConfigError, DataError
 from trec_twotower.model.embedding import build_lists, build_tables, table_parameters

@@ -20,6 +20,7 @@ from trec_twotower.data.features import Sources
 from trec_twotower.data.interactions import TrainBatches
 from trec_twotower.data.known_items import KnownItems, KnownUsers
 from trec_twotower.data.negatives import count_items
+from trec_twotower.data.parquet_files import folder_of
 from trec_twotower.data.stream import (
     COUNT_AGAIN,
     COUNTS,
@@ -33,7 +34,16 @@ from trec_twotower.data.stream import (
 from trec_twotower.data.transforms import Statistics
 from trec_twotower.distributed import Ranks
 from trec_twotower.errors import ConfigError, DataError, nearest
-from trec_twotower.files import MANIFEST, digest_of, naming, read_signed, sha256_of, write_file, write_signed
+from trec_twotower.files import (
+    MANIFEST,
+    digest_of,
+    naming,
+    read_json,
+    read_signed,
+    sha256_of,
+    write_file,
+    write_signed,
+)
 from trec_twotower.lock import LOCK
 from trec_twotower.model.watch import Histogram
 from trec_twotower.same_run import check_same_run
@@ -50,8 +60,10 @@ class Run:
     """The folder of one training, which `train` fills and every later stage reads."""
 
     def __init__(self, folder: Path, config: RunConfig) -> None:
+        """A dataset that is not in the current folder is looked for where the run began."""
         self.folder = folder
-        self.config = config
+        self._as_given = config
+        self.config = _with_dataset(config, _begun_in(folder, config))
 
     @classmethod
     def join(cls, config: RunConfig, ranks: Ranks) -> Run:
@@ -72,9 +84,10 @@ class Run:
                     raise ConfigError(f"{folder} is not empty and no run folder: name another with run_dir=...")
             elif any((folder / "checkpoints").glob(f"step-*/{MANIFEST}")):
                 check_same_run(cls.open(folder).config, config, folder)
-                if config.data.follow is not None:
+                data = cls(folder, config).config.data
+                if data.follow is not None and folder_of(data.dataset).is_dir():
                     trained = max(int(path.name.removeprefix("step-")) for path in folder.glob("checkpoints/step-*"))
-                    forget_changed(folder / STREAM, config.data, trained)
+                    forget_changed(folder / STREAM, data, trained)
             else:
                 (folder / STATISTICS).unlink(missing_ok=True)
                 (folder / STREAM).unlink(missing_ok=True)
@@ -96,6 +109,7 @@ class Run:
 
         Raises DataError where it is not what the run began with; where nobody `trains`, items may have been added.
         """
+        ranks.once(self._check_dataset)
         generations = self.generations(ranks)
         dataset = Dataset.of(self.config.data) if generations is None else generations.dataset()
         # What a run that follows has learned, it learned from generation 0; later rows change nothing of it.
@@ -133,6 +147,7 @@ class Run:
             facts: dict[str, Any] = {"fingerprint": first.fingerprint, "numbers": numbers, "files": self._digests()}
             facts |= {COUNTS: digest_of(self.folder / COUNTS), OWN_ITEMS: None if own is None else asdict(own)}
             facts |= {"described": first.described_fingerprint, **self._keep_known(learned)}
+            facts |= {"begun_in": str(Path.cwd())}
             write_signed(path, facts)
             return numbers, True
 
@@ -171,6 +186,7 @@ class Run:
 
     def dataset(self) -> Dataset:
         """The run's dataset, read by one process; raises DataError where it is not the one that the run began with."""
+        self._check_dataset()
         generations = self.generations(Ranks(0, 1, torch.device("cpu")))
         dataset = Dataset.of(self.config.data) if generations is None else generations.dataset()
         if (self.folder / STATISTICS).is_file():
@@ -193,7 +209,20 @@ class Run:
 
     def keep_config(self) -> None:
         """Write the settings beside what is trained by them."""
-        write_file(self.folder / CONFIG, to_yaml(as_values(self.config)))
+        write_file(self.folder / CONFIG, to_yaml(as_values(self._as_given)))
+
+    def _check_dataset(self) -> None:
+        """Raise DataError naming the places where a run's dataset was looked for and is not."""
+        place = self.config.data.dataset
+        if not (self.folder / STATISTICS).is_file() or folder_of(place).is_dir():
+            return  # of a run that has not begun, Dataset says what is missing
+        begun_in = read_signed(self.folder / STATISTICS, LEARN_AGAIN).get("begun_in")
+        places = f"neither in the current folder, {Path.cwd()}, nor in {begun_in}, where the run began"
+        is_relative = "://" not in str(place) and not Path(place).is_absolute()
+        raise DataError(
+            f"There is no dataset folder {place}{f', {places}' if is_relative else ''}: bring it back, or set "
+            f"data.dataset in {self.folder / CONFIG} to its new place."
+        )
 
     def check_files(self) -> None:
         """Raises DataError where a file of items that the config names is not what it was when the run began."""
@@ -298,6 +327,23 @@ class RunLog:
         if self.is_written:
             with naming(self.board_folder):
                 self.board.close()
+
+
+def _begun_in(run_dir: Path, config: RunConfig) -> Path | None:
+    """The folder in which a run's command began it, where the dataset is not in the current one."""
+    place = str(config.data.dataset)
+    if "://" in place or Path(place).is_absolute() or Path(place).is_dir() or not (run_dir / STATISTICS).is_file():
+        return None
+    begun_in = read_json(run_dir / STATISTICS, LEARN_AGAIN).get("begun_in")
+    return None if begun_in is None else Path(begun_in)
+
+
+def _with_dataset(config: RunConfig, begun_in: Path | None) -> RunConfig:
+    """The config with its dataset in `begun_in`, where it is there."""
+    if begun_in is None or not (begun_in / config.data.dataset).is_dir():
+        return config
+    data = config.data.model_copy(update={"dataset": str(begun_in / config.data.dataset)})
+    return config.model_copy(update={"data": data})
 
 
 def _check_same(dataset: Dataset, saved: dict[str, Any]) -> None:

@@ -139,3 +139,31 @@ def _list_of_fixed_size(array: pa.FixedSizeListArray) -> pa.Array:
     mask = array.is_null() if array.null_count else None
     whole = pa.FixedSizeListArray.from_arrays(values, size, mask=mask)
     return whole if pa.types.is_floating(values.type) else as_list(whole)
+
+
+def widest(one: pa.DataType, other: pa.DataType) -> pa.DataType | None:
+    """The type that holds both without loss: the wider integer, the wider float, lists of such; else None."""
+    if one == other or pa.types.is_null(other):  # a file whose column is null throughout has no type to tell
+        return one
+    if pa.types.is_null(one):
+        return other
+    if is_list(one) and is_list(other):
+        inner = widest(one.value_type, other.value_type)
+        is_large = any(not pa.types.is_list(kind) for kind in (one, other))
+        return None if inner is None else pa.large_list(inner) if is_large else pa.list_(inner)
+    for is_kind in (pa.types.is_signed_integer, pa.types.is_floating):
+        if is_kind(one) and is_kind(other):
+            return one if one.bit_width > other.bit_width else other
+    return pa.large_string() if is_text(one) and is_text(other) else None
+
+
+def is_wider(wide: pa.DataType, kind: pa.DataType) -> bool:
+    """Whether numbers of the type `wide`, which holds `kind`, need not fit into that."""
+    if is_list(wide) and is_list(kind):
+        return is_wider(wide.value_type, kind.value_type)
+    return wide != kind and not pa.types.is_null(kind) and not is_text(wide)
+
+
+def holds_null_alone(kind: pa.DataType) -> bool:
+    """Return whether this is the type of a column of nulls, or of lists without elements."""
+    return pa.types.is_null(kind.value_type if is_list(kind) else kind)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,12 +14,21 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import xxhash
 
 from trec_twotower.config import DataConfig
-from trec_twotower.data.arrow_types import is_list, plain_column, plain_type
-from trec_twotower.data.hashing import is_id, is_text
-from trec_twotower.data.table_formats import refuse_table_format
+from trec_twotower.data.arrow_types import holds_null_alone, is_list, is_wider, plain_column, plain_type, widest
+from trec_twotower.data.hashing import is_id
+from trec_twotower.data.parquet_files import (
+    UNREADABLE,
+    encoded_texts,
+    folder_of,
+    footer_digest,
+    open_parquet,
+    parquet_below,
+    parquet_files,
+    refuse_tables,
+    size_of,
+)
 from trec_twotower.errors import ConfigError, DataError, nearest
 from trec_twotower.schema import HISTORY
 from trec_twotower.yaml_files import read_yaml
@@ -30,7 +38,6 @@ DESCRIPTION = "dataset.yaml"
 TRAIN, TRAIN_USERS = "train", "train_users"  # the folders of training rows: of either kind, of users beside events
 PARTS_OF_ROWS = (TRAIN, TRAIN_USERS, "valid", "test")
 FOOTERS = 64  # kept of the files read last
-UNREADABLE = (OSError, pa.ArrowException, KeyError, UnicodeDecodeError)  # what pyarrow raises for damaged files
 
 
 @dataclass(frozen=True)
@@ -83,9 +90,9 @@ class Split:
                     f"{path} is not what {folder.parent / DESCRIPTION} says (its footer differs): it is damaged, or "
                     f"was written anew; make the dataset again, or remove {DESCRIPTION}."
                 )
-            file = _open(path)
+            file = open_parquet(path)
             self._agree(path, file.schema_arrow)
-            self._texts |= _encoded_texts(file)
+            self._texts |= encoded_texts(file)
             sizes = [file.metadata.row_group(number).num_rows for number in range(file.metadata.num_row_groups)]
             if sum(sizes) != file.metadata.num_rows:  # no checksum covers the footer
                 raise DataError(
@@ -103,7 +110,7 @@ class Split:
     def _side_by_side(self) -> list[Path]:
         """The part's files; raises DataError where there are others in folders below, as of Hive's partitions."""
         refuse_tables(self.folder)
-        for path in _parquet_below(self.folder):
+        for path in parquet_below(self.folder):
             raise DataError(
                 f"{self.folder} has {path.relative_to(self.folder)} in a folder below: the files of a part lie side by "
                 "side. Move them up, or remove what is not meant; what a folder's name tells must be a column."
@@ -132,7 +139,7 @@ class Split:
                 del self.columns[name]
                 continue
             wide = widest(kind, found[name])
-            if wide is not None and self._is_settled and _is_wider(wide, kind):
+            if wide is not None and self._is_settled and is_wider(wide, kind):
                 raise DataError(
                     f"{path}: column {name!r} is {found[name]}, but {kind} in the files that this run began with: "
                     f"write new files with {kind}."
@@ -171,7 +178,7 @@ class Split:
     def adopt_types(self, types: Mapping[str, pa.DataType]) -> None:
         """Read columns that hold nothing but null, or lists of nothing, with these types of other parts."""
         for name, kind in self.columns.items():
-            if name in types and _holds_null_alone(kind):
+            if name in types and holds_null_alone(kind):
                 self.columns[name] = widest(kind, types[name]) or kind
 
     def require(self, column: str, why: str) -> pa.DataType:
@@ -195,7 +202,7 @@ class Split:
         self._check_bytes(group.path)
         found = 0
         try:
-            file = _open(group.path, self._texts if dictionaries else (), self._footers.get(group.path))
+            file = open_parquet(group.path, self._texts if dictionaries else (), self._footers.get(group.path))
             if len(self._footers) >= FOOTERS:
                 self._footers.clear()
             self._footers[group.path] = file.metadata
@@ -213,7 +220,7 @@ class Split:
         """Names the first column that cannot be read by itself; nothing where that is not to be told."""
         for name in columns:
             try:
-                _open(group.path).read_row_group(group.number, columns=[name], use_threads=False)
+                open_parquet(group.path).read_row_group(group.number, columns=[name], use_threads=False)
             except DataError:  # not even opened
                 return ""
             except UNREADABLE:
@@ -265,7 +272,10 @@ class Dataset:
         self.folder = folder = folder_of(folder)
         if not folder.is_dir():
             near = [path.name for path in folder.parent.iterdir()] if folder.parent.is_dir() else []
-            raise DataError(f"There is no dataset folder {folder}{nearest(folder.name, near)}: make it with `prepare`.")
+            where = "" if hasattr(folder, "fs") or folder.is_absolute() else f" in {Path.cwd()}"
+            raise DataError(
+                f"There is no dataset folder {folder}{where}{nearest(folder.name, near)}: make it with `prepare`."
+            )
         for name in ("train", "items"):
             if not (folder / name).is_dir():
                 raise DataError(f"{folder} is no dataset: it has no folder {name}/ (it needs train/ and items/).")
@@ -324,7 +334,7 @@ class Dataset:
             self._check_files(place, set(described))
         footers = {file: facts["footer"] for file, facts in described.items() if "footer" in facts}
         split = Split(self.folder / place, name, files, self._like if name == TRAIN else None, footers)
-        if name not in (TRAIN, "items", "users") and any(map(_holds_null_alone, split.columns.values())):
+        if name not in (TRAIN, "items", "users") and any(map(holds_null_alone, split.columns.values())):
             ids = pa.list_(self.items.columns[ITEM_ID])
             split.adopt_types({POSITIVES: ids, HISTORY: ids, ITEM_ID: ids.value_type, **self.train.columns})
         return split
@@ -374,7 +384,7 @@ class Dataset:
             return digest.hexdigest()[:12]
         for part in PARTS_OF_ROWS:
             for path in self.paths(part):
-                digest.update(f"{part}/{path.name} {_size_of(path)}\n".encode())
+                digest.update(f"{part}/{path.name} {size_of(path)}\n".encode())
         return digest.hexdigest()[:12]
 
     @cached_property
@@ -410,35 +420,6 @@ def _few(names: set[str]) -> str:
     return ", ".join([first, *others]) if len(others) < 3 else f"{first} and {len(others):,} other files"
 
 
-def widest(one: pa.DataType, other: pa.DataType) -> pa.DataType | None:
-    """The type that holds both without loss: the wider integer, the wider float, lists of such; else None."""
-    if one == other or pa.types.is_null(other):  # a file whose column is null throughout has no type to tell
-        return one
-    if pa.types.is_null(one):
-        return other
-    if is_list(one) and is_list(other):
-        inner = widest(one.value_type, other.value_type)
-        is_large = any(not pa.types.is_list(kind) for kind in (one, other))
-        return None if inner is None else pa.large_list(inner) if is_large else pa.list_(inner)
-    for is_kind in (pa.types.is_signed_integer, pa.types.is_floating):
-        if is_kind(one) and is_kind(other):
-            return one if one.bit_width > other.bit_width else other
-    return pa.large_string() if is_text(one) and is_text(other) else None
-
-
-def _size_of(path: Path) -> int:
-    """Return a file's bytes; raises DataError where it is a link to nothing."""
-    try:
-        return path.stat().st_size
-    except FileNotFoundError:
-        raise DataError(f"{path} is a link to {path.resolve()}, which is not there: bring that file back.") from None
-
-
-def _holds_null_alone(kind: pa.DataType) -> bool:
-    """Return whether this is the type of a column of nulls, or of lists without elements."""
-    return pa.types.is_null(kind.value_type if is_list(kind) else kind)
-
-
 def _decoded(file: pq.ParquetFile, group: RowGroup, columns: list[str], block_rows: int) -> Iterator[pa.Table]:
     if block_rows >= group.num_rows:
         yield file.read_row_group(group.number, columns=columns, use_threads=False)
@@ -447,125 +428,7 @@ def _decoded(file: pq.ParquetFile, group: RowGroup, columns: list[str], block_ro
         yield pa.Table.from_batches([batch])
 
 
-def _is_wider(wide: pa.DataType, kind: pa.DataType) -> bool:
-    """Whether numbers of the type `wide`, which holds `kind`, need not fit into that."""
-    if is_list(wide) and is_list(kind):
-        return _is_wider(wide.value_type, kind.value_type)
-    return wide != kind and not pa.types.is_null(kind) and not is_text(wide)
-
-
-def _encoded_texts(file: pq.ParquetFile) -> set[str]:
-    """The paths of columns (list elements among them) whose text the first row group holds by dictionary."""
-    if not file.metadata.num_row_groups:
-        return set()
-    chunks = file.metadata.row_group(0)
-    leaves = (file.schema.column(number) for number in range(len(file.schema)))
-    return {
-        leaf.path
-        for number, leaf in enumerate(leaves)
-        if leaf.logical_type.type == "STRING" and chunks.column(number).has_dictionary_page
-    }
-
-
 def digest_of_description(described: Mapping[str, Any]) -> str:
     """SHA-256 of what dataset.yaml says, but for this digest itself."""
     rest = {name: value for name, value in described.items() if name != "sha256"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
-
-
-def footer_digest(path: Path) -> str:
-    """ "xxh3-" and the XXH3-64 of a Parquet file's footer; of no sense where the file is none."""
-    with path.open("rb") as file:
-        num_bytes = file.seek(0, os.SEEK_END)
-        file.seek(max(num_bytes - 8, 0))
-        length = int.from_bytes(file.read(4), "little")
-        file.seek(max(num_bytes - 8 - length, 0))
-        return f"xxh3-{xxhash.xxh3_64_hexdigest(file.read())}"
-
-
-def parquet_files(folder: Path) -> list[Path]:
-    """Return the Parquet files of a part, in the order of their rows; names with . or _ first are a writer's own."""
-    found = (path for path in folder.glob("*.parquet") if path.name[0] not in "._")
-    return sorted(path for path in found if hasattr(path, "fs") or not path.is_dir())
-
-
-def _parquet_below(folder: Path) -> Iterator[Path]:
-    """Yield the Parquet files in folders below a part's, also behind links, but for those with . or _ first."""
-    if hasattr(folder, "fs"):  # listed by one request; such stores have no links
-        below = (path for path in sorted(folder.rglob("*.parquet")) if path.parent != folder)
-    else:
-        folders = (path for path in sorted(folder.iterdir()) if path.is_dir())
-        below = (path for each in folders for path in sorted(each.rglob("*.parquet")))
-    yield from (path for path in below if str(path.relative_to(folder))[0] not in "._")
-
-
-def refuse_tables(folder: Path) -> None:
-    """Raise DataError where a part's folder is a table of Delta Lake or the like, or the folder of a table's files."""
-    place = folder if hasattr(folder, "fs") else folder.resolve()  # train/ may be a link to the files of a table
-    refuse_table_format(folder)
-    refuse_table_format(place.parent)
-
-
-def refuse_partitions(folder: Path) -> None:
-    """Raise DataError where a folder that grows has files in Hive's partitions, which nobody would read."""
-    for path in sorted(folder.iterdir()):
-        if "=" in path.name and path.is_dir() and any(path.rglob("*.parquet")):
-            raise DataError(
-                f"{folder} has files in the partition {path.name}: the files of a part lie side by side. Write them "
-                f"into {folder} itself, with {path.name.partition('=')[0]!r} as a column."
-            )
-
-
-def rows_if_whole(path: Path) -> int | None:
-    """How many rows a Parquet file has; None where its footer cannot be read, as while it is being written."""
-    try:
-        return _open(path).metadata.num_rows
-    except DataError:
-        return None
-
-
-_LIBRARIES = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "abfs": "adlfs", "az": "adlfs", "hdfs": "pyarrow"}
-
-
-def folder_of(place: Path | str) -> Path:
-    """A folder of this machine, or behind a URL that fsspec knows (s3://..., gs://..., memory://...).
-
-    Raises ConfigError for a scheme that is unknown, or whose library is not installed.
-    """
-    if isinstance(place, str) and "://" in place:
-        from upath import UPath
-
-        scheme = place.partition("://")[0]
-        try:
-            there: Any = UPath(place)  # has the face of a Path
-            _ = there.fs
-        except ImportError as error:
-            library = _LIBRARIES.get(scheme)
-            mend = f"pip install {library}" if library else "install what that says"
-            raise ConfigError(
-                f"The dataset is {place}, but what reads {scheme}:// is not installed ({error}): {mend}."
-            ) from None
-        except ValueError:
-            raise ConfigError(
-                f"The dataset is {place}, but fsspec knows no {scheme}://{nearest(scheme, _LIBRARIES)}: name a folder, "
-                "or a URL of such a scheme."
-            ) from None
-        return there
-    return Path(place)
-
-
-def _open(path: Path, dictionaries: Iterable[str] = (), footer: pq.FileMetaData | None = None) -> pq.ParquetFile:
-    """The file: of this machine memory-mapped, pages checked against their checksums where they have some."""
-    is_here = not hasattr(path, "fs")
-    try:
-        file = pq.ParquetFile(
-            path if is_here else path.open("rb"),
-            metadata=footer,
-            memory_map=is_here,
-            page_checksum_verification=True,
-            read_dictionary=list(dictionaries),
-        )
-        assert file.schema_arrow is not None  # decodes the names, which may be damaged as well
-        return file
-    except UNREADABLE as error:
-        raise DataError(f"{path} cannot be read as Parquet: {error}") from None

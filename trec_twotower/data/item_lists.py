@@ -10,10 +10,11 @@ import pyarrow.parquet as pq
 
 from trec_twotower.config import GRADUAL, GivenConfig, LossConfig
 from trec_twotower.data.arrow_types import plain_table, plain_type
-from trec_twotower.data.dataset import ITEM_ID, UNREADABLE, USER_ID, Split
+from trec_twotower.data.dataset import ITEM_ID, USER_ID, Split
 from trec_twotower.data.features import Sources
 from trec_twotower.data.hashing import id_keys, is_id, is_text
 from trec_twotower.data.lists import Lists
+from trec_twotower.data.parquet_files import UNREADABLE
 from trec_twotower.data.probing import KeyTable
 from trec_twotower.data.transforms import check_weights, is_id_list, key_lists, one_chunk, with_weights
 from trec_twotower.data.words import python_value

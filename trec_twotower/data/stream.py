@@ -25,17 +25,11 @@ import pyarrow as pa
 from trec_twotower.config import DataConfig, FollowConfig, LossConfig
 from trec_twotower.data.batch import Batch
 from trec_twotower.data.coverage import own_items
-from trec_twotower.data.dataset import (
-    Dataset,
-    folder_of,
-    parquet_files,
-    refuse_partitions,
-    refuse_tables,
-    rows_if_whole,
-)
+from trec_twotower.data.dataset import Dataset
 from trec_twotower.data.features import Sources
 from trec_twotower.data.interactions import ListsAt, TrainBatches, rows_taken
 from trec_twotower.data.negatives import count_items
+from trec_twotower.data.parquet_files import folder_of, parquet_files, refuse_partitions, refuse_tables, rows_if_whole
 from trec_twotower.data.step_rows import StepRows
 from trec_twotower.distributed import Ranks
 from trec_twotower.errors import DataError
