@@ -20,6 +20,8 @@ from trec_twotower.data.transforms import check_weights, is_id_list, key_lists, 
 from trec_twotower.data.words import python_value
 from trec_twotower.errors import ConfigError, DataError, nearest
 
+MOST_WEIGHT = 1e15  # in the loss: the square of a gradient of 1e19 is beyond float32
+
 
 def check_given(train: Split, given: GivenConfig) -> None:
     """Raises ConfigError or DataError where a column of `given` is missing from train/ or of the wrong type."""
@@ -63,9 +65,12 @@ def read_given(sources: Sources, loss: LossConfig, table: pa.Table, where: str) 
     if given.weights is not None:
         weights = with_weights(items, ids, one_chunk(table[given.weights]), place, given.weights).weights
         assert weights is not None
-        if (weights < 0).any():
-            row = int(items.rows[weights < 0][0])
-            raise DataError(f"{place}, row {row:,}: {given.weights!r} has a weight below 0: write 0 or more.")
+        if (bad := (weights < 0) | (weights > MOST_WEIGHT)).any():
+            row, weight = int(items.rows[bad][0]), weights[bad][0]
+            raise DataError(
+                f"{place}, row {row:,}: {given.weights!r} has the weight {weight:g}: write weights from 0 to "
+                f"{MOST_WEIGHT:g}."
+            )
     is_known = items.values >= 0
     if not is_known.all():
         if given.unknown == "error":
