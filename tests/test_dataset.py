@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import sys
@@ -262,6 +263,18 @@ def test_a_writers_own_files_are_left_alone(dataset_dir, name):
     first = Dataset(dataset_dir).fingerprint
     (dataset_dir / "train" / name).write_bytes(b"\0\5\26\7")
     assert Dataset(dataset_dir).train.num_rows == TRAIN.num_rows and Dataset(dataset_dir).fingerprint == first
+
+
+@pytest.mark.parametrize("name", ["part-1.PARQUET", "part-1.pq", "more.parq"])
+def test_parquet_files_of_other_endings_are_refused_and_not_left_out(dataset_dir, name):
+    rewrite(dataset_dir / "train" / name, TRAIN)
+    refused(dataset_dir, re.escape(f"train/{name} would not be read, since it does not end with .parquet: rename it"))
+
+
+def test_a_file_whose_name_is_no_text_is_refused(dataset_dir):
+    part = os.fsencode(dataset_dir / "train")
+    os.rename(part + b"/part-0.parquet", part + b"/\xff.parquet")
+    refused(dataset_dir, r"train has a file whose name is not UTF-8: b'\\xff\.parquet'. Rename it")
 
 
 @pytest.mark.parametrize("part", ["train", "items", "test"])

@@ -606,8 +606,8 @@ TEXTS = pa.list_(pa.string())
     ("parts", "said"),
     [
         ({"items": {"item_id": ["10", "20"]}}, r"train: column 'item_id' is int64, but 'item_id' in .*items is string"),
-        ({"train": {"history": pa.array([["10"], []], TEXTS)}}, r"train: column 'history' is list<element: string>,"),
-        ({"test": {"history": pa.array([["10"], []], TEXTS)}}, r"test: column 'history' is list<element: string>,"),
+        ({"train": {"history": pa.array([["10"], []], TEXTS)}}, r"train: column 'history' is list<item: string>,"),
+        ({"test": {"history": pa.array([["10"], []], TEXTS)}}, r"test: column 'history' is list<item: string>,"),
         ({"test": {"positives": pa.array([["10"], ["20"]], TEXTS)}}, r"test: column 'positives' is list<"),
         ({"test": {"shop": ["1", "2"]}}, r"test: column 'shop' is string, but 'shop' in .*train is int64"),
         ({"users": {"user_id": ["1", "2"]}}, r"train: column 'user_id' is int64, but 'user_id' in .*users is string"),

@@ -278,6 +278,41 @@ def test_added_items_are_found_once_they_are_exported_and_indexed(moving_shop, c
     assert trained_further(moving_shop, cli).code == 0
 
 
+def test_filters_and_rules_of_the_server_go_by_the_items_as_they_are_now(moving_shop, cli, shop_tables):
+    """New items stand before all others, so that no row of the index is that of items/."""
+    from trec_twotower.server import Service
+
+    def ids(**asked) -> list[str]:
+        [answer] = Service(moving_shop.run).recommend({"users": ["user-1"], **asked})["answers"]
+        assert all(item["about"]["item_id"] == item["item_id"] for item in answer["items"])
+        return [item["item_id"] for item in answer["items"]]
+
+    asked = (
+        {"k": 6, "where": {"colour": ["blue", "red"]}, "without": ["blue-3"]},
+        {"k": 4, "only": ["green-1", "green-2", "black-5", "red-0"]},
+        {"k": 8, "most": {"column": "colour", "count": 2}},
+        {"k": 5, "boost": [{"where": {"colour": ["black"]}, "score": 5.0}]},
+    )
+    before = [ids(**each) for each in asked]
+    new = changed(shop_tables["items"].slice(0, 2), "item_id", ["red-new", "red-newer"])
+    pq.write_table(new, moving_shop.dataset / "items" / "a.parquet")
+    assert [ids(**each) for each in asked] == before
+    assert set(before[3]) <= {f"black-{number}" for number in range(10)}
+
+
+def test_ranks_find_and_refuse_items_together(moving_shop, on_forked_ranks, shop_tables, cli):
+    first = evaluated(moving_shop, cli)["metrics"]["two towers, through the index"]
+    rewrite(moving_shop, shop_tables["items"].take(np.random.default_rng(3).permutation(40)))
+    new = changed(shop_tables["items"].slice(0, 1), "item_id", ["red-new"])
+    pq.write_table(new, moving_shop.dataset / "items" / "a.parquet")
+    said = on_forked_ranks("evaluate", moving_shop.run, "--index")
+    assert said.code == 0 and said.err.count("1 items beyond") == 1 and said.err.count("the index lacks 1 items") == 1
+    now = json.loads((moving_shop.run / "evaluation.json").read_text())["metrics"]["two towers, through the index"]
+    assert now == pytest.approx(first, abs=1e-6)
+    said = on_forked_ranks("train", moving_shop.config, f"run_dir={moving_shop.run}", "train.epochs=3")
+    assert said.code == 3 and "in another order" in said.err
+
+
 @pytest.mark.parametrize("stage", ["export", "evaluate", "recommend", "train"])
 def test_changed_and_removed_items_stop_every_stage(moving_shop, cli, shop_tables, stage):
     def run():

@@ -26,6 +26,7 @@ from trec_twotower.data.parquet_files import (
     open_parquet,
     parquet_below,
     parquet_files,
+    refuse_other_endings,
     refuse_tables,
     size_of,
 )
@@ -110,6 +111,7 @@ class Split:
     def _side_by_side(self) -> list[Path]:
         """The part's files; raises DataError where there are others in folders below, as of Hive's partitions."""
         refuse_tables(self.folder)
+        refuse_other_endings(self.folder)
         for path in parquet_below(self.folder):
             raise DataError(
                 f"{self.folder} has {path.relative_to(self.folder)} in a folder below: the files of a part lie side by "

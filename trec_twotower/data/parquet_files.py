@@ -18,9 +18,25 @@ UNREADABLE = (OSError, pa.ArrowException, KeyError, UnicodeDecodeError)  # what 
 
 
 def parquet_files(folder: Path) -> list[Path]:
-    """Return the Parquet files of a part, in the order of their rows; names with . or _ first are a writer's own."""
-    found = (path for path in folder.glob("*.parquet") if path.name[0] not in "._")
+    """Return the Parquet files of a part, in the order of their rows; names with . or _ first are a writer's own.
+
+    Raises DataError for a name that is not UTF-8, which no message and no list of files could hold.
+    """
+    found = [path for path in folder.glob("*.parquet") if path.name[0] not in "._"]
+    for path in found:
+        if not path.name.isascii() and (name := os.fsencode(path.name)).decode(errors="replace").encode() != name:
+            raise DataError(f"{folder} has a file whose name is not UTF-8: {name!r}. Rename it.")
     return sorted(path for path in found if hasattr(path, "fs") or not path.is_dir())
+
+
+def refuse_other_endings(folder: Path) -> None:
+    """Raise DataError where a part has Parquet files that do not end with .parquet, which would not be read."""
+    for path in sorted(folder.iterdir()):
+        ending = path.name.rpartition(".")[2]
+        if path.name[0] not in "._" and ending != "parquet" and ending.lower() in ("parquet", "parq", "pq"):
+            raise DataError(
+                f"{path} would not be read, since it does not end with .parquet: rename it, or move it away."
+            )
 
 
 def parquet_below(folder: Path) -> Iterator[Path]:
