@@ -217,7 +217,7 @@ class Run:
         if not (self.folder / STATISTICS).is_file() or folder_of(place).is_dir():
             return  # of a run that has not begun, Dataset says what is missing
         begun_in = read_signed(self.folder / STATISTICS, LEARN_AGAIN).get("begun_in")
-        places = f"neither in the current folder, {Path.cwd()}, nor in {begun_in}, where the run began"
+        places = f"neither in the current folder, {Path.cwd()}, nor in {begun_in or 'the folder'}, where the run began"
         is_relative = "://" not in str(place) and not Path(place).is_absolute()
         raise DataError(
             f"There is no dataset folder {place}{f', {places}' if is_relative else ''}: bring it back, or set "
