@@ -58,12 +58,11 @@ def seconds(
     if odd.any():
         first = int(np.flatnonzero(odd)[0])
         row = first if row_of is None else int(row_of[first])
-        fix = (
-            "" if is_stamp else f", and set `unit` (now {unit}) of feature {feature.name!r} to the unit of its numbers"
-        )
+        fixes = ["write null for a missing time"] if row_of is None else ["leave such elements out"]
+        fixes += [] if is_stamp else [f"set `unit` (now {unit}) of feature {feature.name!r} to the unit of its numbers"]
         raise DataError(
-            f"{where}: {int(odd.sum()):,} of {len(value):,} times are no dates of the years up to 9999, the "
-            f"first ({array[first].as_py()}) in row {row:,}: write null for a missing time{fix}."
+            f"{where}: {int(odd.sum()):,} of {len(value):,} times are no dates of the years up to 9999, the first "
+            f"({array[first].as_py()}) in row {row:,}: {', or '.join(fixes)}."
         )
     return value, missing
 
