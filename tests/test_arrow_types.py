@@ -19,7 +19,10 @@ from trec_twotower.data.features import Sources
 from trec_twotower.data.held_out import HeldOut
 from trec_twotower.data.transforms import transform
 from trec_twotower.errors import ConfigError, DataError
+from trec_twotower.export import _about
+from trec_twotower.index import mask_of
 from trec_twotower.schema import FeatureSpec, Schema, TableSpec
+from trec_twotower.slices import column_of, parts_of
 
 # Values of each family, and its types: the first is the plain one that the others are compared with.
 TEXTS = ["a", "bb", "a", "", "ø", "bb"]
@@ -336,3 +339,41 @@ def test_two_columns_of_one_name_are_refused(write_dataset, tmp_path):
     folder = write_dataset(tmp_path / "data", train=pa.table({"user_id": ids, "item_id": ids}), items=items)
     with pytest.raises(DataError, match=r"items/part-0.parquet has 2 columns named 'brand'"):
         Dataset(folder).split("items")
+
+
+# Columns that no feature reads
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "nanoseconds", "uuids"])
+def test_columns_that_nothing_learns_from_are_shown_filtered_and_exported(write_dataset, tmp_path, family):
+    """In any type; where one cannot be filtered or sliced by, the error names the column."""
+    more = {
+        "nanoseconds": [pa.array([1_700_000_000_000_000_001 + n for n in range(6)], kind)
+                        for kind in (pa.timestamp("ns"), pa.timestamp("ns", "UTC"), pa.duration("ns"))],
+        "uuids": [pa.array([bytes([n] * 16) for n in range(6)], pa.binary(16)).cast(pa.uuid())],
+    }  # fmt: skip
+    arrays = more[family] if family in more else [column(FAMILIES[family][0], kind) for kind in FAMILIES[family][1]]
+    shown = None
+    for number, array in enumerate(arrays):
+        if array.type == pa.list_(pa.null(), 0):  # pyarrow writes it, and cannot read it again
+            continue
+        feature = FeatureSpec(name="item_id", kind="id", **OWN)
+        made = sources(write_dataset, tmp_path / str(number), array, feature)
+        split = made.dataset.items
+        words = [row["x"] for row in made.catalogue.words(np.array([5, 0, 3]))]
+        assert len(words) == 3 and len(made.catalogue.words(np.array([0]))[0]) == 2
+        if family in ("text", "integer", "bool", "float", "texts", "integers", "pairs of texts", "pairs of integers"):
+            values = FAMILIES[family][0]
+            assert words == [values[5], values[0], values[3]]
+            shown = shown or words
+            assert words == shown
+        exported = _about(split, ["x"], 2, 5)
+        assert len(exported) == 3 and exported.schema.types == [split.columns["x"]]
+        for use in (
+            lambda split=split: parts_of(column_of(split, "x", "item.x")),
+            lambda split=split: mask_of(split.table(["x"])["x"].combine_chunks(), ["a"], "x"),
+        ):
+            try:
+                use()
+            except ConfigError as error:
+                assert "'x'" in str(error)

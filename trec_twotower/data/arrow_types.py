@@ -1,7 +1,8 @@
 """Arrow types as this package reads them: writers have many types for one thing, and each thing is read as one.
 
 Text is `string` or `large_string`, a list is `list` or `large_list` (of floating-point numbers also `fixed_size_list`),
-and no column is a dictionary, run-end encoded, a view or an extension. Types that no feature reads keep their type.
+and no column is a dictionary, run-end encoded, a view or an extension. Numbers of types for which Arrow lacks functions
+have the next wider one. Types that no feature reads, such as structs, keep their type.
 """
 
 from __future__ import annotations
@@ -30,6 +31,10 @@ def plain_type(kind: pa.DataType) -> pa.DataType:
         return pa.string()
     if pa.types.is_binary_view(kind):
         return pa.binary()
+    if pa.types.is_float16(kind):
+        return pa.float32()
+    if pa.types.is_decimal32(kind) or pa.types.is_decimal64(kind):
+        return pa.decimal128(kind.precision, kind.scale)
     if pa.types.is_fixed_size_list(kind):
         inner = plain_type(kind.value_type)
         return pa.list_(inner, kind.list_size) if pa.types.is_floating(inner) else pa.large_list(inner)
@@ -84,7 +89,7 @@ def plain_array(array: pa.Array, *, keeps_dictionaries: bool = False) -> pa.Arra
         return pa.Array.from_buffers(
             made, len(array), array.buffers()[:2], array.null_count, array.offset, children=[entries]
         )
-    return array.cast(plain_type(kind))  # string_view, binary_view
+    return array.cast(plain_type(kind))
 
 
 def plain_column(column: pa.ChunkedArray, *, keeps_dictionaries: bool = False) -> pa.ChunkedArray:
@@ -102,9 +107,13 @@ def plain_table(table: pa.Table, columns: Iterable[str]) -> pa.Table:
 
 
 def as_list(array: pa.Array) -> pa.Array:
-    """Return a list column with offsets: a fixed-size list becomes a large list."""
-    kind = array.type
-    return array.cast(pa.large_list(kind.value_type)) if pa.types.is_fixed_size_list(kind) else array
+    """Return a list column with offsets: a fixed-size list becomes a large list, of which null rows hold nothing."""
+    if not pa.types.is_fixed_size_list(array.type):
+        return array
+    lengths = np.where(array.is_valid().to_numpy(zero_copy_only=False), array.type.list_size, 0)
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    mask = array.is_null() if array.null_count else None
+    return pa.LargeListArray.from_arrays(pa.array(offsets), array.flatten(), mask=mask)  # flatten leaves null rows out
 
 
 def _plain_dictionary(array: pa.DictionaryArray, keeps_dictionaries: bool) -> pa.Array:
