@@ -250,9 +250,14 @@ class Run:
         found = read_signed(self.folder / STATISTICS, LEARN_AGAIN).get(OWN_ITEMS)
         return None if found is None else OwnItems(**found)
 
-    def item_counts(self, keys: np.ndarray) -> np.ndarray:
-        """How often each of these items, given by their ids' 64-bit keys (I,), was interacted with in train: (I,)."""
+    def item_counts(self, keys: np.ndarray | None = None) -> np.ndarray:
+        """How often each of these items, given by their ids' 64-bit keys (I,), was interacted with in train: (I,).
+
+        By default of the items that the run began with, in their order.
+        """
         count_I = np.atleast_2d(self.counts())[0]
+        if keys is None:
+            return count_I
         if self.config.data.follow is not None:  # rows of later items come after those of earlier ones
             return np.pad(count_I, (0, max(len(keys) - len(count_I), 0)))[: len(keys)]
         return self.known_items().counts_of(keys, count_I)
