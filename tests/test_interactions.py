@@ -648,7 +648,7 @@ def test_a_bad_number_in_train_is_named_by_group_and_row(tmp_path, write_dataset
 @pytest.mark.parametrize("weight", [[1.0, -1.0], [1.0, math.nan], [1.0, None], [1.0, math.inf], [1.0, 1e16]])
 def test_a_weight_that_is_none_is_refused_with_its_row(tiny, weight):
     train = pa.table({"user_id": [1, 2], "item_id": [10, 20], "weight": weight})
-    said = re.escape(f"column 'weight', row 1: {weight[1]}: row weights are numbers from 0 to 1e+15")
+    said = re.escape(f"column 'weight', row 1: {weight[1]}: row weights are at least 0 and at most 1e+15")
     with pytest.raises(DataError, match=said):
         epoch_of(batches_of(tiny(train=train), batch_size=2))
 

@@ -250,9 +250,9 @@ class UnitReader:
         bad = np.flatnonzero(~((weight >= 0) & (weight <= MOST_WEIGHT)))
         if bad.size:
             raise DataError(
-                f"{where}, column {WEIGHT!r}, row {bad[0]:,}: {array[bad[0]].as_py()}: row weights are numbers from 0 "
-                f"to {MOST_WEIGHT:g}, since squared gradients of larger ones overflow. Divide all weights by their "
-                "mean."
+                f"{where}, column {WEIGHT!r}, row {bad[0]:,}: {array[bad[0]].as_py()}: row weights are at least 0 "
+                f"and at most {MOST_WEIGHT:g}, since squared gradients of larger ones overflow. Divide all weights by "
+                "their mean."
             )
         return weight
 
