@@ -40,7 +40,7 @@ class CatalogueIndex:
     ) -> tuple[np.ndarray, np.ndarray]:
         """As ItemIndex.search; seen items and those found are rows of the catalogue."""
         if seen is not None:
-            row = self._index_row[seen.values]
+            row = np.where(seen.values >= 0, self._index_row[seen.values], -1)
             seen = Lists(seen.offsets, row).where(row >= 0)
         score_BK, row_BK = self.index.search(user_BD, k, seen=seen, allowed=allowed)
         return score_BK, np.where(row_BK >= 0, self._catalogue_row_I[row_BK], -1)
