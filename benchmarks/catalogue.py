@@ -181,7 +181,7 @@ def lookups(folder: Path, options: argparse.Namespace) -> dict[str, float]:
     from trec_twotower.data.interactions import TrainBatches
     from trec_twotower.distributed import start_ranks
     from trec_twotower.optimizer import RunOptimizer
-    from trec_twotower.train import build_model
+    from trec_twotower.training.loop import build_model
 
     config = config_of(folder, options)
     sources = sources_of(folder, options)

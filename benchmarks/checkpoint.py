@@ -45,7 +45,7 @@ class Job:
         from trec_twotower.checkpoint import Checkpoints
         from trec_twotower.config import validate
         from trec_twotower.optimizer import RunOptimizer
-        from trec_twotower.train import build_model
+        from trec_twotower.training.loop import build_model
 
         config = config_of(folder / "log")
         changed = {"tables": {**config.model_dump()["tables"], "user": {"buckets": rows, "dim": dim}}}
@@ -127,7 +127,7 @@ def resuming(job: Job, folder: Path, import_s: float) -> dict[str, float]:
 
 def inside(what: str, folder: Path, rows: int, dim: int, saves: int) -> dict[str, float]:
     """What one process measures."""
-    import trec_twotower.train  # noqa: F401
+    import trec_twotower.training.loop  # noqa: F401
     from trec_twotower.distributed import start_ranks
 
     import_s = time.perf_counter() - START

@@ -114,7 +114,7 @@ def job(folder: Path, *, batch: int = 4096, dim: int = 64, users: int = 1_000_00
     """A model, its optimizer, and some batches on the device."""
     from trec_twotower.config import validate
     from trec_twotower.optimizer import RunOptimizer
-    from trec_twotower.train import build_model
+    from trec_twotower.training.loop import build_model
 
     values = config_of(folder).model_dump(exclude_unset=True)
     values["data"]["batch_size"] = batch

@@ -225,7 +225,7 @@ def of_config(name: str, *overrides: str) -> Callable[[Bench], dict[str, float]]
         from trec_twotower.export import export, load_model
         from trec_twotower.index import ItemIndex
         from trec_twotower.run import Run
-        from trec_twotower.train import train
+        from trec_twotower.training.loop import train
 
         folder = bench.place / f"run-{_word(name)}-{time.monotonic_ns()}"
         place = [f"data.dataset={bench.place / 'data'}", f"run_dir={folder}", f"evaluate.k=[{bench.split.k},{LISTED}]"]
@@ -283,7 +283,9 @@ SPLITS = {
             SimpleX            .1872  .1557
             MF + BSL           .1882  .1584
             LightGCN + BSL     .1892  .1590
+            NESCL              .1917  .1617
             BSPM-EM            .1920  .1597
+            ChebyCF            .1941  .1616
         """)),
     ),
     "amazon-beauty": Split(

@@ -190,7 +190,7 @@ def trained(dataset: Path, world: str, name: str, run_dir: Path, epochs: int, ra
 
     from trec_twotower.export import load_model
     from trec_twotower.run import Run
-    from trec_twotower.train import train
+    from trec_twotower.training.loop import train
 
     config = config_of(dataset, world, CONTENDERS[name], run_dir, epochs)
     with redirect_stdout(StringIO()):
@@ -300,7 +300,7 @@ class Stepper:
         from trec_twotower.data.features import Sources
         from trec_twotower.data.interactions import TrainBatches
         from trec_twotower.optimizer import RunOptimizer
-        from trec_twotower.train import build_model
+        from trec_twotower.training.loop import build_model
 
         sources = Sources(Dataset(config.data.dataset), config.feature_schema, config.data.rows)
         batches = TrainBatches(sources, config.data, config.loss, sources.item_counts(), (0, 1))

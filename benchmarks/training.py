@@ -60,7 +60,7 @@ def ours(folder: Path, num_batches: int, precision: str = "auto") -> Step:
     from trec_twotower.data.batch import Batch
     from trec_twotower.optimizer import RunOptimizer
     from trec_twotower.pipeline import PlainSteps
-    from trec_twotower.train import build_model
+    from trec_twotower.training.loop import build_model
 
     config, ranks = config_of(folder), lone_rank()
     values = config.model_dump(exclude_unset=True)
@@ -231,7 +231,7 @@ def end_to_end(folder: Path, num_batches: int) -> float:
     """Rows per second from Parquet, the reader's thread on the same core."""
     from trec_twotower.optimizer import RunOptimizer
     from trec_twotower.pipeline import PlainSteps
-    from trec_twotower.train import build_model
+    from trec_twotower.training.loop import build_model
 
     config, ranks = config_of(folder), lone_rank()
     model = build_model(config, ranks)

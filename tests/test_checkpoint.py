@@ -34,7 +34,7 @@ from trec_twotower.files import _own_sha256, seal, write_json
 from trec_twotower.optimizer import RunOptimizer
 from trec_twotower.run import Run, RunLog
 from trec_twotower.same_run import binding, config_hash
-from trec_twotower.train import build_model, train
+from trec_twotower.training.loop import build_model, train
 from trec_twotower.yaml_files import to_yaml
 
 pytestmark = pytest.mark.filterwarnings(*SAID_BY_TORCHREC)

@@ -17,7 +17,7 @@ from trec_twotower.checkpoint import Checkpoints
 from trec_twotower.config import RunConfig
 from trec_twotower.errors import ConfigError
 from trec_twotower.optimizer import RunOptimizer
-from trec_twotower.train import build_model, train
+from trec_twotower.training.loop import build_model, train
 
 pytestmark = pytest.mark.filterwarnings(*SAID_BY_TORCHREC)
 SPREAD = ("table_wise", "row_wise", "table_row_wise")

@@ -45,7 +45,16 @@ def with_first(table: pa.Table, column: str, value: object) -> pa.Table:
     ("call", "says"),
     [
         ([], ["COMMAND"]),
-        (["trian", "shop.yaml"], ["'trian'", "'train'", "--help"]),
+        (["trian", "shop.yaml"], ["no command 'trian' (nearest: 'train')", "--help"]),
+        (["evalute", "--index"], ["no command 'evalute' (nearest: 'evaluate')"]),
+        (["train", "shop.yaml", "--initfrom", "run"], ["unrecognized", "nearest: '--init-from'"]),
+        (["recommend", "run", "--user", "-u"], ["--user", "--user=-VALUE"]),
+        (["recommend", "run", "--user", "1", "--without", "--k", "3"], ["--without=-VALUE"]),
+        (["launch"], ["train, export, evaluate, recommend"]),
+        (["launch", "--ranks", "2"], ["train, export, evaluate, recommend"]),
+        (["launch", "index", "run"], ["index runs in one process"]),
+        (["launch", "trian", "shop.yaml"], ["trian is no command (nearest: 'train')"]),
+        (["launch", "launch", "train"], ["launch runs in one process"]),
         (["train"], ["CONFIG"]),
         (["evaluate", "run", "--split"], ["--split"]),
         (["export", "run", "--ranks", "2"], ["--ranks"]),
@@ -61,6 +70,8 @@ def with_first(table: pa.Table, column: str, value: object) -> pa.Table:
         (["export", "run"], ["run is no run folder", "config.yaml", "train"]),
         (["serve", "run"], ["run is no run folder"]),
         (["serve", "run", "--max-k", "0"], ["--max-k is 0"]),
+        (["serve", "run", "--reload-s", "-1"], ["--reload-s is -1"]),
+        (["serve", "run", "--reload-s", "nan"], ["--reload-s is nan"]),
         (["demo", "--ranks", "0"], ["--ranks is 0"]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
@@ -71,6 +82,51 @@ def test_a_mistaken_call_is_told_what_is_wrong(cli, tmp_path, monkeypatch, call,
     assert said.code == USAGE
     assert not [word for word in says if word not in said.mistake], said.mistake
     assert said.out == "" and listing(tmp_path) == {}
+
+
+@pytest.mark.parametrize("variable", ["2", "many"])
+def test_a_stage_of_one_process_is_refused_on_ranks(cli, tmp_path, monkeypatch, variable):
+    monkeypatch.setenv("WORLD_SIZE", variable)
+    monkeypatch.setenv("RANK", "0")
+    for call in (["index", tmp_path], ["prepare", "synthetic", "--out", tmp_path / "d"], ["serve", tmp_path]):
+        said = cli(*call)
+        assert said.code == USAGE and "WORLD_SIZE" in said.mistake and "launcher" in said.mistake
+    assert listing(tmp_path) == {}
+
+
+def test_the_version_is_printed(cli):
+    import trec_twotower
+
+    said = cli("--version")
+    assert (said.code, said.out) == (0, f"trec-twotower {trec_twotower.__version__}\n")
+
+
+@pytest.mark.parametrize("name", ["demo", "demo.yaml", "configs/demo.yaml"])
+def test_a_shipped_config_is_opened_by_its_name(tmp_path, monkeypatch, name):
+    from trec_twotower.config import load_config
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "demo").mkdir()  # a folder of that name is no config
+    config = load_config(name)
+    assert config.data.dataset == "data/demo" and config.run_dir == Path("runs/demo")
+    local = tmp_path / name
+    if local.suffix:  # a file of one's own comes first
+        local.parent.mkdir(exist_ok=True)
+        text = (LAUNCHER.parent.parent / "configs/demo.yaml").read_text()
+        local.write_text(text.replace("data/demo", "data/mine"))
+        assert load_config(name).data.dataset == "data/mine"
+
+
+def test_only_shipped_names_are_opened_by_name(cli, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, says in (
+        ("gowala", "nearest: 'gowalla'"),
+        ("elsewhere/demo.yaml", "no config file elsewhere/demo.yaml (nearest: 'demo')"),
+        ("demo.json", "no config file demo.json"),
+        (".", "is a folder"),
+    ):
+        said = cli("plan", name, "--ranks", 2)
+        assert said.code == USAGE and says in said.mistake
 
 
 def test_a_missing_config_names_the_nearest(cli, shop):
@@ -87,7 +143,9 @@ def test_every_command_that_takes_a_config_refuses_words_that_faiss_does_not_kno
     assert said.code == USAGE and "'IVF16,SQ7' is no index of dim 8 to FAISS" in said.mistake
 
 
-@pytest.mark.parametrize(("command", "then"), [("train", "goes on from what is saved"), ("features", "begins anew")])
+@pytest.mark.parametrize(
+    ("command", "then"), [("train", "continues from the newest checkpoint"), ("features", "starts again")]
+)
 def test_who_interrupts_is_told_what_the_same_command_would_do(cli, shop, monkeypatch, command, then):
     """Only a training has saved anything."""
 
@@ -97,6 +155,64 @@ def test_who_interrupts_is_told_what_the_same_command_would_do(cli, shop, monkey
     monkeypatch.setattr("trec_twotower.config.load_config", interrupted)
     said = cli(command, shop.config)
     assert said.code == 130 and said.mistake.strip().endswith(f": interrupted; the same command {then}."), said.err
+
+
+def test_an_interrupt_that_a_library_made_an_error_of_is_an_interrupt(cli, shop, monkeypatch):
+    """Native code that calls Python reports Ctrl-C as an error of its own, in words or as the cause."""
+
+    def wrapped(*_: object) -> None:
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt as error:
+            raise ImportError("numpy could not be imported") from error
+
+    def in_words(*_: object) -> None:
+        raise SystemError("Error building `literal` serializer:\n  KeyboardInterrupt:")
+
+    for interrupted in (wrapped, in_words):
+        monkeypatch.setattr("trec_twotower.config.load_config", interrupted)
+        said = cli("features", shop.config)
+        assert said.code == 130 and "interrupted" in said.mistake
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize(
+    ("call", "begins"),
+    [
+        (["prepare", "synthetic", "--out", "OUT", "rows=50000000"], None),
+        (["train", "CONFIG", "run_dir=OUT", "train.epochs=1000000"], "step"),
+        (["train", "CONFIG", "run_dir=OUT"], None),
+        (["launch", "--ranks", "2", "train", "CONFIG", "run_dir=OUT"], None),
+        (["evaluate", "RUN"], None),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else None,
+)
+def test_ctrl_c_ends_a_command_in_one_line(shop, tmp_path, call, begins):
+    """Sent to the process group, as by a terminal, when the first step is printed or while libraries are imported."""
+    places = {"OUT": str(tmp_path / "out"), "CONFIG": str(shop.config), "RUN": str(shop.run)}
+    words = [re.sub("OUT|CONFIG|RUN", lambda found: places[found[0]], word) for word in call]
+    ready = "import sys, threading; from trec_twotower.cli import main; print('ready', flush=True); main()"
+    job = subprocess.Popen(
+        [sys.executable, "-c", ready, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True,
+    )  # fmt: skip
+    try:
+        assert job.stdout is not None and job.stdout.readline() == "ready\n"
+        if begins is not None:
+            assert job.stdout.readline().startswith(begins)
+        else:
+            time.sleep(1)
+        os.killpg(job.pid, signal.SIGINT)
+        _, err = job.communicate(timeout=60)
+    finally:
+        if job.poll() is None:
+            os.killpg(job.pid, signal.SIGKILL)
+    assert job.returncode == 130 and "Traceback" not in err, err
+    messages = [line for line in err.splitlines() if line.startswith("trec-twotower")]
+    assert len(messages) <= 1 and all(line.startswith(("trec-twotower", "torchrun: ")) for line in err.splitlines()), (
+        err
+    )
+    assert messages or err.startswith("torchrun: stopped by SIGINT")
 
 
 def test_help_loads_neither_faiss_nor_torch():
@@ -341,20 +457,66 @@ def test_bad_test_rows_stop_what_reads_them(cli, shop_copy, shop_tables, write_d
         (["export", "RUN", "--checkpoint", "first"], USAGE, ["'first'", "best, newest", "[5, 10]"]),
         (["recommend", "RUN", "--user", "user-1", "--checkpoint", "x"], USAGE, ["'x'", "best, newest"]),
         (["recommend", "RUN", "--user", "user-80"], DATA, ["'user-80'", "no part"]),
+        (["recommend", "RUN", "--user", "user-1", "--where", "colour"], USAGE, ["'colour'", "category=Mugs"]),
+        (["recommend", "RUN", "--user", "user-1", "--where", "color=red"], USAGE, ["nearest: 'colour'"]),
+        (["recommend", "RUN", "--user", "user-1", "--where", "colour=pink"], DATA, ["allows none of the 40 items"]),
         (["recommend", "RUN", "--user", "user-1", "--k", "41"], USAGE, ["41", "40 items"]),
         (["evaluate", "RUN", "--rankings", "RUN"], USAGE, ["is a folder"]),
         (["evaluate", "RUNS"], USAGE, ["no run folder", "nearest: 'run'"]),
         (["index", "RUNS"], USAGE, ["no run folder", "nearest: 'run'"]),
         (["recommend", "RUNS", "--user", "user-1"], USAGE, ["no run folder", "nearest: 'run'"]),
+        (["export", "RUN/config.yaml"], USAGE, ["config.yaml is a file: name the run folder RUN."]),
+        (["export", "CONFIG"], USAGE, ["shop.yaml is a file: name a run folder."]),
+        (["report", "DATASET"], USAGE, ["is a dataset, and no run folder", "name the run that was trained on it"]),
+        (["index", "RUN", "lists=3"], USAGE, ["lists is no setting of the index (nearest: 'index.lists')"]),
+        (["index", "RUN", "train.epochs=3"], USAGE, ["train.epochs is no setting of the index, and"]),
+        (["export", "RUN", "--columns", "item_id"], USAGE, ["which every export of items has"]),
+        (["train", "CONFIG", "data.dataset=CONFIG", "run_dir=RUN-2"], DATA, ["is a file: a dataset is a folder"]),
+        (["train", "CONFIG", "run_dir=RUN-2", "--init-from", "RUN-3"], USAGE, ["no run folder", "nearest: 'run'"]),
+        (["prepare", "synthetic", "--out", "CONFIG/below", "users=9"], USAGE, ["shop.yaml, which is a file"]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
 def test_what_a_run_cannot_give_is_said(cli, shop, call, code, says):
-    before = listing(shop.run)
-    said = cli(*(word.replace("RUN", str(shop.run)) for word in call))
+    before = listing(shop.run.parent)
+
+    def filled(text: str) -> str:
+        places = {"RUN": shop.run, "CONFIG": shop.config, "DATASET": shop.dataset}
+        return re.sub("RUN|CONFIG|DATASET", lambda found: str(places[found[0]]), text)
+
+    said = cli(*map(filled, call))
     assert said.code == code
-    assert not [word for word in says if word not in said.mistake], said.mistake
-    assert said.out == "" and listing(shop.run) == before
+    assert not [word for word in says if filled(word) not in said.mistake], said.mistake
+    assert said.out == "" and listing(shop.run.parent) == before
+
+
+def test_an_unknown_user_is_named_and_the_others_are_answered(cli, shop):
+    expected = cli("recommend", shop.run, "--user", "user-1", "--user", "user-2")
+    assert expected.code == 0 and expected.err == ""
+    said = cli("recommend", shop.run, "--user", "user-1", "--user", "user-80", "--user=-u", "--user", "user-2")
+    assert said.code == 0 and said.out == expected.out
+    first, second = said.err.splitlines()
+    assert "'user-80' is in no part" in first and "'-u' is in no part" in second
+    said = cli("recommend", shop.run, "--user", "user-80", "--user", "user-81")
+    assert said.code == DATA and said.out == "" and len(said.err.splitlines()) == 2
+
+
+def test_titles_cannot_control_the_terminal(cli, shop, shop_tables, write_dataset, tmp_path):
+    titles = pa.array(["\x1b]0;owned\x07\x1b[2J" + title for title in shop_tables["items"]["title"].to_pylist()])
+    items = replaced(shop_tables["items"], "title", titles)
+    items = replaced(items, "colour", pa.array([f"\x1b[7m{colour}" for colour in items["colour"].to_pylist()]))
+    dataset = write_dataset(tmp_path / "shop", **{**shop_tables, "items": items})
+    run = tmp_path / "run"
+    for call in (
+        ("train", shop.config, f"data.dataset={dataset}", f"run_dir={run}", "train.epochs=1"),
+        *(("export", run), ("index", run), ("evaluate", run, "--slice", "item.colour")),
+        ("recommend", run, "--user", "user-1"),
+    ):
+        said = cli(*call)
+        assert said.code == 0, said.err
+        assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", said.out)
+        assert call[0] != "evaluate" or "[7mred" in said.out
+    assert "]0;owned[2JA " in said.out
 
 
 def test_stages_before_their_time_name_the_stage_to_run(cli, shop_copy):
@@ -365,6 +527,8 @@ def test_stages_before_their_time_name_the_stage_to_run(cli, shop_copy):
         assert said.code in (USAGE, DATA) and f"no index in {run / 'index'}" in said.mistake
         assert "trec-twotower index RUN" in said.mistake
     shutil.rmtree(run / "export")
+    said = cli("serve", run)
+    assert said.code == USAGE and "run trec-twotower export RUN, then trec-twotower index RUN" in said.mistake
     said = cli("index", run)
     assert said.code == USAGE and f"trec-twotower export {run}" in said.mistake
     shutil.rmtree(run / "checkpoints")
@@ -431,6 +595,35 @@ def test_two_ranks_end_at_once_with_one_message(on_ranks, shop, tmp_path, overri
     assert not (run / "checkpoints").exists()
 
 
+@pytest.mark.timeout(240)
+def test_plain_torchrun_starts_ranks_as_our_launcher_does(on_ranks, shop, tmp_path):
+    """The same losses, and of a mistake one message; the exit code is torchrun's own."""
+    environ = {**os.environ, "OMP_NUM_THREADS": "1"}
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+
+    def started(name: str, *overrides: str) -> subprocess.CompletedProcess[str]:
+        call = ["-m", "trec_twotower", "train", str(shop.config), f"run_dir={tmp_path / name}", *overrides]
+        return subprocess.run([*torchrun, *call], env=environ, capture_output=True, text=True, timeout=100)
+
+    plain = started("plain", "train.epochs=1")
+    assert plain.returncode == 0, plain.stderr
+    said = on_ranks("train", shop.config, f"run_dir={tmp_path / 'ours'}", "train.epochs=1")
+    assert said.code == 0, said.err
+    losses = [
+        [
+            json.loads(line)["loss"]
+            for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+            if "loss" in line
+        ]
+        for name in ("plain", "ours")
+    ]
+    assert losses[0] == losses[1] != []
+    assert json.loads((tmp_path / "plain/status.json").read_text())["num_ranks"] == 2
+    refused = started("refused", "train.epoch=1")
+    messages = [line for line in refused.stderr.splitlines() if line.startswith("trec-twotower")]
+    assert refused.returncode == 1 and len(messages) == 1 and "nearest: 'epochs'" in messages[0]
+
+
 @pytest.mark.timeout(150)
 @pytest.mark.parametrize(
     ("override", "code", "says"),
@@ -453,6 +646,13 @@ def test_what_two_ranks_find_while_they_read_is_one_message(
     assert said.code == code
     assert len(said.err.splitlines()) == 1 and not [word for word in says if word not in said.mistake], said.err
     assert not (run / "checkpoints").exists()
+
+
+@pytest.mark.timeout(150)
+def test_two_ranks_recommend_as_one_does_and_print_once(on_forked_ranks, cli, shop):
+    call = ("recommend", shop.run, "--user", "user-1", "--user", "user-80", "--user", "user-2")
+    one, two = cli(*call), on_forked_ranks(*call)
+    assert (two.code, two.out, two.err) == (0, one.out, one.err) and two.err.count("user-80") == 1
 
 
 @pytest.mark.timeout(150)
@@ -562,7 +762,7 @@ def test_a_reader_that_goes_away_is_no_mistake(tmp_path):
 def test_a_pipe_that_breaks_elsewhere_is_told():
     """What is said here is read."""
     code = "from trec_twotower import cli\ndef run(_): raise BrokenPipeError(32, 'Broken pipe')\n"
-    code += "cli._doctor = run\ncli.main()"
+    code += "cli.COMMANDS['doctor'] = run\ncli.main()"
     job = subprocess.run([sys.executable, "-c", code, "doctor"], capture_output=True, text=True, timeout=60)
     assert (job.returncode, job.stderr) == (1, "trec-twotower doctor: Broken pipe\n")
 

@@ -61,8 +61,26 @@ def recommended(out: str) -> list[tuple[float, str]]:
     return [(float(line.split()[1]), re.findall(r"\[(\S+)\]$", line)[0]) for line in lines if line.strip()]
 
 
-def histories(rows: list[dict[str, Any]]) -> dict[Any, set[Any]]:
-    return {row["user_id"]: set(row["history"]) for row in rows}
+def vector_now(run: Path, dataset: Path, row: dict[str, Any]) -> np.ndarray:
+    """A user's vector by the run's encoder, of a row of test/ as it is when its positives are history as well."""
+    import torch
+
+    from trec_twotower.distributed import Ranks
+    from trec_twotower.encoder import Encoder
+    from trec_twotower.run import Run
+
+    opened = Run.open(run)
+    encoder = Encoder.of(opened, opened.sources(Ranks(0, 1, torch.device("cpu"))))
+    values, kinds = {**row, "history": [*row["history"], *row["positives"]]}, ds.dataset(dataset / "test").schema
+    if "history_weight" in values:  # a weight for each, the mean of the others
+        weights = values["history_weight"]
+        values["history_weight"] = [*weights, *[float(np.mean(weights))] * len(row["positives"])]
+    if (dataset / "users").is_dir():
+        about = ds.dataset(dataset / "users").to_table(filter=ds.field("user_id") == row["user_id"])
+        values |= about.to_pylist()[0]
+        kinds = pa.unify_schemas([kinds, about.schema])
+    wanted = {name: pa.array([values[name]], kinds.field(name).type) for name in encoder.columns("user")}
+    return encoder.encode("user", pa.table(wanted))[0]
 
 
 # ---------------------------------------------------------------- a world whose best is known
@@ -173,7 +191,7 @@ def test_what_is_told_of_popularity_equals_a_slow_count(world):
 
 def test_rankings_leave_out_the_history_and_name_no_item_twice(world):
     rows = pq.read_table(world.rankings).to_pylist()
-    test = histories(table(world.dataset / "test"))
+    test = {row["user_id"]: set(row["history"]) for row in table(world.dataset / "test")}
     items = {row["item_id"] for row in table(world.dataset / "items")}
     assert [row["user_id"] for row in rows] == [row["user_id"] for row in table(world.dataset / "test")]
     for row in rows:
@@ -265,16 +283,16 @@ def test_exported_vectors_multiply_to_the_scores_that_are_recommended(world, cli
     users = vectors(world.run / "export", "users", "user_id")
     items = vectors(world.run / "export", "items", "item_id")
     assert (len(users), len(items)) == (3001, 801)
-    seen = histories(table(world.dataset / "test"))
-    for user in list(users)[:3]:
-        said = cli("recommend", world.run, "--user", user, "--k", 15)
+    for row in table(world.dataset / "test")[:3]:
+        user, seen = vector_now(world.run, world.dataset, row), {*row["history"], *row["positives"]}
+        said = cli("recommend", world.run, "--user", row["user_id"], "--k", 15)
         assert said.code == 0, said.err
         answer = [(score, int(item)) for score, item in recommended(said.out)]
         for score, item in answer:
-            assert users[user] @ items[item] == pytest.approx(score, abs=2e-4)
-        unseen = sorted((users[user] @ items[item] for item in items if item not in seen[user]), reverse=True)
+            assert user @ items[item] == pytest.approx(score, abs=2e-4)
+        unseen = sorted((user @ items[item] for item in items if item not in seen), reverse=True)
         assert [score for score, _ in answer] == pytest.approx(unseen[:15], abs=2e-3)
-        assert not {item for _, item in answer} & seen[user] and len({item for _, item in answer}) == 15
+        assert not {item for _, item in answer} & seen and len({item for _, item in answer}) == 15
 
 
 # ---------------------------------------------------------------- datasets that somebody else made
@@ -295,18 +313,19 @@ def test_a_dataset_of_words_for_ids_goes_all_the_way(shop_copy, cli, shop_tables
     assert slow == pytest.approx(metrics["two towers, exact search"], abs=1e-6)
     assert metrics["two towers, exact search"]["recall@5"] > 1.5 * metrics["popularity"]["recall@5"]
 
-    users = vectors(shop.run / "export", "users", "user_id")
     items = vectors(shop.run / "export", "items", "item_id")
     said = cli("recommend", shop.run, "--user", "user-7")
     assert said.code == 0, said.err
     answer = recommended(said.out)
-    assert len(answer) == 10 and [item for _, item in answer] == ranked["user-7"]
-    for score, item in answer:
-        assert users["user-7"] @ items[item] == pytest.approx(score, abs=2e-4)
-    history = next(row["history"] for row in test if row["user_id"] == "user-7")
+    row = next(row for row in test if row["user_id"] == "user-7")
+    user, history = vector_now(shop.run, shop.dataset, row), [*row["history"], *row["positives"]]
+    score = {item: user @ vector for item, vector in items.items() if item not in history}
+    assert [item for _, item in answer] == sorted(score, key=score.__getitem__, reverse=True)[:10]
+    for found, item in answer:
+        assert score[item] == pytest.approx(found, abs=2e-4)
     shown = said.out.split("and gets:")[0].splitlines()[1:]
     assert [line.split(" (")[0].strip() for line in shown] == [
-        f"A {item.replace('-', ' no. ')}" for item in reversed(history)
+        f"A {item.replace('-', ' no. ')}" for item in history[::-1][:5]
     ]
 
 
@@ -356,7 +375,10 @@ def test_a_row_a_user_goes_all_the_way(cli, write_dataset, tmp_path, rng):
     assert score_slowly(ranked, test, 5) == pytest.approx(metrics["two towers, exact search"], abs=1e-6)
     # Of the six unseen items of a user's taste two are to be found: 5 of 6 is the best that chance gives.
     assert metrics["two towers, exact search"]["recall@5"] > 0.7 > 2 * metrics["popularity"]["recall@5"]
-    assert [int(item) for _, item in recommended(said.out)] == ranked[5]
     assert not set(ranked[5]) & set(taken[5][:6].tolist())
+    row = next(row for row in test if row["user_id"] == 5)
+    user, items = vector_now(run, tmp_path / "data", row), vectors(run / "export", "items", "item_id")
+    score = {item: user @ vector for item, vector in items.items() if item not in taken[5]}
+    assert [int(item) for _, item in recommended(said.out)] == sorted(score, key=score.__getitem__, reverse=True)[:5]
     said = cli("recommend", run, "--user", 96, "--k", 30)  # of whom train/ alone has a row
     assert {int(item) for _, item in recommended(said.out)} == set(range(40, 76)) - set(taken[96][:6].tolist())

@@ -16,7 +16,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tests.golden.curves import KEPT, curves
 from tests.ranks.launch import SAID_BY_TORCHREC
 from tests.ranks.worlds import event_config
-from trec_twotower import train as training
 from trec_twotower.distributed import Ranks
 from trec_twotower.errors import ConfigError
 from trec_twotower.model import watch as watching
@@ -26,6 +25,7 @@ from trec_twotower.model.losses.cells import add_products, dots, exponentiate
 from trec_twotower.model.parts import AlignedLinear, unit
 from trec_twotower.model.watch import Watch
 from trec_twotower.schema import FeatureSpec, Schema, TableSpec
+from trec_twotower.training import loop as training
 
 pytestmark = [pytest.mark.filterwarnings(said) for said in SAID_BY_TORCHREC]
 

@@ -118,6 +118,26 @@ def test_validation_while_training_is_that_of_evaluate(cli, repeats, tmp_path, s
     assert metrics == pytest.approx({name: measured[name] for name in metrics})
 
 
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_the_report_shows_users_what_the_setting_lets_them_get(cli, repeats_copy, setting):
+    """No card lists an excluded item, and some list a seen one where the setting lets it in."""
+    evaluated(cli, repeats_copy, setting)
+    assert cli("report", repeats_copy.run).code == 0
+    page = (repeats_copy.run / "report.html").read_text()
+    cards = page.split('<div class="users">')[1].split("<h3>User ")[1:]
+    test = {row["user_id"]: row for row in pq.read_table(repeats_copy.dataset / "test").to_pylist()}
+    titles = {row["item_id"]: row["title"] for row in pq.read_table(repeats_copy.dataset / "items").to_pylist()}
+    num_seen = 0
+    for card in cards:
+        row = test[card.split("</h3>")[0]]
+        listed = card.split("and gets")[1]
+        allowed = set(row["history"]) - excluded_by(setting, row)
+        shown = {item for item in row["history"] if titles[item] + " " in listed}
+        assert shown <= allowed
+        num_seen += len(shown)
+    assert cards and (num_seen > 0) == (setting is not True)
+
+
 def test_two_ranks_count_the_same_unfindable_users(cli, on_forked_ranks, repeats_copy):
     alone, _ = evaluated(cli, repeats_copy, True, "--sampled", "5")
     said = on_forked_ranks("evaluate", repeats_copy.run, "--sampled", "5", timeout_s=120)

@@ -116,7 +116,7 @@ def test_the_part_of_the_users_is_chosen(cli, shop_copy, shop_tables):
     for flags, wrong in (
         (("--users", "train"), "has users in test, valid: name one"),
         (("--columns", "titel"), "nearest: 'title'"),
-        (("--columns", "item_id"), "'item_id', which is there already"),
+        (("--columns", "item_id"), "'item_id', which every export of items has"),
         (("--columns", "title", "--encoder"), "leave out --columns"),
     ):
         said = cli("export", run, *flags)

@@ -28,7 +28,7 @@ from trec_twotower.heartbeat import is_lost
 from trec_twotower.model.gate import NotFinite, gate
 from trec_twotower.model.two_tower import TwoTower
 from trec_twotower.preemption import AGENT_PID, StopSignals
-from trec_twotower.train import train
+from trec_twotower.training.loop import train
 from trec_twotower.yaml_files import to_yaml
 
 pytestmark = pytest.mark.filterwarnings(*SAID_BY_TORCHREC)
@@ -166,7 +166,7 @@ def test_a_training_passes_every_point(in_background, lone_rank, small_world, tm
             os.kill(os.getpid(), signal.SIGTERM)
 
     with monkeypatch.context() as patched:
-        patched.setattr("trec_twotower.train.fault_point", told)
+        patched.setattr("trec_twotower.training.loop.fault_point", told)
         with pytest.raises(Stopped):
             train(config, lone_rank)
     train(config, lone_rank)
@@ -299,7 +299,7 @@ def test_what_is_no_number_stops_before_the_tables_change_and_tells_the_rows(
     what, lone_rank, small_world, tmp_path, monkeypatch, capsys
 ):
     """The weights are those after step 3; the report names the files and rows of step 4, and what they hold."""
-    from trec_twotower import train as training
+    from trec_twotower.training import loop as training
 
     models = []
     build = training.build_model

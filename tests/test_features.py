@@ -42,7 +42,7 @@ def test_two_ranks_make_of_every_kind_what_one_makes(bazaar, one, forked):
 
 
 def test_a_resumed_run_is_one_that_never_stopped(bazaar, one, lone_rank):
-    from trec_twotower.train import train
+    from trec_twotower.training.loop import train
 
     whole = bazaar.parent / "whole"
     train(bazaar_config(bazaar, whole), lone_rank)
@@ -68,18 +68,24 @@ def test_every_kind_is_evaluated_and_recommended(one, retriever, lone_rank):
 
 
 def test_a_user_given_as_a_dict_gets_what_the_same_row_gets(bazaar, retriever):
-    (row,) = pq.read_table(bazaar / "test", filters=[("user_id", "==", 103)]).to_pylist()
-    columns = retriever.loaded.sources.user_columns()
-    now = retriever.recommend_now([{name: row[name] for name in columns}], k=4)
-    assert now == retriever.recommend([103], k=4)
+    state = newest(bazaar, 103, retriever.loaded.sources.user_columns())
+    assert retriever.recommend_now([state], k=4) == retriever.recommend([103], k=4)
+
+
+def newest(bazaar: Path, user: int, columns: list[str]) -> dict[str, Any]:
+    """The user's row of test/ with its own item, at its own time, at the end of the history."""
+    (row,) = pq.read_table(bazaar / "test", filters=[("user_id", "==", user)]).to_pylist()
+    history, times = [*row["history"], row["item_id"]], [*row["history_times"], row["timestamp"]]
+    return {
+        name: value for name, value in (row | {"history": history, "history_times": times}).items() if name in columns
+    }
 
 
 def test_a_state_may_be_of_a_user_whom_users_does_not_know(bazaar, retriever):
     """Where his age is given he gets what the one gets who has it in users/, id or none; without it what null gets."""
     about = pq.read_table(bazaar / "users").to_pylist()
     user = next(row for row in about if row["age"] is not None and row["age"] < 40)
-    (row,) = pq.read_table(bazaar / "test", filters=[("user_id", "==", user["user_id"])]).to_pylist()
-    state = {name: row[name] for name in retriever.loaded.sources.user_columns()}
+    state = newest(bazaar, user["user_id"], retriever.loaded.sources.user_columns())
     [known] = retriever.recommend([user["user_id"]], k=4)
     older, nothing = ({**state, "age": value} for value in (99, None))
     nobody = {name: value for name, value in state.items() if name != "user_id"}

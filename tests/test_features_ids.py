@@ -30,7 +30,7 @@ from trec_twotower.data.vocabulary import in_vocabulary, make_vocabulary, read_w
 from trec_twotower.errors import ConfigError, DataError
 from trec_twotower.model.embedding import Pooled, tower_inputs
 from trec_twotower.schema import FeatureSpec, Schema, TableSpec, auto_dim
-from trec_twotower.train import train
+from trec_twotower.training.loop import train
 from trec_twotower.yaml_files import read_yaml
 
 # Vocabularies

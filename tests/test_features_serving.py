@@ -22,7 +22,7 @@ from trec_twotower.data.reader import UnitReader
 from trec_twotower.data.transforms import Columns
 from trec_twotower.errors import ConfigError, DataError
 from trec_twotower.schema import SETTINGS, FeatureSpec, Schema, TableSpec
-from trec_twotower.serve import state_table
+from trec_twotower.serving.user_state import state_table
 
 ITEMS = [f"item-{number}" for number in range(6)]
 TABLES = {"item": TableSpec(buckets=64, dim=4), "twice": TableSpec(buckets=32, dim=4, hashes=2)}

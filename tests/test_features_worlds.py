@@ -62,7 +62,7 @@ def right(topics, lone_rank) -> Any:
         from trec_twotower.encode import encode
         from trec_twotower.export import load_model
         from trec_twotower.run import Run
-        from trec_twotower.train import train
+        from trec_twotower.training.loop import train
 
         number = len(list(topics.parent.glob("run-*")))
         values = {

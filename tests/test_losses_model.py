@@ -23,7 +23,7 @@ from trec_twotower.model.two_tower import TwoTower, relations_of
 from trec_twotower.optimizer import RunOptimizer
 from trec_twotower.run import Run
 from trec_twotower.same_run import check_same_run, config_hash
-from trec_twotower.train import build_model, towers, train
+from trec_twotower.training.loop import build_model, towers, train
 from trec_twotower.yaml_files import parse_yaml
 
 pytestmark = pytest.mark.filterwarnings(*SAID_BY_TORCHREC)

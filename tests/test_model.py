@@ -23,7 +23,7 @@ from trec_twotower.model.embedding import FILL_CELLS, Pooled, build_tables, fill
 from trec_twotower.model.tower import Tower
 from trec_twotower.model.two_tower import TwoTower
 from trec_twotower.schema import FeatureSpec, Schema, TableSpec
-from trec_twotower.train import build_model, towers
+from trec_twotower.training.loop import build_model, towers
 
 pytestmark = pytest.mark.filterwarnings(*SAID_BY_TORCHREC)
 MASK = (1 << 64) - 1

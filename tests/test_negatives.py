@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 from functools import partial
@@ -534,12 +535,24 @@ def test_items_that_share_a_fingerprint_are_two_to_the_queue_and_to_streaming_fr
             assert (~batch.listed_key_L[batch.listed_key_L < 0]).tolist() == [int(of_keys[7])] * 2
 
 
-def test_a_sample_larger_than_the_catalogue_is_refused(tiny):
-    assert tiny({"negatives": {"sampled": 3}}).negatives.log_I.shape == (3,)
-    with pytest.raises(
-        ConfigError, match=r"sampled is 4, but the catalogue has only 3 items: set it to all, or to less"
-    ):
-        tiny({"negatives": {"sampled": 4}})
+@pytest.mark.parametrize("rank", ["0", "1"])
+@pytest.mark.parametrize(
+    ("name", "of_count"),
+    [
+        ("sampled", lambda count: {"sampled": count}),
+        ("sampled", lambda count: {"sampled": count, "power": 0.5}),
+        ("popular.count", lambda count: {"popular": {"count": count}}),
+    ],
+    ids=["sampled", "by power", "popular"],
+)
+def test_a_sample_larger_than_the_catalogue_is_clipped_with_a_warning(tiny, monkeypatch, name, of_count, rank):
+    """A step draws as many as there are items, and corrects for that; the first rank says so."""
+    monkeypatch.setenv("RANK", rank)
+    wanted = tiny({"negatives": of_count(3)}).negatives
+    message = rf"loss\.negatives\.{name} is 4, but the catalogue has 3 items: 3 are drawn per step"
+    with pytest.warns(UserWarning, match=message) if rank == "0" else contextlib.nullcontext():
+        clipped = tiny({"negatives": of_count(4)}).negatives
+    np.testing.assert_array_equal(clipped.log_I, wanted.log_I)
 
 
 FILE_MISTAKES = {

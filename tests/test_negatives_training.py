@@ -17,13 +17,13 @@ from tests.ranks.launch import SAID_BY_TORCHREC
 from tests.ranks.states import whole_state
 from tests.ranks.worlds import MIXED, NUM_ITEMS, event_config, negatives, user_config
 from trec_twotower import refresh as refreshing
-from trec_twotower import train as training
 from trec_twotower.config import LossConfig, RunConfig, as_values, validate
 from trec_twotower.errors import ConfigError, DataError
 from trec_twotower.index import neighbours as nearness
 from trec_twotower.index.neighbours import neighbours
 from trec_twotower.model import frequency
 from trec_twotower.run import Run
+from trec_twotower.training import loop as training
 from trec_twotower.yaml_files import to_yaml
 
 pytestmark = [pytest.mark.filterwarnings(said) for said in SAID_BY_TORCHREC]

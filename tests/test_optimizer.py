@@ -17,7 +17,7 @@ from trec_twotower.data.lists import Lists
 from trec_twotower.data.transforms import Columns
 from trec_twotower.errors import ConfigError
 from trec_twotower.optimizer import RunOptimizer, check_optimizer, rate_share
-from trec_twotower.train import build_model, towers
+from trec_twotower.training.loop import build_model, towers
 
 pytestmark = pytest.mark.filterwarnings(*SAID_BY_TORCHREC)
 BUCKETS, DIM, SHARD_COLUMNS = 6, 8, 4

@@ -35,6 +35,7 @@ from trec_twotower.plan import (
 from trec_twotower.sharding import TablePlacement
 
 pytestmark = pytest.mark.filterwarnings(*SAID_BY_TORCHREC)
+LARGE = Path(__file__).resolve().parent.parent / "configs/large.yaml"
 
 
 def test_the_plan_in_words_has_the_bytes_of_every_shard():
@@ -311,3 +312,19 @@ def test_memory_is_what_every_group_above_allows(tmp_path):
     assert groups("3:cpu:/x\n4:memory:/x\n", memory__x__memory_limit="300000\n", x__memory_max="1\n") == 300_000
     assert groups("4:hugetlb,memory:/gone\n", memory__memory_limit="200000\n") == 200_000
     assert host_bytes(tmp_path, tmp_path / "no file") == machine
+
+
+def test_the_large_config_is_planned_and_trains_on_small_data(cli, tmp_path):
+    """Its columns are those of `prepare synthetic`; the plan has tables of its full size, cut by rows for 8 ranks."""
+    dataset, run = tmp_path / "small", tmp_path / "run"
+    said = cli("prepare", "synthetic", "--out", dataset, "users=300", "items=200", "clusters=8")
+    assert said.code == 0, said.err
+    planned = cli("plan", LARGE, "--ranks", 8, "--gpu-gb", 80, f"data.dataset={dataset}", "data.batch_size=256")
+    assert planned.code == 0, planned.err
+    user = [line.split() for line in planned.out.splitlines() if line.startswith("user ")]
+    assert [int(words[3]) for words in user[:8]] == list(range(8))
+    assert all(words[1] == "row_wise" and words[4] == f"{(1 << 24) // 8:,}" for words in user[:8])
+    small = [f"tables.{table}.buckets=1024" for table in ("user", "item", "history", "tags")]
+    small += [f"data.dataset={dataset}", f"run_dir={run}", "data.batch_size=256", "loss.negatives.sampled=100"]
+    said = cli("train", LARGE, *small)
+    assert said.code == 0, said.err

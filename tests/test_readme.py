@@ -72,8 +72,38 @@ def test_the_config_shown_is_the_one_shipped():
     assert [line[4:] for line in shown.splitlines()] == shipped.splitlines()
 
 
-def test_every_file_the_readme_links_or_names_is_there():
-    named = re.findall(r"\]\(([\w./]+)\)", README) + re.findall(r"(?:configs|launch|benchmarks)/[\w-]+\.\w+", README)
-    assert len(named) > 5
-    missing = [name for name in named if not (ROOT / name).exists()]
-    assert missing == []
+PAGES = sorted(
+    path
+    for pattern in ("*.md", "Makefile", "docs/*.md", "launch/*", "configs/*.yaml")
+    for path in ROOT.glob(pattern)
+    if path.is_file()
+)
+FOLDERS = "configs|launch|benchmarks|docs|tests|trec_twotower"
+
+
+def named_files(text: str) -> set[str]:
+    """The paths of project files in a text: below one of the project's folders, or a module of the package."""
+    return {
+        *re.findall(rf"(?<![\w./-])(?:\.\./)?((?:{FOLDERS})/[\w./-]*\.\w+)", text),
+        *re.findall(r"(?<![\w./$-])((?:[a-z_]+/)*[a-z_]+\.py)\b", text),
+    }
+
+
+def exists(name: str) -> bool:
+    is_bare = "/" not in name  # a module named without its folder
+    below = (ROOT / "trec_twotower").rglob(name) if is_bare else iter(())
+    return (ROOT / name).exists() or (ROOT / "trec_twotower" / name).exists() or any(below)
+
+
+def test_pages_and_launchers_name_files_that_exist():
+    missing = {(page.name, name) for page in PAGES for name in named_files(page.read_text()) if not exists(name)}
+    assert missing == set()
+    found = {name for page in PAGES for name in named_files(page.read_text())}
+    assert {"configs/large.yaml", "configs/gowalla.yaml", "launch/torchrun.sh", "benchmarks/chain.py"} <= found
+    assert not exists("configs/larger.yaml") and not exists("nothing.py")
+
+
+def test_links_between_pages_lead_somewhere():
+    for page in PAGES:
+        for link in re.findall(r"\]\((?!https?:)([^)#\s]+)\)", page.read_text()):
+            assert (page.parent / link).exists(), f"{page.name} links {link}"

@@ -22,8 +22,9 @@ from trec_twotower.export import read_export
 from trec_twotower.index import build_index
 from trec_twotower.run import Run
 from trec_twotower.schema import ENCODER_PARAMETERS, FeatureSpec, Schema, TableSpec
-from trec_twotower.serve import Retriever, state_table
-from trec_twotower.train import build_model, towers
+from trec_twotower.serve import Retriever
+from trec_twotower.serving.user_state import state_table
+from trec_twotower.training.loop import build_model, towers
 
 pytestmark = [pytest.mark.filterwarnings(each) for each in SAID_BY_TORCHREC]
 TABLE = TableSpec(buckets=64, dim=4, hashing="modulo")
@@ -334,14 +335,19 @@ def test_every_part_is_indexed_and_recommends(case, made, lone_rank):
         similarity=manifest["similarity"],
     )
     retriever = Retriever.open(run.folder, lone_rank)
-    [answer] = retriever.recommend([3], k=4)
+    columns = ["user_id", "history", "when", "did", "positives"]
+    row = run.sources(lone_rank).dataset.split("test").table(columns).to_pylist()[3]
+    state = {name: row[name] for name in columns[:-1]}
+    [answer] = retriever.recommend_now([state], k=4)
     user = exported.user_ids.to_pylist().index(3)
     expected = (exported.item_ID @ np.atleast_2d(exported.user_QD[user]).T).max(axis=1)
     found = [item.score for item in answer.items]
     assert len(found) == 4 and all(np.abs(expected - score).min() < 1e-5 for score in found)
-    # The same row given at request time, and one event more, which changes the answer.
-    state = run.sources(lone_rank).dataset.split("test").table(["user_id", "history", "when", "did"]).to_pylist()[3]
-    assert retriever.recommend_now([state], k=4) == [answer]
+    # A user of test/ is served with the item that was held out, which has no time and action of its own.
+    now = {"user_id": 3, "history": row["history"] + row["positives"], "when": [*row["when"], row["when"][-1]],
+           "did": [*row["did"], row["did"][-1]]}  # fmt: skip
+    assert retriever.recommend([3], k=4) == retriever.recommend_now([now], k=4)
+    # One event more changes the answer.
     taken = {**state, "history": [*state["history"], 7], "when": [*state["when"], state["when"][-1] + 5],
              "did": [*state["did"], "took"]}  # fmt: skip
     [changed] = retriever.recommend_now([taken], k=4)

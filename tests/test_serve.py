@@ -25,23 +25,25 @@ def retriever(shop):
 
 def test_a_user_gets_the_best_unseen_items(retriever, shop_tables):
     test = {row["user_id"]: row for row in shop_tables["test"].to_pylist()}
-    first, second = retriever.recommend(["user-1", "user-2"], k=35)
+    first, second = retriever.recommend(["user-1", "user-2"], k=34)
     for answer in (first, second):
         ids = [item.item_id for item in answer.items]
-        history = test[answer.user_id]["history"]
-        assert set(ids) == set(shop_tables["items"]["item_id"].to_pylist()) - set(history)
-        assert [about["item_id"] for about in answer.history] == history[::-1]
+        row = test[answer.user_id]
+        seen = [*row["history"], *row["positives"]]
+        assert set(ids) == set(shop_tables["items"]["item_id"].to_pylist()) - set(seen)
+        assert [about["item_id"] for about in answer.history] == seen[::-1][:5]
         scores = [item.score for item in answer.items]
         assert scores == sorted(scores, reverse=True) and np.isfinite(scores).all()
         assert all(item.about["item_id"] == item.item_id for item in answer.items)
     assert first.user_id == "user-1" and second.user_id == "user-2"
 
 
-def test_the_newest_of_what_a_user_took_is_told(retriever, shop_tables):
-    taken = next(row["history"] for row in shop_tables["test"].to_pylist() if row["user_id"] == "user-1")
+def test_an_answer_shows_the_newest_seen_items(retriever, shop_tables):
+    row = next(row for row in shop_tables["test"].to_pylist() if row["user_id"] == "user-1")
+    seen = [*row["history"], *row["positives"]]
     for shown in (0, 1, 2, 9):
         (answer,) = retriever.recommend(["user-1"], k=1, history_shown=shown)
-        assert [about["item_id"] for about in answer.history] == taken[::-1][:shown]
+        assert [about["item_id"] for about in answer.history] == seen[::-1][:shown]
 
 
 def test_what_a_user_took_is_not_shown_where_the_catalogue_lacks_some_of_it(
@@ -56,6 +58,7 @@ def test_what_a_user_took_is_not_shown_where_the_catalogue_lacks_some_of_it(
     test = shop_tables["test"]
     row = {**next(row for row in test.to_pylist() if row["user_id"] == "user-1")}
     row |= {"history": [*row["history"][:2], "withdrawn", "green-9"], "history_weight": [1.0, 2.0, 3.0, 4.0]}
+    row |= {"positives": ["withdrawn"]}
     dataset = write_dataset(tmp_path / "shop", **{**shop_tables, "test": pa.Table.from_pylist([row], test.schema)})
     sources = Sources(Dataset(dataset), load_config(shop.config).feature_schema, "event")
     there = Retriever(replace(retriever.loaded, sources=sources), retriever.index, retriever.ranks)
@@ -92,7 +95,7 @@ def test_rules_look_on_until_they_have_found_as_many_as_were_asked_for():
 
 def test_a_user_who_saw_nearly_all_gets_a_shorter_list(retriever):
     (answer,) = retriever.recommend(["user-1"], k=40)
-    assert len(answer.items) == 35
+    assert len(answer.items) == 34  # of 40, six of which were seen
 
 
 def test_a_mapped_index_serves_the_same(retriever, shop, monkeypatch):
@@ -122,8 +125,91 @@ def test_what_cannot_be_answered_is_said(retriever):
     for k in (0, -1, 41):
         with pytest.raises(ConfigError, match=f"k is {k}, but the catalogue has 40 items"):
             retriever.recommend(["user-1"], k=k)
-    with pytest.raises(DataError, match="'nobody' is in no part"):
-        retriever.recommend(["user-1", "nobody"], k=3)
+    for k in (2.5, "5", True, None):
+        with pytest.raises(ConfigError, match=r"k is .*: give a whole number"):
+            retriever.recommend(["user-1"], k=k)
+    with pytest.raises(ConfigError, match="history_shown is -1: give 0 or more"):
+        retriever.recommend(["user-1"], history_shown=-1)
+
+
+@pytest.mark.parametrize(
+    ("user_ids", "message"),
+    [
+        ("user-1", r"user_ids is the single value 'user-1': give a list, such as \['user-1'\]"),
+        (b"user-1", "user_ids is the single value b'user-1'"),
+        (7, "user_ids is 7: give a list"),
+        (np.array(7), r"user_ids is array\(7\): give a list"),
+        (None, "user_ids is None"),
+        ({"user-1": 3}, "user_ids is {'user-1': 3}: give a list"),
+    ],
+)
+def test_one_value_in_place_of_a_list_of_users_is_refused(retriever, user_ids, message):
+    with pytest.raises(ConfigError, match=message):
+        retriever.recommend(user_ids)
+
+
+@pytest.mark.parametrize("filters", [{"only": "red-1"}, {"without": "red-1"}, {"where": {"colour": "red"}}])
+def test_one_value_in_place_of_a_list_of_a_filter_is_refused(retriever, filters):
+    with pytest.raises(ConfigError, match="is the single value 're"):
+        retriever.allow(**filters)
+
+
+@pytest.mark.parametrize("odd", ["nobody", "", "user-1 ", 7, 1.5, None, float("nan"), True, ("user-1",), "\ud800"])
+def test_an_unknown_user_does_not_fail_the_others(retriever, odd):
+    (expected,) = retriever.recommend(["user-1"], k=3)
+    first, unknown, last = retriever.recommend(["user-1", odd, "user-1"], k=3)
+    assert first == last == expected and expected.is_known
+    assert not unknown.is_known and unknown.items == [] and unknown.history == [] and unknown.user_id is odd
+    assert re.search("is in no part of|but ids are integers or strings", unknown.error)
+
+
+@pytest.mark.parametrize(
+    ("states", "message"),
+    [
+        ({"history": ["red-1"]}, "states is {'history': .*: give a list"),
+        ("history", "states is the single value 'history'"),
+        ([None], "state 0 is NoneType: give a dict"),
+        ([{}, "history"], "state 1 is str: give a dict"),
+        ([{3: "NO"}], "state 0 has a column 3, which no user feature reads"),
+    ],
+)
+def test_what_is_no_list_of_states_is_refused(retriever, states, message):
+    with pytest.raises(ConfigError, match=message):
+        retriever.recommend_now(states)
+
+
+def test_numbers_of_numpy_and_steps_are_accepted(retriever, shop):
+    from trec_twotower.serve import Retriever
+
+    expected = retriever.recommend(["user-1"], k=3)
+    assert retriever.recommend(["user-1"], k=np.int64(3), history_shown=np.int32(5)) == expected
+    assert Retriever.alone(shop.run, retriever.loaded.step).recommend(["user-1"], k=3) == expected
+    with pytest.raises(ConfigError, match="where is 'red': give a dict"):
+        retriever.allow(where="red")
+    (unknown,) = retriever.recommend(["x" * 10_000])
+    assert len(unknown.error) < 400
+
+
+def test_users_may_be_given_in_any_collection(retriever):
+    expected = retriever.recommend(["user-1", "user-2"], k=3)
+    for users in (("user-1", "user-2"), np.array(["user-1", "user-2"]), pa.array(["user-1", "user-2"])):
+        assert retriever.recommend(users, k=3) == expected
+    assert retriever.recommend(iter(["user-1", "user-2"]), k=3) == expected
+    assert retriever.recommend([], k=3) == []
+
+
+def test_a_retriever_whose_ranks_have_ended_says_so(shop):
+    from trec_twotower.distributed import start_ranks
+    from trec_twotower.serve import Retriever
+
+    with start_ranks() as ranks:
+        retriever = Retriever.open(shop.run, ranks)
+        expected = retriever.recommend(["user-1"], k=3)
+        with pytest.raises(ConfigError, match="has a process group already"), start_ranks():
+            pass
+    with pytest.raises(ConfigError, match=r"has ended, .* Retriever\.alone\(RUN\)"):
+        retriever.recommend(["user-1"], k=3)
+    assert Retriever.alone(shop.run).recommend(["user-1"], k=3) == expected
 
 
 def test_the_newest_row_of_a_user_counts(shop, shop_tables, write_dataset, tmp_path):
@@ -131,7 +217,7 @@ def test_the_newest_row_of_a_user_counts(shop, shop_tables, write_dataset, tmp_p
     from trec_twotower.config import load_config
     from trec_twotower.data.dataset import Dataset
     from trec_twotower.data.interactions import Sources
-    from trec_twotower.serve import find_user
+    from trec_twotower.serving.user_state import find_user
 
     config = load_config(shop.config)
     dataset = write_dataset(tmp_path / "shop", row_group_size=50, **shop_tables)
@@ -148,7 +234,7 @@ def test_the_newest_row_of_a_user_counts(shop, shop_tables, write_dataset, tmp_p
 
 @pytest.mark.parametrize("split", ["train", "valid"])
 def test_a_user_of_other_parts_gets_no_item_that_was_taken(cli, shop, shop_tables, write_dataset, tmp_path, split):
-    """What train/ asks for has been taken; what valid/ asks for is yet to be found."""
+    """The items that the rows of train/ and valid/ ask for are seen items, too."""
     rest = [name for name in ("train", "valid", "items", "users") if split == "valid" or name != "valid"]
     dataset = write_dataset(tmp_path / "shop", **{name: shop_tables[name] for name in rest}, test=nobody(shop_tables))
     run = tmp_path / "run"
@@ -160,7 +246,8 @@ def test_a_user_of_other_parts_gets_no_item_that_was_taken(cli, shop, shop_table
     ):
         said = cli(*call)
         assert said.code == 0, said.err
-    taken = next(row["history"] for row in shop_tables["valid"].to_pylist() if row["user_id"] == "user-3")
+    row = next(row for row in shop_tables["valid"].to_pylist() if row["user_id"] == "user-3")
+    taken = row["history"] if split == "train" else [*row["history"], *row["positives"]]
     listed = re.findall(r"\[(\S+)\]$", said.out, flags=re.MULTILINE)
     assert set(listed) == set(shop_tables["items"]["item_id"].to_pylist()) - set(taken)
     shown = said.out.split("and gets:")[0].splitlines()[1:]
@@ -178,7 +265,7 @@ def test_a_split_without_a_column_of_the_towers_is_named(shop, shop_tables, writ
     from trec_twotower.config import load_config
     from trec_twotower.data.dataset import Dataset
     from trec_twotower.data.interactions import Sources
-    from trec_twotower.serve import find_user
+    from trec_twotower.serving.user_state import find_user
 
     tables = {**shop_tables, "test": shop_tables["test"].drop_columns(["history_weight"])}
     dataset = write_dataset(tmp_path / "shop", **tables)
@@ -201,6 +288,11 @@ def test_a_split_without_a_column_of_the_towers_is_named(shop, shop_tables, writ
         ({"item_id": 7, "price": np.float32(0.1)}, "item 7 (price 0.10)"),
         ({"item_id": 7, "tags": ["warm", None, "old"], "sizes": [None]}, "item 7 (tags warm old)"),
         ({"item_id": 7, "vector": [0.5, -1.0], "maker": {"name": "x"}, "parts": [{"name": "y"}]}, "item 7"),
+        ({"item_id": 7, "title": "\x1b[31mRed\x1b[0m\r\nlamp\x07 \u202eXYZ\u202c\x9b2J"}, "[31mRed[0m  lamp XYZ2J"),
+        (
+            {"item_id": "a\x1bb", "tags": ["x\ty", "\U0001f469\u200d\U0001f52c é"]},
+            "item ab (tags x y \U0001f469\u200d\U0001f52c é)",
+        ),
     ],
 )
 def test_items_are_told_in_words(about, words):

@@ -145,7 +145,7 @@ def test_what_is_left_out_of_a_request_has_its_default(served, retriever, servic
     assert ids(answer) == [item.item_id for item in expected.items] and answer["history"] == []
     assert len(served.recommend(users=["user-1"] * MAX_USERS, k=1)) == MAX_USERS
     # All that the user has not taken, where more are asked for than the catalogue has.
-    assert len(service.recommend({"users": ["user-1"], "k": 1000})["answers"][0]["items"]) == 35
+    assert len(service.recommend({"users": ["user-1"], "k": 1000})["answers"][0]["items"]) == 34
 
 
 def test_boosts_add_up_and_each_is_for_items_of_all_its_columns(served):
@@ -191,8 +191,18 @@ def test_filters_hold_under_rules_and_no_item_is_no_filter_left_out(served):
     assert "allows none of the 40 items" in served.refused(400, users=["user-1"], only=[])
 
 
+def test_an_unknown_user_among_others_gets_an_error_in_place_of_items(served):
+    [expected] = served.recommend(users=["user-1"], k=3, history=2)
+    first, unknown, last = served.recommend(users=["user-1", "nobody", "user-1"], k=3, history=2)
+    assert first == last == expected and "error" not in first
+    assert unknown.pop("error").startswith("User 'nobody' is in no part of")
+    assert unknown == {"user_id": "nobody", "items": [], "history": []}
+    for answer in served.recommend(users=["nobody", 7]):
+        assert "is in no part of" in answer["error"]
+
+
 def test_what_cannot_be_answered_is_said(served):
-    assert "'nobody' is in no part" in served.refused(404, users=["user-1", "nobody"])
+    assert "'nobody' is in no part" in served.refused(404, users=["nobody"])
     assert "give a whole number from 1 to 35" in served.refused(400, users=["user-1"], k=36)
     assert "1 to 35" in served.refused(400, users=["user-1"], k=2.5)
     assert "nearest: 'users'" in served.refused(400, user=["user-1"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from tests.ranks.worlds import EVENTS, ITEM_IDS, USERS
 from trec_twotower.config import RunConfig, SpectralStart, as_values, validate
 from trec_twotower.errors import ConfigError, DataError
 from trec_twotower.spectral import Taken, spectral_tables, spread
-from trec_twotower.train import towers, train
+from trec_twotower.training.loop import towers, train
 
 pytestmark = pytest.mark.filterwarnings(*SAID_BY_TORCHREC)
 
@@ -122,6 +123,8 @@ def test_without_an_epoch_it_is_a_recommender_and_training_goes_on_from_it(write
 
     wanted = config(clusters(write_dataset, tmp_path / "data"), tmp_path / "run")
     train(wanted, lone_rank)
+    *_, last = capsys.readouterr().out.splitlines()
+    assert last == f"the weights are the closed form of train.start; train.epochs is 0: {tmp_path / 'run'}"
     loaded = load_model(Run.open(tmp_path / "run"), lone_rank)
     model, sources = loaded.model, loaded.sources
     evaluator = Evaluator.of(sources, "test", wanted.evaluate, lone_rank)
@@ -177,7 +180,10 @@ def test_at_the_end_it_stands_beside_what_was_trained(write_dataset, tmp_path, l
 
     wanted = beside(clusters(write_dataset, tmp_path / "data"), tmp_path / "run")
     train(wanted, lone_rank)
-    assert "the closed form is set beside them: tables.embedding_bags.history.weight" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "the closed form is set beside them: tables.embedding_bags.history.weight" in out
+    *_, last = out.splitlines()  # 40 rows in batches of 8, three times
+    assert re.fullmatch(r"trained 15 steps in \d+s .*, then added the closed form of train\.start: .*/run", last)
 
     def vectors(folder: Path) -> tuple[np.ndarray, np.ndarray]:
         loaded = load_model(Run.open(folder), lone_rank)

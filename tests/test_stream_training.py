@@ -18,7 +18,7 @@ from trec_twotower.config import RunConfig, as_values
 from trec_twotower.data import stream as streaming
 from trec_twotower.errors import DataError
 from trec_twotower.run import Run
-from trec_twotower.train import Progress, train
+from trec_twotower.training.loop import Progress, train
 from trec_twotower.yaml_files import to_yaml
 
 pytestmark = pytest.mark.filterwarnings(*SAID_BY_TORCHREC)
@@ -163,7 +163,7 @@ def test_waiting_is_no_part_of_the_time_a_training_took(folder, lone_rank, tmp_p
 
     Clock.sleep = staticmethod(sleep)
     monkeypatch.setattr(streaming, "time", Clock)
-    monkeypatch.setattr("trec_twotower.train.time", Clock)
+    monkeypatch.setattr("trec_twotower.training.loop.time", Clock)
     train(with_settings(config_of(folder, follow={"idle_s": 1800}), tmp_path / "run"), lone_rank)
     status = json.loads((tmp_path / "run/status.json").read_text())
     assert (status["step"], status["train_s"], status["waiting_s"]) == (6, 0, 0)

@@ -3,33 +3,58 @@
 from __future__ import annotations
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # the same names for type checkers and editors
+    from trec_twotower.config import RunConfig as RunConfig
+    from trec_twotower.config import load_config as load_config
+    from trec_twotower.data.catalogue import Catalogue as Catalogue
+    from trec_twotower.data.dataset import Dataset as Dataset
+    from trec_twotower.data.hashing import hash_to_bucket as hash_to_bucket
+    from trec_twotower.distributed import Ranks as Ranks
+    from trec_twotower.distributed import start_ranks as start_ranks
+    from trec_twotower.encoder import Encoder as Encoder
+    from trec_twotower.errors import ConfigError as ConfigError
+    from trec_twotower.errors import DataError as DataError
+    from trec_twotower.index import ItemIndex as ItemIndex
+    from trec_twotower.model.two_tower import TwoTower as TwoTower
+    from trec_twotower.schema import FeatureSpec as FeatureSpec
+    from trec_twotower.schema import Schema as Schema
+    from trec_twotower.schema import TableSpec as TableSpec
+    from trec_twotower.serve import Retriever as Retriever
+    from trec_twotower.training.loop import train as train
 
 __version__ = "0.1.0"
 
-# Each name and the module it comes from; loaded at first use, so that `import trec_twotower` stays free of torch.
-_CONTENTS = {
+# Each name and its module, imported at first use, so that `import trec_twotower` does not load torch. No name may be
+# that of a submodule: importing the submodule would replace it.
+_MODULE_OF = {
+    "Catalogue": "data.catalogue",
     "ConfigError": "errors",
     "DataError": "errors",
+    "Dataset": "data.dataset",
+    "Encoder": "encoder",
     "FeatureSpec": "schema",
+    "ItemIndex": "index",
+    "Ranks": "distributed",
+    "Retriever": "serve",
+    "RunConfig": "config",
     "Schema": "schema",
     "TableSpec": "schema",
-    "RunConfig": "config",
-    "load_config": "config",
-    "Ranks": "distributed",
-    "Catalogue": "data.catalogue",
-    "Dataset": "data.dataset",
-    "hash_to_bucket": "data.hashing",
     "TwoTower": "model.two_tower",
-    "train": "train",
-    "Encoder": "encoder",
-    "ItemIndex": "index",
-    "Retriever": "serve",
+    "hash_to_bucket": "data.hashing",
+    "load_config": "config",
+    "start_ranks": "distributed",
+    "train": "training.loop",
 }
-__all__ = sorted([*_CONTENTS, "__version__"])
+__all__ = sorted([*_MODULE_OF, "__version__"])
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _CONTENTS:
+    if name not in _MODULE_OF:
         raise AttributeError(f"module 'trec_twotower' has no attribute {name!r}")
-    return getattr(import_module(f"trec_twotower.{_CONTENTS[name]}"), name)
+    return getattr(import_module(f"trec_twotower.{_MODULE_OF[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

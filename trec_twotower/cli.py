@@ -1,265 +1,116 @@
-"""The command line: one word per stage. Imports are inside the commands, so that --help answers at once."""
+"""The command line: one subcommand per stage. Imports are inside the commands, so that --help answers at once."""
 
 from __future__ import annotations
 
 import argparse
-import contextlib
+import math
 import os
-import select
 import signal
+import subprocess
 import sys
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any, NoReturn, TextIO
+from collections.abc import Sequence
+from typing import Any
 
-from trec_twotower.errors import ConfigError, DataError, LostRanks, Stopped, TrainingError
+from trec_twotower.cli_output import code_for_launcher, is_unread, leave, prepare_output, print_once
+from trec_twotower.cli_parser import ON_RANKS, SUBCOMMANDS, CallError, build_parser
+from trec_twotower.errors import ConfigError, DataError, LostRanks, Stopped, TrainingError, nearest
 
 MAX_PLANNED_RANKS = 4096  # more, and the planner does not come back
 INTERRUPTED = 130  # the customary code after Ctrl-C
-EPILOG = (
-    "Exit codes: 0 done, 1 failed, 2 a mistake in the call or the config, 3 a mistake in the data, 128 + the signal "
-    "when stopped by one (130 Ctrl-C, 138 SIGUSR1, 143 SIGTERM; training has then saved, see RUN/status.json)."
-)
 
 
-class _Parser(argparse.ArgumentParser):
-    """One short message for a mistaken call, said by one rank."""
-
-    def error(self, message: str) -> NoReturn:
-        _say_once(f"{self.prog}: {message}: `{self.prog} --help` shows how it is called.")
-        raise SystemExit(ConfigError.exit_code)
-
-
-def build_parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog="trec-twotower",
-        description="A distributed two-tower recommender on TorchRec: Parquet in, recommendations out.",
-        epilog=EPILOG,
-    )
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-
-    def command(name: str, run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".", epilog=EPILOG)
-        sub.set_defaults(run=run)
-        return sub
-
-    def folder(sub: argparse.ArgumentParser) -> None:
-        sub.add_argument("run_dir", metavar="RUN", type=Path, help="a run folder, made by train")
-        sub.add_argument("--checkpoint", default="best", metavar="WHICH", help="best (default), newest, or a step")
-
-    demo = command("demo", _demo, "the whole chain on a generated world, with two ranks")
-    demo.add_argument("--ranks", type=int, help="processes that train together (default 2; 1 where there is one GPU)")
-    demo.add_argument("--dir", type=Path, default=Path("."), help="where data/demo and runs/demo go (default: here)")
-
-    prepare = command("prepare", _prepare, "raw files to a dataset folder")
-    prepare.add_argument(
-        "source",
-        metavar="SOURCE",
-        help="synthetic, gowalla, amazon-beauty, amazon-reviews, movielens, goodbooks or events",
-    )
-    prepare.add_argument("--out", type=Path, required=True, metavar="DATASET", help="the folder to make")
-    prepare.add_argument("--overwrite", action="store_true", help="replace a dataset that is there")
-    prepare.add_argument(
-        "overrides", nargs="*", default=[], metavar="key=value", help="options of the source, such as rows=1000000"
-    )
-
-    train = command("train", _train, "fit the towers of a config, or go on with a run that was cut short")
-    train.add_argument("config", type=Path, metavar="CONFIG", help="a YAML file, such as configs/gowalla.yaml")
-    train.add_argument(
-        "overrides", nargs="*", default=[], metavar="key=value", help="settings to change, such as train.epochs=3"
-    )
-
-    train.add_argument(
-        "--init-from", type=Path, metavar="RUN", help="a run whose weights a new run begins with, where they fit"
-    )
-
-    export = command("export", _export, "item and user vectors to Parquet, under RUN/export")
-    folder(export)
-    export.add_argument(
-        "--encoder", action="store_true", help="instead the towers, to encode rows elsewhere, under RUN/encoder"
-    )
-
-    export.add_argument(
-        "--columns", nargs="+", default=[], metavar="NAME", help="columns of items/ to stand beside the items' vectors"
-    )
-    export.add_argument(
-        "--users", metavar="PART", help="whose users: test, valid or serving (default: the first of them)"
-    )
-
-    index = command("index", _index, "a FAISS index of the exported items, tuned against exact search, under RUN/index")
-    index.add_argument("run_dir", metavar="RUN", type=Path, help="a run folder with an export")
-    index.add_argument(
-        "overrides", nargs="*", default=[], metavar="key=value", help="such as index.target_recall=0.95, for this index"
-    )
-
-    evaluate = command("evaluate", _evaluate, "metrics over the whole catalogue, beside the baselines")
-    folder(evaluate)
-    evaluate.add_argument("--split", default="test", help="the part of the dataset to find (default test)")
-    evaluate.add_argument("--index", action="store_true", help="also through the tuned index")
-    evaluate.add_argument(
-        "--slice", action="append", default=[], metavar="NAME", help="also told apart by user.COLUMN or item.COLUMN"
-    )
-    evaluate.add_argument(
-        "--sampled",
-        type=int,
-        metavar="N",
-        help="also metrics over N drawn items in place of the catalogue, as papers do",
-    )
-    evaluate.add_argument(
-        "--same", metavar="COLUMN", help="with --sampled: also of items alike in this column, such as the category"
-    )
-    evaluate.add_argument("--rankings", type=Path, metavar="FILE", help="also write user_id, item_ids as Parquet")
-
-    recommend = command("recommend", _recommend, "what a user gets, and from which history")
-    folder(recommend)
-    recommend.add_argument("--user", required=True, action="append", metavar="ID", help="a user_id; may be repeated")
-    recommend.add_argument("--k", type=int, default=10, help="how many items (default 10)")
-    recommend.add_argument(
-        "--where",
-        action="append",
-        default=[],
-        metavar="COLUMN=VALUE",
-        help="only items with this value; may be repeated",
-    )
-    recommend.add_argument(
-        "--without", action="append", default=[], metavar="ID", help="not this item; may be repeated"
-    )
-
-    serve = command("serve", _serve, "recommendations over HTTP, until it is told to stop")
-    folder(serve)
-    serve.add_argument("--host", default="127.0.0.1", help="the address to listen on (default 127.0.0.1)")
-    serve.add_argument("--port", type=int, default=8000, help="and the port (default 8000; 0: any that is free)")
-    serve.add_argument("--max-k", type=int, default=1000, help="the most items a request may ask for (default 1000)")
-    serve.add_argument(
-        "--reload-s", type=float, default=10.0, help="seconds between looks for a new index; 0: none (default 10)"
-    )
-    serve.add_argument(
-        "--mapped", action="store_true", help="share the index with other processes of this host, each reading at need"
-    )
-
-    report = command("report", _report, "the run in pictures, one HTML file of all that was done so far")
-    report.add_argument("run_dir", metavar="RUN", type=Path, help="a run folder, made by train")
-    report.add_argument("--colour", metavar="COLUMN", help="of items/, for the map (default: the first category)")
-
-    plan = command("plan", _plan, "which rank would hold which part of which table, and how many bytes")
-    plan.add_argument("config", type=Path, metavar="CONFIG")
-    plan.add_argument("--ranks", type=int, required=True, metavar="N")
-    plan.add_argument("--gpu-gb", type=float, metavar="GB", help="for GPUs of so much memory (default: those here)")
-    plan.add_argument("overrides", nargs="*", default=[], metavar="key=value")
-
-    features = command("features", _features, "how well tables fit the data: nulls, unknown and new ids, collisions")
-    features.add_argument("config", type=Path, metavar="CONFIG")
-    features.add_argument("overrides", nargs="*", default=[], metavar="key=value")
-
-    command("doctor", _doctor, "what is installed, what does not fit, and the line that mends it")
-    return parser
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Run one command; returns its exit code, having said in one message what went wrong.
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code; a mistake is reported in one message.
 
     Without `arguments` it runs the process's own command line, and ends the process with it.
     """
-    try:
-        code = _run(arguments)
-    except Exception:
-        if arguments is not None:
-            raise
-        sys.excepthook(*sys.exc_info())
-        code = 1
     if arguments is None:
-        _leave(code)
+        prepare_output()
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    name = words[0] if words and words[0] in SUBCOMMANDS else ""
+    try:
+        code = _run(words, name, is_own_process=arguments is None)
+    except Exception as error:
+        if _is_interrupt(error):
+            code = _interrupted(name)
+        elif arguments is not None:
+            raise
+        else:
+            sys.excepthook(*sys.exc_info())
+            code = 1
+    if arguments is None:
+        leave(code)
     return code
 
 
-def _leave(code: int) -> NoReturn:
-    """End this process at once.
-
-    gloo's threads outlive the process group where a sharded model still refers to it. One that lets go of its last
-    tensor while the interpreter is being taken down cannot get the interpreter's lock, and aborts the process. NCCL's
-    group, left behind by an error, would wait for ranks that wait for this one.
-    """
-    with contextlib.suppress(OSError):  # nobody reads on, as with `| head`
-        sys.stdout.flush()
-        sys.stderr.flush()
-    os._exit(code)
-
-
-def _run(arguments: list[str] | None) -> int:
-    parser = build_parser()
-    options, rest = parser.parse_known_args(arguments)
-    # argparse wants all positional words together; key=value may stand behind options as well.
-    if rest and hasattr(options, "overrides") and not any(word.startswith("-") for word in rest):
-        options.overrides = [*options.overrides, *rest]
-    elif rest:
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+def _run(words: list[str], name: str, *, is_own_process: bool) -> int:
     try:
+        options = _parsed(words)
+        options.is_own_process = is_own_process
         return options.run(options)
     except (ConfigError, DataError, TrainingError) as error:
-        _say_once(f"trec-twotower {options.command}: {error}", is_own=isinstance(error, LostRanks))
+        message = str(error) if isinstance(error, CallError) else f"trec-twotower {name}: {error}"
+        print_once(message, is_own=isinstance(error, LostRanks))
         return error.exit_code
     except Stopped as stopped:
-        _say_once(f"trec-twotower {options.command}: {stopped}")
-        return _code_for_launcher(stopped.exit_code)
+        print_once(f"trec-twotower {name}: {stopped}")
+        return code_for_launcher(stopped.exit_code)
     except KeyboardInterrupt:
-        goes_on = "goes on from what is saved" if options.command == "train" else "begins anew"
-        _say_once(f"trec-twotower {options.command}: interrupted; the same command {goes_on}.")
-        return INTERRUPTED
+        return _interrupted(name)
     except RuntimeError as error:
         from trec_twotower.heartbeat import cause_of, is_lost
 
-        if int(os.environ.get("WORLD_SIZE", "1")) < 2 or not is_lost(error):
+        if _num_ranks() < 2 or not is_lost(error):
             raise
         lost = f"rank {os.environ['RANK']} lost the others ({cause_of(error)}): the first of them to end says why."
-        _say_once(f"trec-twotower {options.command}: {lost}", is_own=True)
+        print_once(f"trec-twotower {name}: {lost}", is_own=True)
         return 1
     except OSError as error:
-        if isinstance(error, BrokenPipeError) and _is_unread(sys.stdout):  # as behind `| head`
+        if isinstance(error, BrokenPipeError) and is_unread(sys.stdout):  # as behind `| head`
             return 128 + signal.SIGPIPE
-        _say_once(f"trec-twotower {options.command}: {error.strerror or error}: {error.filename or ''}".rstrip(": "))
+        print_once(f"trec-twotower {name}: {error.strerror or error}: {error.filename or ''}".rstrip(": "))
         return 1
 
 
-def _is_unread(stream: TextIO) -> bool:
-    """Whether it is a pipe that nobody reads on."""
-    poll = select.poll()
-    try:
-        poll.register(stream, 0)
-    except OSError:  # no file of the system: something in Python that catches what is said
-        return False
-    return any(event & select.POLLERR for _, event in poll.poll(0))
+def _interrupted(name: str) -> int:
+    then = "continues from the newest checkpoint" if name == "train" else "starts again"
+    print_once(f"trec-twotower {name}: interrupted; the same command {then}.")
+    return INTERRUPTED
 
 
-def _say_once(message: str, is_own: bool = False) -> None:
-    """Tell stderr; of the ranks of one job, which mostly find the same mistake, the first to come speaks.
-
-    Under a launcher that is not ours rank 0 speaks, and every rank of what is its own.
-    """
-    said_dir = os.environ.get("TREC_TT_SAID_DIR")
-    if said_dir is not None:
-        import hashlib
-
-        try:
-            (Path(said_dir) / hashlib.sha256(message.encode()).hexdigest()[:16]).touch(exist_ok=False)
-        except FileExistsError:
-            return
-        except OSError:
-            pass  # the job's folder is gone: better said twice than not at all
-    elif os.environ.get("RANK", "0") != "0" and not is_own:
-        return
-    print(message, file=sys.stderr, flush=True)
+def _is_interrupt(error: BaseException | None) -> bool:
+    """Whether a library made an error of its own out of Ctrl-C, as native code does that calls Python."""
+    while error is not None:
+        if isinstance(error, KeyboardInterrupt) or "KeyboardInterrupt" in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
-def _code_for_launcher(exit_code: int) -> int:
-    """The code to end with: under our launcher 0, which starts no rank again, and the true one left in a file."""
-    said_dir = os.environ.get("TREC_TT_SAID_DIR")
-    if said_dir is None:
-        return exit_code
-    try:
-        (Path(said_dir) / "exit_code").write_text(str(exit_code))
-    except OSError:
-        return exit_code
-    return 0
+def _parsed(words: list[str]) -> argparse.Namespace:
+    """Return the options of a command line; raises CallError."""
+    parser = build_parser(COMMANDS)
+    if words and not words[0].startswith("-") and words[0] not in SUBCOMMANDS:
+        parser.error(f"there is no command {words[0]!r}{nearest(words[0], SUBCOMMANDS)}")
+    options, rest = parser.parse_known_args(words)
+    # argparse wants all positional arguments together; key=value may stand after options as well.
+    if rest and hasattr(options, "overrides") and not any(word.startswith("-") for word in rest):
+        options.overrides = [*options.overrides, *rest]
+    elif rest:
+        options.parser.refuse_unknown(rest)
+    if options.command not in ON_RANKS and _num_ranks() > 1:
+        raise ConfigError(
+            f"{options.command} runs in one process, but WORLD_SIZE is {_num_ranks()}: start it without a launcher "
+            f"(those that run on ranks are {', '.join(ON_RANKS)})."
+        )
+    return options
+
+
+def _num_ranks() -> int:
+    text = os.environ.get("WORLD_SIZE", "1")
+    if not text.isdecimal():
+        raise ConfigError(f"WORLD_SIZE in the environment is {text!r}: unset it, or start ranks with a launcher.")
+    return int(text)
 
 
 def _ranks(config: Any | None = None) -> Any:
@@ -297,9 +148,13 @@ def _config(options: argparse.Namespace) -> Any:
 def _train(options: argparse.Namespace) -> int:
     config = _config(options)
     _quiet()
+    if options.init_from is not None:  # before the run folder is made
+        from trec_twotower.run import Run
+
+        Run.open(options.init_from)
     with _ranks(config) as ranks:
         from trec_twotower.evaluate import Evaluator
-        from trec_twotower.train import train
+        from trec_twotower.training.loop import train
 
         def evaluator(sources: Any) -> Any:
             if not sources.dataset.has("valid"):
@@ -400,7 +255,9 @@ def _evaluate(options: argparse.Namespace) -> int:
             sampled_same=options.same,
         )
         if ranks.is_first:
-            print(table)
+            from trec_twotower.serve import printable
+
+            print("\n".join(map(printable, table.split("\n"))))  # values of the slices' columns are in it
     return 0
 
 
@@ -415,25 +272,29 @@ def _recommend(options: argparse.Namespace) -> int:
         where.setdefault(column, []).append(value)
     _quiet()
     with _ranks() as ranks:
-        from trec_twotower.serve import Retriever, in_words
+        from trec_twotower.serve import Retriever, in_words, printable
 
         retriever = Retriever.open(options.run_dir, ranks, options.checkpoint)
         allowed = retriever.allow(where=where, without=options.without) if where or options.without else None
-        for answer in retriever.recommend(options.user, options.k, allowed=allowed):
-            print(f"User {answer.user_id} took last:")
+        answers = retriever.recommend(options.user, options.k, allowed=allowed)
+        for answer in answers if ranks.is_first else ():
+            if answer.error is not None:
+                print(f"trec-twotower recommend: {printable(answer.error)}", file=sys.stderr, flush=True)
+                continue
+            print(f"User {printable(answer.user_id)} took last:")
             for about in answer.history:
                 print(f"      {in_words(about)}")
             print("and gets:")
             for place, item in enumerate(answer.items, 1):
-                print(f"  {place:>3}  {item.score:>8.4f}  {in_words(item.about)}  [{item.item_id}]")
-    return 0
+                print(f"  {place:>3}  {item.score:>8.4f}  {in_words(item.about)}  [{printable(item.item_id)}]")
+    return 0 if any(answer.is_known for answer in answers) else DataError.exit_code
 
 
 def _serve(options: argparse.Namespace) -> int:
-    if options.max_k < 1 or not options.reload_s >= 0:
-        raise ConfigError(
-            f"--max-k is {options.max_k} and --reload-s {options.reload_s:g}: give 1 or more, and 0 or more."
-        )
+    if options.max_k < 1:
+        raise ConfigError(f"--max-k is {options.max_k}: give 1 or more.")
+    if not 0 <= options.reload_s < math.inf:
+        raise ConfigError(f"--reload-s is {options.reload_s:g}: give seconds, 0 or more.")
     _quiet()
     from trec_twotower.server import serve
 
@@ -498,10 +359,49 @@ def _demo(options: argparse.Namespace) -> int:
     return run_demo(options.dir, options.ranks)
 
 
+def _launch(options: argparse.Namespace) -> int:
+    """Run launch/torchrun.sh in place of this process; called from Python, as its child."""
+    from trec_twotower.storage.package_files import package_file
+
+    words = options.arguments
+    if not words:
+        options.parser.error(f"name the command to start on ranks: {', '.join(ON_RANKS)}")
+    if words[0] not in ON_RANKS:
+        why = "runs in one process" if words[0] in SUBCOMMANDS else "is no command"
+        raise ConfigError(
+            f"{words[0]} {why}{nearest(words[0], ON_RANKS) if words[0] not in SUBCOMMANDS else ''}: launch starts "
+            f"{', '.join(ON_RANKS)}, after its own options, as in `trec-twotower launch --ranks 2 train CONFIG`."
+        )
+    ranks = [] if options.ranks is None else ["--ranks", options.ranks]
+    command = ["bash", str(package_file("launch/torchrun.sh")), *ranks, *words]
+    environ = {**os.environ, "PYTHON": sys.executable}
+    if options.is_own_process:
+        sys.stdout.flush()
+        os.execvpe(command[0], command, environ)
+    return subprocess.run(command, env=environ).returncode
+
+
 def _quiet() -> None:
     from trec_twotower.distributed import quiet_libraries
 
     quiet_libraries()
+
+
+COMMANDS = {
+    "demo": _demo,
+    "prepare": _prepare,
+    "train": _train,
+    "export": _export,
+    "index": _index,
+    "evaluate": _evaluate,
+    "recommend": _recommend,
+    "serve": _serve,
+    "report": _report,
+    "plan": _plan,
+    "features": _features,
+    "launch": _launch,
+    "doctor": _doctor,
+}
 
 
 if __name__ == "__main__":

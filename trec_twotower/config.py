@@ -23,6 +23,7 @@ from pydantic import (
 
 from trec_twotower.errors import ConfigError, nearest
 from trec_twotower.schema import HISTORY, FeatureSpec, Schema, Seed, Settings, Side, TableSpec
+from trec_twotower.storage.package_files import shipped_configs
 from trec_twotower.yaml_files import parse_yaml, read_yaml
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -784,11 +785,11 @@ class RunConfig(Settings):
 
 
 def load_config(path: Path | str, overrides: Iterable[str] = ()) -> RunConfig:
-    """The config of a YAML file with `key.part=value` overrides; raises ConfigError."""
-    path = Path(path)
-    if not path.is_file():
-        near = sorted(other.name for other in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
-        raise ConfigError(f"There is no config file {path}{nearest(path.name, near)}.")
+    """Return the config of a YAML file with `key.part=value` overrides; raises ConfigError.
+
+    Where there is no such file, the name of a shipped config is enough: `gowalla` or `configs/gowalla.yaml`.
+    """
+    path = _config_file(Path(path))
     values = read_yaml(path)
     if not isinstance(values, dict):
         raise ConfigError(f"{path} holds {type(values).__name__}, not sections such as data, user, item and model.")
@@ -801,20 +802,36 @@ def load_config(path: Path | str, overrides: Iterable[str] = ()) -> RunConfig:
     return config
 
 
+def _config_file(path: Path) -> Path:
+    if path.is_file():
+        return path
+    shipped = shipped_configs()
+    if path.suffix in ("", ".yaml") and path.parent in (Path(), Path("configs")) and path.stem in shipped:
+        return shipped[path.stem]
+    here = [other.name for other in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
+    if path.is_dir():
+        raise ConfigError(f"{path} is a folder: name a config file in it, or a shipped config.")
+    raise ConfigError(f"There is no config file {path}{nearest(path.name, sorted({*here, *shipped}))}.")
+
+
 def with_index_settings(config: RunConfig, overrides: Iterable[str]) -> IndexConfig:
     """How a run's index is built, with some `index.key=value` changed; raises ConfigError for any other key."""
     overrides = list(overrides)
     for name in parse_overrides(overrides):
         if not name.startswith("index."):
+            known = [f"index.{field}" for field in IndexConfig.model_fields]
+            near = nearest(f"index.{name}", known) if f"index.{name}" in known else ""
             raise ConfigError(
-                f"{name} is no setting of the index, and the run is trained already: change index settings alone, such "
-                "as index.target_recall=0.95."
+                f"{name} is no setting of the index{near}, and the run is trained already: change index settings "
+                "alone, such as index.target_recall=0.95."
             )
     return validate(RunConfig, apply_overrides(as_values(config), overrides), "index settings").index
 
 
 def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
     """`["a.b=1"]` -> {"a.b": 1}; the values are read as YAML."""
+    if isinstance(overrides, str | Mapping):
+        raise ConfigError(f"Overrides are {overrides!r}: give a list of key=value, such as ['train.epochs=3'].")
     parsed = {}
     for override in overrides:
         name, equals, text = override.partition("=")

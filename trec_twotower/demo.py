@@ -12,16 +12,9 @@ from pathlib import Path
 
 from trec_twotower.errors import ConfigError
 from trec_twotower.files import read_json
+from trec_twotower.storage.package_files import package_file
 
-PACKAGE = Path(__file__).resolve().parent
-
-
-def shipped(name: str) -> Path:
-    """A file of launch/ or configs/: beside the package in a checkout, inside it when installed from a wheel."""
-    for root in (PACKAGE, PACKAGE.parent):
-        if (root / name).is_file():
-            return root / name
-    raise ConfigError(f"{name} is neither in {PACKAGE} nor in {PACKAGE.parent}: install the package again.")
+CONFIG = package_file("configs/demo.yaml")
 
 
 def usual_ranks() -> int:
@@ -40,11 +33,11 @@ def run_demo(folder: Path, num_ranks: int | None = None) -> int:
     dataset, run = folder / "data" / "demo", folder / "runs" / "demo"
     _take_away(run)
     started = time.perf_counter()
-    torchrun = [str(shipped("launch/torchrun.sh")), "--ranks", str(num_ranks)]
     alone = [sys.executable, "-m", "trec_twotower"]
+    torchrun = [*alone, "launch", "--ranks", str(num_ranks)]
     stages = [
         [*alone, "prepare", "synthetic", "--out", str(dataset), "--overwrite"],
-        [*torchrun, "train", str(shipped("configs/demo.yaml")), f"data.dataset={dataset}", f"run_dir={run}"],
+        [*torchrun, "train", str(CONFIG), f"data.dataset={dataset}", f"run_dir={run}"],
         [*torchrun, "export", str(run)],
         [*alone, "index", str(run)],
         [*torchrun, "evaluate", str(run), "--index"],
@@ -69,15 +62,13 @@ def run_demo(folder: Path, num_ranks: int | None = None) -> int:
 
 def _stage(command: list[str]) -> int:
     """Run one command with its output shown, under the line a user would type."""
-    shown = ["trec-twotower" if word == sys.executable else word for word in command]
-    if shown[0] == "trec-twotower":
-        shown = [shown[0], *shown[3:]]
+    shown = ["trec-twotower", *("demo" if word == str(CONFIG) else word for word in command[3:])]
     shown = [
         os.path.relpath(word) if os.path.isabs(word) and Path(word).is_relative_to(Path.cwd()) else word
         for word in shown
     ]
     print(f"\n$ {shlex.join(shown)}", flush=True)
-    return subprocess.run(command, env={**os.environ, "PYTHON": sys.executable}).returncode
+    return subprocess.run(command).returncode
 
 
 def _take_away(run: Path) -> None:

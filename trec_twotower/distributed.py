@@ -45,6 +45,19 @@ class Ranks:
         self.timeout_s = timeout_s  # for a collective, once the first step is done
         self.store = store  # where the ranks found each other
         self.group = group  # for what every step exchanges; None: the default one
+        self._has_ended = False  # the process group of `start_ranks` is gone
+
+    def end(self) -> None:
+        """Mark these ranks as gone: `check_active` raises from now on."""
+        self._has_ended = True
+
+    def check_active(self) -> None:
+        """Raise ConfigError after the end of the `start_ranks` block that made these ranks."""
+        if self._has_ended:
+            raise ConfigError(
+                "The block `with start_ranks() as ranks` that this was opened in has ended, and its process group with "
+                "it: use it inside the block, or, in one process, open the run with Retriever.alone(RUN)."
+            )
 
     @property
     def is_first(self) -> bool:
@@ -218,6 +231,11 @@ def start_ranks(timeout_s: int = 300, threads: int = 0, first_timeout_s: int | N
     A collective may take `first_timeout_s` until `Ranks.is_under_way` is called, and `timeout_s` from then on.
     """
     quiet_libraries()
+    if dist.is_initialized():
+        raise ConfigError(
+            "start_ranks() was called in a process that has a process group already, such as inside another "
+            "`with start_ranks()` block: use the ranks of that block."
+        )
     end_with_launcher()
     rank = int(os.environ.get("RANK", 0))
     num_ranks = int(os.environ.get("WORLD_SIZE", 1))
@@ -249,12 +267,16 @@ def start_ranks(timeout_s: int = 300, threads: int = 0, first_timeout_s: int | N
             timeout=timedelta(seconds=first_timeout_s),
         )
     has_failed = True
+    ranks: Ranks | None = None
     try:
         group = _shared_memory(num_ranks, first_timeout_s)
         fault_point("start:joined")
-        yield Ranks(rank, num_ranks, device, timeout_s, store, group)
+        ranks = Ranks(rank, num_ranks, device, timeout_s, store, group)
+        yield ranks
         has_failed = False
     finally:
+        if ranks is not None:
+            ranks.end()
         # NCCL takes its communicators down on all ranks together: where others still wait for this one in a collective,
         # it would wait for them, and the error with it. The end of the process takes them down as well.
         if not (has_failed and num_ranks > 1 and device.type == "cuda"):

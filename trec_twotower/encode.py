@@ -17,7 +17,11 @@ BLOCK_ROWS = 8192  # rows encoded together
 
 @torch.no_grad()
 def encode(model: TwoTower, side: Side, columns: Columns, ranks: Ranks) -> Tensor:
-    """(rows, D): the vectors of this rank's `columns`, in their order; all ranks call together, with any row counts."""
+    """(rows, D): the vectors of this rank's `columns`, in their order; all ranks call together, with any row counts.
+
+    Raises ConfigError after the end of the ranks' `start_ranks` block.
+    """
+    ranks.check_active()
     was_training = model.training
     model.eval()
     schema = model.schema

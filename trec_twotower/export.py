@@ -30,7 +30,7 @@ from trec_twotower.model.two_tower import TwoTower
 from trec_twotower.run import Run
 from trec_twotower.same_run import binding
 from trec_twotower.schema import Side
-from trec_twotower.train import build_model, towers
+from trec_twotower.training.loop import build_model, towers
 
 VECTOR = "vector"
 VECTORS = "vectors"  # of users with several
@@ -129,8 +129,11 @@ def _known_columns(sources: Sources, columns: Sequence[str]) -> list[str]:
     split = sources.catalogue.split
     for name in columns:
         if name not in split.columns or name in (ITEM_ID, VECTOR):
-            why = "is there already" if name in (ITEM_ID, VECTOR) else f"is not in {split.folder}"
-            raise ConfigError(f"--columns names {name!r}, which {why}{nearest(name, split.columns)}.")
+            if name in (ITEM_ID, VECTOR):
+                raise ConfigError(f"--columns names {name!r}, which every export of items has: leave it out.")
+            raise ConfigError(
+                f"--columns names {name!r}, which is not in {split.folder}{nearest(name, split.columns)}."
+            )
     return list(dict.fromkeys(columns))
 
 

@@ -100,8 +100,7 @@ class Run:
         """A run that exists; raises ConfigError when there is none."""
         path = folder / CONFIG
         if not path.is_file():
-            near = [other.name for other in folder.parent.iterdir()] if folder.parent.is_dir() else []
-            raise ConfigError(f"{folder} is no run folder (it has no {CONFIG}){nearest(folder.name, near)}: train one.")
+            raise ConfigError(_no_run(folder))
         return cls(folder, validate(RunConfig, read_yaml(path), str(path)))
 
     def sources(self, ranks: Ranks, *, trains: bool = False) -> Sources:
@@ -349,6 +348,17 @@ def _with_dataset(config: RunConfig, begun_in: Path | None) -> RunConfig:
         return config
     data = config.data.model_copy(update={"dataset": str(begun_in / config.data.dataset)})
     return config.model_copy(update={"data": data})
+
+
+def _no_run(folder: Path) -> str:
+    """Return why there is no run at `folder`, with the run most like it among its neighbours."""
+    if folder.is_file():
+        inside = f"name the run folder {folder.parent}" if (folder.parent / CONFIG).is_file() else "name a run folder"
+        return f"{folder} is a file: {inside}."
+    if (folder / "train").is_dir() and (folder / "items").is_dir():
+        return f"{folder} is a dataset, and no run folder (it has no {CONFIG}): name the run that was trained on it."
+    runs = [path.parent.name for path in folder.parent.glob(f"*/{CONFIG}")] if folder.parent.is_dir() else []
+    return f"{folder} is no run folder (it has no {CONFIG}){nearest(folder.name, runs)}: train one."
 
 
 def _check_same(dataset: Dataset, saved: dict[str, Any]) -> None:

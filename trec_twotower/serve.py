@@ -1,33 +1,36 @@
-"""Recommendations for one user: state, vector, neighbours, ids."""
+"""Recommendations for users: state, vector, neighbours, ids."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 
 from trec_twotower.catalogue_index import CatalogueIndex, aligned
-from trec_twotower.data.catalogue import find_id
-from trec_twotower.data.dataset import ITEM_ID, POSITIVES, SERVING, USER_ID, Split
-from trec_twotower.data.features import Sources
-from trec_twotower.data.lists import Lists, side_by_side
-from trec_twotower.data.transforms import Columns, key_lists, one_chunk
-from trec_twotower.data.words import python_value, python_values
-from trec_twotower.distributed import Ranks
+from trec_twotower.data.dataset import ITEM_ID
+from trec_twotower.data.lists import Lists
+from trec_twotower.data.transforms import one_chunk
+from trec_twotower.data.words import python_values
+from trec_twotower.distributed import Ranks, quiet_libraries
 from trec_twotower.encode import encode
 from trec_twotower.encoder import load_whole
-from trec_twotower.errors import ConfigError, DataError, nearest
+from trec_twotower.errors import ConfigError, nearest
 from trec_twotower.export import LoadedModel, load_model
 from trec_twotower.index import Allowed, ItemIndex, mask_of
 from trec_twotower.rerank import Rules, apply_rules
 from trec_twotower.run import Run
-from trec_twotower.schema import HISTORY
+from trec_twotower.serving.user_state import UnknownUser, UserState, given_state, newest_state
+
+_CONTROLS: dict[int, str | None] = {
+    **dict.fromkeys((*range(0x20), *range(0x7F, 0xA0))),  # C0 and C1, the escape among them
+    **dict.fromkeys((*range(0x202A, 0x202F), *range(0x2066, 0x206A))),  # that reorder what follows on the line
+    **dict.fromkeys(map(ord, "\t\n\v\f\r\x85\u2028\u2029"), " "),
+}
 
 
 @dataclass(frozen=True)
@@ -36,24 +39,28 @@ class Recommendation:
 
     item_id: Any
     score: float
-    about: dict[str, Any]  # what the catalogue says of it
+    about: dict[str, Any]  # the item's row in the catalogue
 
 
 @dataclass(frozen=True)
 class Recommendations:
-    """What a user gets, and what it rests on."""
+    """The answer for one user: items, best first, or the reason why there are none."""
 
     user_id: Any
     items: list[Recommendation]
-    history: list[dict[str, Any]]  # the newest items the user took, newest first
+    history: list[dict[str, Any]]  # the newest seen items, newest first
+    error: str | None = None  # set for an unknown user
 
-
-class UnknownUser(DataError):
-    """A user of whom the dataset says nothing."""
+    @property
+    def is_known(self) -> bool:
+        return self.error is None
 
 
 class Retriever:
-    """A run's towers and its index, ready to answer; `with start_ranks() as ranks: Retriever.open(run, ranks)`."""
+    """The towers and the index of a run, for recommendations.
+
+    `Retriever.alone(run)` opens a run in one process; `Retriever.open(run, ranks)` spreads the tables over ranks.
+    """
 
     def __init__(self, loaded: LoadedModel, index: ItemIndex | CatalogueIndex, ranks: Ranks) -> None:
         self.loaded = loaded
@@ -61,20 +68,26 @@ class Retriever:
         self.ranks = ranks
 
     @classmethod
-    def open(cls, run_dir: Path | str, ranks: Ranks, checkpoint: str = "best", *, mapped: bool = False) -> Retriever:
-        """Raises ConfigError when the index was built from the weights of another checkpoint.
+    def open(
+        cls, run_dir: Path | str, ranks: Ranks, checkpoint: str | int = "best", *, mapped: bool = False
+    ) -> Retriever:
+        """Open a run inside `with start_ranks() as ranks`; all ranks call together, here and for recommendations.
 
-        `mapped`: the index is shared with other processes of the host, see `ItemIndex.load`.
+        `mapped` shares the index with other processes of the host, see `ItemIndex.load`. Raises ConfigError where the
+        index was built from the weights of another checkpoint.
         """
         run = Run.open(Path(run_dir))
-        return cls._of(load_model(run, ranks, checkpoint), ranks, mapped)
+        _check_indexed(run)
+        return cls._of(load_model(run, ranks, str(checkpoint)), ranks, mapped)
 
     @classmethod
-    def alone(cls, run_dir: Path | str, checkpoint: str = "best", *, mapped: bool = False) -> Retriever:
-        """The same in a process that is in no group, such as a server: the tables lie whole on its device."""
+    def alone(cls, run_dir: Path | str, checkpoint: str | int = "best", *, mapped: bool = False) -> Retriever:
+        """Open a run in one process without a process group, such as a server: its device holds the whole tables."""
+        quiet_libraries()
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         ranks, run = Ranks(0, 1, device), Run.open(Path(run_dir))
-        return cls._of(load_whole(run, run.sources(ranks), device, checkpoint), ranks, mapped)
+        _check_indexed(run)
+        return cls._of(load_whole(run, run.sources(ranks), device, str(checkpoint)), ranks, mapped)
 
     @classmethod
     def _of(cls, loaded: LoadedModel, ranks: Ranks, mapped: bool) -> Retriever:
@@ -89,47 +102,55 @@ class Retriever:
         only: Sequence[Any] | None = None,
         without: Sequence[Any] = (),
     ) -> Allowed:
-        """The items that `recommend` may choose from, to be made once and used for many users.
+        """Return the items that `recommend` may choose from; build it once and use it for many users.
 
         `where` names columns of the catalogue, each with values of which an item has one (its list, where the column
-        has lists). `only` and `without` are item ids; those that the catalogue lacks say nothing. Raises ConfigError
+        has lists). `only` and `without` are item ids; ids outside the catalogue have no effect. Raises ConfigError
         for an unknown column or a value of another type, DataError when no item is left.
         """
         catalogue = self.loaded.sources.catalogue
         mask_I = np.ones(len(catalogue), bool)
+        if not isinstance(where, Mapping | None):
+            raise ConfigError(f"where is {where!r}: give a dict of columns, each with a list of values.")
         for column, values in (where or {}).items():
             known = catalogue.split.columns
             if column not in known:
                 raise ConfigError(
                     f"{catalogue.split.folder} has no column {column!r} to filter by{nearest(column, known)}."
                 )
-            mask_I &= mask_of(one_chunk(catalogue.split.table([column])[column]), values, column)
+            cells = one_chunk(catalogue.split.table([column])[column])
+            mask_I &= mask_of(cells, _several(values, f"where[{column!r}]"), column)
         if only is not None:
-            mask_I &= mask_of(catalogue.ids, only, ITEM_ID)
-        if len(without):
-            mask_I &= ~mask_of(catalogue.ids, without, ITEM_ID)
+            mask_I &= mask_of(catalogue.ids, _several(only, "only"), ITEM_ID)
+        if len(excluded := _several(without, "without")):
+            mask_I &= ~mask_of(catalogue.ids, excluded, ITEM_ID)
         return self.index.allow(mask_I)
 
     def recommend(
         self,
-        user_ids: Sequence[Any],
+        user_ids: Iterable[Any],
         k: int = 10,
         *,
         allowed: Allowed | None = None,
         rules: Rules | None = None,
         history_shown: int = 5,
     ) -> list[Recommendations]:
-        """The best `k` items each user has not taken, of those `allowed`; fewer only where there are fewer.
+        """Return for each user the best `k` items that the user has not seen, of those `allowed`.
 
-        With `rules` the best are chosen by them. Raises UnknownUser for one that no part of the dataset has.
+        A user is known by the newest row of the dataset, with the row's own positives counted as seen (user_state.py);
+        with evaluate.exclude_seen: false, seen items are recommended as well.
+        A user without a row gets an answer with `error` and no items. There are fewer than `k` items where fewer are
+        left. `rules` choose among the items found. Raises ConfigError for `user_ids` that are no list of ids.
         """
-        sources = self.loaded.sources
+        k = self._check_counts(k, history_shown)
         answers = []
-        for user_id in user_ids:
-            table, split = find_user(sources, user_id)
-            given, seen = _state(sources, table, split)
-            features = sources.user_features(table, str(split.folder), given)
-            answers.append(self._answer(table, features, seen, k, allowed, rules, history_shown))
+        for user_id in _several(user_ids, "user_ids"):
+            try:
+                state = newest_state(self.loaded.sources, user_id)
+            except UnknownUser as unknown:
+                answers.append(Recommendations(user_id, [], [], str(unknown)))
+            else:
+                answers.append(self._answer(state, k, allowed, rules, history_shown))
         return answers
 
     def recommend_now(
@@ -141,53 +162,47 @@ class Retriever:
         rules: Rules | None = None,
         history_shown: int = 5,
     ) -> list[Recommendations]:
-        """The best `k` items for users as they are at this moment: each state is a row as train/ has it, as a dict.
+        """Return the best `k` items for users as they are now: each state is a row of train/ as a dict.
 
-        A session's newest events change the answer so without training. Columns of users/ may be given, too: they
-        count before what stands there, which a state without them, of a user who is there, falls back to. All others
-        that are left out are null. Raises ConfigError for a column that no feature of the user reads, DataError for
-        values that training would refuse.
+        The newest events of a session change the answer without training. Columns of users/ may be given as well and
+        take precedence over users/; without them, those of a user in users/ count. All other missing columns are null.
+        Raises ConfigError for a column that no user feature reads, DataError for values that training would refuse.
         """
-        sources = self.loaded.sources
+        k = self._check_counts(k, history_shown)
         answers = []
-        for number, state in enumerate(states):
-            where = f"state {number:,}"
-            table = state_table(sources, state, where)
-            seen = Lists.empty(1)
-            given = None
-            if HISTORY in table.column_names:
-                history = one_chunk(table[HISTORY])
-                seen = sources.item_row_lists(history, where, known_only=True)
-                given = {HISTORY: key_lists(history, where)} if sources.rows == "user" else None
-            features = sources.state_features(table, where, given)
-            answers.append(self._answer(table, features, seen, k, allowed, rules, history_shown))
+        for number, state in enumerate(_several(states, "states")):
+            if not isinstance(state, Mapping):
+                raise ConfigError(f"state {number:,} is {type(state).__name__}: give a dict of columns and values.")
+            known = given_state(self.loaded.sources, state, f"state {number:,}")
+            answers.append(self._answer(known, k, allowed, rules, history_shown))
         return answers
 
-    def _answer(
-        self,
-        table: pa.Table,
-        features: Columns,
-        seen: Lists,
-        k: int,
-        allowed: Allowed | None,
-        rules: Rules | None,
-        history_shown: int,
-    ) -> Recommendations:
-        """For the user of one row."""
-        sources = self.loaded.sources
+    def _check_counts(self, k: Any, history_shown: Any) -> int:
+        """Return `k` as an int; raises ConfigError for counts that cannot be."""
+        for name, value in (("k", k), ("history_shown", history_shown)):
+            if isinstance(value, bool) or not isinstance(value, int | np.integer):
+                raise ConfigError(f"{name} is {value!r}: give a whole number.")
         if not 1 <= k <= len(self.index):
             raise ConfigError(
                 f"k is {k:,}, but the catalogue has {len(self.index):,} items: ask for 1 to {len(self.index):,}."
             )
-        user_BD = encode(self.loaded.model, "user", features, self.ranks).cpu().numpy()
-        excluded = seen if self.loaded.run.config.evaluate.exclude_seen else Lists.empty(1)
+        if history_shown < 0:
+            raise ConfigError(f"history_shown is {history_shown}: give 0 or more.")
+        return int(k)
+
+    def _answer(
+        self, state: UserState, k: int, allowed: Allowed | None, rules: Rules | None, history_shown: int
+    ) -> Recommendations:
+        sources = self.loaded.sources
+        user_BD = encode(self.loaded.model, "user", state.features, self.ranks).cpu().numpy()
+        excluded = state.seen if self.loaded.run.config.evaluate.exclude_seen else Lists.empty(1)
         score_BK, item_row_BK = self._ranked(user_BD, k, excluded, allowed, rules)
         found = item_row_BK[0][item_row_BK[0] >= 0]
         about = sources.catalogue.words(found)
         ids = python_values(sources.catalogue.ids.take(pa.array(found)))
         items = [Recommendation(*entry) for entry in zip(ids, score_BK[0][: len(found)].tolist(), about, strict=True)]
-        newest = seen.values[::-1][:history_shown]
-        return Recommendations(python_value(table[USER_ID], 0), items, sources.catalogue.words(newest))
+        newest = state.seen.values[::-1][:history_shown]
+        return Recommendations(state.user_id, items, sources.catalogue.words(newest))
 
     def _ranked(
         self, user_BD: np.ndarray, k: int, seen: Lists, allowed: Allowed | None, rules: Rules | None
@@ -208,91 +223,37 @@ class Retriever:
             fetched *= 4
 
 
-def state_table(sources: Sources, state: Mapping[str, Any], where: str) -> pa.Table:
-    """One row with the columns that the user's features read, of the types that train/ has.
-
-    Those of users/ stand in it where the state has them.
-    """
-    train = sources.dataset.train.columns
-    kinds = {name: train[name] for name in sources.user_columns() if name in train}
-    if sources.rows == "user":
-        kinds[HISTORY] = train[POSITIVES]
-    elif HISTORY in train:
-        kinds[HISTORY] = train[HISTORY]
-    known = list(kinds)
-    if sources.users is not None:
-        of_users = sources.users.split.columns
-        kinds |= {name: of_users[name] for name in sources.static_columns() if name in state}
-        known = [*kinds, *sources.static_columns()]
-    for name in state:
-        if name not in kinds:
-            raise ConfigError(f"{where} has a column {name!r}, which no user feature reads{nearest(name, known)}.")
-    try:
-        return pa.table({name: pa.array([state.get(name)], kind) for name, kind in kinds.items()})
-    except (pa.ArrowException, OverflowError, UnicodeEncodeError) as error:
-        raise DataError(f"{where} does not have the types of {sources.dataset.folder}: {error}") from None
+def _check_indexed(run: Run) -> None:
+    """Raise ConfigError for a run without an index, with the stages to run."""
+    if not (run.folder / "index").is_dir():
+        export = "" if (run.folder / "export").is_dir() else "trec-twotower export RUN, then "
+        raise ConfigError(f"There is no index in {run.folder / 'index'}: run {export}trec-twotower index RUN.")
 
 
-def find_user(sources: Sources, user_id: Any) -> tuple[pa.Table, Split]:
-    """Return a user's newest row and its part of the dataset: serving/, test/, valid/ or the last of train/."""
-    for name in (SERVING, "test", "valid", "train"):
-        if not sources.dataset.has(name):
-            continue
-        split = sources.dataset.split(name)
-        if name != "train":
-            for column in sources.user_columns():
-                split.require(column, "the user tower reads")
-        found = _last_row(split, user_id)
-        if found is not None:
-            return found, split
-    raise UnknownUser(
-        f"User {user_id!r} is in no part of {sources.dataset.folder}: give one of its user_ids, such as those of test/."
-    )
-
-
-def _last_row(split: Split, user_id: Any) -> pa.Table | None:
-    for group in reversed(split.row_groups):
-        ids = one_chunk(split.read(group, [USER_ID])[USER_ID])
-        try:
-            first = find_id(ids, str(user_id))
-        except UnicodeEncodeError:  # half a surrogate pair, which JSON can hold and no column
-            return None
-        if first is not None:
-            rows = np.flatnonzero(pc.equal(ids, ids[first]).fill_null(False).to_numpy(zero_copy_only=False))
-            return split.read(group, list(split.columns)).slice(rows[-1], 1).combine_chunks()
-    return None
-
-
-def _state(sources: Sources, table: pa.Table, split: Split) -> tuple[dict[str, Lists] | None, Lists]:
-    """What stands for the drawn history of a user's row, and the items already taken, newest last.
-
-    What a row of train/ asks for has been taken, too; what one of valid/ or test/ asks for is yet to be found.
-    """
-    where = str(split.folder)
-    seen = Lists.empty(1)
-    given = None
-    if HISTORY in table.column_names:
-        seen = sources.item_row_lists(one_chunk(table[HISTORY]), where, known_only=True)
-    if split.name != "train":
-        return given, seen
-    if sources.rows == "user":
-        positives = one_chunk(table[POSITIVES])
-        taken = sources.item_row_lists(positives, where)
-        given = {HISTORY: key_lists(positives, where)}
-    else:
-        taken = Lists.singles(sources.item_rows(one_chunk(table[ITEM_ID]), where))
-    return given, side_by_side(seen, taken)
+def _several(values: Any, name: str) -> Sequence[Any]:
+    """Return the elements of a list, an array or another collection; raises ConfigError for a single value."""
+    is_list = isinstance(values, Iterable) and not isinstance(values, Mapping)
+    if isinstance(values, str | bytes):
+        raise ConfigError(f"{name} is the single value {values!r}: give a list, such as [{values!r}].")
+    if not is_list or (isinstance(values, np.ndarray) and not values.ndim):
+        raise ConfigError(f"{name} is {values!r}: give a list.")
+    return list(values)
 
 
 def in_words(about: dict[str, Any]) -> str:
-    """An item's row as a line to read: its title first, then the rest but for the id."""
+    """Return an item's row as a line to read: its title first, then the rest but for the id."""
     rest = [
         f"{name} {_word(value)}"
         for name, value in about.items()
         if name not in ("item_id", "title") and _is_told(value)
     ]
     title = about.get("title") or f"item {about['item_id']}"
-    return f"{title}" + (f" ({', '.join(rest)})" if rest else "")
+    return printable(f"{title}" + (f" ({', '.join(rest)})" if rest else ""))
+
+
+def printable(text: object) -> str:
+    """Return text as one line without characters that control a terminal: escapes, line breaks, reversed writing."""
+    return str(text).translate(_CONTROLS)
 
 
 def _is_told(value: Any) -> bool:

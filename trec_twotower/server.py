@@ -1,7 +1,7 @@
 """The Retriever over HTTP: JSON in and out, on threads of the standard library.
 
 POST /recommend   {"users": [ID, ...]} or {"states": [{COLUMN: VALUE, ...}, ...]}, and any of
-                  "k": 10, "history": 0 (how many of the newest taken items are told),
+                  "k": 10, "history": 0 (the number of newest seen items to return),
                   "where": {COLUMN: [VALUE, ...]}, "only": [ITEM, ...], "without": [ITEM, ...],
                   "boost": [{"where": {COLUMN: [VALUE, ...]}, "score": 0.1}, ...],
                   "most": {"column": COLUMN, "count": 2} (items that agree in it)
@@ -9,8 +9,9 @@ GET  /health      {"status": "ok"}; 503 while the server stops
 GET  /version     what is served
 GET  /metrics     counts and latencies, as Prometheus reads them
 
-A request that cannot be answered gets {"error": what is wrong and how to mend it}. A new model or index in the run
-folder is taken up without a pause. Searches follow each other, since torch and FAISS use all cores for one.
+A request that cannot be answered gets {"error": what is wrong and how to fix it}; so does, among several users, the
+entry of an unknown one. A new model or index in the run folder replaces the old one without a pause. Searches follow
+each other, since torch and FAISS use all cores for one.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from trec_twotower.errors import ConfigError, DataError, nearest
 from trec_twotower.files import MANIFEST
 from trec_twotower.index import Allowed, mask_of
 from trec_twotower.rerank import Rules
-from trec_twotower.serve import Recommendations, Retriever, UnknownUser
+from trec_twotower.serve import Recommendations, Retriever
 
 MAX_BODY_BYTES = 1 << 20
 MAX_USERS = 256  # of one request
@@ -135,6 +136,8 @@ class Service:
             k = min(k, len(self._retriever.index))
             answers = ask(wanted, k, allowed=allowed, rules=rules, history_shown=history)
             version = self._retriever.loaded.version
+        if len(answers) == 1 and answers[0].error is not None:
+            raise Refused(404, answers[0].error)
         return {"model_version": version, "answers": [_told(answer) for answer in answers]}
 
     def _allowed(self, asked: Mapping[str, Any]) -> Allowed | None:
@@ -225,7 +228,8 @@ def _check_values(values: Any, what: str) -> None:
 
 def _told(answer: Recommendations) -> dict[str, Any]:
     items = [{"item_id": item.item_id, "score": item.score, "about": item.about} for item in answer.items]
-    return {"user_id": answer.user_id, "items": items, "history": answer.history}
+    error = {} if answer.error is None else {"error": answer.error}
+    return {"user_id": answer.user_id, "items": items, "history": answer.history, **error}
 
 
 class Measured:
@@ -375,8 +379,6 @@ class _Handler(BaseHTTPRequestHandler):
             return 200, *_json(self.server.service.recommend(asked))
         except Refused as refused:
             return refused.status, *_json({"error": str(refused)})
-        except UnknownUser as error:
-            return 404, *_json({"error": str(error)})
         except (ConfigError, DataError) as error:
             return 400, *_json({"error": str(error)})
         except (ConnectionError, TimeoutError):

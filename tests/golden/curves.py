@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 
 from tests.ranks.worlds import MIXED, event_config, negatives, user_config
-from trec_twotower import train as training
 from trec_twotower.config import RunConfig
 from trec_twotower.distributed import Ranks
+from trec_twotower.training import loop as training
 
 KEPT = Path(__file__).parent / "losses.json"
 LEARNED = {"learned": True, "start": 0.2, "low": 0.05, "high": 0.5}

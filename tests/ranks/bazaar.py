@@ -139,9 +139,9 @@ def bazaar_config(folder: Path, run_dir: Path, **changes: Any) -> Any:
 
 def work(world: Path, out: Path, ranks: Any) -> dict[str, Any]:
     """One epoch, the second after a resume, and the export: the losses by step and every item's and user's vector."""
-    from trec_twotower import train as training
     from trec_twotower.export import export, load_model, read_export
     from trec_twotower.run import Run
+    from trec_twotower.training import loop as training
 
     for epochs in (1, 2):
         training.train(bazaar_config(world, out, epochs=epochs), ranks)

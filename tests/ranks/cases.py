@@ -25,7 +25,6 @@ _quiet()
 from tests.ranks.states import whole_optimizer_state, whole_state  # noqa: E402
 from tests.ranks.worlds import LOSSES, MIXED, PLANS, event_config, negatives, tables, user_config  # noqa: E402
 from trec_twotower import encode as encoding  # noqa: E402
-from trec_twotower import train as training  # noqa: E402
 from trec_twotower.checkpoint import Checkpoints  # noqa: E402
 from trec_twotower.config import RunConfig, SpectralStart  # noqa: E402
 from trec_twotower.data.dataset import Dataset  # noqa: E402
@@ -38,6 +37,7 @@ from trec_twotower.optimizer import RunOptimizer  # noqa: E402
 from trec_twotower.schema import Schema  # noqa: E402
 from trec_twotower.sharding import make_plan, placements  # noqa: E402
 from trec_twotower.spectral import Taken, spectral_tables, spread  # noqa: E402
+from trec_twotower.training import loop as training  # noqa: E402
 
 warnings.filterwarnings("error", module=r"trec_twotower(\.|$)")
 

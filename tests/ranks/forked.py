@@ -201,7 +201,7 @@ def get_ready() -> None:
     import trec_twotower.evaluate
     import trec_twotower.export
     import trec_twotower.index
-    import trec_twotower.train
+    import trec_twotower.training.loop
     from trec_twotower.data.kernels import shuffle
 
     shuffle(np.arange(2, dtype=np.int32), np.uint64(0))  # numba prepares itself at its first kernel

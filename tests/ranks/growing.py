@@ -22,7 +22,7 @@ _quiet()
 
 from trec_twotower.data import stream  # noqa: E402
 from trec_twotower.model.two_tower import TwoTower  # noqa: E402
-from trec_twotower.train import Progress  # noqa: E402
+from trec_twotower.training.loop import Progress  # noqa: E402
 
 
 def arm(plan: dict[str, Any]) -> None:

@@ -28,7 +28,7 @@ from trec_twotower.memory import resident_bytes  # noqa: E402
 from trec_twotower.optimizer import RunOptimizer, fuse_table_updates  # noqa: E402
 from trec_twotower.plan import OnlyTables, StepSize, bytes_of, exchange, exchange_of_towers  # noqa: E402
 from trec_twotower.sharding import placements  # noqa: E402
-from trec_twotower.train import build_model, towers  # noqa: E402
+from trec_twotower.training.loop import build_model, towers  # noqa: E402
 
 Kinds = dict[str, tuple[str, str]]  # table: sharding and dtype
 

@@ -344,7 +344,7 @@ def _read_cases(folder: Path, cases: Sequence[tuple[str, int]]) -> list[str]:
     from trec_twotower.distributed import start_ranks
     from trec_twotower.errors import ConfigError, DataError
     from trec_twotower.run import Run
-    from trec_twotower.train import build_model, passes_of
+    from trec_twotower.training.loop import build_model, passes_of
 
     warnings.simplefilter("ignore")
     found = []

@@ -41,7 +41,7 @@ class Job(ForkedJob):
 
 def record(folder: Path, rank: int) -> None:
     """From here on each step of this process leaves a line: its number, its loss and its rows."""
-    from trec_twotower.train import Progress
+    from trec_twotower.training.loop import Progress
 
     folder.mkdir(parents=True, exist_ok=True)
     file = os.open(folder / f"{rank}.jsonl", os.O_WRONLY | os.O_CREAT | os.O_APPEND)

@@ -53,7 +53,7 @@ def _checkpoint_reader(soak: Soak, run_dir: Path) -> Read:
         from tests.ranks.states import whole_state
         from trec_twotower.checkpoint import Checkpoints
         from trec_twotower.distributed import start_ranks
-        from trec_twotower.train import build_model
+        from trec_twotower.training.loop import build_model
 
         warnings.simplefilter("ignore")
         if not made:

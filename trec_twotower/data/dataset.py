@@ -273,6 +273,8 @@ class Dataset:
         self._grows = grows
         self._train = TRAIN
         self.folder = folder = folder_of(folder)
+        if folder.is_file():
+            raise DataError(f"{folder} is a file: a dataset is a folder with train/ and items/, made by `prepare`.")
         if not folder.is_dir():
             near = [path.name for path in folder.parent.iterdir()] if folder.parent.is_dir() else []
             where = "" if hasattr(folder, "fs") or folder.is_absolute() else f" in {Path.cwd()}"

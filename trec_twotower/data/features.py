@@ -278,10 +278,24 @@ class Sources:
         self, table: pa.Table, where: str, given: Mapping[str, Lists] | None, *, uncut: bool = False
     ) -> Columns:
         """The features that stand in the rows themselves."""
+        return self.with_items(self._transformed(self.context, table, where, given, uncut=uncut))
+
+    def history_features(self, table: pa.Table, where: str) -> Columns:
+        """Return the features that read the column `history` of these rows."""
+        return self._transformed([each for each in self.context if each.reads == HISTORY], table, where)
+
+    def _transformed(
+        self,
+        features: Sequence[FeatureSpec],
+        table: pa.Table,
+        where: str,
+        given: Mapping[str, Lists] | None = None,
+        *,
+        uncut: bool = False,
+    ) -> Columns:
         tables, statistics = self.schema.tables, self._statistics_of("user")
         find = self.catalogue.rows_of_keys if self.steps_have_attributes else None
-        columns = transform(self.context, tables, statistics, table, where, given, uncut=uncut, item_rows=find)
-        return self.with_items(columns)
+        return transform(features, tables, statistics, table, where, given, uncut=uncut, item_rows=find)
 
     @property
     def steps_have_attributes(self) -> bool:

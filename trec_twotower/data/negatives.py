@@ -8,6 +8,8 @@ log q. A new sampler is a class here, an entry in SAMPLERS, a word of NegativesC
 
 from __future__ import annotations
 
+import os
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -149,25 +151,28 @@ def _sampled(config: NegativesConfig, facts: Facts) -> Sampler | None:
         return Everything(facts.num_items)
     if not config.sampled:
         return None
-    if config.sampled > facts.num_items:
-        raise ConfigError(
-            f"loss.negatives.sampled is {config.sampled:,}, but the catalogue has only {facts.num_items:,} items: set "
-            "it to all, or to less."
-        )
+    count = _at_most_all("sampled", config.sampled, facts.num_items)
     if config.power:
-        return ByPopularity(config.sampled, config.power, facts.taken_I, facts.seed)
-    return Evenly(config.sampled, facts.num_items, facts.seed)
+        return ByPopularity(count, config.power, facts.taken_I, facts.seed)
+    return Evenly(count, facts.num_items, facts.seed)
 
 
 def _popular(config: NegativesConfig, facts: Facts) -> Sampler | None:
     if config.popular is None:
         return None
-    if config.popular.count > facts.num_items:
-        raise ConfigError(
-            f"loss.negatives.popular.count is {config.popular.count:,}, but the catalogue has only "
-            f"{facts.num_items:,} items: set it to less."
+    count = _at_most_all("popular.count", config.popular.count, facts.num_items)
+    return ByPopularity(count, config.popular.power, facts.taken_I, facts.seed, _POPULAR)
+
+
+def _at_most_all(name: str, count: int, num_items: int) -> int:
+    """Return `count`, or the number of items where that is less; then the first rank warns."""
+    if count > num_items and os.environ.get("RANK", "0") == "0":
+        warnings.warn(
+            f"loss.negatives.{name} is {count:,}, but the catalogue has {num_items:,} items: {num_items:,} are drawn "
+            "per step. Set it to that or less (or sampled to all).",
+            stacklevel=2,
         )
-    return ByPopularity(config.popular.count, config.popular.power, facts.taken_I, facts.seed, _POPULAR)
+    return min(count, num_items)
 
 
 def _same(config: NegativesConfig, facts: Facts) -> Sampler | None:

@@ -153,7 +153,7 @@ def write_log(
     }
     with closing(duckdb.connect(scratch_dir / "events.duckdb", config=settings)) as database:  # type: ignore[arg-type]
         with explained("the files", options):
-            fetch_rows(database, "SET enable_progress_bar = false")  # from a notebook, or python -c, it goes to stdout
+            _hide_progress(database)
             counts = load_events(database, options)
             counts |= _drop(database, options)
             _check_periods(database, options)
@@ -161,6 +161,15 @@ def write_log(
             counts |= _write_sides(database, options, writer)
         counts |= _write_splits(database, options, writer)
     return writer.finish(source, options.model_dump(mode="json"), counts)
+
+
+def _hide_progress(database: duckdb.DuckDBPyConnection) -> None:
+    """Turn off the progress bar, which DuckDB prints to stdout in notebooks and under `python -c`.
+
+    It is off already where a notebook lacks ipywidgets; there DuckDB refuses to set it.
+    """
+    if fetch_rows(database, "SELECT current_setting('enable_progress_bar')") == [(True,)]:
+        fetch_rows(database, "SET enable_progress_bar = false")
 
 
 Fault = tuple[str, str, str, str]  # a column of the file, what it became, a condition with {} for it, and the mend

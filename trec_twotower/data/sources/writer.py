@@ -141,6 +141,9 @@ class DatasetWriter:
     def _refuse_if_taken(self) -> None:
         out = self.out
         if not out.exists():
+            there = next(parent for parent in out.parents if parent.exists())
+            if not there.is_dir():
+                raise ConfigError(f"{out} would be below {there}, which is a file: give another folder.")
             return
         if not out.is_dir():
             raise ConfigError(f"{out} is a file: a dataset is a folder, give another name.")

@@ -15,7 +15,7 @@ import torch
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from trec_twotower.checkpoint import Checkpoints, versions
-from trec_twotower.config import RunConfig
+from trec_twotower.config import TRAINED, RunConfig
 from trec_twotower.cpu_updates import quicken_updates
 from trec_twotower.data.batch import Batch
 from trec_twotower.data.coverage import OwnItems
@@ -27,7 +27,7 @@ from trec_twotower.distributed import Ranks
 from trec_twotower.errors import ConfigError, Stopped, TrainingError
 from trec_twotower.failures import Attempts, describe_step, suspects
 from trec_twotower.faults import fault_point
-from trec_twotower.files import MANIFEST, write_json
+from trec_twotower.files import MANIFEST, read_json, write_json
 from trec_twotower.heartbeat import Heartbeat
 from trec_twotower.lock import RunLock
 from trec_twotower.memory import peak_resident_bytes, resident_bytes
@@ -512,8 +512,19 @@ class Progress:
                 "num_ranks": self.ranks.num_ranks,
             }
             write_json(self.run.folder / STATUS, status)
-        took = f"{clock(self.train_s)} (and {clock(self.evaluate_s)} of evaluation)"
-        self.say(f"trained {self.step:,} steps in {took}: {self.run.folder}")
+            self.say(self._summary())
+
+    def _summary(self) -> str:
+        """Return the last line of a finished training."""
+        step, train_s, evaluate_s, added = self.step, self.train_s, self.evaluate_s, ""
+        if self.config.ends_in_closed_form:  # its steps are those of the run in RUN/trained
+            trained = read_json(self.run.folder / TRAINED / STATUS)
+            step, train_s, evaluate_s = trained["step"], trained["train_s"], trained["evaluate_s"]
+            added = ", then added the closed form of train.start"
+        elif not step and self.config.train.start is not None:
+            return f"the weights are the closed form of train.start; train.epochs is 0: {self.run.folder}"
+        times = f"{clock(train_s)} (and {clock(evaluate_s)} of evaluation)"
+        return f"trained {step:,} steps in {times}{added}: {self.run.folder}"
 
     def say(self, line: str) -> None:
         if self.ranks.is_first:

@@ -1,0 +1,1 @@
+"""Recommendations for users: retriever, business rules, HTTP API."""
