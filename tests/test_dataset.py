@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import sys
@@ -194,22 +195,101 @@ def test_every_flipped_bit_is_noticed_or_changes_nothing(tmp_path, write_dataset
     assert noticed > 200
 
 
-def test_the_fingerprint_changes_with_the_data(dataset_dir):
-    first = Dataset(dataset_dir).fingerprint
-    assert Dataset(dataset_dir).fingerprint == first
-    assert re.fullmatch("[0-9a-f]{12}", first)
+def test_the_fingerprint_changes_with_the_rows(dataset_dir):
+    def both():
+        return Dataset(dataset_dir).fingerprint, Dataset(dataset_dir).described_fingerprint
+
+    first = both()
+    assert both() == first and first[1] is None
+    assert re.fullmatch("[0-9a-f]{12}", first[0])
     found = {first}
     (dataset_dir / "dataset.yaml").write_text("files: {train/part-0.parquet: {sha256: aa}}")
-    found.add(Dataset(dataset_dir).fingerprint)
+    found.add(both())
     (dataset_dir / "dataset.yaml").write_text("files: {train/part-0.parquet: {sha256: bb}}")
-    found.add(Dataset(dataset_dir).fingerprint)
+    found.add(both())
     rewrite(dataset_dir / "train" / "part-1.parquet", TRAIN)
-    found.add(Dataset(dataset_dir).fingerprint)
+    found.add(both())
     rewrite(dataset_dir / "train" / "part-1.parquet", pa.concat_tables([TRAIN] * 50))
-    found.add(Dataset(dataset_dir).fingerprint)
+    found.add(both())
     (dataset_dir / "train" / "part-1.parquet").rename(dataset_dir / "train" / "part-2.parquet")
-    found.add(Dataset(dataset_dir).fingerprint)
-    assert len(found) == 6
+    found.add(both())
+    rewrite(dataset_dir / "test" / "part-1.parquet", TRAIN)
+    found.add(both())
+    assert len(found) == 7
+
+
+def test_files_of_items_and_users_are_no_part_of_the_fingerprint(dataset_dir):
+    first = Dataset(dataset_dir).fingerprint
+    rewrite(dataset_dir / "items" / "part-1.parquet", pa.table({"item_id": [40], "title": ["d"]}))
+    (dataset_dir / "users").mkdir()
+    rewrite(dataset_dir / "users" / "part-0.parquet", pa.table({"user_id": [1]}))
+    assert Dataset(dataset_dir).fingerprint == first
+
+
+def test_a_part_behind_a_link_is_read_and_fingerprinted_like_a_folder(dataset_dir):
+    first = Dataset(dataset_dir).fingerprint
+    elsewhere = dataset_dir.parent / "elsewhere"
+    (dataset_dir / "train").rename(elsewhere)
+    (dataset_dir / "train").symlink_to(elsewhere)
+    linked = dataset_dir.parent / "link"
+    linked.symlink_to(dataset_dir)
+    for place in (dataset_dir, linked):
+        assert Dataset(place).fingerprint == first and Dataset(place).train.num_rows == TRAIN.num_rows
+    rewrite(elsewhere / "part-1.parquet", TRAIN)
+    assert Dataset(linked).fingerprint != first and Dataset(linked).train.num_rows == 2 * TRAIN.num_rows
+
+
+def test_links_to_files_are_read_and_links_to_nothing_are_named(dataset_dir):
+    part = dataset_dir / "train" / "part-0.parquet"
+    store = part.rename(dataset_dir.parent / "blob")
+    part.symlink_to(store)
+    assert Dataset(dataset_dir).train.num_rows == TRAIN.num_rows
+    store.rename(dataset_dir.parent / "moved")
+    refused(dataset_dir, r"train/part-0\.parquet cannot be read as Parquet: .*No such file")
+    with pytest.raises(DataError, match=r"train/part-0\.parquet is a link to .*blob, which is not there"):
+        _ = Dataset(dataset_dir).fingerprint
+
+
+def test_files_behind_a_link_to_a_folder_below_are_refused(dataset_dir):
+    elsewhere = dataset_dir.parent / "more"
+    elsewhere.mkdir()
+    rewrite(elsewhere / "part-9.parquet", TRAIN)
+    (dataset_dir / "train" / "more").symlink_to(elsewhere)
+    refused(dataset_dir, r"train has more/part-9\.parquet in a folder below")
+
+
+@pytest.mark.parametrize("name", ["._part-0.parquet", "_part-1.parquet", ".part-2.parquet"])
+def test_a_writers_own_files_are_left_alone(dataset_dir, name):
+    first = Dataset(dataset_dir).fingerprint
+    (dataset_dir / "train" / name).write_bytes(b"\0\5\26\7")
+    assert Dataset(dataset_dir).train.num_rows == TRAIN.num_rows and Dataset(dataset_dir).fingerprint == first
+
+
+@pytest.mark.parametrize("name", ["part-1.PARQUET", "part-1.pq", "more.parq"])
+def test_parquet_files_of_other_endings_are_refused_and_not_left_out(dataset_dir, name):
+    rewrite(dataset_dir / "train" / name, TRAIN)
+    refused(dataset_dir, re.escape(f"train/{name} would not be read, since it does not end with .parquet: rename it"))
+
+
+def test_a_file_whose_name_is_no_text_is_refused(dataset_dir):
+    part = os.fsencode(dataset_dir / "train")
+    os.rename(part + b"/part-0.parquet", part + b"/\xff.parquet")
+    refused(dataset_dir, r"train has a file whose name is not UTF-8: b'\\xff\.parquet'. Rename it")
+
+
+@pytest.mark.parametrize("part", ["train", "items", "test"])
+def test_a_part_that_is_a_table_of_another_format_is_refused(dataset_dir, part):
+    log = dataset_dir / part / "_delta_log"
+    log.mkdir()
+    (log / "00000000000000000000.json").write_text("{}")
+    refused(dataset_dir, f"{part} is a table of Delta Lake", lambda dataset: dataset.split(part))
+    shutil.rmtree(log)
+    table = dataset_dir.parent / "iceberg"
+    (table / "metadata").mkdir(parents=True)
+    (table / "metadata" / "v1.metadata.json").write_text("{}")
+    (dataset_dir / part).rename(table / "data")
+    (dataset_dir / part).symlink_to(table / "data")
+    refused(dataset_dir, "iceberg is a table of Apache Iceberg", lambda dataset: dataset.split(part))
 
 
 def test_a_described_dataset_is_what_its_description_says(tmp_path):

@@ -312,6 +312,7 @@ def test_what_is_no_number_stops_before_the_tables_change_and_tells_the_rows(
         train(config, lone_rank)
     for name, value in whole_state(models[0], lone_rank).items():
         assert torch.equal(value, whole_state(models[1], lone_rank)[name]), name
+    assert "Lower train.optimizer.lr or raise loss.temperature, and train in" in str(raised.value)
     report = json.loads((tmp_path / "run/not-finite-step-00000004/rank-0.json").read_text())
     assert str(tmp_path / "run/not-finite-step-00000004") in str(raised.value)
     assert report["step"] == 4 and ("loss" if what == "loss" else "gradient") in report["found"]

@@ -17,8 +17,10 @@ LAYERS = """
     errors storage storage.package_files yaml_files schema config same_run files memory faults lock preemption
     shared_memory distributed heartbeat
     data data.kernels data.words data.hashing data.lists data.probing data.numbers data.times
-    data.vocabulary data.vectors data.text data.transforms data.dataset
+    data.arrow_types data.table_formats data.vocabulary data.vectors data.text data.transforms data.value_digests
+    data.parquet_files data.dataset
     data.cache_folder data.arrays data.catalogue data.features data.coverage data.held_out
+    data.known_items
     data.batch data.examples data.item_lists data.negatives data.order data.packed data.cache data.reader data.step_rows
     data.candidates
     data.interactions
@@ -37,7 +39,7 @@ LAYERS = """
     training.loop training export program encoder
     metrics exhaustive index.engine index.list_scan index.probing index.recipe index.scan index.filters index.search
     index.tuning index.build index.neighbours index
-    baselines slices sampled evaluate rerank serving.user_state serving serve server report
+    catalogue_index baselines slices sampled evaluate rerank serving.user_state serving serve server report
     torchrun doctor demo cli_output cli_parser cli __main__
 """
 ORDER = LAYERS.split()
@@ -51,12 +53,16 @@ WITHOUT_TORCH = set(OFFLINE) | {
         "hashing",
         "lists",
         "probing",
+        "arrow_types",
+        "table_formats",
+        "parquet_files",
         "numbers",
         "times",
         "vocabulary",
         "vectors",
         "text",
         "transforms",
+        "value_digests",
         "dataset",
         "cache_folder",
         "arrays",

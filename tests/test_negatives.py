@@ -451,8 +451,10 @@ def test_labels_and_weights_stand_beside_every_item(tiny):
     shown = [[30], None, [20, 10]]
     with pytest.raises(DataError, match=r"row group 1, column 'shown', row 0: 2 ids but 1 labels in 'labels'"):
         tiny({"given": {"column": "shown", "labels": "labels"}}, shown=shown, labels=[[1], None, [0]])
-    with pytest.raises(DataError, match=r"row group 1, column 'shown', row 0: 'w' has a weight below 0"):
-        tiny({"given": {"column": "shown", "weights": "w"}}, shown=shown, w=[[1.0], None, [0.0, -1.0]])
+    for weight in (-1.0, 1e16):
+        said = re.escape(f"row group 1, column 'shown', row 0: 'w' has the weight {weight:g}: write weights from 0 to")
+        with pytest.raises(DataError, match=said):
+            tiny({"given": {"column": "shown", "weights": "w"}}, shown=shown, w=[[1.0], None, [0.0, weight]])
     for what in ("label", "weight"):
         with pytest.raises(DataError, match=rf"row group 1, column 'shown', row 0: the {what}s in 'w' hold null, NaN"):
             tiny({"given": {"column": "shown", f"{what}s": "w"}}, shown=shown, w=[[1.0], None, [0.0, math.nan]])

@@ -239,7 +239,7 @@ def test_a_report_of_a_dataset_that_has_changed_is_refused(shop_copy, cli, write
     write_dataset(moved, **{**shop_tables, "items": shop_tables["items"].slice(3)})
     page = (shop_copy.run / "report.html").read_bytes()
     said = cli("report", shop_copy.run)
-    assert said.code == 3 and "is not the dataset this run began with" in said.mistake
+    assert said.code == 3 and "items lacks 3 of the exported items, such as item_id 'red-0'" in said.mistake
     assert (shop_copy.run / "report.html").read_bytes() == page
 
 

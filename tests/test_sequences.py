@@ -112,7 +112,7 @@ def test_an_instant_is_not_after_itself_in_another_unit(unit, until_unit):
         ({"when": [[3]]}, {"times": "when"}, "2 ids but 1 values in 'when'"),
         ({"when": [[3, None]]}, {"times": "when"}, "hold null"),
         ({"did": [["saw"]]}, {"actions": "did"}, "2 ids but 1 values in 'did'"),
-        ({"did": [["saw", "saw"]]}, {"times": "did"}, "not a list of seconds"),
+        ({"did": [["saw", "saw"]]}, {"times": "did"}, "not a list of timestamps, dates or numbers"),
     ],
 )
 def test_odd_lists_beside_the_steps_are_refused(columns, parts, said):

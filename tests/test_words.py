@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from datetime import UTC, datetime, time, timedelta
 
 import pyarrow as pa
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from tests.shop import SHOP_CONFIG
 from trec_twotower.data.words import EXACT, exact_array, python_rows, python_value, python_values
 
+NOVEMBER = datetime(2023, 11, 14, 22, 13, 20, tzinfo=UTC)
 BYTES = st.binary(max_size=4) | st.text(max_size=4).map(str.encode)
 
 
@@ -121,3 +123,29 @@ def test_errors_name_things_whose_bytes_are_no_utf8(tmp_path, write_dataset, spo
         config.write_text(CONFIG.replace("dataset: shop", f"dataset: {data}"))
         said = cli("train", config, f"run_dir={tmp_path / str(number)}")
         assert said.code == 3 and wanted in said.mistake, said.err
+
+
+@pytest.mark.parametrize(
+    ("array", "expected"),
+    [
+        (pa.array([1_700_000_000_000_000_001, None], pa.timestamp("ns", "UTC")), [NOVEMBER, None]),
+        (pa.array([[1_700_000_000_000_000_001], None], pa.list_(pa.timestamp("ns", "UTC"))), [[NOVEMBER], None]),
+        (pa.array([{"at": 1_700_000_000_000_000_001}], pa.struct([("at", pa.timestamp("ns", "UTC"))])),
+         [{"at": NOVEMBER}]),
+        (pa.array([5_999], pa.duration("ns")), [timedelta(microseconds=5)]),
+        (pa.array([5_999], pa.time64("ns")), [time(microsecond=5)]),
+        (pa.array([253_402_300_800], pa.timestamp("s")), ["10000-01-01 00:00:00"]),
+        (pa.array([1], pa.timestamp("s", "Nowhere/Land")), [1]),
+    ],
+    ids=lambda value: str(getattr(value, "type", "")),
+)  # fmt: skip
+def test_times_that_python_cannot_hold_are_cut_or_become_text(array, expected):
+    """Nanoseconds as pandas writes them, years beyond 9999, and zones that are unknown here."""
+    assert python_values(array) == expected
+    assert python_values(pa.chunked_array([array, array])) == [*expected, *expected]
+
+
+def test_a_time_that_no_unit_holds_is_no_other_time():
+    for array in (pa.array([2**62], pa.timestamp("s", "UTC")), pa.array([-(2**31)], pa.date32())):
+        [value] = python_values(array)
+        assert isinstance(value, str | int)

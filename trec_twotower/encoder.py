@@ -25,6 +25,7 @@ from torch import Tensor
 
 from trec_twotower.checkpoint import Checkpoints, model_version
 from trec_twotower.config import RunConfig, as_values, validate
+from trec_twotower.data.arrow_types import plain_table
 from trec_twotower.data.dataset import ITEM_ID, USER_ID
 from trec_twotower.data.features import Sources
 from trec_twotower.data.lists import Lists
@@ -162,17 +163,22 @@ class Encoder:
     def features(self, side: Side, rows: pa.Table | pa.RecordBatch) -> Columns:
         """What training would make of these rows."""
         _check_side(side)
-        table = _table(rows)
-        for feature in self.schema.features(side):
+        given = _table(rows)
+        named = self.schema.features(side)
+        for feature in named:
             for name in feature.all_columns:
-                if name not in table.column_names:
+                count = given.column_names.count(name)
+                if count != 1:
+                    found = f"no column {name!r}" if not count else f"{count} columns named {name!r}"
                     raise DataError(
-                        f"The {side} rows have no column {name!r}, which feature {feature.name!r} reads"
-                        f"{nearest(name, table.column_names)}."
+                        f"The {side} rows have {found}, which feature {feature.name!r} reads"
+                        f"{nearest(name, given.column_names) if not count else ''}."
                     )
+        table = plain_table(given, self.columns(side))
+        for feature in named:
+            for name in feature.all_columns:
                 if name not in (feature.weights, feature.times, feature.actions, feature.until):
                     check_kind(feature, table.schema.field(name).type, f"the {side} rows", name)
-        named = self.schema.features(side)
         learned = {feature.name: self.statistics[f"{side}:{feature.name}"] for feature in named if feature.learns}
         find = self._find if side == "user" else None
         columns = transform(named, self.schema.tables, learned, table, f"the {side} rows", item_rows=find)

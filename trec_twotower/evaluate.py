@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from trec_twotower.baselines import ItemToItem, SpectralTowers, popularity_vectors
+from trec_twotower.catalogue_index import CatalogueIndex, aligned
 from trec_twotower.config import METRICS, EvaluateConfig, validate
 from trec_twotower.data.dataset import SERVING
 from trec_twotower.data.features import Sources
@@ -137,7 +138,7 @@ def exactly(item_ID: np.ndarray, ranks: Ranks) -> Search:
     return lambda user_BD, k, seen: exact_search(items, user_BD, k, seen)[1]
 
 
-def through(index: ItemIndex) -> Search:
+def through(index: ItemIndex | CatalogueIndex) -> Search:
     return lambda user_BD, k, seen: index.search_unseen(user_BD, k, seen)[1]
 
 
@@ -312,9 +313,12 @@ def evaluate_run(
     wanted |= {name: value for name, value in given.items() if value is not None}
     config = validate(EvaluateConfig, {**run.config.evaluate.model_dump(), **wanted}, "evaluate")
     loaded = load_model(run, ranks, checkpoint)
-    index = ItemIndex.load(run.folder / "index", model_version=loaded.version) if through_index else None
+    index: ItemIndex | CatalogueIndex | None = None
+    if through_index:
+        of_export = ItemIndex.load(run.folder / "index", model_version=loaded.version)
+        index = aligned(of_export, loaded.sources.catalogue, is_told=ranks.is_first)
     evaluator = Evaluator.of(loaded.sources, split, config, ranks)
-    held_out, count_I = evaluator.held_out, run.item_counts()
+    held_out, count_I = evaluator.held_out, run.item_counts(loaded.sources.catalogue.keys)
     item_ID, user_BD = evaluator.items(loaded.model), evaluator.users(loaded.model)
     parts = make_slices(config.slices, loaded.sources, held_out, split, count_I)
     contenders = Contenders(evaluator, item_ID, count_I, parts)

@@ -16,8 +16,10 @@ from trec_twotower.data.stream import Passes
 from trec_twotower.distributed import Ranks
 from trec_twotower.errors import TrainingError
 from trec_twotower.files import naming, write_json
+from trec_twotower.schema import Schema, Side
 
 ATTEMPT = ".attempt.json"
+ABSURD = 1e6  # weights and normalised numbers beyond it are named when a loss or gradient is not finite
 
 
 class Attempts:
@@ -96,6 +98,34 @@ def describe_step(
         "features": _statistics(batch),
     }
     ranks.together(lambda: write_json(folder / f"rank-{ranks.rank}.json", content))
+
+
+def suspects(schema: Schema, batch: Batch) -> list[str]:
+    """Return what in a batch is so large that it explains numbers which are not finite, each with its greatest value.
+
+    Only values of the data are looked at: weights of rows, pairs and bags, and numbers as they enter the towers.
+    """
+    values: list[tuple[str, Tensor | None]] = [
+        ("row weights (column 'weight' of train/)", batch.positive_weight_P),
+        ("weights of loss.given", batch.given_weight_G),
+        ("labels of loss.given", batch.given_label_G),
+    ]
+    for key in batch.sparse.keys():  # noqa: SIM118 - a list, not a dict
+        side, _, name = key.partition(":")
+        values.append((f"weights of the {side} feature {name!r}", batch.sparse[key].weights_or_none()))
+    sides: tuple[tuple[Side, Tensor], ...] = (("user", batch.user_number_BN), ("item", batch.item_number_SN))
+    for side, numbers in sides:
+        column = 0
+        for feature in schema.dense(side):
+            part = numbers[:, column : column + feature.num_numbers]
+            values.append((f"numbers of the {side} feature {feature.name!r}", part))
+            column += feature.num_numbers
+    found = []
+    for name, value in values:
+        most = float(value.detach().abs().max()) if value is not None and value.numel() else 0.0
+        if not most <= ABSURD:
+            found.append(f"the {name} reach {most:.3g}")
+    return found
 
 
 def _statistics(batch: Batch) -> dict[str, Any]:

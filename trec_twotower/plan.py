@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from trec_twotower.config import RunConfig
-from trec_twotower.data.dataset import POSITIVES, TRAIN_USERS, UNREADABLE, folder_of
+from trec_twotower.data.dataset import POSITIVES, TRAIN_USERS
+from trec_twotower.data.parquet_files import UNREADABLE, folder_of, parquet_files
 from trec_twotower.distributed import Ranks
 from trec_twotower.errors import ConfigError, DataError
 from trec_twotower.model.embedding import build_lists, build_tables, table_parameters
@@ -215,7 +216,7 @@ def step_size(config: RunConfig, num_ranks: int) -> tuple[StepSize, str]:
         folder = folder_of(data.dataset)
         by_user = data.rows == "user" and data.follow is None and (folder / TRAIN_USERS).is_dir()
         for name, place in (("train", TRAIN_USERS if by_user else "train"), ("items", "items")):
-            footers[name] = _Footers(sorted((folder / place).glob("*.parquet")))
+            footers[name] = _Footers(parquet_files(folder / place))
     except (*UNREADABLE, ConfigError, DataError):
         source = f"no data at {data.dataset}: bags as long as max_length, or {ASSUMED_IDS}"
     train, items = footers.get("train"), footers.get("items")

@@ -19,7 +19,10 @@ import pyarrow.compute as pc
 from matplotlib.figure import Figure
 
 from trec_twotower.data.dataset import ITEM_ID, POSITIVES, SERVING, USER_ID, Split
-from trec_twotower.data.words import python_rows, python_values
+from trec_twotower.data.hashing import id_keys
+from trec_twotower.data.probing import KeyTable
+from trec_twotower.data.transforms import one_chunk
+from trec_twotower.data.words import python_rows, python_value, python_values
 from trec_twotower.errors import ConfigError, DataError, nearest
 from trec_twotower.evaluate import EXACT, NOT_SAMPLED, REACHABLE, excluded_text
 from trec_twotower.export import Exported, read_export
@@ -357,7 +360,7 @@ def _map(run: Run, exported: Exported | None, colour: str | None) -> str:
     num_items = len(exported.item_ID)
     drawn = np.sort(np.random.default_rng(0).permutation(num_items)[:MAPPED_ITEMS])
     plane_IP, share = principal_plane(exported.item_ID)
-    name, labels, part_I = _coloured(run, colour)
+    name, labels, part_I = _coloured(run, exported, colour)
     used = [part for part in range(len(labels)) if (part_I[drawn] == part).any()]
     palette = matplotlib.colormaps["tab20"](np.arange(20))
     figure = Figure(figsize=(9, 4.6))
@@ -387,7 +390,7 @@ def _lengths(run: Run, exported: Exported) -> str:
             share = np.full(len(length), 1 / len(length))
             axes.hist(length, bins=bins, weights=share, color=colour, alpha=0.6, label=name)
     axes.legend(fontsize=8)
-    octave_I = np.frexp(run.item_counts().astype(float))[1]
+    octave_I = np.frexp(_counts(run, exported).astype(float))[1]
     used = np.unique(octave_I)
     axes = figure.add_subplot(1, 2, 2, title="items' mean length by how often they were taken")
     axes.plot(range(len(used)), [length_I[octave_I == each].mean() for each in used], color=BLUE, marker="o",
@@ -397,18 +400,43 @@ def _lengths(run: Run, exported: Exported) -> str:
     return _svg(figure, "lengths of the vectors")
 
 
-def _coloured(run: Run, colour: str | None) -> tuple[str, tuple[str, ...], np.ndarray]:
-    """The name, the labels and each item's label."""
+def _counts(run: Run, exported: Exported) -> np.ndarray:
+    """How often each exported item was interacted with in train."""
+    return run.item_counts(id_keys(exported.item_ids, "the export"))
+
+
+def _rows_in_files(items: Split, exported: Exported) -> np.ndarray:
+    """Return the row in items/ of each exported item (int64), found by its id.
+
+    Raises DataError for an item that is not there.
+    """
+    ids = id_keys(one_chunk(items.table([ITEM_ID])[ITEM_ID]), f"{items.folder}, column {ITEM_ID!r}")
+    wanted = id_keys(exported.item_ids, "the export")
+    if np.array_equal(ids, wanted):
+        return np.arange(len(ids))
+    table = KeyTable(ids, np.zeros(KeyTable.num_slots(len(ids)), np.int32))
+    table.insert(0, len(ids))
+    row = table.find(wanted)
+    if (row < 0).any():
+        raise DataError(
+            f"{items.folder} lacks {int((row < 0).sum()):,} of the exported items, such as item_id "
+            f"{python_value(exported.item_ids, int((row < 0).argmax()))!r}: export again."
+        )
+    return row
+
+
+def _coloured(run: Run, exported: Exported, colour: str | None) -> tuple[str, tuple[str, ...], np.ndarray]:
+    """The name, the labels and each exported item's label."""
     items = run.dataset().items
     if colour is None:
         colour = next(
             (each.reads for each in run.config.item if each.kind == "category" and items.has(each.reads)), None
         )
     if colour is None:
-        labels, part_I = parts_of(pa.array(run.item_counts()))
+        labels, part_I = parts_of(pa.array(_counts(run, exported)))
         return "times taken in train", labels, part_I
     labels, part_I = parts_of(column_of(items, colour, f"--colour {colour}"))
-    return colour, labels, part_I
+    return colour, labels, part_I[_rows_in_files(items, exported)]
 
 
 def _users(run: Run, exported: Exported | None) -> str:
@@ -426,6 +454,7 @@ def _users(run: Run, exported: Exported | None) -> str:
         for row in python_rows(here):
             if row[wanted] not in (None, []) or split.name == SERVING:  # others are not exported
                 rows.setdefault(row[USER_ID], []).append(row)
+    file_row = _rows_in_files(dataset.items, exported)
     row_of = {item: row for row, item in enumerate(python_values(exported.item_ids))}
     cards = []
     for user, exact_id, user_id in zip(chosen, ids, python_values(ids), strict=True):
@@ -440,7 +469,7 @@ def _users(run: Run, exported: Exported | None) -> str:
         score_I[[item for item in history if item not in kept]] = -np.inf
         best = [item for item in np.argsort(-score_I, kind="stable")[:SHOWN_ITEMS] if np.isfinite(score_I[item])]
         shown = history[::-1][:SHOWN_HISTORY]
-        words = dict(zip([*shown, *best], _words(dataset.items, [*shown, *best]), strict=True))
+        words = dict(zip([*shown, *best], _words(dataset.items, file_row[[*shown, *best]].tolist()), strict=True))
         took = "".join(f"<li>{words[item]}</li>" for item in shown)
         gets = "".join(
             f"<li{' class=found' if item in found else ''}>{words[item]} <small>{score_I[item]:.3f}</small></li>"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -17,7 +18,9 @@ from trec_twotower.data.coverage import OwnItems, own_items
 from trec_twotower.data.dataset import POSITIVES, Dataset
 from trec_twotower.data.features import Sources
 from trec_twotower.data.interactions import TrainBatches
+from trec_twotower.data.known_items import KnownItems, KnownUsers
 from trec_twotower.data.negatives import count_items
+from trec_twotower.data.parquet_files import folder_of
 from trec_twotower.data.stream import (
     COUNT_AGAIN,
     COUNTS,
@@ -31,7 +34,16 @@ from trec_twotower.data.stream import (
 from trec_twotower.data.transforms import Statistics
 from trec_twotower.distributed import Ranks
 from trec_twotower.errors import ConfigError, DataError, nearest
-from trec_twotower.files import MANIFEST, digest_of, naming, read_signed, sha256_of, write_file, write_signed
+from trec_twotower.files import (
+    MANIFEST,
+    digest_of,
+    naming,
+    read_json,
+    read_signed,
+    sha256_of,
+    write_file,
+    write_signed,
+)
 from trec_twotower.lock import LOCK
 from trec_twotower.model.watch import Histogram
 from trec_twotower.same_run import check_same_run
@@ -39,6 +51,7 @@ from trec_twotower.schema import LEARNED
 from trec_twotower.yaml_files import read_yaml, to_yaml
 
 CONFIG, STATISTICS, STATUS = "config.yaml", "statistics.json", "status.json"
+KNOWN = "known_items.npz"
 OWN_ITEMS = "own_items"  # of STATISTICS and STATUS: what data.own_item: drop leaves out
 LEARN_AGAIN = f"remove {STATISTICS}, and the next command learns from the data again."
 
@@ -47,8 +60,10 @@ class Run:
     """The folder of one training, which `train` fills and every later stage reads."""
 
     def __init__(self, folder: Path, config: RunConfig) -> None:
+        """A dataset that is not in the current folder is looked for where the run began."""
         self.folder = folder
-        self.config = config
+        self._as_given = config
+        self.config = _with_dataset(config, _begun_in(folder, config))
 
     @classmethod
     def join(cls, config: RunConfig, ranks: Ranks) -> Run:
@@ -69,9 +84,10 @@ class Run:
                     raise ConfigError(f"{folder} is not empty and no run folder: name another with run_dir=...")
             elif any((folder / "checkpoints").glob(f"step-*/{MANIFEST}")):
                 check_same_run(cls.open(folder).config, config, folder)
-                if config.data.follow is not None:
+                data = cls(folder, config).config.data
+                if data.follow is not None and folder_of(data.dataset).is_dir():
                     trained = max(int(path.name.removeprefix("step-")) for path in folder.glob("checkpoints/step-*"))
-                    forget_changed(folder / STREAM, config.data, trained)
+                    forget_changed(folder / STREAM, data, trained)
             else:
                 (folder / STATISTICS).unlink(missing_ok=True)
                 (folder / STREAM).unlink(missing_ok=True)
@@ -87,8 +103,12 @@ class Run:
             raise ConfigError(_no_run(folder))
         return cls(folder, validate(RunConfig, read_yaml(path), str(path)))
 
-    def sources(self, ranks: Ranks) -> Sources:
-        """The run's dataset, seen with the statistics that were learned when it began (and are learned once only)."""
+    def sources(self, ranks: Ranks, *, trains: bool = False) -> Sources:
+        """The run's dataset, seen with the statistics that were learned when it began (and are learned once only).
+
+        Raises DataError where it is not what the run began with; where nobody `trains`, items may have been added.
+        """
+        ranks.once(self._check_dataset)
         generations = self.generations(ranks)
         dataset = Dataset.of(self.config.data) if generations is None else generations.dataset()
         # What a run that follows has learned, it learned from generation 0; later rows change nothing of it.
@@ -97,11 +117,11 @@ class Run:
         path = self.folder / STATISTICS
         begun: list[Sources] = []
 
-        def learn() -> dict[str, dict[str, Any]]:
+        def learn() -> tuple[dict[str, dict[str, Any]], bool]:
             if path.is_file():
                 saved = read_signed(path, LEARN_AGAIN)
                 _check_same(first, saved)
-                return saved["numbers"]
+                return saved["numbers"], False
             cache.check()
             learned = Sources(first, self.config.feature_schema, self.config.data.rows, cache=cache)
             if generations is None or len(generations.taken) == 1:
@@ -125,17 +145,47 @@ class Run:
             own = own_items(learned) if self.config.data.own_item == "drop" else None
             facts: dict[str, Any] = {"fingerprint": first.fingerprint, "numbers": numbers, "files": self._digests()}
             facts |= {COUNTS: digest_of(self.folder / COUNTS), OWN_ITEMS: None if own is None else asdict(own)}
+            facts |= {"described": first.described_fingerprint, **self._keep_known(learned)}
+            facts |= {"begun_in": str(Path.cwd())}
             write_signed(path, facts)
-            return numbers
+            return numbers, True
 
-        numbers = ranks.once(learn)
+        numbers, is_new = ranks.once(learn)
         if begun:
             return begun[0]
         statistics = {name: Statistics(**values) for name, values in numbers.items()}
-        return Sources(dataset, self.config.feature_schema, self.config.data.rows, statistics, cache)
+        sources = Sources(dataset, self.config.feature_schema, self.config.data.rows, statistics, cache)
+        if not is_new and (notice := ranks.once(lambda: self._check_known(sources, trains))) and ranks.is_first:
+            print(f"trec-twotower: {notice}", file=sys.stderr, flush=True)
+        return sources
+
+    def _keep_known(self, sources: Sources) -> dict[str, Any]:
+        """Write the items that the run begins with; returns what is for STATISTICS of them and of the users."""
+        items = KnownItems.of(sources.catalogue)
+        items.write(self.folder / KNOWN)
+        users = None if sources.users is None else asdict(KnownUsers.of(sources.users))
+        return {KNOWN: digest_of(self.folder / KNOWN), "item_sums": items.sums, "users": users}
+
+    def known_items(self) -> KnownItems:
+        """The items that the run began with."""
+        saved = read_signed(self.folder / STATISTICS, LEARN_AGAIN)
+        path = self.folder / KNOWN
+        found = KnownItems.read(path, saved["item_sums"], LEARN_AGAIN)
+        if digest_of(path) != saved[KNOWN]:
+            raise DataError(f"{path} is damaged (its sha256 differs): {LEARN_AGAIN}")
+        return found
+
+    def _check_known(self, sources: Sources, trains: bool) -> str | None:
+        """Return a notice of new items, or None; raises DataError where items or users are not what they were."""
+        grows = self.config.data.follow is not None
+        users = read_signed(self.folder / STATISTICS, LEARN_AGAIN)["users"]
+        if trains and not grows and users is not None and sources.users is not None:
+            KnownUsers(**users).check(sources.users, self.folder)
+        return self.known_items().check(sources.catalogue, self.folder, grows=grows, trains=trains)
 
     def dataset(self) -> Dataset:
         """The run's dataset, read by one process; raises DataError where it is not the one that the run began with."""
+        self._check_dataset()
         generations = self.generations(Ranks(0, 1, torch.device("cpu")))
         dataset = Dataset.of(self.config.data) if generations is None else generations.dataset()
         if (self.folder / STATISTICS).is_file():
@@ -158,7 +208,20 @@ class Run:
 
     def keep_config(self) -> None:
         """Write the settings beside what is trained by them."""
-        write_file(self.folder / CONFIG, to_yaml(as_values(self.config)))
+        write_file(self.folder / CONFIG, to_yaml(as_values(self._as_given)))
+
+    def _check_dataset(self) -> None:
+        """Raise DataError naming the places where a run's dataset was looked for and is not."""
+        place = self.config.data.dataset
+        if not (self.folder / STATISTICS).is_file() or folder_of(place).is_dir():
+            return  # of a run that has not begun, Dataset says what is missing
+        begun_in = read_signed(self.folder / STATISTICS, LEARN_AGAIN).get("begun_in")
+        places = f"neither in the current folder, {Path.cwd()}, nor in {begun_in or 'the folder'}, where the run began"
+        is_relative = "://" not in str(place) and not Path(place).is_absolute()
+        raise DataError(
+            f"There is no dataset folder {place}{f', {places}' if is_relative else ''}: bring it back, or set "
+            f"data.dataset in {self.folder / CONFIG} to its new place."
+        )
 
     def check_files(self) -> None:
         """Raises DataError where a file of items that the config names is not what it was when the run began."""
@@ -186,9 +249,17 @@ class Run:
         found = read_signed(self.folder / STATISTICS, LEARN_AGAIN).get(OWN_ITEMS)
         return None if found is None else OwnItems(**found)
 
-    def item_counts(self) -> np.ndarray:
-        """How often each item of the catalogue was taken in train: (I,)."""
-        return np.atleast_2d(self.counts())[0]
+    def item_counts(self, keys: np.ndarray | None = None) -> np.ndarray:
+        """How often each of these items, given by their ids' 64-bit keys (I,), was interacted with in train: (I,).
+
+        By default of the items that the run began with, in their order.
+        """
+        count_I = np.atleast_2d(self.counts())[0]
+        if keys is None:
+            return count_I
+        if self.config.data.follow is not None:  # rows of later items come after those of earlier ones
+            return np.pad(count_I, (0, max(len(keys) - len(count_I), 0)))[: len(keys)]
+        return self.known_items().counts_of(keys, count_I)
 
     def counts(self) -> np.ndarray:
         """What negatives.count_items has counted."""
@@ -262,6 +333,23 @@ class RunLog:
                 self.board.close()
 
 
+def _begun_in(run_dir: Path, config: RunConfig) -> Path | None:
+    """The folder in which a run's command began it, where the dataset is not in the current one."""
+    place = str(config.data.dataset)
+    if "://" in place or Path(place).is_absolute() or Path(place).is_dir() or not (run_dir / STATISTICS).is_file():
+        return None
+    begun_in = read_json(run_dir / STATISTICS, LEARN_AGAIN).get("begun_in")
+    return None if begun_in is None else Path(begun_in)
+
+
+def _with_dataset(config: RunConfig, begun_in: Path | None) -> RunConfig:
+    """The config with its dataset in `begun_in`, where it is there."""
+    if begun_in is None or not (begun_in / config.data.dataset).is_dir():
+        return config
+    data = config.data.model_copy(update={"dataset": str(begun_in / config.data.dataset)})
+    return config.model_copy(update={"data": data})
+
+
 def _no_run(folder: Path) -> str:
     """Return why there is no run at `folder`, with the run most like it among its neighbours."""
     if folder.is_file():
@@ -275,8 +363,12 @@ def _no_run(folder: Path) -> str:
 
 def _check_same(dataset: Dataset, saved: dict[str, Any]) -> None:
     """Raises DataError where the dataset is not that of which a run has `saved` what it learned."""
-    if saved["fingerprint"] != dataset.fingerprint:
-        raise DataError(
-            f"{dataset.folder} is not the dataset this run began with (fingerprint {dataset.fingerprint}, "
-            f"then {saved['fingerprint']}): bring that one back, or train into another run_dir."
-        )
+    if KNOWN not in saved:
+        raise DataError(f"{STATISTICS} was written by an earlier version, which kept no items: {LEARN_AGAIN}")
+    pairs = [(saved["fingerprint"], dataset.fingerprint), (saved["described"], dataset.described_fingerprint)]
+    for then, now in pairs:
+        if then != now and None not in (then, now):  # dataset.yaml may be removed
+            raise DataError(
+                f"{dataset.folder} is not the dataset this run began with (fingerprint {now}, then {then}, of the "
+                "files with rows): bring that one back, or train into another run_dir."
+            )

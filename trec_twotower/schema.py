@@ -39,7 +39,9 @@ _OF_TABLES = ("table", "buckets", "dim", "hashes")
 SETTINGS: dict[Kind, frozenset[str]] = {
     "id": frozenset({*_OF_TABLES, "scale"}),
     "category": frozenset({*_OF_TABLES, "scale", "vocabulary", "min_count"}),
-    "bag": frozenset({*_OF_TABLES, "scale", "max_length", "pooling", "weights", "times", "until", "half_life_days"}),
+    "bag": frozenset(
+        {*_OF_TABLES, "scale", "max_length", "pooling", "weights", "times", "unit", "until", "half_life_days"}
+    ),
     "text": frozenset({*_OF_TABLES, "scale", "max_length", "pooling", "words", "characters", "folder", "tune"}),
     "vector": frozenset({"size", "dim", "unit_length", "nan"}),
     "sequence": frozenset(
@@ -50,6 +52,7 @@ SETTINGS: dict[Kind, frozenset[str]] = {
             "max_length",
             "encoder",
             "times",
+            "unit",
             "actions",
             "action_buckets",
             "attributes",
@@ -260,7 +263,8 @@ class FeatureSpec(Settings):
     columns: tuple[str, ...] | None = None  # cross: two or three, all of one side's rows
     part: Literal["hour", "weekday", "hour_of_week", "month", "age"] | None = None  # time
     zone: str = "UTC"  # time: in which the part is told, such as Europe/Oslo
-    unit: Literal["s", "ms", "us", "ns"] = "s"  # time: since 1970, where the column holds plain numbers
+    # time, and `times` of a bag or a sequence: the unit of plain numbers, which count from 1970 on.
+    unit: Literal["s", "ms", "us", "ns"] = "s"
     # time, age: the column with the time at which the age is asked for; bag: at which `times` are looked back on.
     until: str | None = None
     at: Annotated[str, BeforeValidator(str)] | None = None  # time, age: or one date for all rows, such as 2023-06-30
@@ -370,6 +374,7 @@ class FeatureSpec(Settings):
         """
         import pyarrow as pa
 
+        from trec_twotower.data.arrow_types import plain_table
         from trec_twotower.data.transforms import check_kind, transform
 
         if self.kind not in ("id", "category", "bag", "sequence", "text") or self.vocabulary or self.is_tokens:
@@ -380,8 +385,8 @@ class FeatureSpec(Settings):
             wanted = f"names table {self.table!r}: give its" if self.table else "has a table of its own: give no"
             raise ConfigError(f"feature {self.name!r} {wanted} TableSpec.")
         where = f"the column given for feature {self.name!r}"
-        check_kind(self, array.type, where)
-        rows = pa.table({self.reads: array})
+        rows = plain_table(pa.table({self.reads: array}), [self.reads])
+        check_kind(self, rows.schema.types[0], where)
         tables = {self.table_name: table or self.own_table}
         alone = {"weights": None, "times": None, "half_life_days": None, "actions": None, "attributes": ()}
         found = transform([self.model_copy(update=alone)], tables, {}, rows, where).sparse[self.name]
@@ -466,6 +471,8 @@ class FeatureSpec(Settings):
             )
         self._bag_fits()
         self._words_fit()
+        if self.kind in ("bag", "sequence") and self.unit != "s" and self.times is None:
+            raise ValueError(f"feature {self.name!r} has unit: {self.unit}, but no `times`: remove it, or name them.")
         if self.kind == "sequence" and self.max_length is None:
             raise ValueError(f"feature {self.name!r} is a sequence and needs max_length: how many steps may count.")
         return self

@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from trec_twotower.catalogue_index import CatalogueIndex, aligned
 from trec_twotower.data.dataset import ITEM_ID
 from trec_twotower.data.lists import Lists
 from trec_twotower.data.transforms import one_chunk
@@ -61,7 +62,7 @@ class Retriever:
     `Retriever.alone(run)` opens a run in one process; `Retriever.open(run, ranks)` spreads the tables over ranks.
     """
 
-    def __init__(self, loaded: LoadedModel, index: ItemIndex, ranks: Ranks) -> None:
+    def __init__(self, loaded: LoadedModel, index: ItemIndex | CatalogueIndex, ranks: Ranks) -> None:
         self.loaded = loaded
         self.index = index
         self.ranks = ranks
@@ -77,8 +78,7 @@ class Retriever:
         """
         run = Run.open(Path(run_dir))
         _check_indexed(run)
-        loaded = load_model(run, ranks, str(checkpoint))
-        return cls(loaded, ItemIndex.load(run.folder / "index", model_version=loaded.version, mapped=mapped), ranks)
+        return cls._of(load_model(run, ranks, str(checkpoint)), ranks, mapped)
 
     @classmethod
     def alone(cls, run_dir: Path | str, checkpoint: str | int = "best", *, mapped: bool = False) -> Retriever:
@@ -87,8 +87,13 @@ class Retriever:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         ranks, run = Ranks(0, 1, device), Run.open(Path(run_dir))
         _check_indexed(run)
-        loaded = load_whole(run, run.sources(ranks), device, str(checkpoint))
-        return cls(loaded, ItemIndex.load(run.folder / "index", model_version=loaded.version, mapped=mapped), ranks)
+        return cls._of(load_whole(run, run.sources(ranks), device, str(checkpoint)), ranks, mapped)
+
+    @classmethod
+    def _of(cls, loaded: LoadedModel, ranks: Ranks, mapped: bool) -> Retriever:
+        """Return the Retriever of a model and of its run's index."""
+        index = ItemIndex.load(loaded.run.folder / "index", model_version=loaded.version, mapped=mapped)
+        return cls(loaded, aligned(index, loaded.sources.catalogue, is_told=ranks.is_first), ranks)
 
     def allow(
         self,

@@ -161,7 +161,7 @@ class Service:
             return None
         boost_I = group_I = count = None
         if boosts is not None:
-            boost_I = np.zeros(len(self._retriever.index), np.float32)
+            boost_I = np.zeros(len(self._retriever.loaded.sources.catalogue), np.float32)
             is_right = isinstance(boosts, list) and all(
                 isinstance(each, dict) and set(each) == {"where", "score"} and _is_number(each["score"])
                 for each in boosts

@@ -98,7 +98,7 @@ def column_of(split: Split, column: str, name: str) -> pa.Array:
             f"The slice {name!r} asks for column {column!r} of {split.folder}, which holds {values.type}: name one "
             "with a value a row."
         )
-    return values.dictionary_decode() if pa.types.is_dictionary(values.type) else values
+    return values
 
 
 def parts_of(values: pa.Array) -> tuple[tuple[str, ...], np.ndarray]:

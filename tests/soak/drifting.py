@@ -19,7 +19,7 @@ from tests.soak.jobs import Job, in_child
 from tests.soak.scenarios import Soak, Tally
 from tests.soak.world import config, write_config
 from trec_twotower.config import RunConfig, as_values, validate
-from trec_twotower.data.dataset import footer_digest
+from trec_twotower.data.parquet_files import footer_digest
 from trec_twotower.yaml_files import to_yaml
 
 FINE = ""  # it is read, and every loss is finite

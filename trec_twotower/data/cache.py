@@ -20,7 +20,7 @@ import xxhash
 
 from trec_twotower.config import DataConfig
 from trec_twotower.data.cache_folder import CacheFolder, changed, size_of
-from trec_twotower.data.dataset import RowGroup
+from trec_twotower.data.dataset import PARTS_OF_ROWS, RowGroup
 from trec_twotower.data.examples import Examples
 from trec_twotower.data.features import Sources
 from trec_twotower.data.lists import Lists
@@ -51,7 +51,11 @@ class Cache:
             "format": FORMAT,
             "dataset": sources.dataset.fingerprint,
             # The rows of the catalogue and of users/ are in there, too.
-            "changed": [(str(path), changed(path)) for path in sorted(sources.dataset.folder.rglob("*.parquet"))],
+            "changed": [
+                (str(path), path.stat().st_size, changed(path))
+                for part in (*PARTS_OF_ROWS, "items", "users")
+                for path in sources.dataset.paths(part)
+            ],
             "rows": data.rows,
             **settings,
             "features": [feature.model_dump() for feature in sources.schema.user],

@@ -33,11 +33,12 @@ from trec_twotower.data.transforms import (
     one_chunk,
     transform,
 )
+from trec_twotower.data.value_digests import mixed, value_digests
 from trec_twotower.data.words import exact_array, python_rows, python_value
 from trec_twotower.errors import DataError
 from trec_twotower.schema import FeatureSpec, TableSpec, hash_parts
 
-FORMAT = 1  # of the arrays and of what the features become in them: another number has them made again
+FORMAT = 2  # of the arrays and of what the features become in them: another number has them made again
 MAPPED_CELLS = 1 << 20  # ids and features of all rows: a catalogue of more is mapped
 MAX_THREADS = 4  # that hash a catalogue
 
@@ -81,6 +82,9 @@ class Catalogue:
             source.write(in_memory)
             arrays = in_memory.arrays()
         self.keys = arrays["keys"]
+        self.digests = arrays["digests"]  # uint32, of each row's values in the columns that features read
+        self.digested = source.digested
+        self._source = source
         self.ids = source.ids(arrays)
         self.columns = source.columns(arrays)
         self._table = KeyTable(self.keys, arrays["slots"])
@@ -100,6 +104,24 @@ class Catalogue:
         """The rows of lists of outside ids, -1 where there is none."""
         keys = key_lists(lists, where)
         return Lists(keys.offsets, self.rows_of_keys(keys.values))
+
+    @property
+    def total(self) -> int:
+        """The sum of the digests of all rows, each mixed with its key, modulo 2^64: the same in any order."""
+        return int(mixed(self.keys, self.digests.astype(np.uint64)).sum(dtype=np.uint64))
+
+    def column_sums(self, is_meant: np.ndarray) -> dict[str, int]:
+        """Return, for each digested column, the sum of the digests of these rows (bool), each mixed with its key.
+
+        The sum does not depend on the order of the rows. Reads the columns again.
+        """
+        sums = dict.fromkeys(self.digested, 0)
+        for group in self.split.row_groups:
+            rows = slice(group.first_row, group.first_row + group.num_rows)
+            for name, digests in self._source.column_digests(group).items():
+                keyed = mixed(self.keys[rows], digests)[is_meant[rows]]
+                sums[name] = (sums[name] + int(keyed.sum(dtype=np.uint64))) % (1 << 64)
+        return sums
 
     def row(self, row: int, columns: list[str]) -> pa.Table:
         """What the files say of one row in these columns."""
@@ -123,6 +145,7 @@ class _Hashing:
     """How the files of a split become arrays, and those a catalogue.
 
     keys               the 64-bit key of every row's id, and `slots`, the table that finds them
+    digests            32 bits of a digest of every row's values
     ids                the ids themselves where they are not the keys: integers, or text with `id_offsets`
     counting           0 .. rows, the offsets of all features with one value a row
     values:FEATURE     buckets; of lists with offsets:FEATURE and, where they have some, weights:FEATURE
@@ -142,12 +165,12 @@ class _Hashing:
         self.features = features
         self.tables = tables
         self.statistics = statistics
-        kind = split.columns[id_column]
-        self.id_kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+        self.id_kind = split.columns[id_column]
         # The hashed ids serve those features that are the id; hashing text is the costly part.
         self.reuses_keys = all(feature.kind == "id" for feature in features if id_column in feature.all_columns)
         reads = {column for feature in features for column in feature.all_columns}
         self.reads = sorted(reads - ({id_column} if self.reuses_keys else set()))
+        self.digested = sorted(reads - {id_column})
         num_cells = sum(1 + max(feature.num_numbers - 2, 0) for feature in features)
         self.is_large = split.num_rows * (1 + num_cells) > MAPPED_CELLS
 
@@ -209,8 +232,6 @@ class _Hashing:
         """The arrays of one row group."""
         where = str(group)
         ids = one_chunk(self.split.read(group, [self.id_column])[self.id_column])
-        if pa.types.is_dictionary(ids.type):
-            ids = ids.dictionary_decode()
         keys = id_keys(ids, f"{where}, column {self.id_column!r}")
         found = {"keys": keys}
         if is_text(self.id_kind):
@@ -223,6 +244,10 @@ class _Hashing:
             found["ids"] = ids.cast(self.id_kind).to_numpy()
         given = {self.id_column: Lists.singles(keys)} if self.reuses_keys else None
         table = self.split.read(group, self.reads, dictionaries=True) if self.reads else pa.table({})
+        digest = np.zeros(len(ids), np.uint64)
+        for each in self._digests(table, group).values():
+            digest = mixed(digest, each)
+        found["digests"] = digest.astype(np.uint32)
         columns = transform(self.features, self.tables, self.statistics, table, where, given)
         for feature in self.features:
             if feature.num_numbers:
@@ -237,6 +262,15 @@ class _Hashing:
                     if lists.weights is not None:
                         found[f"weights:{name}"] = lists.weights
         return found
+
+    def column_digests(self, group: RowGroup) -> dict[str, np.ndarray]:
+        """Return the digest (uint64) of each value of a row group, by column that features read."""
+        if not self.digested:
+            return {}
+        return self._digests(self.split.read(group, self.digested, dictionaries=True), group)
+
+    def _digests(self, table: pa.Table, group: RowGroup) -> dict[str, np.ndarray]:
+        return {name: value_digests(one_chunk(table[name]), f"{group}, column {name!r}") for name in self.digested}
 
     def _parts(self, feature: FeatureSpec) -> list[str]:
         """The names of its lists."""

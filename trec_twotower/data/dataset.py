@@ -5,8 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,19 +14,32 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import xxhash
 
 from trec_twotower.config import DataConfig
-from trec_twotower.data.hashing import is_id, is_text
+from trec_twotower.data.arrow_types import holds_null_alone, is_list, is_wider, plain_column, plain_type, widest
+from trec_twotower.data.hashing import is_id
+from trec_twotower.data.parquet_files import (
+    UNREADABLE,
+    encoded_texts,
+    folder_of,
+    footer_digest,
+    open_parquet,
+    parquet_below,
+    parquet_files,
+    refuse_other_endings,
+    refuse_tables,
+    size_of,
+)
 from trec_twotower.errors import ConfigError, DataError, nearest
+from trec_twotower.schema import HISTORY
 from trec_twotower.yaml_files import read_yaml
 
 USER_ID, ITEM_ID, POSITIVES = "user_id", "item_id", "positives"
 DESCRIPTION = "dataset.yaml"
 SERVING = "serving"  # the part with each user's whole history and nothing to find
 TRAIN, TRAIN_USERS = "train", "train_users"  # the folders of training rows: of either kind, of users beside events
+PARTS_OF_ROWS = (TRAIN, TRAIN_USERS, "valid", "test")
 FOOTERS = 64  # kept of the files read last
-UNREADABLE = (OSError, pa.ArrowException, KeyError, UnicodeDecodeError)  # what pyarrow raises for damaged files
 
 
 @dataclass(frozen=True)
@@ -80,9 +92,9 @@ class Split:
                     f"{path} is not what {folder.parent / DESCRIPTION} says (its footer differs): it is damaged, or "
                     f"was written anew; make the dataset again, or remove {DESCRIPTION}."
                 )
-            file = _open(path)
+            file = open_parquet(path)
             self._agree(path, file.schema_arrow)
-            self._texts |= _encoded_texts(file)
+            self._texts |= encoded_texts(file)
             sizes = [file.metadata.row_group(number).num_rows for number in range(file.metadata.num_row_groups)]
             if sum(sizes) != file.metadata.num_rows:  # no checksum covers the footer
                 raise DataError(
@@ -99,20 +111,23 @@ class Split:
 
     def _side_by_side(self) -> list[Path]:
         """The part's files; raises DataError where there are others in folders below, as of Hive's partitions."""
-        found = sorted(self.folder.rglob("*.parquet"))
-        below = [path for path in found if path.parent != self.folder]
-        for path in below:
-            name = str(path.relative_to(self.folder))
-            if name[0] not in "._":  # as writers call what is under way
-                raise DataError(
-                    f"{self.folder} has {name} in a folder below: the files of a part lie side by side. Move them up, "
-                    "or remove what is not meant; what a folder's name tells must be a column."
-                )
-        return [path for path in found if path.parent == self.folder]
+        refuse_tables(self.folder)
+        refuse_other_endings(self.folder)
+        for path in parquet_below(self.folder):
+            raise DataError(
+                f"{self.folder} has {path.relative_to(self.folder)} in a folder below: the files of a part lie side by "
+                "side. Move them up, or remove what is not meant; what a folder's name tells must be a column."
+            )
+        return parquet_files(self.folder)
 
     def _agree(self, path: Path, schema: pa.Schema) -> None:
         """The split's columns are those that all files have, of one type or narrower and wider ones, in any order."""
-        found = {field.name: field.type for field in schema}
+        found = {field.name: plain_type(field.type) for field in schema}
+        if len(found) < len(schema):
+            double = next(name for name in found if schema.names.count(name) > 1)
+            raise DataError(
+                f"{path} has {schema.names.count(double)} columns named {double!r}: give each its own name."
+            )
         if not self.columns:
             self.columns = found
             self._first = path
@@ -127,7 +142,7 @@ class Split:
                 del self.columns[name]
                 continue
             wide = widest(kind, found[name])
-            if wide is not None and self._is_settled and _is_wider(wide, kind):
+            if wide is not None and self._is_settled and is_wider(wide, kind):
                 raise DataError(
                     f"{path}: column {name!r} is {found[name]}, but {kind} in the files that this run began with: "
                     f"write new files with {kind}."
@@ -163,6 +178,12 @@ class Split:
             )
         return column in self.columns
 
+    def adopt_types(self, types: Mapping[str, pa.DataType]) -> None:
+        """Read columns that hold nothing but null, or lists of nothing, with these types of other parts."""
+        for name, kind in self.columns.items():
+            if name in types and holds_null_alone(kind):
+                self.columns[name] = widest(kind, types[name]) or kind
+
     def require(self, column: str, why: str) -> pa.DataType:
         """The column's type; raises ConfigError when the split has no such column."""
         if not self.has(column):
@@ -184,16 +205,14 @@ class Split:
         self._check_bytes(group.path)
         found = 0
         try:
-            file = _open(group.path, self._texts if dictionaries else (), self._footers.get(group.path))
+            file = open_parquet(group.path, self._texts if dictionaries else (), self._footers.get(group.path))
             if len(self._footers) >= FOOTERS:
                 self._footers.clear()
             self._footers[group.path] = file.metadata
             for block in _decoded(file, group, list(columns), block_rows):
-                table = block.select(columns).combine_chunks()
-                for place, name in enumerate(columns):
-                    if table.schema.types[place] != self.columns[name]:
-                        table = self._widened(table, place, name)
-                found += len(table)
+                block = block.select(columns)
+                table = pa.table({name: self._read(block[name], name, group, dictionaries) for name in columns})
+                found += len(block)
                 yield table
         except UNREADABLE as error:
             raise DataError(f"{group}{self._column_at_fault(group, columns)}: cannot be read: {error}") from None
@@ -204,19 +223,26 @@ class Split:
         """Names the first column that cannot be read by itself; nothing where that is not to be told."""
         for name in columns:
             try:
-                _open(group.path).read_row_group(group.number, columns=[name], use_threads=False)
+                open_parquet(group.path).read_row_group(group.number, columns=[name], use_threads=False)
             except DataError:  # not even opened
                 return ""
             except UNREADABLE:
                 return f", column {name!r}"
         return ""
 
-    def _widened(self, table: pa.Table, place: int, name: str) -> pa.Table:
-        """A column of a file that has it narrower, as the widest file has it; dictionaries stay."""
-        kind = table.schema.types[place]
-        if pa.types.is_dictionary(kind) or (_is_list(kind) and pa.types.is_dictionary(kind.value_type)):
-            return table
-        return table.set_column(place, name, table[name].cast(self.columns[name]))
+    def _read(self, column: pa.ChunkedArray, name: str, group: RowGroup, dictionaries: bool) -> pa.Array:
+        """Return a column in one chunk and of the split's type; with `dictionaries`, encoded text stays encoded."""
+        try:
+            column = plain_column(column, keeps_dictionaries=dictionaries)
+            kind = column.type
+            is_encoded = pa.types.is_dictionary(kind) or (is_list(kind) and pa.types.is_dictionary(kind.value_type))
+            if not is_encoded and kind != self.columns[name]:  # a narrower type than other files have
+                column = column.cast(self.columns[name])
+            return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
+        except pa.ArrowException as error:
+            raise DataError(
+                f"{group}, column {name!r}: its {column.type} cannot be read as {self.columns[name]}: {error}"
+            ) from None
 
     def tables(self, columns: Sequence[str]) -> Iterator[tuple[RowGroup, pa.Table]]:
         for group in self.row_groups:
@@ -251,7 +277,10 @@ class Dataset:
             raise DataError(f"{folder} is a file: a dataset is a folder with train/ and items/, made by `prepare`.")
         if not folder.is_dir():
             near = [path.name for path in folder.parent.iterdir()] if folder.parent.is_dir() else []
-            raise DataError(f"There is no dataset folder {folder}{nearest(folder.name, near)}: make it with `prepare`.")
+            where = "" if hasattr(folder, "fs") or folder.is_absolute() else f" in {Path.cwd()}"
+            raise DataError(
+                f"There is no dataset folder {folder}{where}{nearest(folder.name, near)}: make it with `prepare`."
+            )
         for name in ("train", "items"):
             if not (folder / name).is_dir():
                 raise DataError(f"{folder} is no dataset: it has no folder {name}/ (it needs train/ and items/).")
@@ -309,11 +338,15 @@ class Dataset:
         if described and self.files is None and not self._grows:
             self._check_files(place, set(described))
         footers = {file: facts["footer"] for file, facts in described.items() if "footer" in facts}
-        return Split(self.folder / place, name, files, self._like if name == TRAIN else None, footers)
+        split = Split(self.folder / place, name, files, self._like if name == TRAIN else None, footers)
+        if name not in (TRAIN, "items", "users") and any(map(holds_null_alone, split.columns.values())):
+            ids = pa.list_(self.items.columns[ITEM_ID])
+            split.adopt_types({POSITIVES: ids, HISTORY: ids, ITEM_ID: ids.value_type, **self.train.columns})
+        return split
 
     def _check_files(self, name: str, described: set[str]) -> None:
         """Raises DataError where a part has other files than dataset.yaml lists of it."""
-        found = {path.name for path in (self.folder / name).glob("*.parquet")}
+        found = {path.name for path in parquet_files(self.folder / name)}
         odd = [
             f"{'has no' if is_lacking else 'also has'} {_few(files)}, {'' if is_lacking else 'un'}listed there"
             for is_lacking, files in ((True, described - found), (False, found - described))
@@ -346,19 +379,32 @@ class Dataset:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Twelve hex digits that change when the data do: names and sizes of all files, and dataset.yaml's digests.
+        """Twelve hex digits that change when the rows do: names and sizes of the files of train/, valid/ and test/.
 
-        Where only some files are meant, of those alone.
+        Where only some files are meant, of those alone, also of items/ and users/.
         """
         digest = hashlib.sha256()
         if self.files is not None:
             digest.update(json.dumps(self.files, sort_keys=True).encode())
             return digest.hexdigest()[:12]
-        for path in sorted(self.folder.rglob("*.parquet")):
-            digest.update(f"{path.relative_to(self.folder)} {path.stat().st_size}\n".encode())
-        for name, facts in sorted(self._described_files.items()):
-            digest.update(f"{name} {facts.get('sha256')}\n".encode())
+        for part in PARTS_OF_ROWS:
+            for path in self.paths(part):
+                digest.update(f"{part}/{path.name} {size_of(path)}\n".encode())
         return digest.hexdigest()[:12]
+
+    @cached_property
+    def described_fingerprint(self) -> str | None:
+        """Twelve hex digits of the digests that dataset.yaml has of those files; None where there are none."""
+        facts = {name: each.get("sha256") for name, each in self._described_files.items()
+                 if Path(name).parent.name in PARTS_OF_ROWS}  # fmt: skip
+        if not facts or self.files is not None:
+            return None
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
+
+    def paths(self, part: str) -> list[Path]:
+        """Return the Parquet files that lie in a part of the dataset; none where there is no such part."""
+        folder = self.folder / part
+        return parquet_files(folder) if folder.is_dir() else []
 
     @staticmethod
     def _check_ids(split: Split, column: str) -> None:
@@ -379,22 +425,6 @@ def _few(names: set[str]) -> str:
     return ", ".join([first, *others]) if len(others) < 3 else f"{first} and {len(others):,} other files"
 
 
-def widest(one: pa.DataType, other: pa.DataType) -> pa.DataType | None:
-    """The type that holds both without loss: the wider integer, the wider float, lists of such; else None."""
-    if one == other or pa.types.is_null(other):  # a file whose column is null throughout has no type to tell
-        return one
-    if pa.types.is_null(one):
-        return other
-    if _is_list(one) and _is_list(other):
-        inner = widest(one.value_type, other.value_type)
-        return None if inner is None else pa.list_(inner)
-    for is_kind in (pa.types.is_signed_integer, pa.types.is_floating):
-        if is_kind(one) and is_kind(other):
-            return one if one.bit_width > other.bit_width else other
-    texts = [kind.value_type if pa.types.is_dictionary(kind) else kind for kind in (one, other)]
-    return pa.string() if all(is_text(kind) for kind in texts) else None
-
-
 def _decoded(file: pq.ParquetFile, group: RowGroup, columns: list[str], block_rows: int) -> Iterator[pa.Table]:
     if block_rows >= group.num_rows:
         yield file.read_row_group(group.number, columns=columns, use_threads=False)
@@ -403,96 +433,7 @@ def _decoded(file: pq.ParquetFile, group: RowGroup, columns: list[str], block_ro
         yield pa.Table.from_batches([batch])
 
 
-def _is_wider(wide: pa.DataType, kind: pa.DataType) -> bool:
-    """Whether numbers of the type `wide`, which holds `kind`, need not fit into that."""
-    if _is_list(wide) and _is_list(kind):
-        return _is_wider(wide.value_type, kind.value_type)
-    return wide != kind and not pa.types.is_null(kind) and not is_text(wide)
-
-
-def _is_list(kind: pa.DataType) -> bool:
-    return pa.types.is_list(kind) or pa.types.is_large_list(kind)
-
-
-def _encoded_texts(file: pq.ParquetFile) -> set[str]:
-    """The paths of columns (list elements among them) whose text the first row group holds by dictionary."""
-    if not file.metadata.num_row_groups:
-        return set()
-    chunks = file.metadata.row_group(0)
-    leaves = (file.schema.column(number) for number in range(len(file.schema)))
-    return {
-        leaf.path
-        for number, leaf in enumerate(leaves)
-        if leaf.logical_type.type == "STRING" and chunks.column(number).has_dictionary_page
-    }
-
-
 def digest_of_description(described: Mapping[str, Any]) -> str:
     """SHA-256 of what dataset.yaml says, but for this digest itself."""
     rest = {name: value for name, value in described.items() if name != "sha256"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
-
-
-def footer_digest(path: Path) -> str:
-    """ "xxh3-" and the XXH3-64 of a Parquet file's footer; of no sense where the file is none."""
-    with path.open("rb") as file:
-        num_bytes = file.seek(0, os.SEEK_END)
-        file.seek(max(num_bytes - 8, 0))
-        length = int.from_bytes(file.read(4), "little")
-        file.seek(max(num_bytes - 8 - length, 0))
-        return f"xxh3-{xxhash.xxh3_64_hexdigest(file.read())}"
-
-
-def rows_if_whole(path: Path) -> int | None:
-    """How many rows a Parquet file has; None where its footer cannot be read, as while it is being written."""
-    try:
-        return _open(path).metadata.num_rows
-    except DataError:
-        return None
-
-
-_LIBRARIES = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "abfs": "adlfs", "az": "adlfs", "hdfs": "pyarrow"}
-
-
-def folder_of(place: Path | str) -> Path:
-    """A folder of this machine, or behind a URL that fsspec knows (s3://..., gs://..., memory://...).
-
-    Raises ConfigError for a scheme that is unknown, or whose library is not installed.
-    """
-    if isinstance(place, str) and "://" in place:
-        from upath import UPath
-
-        scheme = place.partition("://")[0]
-        try:
-            there: Any = UPath(place)  # has the face of a Path
-            _ = there.fs
-        except ImportError as error:
-            library = _LIBRARIES.get(scheme)
-            mend = f"pip install {library}" if library else "install what that says"
-            raise ConfigError(
-                f"The dataset is {place}, but what reads {scheme}:// is not installed ({error}): {mend}."
-            ) from None
-        except ValueError:
-            raise ConfigError(
-                f"The dataset is {place}, but fsspec knows no {scheme}://{nearest(scheme, _LIBRARIES)}: name a folder, "
-                "or a URL of such a scheme."
-            ) from None
-        return there
-    return Path(place)
-
-
-def _open(path: Path, dictionaries: Iterable[str] = (), footer: pq.FileMetaData | None = None) -> pq.ParquetFile:
-    """The file: of this machine memory-mapped, pages checked against their checksums where they have some."""
-    is_here = not hasattr(path, "fs")
-    try:
-        file = pq.ParquetFile(
-            path if is_here else path.open("rb"),
-            metadata=footer,
-            memory_map=is_here,
-            page_checksum_verification=True,
-            read_dictionary=list(dictionaries),
-        )
-        assert file.schema_arrow is not None  # decodes the names, which may be damaged as well
-        return file
-    except UNREADABLE as error:
-        raise DataError(f"{path} cannot be read as Parquet: {error}") from None

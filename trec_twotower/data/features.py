@@ -10,6 +10,7 @@ from typing import Protocol
 import numpy as np
 import pyarrow as pa
 
+from trec_twotower.data.arrow_types import is_list
 from trec_twotower.data.cache_folder import CacheFolder
 from trec_twotower.data.catalogue import Catalogue, check_side
 from trec_twotower.data.dataset import ITEM_ID, POSITIVES, USER_ID, Dataset, Split
@@ -55,7 +56,7 @@ class Sources:
         self.context, self.static = self._placed()
         check_side(list(schema.item), dataset.items)
         self._check_targets()
-        self.check_ids(dataset.train)
+        self._check_types(dataset.train)
         self.statistics = dict(statistics) if statistics is not None else self.learn()
         self.catalogue = Catalogue(
             dataset.items, ITEM_ID, list(schema.item), schema.tables, self._statistics_of("item"), cache
@@ -65,6 +66,7 @@ class Sources:
             assert dataset.users is not None
             user = self._statistics_of("user")
             self.users = Catalogue(dataset.users, USER_ID, self.static, schema.tables, user, cache)
+        self._check_signs(dataset.train)
 
     def _statistics_of(self, side: Side) -> dict[str, Statistics]:
         learning = (feature.name for feature in self.schema.features(side) if feature.learns)
@@ -146,13 +148,38 @@ class Sources:
             )
 
     def check_ids(self, split: Split) -> None:
-        """Raises DataError where `split` has as text what others have as integers: nothing would be the same id."""
-        items, users, train = self.dataset.items, self.dataset.users, self.dataset.train
+        """Raise DataError where ids of `split` have a type that makes them other ids than those of other parts."""
+        self._check_types(split)
+        self._check_signs(split)
+
+    def _id_columns(self) -> list[tuple[str, Split, str]]:
+        """Return columns of ids, each with the part and the column whose ids they are."""
+        items, users = self.dataset.items, self.dataset.users
         of_items = (ITEM_ID, POSITIVES, HISTORY, *(each.reads for each in self._of_items))
         pairs = [(column, items, ITEM_ID) for column in dict.fromkeys(of_items)]
-        pairs += [(USER_ID, users, USER_ID)] if users is not None and self.static else []
-        pairs += [(column, train, column) for column in self.user_columns()]
-        for column, other, name in pairs:
+        return [*pairs, *([(USER_ID, users, USER_ID)] if users is not None and self.static else [])]
+
+    def _check_signs(self, split: Split) -> None:
+        """Raise DataError where 2^63 and above in one part have the 64 bits of negative integers in another."""
+        for column, other, name in self._id_columns():
+            catalogue = self.catalogue if name == ITEM_ID else self.users
+            if column not in split.columns or catalogue is None:
+                continue
+            kind, wanted = split.columns[column], other.columns[name]
+            kind = kind.value_type if is_list(kind) else kind
+            if not (pa.types.is_integer(kind) and pa.types.is_uint64(kind) != pa.types.is_uint64(wanted)):
+                continue
+            if (catalogue.keys < 0).any():
+                some = "2^63 or more" if pa.types.is_uint64(wanted) else "negative"
+                raise DataError(
+                    f"{split.folder}: column {column!r} is {kind}, but {name!r} in {other.folder} is {wanted} and some "
+                    f"of its ids are {some}, which are other ids in {kind}: write both with one type."
+                )
+
+    def _check_types(self, split: Split) -> None:
+        """Raise DataError where `split` has as text what others have as integers: nothing would be the same id."""
+        train = self.dataset.train
+        for column, other, name in [*self._id_columns(), *((each, train, each) for each in self.user_columns())]:
             if column not in split.columns or name not in other.columns:
                 continue
             kind, wanted = split.columns[column], other.columns[name]
@@ -331,7 +358,5 @@ class Sources:
 
 def _is_of_text(kind: pa.DataType) -> bool | None:
     """Whether ids, or lists of ids, are text; None where the column holds neither text nor integers."""
-    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
-        kind = kind.value_type
-    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    kind = kind.value_type if is_list(kind) else kind
     return is_text(kind) if is_id(kind) else None

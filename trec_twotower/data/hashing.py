@@ -153,7 +153,7 @@ def id_keys(ids: pa.Array, where: str) -> np.ndarray:
 
 
 def is_text(kind: pa.DataType) -> bool:
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or str(kind) == "string_view"
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
 
 
 def is_id(kind: pa.DataType) -> bool:

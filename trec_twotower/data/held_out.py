@@ -40,9 +40,9 @@ class HeldOut:
         table = split.table(sorted(columns))
         where = str(split.folder)
         if single:
-            positives = Lists.singles(sources.item_rows(one_chunk(table[ITEM_ID]), where))
+            positives = Lists.singles(sources.item_rows(one_chunk(table[ITEM_ID]), f"{where}, column {ITEM_ID!r}"))
         else:
-            positives = sources.item_row_lists(one_chunk(table[POSITIVES]), where)
+            positives = sources.item_row_lists(one_chunk(table[POSITIVES]), f"{where}, column {POSITIVES!r}")
         keep = np.arange(len(table)) if split_name == SERVING else np.flatnonzero(positives.lengths > 0)
         if sample is not None and sample < len(keep):
             keep = np.sort(np.random.default_rng(seed).choice(keep, sample, replace=False))
@@ -51,7 +51,8 @@ class HeldOut:
         table = table.take(pa.array(keep)).combine_chunks()
         seen = Lists.empty(len(keep))
         if split.has(HISTORY):
-            seen = sources.item_row_lists(one_chunk(table[HISTORY]), where, known_only=True)
+            place = f"{where}, column {HISTORY!r}"
+            seen = sources.item_row_lists(one_chunk(table[HISTORY]), place, known_only=True)
         return cls(one_chunk(table[USER_ID]), sources.user_features(table, where), positives.take(keep), seen)
 
     def excluded(self, exclude_seen: bool | Literal["except_target"]) -> Lists:

@@ -9,14 +9,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from trec_twotower.config import GRADUAL, GivenConfig, LossConfig
-from trec_twotower.data.dataset import ITEM_ID, UNREADABLE, USER_ID, Split
+from trec_twotower.data.arrow_types import plain_table, plain_type
+from trec_twotower.data.dataset import ITEM_ID, USER_ID, Split
 from trec_twotower.data.features import Sources
 from trec_twotower.data.hashing import id_keys, is_id, is_text
 from trec_twotower.data.lists import Lists
+from trec_twotower.data.parquet_files import UNREADABLE
 from trec_twotower.data.probing import KeyTable
 from trec_twotower.data.transforms import check_weights, is_id_list, key_lists, one_chunk, with_weights
 from trec_twotower.data.words import python_value
 from trec_twotower.errors import ConfigError, DataError, nearest
+
+MOST_WEIGHT = 1e15  # in the loss: the square of a gradient of 1e19 is beyond float32
 
 
 def check_given(train: Split, given: GivenConfig) -> None:
@@ -61,9 +65,12 @@ def read_given(sources: Sources, loss: LossConfig, table: pa.Table, where: str) 
     if given.weights is not None:
         weights = with_weights(items, ids, one_chunk(table[given.weights]), place, given.weights).weights
         assert weights is not None
-        if (weights < 0).any():
-            row = int(items.rows[weights < 0][0])
-            raise DataError(f"{place}, row {row:,}: {given.weights!r} has a weight below 0: write 0 or more.")
+        if (bad := (weights < 0) | (weights > MOST_WEIGHT)).any():
+            row, weight = int(items.rows[bad][0]), weights[bad][0]
+            raise DataError(
+                f"{place}, row {row:,}: {given.weights!r} has the weight {weight:g}: write weights from 0 to "
+                f"{MOST_WEIGHT:g}."
+            )
     is_known = items.values >= 0
     if not is_known.all():
         if given.unknown == "error":
@@ -100,14 +107,14 @@ class KeyedLists:
             raise ConfigError(f"{setting} is {path}, which is no file{nearest(path.name, near)}.")
         try:
             file = pq.ParquetFile(path, page_checksum_verification=True)
-            kinds = {field.name: field.type for field in file.schema_arrow}
+            kinds = {field.name: plain_type(field.type) for field in file.schema_arrow}
             for name in (key, items):
                 if name not in kinds:
                     raise ConfigError(
                         f"{path}, which {setting} names, has no column {name!r}{nearest(name, kinds)}: it needs "
                         f"{key!r} and {items!r}."
                     )
-            table = file.read([key, items])
+            table = plain_table(file.read([key, items]), [key, items])
         except UNREADABLE as error:
             raise DataError(f"{path} cannot be read as Parquet: {error}") from None
         if not is_id_list(kinds[items]):
@@ -142,6 +149,5 @@ class KeyedLists:
 
 def _check_alike(here: str, kind: pa.DataType, there: str, other: pa.DataType) -> None:
     """Text and integers never meet: raises DataError."""
-    plain = [each.value_type if pa.types.is_dictionary(each) else each for each in (kind, other)]
-    if not is_id(plain[0]) or is_text(plain[0]) != is_text(plain[1]):
+    if not is_id(kind) or is_text(kind) != is_text(other):
         raise DataError(f"{here} is {kind}, but the ids of {there} are {other}: write them alike.")

@@ -21,7 +21,7 @@ from trec_twotower.data.dataset import ITEM_ID, POSITIVES, USER_ID, RowGroup
 from trec_twotower.data.examples import Examples, RowItems
 from trec_twotower.data.features import Sources
 from trec_twotower.data.hashing import fingerprints, id_keys, uniform
-from trec_twotower.data.item_lists import check_given, given_columns, read_given
+from trec_twotower.data.item_lists import MOST_WEIGHT, check_given, given_columns, read_given
 from trec_twotower.data.kernels import mark_heaps
 from trec_twotower.data.lists import Lists
 from trec_twotower.data.numbers import is_number
@@ -247,11 +247,12 @@ class UnitReader:
                 "numbers, or rename it."
             )
         weight = array.cast(pa.float32(), safe=False).to_numpy(zero_copy_only=False)
-        bad = np.flatnonzero(~(np.isfinite(weight) & (weight >= 0)))
+        bad = np.flatnonzero(~((weight >= 0) & (weight <= MOST_WEIGHT)))
         if bad.size:
             raise DataError(
-                f"{where}, column {WEIGHT!r}, row {bad[0]:,}: {array[bad[0]].as_py()}: weights are finite and at least "
-                "0."
+                f"{where}, column {WEIGHT!r}, row {bad[0]:,}: {array[bad[0]].as_py()}: row weights are at least 0 "
+                f"and at most {MOST_WEIGHT:g}, since squared gradients of larger ones overflow. Divide all weights by "
+                "their mean."
             )
         return weight
 

@@ -25,10 +25,11 @@ import pyarrow as pa
 from trec_twotower.config import DataConfig, FollowConfig, LossConfig
 from trec_twotower.data.batch import Batch
 from trec_twotower.data.coverage import own_items
-from trec_twotower.data.dataset import Dataset, folder_of, rows_if_whole
+from trec_twotower.data.dataset import Dataset
 from trec_twotower.data.features import Sources
 from trec_twotower.data.interactions import ListsAt, TrainBatches, rows_taken
 from trec_twotower.data.negatives import count_items
+from trec_twotower.data.parquet_files import folder_of, parquet_files, refuse_partitions, refuse_tables, rows_if_whole
 from trec_twotower.data.step_rows import StepRows
 from trec_twotower.distributed import Ranks
 from trec_twotower.errors import DataError
@@ -178,8 +179,12 @@ class Generations:
         """Bytes and rows of the whole files in a part of the dataset that are in no generation, by name, sorted."""
         known = {name for generation in self.taken for name in generation.files[part]}
         found = {}
-        for path in sorted((folder_of(self.folder) / part).glob("*.parquet")):
-            if path.name in known or path.name.startswith((".", "_")):
+        folder = folder_of(self.folder) / part
+        if folder.is_dir():
+            refuse_tables(folder)
+            refuse_partitions(folder)
+        for path in parquet_files(folder):
+            if path.name in known:
                 continue
             try:
                 size, rows = path.stat().st_size, rows_if_whole(path)

@@ -35,16 +35,20 @@ def counted(array: pa.Array) -> tuple[pa.Array, str]:
     return array.cast(pa.int64()), unit
 
 
-def seconds(feature: FeatureSpec, array: pa.Array, where: str) -> tuple[np.ndarray, np.ndarray]:
-    """Seconds since 1970 in UTC (float64), and which rows are missing.
+def seconds(
+    feature: FeatureSpec, array: pa.Array, where: str, row_of: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return seconds since 1970 in UTC (float64), and which values are missing.
 
-    Numbers are in the feature's `unit`; timestamps without zone are taken as UTC.
+    Numbers are in the feature's `unit`; timestamps without a zone are in UTC. `row_of` has the row of each value where
+    the values are elements of lists. Raises DataError for times that are no dates of the years up to
+    9999, as those of another unit are.
     """
     missing = array.is_null().to_numpy(zero_copy_only=False)
     if pa.types.is_date(array.type):
         array = array.cast(pa.timestamp("ms"))
     unit: str = feature.unit
-    if pa.types.is_timestamp(array.type):
+    if is_stamp := pa.types.is_timestamp(array.type):
         array, unit = counted(array)
     if pa.types.is_integer(array.type):
         value = array.fill_null(0).to_numpy(zero_copy_only=False) / PER_SECOND[unit]
@@ -52,11 +56,13 @@ def seconds(feature: FeatureSpec, array: pa.Array, where: str) -> tuple[np.ndarr
         value = array.cast(pa.float64(), safe=False).fill_null(0.0).to_numpy(zero_copy_only=False) / PER_SECOND[unit]
     odd = ~(np.abs(value) <= LAST_S)
     if odd.any():
-        row = int(np.flatnonzero(odd)[0])
+        first = int(np.flatnonzero(odd)[0])
+        row = first if row_of is None else int(row_of[first])
+        fixes = ["write null for a missing time"] if row_of is None else ["leave such elements out"]
+        fixes += [] if is_stamp else [f"set `unit` (now {unit}) of feature {feature.name!r} to the unit of its numbers"]
         raise DataError(
             f"{where}: {int(odd.sum()):,} of {len(value):,} times are no dates of the years up to 9999, the first "
-            f"({array[row].as_py()}) in row {row:,}: write null for a missing time, and set `unit` (now {unit}) of "
-            f"feature {feature.name!r} to what its numbers count."
+            f"({array[first].as_py()}) in row {row:,}: {', or '.join(fixes)}."
         )
     return value, missing
 

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
+from trec_twotower.data.arrow_types import as_list, is_list
 from trec_twotower.data.hashing import bucket_type, hash_to_bucket, id_keys, is_id, is_text, mix_array, modulo_bucket
 from trec_twotower.data.kernels import put_divisors
 from trec_twotower.data.lists import Lists
 from trec_twotower.data.numbers import Statistics, binned, is_number, normalise, number_values
 from trec_twotower.data.text import text_keys, tokens
-from trec_twotower.data.times import DAY_S, PER_SECOND, ages, counted, is_time, parts, seconds
+from trec_twotower.data.times import DAY_S, ages, is_time, parts, seconds
 from trec_twotower.data.vectors import is_vector, vectors
 from trec_twotower.data.vocabulary import in_vocabulary
 from trec_twotower.errors import DataError
@@ -245,7 +246,7 @@ def with_decay(feature: FeatureSpec, lists: Lists, ids: pa.Array, table: pa.Tabl
     assert feature.times is not None and feature.half_life_days is not None
     times = one_chunk(table[feature.times])
     check_times(feature.times, times.type, where)
-    time_s, _ = rising_seconds(beside(ids, times, where, feature.times), lists, where, feature.times)
+    time_s, _ = rising_seconds(feature, beside(ids, times, where, feature.times), lists, where)
     end_s = np.zeros(len(lists))
     has_any = lists.lengths > 0
     end_s[has_any] = time_s[lists.offsets[1:][has_any] - 1]
@@ -280,7 +281,7 @@ def sequence(
     if feature.times:
         times = one_chunk(table[feature.times])
         check_times(feature.times, times.type, where)
-        gaps = gap_buckets(beside(ids, times, where, feature.times), keys, where, feature.times)
+        gaps = gap_buckets(feature, beside(ids, times, where, feature.times), keys, where)
         found[part_of(name, "gap")] = Lists(keys.offsets, gaps)
     if feature.actions:
         actions = one_chunk(table[feature.actions])
@@ -291,31 +292,30 @@ def sequence(
     return {part: lists.newest(feature.max_length) for part, lists in found.items()}
 
 
-def gap_buckets(times: pa.Array, steps: Lists, where: str, column: str) -> np.ndarray:
+def gap_buckets(feature: FeatureSpec, times: pa.Array, steps: Lists, where: str) -> np.ndarray:
     """The bucket of each step's distance in seconds from the step before it: 1 + log2(1 + seconds), 0 for the first."""
-    value, is_first = rising_seconds(times, steps, where, column)
+    value, is_first = rising_seconds(feature, times, steps, where)
     gap = np.where(is_first, 0.0, np.diff(value, prepend=value[:1]))
     of_gap = np.minimum(1 + np.log2(1 + gap), GAP_BUCKETS - 1).astype(np.int32)
     return np.where(is_first, 0, of_gap).astype(np.int32)
 
 
-def rising_seconds(times: pa.Array, steps: Lists, where: str, column: str) -> tuple[np.ndarray, np.ndarray]:
-    """The time of each step in seconds (float64), and which are the first of their row; DataError where they fall."""
+def rising_seconds(feature: FeatureSpec, times: pa.Array, steps: Lists, where: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return the time of each step in seconds (float64), and which steps are the first of their row.
+
+    Raises DataError where the times of a row fall, are null, or are no dates in the feature's `unit`.
+    """
+    column = feature.times
     if times.null_count:
-        raise DataError(f"{where}: the times in {column!r} hold null beside an id: write the time of every step.")
-    second = 1
-    if pa.types.is_timestamp(times.type):
-        times, unit = counted(times)
-        second = PER_SECOND[unit]
-    value = times.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False) / second
+        raise DataError(f"{where}: the times in {column!r} hold null for an id: write the time of every step.")
+    value, _ = seconds(feature, times, f"{where}, times {column!r}", steps.rows)
     is_first = np.zeros(len(value), bool)
     is_first[steps.offsets[:-1][steps.lengths > 0]] = True
     rises = is_first | (np.diff(value, prepend=value[:1]) >= 0)
-    if not (rises & np.isfinite(value)).all():
-        row = int(steps.rows[~(rises & np.isfinite(value))][0])
+    if not rises.all():
+        row = int(steps.rows[~rises][0])
         raise DataError(
-            f"{where}, row {row:,}: the times in {column!r} fall or are no numbers, but lists are oldest first: "
-            "sort each list by time."
+            f"{where}, row {row:,}: the times in {column!r} fall, but lists are oldest first: sort each list by time."
         )
     return value, is_first
 
@@ -341,7 +341,7 @@ def _element_lists(array: pa.Array, where: str, of_ids: Callable[[pa.Array], np.
 
 
 def is_id_list(kind: pa.DataType) -> bool:
-    return (pa.types.is_list(kind) or pa.types.is_large_list(kind)) and is_id(kind.value_type)
+    return is_list(kind) and is_id(kind.value_type)
 
 
 def _offsets(array: pa.Array) -> np.ndarray:
@@ -367,6 +367,7 @@ def with_weights(
 
 def beside(ids: pa.Array, other: pa.Array, where: str, column: str, what: str = "value") -> pa.Array:
     """The elements of lists that stand beside lists of ids, in another column, less those beside null ids."""
+    other = as_list(other)
     other = other.fill_null(pa.scalar([], type=other.type)) if other.null_count else other
     wanted = _offsets(ids.fill_null(pa.scalar([], type=ids.type)) if ids.null_count else ids)
     found = _offsets(other)
@@ -415,12 +416,8 @@ def one_chunk(column: pa.ChunkedArray) -> pa.Array:
 
 def check_weights(column: str, kind: pa.DataType, where: str) -> None:
     """Raises DataError when a column's type cannot be a bag's weights."""
-    if not ((pa.types.is_list(kind) or pa.types.is_large_list(kind)) and is_number(kind.value_type)):
+    if not (is_list(kind) and is_number(kind.value_type)):
         raise DataError(f"{where}: its weights, column {column!r}, are {kind}, not a list of numbers: cast them.")
-
-
-def _is_list(kind: pa.DataType) -> bool:
-    return pa.types.is_list(kind) or pa.types.is_large_list(kind)
 
 
 def check_time(feature: FeatureSpec, kind: pa.DataType, where: str) -> None:
@@ -434,8 +431,10 @@ def check_time(feature: FeatureSpec, kind: pa.DataType, where: str) -> None:
 
 def check_times(column: str, kind: pa.DataType, where: str) -> None:
     """Raises DataError when a column's type cannot be the times of steps."""
-    if not (_is_list(kind) and (is_number(kind.value_type) or pa.types.is_timestamp(kind.value_type))):
-        raise DataError(f"{where}: its times, column {column!r}, are {kind}, not a list of seconds or timestamps.")
+    if not (is_list(kind) and is_time(kind.value_type)):
+        raise DataError(
+            f"{where}: its times, column {column!r}, are {kind}, not a list of timestamps, dates or numbers."
+        )
 
 
 def check_actions(column: str, kind: pa.DataType, where: str) -> None:
@@ -452,7 +451,7 @@ NEEDED: dict[Kind, tuple[str, Callable[[pa.DataType], bool]]] = {
     "number": ("numbers", is_number),
     "cross": ("integers or strings", is_id),
     "time": ("timestamps, dates or numbers", is_time),
-    "text": ("strings", lambda kind: is_text(kind.value_type if pa.types.is_dictionary(kind) else kind)),
+    "text": ("strings", is_text),
     "vector": ("lists of floating-point numbers", is_vector),
 }
 

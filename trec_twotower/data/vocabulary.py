@@ -63,7 +63,6 @@ def make_vocabulary(feature: FeatureSpec, kind: pa.DataType, columns: Iterable[p
     frequent ones the lesser come first. `kind` is the column's type, in which a file's words are read.
     """
     assert feature.vocabulary is not None and feature.buckets is not None
-    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
     room = feature.buckets - FIRST_WORD
     if feature.vocabulary != LEARNED:
         words: list[Any] = words_of_file(feature)

@@ -1,4 +1,4 @@
-"""Arrow's values as Python's, also where text is not UTF-8: Parquet says it is, but nothing holds writers to it."""
+"""Arrow's values as Python's, also text that is not UTF-8 and times finer or further than Python's."""
 
 from __future__ import annotations
 
@@ -12,10 +12,13 @@ EXACT = "surrogateescape"  # to be turned back: every byte is kept
 
 
 def python_values(array: pa.Array | pa.ChunkedArray, errors: str = READABLE) -> list[Any]:
-    """`to_pylist` for all bytes that text may hold; `errors` as bytes.decode takes it."""
+    """`to_pylist` for all bytes and times that a column may hold; `errors` as bytes.decode takes it.
+
+    Times are cut to microseconds, as Python's are, and text where Python has no such date.
+    """
     try:
         return array.to_pylist()
-    except UnicodeDecodeError:
+    except (ValueError, OverflowError):  # UnicodeDecodeError among them
         pass
     if isinstance(array, pa.ChunkedArray):
         return [value for chunk in array.chunks for value in python_values(chunk, errors)]
@@ -29,8 +32,27 @@ def python_values(array: pa.Array | pa.ChunkedArray, errors: str = READABLE) -> 
         return [dict(zip(names, values, strict=True)) if is_valid else None for is_valid, *values in rows]
     if pa.types.is_nested(kind):  # lists; of other kinds no column is read
         return [None if not each.is_valid else python_values(each.values, errors) for each in array]
+    if pa.types.is_temporal(kind):
+        return _times(array)
     text = array.cast(pa.large_binary()).to_pylist()
     return [None if each is None else each.decode(errors=errors) for each in text]
+
+
+def _times(array: pa.Array) -> list[Any]:
+    """Times, dates or spans of time that Python cannot hold as they are."""
+    kind = array.type
+    of_nanoseconds: tuple[tuple[bool, pa.DataType], ...] = (
+        (pa.types.is_timestamp(kind), pa.timestamp("us", getattr(kind, "tz", None))),
+        (pa.types.is_duration(kind), pa.duration("us")),
+        (pa.types.is_time64(kind), pa.time64("us")),
+    )
+    coarser = [other for fits, other in of_nanoseconds if fits and kind.unit == "ns"]
+    for other in (*coarser, pa.string()):
+        try:
+            return array.cast(other, safe=False).to_pylist()
+        except (pa.ArrowException, ValueError, OverflowError):
+            continue
+    return array.cast(pa.int64()).to_pylist()
 
 
 def python_value(array: pa.Array | pa.ChunkedArray, row: int) -> Any:

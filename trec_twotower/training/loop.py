@@ -25,7 +25,7 @@ from trec_twotower.data.interactions import TrainBatches
 from trec_twotower.data.stream import Epochs, Passes, Stream
 from trec_twotower.distributed import Ranks
 from trec_twotower.errors import ConfigError, Stopped, TrainingError
-from trec_twotower.failures import Attempts, describe_step
+from trec_twotower.failures import Attempts, describe_step, suspects
 from trec_twotower.faults import fault_point
 from trec_twotower.files import MANIFEST, read_json, write_json
 from trec_twotower.heartbeat import Heartbeat
@@ -113,7 +113,7 @@ def _train(
     signals: StopSignals,
 ) -> Path:
     run = Run.join(config, ranks)
-    sources = run.sources(ranks)
+    sources = run.sources(ranks, trains=True)
     passes = passes_of(run, sources, ranks)
     measure = Measure(evaluate, passes)
     fault_point("start:read")
@@ -354,10 +354,14 @@ class Progress:
         """Leave what is known of the step under way, which cannot be taken, and end the run."""
         folder = self.run.folder / f"not-finite-step-{self.step + 1:08d}"
         describe_step(folder, self.ranks, self.step + 1, found, *self.under_way, self.passes)
+        of_ranks = self.ranks.collect(suspects(self.config.feature_schema, self.under_way[1]))
+        absurd = list(dict.fromkeys(each for rank in of_ranks for each in rank))
+        fix = "Lower train.optimizer.lr or raise loss.temperature"
+        if absurd:
+            fix = f"In this step {' and '.join(absurd[:4])}: scale such values down in the data"
         raise TrainingError(
             f"{found}; nothing was updated by it. Its rows and what their features hold are in {folder}. The newest "
-            f"checkpoint is of step {max(self.saved_step, 0):,}. Lower train.optimizer.lr or raise loss.temperature, "
-            "in a new run_dir."
+            f"checkpoint is of step {max(self.saved_step, 0):,}. {fix}, and train in a new run_dir."
         )
 
     def done(self) -> None:
