@@ -85,8 +85,8 @@ class TrainBatches:
 
     @property
     def log_q_I(self) -> np.ndarray:
-        """What is taken off the logits of each item."""
-        return self.negatives.log_I * np.float32(self.loss.log_q)
+        """Log of the probability that an item is among a step's candidates, (I,)."""
+        return self.negatives.log_I
 
     def since(self, step: int, end: int) -> Iterator[Batch]:
         """Batches of the steps step .. end - 1; an error in the data is raised at the step that needs the row."""
