@@ -15,6 +15,7 @@ PACKAGE = Path(trec_twotower.__file__).parent
 # A package stands where its __init__ does: behind its parts, which it may import.
 LAYERS = """
     errors yaml_files schema config same_run files memory faults lock preemption shared_memory distributed heartbeat
+    collapse_guard
     data data.kernels data.words data.hashing data.lists data.probing data.numbers data.times
     data.vocabulary data.vectors data.text data.transforms data.dataset
     data.cache_folder data.arrays data.catalogue data.features data.coverage data.held_out
@@ -28,7 +29,7 @@ LAYERS = """
     data.sources.amazon_reviews data.sources.movielens data.sources.goodbooks data.sources
     model model.narrow model.parts model.embedding model.list_sums model.inputs model.sequence model.tower
     model.temperature model.frequency
-    model.losses.cells model.losses.blocks model.losses.contrastive model.losses.pointwise model.losses.pairwise
+    model.losses.cells model.losses.relations model.losses.blocks model.losses.contrastive model.losses.pointwise model.losses.pairwise
     model.losses.graded model.losses.mixture model.losses model.losses.regularisers model.queue model.gate model.watch
     model.interests model.two_tower
     cpu_updates optimizer sharding spectral plan checkpoint_storage checkpoint encode run failures refresh pipeline

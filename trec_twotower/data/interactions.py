@@ -84,6 +84,11 @@ class TrainBatches:
         self._room = 0  # for the values of the items' bags: as many as a batch has had
 
     @property
+    def item_counts(self) -> np.ndarray:
+        """How often each item is a positive of the rows that were counted, (I,)."""
+        return self.negatives.facts.taken_I
+
+    @property
     def log_q_I(self) -> np.ndarray:
         """Log of the probability that an item is among a step's candidates, (I,)."""
         return self.negatives.log_I

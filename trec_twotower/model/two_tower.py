@@ -199,6 +199,11 @@ class TwoTower(nn.Module):
         return {**temperature, **parts, **self.watch.figures(self.ranks)}
 
     @property
+    def has_cosine_scores(self) -> bool:
+        """Whether a score is a cosine, or the highest of several."""
+        return self.is_unit and not self.is_gaussian
+
+    @property
     def gaussian(self) -> Gaussian:
         return Gaussian(self.is_gaussian, self.is_unit)
 
