@@ -23,8 +23,8 @@ class ItemQueue(nn.Module):
     item is in with probability P = 1 - (1 - p) ** (1 + steps held), if p is its probability to be a candidate of one
     step.
 
-    Without the queue, a loss corrects a candidate by log_q * log p (config.LossConfig.log_q). With it, log P - log p more:
-    the loss is in expectation what it is without the queue, from a larger sample.
+    Without the queue, a loss corrects a candidate by the strength `log_q` times log p. With it, by log P - log p more:
+    in expectation the loss is what it is without the queue, from a larger sample.
 
     A vector that is held gets no gradient, so an item is pushed away from users only at steps that have it as their
     own candidate: with probability p in place of P, while its positives pull it at full strength. Left so, all items

@@ -30,7 +30,8 @@ def bpr(
     """The weighted sum over positives of the mean over their row's negatives of -log sigmoid(l_p - l_n), in nats.
 
     l = u . v / temperature. With log q the mean has the weights 1 / q, which make candidates that are drawn by
-    popularity an even sample of the catalogue; without, popular items are pushed down as often as they are drawn. Rendle et al. 2009, "BPR: Bayesian Personalized Ranking from Implicit Feedback".
+    popularity an even sample of the catalogue; without, popular items are pushed down as often as they are drawn.
+    Rendle et al. 2009, "BPR: Bayesian Personalized Ranking from Implicit Feedback".
     """
 
     def cost(gap_pW: Tensor, weight_pW: Tensor | None) -> Tensor:

@@ -84,10 +84,10 @@ def ccl(
 
     With unit vectors, s = u . v, a row of positives p with weights w_p that sum to W and of N negatives costs
 
-        sum over p of w_p * (1 - s_p)  +  c * W * sum over n of h(s_n),   h(s) = max(0, s - margin)² / (2 * (1 - margin))
+        sum over p of w_p * (1 - s_p)  +  c * W * sum over n of h(s_n)
 
-    c is negative_weight / N, but at most 1 / (sum over n of h'(s_n)): the negatives together never push harder than
-    the positives pull. The gradient treats c as a constant.
+    h(s) is max(0, s - margin)² / (2 * (1 - margin)), with a slope h' of 0 at the margin and 1 at cosine 1. c is negative_weight / N, but at most 1 / (sum over n of h'(s_n)): the negatives together never push harder than the
+    positives pull. The gradient treats c as a constant.
 
     Mao et al. 2021, "SimpleX: A Simple and Strong Baseline for Collaborative Filtering", has a plain hinge and no
     limit. There, as long as all vectors point in about the same direction, either none or all negatives of a row are
