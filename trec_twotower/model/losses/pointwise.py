@@ -86,7 +86,8 @@ def ccl(
 
         sum over p of w_p * (1 - s_p)  +  c * W * sum over n of h(s_n)
 
-    h(s) is max(0, s - margin)² / (2 * (1 - margin)), with a slope h' of 0 at the margin and 1 at cosine 1. c is negative_weight / N, but at most 1 / (sum over n of h'(s_n)): the negatives together never push harder than the
+    h(s) is max(0, s - margin)² / (2 * (1 - margin)); its slope h' is 0 at the margin and 1 at cosine 1. c is
+    negative_weight / N, but at most 1 / (sum over n of h'(s_n)): the negatives together never push harder than the
     positives pull. The gradient treats c as a constant.
 
     Mao et al. 2021, "SimpleX: A Simple and Strong Baseline for Collaborative Filtering", has a plain hinge and no
