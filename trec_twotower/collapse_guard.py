@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -23,6 +23,14 @@ MEANING = {
 }
 # Settings that a warning names where they differ from their defaults.
 SUSPECTS = ("kind", "temperature", "log_q", "negatives.in_batch", "negatives.queue", "negatives.hardest")
+
+
+@runtime_checkable
+class HasBaseline(Protocol):
+    """An evaluation that can also rank by popularity."""
+
+    def popularity(self, count_I: np.ndarray) -> dict[str, float]:
+        """Return the metrics of ranking all items by these counts."""
 
 
 @dataclass(frozen=True)

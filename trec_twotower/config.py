@@ -182,12 +182,28 @@ class HardestConfig(Settings):
     """More weight for the negatives of a row that score highest; a number alone is the count."""
 
     count: PositiveInt  # negatives of a row with weight 1
-    others: float = Field(default=0.1, gt=0, le=1)  # weight of each of the other negatives
+    others: float = Field(default=0.1, ge=0, le=1)  # weight of each of the other negatives
+
+    @model_validator(mode="after")
+    def _pushes_all(self) -> Self:
+        if self.others == 0:
+            raise ValueError(
+                "loss.negatives.hardest.others is 0: items that are not among the hardest would only be pulled toward "
+                "users, and all vectors would collapse to one direction. Set it above 0, such as 0.1, the default."
+            )
+        return self
 
 
 def _counted(value: Any) -> Any:
-    """32 -> {"count": 32}."""
-    return {"count": value} if isinstance(value, int | float | str) and not isinstance(value, bool) else value
+    """32 -> {"count": 32}; raises ValueError for what is neither a number nor a group of settings."""
+    if isinstance(value, int | float | str) and not isinstance(value, bool):
+        return {"count": value}
+    if not isinstance(value, dict | HardestConfig):
+        raise ValueError(
+            f"loss.negatives.hardest is {value!r}: set it to a number of negatives, such as 32, or to {{count: 32, "
+            "others: 0.1}."
+        )
+    return value
 
 
 class NegativesConfig(Settings):
@@ -201,7 +217,7 @@ class NegativesConfig(Settings):
     mined: MinedConfig | None = None
     refresh: RefreshConfig | None = None
     queue: NonNegativeInt = 0  # candidates of earlier steps that are negatives too, with their vectors of then
-    hardest: Annotated[HardestConfig, BeforeValidator(_counted)] | None = None
+    hardest: Annotated[HardestConfig, BeforeValidator(_counted)] | None = None  # that count more than the others
 
     @model_validator(mode="after")
     def _fit_together(self) -> Self:

@@ -8,14 +8,14 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NoReturn, Protocol, runtime_checkable
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from trec_twotower.checkpoint import Checkpoints, versions
-from trec_twotower.collapse_guard import CollapseGuard, Finding, baseline_name
+from trec_twotower.collapse_guard import CollapseGuard, Finding, HasBaseline, baseline_name
 from trec_twotower.config import RunConfig
 from trec_twotower.cpu_updates import quicken_updates
 from trec_twotower.data.batch import Batch
@@ -46,14 +46,6 @@ from trec_twotower.sharding import placements, shard
 from trec_twotower.spectral import check_start, start_spectral
 
 Evaluate = Callable[[TwoTower], dict[str, float]]
-
-
-@runtime_checkable
-class HasBaseline(Protocol):
-    """An `Evaluate` that can also rank by popularity."""
-
-    def popularity(self, count_I: np.ndarray) -> dict[str, float]:
-        """Return the metrics of ranking all items by these counts."""
 
 
 def build_model(config: RunConfig, ranks: Ranks) -> DistributedModelParallel:
@@ -221,9 +213,10 @@ class Measure:
 
     def popularity(self) -> dict[str, float] | None:
         """Return the metrics of ranking by popularity, computed once for the data; None where they cannot be."""
+        evaluate: object = self.of_data
         count_I = self.passes.item_counts
-        if self._popularity is None and count_I is not None and isinstance(self.of_data, HasBaseline):
-            self._popularity = self.of_data.popularity(count_I)
+        if self._popularity is None and count_I is not None and isinstance(evaluate, HasBaseline):
+            self._popularity = evaluate.popularity(count_I)
         return self._popularity
 
     def __call__(self, model: TwoTower) -> dict[str, float] | None:
@@ -406,7 +399,7 @@ class Progress:
             f"{rows_per_s:>9,.0f} rows/s  {clock(left_s)} left"
         )
         waited_s, self.logged_waiting_s = self.waiting_s - self.logged_waiting_s, self.waiting_s
-        measured = {
+        measured: dict[str, float | Histogram] = {
             "loss": loss,
             **self.model.figures(),
             **self.optimizer.figures(),
