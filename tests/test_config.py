@@ -453,6 +453,7 @@ OTHER = {
     "evaluate.sampled": (100, False),
     "evaluate.sampled_same": ("category", False),
     "evaluate.block": (10, False),
+    "evaluate.exclude_seen": (False, False),
     "evaluate.slices": (["tail"], False),
     "evaluate.item_to_item": (False, False),
     "evaluate.bootstrap": (0, False),

@@ -25,7 +25,8 @@ LAYERS = """
     data.stream
     data.sources.options data.sources.writer data.sources.id_lines data.sources.synthetic_words
     data.sources.synthetic_reach data.sources.synthetic data.sources.gowalla data.sources.amazon_beauty
-    data.sources.event_files data.sources.event_splits data.sources.event_log data.sources.events data.sources.ratings
+    data.sources.event_files data.sources.event_splits data.sources.event_log data.sources.events data.sources.summary
+    data.sources.ratings
     data.sources.amazon_reviews data.sources.movielens data.sources.goodbooks data.sources
     model model.narrow model.parts model.embedding model.list_sums model.inputs model.sequence model.tower
     model.temperature model.frequency

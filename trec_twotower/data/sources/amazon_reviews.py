@@ -39,8 +39,8 @@ from typing import Any, Literal
 import duckdb
 from pydantic import Field
 
-from trec_twotower.data.sources.event_files import Files, explained, fetch_row, fetch_rows
-from trec_twotower.data.sources.event_log import LATEST_S, Moment, write_log
+from trec_twotower.data.sources.event_files import LATEST_US, Files, explained, fetch_row, fetch_rows, to_microseconds
+from trec_twotower.data.sources.event_log import Moment, write_log
 from trec_twotower.data.sources.ratings import RatingOptions, load_ratings
 from trec_twotower.data.sources.writer import DatasetWriter
 from trec_twotower.errors import DataError, nearest
@@ -70,7 +70,7 @@ class Options(RatingOptions):
     description_chars: int = Field(1000, ge=0)  # of features and description together
     min_user_events: int = Field(5, ge=1)
     min_item_events: int = Field(5, ge=1)
-    split: Literal["leave-last-out", "time"] = "time"
+    split: Literal["leave-last-out", "time", "none"] = "time"
     valid_from: Moment | None = 1628643414  # 2021-08-11
     test_from: Moment | None = 1658002729  # 2022-07-16
 
@@ -85,11 +85,11 @@ def write(options: Options, writer: DatasetWriter) -> dict[str, Any]:
         columns = {
             "user_id": "nullif(trim(user_id), '')",
             "item_id": "nullif(trim(parent_asin), '')",
-            "timestamp": "try_cast(timestamp ->> '$' AS BIGINT) // 1000",
+            "timestamp": to_microseconds("try_cast(timestamp ->> '$' AS BIGINT)", 1_000),
             "rating": "try_cast(rating ->> '$' AS DOUBLE)",
             "verified": "verified_purchase ->> '$' = 'true'",
         }
-        when = f"{{0}} IS NULL OR {{0}} < {EARLIEST_S} OR {{0}} > {LATEST_S}"
+        when = f"{{0}} IS NULL OR {{0}} < {EARLIEST_S * 1_000_000} OR {{0}} > {LATEST_US}"
         faults = [
             ("user_id", "user_id", "{} IS NULL", "take these lines out"),
             ("parent_asin", "item_id", "{} IS NULL", "take these lines out"),

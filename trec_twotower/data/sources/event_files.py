@@ -29,6 +29,8 @@ _FILE = "file of the row"  # the column in which DuckDB gives it
 _INTEGERS = {sign + kind for sign in ("", "U") for kind in ("TINYINT", "SMALLINT", "INTEGER", "BIGINT")}
 _TEXTS = {"VARCHAR", "UUID"}
 _ROWS_PER_BATCH = 131_072
+LATEST_S = 10**11  # the year 5138; what is larger is in another unit
+LATEST_US = LATEST_S * 1_000_000
 _JSON_FAULT = re.compile(r"JSON .*?in file \"(.+?)\"")
 
 
@@ -93,17 +95,21 @@ class Files:
             raise self._refusal(column, kind, "ids are whole numbers or text")
         return f"CAST({sql_name(column)} AS {'BIGINT' if kind in _INTEGERS else 'VARCHAR'})"
 
-    def seconds(self, column: str) -> str:
-        """An SQL expression: whole seconds since 1970; NULL where the file has null, NaN or an infinity."""
+    def microseconds(self, column: str) -> str:
+        """Return an SQL expression: microseconds since 1970; NULL where the file has null, NaN or an infinity.
+
+        Numbers in the file are seconds.
+        """
         kind = self.require(column, "timestamp")
         name = sql_name(column)
         if kind in _INTEGERS:
-            return f"CAST({name} AS BIGINT)"
+            return to_microseconds(name, 1_000_000)
         if kind in ("FLOAT", "DOUBLE"):
-            return f"CASE WHEN isfinite({name}) THEN CAST(floor({name}) AS BIGINT) END"
+            return to_microseconds(f"CASE WHEN isfinite({name}) THEN floor(CAST({name} AS DOUBLE) * 1000000) END", 1)
         if kind == "DATE" or kind.startswith("TIMESTAMP"):
-            zoned = f"CAST({name} AS {'TIMESTAMPTZ' if kind.endswith('ZONE') else 'TIMESTAMP'})"
-            return f"CASE WHEN isfinite({zoned}) THEN epoch_us({zoned}) // 1000000 END"
+            has_zone = kind.endswith("ZONE") or kind.startswith("TIMESTAMPTZ")
+            zoned = f"CAST({name} AS {'TIMESTAMPTZ' if has_zone else 'TIMESTAMP'})"
+            return f"CASE WHEN isfinite({zoned}) THEN epoch_us({zoned}) END"
         raise self._refusal(column, kind, "timestamps are whole seconds since 1970, or TIMESTAMP")
 
     def number(self, column: str) -> str:
@@ -118,11 +124,19 @@ class Files:
         is_odd = kind.startswith("DECIMAL") or kind in ("HUGEINT", "UHUGEINT")
         return f"CAST({sql_name(column)} AS DOUBLE)" if is_odd else sql_name(column)
 
+    def sortable(self, column: str, role: str) -> str:
+        """Return an SQL expression: a column whose values have an order."""
+        kind = self.require(column, role)
+        if kind.endswith("]") or kind.startswith(("STRUCT", "MAP", "UNION", "JSON", "BLOB", "BIT")):
+            raise self._refusal(column, kind, "an order is given by numbers, text or times")
+        return sql_name(column)
+
     def refuse(self, database: duckdb.DuckDBPyConnection, column: str, fault: str, count: int, why: str) -> DataError:
         """Says how many rows have the fault (an SQL condition), and which file and row is the first."""
         fetch_rows(database, "SET preserve_insertion_order = true")
-        select = f"FROM {self.relation} WHERE {fault}"
-        (path,) = fetch_row(database, f"SELECT min({sql_name(_FILE)}) {select}")
+        # FILTER, because DuckDB skips row groups of Parquet by statistics that do not count NaN where it has a WHERE.
+        first_file = f"min({sql_name(_FILE)}) FILTER ({fault})"
+        (path,) = fetch_row(database, f"SELECT {first_file} FROM {self.relation}")
         row, value = fetch_row(
             database,
             f"SELECT row, value FROM (SELECT row_number() OVER () - 1 AS row, CAST({sql_name(column)} AS VARCHAR) AS "
@@ -244,6 +258,16 @@ def fetch_rows(database: duckdb.DuckDBPyConnection, query: str) -> list[tuple[An
 def fetch_row(database: duckdb.DuckDBPyConnection, query: str) -> tuple[Any, ...]:
     (row,) = fetch_rows(database, query)
     return row
+
+
+def to_microseconds(time: str, factor: int) -> str:
+    """Return an SQL expression: the whole number `time`, whose unit is `factor` microseconds, in microseconds.
+
+    Times before 1970 become a negative number, those after LATEST_US a larger one: nothing overflows.
+    """
+    too_late = LATEST_US // factor + 1_000_000  # which a double can tell from LATEST_US
+    clamped = f"CAST(least(greatest({time}, -1), {too_late}) AS BIGINT)"
+    return f"CASE WHEN {time} IS NOT NULL THEN {clamped} * {factor} END"
 
 
 def sql_name(column: str) -> str:
