@@ -209,6 +209,20 @@ def test_the_model_gives_its_loss_the_batch_and_the_config(kind, world, worlds, 
         assert other.item() != pytest.approx(expected.item(), rel=1e-6), f"{name} = {value} changes nothing"
 
 
+@pytest.mark.parametrize("kind", ["softmax", "bpr"])
+def test_the_strength_of_log_q_is_a_factor_of_the_batchs(kind, worlds, lone_rank):
+    config, batch = worlds["event"]
+    config = with_loss(config, kind=kind, log_q=0.25)
+    model = towers(build_model(config, lone_rank))
+    users, items = model.encode_users(batch), model.encode_items(batch)
+    values = {}
+    for strength in (0.25, 1.0):
+        related = replace(relations_of(batch), log_q_C=strength * batch.log_q_C)
+        values[strength] = LOSSES[kind](users, items, related, **config.loss.parameters).item()
+    found = model(batch).item() * batch.num_rows_of_all_ranks
+    assert found == pytest.approx(values[0.25], rel=1e-6) != pytest.approx(values[1.0], rel=1e-4)
+
+
 def test_a_batch_without_the_pairs_that_the_config_wants_is_no_batch(worlds, lone_rank):
     config, batch = worlds["event"]
     model = towers(build_model(with_loss(config, given=GIVEN), lone_rank))

@@ -81,7 +81,7 @@ class Evaluator:
 
     def popularity(self, count_I: np.ndarray) -> dict[str, float]:
         """Return the mean metrics, over the users of all ranks, of ranking all items by how often they were taken."""
-        return self.mean(popularity_ranking(count_I, self.held_out.seen, max(self.config.k)))
+        return self.mean(popularity_ranking(count_I, self.excluded, max(self.config.k)))
 
     def items(self, model: TwoTower) -> np.ndarray:
         """(I, D): the vectors of the whole catalogue."""
