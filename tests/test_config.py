@@ -417,7 +417,7 @@ OTHER = {
     "loss.negatives.sampled": ("all", True),
     "loss.negatives.power": (0.75, True),
     "loss.negatives.queue": (4096, True),
-    "loss.negatives.hardest": (64, True),
+    "loss.negatives.hardest.count": (64, True),
     "train.epochs": (99, False),
     "train.seed": (1, True),
     "train.optimizer.sparse": ("sgd", True),
@@ -469,6 +469,7 @@ OTHER = {
 ROOM = ("model.dim=10", "loss.negatives.sampled=5")
 NEEDS = {  # what else a setting asks for
     "evaluate.sampled_same": ("evaluate.sampled=100",),
+    "loss.negatives.hardest.count": ("loss.negatives.hardest={count: 9}",),
     "model.user_tower.wide": ("tables.item.dim=12", "model.dim=12"),
     "tables.item.shard_columns": ("tables.item.sharding=column_wise",),
     "tables.item.cache_share": ("tables.item.kernel=fused_uvm_caching",),
@@ -540,7 +541,8 @@ def test_every_section_is_in_the_list_of_bindings():
     of_towers = {name.rpartition(".")[2] for name in listed if name.startswith("model.")}
     untold -= {f"model.{tower}.{name}" for tower in ("user_tower", "item_tower") for name in of_towers}
     untold -= {f"model.{tower}.{name}" for tower in ("user_tower", "item_tower") for name in ("gating", "experts")}
-    untold -= {f"loss.negatives.{name}" for name in ("popular", "same", "mined", "refresh")}  # sections of their own
+    of_their_own = ("popular", "same", "mined", "refresh", "hardest")
+    untold -= {f"loss.negatives.{name}" for name in of_their_own}
     untold -= {"train.start", "loss.interests"}  # likewise
     untold -= {"loss.kind", "loss.given", *(f"loss.{name}" for told in LOSS_PARAMETERS.values() for name in told)}
     assert not untold, f"list {untold} in OTHER"

@@ -32,7 +32,8 @@ LAYERS = """
     data.sources.amazon_reviews data.sources.movielens data.sources.goodbooks data.sources
     model model.narrow model.parts model.embedding model.list_sums model.inputs model.sequence model.tower
     model.temperature model.frequency
-    model.losses.cells model.losses.blocks model.losses.contrastive model.losses.pointwise model.losses.pairwise
+    model.losses.cells model.losses.relations
+    model.losses.blocks model.losses.contrastive model.losses.pointwise model.losses.pairwise
     model.losses.graded model.losses.mixture model.losses model.losses.regularisers model.queue model.gate model.watch
     model.interests model.two_tower
     cpu_updates optimizer sharding spectral plan checkpoint_storage checkpoint encode run failures refresh pipeline

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Iterator
 from dataclasses import replace
@@ -23,7 +24,7 @@ from trec_twotower.exhaustive import rank_everything
 from trec_twotower.export import VECTORS, VectorFiles, _write
 from trec_twotower.index import build_index, exact_search
 from trec_twotower.model.interests import attended, gaussian_item, gaussian_user, likeness, uses
-from trec_twotower.model.losses import LOSSES, Pairs, Relations, blocks
+from trec_twotower.model.losses import LOSSES, Hardest, Pairs, Relations, blocks
 from trec_twotower.model.sequence import ENCODERS
 from trec_twotower.schema import EncoderSpec, Schema
 
@@ -58,7 +59,7 @@ def relations() -> Relations:
     return Relations(positive, known, given, torch.linspace(-3, -1, COLUMNS), is_negative_C)
 
 
-def by_definition(kind: str, user_BMD: Tensor, item_CD: Tensor, related: Relations, hardest: int | None) -> Tensor:
+def by_definition(kind: str, user_BMD: Tensor, item_CD: Tensor, related: Relations, hardest: Hardest | None) -> Tensor:
     """Row after row, over the whole list of its scores, each the highest by any of the row's vectors."""
     score_BC = torch.einsum("bmd,cd->bmc", user_BMD, item_CD).amax(1) / TEMPERATURE
     logit_BC = score_BC - related.log_q_C
@@ -71,7 +72,10 @@ def by_definition(kind: str, user_BMD: Tensor, item_CD: Tensor, related: Relatio
         columns = [c for c in range(COLUMNS) if related.is_negative_C[c] and c not in shut and c not in refused]
         if kind == "softmax":
             columns += refused
-        negative = drawn_BC[row, columns].sort(descending=True).values[:hardest]
+        negative = drawn_BC[row, columns]
+        if hardest is not None:
+            others = score_BC[row, columns].argsort(descending=True)[hardest.count :]
+            negative = negative.index_add(0, others, torch.full((len(others),), math.log(hardest.others)))
         own = [(c, w) for r, c, w in zip(*(part.tolist() for part in vars_of(positive)), strict=True) if r == row]
         for column, weight in own:
             logit = logit_BC[row, column]
@@ -91,7 +95,7 @@ def vars_of(pairs: Pairs) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("cells", [1 << 20, 2 * COLUMNS])
-@pytest.mark.parametrize(("kind", "hardest"), [("softmax", None), ("softmax", 2), ("bce", None)])
+@pytest.mark.parametrize(("kind", "hardest"), [("softmax", None), ("softmax", Hardest(2, 0.1)), ("bce", None)])
 def test_the_loss_in_blocks_equals_the_definition(kind, hardest, cells, vectors, monkeypatch):
     """Values and gradients, with several positives a row, refused items, columns that are nobody's negatives."""
     monkeypatch.setattr(blocks, "BLOCK_ROWS", 1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from trec_twotower.config import CORRECTED
-from trec_twotower.model.losses import LOSSES, Pairs, Relations, blocks
+from trec_twotower.model.losses import LOSSES, Hardest, Pairs, Relations, blocks
 from trec_twotower.model.losses.regularisers import alignment, nearness, squared_lengths
 
 
@@ -115,8 +115,16 @@ def indices(pairs: list[Any]) -> tuple[Tensor, Tensor]:
 class Slow:
     """Scores and logits of single cells, and the losses made of them."""
 
-    def __init__(self, case: Case, user_BD: Tensor, item_CD: Tensor, temperature: Tensor | float = 1.0) -> None:
+    def __init__(
+        self,
+        case: Case,
+        user_BD: Tensor,
+        item_CD: Tensor,
+        temperature: Tensor | float = 1.0,
+        hardest: Hardest | None = None,
+    ) -> None:
         self.case, self.user_BD, self.item_CD, self.temperature = case, user_BD, item_CD, temperature
+        self.hardest = hardest
         self.zero = 0 * (user_BD.sum() + item_CD.sum() + temperature)
 
     def plain(self, row: int, column: int) -> Tensor:
@@ -125,12 +133,28 @@ class Slow:
     def logit(self, row: int, column: int) -> Tensor:
         return self.plain(row, column) - self.case.correction(column)
 
+    def weights(self, row: int) -> dict[int, float]:
+        """The row's negatives, each with 1, or with the weight of those that are not among its highest scores."""
+        columns = self.case.negatives_of(row)
+        if self.hardest is None:
+            return dict.fromkeys(columns, 1.0)
+        best = sorted(columns, key=lambda column: -self.plain(row, column).item())[: self.hardest.count]
+        return {column: 1.0 if column in best else self.hardest.others for column in columns}
+
     def against(self, row: int) -> list[Tensor]:
         """Logits of the row's negatives; one that is the row's alone is there with certainty, so not corrected."""
         return [
-            self.logit(row, column) if self.case.is_common(column) else self.plain(row, column)
-            for column in self.case.negatives_of(row)
+            math.log(weight) + (self.logit(row, column) if self.case.is_common(column) else self.plain(row, column))
+            for column, weight in self.weights(row).items()
         ]
+
+    def shares(self, row: int) -> dict[int, float]:
+        """The row's negatives, with their shares in a mean that has the weights 1 / q."""
+        weight = {
+            column: weight * (math.exp(-self.case.correction(column)) if self.case.is_common(column) else 1.0)
+            for column, weight in self.weights(row).items()
+        }
+        return {column: each / sum(weight.values()) for column, each in weight.items()}
 
     def taken(self, row: int) -> list[tuple[int, float]]:
         return [(column, weight) for other, column, weight in self.case.positives if other == row]
@@ -182,22 +206,25 @@ class Slow:
     def softmax_bce(self, softmax_share: float = 0.5, negative_weight: float = 1.0) -> Tensor:
         return softmax_share * self.softmax() + (1 - softmax_share) * self.bce(negative_weight)
 
-    def ccl(self, margin: float = 0.8, negative_weight: float = 150.0) -> Tensor:
+    def ccl(self, margin: float = 0.5, negative_weight: float = 150.0) -> Tensor:
         total = self.zero
-        for row, column, weight in self.case.positives:
-            total = total + weight * (1 - self.plain(row, column))
-            against = self.case.negatives_of(row)
-            for other in against:
+        for row in range(self.case.num_rows):
+            cost, push, mass = self.zero, 0.0, sum(weight for _, weight in self.taken(row))
+            for other, share in self.shares(row).items():
                 excess = torch.relu(self.plain(row, other) - margin)
-                total = total + negative_weight * weight / len(against) * excess
+                cost = cost + share * excess**2 / (2 * (1 - margin))
+                push += share * excess.item() / (1 - margin)
+            limited = negative_weight if push * negative_weight <= 1 else 1 / push
+            total = total + mass * limited * cost
+            for column, weight in self.taken(row):
+                total = total + weight * (1 - self.plain(row, column))
         return total
 
     def pairwise(self, cost: Callable[[Tensor], Tensor]) -> Tensor:
         total = self.zero
         for row, column, weight in self.case.positives:
-            against = self.case.negatives_of(row)
-            for other in against:
-                total = total + weight / len(against) * cost(self.plain(row, column) - self.plain(row, other))
+            for other, share in self.shares(row).items():
+                total = total + weight * share * cost(self.plain(row, column) - self.plain(row, other))
         return total
 
     def bpr(self) -> Tensor:
@@ -307,7 +334,13 @@ CASES = {
 
 
 def both_ways(
-    kind: str, case: Case, temperature: float = 0.5, *, dtype: torch.dtype = torch.float64, scale: float = 1.0
+    kind: str,
+    case: Case,
+    temperature: float = 0.5,
+    *,
+    dtype: torch.dtype = torch.float64,
+    scale: float = 1.0,
+    hardest: Hardest | None = None,
 ) -> Iterator[list[Tensor]]:
     """The loss and its gradients for both sides and the temperature: written out in float64, then as computed."""
     name, parameters = KINDS[kind]
@@ -319,10 +352,11 @@ def both_ways(
         inputs.append(torch.tensor(temperature, dtype=type_, requires_grad=True))
         given = inputs[:2] if name in WITHOUT_TEMPERATURE else inputs
         if type_ is torch.float64:
-            slow = getattr(Slow(case, *given), name)(**parameters)
+            slow = getattr(Slow(case, *given, hardest=hardest), name)(**parameters)
             yield [slow, *torch.autograd.grad(slow, given)]
         heat = {} if name in WITHOUT_TEMPERATURE else {"temperature": inputs[2]}
-        loss = LOSSES[name](inputs[0], inputs[1], case.relations(type_), **heat, **parameters)
+        relations = replace(case.relations(type_), hardest=hardest)
+        loss = LOSSES[name](inputs[0], inputs[1], relations, **heat, **parameters)
         if type_ is dtype:
             yield [loss, *torch.autograd.grad(loss, given)]
             return

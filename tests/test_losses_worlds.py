@@ -183,7 +183,7 @@ def test_the_batches_own_corrections_let_scores_be_the_logs_of_popularity(popula
         optimizer.zero_grad()
         item_C = batch.sparse["item:item_id"].values()[: batch.item_sizes[0]].long()
         rows = batch.num_rows_of_all_ranks
-        (softmax(torch.ones(rows, 1), score_I[item_C][:, None], relations_of(batch)) / rows).backward()
+        (softmax(torch.ones(rows, 1), score_I[item_C][:, None], relations_of(batch, loss.log_q)) / rows).backward()
         optimizer.step()
         if step >= num_steps // 2:
             total_I += score_I.detach()

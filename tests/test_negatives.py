@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from tests.ranks.worlds import event_config
-from trec_twotower.config import DataConfig, LossConfig, validate
+from trec_twotower.config import DataConfig, HardestConfig, LossConfig, validate
 from trec_twotower.data.batch import Batch
 from trec_twotower.data.dataset import Dataset
 from trec_twotower.data.features import Sources
@@ -612,6 +612,12 @@ def test_settings_that_do_not_fit_together_are_refused():
         refused({"negatives": {"refresh": {"every": 1, "count": 1, "ranks": [9, 3]}}})
     with pytest.raises(ConfigError, match=r"hardest is set, but loss\.kind bce weighs all negatives"):
         refused({"kind": "bce", "negatives": {"hardest": 3}})
+    with pytest.raises(ConfigError, match=r"hardest\.others is 0: items that are not among the hardest would only be"):
+        refused({"negatives": {"hardest": {"count": 3, "others": 0}}})
+    for value in (True, [3]):
+        with pytest.raises(ConfigError, match=r"hardest is .*: set it to a number of negatives, such as 32, or to"):
+            refused({"negatives": {"hardest": value}})
+    assert validate(LossConfig, {"negatives": {"hardest": 3}}, "here").negatives.hardest == HardestConfig(count=3)
     with pytest.raises(ConfigError, match=r"log_q_estimate is streaming, but loss\.log_q is 0"):
         refused({"kind": "ccl", "log_q_estimate": "streaming"})
     with pytest.raises(ConfigError, match=r"in_batch: false and sampled: 0, so nothing is left"):

@@ -179,6 +179,34 @@ class RefreshConfig(Settings):
         return self
 
 
+class HardestConfig(Settings):
+    """More weight for the negatives of a row that score highest; a number alone is the count."""
+
+    count: PositiveInt  # negatives of a row with weight 1
+    others: float = Field(default=0.1, ge=0, le=1)  # weight of each of the other negatives
+
+    @model_validator(mode="after")
+    def _pushes_all(self) -> Self:
+        if self.others == 0:
+            raise ValueError(
+                "loss.negatives.hardest.others is 0: items that are not among the hardest would only be pulled toward "
+                "users, and all vectors would collapse to one direction. Set it above 0, such as 0.1, the default."
+            )
+        return self
+
+
+def _counted(value: Any) -> Any:
+    """32 -> {"count": 32}; raises ValueError for what is neither a number nor a group of settings."""
+    if isinstance(value, int | float | str) and not isinstance(value, bool):
+        return {"count": value}
+    if not isinstance(value, dict | HardestConfig):
+        raise ValueError(
+            f"loss.negatives.hardest is {value!r}: set it to a number of negatives, such as 32, or to {{count: 32, "
+            "others: 0.1}."
+        )
+    return value
+
+
 class NegativesConfig(Settings):
     """Where the items that a user did not take come from; all of them form one set of candidates."""
 
@@ -189,8 +217,8 @@ class NegativesConfig(Settings):
     same: SameConfig | None = None
     mined: MinedConfig | None = None
     refresh: RefreshConfig | None = None
-    queue: NonNegativeInt = 0  # candidates of earlier steps whose vectors are kept and stand as they were
-    hardest: PositiveInt | None = None  # only so many negatives of a row count, those of the highest logits
+    queue: NonNegativeInt = 0  # candidates of earlier steps that are negatives too, with their vectors of then
+    hardest: Annotated[HardestConfig, BeforeValidator(_counted)] | None = None  # that count more than the others
 
     @model_validator(mode="after")
     def _fit_together(self) -> Self:
@@ -259,7 +287,7 @@ LOSS_PARAMETERS: dict[str, dict[str, Any]] = {
     "bce": {"temperature": 0.1, "negative_weight": 1.0, "precision": "auto"},
     "softmax_bce": {"temperature": 0.1, "softmax_share": 0.5, "negative_weight": 1.0, "precision": "auto"},
     "bsl": {"temperature": 0.1, "temperature_ratio": 1.0, "precision": "auto"},
-    "ccl": {"margin": 0.8, "negative_weight": 150.0, "precision": "auto"},
+    "ccl": {"margin": 0.5, "negative_weight": 150.0, "precision": "auto"},
     "bpr": {"temperature": 0.1, "precision": "auto"},
     "margin": {"margin": 0.2, "precision": "auto"},
     "listwise": {"temperature": 0.1, "grades": "share"},
@@ -276,9 +304,9 @@ class InterestsConfig(Settings):
     diversity: NonNegativeFloat = 0.1  # weight of what is added to the loss where a user's vectors are alike
 
 
-CORRECTED = ("softmax", "bce", "softmax_bce", "bsl")  # the losses that log_q is for
+CORRECTED = ("softmax", "bce", "softmax_bce", "bsl", "bpr", "margin")  # the losses that log_q is for
 GRADUAL = ("bce", "softmax_bce")  # the losses that take a given label as a share, from 0 to 1
-SELECTIVE = ("softmax", "bsl", "ccl", "bpr", "margin")  # the losses that may keep a row's hardest negatives alone
+SELECTIVE = ("softmax", "bsl", "ccl", "bpr", "margin")  # the losses that may give hardest negatives more weight
 
 
 class LossConfig(Settings):

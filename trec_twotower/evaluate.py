@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 
 from trec_twotower.baselines import ItemToItem, SpectralTowers, popularity_vectors
 from trec_twotower.catalogue_index import CatalogueIndex, aligned
+from trec_twotower.collapse_guard import cosines, unit
 from trec_twotower.config import METRICS, EvaluateConfig, validate
 from trec_twotower.data.dataset import SERVING
 from trec_twotower.data.features import Sources
@@ -72,8 +73,16 @@ class Evaluator:
         return cls(sources, held_out.part(mine), mine.start, config, ranks)
 
     def __call__(self, model: TwoTower) -> dict[str, float]:
-        """Mean metrics over the users of all ranks, by exact search."""
-        return self.mean(self.rankings(self.users(model), exactly(self.items(model), self.ranks)))
+        """Return mean metrics over the users of all ranks, by exact search, and the mean cosines of vectors."""
+        item_ID, user_BD = self.items(model), self.users(model)
+        metrics = self.mean(self.rankings(user_BD, exactly(item_ID, self.ranks)))
+        one_each_ND = unit(user_BD).reshape(-1, item_ID.shape[1])  # of users with several vectors, all of them
+        total = self.ranks.sum(np.array([len(one_each_ND), *one_each_ND.sum(axis=0)]))
+        return {**metrics, **cosines(item_ID, total[1:], int(total[0]))}
+
+    def popularity(self, count_I: np.ndarray) -> dict[str, float]:
+        """Return the mean metrics, over the users of all ranks, of ranking all items by how often they were taken."""
+        return self.mean(popularity_ranking(count_I, self.excluded, max(self.config.k)))
 
     def items(self, model: TwoTower) -> np.ndarray:
         """(I, D): the vectors of the whole catalogue."""

@@ -312,6 +312,20 @@ class RunLog:
                 else:
                     self.board.add_scalar(f"{kind}/{name}", value, step)
 
+    def warn(self, step: int, values: Mapping[str, Any]) -> None:
+        """Write a line with kind "warning"."""
+        if self.is_written:
+            with naming(self.path), self.path.open("a") as file:
+                file.write(json.dumps({"step": step, "kind": "warning", **values}) + "\n")
+
+    def warnings_and_last_validation(self) -> list[dict[str, Any]]:
+        """Return those lines; only the first rank has them."""
+        if not self.path.is_file():
+            return []
+        lines = [json.loads(line) for line in self.path.read_text().splitlines()]
+        last = [line for line in lines if line["kind"] == "valid"][-1:]
+        return [line for line in lines if line["kind"] == "warning"] + last
+
     def _draw(self, name: str, histogram: Histogram, step: int) -> None:
         edges, counts = histogram.edges, histogram.counts
         middle = (edges[1:] + edges[:-1]) / 2

@@ -64,14 +64,14 @@ class Batch(Pipelineable):
     item_number_SN: Tensor
     item_sizes: tuple[int, ...] = ()
     num_rows_of_all_ranks: int = 0
-    log_q_C: Tensor | None = None
+    log_q_C: Tensor | None = None  # log of the probability to be a candidate, whatever loss.log_q is
     is_negative_C: Tensor | None = None  # bool: False for items that only stand as positives
     positive_row_P: Tensor | None = None
     positive_column_P: Tensor | None = None
     positive_weight_P: Tensor | None = None
     known_row_M: Tensor | None = None
     known_column_M: Tensor | None = None
-    given_row_G: Tensor | None = None  # pairs that the rows name themselves; see Relations in model/losses/blocks.py
+    given_row_G: Tensor | None = None  # pairs that the rows name themselves; see model/losses/relations.py
     given_column_G: Tensor | None = None
     given_label_G: Tensor | None = None
     given_weight_G: Tensor | None = None

@@ -54,7 +54,7 @@ class CandidateSets:
             exact = self.loss.log_q_estimate == "exact"
             candidates = Candidates(
                 item_row,
-                self.negatives.log_I[item_row] * np.float32(self.loss.log_q) if exact else None,
+                self.negatives.log_I[item_row] if exact else None,
                 is_negative,
                 tuple(stop - start for start, stop in pairwise(edges)),
                 self._key(item_row) if self.keeps_key else None,

@@ -84,9 +84,14 @@ class TrainBatches:
         self._room = 0  # for the values of the items' bags: as many as a batch has had
 
     @property
+    def item_counts(self) -> np.ndarray:
+        """How often each item is a positive of the rows that were counted, (I,)."""
+        return self.negatives.facts.taken_I
+
+    @property
     def log_q_I(self) -> np.ndarray:
-        """What is taken off the logits of each item."""
-        return self.negatives.log_I * np.float32(self.loss.log_q)
+        """Log of the probability that an item is among a step's candidates, (I,)."""
+        return self.negatives.log_I
 
     def since(self, step: int, end: int) -> Iterator[Batch]:
         """Batches of the steps step .. end - 1; an error in the data is raised at the step that needs the row."""

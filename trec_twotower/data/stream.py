@@ -51,6 +51,10 @@ class Passes(Protocol):
         """What the batch that came last is from."""
 
     @property
+    def item_counts(self) -> np.ndarray | None:
+        """How often each item of `sources.catalogue` is a positive, (I,); None before the first batch of a stream."""
+
+    @property
     def num_steps(self) -> int:
         """As far as is known yet."""
 
@@ -84,6 +88,10 @@ class Epochs:
     @property
     def sources(self) -> Sources:
         return self.batches.sources
+
+    @property
+    def item_counts(self) -> np.ndarray | None:
+        return self.batches.item_counts
 
     @property
     def num_steps(self) -> int:
@@ -283,6 +291,10 @@ class Stream:
         self.generations = generations
         self._rows = [0, *accumulate(rows_taken(generation.num_rows, self.data) for generation in generations.taken)]
         self._ends = list(accumulate(generation.num_steps(self.data) for generation in generations.taken))
+
+    @property
+    def item_counts(self) -> np.ndarray | None:
+        return None if self._current is None else self._current.item_counts
 
     @property
     def num_steps(self) -> int:

@@ -18,9 +18,18 @@ FINGERPRINT = (1 << 32) - 1  # the bits of a key that are the item's fingerprint
 class ItemQueue(nn.Module):
     """The last candidates that stood against all rows, in a ring of `size` places, the same on all ranks.
 
-    It holds whole steps alone (of a step with more candidates than there are places, as many drawn evenly), and an item
-    once: as it was when it was last a candidate. With the step's own candidates it makes up one set, of which an item
-    is with probability 1 - (1 - p) ** (1 + steps held), if p is its probability to be a candidate of one step.
+    It holds whole steps only (of a step with more candidates than there are places, a uniform sample of that size), and
+    an item once: as it was when it was last a candidate. With the step's own candidates it makes up one set, which an
+    item is in with probability P = 1 - (1 - p) ** (1 + steps held), if p is its probability to be a candidate of one
+    step.
+
+    Without the queue, a loss corrects a candidate by the strength `log_q` times log p. With it, by log P - log p more:
+    in expectation the loss is what it is without the queue, from a larger sample.
+
+    A vector that is held gets no gradient, so an item is pushed away from users only at steps that have it as their
+    own candidate: with probability p in place of P, while its positives pull it at full strength. Left so, all items
+    move to the users' mean direction. Therefore the push on a candidate of the step is multiplied by P / p, which makes
+    it, in expectation, that of the loss over the whole set (`Relations.push_C`).
     """
 
     def __init__(self, size: int, dim: int, log_q: float, device: torch.device) -> None:
@@ -45,11 +54,14 @@ class ItemQueue(nn.Module):
         """Hold nothing."""
         self.first_Q.fill_(NEVER)
 
-    def beside(self, item_CD: Tensor, key_C: Tensor, relations: Relations, listed: Pairs) -> tuple[Tensor, Relations]:
-        """The step's candidates with those of earlier steps behind them, and how all of them relate to the rows.
+    def beside(
+        self, item_CD: Tensor, key_C: Tensor, log_p_C: Tensor, relations: Relations, listed: Pairs
+    ) -> tuple[Tensor, Relations]:
+        """Return the step's candidates followed by those of earlier steps, and how all of them relate to the rows.
 
-        An item that stands against all rows in this step counts as it is now. `listed` are the keys (as columns) that
-        are no negatives of a row; of items of histories ~fingerprint, which is negative, stands for the key.
+        An item that is a negative of all rows in this step counts as it is now. `log_p_C` are the logs of p. `listed`
+        are the keys (as columns) that are no negatives of a row; for items of histories it has ~fingerprint, which is
+        negative, in place of the key.
         """
         is_whole_Q = self.first_Q >= self.count - self.size
         is_negative_C = relations.is_negative_C
@@ -62,31 +74,28 @@ class ItemQueue(nn.Module):
         first = item_CD.shape[0]
         known = relations.known
         ones_K = torch.ones_like(key_K, dtype=torch.bool)
-        log_q = relations.log_q_C
-        if log_q is not None and self.strength:
-            num_steps = (is_whole_Q & self.is_first_Q).sum()
-            log_p = torch.cat([log_q / self.strength, self.log_p_Q[place_K].to(log_q.dtype)])
-            log_q = self.strength * _at_least_once(log_p, 1 + num_steps)
-        elif log_q is not None:
-            log_q = torch.cat([log_q, torch.zeros_like(key_K, dtype=log_q.dtype)])
+        num_steps = (is_whole_Q & self.is_first_Q).sum()
+        log_p = torch.cat([log_p_C, self.log_p_Q[place_K].to(log_p_C.dtype)])
+        log_of_set = _at_least_once(log_p, 1 + num_steps)
+        push_C = (log_of_set[:first] - log_p_C).exp()
+        if is_negative_C is not None:
+            push_C = push_C.where(is_negative_C, 1.0)
         return torch.cat([item_CD, self.vector_QD[place_K].to(item_CD.dtype)]), replace(
             relations,
             known=Pairs(torch.cat([known.row_P, row]), torch.cat([known.column_P, first + column])),
-            log_q_C=log_q,
+            log_q_C=log_of_set - (1 - self.strength) * log_p,
+            push_C=torch.cat([push_C, torch.ones_like(key_K, dtype=push_C.dtype)]),
             is_negative_C=ones_K.new_ones(first + len(place_K))
             if is_negative_C is None
             else torch.cat([is_negative_C, ones_K]),
         )
 
     @torch.no_grad()
-    def push(self, item_CD: Tensor, key_C: Tensor, relations: Relations) -> None:
-        """Take in a step's candidates that stand against all rows."""
-        log_p_C = torch.zeros_like(item_CD[:, 0])
-        if relations.log_q_C is not None and self.strength:
-            log_p_C = relations.log_q_C / self.strength
+    def push(self, item_CD: Tensor, key_C: Tensor, log_p_C: Tensor, is_negative_C: Tensor | None) -> None:
+        """Add a step's candidates that are negatives of all rows."""
         parts = (item_CD.detach(), key_C, log_p_C)
-        if relations.is_negative_C is not None:
-            vector_ND, key_N, log_p_N = (part[relations.is_negative_C] for part in parts)
+        if is_negative_C is not None:
+            vector_ND, key_N, log_p_N = (part[is_negative_C] for part in parts)
         else:
             vector_ND, key_N, log_p_N = parts
         count = len(key_N)

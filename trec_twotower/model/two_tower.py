@@ -19,7 +19,7 @@ from trec_twotower.model.frequency import Frequency
 from trec_twotower.model.gate import gate
 from trec_twotower.model.inputs import build_input
 from trec_twotower.model.interests import attended, gaussian_item, gaussian_user, likeness, uses
-from trec_twotower.model.losses import LOSSES, Pairs, Relations
+from trec_twotower.model.losses import LOSSES, Hardest, Pairs, Relations
 from trec_twotower.model.losses.regularisers import alignment, nearness, squared_lengths
 from trec_twotower.model.parts import row_means
 from trec_twotower.model.queue import ItemQueue
@@ -103,14 +103,19 @@ class TwoTower(nn.Module):
         inputs = self._inputs(batch, *SIDES)
         user_BD = self._vectors("user", inputs["user"])
         item_CD = self.ranks.gather(self._vectors("item", inputs["item"]), list(batch.item_sizes))
-        relations = relations_of(batch)
+        relations = relations_of(batch, self.loss.log_q)
         assert relations.given is not None or self.loss.given is None, "loss.given is set, but the batch has no pairs"
+        log_p_C = batch.log_q_C
         if self.frequency is not None:
             assert batch.item_key_C is not None
             log_p_C = self.frequency(batch.item_key_C, batch.is_negative_C)
             relations = replace(relations, log_q_C=self.loss.log_q * log_p_C)
-        relations = replace(relations, hardest=self.loss.negatives.hardest)
-        column_CD, among = (item_CD, relations) if self.queue is None else self._with_queue(item_CD, batch, relations)
+        if (hardest := self.loss.negatives.hardest) is not None:
+            relations = replace(relations, hardest=Hardest(hardest.count, hardest.others))
+        column_CD, among = item_CD, relations
+        if self.queue is not None:
+            assert log_p_C is not None
+            column_CD, among = self._with_queue(self.queue, item_CD, log_p_C, batch, relations)
         parameters = dict(self.parameters_of_loss)
         if self.temperature is not None:
             parameters["temperature"] = self.temperature()
@@ -131,14 +136,16 @@ class TwoTower(nn.Module):
         loss = loss * share + self._regularised(user_BD, item_CD, batch, relations, share)
         return loss if alike is None else loss + alike
 
-    def _with_queue(self, item_CD: Tensor, batch: Batch, relations: Relations) -> tuple[Tensor, Relations]:
-        """The candidates with those of earlier steps behind them; in training this step's are kept for later ones."""
-        assert self.queue is not None and batch.item_key_C is not None
+    def _with_queue(
+        self, queue: ItemQueue, item_CD: Tensor, log_p_C: Tensor, batch: Batch, relations: Relations
+    ) -> tuple[Tensor, Relations]:
+        """Return the candidates followed by those of earlier steps; in training, keep this step's for later ones."""
+        assert batch.item_key_C is not None
         assert batch.listed_row_L is not None and batch.listed_key_L is not None
         listed = Pairs(batch.listed_row_L, batch.listed_key_L)
-        both = self.queue.beside(item_CD, batch.item_key_C, relations, listed)
+        both = queue.beside(item_CD, batch.item_key_C, log_p_C, relations, listed)
         if self.training:
-            self.queue.push(item_CD, batch.item_key_C, relations)
+            queue.push(item_CD, batch.item_key_C, log_p_C, relations.is_negative_C)
         return both
 
     def forget(self) -> None:
@@ -190,6 +197,11 @@ class TwoTower(nn.Module):
             names = [f"interest_{number}" for number in range(self.vectors_per_user)]
             parts |= row_means(names, self.interest_uses, self.ranks)
         return {**temperature, **parts, **self.watch.figures(self.ranks)}
+
+    @property
+    def has_cosine_scores(self) -> bool:
+        """Whether a score is a cosine, or the highest of several."""
+        return self.is_unit and not self.is_gaussian
 
     @property
     def gaussian(self) -> Gaussian:
@@ -316,8 +328,8 @@ def item_vectors(
     return gaussian_item(item_SD) if gaussian.is_one else item_SD
 
 
-def relations_of(batch: Batch) -> Relations:
-    """How a training batch's rows and candidates relate."""
+def relations_of(batch: Batch, log_q: float = 1.0) -> Relations:
+    """Return how a training batch's rows and candidates relate, with logQ at the strength `log_q`."""
     assert batch.positive_row_P is not None and batch.positive_column_P is not None
     assert batch.known_row_M is not None and batch.known_column_M is not None
     given = None
@@ -327,6 +339,6 @@ def relations_of(batch: Batch) -> Relations:
         positive=Pairs(batch.positive_row_P, batch.positive_column_P, batch.positive_weight_P),
         known=Pairs(batch.known_row_M, batch.known_column_M),
         given=given,
-        log_q_C=batch.log_q_C,
+        log_q_C=log_q * batch.log_q_C if log_q and batch.log_q_C is not None else None,
         is_negative_C=batch.is_negative_C,
     )

@@ -27,6 +27,11 @@ class Histogram:
     edges: np.ndarray
     counts: np.ndarray  # one less than edges
 
+    def mean(self) -> float:
+        """Return the mean, with every value at the middle of its bin; 0 where there are none."""
+        middle = (self.edges[1:] + self.edges[:-1]) / 2
+        return float(self.counts @ middle / max(self.counts.sum(), 1.0))
+
 
 class Watch:
     """Looks at a step's vectors when it is wanted to, without looking up a table again; all ranks want alike."""

@@ -15,6 +15,7 @@ import torch
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from trec_twotower.checkpoint import Checkpoints, versions
+from trec_twotower.collapse_guard import CollapseGuard, Finding, HasBaseline, baseline_name
 from trec_twotower.config import TRAINED, RunConfig
 from trec_twotower.cpu_updates import quicken_updates
 from trec_twotower.data.batch import Batch
@@ -34,6 +35,7 @@ from trec_twotower.memory import peak_resident_bytes, resident_bytes
 from trec_twotower.model.embedding import fill_tables
 from trec_twotower.model.gate import NotFinite
 from trec_twotower.model.two_tower import TwoTower
+from trec_twotower.model.watch import Histogram
 from trec_twotower.optimizer import RunOptimizer, check_optimizer, fuse_table_updates
 from trec_twotower.pipeline import Steps, Trace
 from trec_twotower.preemption import STOPPING, StopSignals
@@ -207,6 +209,15 @@ class Measure:
     def _begin(self) -> None:
         self.sources = self.passes.sources
         self.of_data = self.evaluate(self.sources) if self.evaluate is not None else None
+        self._popularity: dict[str, float] | None = None
+
+    def popularity(self) -> dict[str, float] | None:
+        """Return the metrics of ranking by popularity, computed once for the data; None where they cannot be."""
+        evaluate: object = self.of_data
+        count_I = self.passes.item_counts
+        if self._popularity is None and count_I is not None and isinstance(evaluate, HasBaseline):
+            self._popularity = evaluate.popularity(count_I)
+        return self._popularity
 
     def __call__(self, model: TwoTower) -> dict[str, float] | None:
         """The metrics; None where there is nothing to measure by."""
@@ -245,6 +256,7 @@ class Progress:
         self.owes_evaluation = False  # of the checkpoint it began with
         self.valid: dict[str, Any] = {}  # what was measured after this step
         self.attempts = Attempts(run.folder, ranks, config.train.max_failures)
+        self.guard = CollapseGuard(config)
         self.follows = config.data.follow is not None
         self.own_items: OwnItems | None = None  # that are left out, of the rows that the run began with
         self.step = 0
@@ -284,6 +296,7 @@ class Progress:
             self._begin_with(init_from, model)
         self.attempts.begin(self.step, self.passes)
         self.log = RunLog(self.run, self.ranks, self.step)
+        self.guard.resume(self.ranks.once(self.log.warnings_and_last_validation))
         self.model, self.optimizer = towers(model), optimizer
         self.logged_step = self.step - len(self.losses)
         self._started = time.perf_counter()
@@ -391,7 +404,7 @@ class Progress:
             f"{rows_per_s:>9,.0f} rows/s  {clock(left_s)} left"
         )
         waited_s, self.logged_waiting_s = self.waiting_s - self.logged_waiting_s, self.waiting_s
-        measured = {
+        measured: dict[str, float | Histogram] = {
             "loss": loss,
             **self.model.figures(),
             **self.optimizer.figures(),
@@ -401,6 +414,9 @@ class Progress:
             **memory_figures(self.ranks),
         }
         self.log.write(self.step, "train", measured)
+        scores = measured.get("negative_scores")
+        if isinstance(scores, Histogram) and self.model.has_cosine_scores and self._is_pass_end():
+            self._warn(self.guard.trained(scores.mean()))
         self.losses, self.logged_step, self.logged_s = [], self.step, self.train_s
 
     def look(self, measure: Measure, model: DistributedModelParallel, optimizer: RunOptimizer) -> None:
@@ -409,6 +425,9 @@ class Progress:
             self.evaluated_step = self.step
             metrics = measure(towers(model))
             if metrics is not None:
+                best, popularity = self.config.evaluate.best, measure.popularity()
+                if popularity is not None:
+                    metrics = {**metrics, baseline_name(best): popularity[best]}
                 self.evaluated(metrics, model, optimizer)
         if self._is_due(self.config.checkpoint.every) and self.saved_step != self.step:
             self.save(model, optimizer)
@@ -416,6 +435,15 @@ class Progress:
     def _is_due(self, every: int | None) -> bool:
         is_time = self.step % every == 0 if every is not None else self.passes.is_end(self.step)
         return is_time or self.passes.is_over(self.step)
+
+    def _is_pass_end(self) -> bool:
+        return self.passes.is_end(self.step) or self.passes.is_over(self.step)
+
+    def _warn(self, findings: list[Finding]) -> None:
+        """Print warnings, and write them to metrics.jsonl."""
+        for finding in findings:
+            self.say(finding.message)
+            self.log.warn(self.step, finding.as_values())
 
     def evaluated(self, metrics: dict[str, float], model: DistributedModelParallel, optimizer: RunOptimizer) -> None:
         model.train()
@@ -427,6 +455,7 @@ class Progress:
         self.valid = {"metric": self.config.evaluate.best_label, "value": metrics[name]}
         is_best = metrics[name] > self.best
         self.say(f"step {self.step:>6,}  valid {name} {metrics[name]:.4f}" + ("  (best so far)" if is_best else ""))
+        self._warn(self.guard.validated(metrics, is_pass_end=self._is_pass_end()))
         if is_best:
             self.best = metrics[name]
         if is_best or self.owes_evaluation:

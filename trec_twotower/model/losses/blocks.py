@@ -10,6 +10,7 @@ its slope goes to that one: M times the products.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -19,6 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from trec_twotower.model.losses.cells import add_products, are_ours, dots
+from trec_twotower.model.losses.relations import Hardest, Pairs, Relations, cells_of
 from trec_twotower.model.narrow import STEP, filled_up, narrowed, whole_steps
 
 Precision = Literal["fp32", "bf16", "bf16_logits"]
@@ -31,67 +33,6 @@ BLOCK_ROWS = 96
 WHOLE_LINES = 16  # float32 in a cache line: products on CPUs are a tenth slower where rows begin within one
 
 
-@dataclass(frozen=True)
-class Pairs:
-    """Cells of the matrix in any order, the same cell as often as one likes."""
-
-    row_P: Tensor
-    column_P: Tensor
-    weight_P: Tensor | None = None  # default: 1
-    label_P: Tensor | None = None  # default: 1
-
-    def weights(self, like: Tensor) -> Tensor:
-        """(P,) in the type of `like`."""
-        return like.new_ones(self.row_P.shape[0]) if self.weight_P is None else self.weight_P.to(like.dtype)
-
-    def labels(self, like: Tensor) -> Tensor:
-        """(P,) in the type of `like`."""
-        return like.new_ones(self.row_P.shape[0]) if self.label_P is None else self.label_P.to(like.dtype)
-
-    def is_refused(self) -> Tensor:
-        """(P,): whether the label is 0 or below."""
-        return torch.zeros_like(self.row_P, dtype=torch.bool) if self.label_P is None else self.label_P <= 0
-
-    def where(self, is_kept_P: Tensor) -> Pairs:
-        """Those marked."""
-        parts = (self.row_P, self.column_P, self.weight_P, self.label_P)
-        return Pairs(*(None if part is None else part[is_kept_P] for part in parts))
-
-
-@dataclass(frozen=True)
-class Relations:
-    """What is known of the rows and the candidates of a step.
-
-    positive       what the rows took, with weights
-    known          pairs that are nobody's negatives; must include the positives
-    given          pairs that the data name beside the positives, with labels: at most 0 for what the row refused, above
-                   it a grade. The former are negatives of their row, whatever `is_negative_C` says, but not where the
-                   pair is known; the latter are not.
-    log_q_C        log of how likely each item is a candidate; what a loss takes off the logits (logQ)
-    is_negative_C  whether an item stands against all rows that do not know it; default: every one does
-    hardest        only so many negatives of a row count, those of the highest logits (corrected where a loss corrects)
-    """
-
-    positive: Pairs
-    known: Pairs
-    given: Pairs | None = None
-    log_q_C: Tensor | None = None
-    is_negative_C: Tensor | None = None
-    hardest: int | None = None
-
-    def is_known(self, pairs: Pairs, num_columns: int) -> Tensor:
-        """(P,): which pairs are among the known."""
-        return torch.isin(_cells(pairs, num_columns), _cells(self.known, num_columns))
-
-    def uncorrected(self) -> Relations:
-        """The same without log q."""
-        return replace(self, log_q_C=None)
-
-    def corrected(self, logit_P: Tensor, pairs: Pairs) -> Tensor:
-        """The logits of pairs without log q."""
-        return logit_P if self.log_q_C is None else logit_P - self.log_q_C.to(logit_P.dtype)[pairs.column_P]
-
-
 @dataclass
 class Block:
     """Some rows: the logits of all their negatives, and their pairs. A rule may overwrite the logits.
@@ -101,15 +42,20 @@ class Block:
 
     logit_bW: Tensor  # -inf where a cell is no negative
     offset_W: Tensor | None  # what the rule is to add to the logits, if it said that it would
-    num_negatives_b: Tensor
+    weight_bW: Tensor | None  # of each negative, for rules that weight; None: 1 each
+    total_weight_b: Tensor  # of a row's negatives
     row_p: Tensor  # of the block, rising
     logit_p: Tensor
     weight_p: Tensor
     label_p: Tensor
 
+    def mean_factor(self) -> Tensor:
+        """(b,): 1 / the total weight of a row's negatives; 1 for a row without."""
+        return 1 / self.total_weight_b.where(self.total_weight_b > 0, 1.0)
+
     def per_row(self, value_p: Tensor) -> Tensor:
         """(b,): the sum over each row's pairs."""
-        return torch.zeros_like(self.num_negatives_b).index_add_(0, self.row_p, value_p)
+        return torch.zeros_like(self.total_weight_b).index_add_(0, self.row_p, value_p)
 
 
 @dataclass
@@ -156,6 +102,7 @@ def in_blocks(
     logit_P: Tensor | None = None,
     given_apart: bool = False,
     adds_offset: bool = False,
+    weights: bool = False,
     precision: Precision = "fp32",
 ) -> Tensor:
     """The sum over blocks of what `rule` makes of them; a scalar with gradients for the vectors and `logit_P`.
@@ -163,7 +110,9 @@ def in_blocks(
     The rule sees the logits u . v - log q of each row's negatives, and the row's `pairs` (default: the positives, with
     logits corrected alike). Row i's negatives are the columns in `is_negative_C` and what it refused, but no pair it
     knows; with `given_apart` no given pair either, whatever its label. A rule that reads all logits once more anyway
-    may say `adds_offset`: then -log q may be in `Block.offset_W` and not in the logits. With precision bf16 the
+    may say `adds_offset`: then -log q may be in `Block.offset_W` and not in the logits. With `weights` the logits are
+    u . v, and `Block.weight_bW` has 1 / q and the weight of negatives that are not among the hardest; a rule without
+    gets that weight as its log, added to the logits. With precision bf16 the
     gradients' products are made of bfloat16 numbers (relative error some 1e-3); logits and sums stay as they are. With
     bf16_logits the negatives' logits are made of such numbers, too, and rounded to them before log q is taken off.
     """
@@ -175,14 +124,14 @@ def in_blocks(
                 logit_P = dots(user_BD.detach(), pairs.row_P, item_CD.detach(), pairs.column_P)
             else:
                 logit_P = pair_logits(user_BD, item_CD, pairs)
-            logit_P = relations.corrected(logit_P, pairs)
+            logit_P = logit_P if weights else relations.corrected(logit_P, pairs)
         assert logit_P is not None
         order_P = None if _is_rising(pairs.row_P) else torch.argsort(pairs.row_P, stable=True)
         parts = [pairs.row_P, pairs.column_P, logit_P, pairs.weights(logit_P).detach(), pairs.labels(logit_P).detach()]
         row_P, column_P, logit_P, weight_P, label_P = parts if order_P is None else [part[order_P] for part in parts]
         step = WHOLE_LINES if precision == "fp32" else STEP
         width = whole_steps(item_CD.shape[0], user_BD.device, step)
-        negatives = _Negatives.of(user_BD.detach(), item_CD.detach(), relations, given_apart, width)
+        negatives = _Negatives.of(user_BD.detach(), item_CD.detach(), relations, given_apart, width, weights)
         return _InBlocks.apply(
             user_BD,
             item_CD,
@@ -192,6 +141,7 @@ def in_blocks(
             rule,
             adds_offset,
             precision,
+            relations.push_C,
         )
 
 
@@ -204,11 +154,16 @@ def row_log_sum_exp(value_P: Tensor, row_P: Tensor, num_rows: int) -> Tensor:
     return peak + total.where(total > 0, 1.0).log()
 
 
-def softplus_sum(value_bC: Tensor) -> Tensor:
-    """(b,): the sums over rows of log(1 + exp(value)), whatever the size of the values, with one block of scratch."""
+def softplus_sum(value_bC: Tensor, weight_bC: Tensor | None = None) -> Tensor:
+    """(b,): the (weighted) sums over rows of log(1 + exp(value)), of values of any size, with one block of scratch."""
     scratch_bC = value_bC.abs().neg_().exp_().log1p_()
-    total_b = scratch_bC.sum(1)
-    return total_b + torch.clamp(value_bC, min=0, out=scratch_bC).sum(1)
+    total_b = weighted_sum(scratch_bC, weight_bC)
+    return total_b + weighted_sum(torch.clamp(value_bC, min=0, out=scratch_bC), weight_bC)
+
+
+def weighted_sum(value_bC: Tensor, weight_bC: Tensor | None) -> Tensor:
+    """(b,): the sums over rows of weight * value; without weights, of the values."""
+    return value_bC.sum(1) if weight_bC is None else torch.linalg.vecdot(value_bC, weight_bC)
 
 
 def rows_a_block(num_columns: int, device: torch.device, is_narrow: bool) -> int:
@@ -229,17 +184,20 @@ class _Negatives:
     opened_logit: Tensor
     opened_best: Tensor  # which of a row's vectors that is of
     num_negatives_B: Tensor
-    hardest: int | None
+    hardest: Hardest | None
+    weight_W: Tensor | None  # for a rule that weights: of each column, 0 where it is not everybody's negative
 
     @classmethod
-    def of(cls, user_BD: Tensor, item_CD: Tensor, relations: Relations, given_apart: bool, width: int) -> _Negatives:
+    def of(
+        cls, user_BD: Tensor, item_CD: Tensor, relations: Relations, given_apart: bool, width: int, weights: bool
+    ) -> _Negatives:
         num_rows, num_columns = user_BD.shape[0], item_CD.shape[0]
         given, is_negative_C = relations.given, relations.is_negative_C
         offset_C = item_CD.new_zeros(num_columns) if relations.log_q_C is None else -relations.log_q_C
-        shut = _cells(relations.known, width)
+        shut = cells_of(relations.known, width)
         opened = shut[:0]
         if given is not None:
-            cell_G = _cells(given, width)
+            cell_G = cells_of(given, width)
             shut = torch.cat([shut, cell_G if given_apart else cell_G[~given.is_refused()]])
             if is_negative_C is not None and not given_apart:
                 opened = _distinct(cell_G[given.is_refused() & ~is_negative_C[given.column_P]])
@@ -258,12 +216,38 @@ class _Negatives:
         user_BMD = user_BD if user_BD.ndim == 3 else user_BD[:, None]
         opened_best = _best(user_BMD, item_CD, row, column)
         opened_logit = dots(user_BMD.flatten(0, 1), row * user_BMD.shape[1] + opened_best, item_CD, column)
-        if relations.hardest is not None:
-            num_negatives_B.clamp_(max=relations.hardest)
         num_negatives_B = num_negatives_B.to(user_BD.dtype)
         offset_W = item_CD.new_full((width,), float("-inf"))
         offset_W[:num_columns] = offset_C
-        return cls(offset_W, shut, opened, opened_logit, opened_best, num_negatives_B, relations.hardest)
+        hardest = relations.hardest
+        if hardest is not None and hardest.count >= num_columns:
+            hardest = None
+        weight_W = None
+        if weights:
+            if hardest is not None or relations.log_q_C is not None:
+                weight_W = offset_W.exp()
+            offset_W = offset_W.clamp(max=0).where(offset_W.isneginf(), 0.0)
+        return cls(offset_W, shut, opened, opened_logit, opened_best, num_negatives_B, hardest, weight_W)
+
+    def lower_the_others(self, logit_bW: Tensor) -> None:
+        """Add the log of their weight to the logits of all but a row's hardest negatives, in place."""
+        assert self.hardest is not None
+        # Compared without log q: with it, the rarest items would be the hardest as long as scores are close together.
+        score_bW = logit_bW - self.offset_W.where(self.offset_W.isfinite(), 0.0)
+        place_bK = score_bW.topk(self.hardest.count, dim=1, sorted=False).indices
+        top_bK = logit_bW.gather(1, place_bK)
+        logit_bW.add_(math.log(self.hardest.others)).scatter_(1, place_bK, top_bK)
+
+    def weights(self, room_bW: Tensor, logit_bW: Tensor) -> Tensor:
+        """The weights of a block's negatives, made in `room_bW`; 0 where a cell is none."""
+        assert self.weight_W is not None
+        weight_bW = room_bW.copy_(self.weight_W.where(self.weight_W > 0, 1.0))  # 1 is for what is opened
+        weight_bW.masked_fill_(logit_bW.isneginf(), 0.0)
+        if self.hardest is not None:
+            place_bK = logit_bW.topk(self.hardest.count, dim=1, sorted=False).indices
+            top_bK = weight_bW.gather(1, place_bK)
+            weight_bW.mul_(self.hardest.others).scatter_(1, place_bK, top_bK)
+        return weight_bW
 
 
 class _InBlocks(torch.autograd.Function):
@@ -278,6 +262,7 @@ class _InBlocks(torch.autograd.Function):
         rule: Rule,
         adds_offset: bool,
         precision: Precision,
+        push_C: Tensor | None,
     ) -> Tensor:
         row_P, column_P, weight_P, label_P = pairs
         num_rows, num_columns = user_BD.shape[0], item_CD.shape[0]
@@ -306,6 +291,7 @@ class _InBlocks(torch.autograd.Function):
         grad_item_DW = torch.zeros_like(item_WD.T, memory_format=torch.contiguous_format)
         grad_logit_P = torch.zeros_like(logit_P)
         several = _Several(room) if num_vectors > 1 else None
+        weight_room = None if negatives.weight_W is None else torch.empty_like(room)
         narrow_room = None if narrow == room.dtype else torch.empty_like(room, dtype=narrow)
         for number, start in enumerate(range(0, num_rows if num_columns else 0, size)):
             stop = min(start + size, num_rows)
@@ -331,14 +317,18 @@ class _InBlocks(torch.autograd.Function):
                 cell.index_copy_(0, opened[part], negatives.opened_logit[part])
                 if several is not None:
                     several.best_bW.view(-1).index_copy_(0, opened[part], negatives.opened_best[part].to(torch.int8))
-            if negatives.hardest is not None and negatives.hardest < num_columns:
-                top_bK, place_bK = logit_bW.topk(negatives.hardest, dim=1, sorted=False)
-                logit_bW.fill_(float("-inf")).scatter_(1, place_bK, top_bK)
+            weight_bW, total_weight_b = None, negatives.num_negatives_B[start:stop]
+            if weight_room is not None:
+                weight_bW = negatives.weights(weight_room[: stop - start], logit_bW)
+                total_weight_b = weight_bW.sum(1)
+            elif negatives.hardest is not None:
+                negatives.lower_the_others(logit_bW)
             slopes = rule(
                 Block(
                     logit_bW,
                     late_W,
-                    negatives.num_negatives_B[start:stop],
+                    weight_bW,
+                    total_weight_b,
                     row_p[mine],
                     logit_P[mine],
                     weight_P[mine],
@@ -361,8 +351,10 @@ class _InBlocks(torch.autograd.Function):
                     made_bD = grad_user_BMD[start:stop, vector].copy_(cell_bW @ narrow_WD)
                     grad_item_DW += weighted_Db @ cell_bW
                 made_bD *= factor_b1
-        del room, narrow_room, several
+        del room, narrow_room, several, weight_room
         grad_user_BD, grad_item_CD = grad_user_BMD.view_as(user_BD), grad_item_DW[:, :num_columns].T.contiguous()
+        if push_C is not None:
+            grad_item_CD *= push_C[:, None]
         if column_P is not None:
             add_products(grad_user_BD, row_P, grad_logit_P, item_CD, column_P)
             add_products(grad_item_CD, column_P, grad_logit_P, user_BD, row_P)
@@ -372,7 +364,7 @@ class _InBlocks(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        return *(made * gradients[0] for made in ctx.saved_tensors), None, None, None, None, None
+        return *(made * gradients[0] for made in ctx.saved_tensors), None, None, None, None, None, None
 
 
 class _Several:
@@ -420,10 +412,6 @@ def _best(user_BMD: Tensor, item_CD: Tensor, row_P: Tensor, column_P: Tensor) ->
     all_ND = user_BMD.flatten(0, 1)
     each = [dots(all_ND, row_P * num_vectors + vector, item_CD, column_P) for vector in range(num_vectors)]
     return torch.stack(each).argmax(0)
-
-
-def _cells(pairs: Pairs, num_columns: int) -> Tensor:
-    return pairs.row_P * num_columns + pairs.column_P
 
 
 def _distinct(values: Tensor) -> Tensor:

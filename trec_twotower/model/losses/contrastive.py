@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trec_twotower.model.losses.blocks import Block, Precision, Relations, Slopes, in_blocks, row_log_sum_exp, scaled
+from trec_twotower.model.losses.blocks import Block, Precision, Slopes, in_blocks, row_log_sum_exp, scaled
 from trec_twotower.model.losses.cells import exponentiate
+from trec_twotower.model.losses.relations import Relations
 
 
 def softmax(
@@ -68,7 +69,7 @@ def bsl(
 
     def rule(block: Block) -> Slopes:
         total_b, log_total_b = _exponentials(block)
-        weight_b = block.per_row(block.weight_p) * (block.num_negatives_b > 0)
+        weight_b = block.per_row(block.weight_p) * (block.total_weight_b > 0)
         value_p = block.logit_p / temperature_ratio + block.weight_p.log()
         log_sum_b = row_log_sum_exp(value_p, block.row_p, len(total_b))
         is_counted_b = weight_b > 0

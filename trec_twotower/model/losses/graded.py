@@ -6,7 +6,8 @@ from typing import Literal
 
 from torch import Tensor
 
-from trec_twotower.model.losses.blocks import Relations, pair_logits, row_log_sum_exp, scaled
+from trec_twotower.model.losses.blocks import pair_logits, row_log_sum_exp, scaled
+from trec_twotower.model.losses.relations import Relations
 
 Grades = Literal["share", "softmax"]
 

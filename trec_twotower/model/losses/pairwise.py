@@ -7,7 +7,16 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from trec_twotower.model.losses.blocks import Block, Precision, Relations, Slopes, in_blocks, scaled, softplus_sum
+from trec_twotower.model.losses.blocks import (
+    Block,
+    Precision,
+    Slopes,
+    in_blocks,
+    scaled,
+    softplus_sum,
+    weighted_sum,
+)
+from trec_twotower.model.losses.relations import Relations
 
 
 def bpr(
@@ -20,16 +29,18 @@ def bpr(
 ) -> Tensor:
     """The weighted sum over positives of the mean over their row's negatives of -log sigmoid(l_p - l_n), in nats.
 
-    l = u . v / temperature. Rendle et al. 2009, "BPR: Bayesian Personalized Ranking from Implicit Feedback".
+    l = u . v / temperature. With log q the mean has the weights 1 / q, which make candidates that are drawn by
+    popularity an even sample of the catalogue; without, popular items are pushed down as often as they are drawn.
+    Rendle et al. 2009, "BPR: Bayesian Personalized Ranking from Implicit Feedback".
     """
 
-    def cost(gap_pW: Tensor) -> Tensor:
-        total_p = softplus_sum(gap_pW)
+    def cost(gap_pW: Tensor, weight_pW: Tensor | None) -> Tensor:
+        total_p = softplus_sum(gap_pW, weight_pW)
         gap_pW.sigmoid_()
         return total_p
 
     user_BD, item_CD = scaled(user_BD, item_CD, temperature)
-    return in_blocks(user_BD, item_CD, relations.uncorrected(), _each_pair(cost), precision=precision)
+    return in_blocks(user_BD, item_CD, relations, _each_pair(cost), weights=True, precision=precision)
 
 
 def margin(
@@ -42,25 +53,28 @@ def margin(
 ) -> Tensor:
     """The weighted sum over positives of the mean over their row's negatives of max(0, margin - s_p + s_n).
 
-    s = u . v. The ranking hinge, as in WSABIE (Weston et al. 2011) without its weights.
+    s = u . v; the mean has the weights of `bpr`. The ranking hinge, as in WSABIE (Weston et al. 2011) without its
+    weights by rank.
     """
 
-    def cost(gap_pW: Tensor) -> Tensor:
-        total_p = gap_pW.add_(margin).clamp_(min=0).sum(1)
+    def cost(gap_pW: Tensor, weight_pW: Tensor | None) -> Tensor:
+        total_p = weighted_sum(gap_pW.add_(margin).clamp_(min=0), weight_pW)
         gap_pW.sign_()
         return total_p
 
-    return in_blocks(*scaled(user_BD, item_CD), relations.uncorrected(), _each_pair(cost), precision=precision)
+    user_BD, item_CD = scaled(user_BD, item_CD)
+    return in_blocks(user_BD, item_CD, relations, _each_pair(cost), weights=True, precision=precision)
 
 
-def _each_pair(cost: Callable[[Tensor], Tensor]) -> Callable[[Block], Slopes]:
-    """A rule from the cost of the gaps l_n - l_p, (pairs, C) and -inf where there is no negative.
+def _each_pair(cost: Callable[[Tensor, Tensor | None], Tensor]) -> Callable[[Block], Slopes]:
+    """Return a rule from the cost of the gaps l_n - l_p, (pairs, W) and -inf where there is no negative.
 
-    `cost` returns the sums over negatives, and turns the gaps into their slopes.
+    `cost` gets the gaps and the negatives' weights. It returns the weighted sums over negatives, and turns the gaps
+    into their slopes.
     """
 
     def rule(block: Block) -> Slopes:
-        weight_p = block.weight_p / block.num_negatives_b.clamp(min=1)[block.row_p]
+        weight_p = block.weight_p * block.mean_factor()[block.row_p]
         loss = block.logit_bW.new_zeros(())
         pair_p = torch.zeros_like(block.logit_p)
         num_rows = len(block.logit_bW)
@@ -70,11 +84,16 @@ def _each_pair(cost: Callable[[Tensor], Tensor]) -> Callable[[Block], Slopes]:
             part = slice(start, start + num_rows)
             gap_pW = cell_bW if is_one_each else block.logit_bW[block.row_p[part]]  # one each: all in place
             gap_pW.sub_(block.logit_p[part, None])
-            loss += (weight_p[part] * cost(gap_pW)).sum()
+            weight_pW = block.weight_bW
+            if weight_pW is not None and not is_one_each:
+                weight_pW = weight_pW[block.row_p[part]]
+            loss += (weight_p[part] * cost(gap_pW, weight_pW)).sum()
             gap_pW.mul_(weight_p[part, None])
+            if weight_pW is not None:
+                gap_pW.mul_(weight_pW)
             pair_p[part] = -gap_pW.sum(1)
             if not is_one_each:
                 cell_bW.index_add_(0, block.row_p[part], gap_pW)
-        return Slopes(loss=loss, cell_bW=cell_bW, factor_b=torch.ones_like(block.num_negatives_b), pair_p=pair_p)
+        return Slopes(loss=loss, cell_bW=cell_bW, factor_b=torch.ones_like(block.total_weight_b), pair_p=pair_p)
 
     return rule

@@ -8,15 +8,15 @@ from torch import Tensor
 
 from trec_twotower.model.losses.blocks import (
     Block,
-    Pairs,
     Precision,
-    Relations,
     Slopes,
     in_blocks,
     pair_logits,
     scaled,
     softplus_sum,
+    weighted_sum,
 )
+from trec_twotower.model.losses.relations import Pairs, Relations
 
 
 def bce(
@@ -57,7 +57,7 @@ def bce(
 
     def rule(block: Block) -> Slopes:
         taken_b = block.per_row(block.weight_p * block.label_p)
-        factor_b = negative_weight * taken_b / block.num_negatives_b.clamp(min=1)
+        factor_b = negative_weight * taken_b * block.mean_factor()
         pair_p = -block.label_p * F.logsigmoid(block.logit_p) - (1 - block.label_p) * F.logsigmoid(-block.logit_p)
         return Slopes(
             loss=(factor_b * softplus_sum(block.logit_bW)).sum() + (block.weight_p * pair_p).sum(),
@@ -76,23 +76,33 @@ def ccl(
     item_CD: Tensor,
     relations: Relations,
     *,
-    margin: float = 0.8,
+    margin: float = 0.5,
     negative_weight: float = 150.0,
     precision: Precision = "fp32",
 ) -> Tensor:
-    """Cosine contrastive loss: positives to 1, negatives below a margin.
+    """Cosine contrastive loss: positives to cosine 1, negatives below a margin.
 
     With unit vectors, s = u . v, a row of positives p with weights w_p that sum to W and of N negatives costs
 
-        sum over p of w_p * (1 - s_p)  +  negative_weight * W / N * sum over n of max(0, s_n - margin)
+        sum over p of w_p * (1 - s_p)  +  c * W * sum over n of h(s_n)
 
-    Mao et al. 2021, "SimpleX: A Simple and Strong Baseline for Collaborative Filtering".
+    h(s) is max(0, s - margin)² / (2 * (1 - margin)); its slope h' is 0 at the margin and 1 at cosine 1. c is
+    negative_weight / N, but at most 1 / (sum over n of h'(s_n)): the negatives together never push harder than the
+    positives pull. The gradient treats c as a constant.
+
+    Mao et al. 2021, "SimpleX: A Simple and Strong Baseline for Collaborative Filtering", has a plain hinge and no
+    limit. There, as long as all vectors point in about the same direction, either none or all negatives of a row are
+    above the margin, and the push is 0 or negative_weight times the pull: training does not leave that state.
     """
 
     def rule(block: Block) -> Slopes:
-        excess_bW = block.logit_bW.sub_(margin).clamp_(min=0)
-        factor_b = negative_weight * block.per_row(block.weight_p) / block.num_negatives_b.clamp(min=1)
-        loss = (factor_b * excess_bW.sum(1)).sum() + (block.weight_p * (1 - block.logit_p)).sum()
-        return Slopes(loss=loss, cell_bW=excess_bW.sign_(), factor_b=factor_b, pair_p=-block.weight_p)
+        slope_bW = block.logit_bW.sub_(margin).clamp_(min=0).div_(1 - margin)
+        weighted_bW = slope_bW if block.weight_bW is None else slope_bW * block.weight_bW
+        cost_b = (1 - margin) / 2 * weighted_sum(slope_bW, weighted_bW)
+        constant_b = torch.minimum(negative_weight * block.mean_factor(), 1 / weighted_bW.sum(1))
+        factor_b = constant_b * block.per_row(block.weight_p)
+        loss = (factor_b * cost_b).sum() + (block.weight_p * (1 - block.logit_p)).sum()
+        return Slopes(loss=loss, cell_bW=weighted_bW, factor_b=factor_b, pair_p=-block.weight_p)
 
-    return in_blocks(*scaled(user_BD, item_CD), relations.uncorrected(), rule, precision=precision)
+    user_BD, item_CD = scaled(user_BD, item_CD)
+    return in_blocks(user_BD, item_CD, relations, rule, weights=True, precision=precision)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from trec_twotower.model.losses.blocks import Block, Pairs, Relations, Slopes, in_blocks, met, pair_logits, scaled
+from trec_twotower.model.losses.blocks import Block, Slopes, in_blocks, met, pair_logits, scaled
+from trec_twotower.model.losses.relations import Pairs, Relations
 
 
 def squared_lengths(vector_ND: Tensor) -> Tensor:
@@ -39,6 +40,6 @@ def nearness(vector_ND: Tensor, first: int, num_rows: int) -> Tensor:
 
     def rule(block: Block) -> Slopes:
         cell_bW = block.logit_bW.exp_()
-        return Slopes(cell_bW.sum(), cell_bW, torch.ones_like(block.num_negatives_b), block.logit_p)
+        return Slopes(cell_bW.sum(), cell_bW, torch.ones_like(block.total_weight_b), block.logit_p)
 
     return in_blocks(part_BD, vector_ND, relations, rule)
