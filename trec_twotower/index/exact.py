@@ -166,32 +166,46 @@ def best_with_ties(
     `search` returns candidates by falling score; `limit` of them are all there are. A candidate ties with one that
     scores less than `slack_B` more.
     """
-    slack_B = np.broadcast_to(slack_B, num_users)
-    answer = empty_answer(num_users, k)
     users = np.arange(num_users)
     width = min(pool + SPARE, limit)
+    answer: Answer | None = None
     while len(users):
         block = max(1, MAX_CELLS // width)
-        open_users = []
+        open_users = [users[:0]]
         for start in range(0, len(users), block):
             part = users[start : start + block]
-            score_BC, item_row_BC = found = search(part, width)
-            answer[0][part], answer[1][part] = finish(part, found)
+            found = search(part, width)
+            of_part = finish(part, found)
+            if len(part) == num_users:
+                answer = of_part
+            else:
+                answer = empty_answer(num_users, k) if answer is None else answer
+                answer[0][part], answer[1][part] = of_part
             if width < limit:
-                ties_B = score_BC[:, -1] >= score_BC[:, pool - 1] - slack_B[part]
-                open_users.append(part[ties_B & (item_row_BC[:, -1] >= 0)])
-        users = np.concatenate(open_users) if open_users else users[:0]
+                slack = slack_B if np.ndim(slack_B) == 0 else slack_B[part]  # type: ignore[index]
+                ties_B = found[0][:, -1] >= found[0][:, pool - 1] - slack
+                if ties_B.any():
+                    open_users.append(part[ties_B & (found[1][:, -1] >= 0)])
+        users = np.concatenate(open_users) if len(open_users) > 1 else users[:0]
         width = min(MORE * width, limit)
-    return answer
+    return empty_answer(num_users, k) if answer is None else answer
 
 
 def order(score_BC: np.ndarray, item_row_BC: np.ndarray, k: int) -> Answer:
     """Return the best `k` of each row's candidates, equal scores by item row, row -1 last."""
+    if is_settled((score_BC, item_row_BC)):
+        return score_BC[:, :k], item_row_BC[:, :k]
     is_item_BC = item_row_BC >= 0
     score_BC = np.where(is_item_BC, score_BC, -np.inf)
     last_BC = np.where(is_item_BC, item_row_BC, np.iinfo(np.int64).max)
     order_BK = np.lexsort((last_BC, -score_BC))[:, :k]
     return np.take_along_axis(score_BC, order_BK, axis=1), np.take_along_axis(item_row_BC, order_BK, axis=1)
+
+
+def is_settled(found: Answer) -> bool:
+    """Return whether all candidates are items whose scores fall, so that their order is the only one."""
+    score_BC, item_row_BC = found
+    return bool(item_row_BC[:, -1].min() >= 0) and bool((score_BC[:, :-1] > score_BC[:, 1:]).all())
 
 
 def merge(answers: Sequence[Answer], k: int) -> Answer:

@@ -141,6 +141,7 @@ class ListSearcher(Searcher):
     """Inverted lists (IVF), of which each user's nprobe best are scanned; the breadth is nprobe."""
 
     growth = 1.1
+    scores_are_final = True
 
     def __init__(self, shards: Sequence[Shard], device: Device, **settings: Any) -> None:
         super().__init__(shards, gpu=gpu_copies(shards, device) if uses_gpu(device) else None, **settings)

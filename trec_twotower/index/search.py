@@ -134,11 +134,13 @@ class ItemIndex:
             seen = self._seen_here(seen, allowed)
         if allowed is not None and self.strategy_of(allowed, k) == "exact":
             return self._search_exactly(user_BD, k, seen, allowed)
+        if seen is None and 0 < len(user_BD) <= BLOCK:
+            return self._search_group(user_BD, k, None, allowed, self._effort(k, 0, allowed))
         num_seen_B = np.zeros(len(user_BD), np.int32) if seen is None else seen.lengths
         score_BK, item_row_BK = empty_answer(len(user_BD), k)
         for effort, users in self._groups(k, num_seen_B, allowed):
             some = None if seen is None else seen.take(users)
-            some_BD = user_BD if len(users) == len(user_BD) else np.ascontiguousarray(user_BD[users])
+            some_BD = np.ascontiguousarray(user_BD[users])
             score_BK[users], item_row_BK[users] = self._search_group(some_BD, k, some, allowed, effort)
         return score_BK, item_row_BK
 
@@ -227,11 +229,6 @@ class ItemIndex:
         self, k: int, num_seen_B: np.ndarray, allowed: Allowed | None
     ) -> Iterator[tuple[SearchEffort, np.ndarray]]:
         """Return groups of users of one effort, which does not depend on who else is in the batch."""
-        if not num_seen_B.any():
-            effort = self._effort(k, 0, allowed)
-            for start in range(0, len(num_seen_B), BLOCK):
-                yield effort, np.arange(start, min(start + BLOCK, len(num_seen_B)))
-            return
         lengths, which_B = np.unique(num_seen_B, return_inverse=True)
         efforts = [self._effort(k, int(length), allowed) for length in lengths]
         for effort in dict.fromkeys(efforts):
@@ -245,23 +242,25 @@ class ItemIndex:
     ) -> Answer:
         """Search to the given effort; answers that come back short again more widely, and exactly in the end."""
         num_items = len(self) if allowed is None else len(allowed.item_rows)
-        num_seen_B = np.zeros(len(user_BD), np.int64) if seen is None else seen.lengths
-        wanted_B = np.minimum(k, num_items - num_seen_B)
-        width = min(k + int(num_seen_B.max(initial=0)), num_items)
+        most_seen = 0 if seen is None else int(seen.lengths.max(initial=0))
+        width = min(k + most_seen, num_items)
+        answer = _unseen(self._searcher.search(user_BD, width, effort, allowed), seen, k)
+        if answer[1][:, -1].min() >= 0:
+            return answer
+        wanted_B = np.minimum(k, num_items - (0 if seen is None else seen.lengths))
+        score_BK, item_row_BK = (part.copy() for part in answer)
         wider = effort_for(self.report.efforts, WIDER * effort.k)
-        score_BK, item_row_BK = empty_answer(len(user_BD), k)
-        short = np.arange(len(user_BD))
-        for each in (effort, wider, self._searcher.everything(width), None):
-            some_BD = user_BD if len(short) == len(user_BD) else np.ascontiguousarray(user_BD[short])
-            some = None if seen is None else seen.take(short)
-            if each is None:
-                found = self._search_exactly(some_BD, k, some, allowed)
-            else:
-                found = _unseen(self._searcher.search(some_BD, width, each, allowed), some, k)
-            score_BK[short], item_row_BK[short] = found
-            short = short[(found[1] >= 0).sum(axis=1) < wanted_B[short]]
+        for again in (wider, self._searcher.everything(width), None):
+            short = np.flatnonzero((item_row_BK >= 0).sum(axis=1) < wanted_B)
             if not len(short):
                 break
+            some_BD = np.ascontiguousarray(user_BD[short])
+            some = None if seen is None else seen.take(short)
+            if again is None:
+                found = self._search_exactly(some_BD, k, some, allowed)
+            else:
+                found = _unseen(self._searcher.search(some_BD, width, again, allowed), some, k)
+            score_BK[short], item_row_BK[short] = found
         return score_BK, item_row_BK
 
     def _search_exactly(self, user_BD: np.ndarray, k: int, seen: Lists | None, allowed: Allowed | None) -> Answer:

@@ -10,7 +10,17 @@ from typing import Any
 
 import numpy as np
 
-from trec_twotower.index.exact import ExactItems, RunningBest, best_with_ties, empty_answer, merge, order, padded
+from trec_twotower.index.exact import (
+    SPARE,
+    ExactItems,
+    RunningBest,
+    best_with_ties,
+    empty_answer,
+    is_settled,
+    merge,
+    order,
+    padded,
+)
 from trec_twotower.index.faiss_backend import BLAS_BATCH, GPU_LIMIT, Answer, faiss
 from trec_twotower.index.filters import Allowed, Strategy, check_mask
 from trec_twotower.index.gpu import GpuCopies
@@ -47,6 +57,7 @@ class Searcher(ABC):
 
     num_lists = 0  # inverted lists
     growth = 1.0  # factor by which tuning widens a search that falls short
+    scores_are_final = False  # whether FAISS's scores are those of the answer, not scored again
 
     def __init__(
         self,
@@ -145,6 +156,10 @@ class Searcher(ABC):
         vector_BD = shard.query_vectors(user_BD)
         bits = None if allowed is None else shard.bits(allowed.bitmap)
         num_found = min(k, shard.num_items)
+        if self.scores_are_final and shard.refine is None and num_found + SPARE <= shard.num_items:
+            found = self._scan(shard, vector_BD, num_found + SPARE, effort, probes, bits)
+            if is_settled(found) and not shard.first_row:
+                return found[0][:, :k], found[1][:, :k]
         pool = num_found
         if shard.refine is not None:
             pool = min(max(k, effort.k * self.refine_factor), shard.num_items)
