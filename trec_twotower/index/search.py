@@ -27,6 +27,7 @@ MEND = "build the index again: trec-twotower index RUN"
 ITEMS = "items.parquet"
 HEAD_BYTES = 1 << 20  # of each index file, read and verified before it is mapped
 BLOCK = 4096  # users that are searched for together
+DEEPER = 2  # times the expected rank: filtered searches whose worst item ranks lower are repeated
 WIDER = 4  # times the neighbours are searched for where an answer is short
 
 
@@ -172,6 +173,10 @@ class ItemIndex:
         report = replace(self.report, efforts=efforts)
         return ItemIndex(self._searcher, report, folder=self._folder, manifest=self._manifest)
 
+    def tuned_k(self, k: int) -> int:
+        """Return the least number of neighbours, not below `k`, that searches are tuned for."""
+        return effort_for(self.report.efforts, k).k
+
     def scanned(self, user_BD: np.ndarray, k: int) -> np.ndarray:
         """Return the share of the items (B,) that a search for `k` scores; 1 where it scores all."""
         return self._searcher.scanned_shares(as_vectors(user_BD, "user"), effort_for(self.report.efforts, k))
@@ -220,7 +225,7 @@ class ItemIndex:
 
         It is the same for every `k` up to a tuned one, so that a shorter answer is the head of a longer one.
         """
-        neighbours = effort_for(self.report.efforts, k).k + num_seen
+        neighbours = self.tuned_k(k) + num_seen
         if allowed is not None:
             neighbours = round(neighbours / allowed.share)
         return effort_for(self.report.efforts, min(neighbours, len(self)))
@@ -243,8 +248,13 @@ class ItemIndex:
         """Search to the given effort; answers that come back short again more widely, and exactly in the end."""
         num_items = len(self) if allowed is None else len(allowed.item_rows)
         most_seen = 0 if seen is None else int(seen.lengths.max(initial=0))
-        width = min(k + most_seen, num_items)
-        answer = _unseen(self._searcher.search(user_BD, width, effort, allowed), seen, k)
+        tuned_k = k if allowed is None else self.tuned_k(k)  # see _search_deeper
+        width = min(tuned_k + most_seen, num_items)
+        found = self._searcher.search(user_BD, width, effort, allowed)
+        if allowed is not None:
+            last_B = tuned_k - 1 + (np.zeros(len(user_BD), np.int32) if seen is None else seen.lengths)
+            found = self._search_deeper(user_BD, last_B, effort, allowed, found)
+        answer = _unseen(found, seen, k)
         if answer[1][:, -1].min() >= 0:
             return answer
         wanted_B = np.minimum(k, num_items - (0 if seen is None else seen.lengths))
@@ -262,6 +272,30 @@ class ItemIndex:
                 found = _unseen(self._searcher.search(some_BD, width, again, allowed), some, k)
             score_BK[short], item_row_BK[short] = found
         return score_BK, item_row_BK
+
+    def _search_deeper(
+        self, user_BD: np.ndarray, last_B: np.ndarray, effort: SearchEffort, allowed: Allowed, found: Answer
+    ) -> Answer:
+        """Search again for users whose allowed items rank much lower among all items than was expected.
+
+        A filter that excludes what a user would get (a category the user dislikes) leaves items that the effort for its
+        share of the catalogue was not tuned to find. The item at place `last_B` decides, which is not that of `k` but
+        of the next tuned one: whether a search is repeated must not depend on `k`.
+        """
+        num_found_B = (found[1] >= 0).sum(axis=1)
+        place_B = np.maximum(np.minimum(last_B, num_found_B - 1), 0)
+        rank_B = self._searcher.ranks(user_BD, found[0][np.arange(len(user_BD)), place_B])
+        deep = np.flatnonzero((rank_B > DEEPER * effort.k) & (num_found_B > 0))
+        if not len(deep):
+            return found
+        width = found[1].shape[1]
+        score_BC, item_row_BC = (part.copy() for part in found)
+        efforts = [effort_for(self.report.efforts, min(int(rank), len(self))) for rank in rank_B[deep]]
+        for each in dict.fromkeys(efforts):
+            users = deep[[one == each for one in efforts]]
+            some_BD = np.ascontiguousarray(user_BD[users])
+            score_BC[users], item_row_BC[users] = self._searcher.search(some_BD, width, each, allowed)
+        return score_BC, item_row_BC
 
     def _search_exactly(self, user_BD: np.ndarray, k: int, seen: Lists | None, allowed: Allowed | None) -> Answer:
         num_items = len(self) if allowed is None else len(allowed.item_rows)

@@ -6,6 +6,7 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -21,11 +22,14 @@ from trec_twotower.index.exact import (
     order,
     padded,
 )
-from trec_twotower.index.faiss_backend import BLAS_BATCH, GPU_LIMIT, Answer, faiss
+from trec_twotower.index.faiss_backend import BLAS_BATCH, GPU_LIMIT, Answer, faiss, inner_products
 from trec_twotower.index.filters import Allowed, Strategy, check_mask
 from trec_twotower.index.gpu import GpuCopies
 from trec_twotower.index.matrix import PIECE
 from trec_twotower.index.shard import Shard
+
+SAMPLE_ITEMS = 2048  # items that tell the rank of a score
+FEWEST_ABOVE = 8  # of them must score higher for the rank to be known
 
 
 @dataclass(frozen=True)
@@ -207,6 +211,19 @@ class Searcher(ABC):
         return score_BK, np.where(place_BK >= 0, rows[place_BK], -1)
 
     # ------------------------------------------------------------ the items themselves
+
+    def ranks(self, user_BD: np.ndarray, score_B: np.ndarray) -> np.ndarray:
+        """Return the rank (B,) that each score has among all items of a user, by a sample of them; 0 if it is high."""
+        user_BD = user_BD if self.shards[0].refine is not None else self.shards[0].query_vectors(user_BD)
+        num_sampled = len(self._sample_SD)
+        every_BS = np.broadcast_to(np.arange(num_sampled), (len(user_BD), num_sampled))
+        above_B = (inner_products(user_BD, self._sample_SD, every_BS) > score_B[:, None]).sum(axis=1)
+        return np.where(above_B >= FEWEST_ABOVE, above_B * (self.num_items / num_sampled), 0.0)
+
+    @cached_property
+    def _sample_SD(self) -> np.ndarray:
+        rows = np.linspace(0, self.num_items - 1, min(SAMPLE_ITEMS, self.num_items)).astype(np.int64)
+        return self.vectors_of(rows)
 
     def vectors_of(self, item_rows: np.ndarray) -> np.ndarray:
         """Return the vectors of item rows in rising order, as far as the index stores them."""
