@@ -157,8 +157,11 @@ def _template(dim: int, recipe: Recipe) -> Any:
         base.by_residual = True  # as for all other codes, which are finer if the centroid is subtracted
     if isinstance(base, faiss.IndexIVFScalarQuantizer) and base.sq.qtype in PLAIN_TYPES:
         base.by_residual = False  # equal vectors get equal codes, also in two lists; half precision loses nothing by it
-    if hasattr(base, "pq"):
-        base.pq.cp.min_points_per_centroid = 1  # no warning for a small catalogue, all of which is used
+    for codes in (base, Shard(whole).refine):
+        if hasattr(codes, "pq"):
+            codes.pq.cp.min_points_per_centroid = 1  # no warning for a small catalogue, all of which is used
+        if hasattr(codes, "do_polysemous_training"):
+            codes.do_polysemous_training = False  # half a minute for codes that only a Hamming pre-filter reads
     return whole
 
 

@@ -195,17 +195,27 @@ def order(score_BC: np.ndarray, item_row_BC: np.ndarray, k: int) -> Answer:
     """Return the best `k` of each row's candidates, equal scores by item row, row -1 last."""
     if is_settled((score_BC, item_row_BC)):
         return score_BC[:, :k], item_row_BC[:, :k]
-    is_item_BC = item_row_BC >= 0
-    score_BC = np.where(is_item_BC, score_BC, -np.inf)
-    last_BC = np.where(is_item_BC, item_row_BC, np.iinfo(np.int64).max)
+    rest = np.flatnonzero(~are_settled((score_BC, item_row_BC)))
+    score_BK, item_row_BK = score_BC[:, :k].copy(), item_row_BC[:, :k].copy()
+    is_item_BC = item_row_BC[rest] >= 0
+    score_BC = np.where(is_item_BC, score_BC[rest], -np.inf)
+    last_BC = np.where(is_item_BC, item_row_BC[rest], np.iinfo(np.int64).max)
     order_BK = np.lexsort((last_BC, -score_BC))[:, :k]
-    return np.take_along_axis(score_BC, order_BK, axis=1), np.take_along_axis(item_row_BC, order_BK, axis=1)
+    score_BK[rest] = np.take_along_axis(score_BC, order_BK, axis=1)
+    item_row_BK[rest] = np.take_along_axis(item_row_BC[rest], order_BK, axis=1)
+    return score_BK, item_row_BK
 
 
 def is_settled(found: Answer) -> bool:
-    """Return whether all candidates are items whose scores fall, so that their order is the only one."""
+    """Return whether all rows are settled, see `are_settled`."""
     score_BC, item_row_BC = found
     return bool(item_row_BC[:, -1].min() >= 0) and bool((score_BC[:, :-1] > score_BC[:, 1:]).all())
+
+
+def are_settled(found: Answer) -> np.ndarray:
+    """Return which rows (B,) are full of items whose scores fall, so that their order is the only one."""
+    score_BC, item_row_BC = found
+    return (item_row_BC[:, -1] >= 0) & (score_BC[:, :-1] > score_BC[:, 1:]).all(axis=1)
 
 
 def merge(answers: Sequence[Answer], k: int) -> Answer:

@@ -140,7 +140,7 @@ class Probes(NamedTuple):
 class ListSearcher(Searcher):
     """Inverted lists (IVF), of which each user's nprobe best are scanned; the breadth is nprobe."""
 
-    growth = 1.1
+    growth = 2.0
     scores_are_final = True
 
     def __init__(self, shards: Sequence[Shard], device: Device, **settings: Any) -> None:
@@ -187,14 +187,17 @@ class ListSearcher(Searcher):
         )
 
     def scanned_shares(self, user_BD: np.ndarray, effort: SearchEffort) -> np.ndarray:
-        list_BP = self._probes(self.shards[0].query_vectors(user_BD), effort, None).list_BP
+        num_lists = min(effort.breadth, self.num_lists)
+        list_BP = self._best_lists(self.shards[0].query_vectors(user_BD), num_lists).list_BP
         return np.where(list_BP >= 0, self.size_L[list_BP], 0).sum(axis=1) / self.num_items
 
-    def _probes(self, vector_BD: np.ndarray, effort: SearchEffort, allowed: Allowed | None) -> Probes:
+    def _probes(self, vector_BD: np.ndarray, effort: SearchEffort, allowed: Allowed | None) -> Probes | None:
         num_lists = min(effort.breadth, self.num_lists)
-        if allowed is None or num_lists == self.num_lists:
-            return self._best_lists(vector_BD, num_lists)
-        return self._lists_with_allowed(vector_BD, num_lists, effort, allowed)
+        if allowed is not None and num_lists < self.num_lists:
+            return self._lists_with_allowed(vector_BD, num_lists, effort, allowed)
+        if len(vector_BD) < SORTED_FROM and len(self.shards) == 1:
+            return None  # FAISS chooses them in the same call, which spares a few microseconds of Python
+        return self._best_lists(vector_BD, num_lists)
 
     def _lists_with_allowed(
         self, vector_BD: np.ndarray, num_lists: int, effort: SearchEffort, allowed: Allowed
@@ -219,10 +222,21 @@ class ListSearcher(Searcher):
         return Probes(np.ascontiguousarray(score_BP[:, :last]), np.ascontiguousarray(list_BP))
 
     def _best_lists(self, vector_BD: np.ndarray, num_lists: int) -> Probes:
-        parameters = self._sequential
-        if self._is_graph:
-            parameters = faiss.SearchParametersHNSW(efSearch=2 * num_lists)
+        parameters = self._list_parameters(num_lists).quantizer_params
         return Probes(*self._quantizer.search(vector_BD, num_lists, params=parameters))
+
+    def _list_parameters(self, num_lists: int, bits: np.ndarray | None = None) -> Any:
+        """Return FAISS's parameters for so many lists; those without a filter are kept, as they take long to make."""
+        if bits is None and num_lists in self._parameters:
+            return self._parameters[num_lists]
+        parameters = faiss.SearchParametersIVF(nprobe=num_lists, **_selector(bits))
+        if self._is_graph:
+            parameters.quantizer_params = faiss.SearchParametersHNSW(efSearch=2 * num_lists)
+        else:
+            parameters.quantizer_params = self._sequential
+        if bits is None:
+            self._parameters[num_lists] = parameters
+        return parameters
 
     def _scan(
         self,
@@ -230,9 +244,12 @@ class ListSearcher(Searcher):
         vector_BD: np.ndarray,
         width: int,
         effort: SearchEffort,
-        probes: Probes,
+        probes: Probes | None,
         bits: np.ndarray | None,
     ) -> Answer:
+        if probes is None:
+            parameters = self._list_parameters(min(effort.breadth, self.num_lists), bits)
+            return shard.base.search(vector_BD, width, params=parameters)
         if len(vector_BD) < SORTED_FROM:
             return self._scan_lists(shard, vector_BD, width, probes, bits)
         by_list = np.argsort(probes.list_BP[:, 0], kind="stable")
@@ -246,12 +263,7 @@ class ListSearcher(Searcher):
     ) -> Answer:
         """FAISS's search of given lists, whose Python wrapper accepts no parameters."""
         num_users, num_lists = probes.list_BP.shape
-        if bits is not None:
-            parameters = faiss.SearchParametersIVF(nprobe=num_lists, **_selector(bits))
-        elif num_lists in self._parameters:
-            parameters = self._parameters[num_lists]
-        else:
-            parameters = self._parameters[num_lists] = faiss.SearchParametersIVF(nprobe=num_lists)
+        parameters = self._list_parameters(num_lists, bits)
         score_BC = np.empty((num_users, width), np.float32)
         row_BC = np.empty((num_users, width), np.int64)
         pointer = faiss.swig_ptr

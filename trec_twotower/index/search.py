@@ -245,7 +245,7 @@ class ItemIndex:
     def _search_group(
         self, user_BD: np.ndarray, k: int, seen: Lists | None, allowed: Allowed | None, effort: SearchEffort
     ) -> Answer:
-        """Search to the given effort; answers that come back short again more widely, and exactly in the end."""
+        """Search to the given effort; answers that come back short again, more widely."""
         num_items = len(self) if allowed is None else len(allowed.item_rows)
         most_seen = 0 if seen is None else int(seen.lengths.max(initial=0))
         tuned_k = k if allowed is None else self.tuned_k(k)  # see _search_deeper
@@ -260,17 +260,14 @@ class ItemIndex:
         wanted_B = np.minimum(k, num_items - (0 if seen is None else seen.lengths))
         score_BK, item_row_BK = (part.copy() for part in answer)
         wider = effort_for(self.report.efforts, WIDER * effort.k)
-        for again in (wider, self._searcher.everything(width), None):
+        for again in (wider, self._searcher.everything(width)):
             short = np.flatnonzero((item_row_BK >= 0).sum(axis=1) < wanted_B)
             if not len(short):
                 break
             some_BD = np.ascontiguousarray(user_BD[short])
             some = None if seen is None else seen.take(short)
-            if again is None:
-                found = self._search_exactly(some_BD, k, some, allowed)
-            else:
-                found = _unseen(self._searcher.search(some_BD, width, again, allowed), some, k)
-            score_BK[short], item_row_BK[short] = found
+            found = self._searcher.search(some_BD, width, again, allowed)
+            score_BK[short], item_row_BK[short] = _unseen(found, some, k)
         return score_BK, item_row_BK
 
     def _search_deeper(

@@ -60,7 +60,7 @@ class Searcher(ABC):
     """All shards of one kind of index and, where wanted, their copies on GPUs."""
 
     num_lists = 0  # inverted lists
-    growth = 1.0  # factor by which tuning widens a search that falls short
+    growth = 1.0  # factor by which tuning widens a search that falls short although all wanted items are scanned
     scores_are_final = False  # whether FAISS's scores are those of the answer, not scored again
 
     def __init__(
@@ -129,7 +129,22 @@ class Searcher(ABC):
         return SearchEffort(k, self.most_breadth, 1.0)
 
     def search(self, user_BD: np.ndarray, k: int, effort: SearchEffort, allowed: Allowed | None = None) -> Answer:
-        """Return the best `k` of the items that the effort scans, of the allowed ones; rows end in -inf and -1."""
+        """Return the best `k` of the items that the effort scans, of the allowed ones; rows end in -inf and -1.
+
+        At the greatest breadth a row is shorter than `k` only where fewer items are allowed.
+        """
+        found = self._search_gpu_or_cpu(user_BD, k, effort, allowed)
+        if effort.breadth < self.most_breadth or not len(user_BD) or found[1][:, -1].min() >= 0:
+            return found
+        # Fast-scan codes lose items of the lowest possible score
+        wanted = min(k, self.num_items if allowed is None else len(allowed.item_rows))
+        short = np.flatnonzero((found[1] >= 0).sum(axis=1) < wanted)
+        if len(short):
+            found = found[0].copy(), found[1].copy()
+            found[0][short], found[1][short] = self.search_exactly(np.ascontiguousarray(user_BD[short]), k, allowed)
+        return found
+
+    def _search_gpu_or_cpu(self, user_BD: np.ndarray, k: int, effort: SearchEffort, allowed: Allowed | None) -> Answer:
         if self._gpu is None or allowed is not None or max(k + 1, effort.breadth) > GPU_LIMIT:
             return self._search_cpu(user_BD, k, effort, allowed)
         width = min(k + 1, self.num_items)
@@ -160,17 +175,17 @@ class Searcher(ABC):
         vector_BD = shard.query_vectors(user_BD)
         bits = None if allowed is None else shard.bits(allowed.bitmap)
         num_found = min(k, shard.num_items)
-        if self.scores_are_final and shard.refine is None and num_found + SPARE <= shard.num_items:
-            found = self._scan(shard, vector_BD, num_found + SPARE, effort, probes, bits)
-            if is_settled(found) and not shard.first_row:
-                return found[0][:, :k], found[1][:, :k]
         pool = num_found
         if shard.refine is not None:
             pool = min(max(k, effort.k * self.refine_factor), shard.num_items)
+        first_width = min(pool + SPARE, shard.num_items)
+        first = self._scan(shard, vector_BD, first_width, effort, probes, bits)
+        if self.scores_are_final and shard.refine is None and k < first_width and is_settled(first):
+            return first[0][:, :k], _moved(first[1][:, :k], shard.first_row)
 
         def search(users: np.ndarray, width: int) -> Answer:
             if len(users) == len(vector_BD):
-                return self._scan(shard, vector_BD, width, effort, probes, bits)
+                return first if width == first_width else self._scan(shard, vector_BD, width, effort, probes, bits)
             some = None if probes is None else probes.of(users)
             return self._scan(shard, np.ascontiguousarray(vector_BD[users]), width, effort, some, bits)
 
@@ -193,9 +208,7 @@ class Searcher(ABC):
             limit=self._limit(shard, pool, effort),
             slack_B=self._slack(shard, vector_BD),
         )
-        if shard.first_row:
-            row_BK = np.where(row_BK >= 0, row_BK + shard.first_row, -1)
-        return padded(score_BK, row_BK, k)
+        return padded(score_BK, _moved(row_BK, shard.first_row), k)
 
     def search_exactly(self, user_BD: np.ndarray, k: int, allowed: Allowed | None) -> Answer:
         """Return the best `k` of the allowed items, or of all, by scoring their stored vectors."""
@@ -252,3 +265,8 @@ class Searcher(ABC):
         if not allowed.kept:
             allowed.kept.append(ExactItems(self.vectors_of(allowed.item_rows), blas_batch=self.blas_batch))
         return allowed.kept[0]
+
+
+def _moved(row_BK: np.ndarray, first_row: int) -> np.ndarray:
+    """Return a shard's rows as item rows."""
+    return np.where(row_BK >= 0, row_BK + first_row, -1) if first_row else row_BK

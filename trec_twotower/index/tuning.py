@@ -96,7 +96,7 @@ def _tune_for(searcher: Searcher, judge: RecallJudge, least: int, config: IndexC
         if reached >= aim or breadth >= most:
             break
         share += 1.1 * (aim - reached)
-        breadth = math.ceil(breadth * searcher.growth)
+        breadth = breadth + 1 if share <= 1 else math.ceil(breadth * searcher.growth)
     if reached < config.target_recall:
         raise _unreachable(reached, judge.k, searcher, config)
     return replace(effort, scanned_share=float(searcher.scanned_shares(judge.user_BD, effort).mean()))
