@@ -1,25 +1,25 @@
-"""The index against stock FAISS of the same version: speed at equal recall, bytes, building, loading, filters.
+"""The index against stock FAISS of the same version and bytes: speed at equal recall, building, loading, filters.
 
-    python benchmarks/index.py [--items 41000 1000000] [--run RUN] [--rounds 7] [--threads 1] [--json FILE]
+    python benchmarks/index.py [--items 41000 1000000] [--run RUN ...] [--rounds 7] [--threads 1] [--json FILE]
 
-Vectors are generated to be like a trained model's (see `trained_like`); with --run also the export of a run. Contenders
-take turns in every round, on one thread; figures are medians over rounds. A gigabyte of disk and three of memory do for
-1 M items; 10 M (--items 10000000) want ten times that. The figures of the largest size, by name:
+Vectors are generated to resemble a trained model's (see `trained_like`); with --run also the export of a run. The
+contender is stock `IVF,SQfp16` with several numbers of lists, its nprobe tuned on the same users to the same recall@100
+and raised until the held-out users have it, too. Contenders take turns in every round, on one thread; figures are
+medians over rounds of CPU time, as other programs may run. A gigabyte of disk and three of memory do for 1 M items;
+10 M (--items 10000000) want ten times that. Figures, by name, each with the size or the run in front:
 
 exact_b32_vs_stock     exact search of 32 users: queries/s over those of IndexFlatIP
-index_b1_vs_stock      the default index: queries/s, one user at a time, over those of the best of three stock IVF,Flat
-                       whose nprobe was tuned on the same users to the same recall@100, and raised until the held-out
-                       users have it, too; likewise index_b1024_vs_stock. index_recall, stock_recall: ours, the least
-build_cpu_s            CPU seconds of building and tuning the default; build_vs_stock: over those of the quickest stock
+index_b1_vs_stock      the default index: queries/s, one user at a time, over those of the best stock index; likewise
+                       index_b32_vs_stock, index_b1024_vs_stock. index_recall, stock_recall: ours, the least of stock
+build_cpu_s            CPU seconds of building and tuning; build_vs_stock: over those of the quickest stock
 index_bytes_vs_stock   its file, over that of stock's
-scan_vs_stock          of --run: the share of the items it scans for held-out users, over what stock scans of as many
-                       lists at the same target; both tuned on other users
+scan_vs_stock          share of the items it scans for held-out users, over the least of stock
+filtered_worst_vs_best at 1, 5, 10, 30, 50, 90 and 99 % allowed: CPU seconds of a query over those of the faster
+                       strategy; the worst. filtered_recall, filtered_short: least recall@100, most neighbours missing
 build_peak_vs_index    memory of building from Parquet above that before it, over the finished index
 build_rate_vs_at_once  rows/s of reading and adding, over those of reading all rows and adding them in one call
 load_speedup           seconds of faiss.read_index over those of a mapped load
 mapped_query_ratio     seconds of a query in the mapped index over those in the one read
-filtered_worst_vs_best at 1, 10, 50 and 99 % allowed: seconds of a query over those of the fastest of the three ways;
-                       the worst. filtered_recall, filtered_short: the least recall@100, the most neighbours missing
 """
 
 from __future__ import annotations
@@ -43,11 +43,12 @@ from machine import headline, write_figures
 
 from trec_twotower.config import IndexConfig
 from trec_twotower.export import VectorFiles, read_export
-from trec_twotower.index import ItemIndex, build_index, exact_search
+from trec_twotower.index import ExactItems, ItemIndex, build_index, exact_search
 from trec_twotower.memory import give_back
 
 K, TARGET, STOCK_THRESHOLD = 100, 0.99, faiss.cvar.distance_compute_blas_threshold
-STOCK_LISTS = {41_000: (128, 256, 512), 1_000_000: (1024, 2048, 4096)}
+BATCHES = (1, 32, 1024)
+STOCK_LISTS = (1.25, 2.5, 5.0)  # x sqrt(items)
 
 
 # ---------------------------------------------------------------- vectors
@@ -92,35 +93,25 @@ Call = Callable[[], Any]
 
 
 def in_turn(contenders: dict[str, Call], rounds: int) -> dict[str, float]:
-    """Median seconds of each, all taking turns; a first turn does not count."""
+    """Return the median CPU seconds of each, all taking turns; a first turn does not count."""
     taken: dict[str, list[float]] = {name: [] for name in contenders}
     for turn in range(rounds + 1):
         for name, call in contenders.items():
-            started = time.perf_counter()
+            started = time.process_time()
             call()
             if turn:
-                taken[name].append(time.perf_counter() - started)
+                taken[name].append(time.process_time() - started)
     return {name: float(np.median(seconds)) for name, seconds in taken.items()}
 
 
 def one_by_one(search: Callable[[np.ndarray], Any], users: np.ndarray, batch: int) -> Call:
-    """A call that asks for all users, a batch at a time."""
+    """Return a call that asks for all users, a batch at a time."""
 
     def ask() -> None:
         for start in range(0, len(users), batch):
             search(users[start : start + batch])
 
     return ask
-
-
-def latencies_us(search: Callable[[np.ndarray], Any], users: np.ndarray) -> tuple[float, float]:
-    """Median and 99th percentile of single users."""
-    taken = []
-    for user in range(len(users)):
-        started = time.perf_counter()
-        search(users[user : user + 1])
-        taken.append(time.perf_counter() - started)
-    return float(np.percentile(taken, 50) * 1e6), float(np.percentile(taken, 99) * 1e6)
 
 
 def recall(found: np.ndarray, exact: np.ndarray) -> float:
@@ -140,44 +131,53 @@ def stock_search(index: Any) -> Callable[[np.ndarray], Any]:
 # ---------------------------------------------------------------- the index against stock
 
 
+class Stock:
+    """A stock index with the least nprobe that reaches the target for the tuned and the held-out users."""
+
+    def __init__(self, name: str, index: Any, cpu_s: float, num_bytes: int) -> None:
+        self.name, self.index, self.cpu_s, self.num_bytes = name, index, cpu_s, num_bytes
+
+    def raise_to_target(self, users: np.ndarray, exact: np.ndarray) -> None:
+        while self.index.nprobe < self.index.nlist and recall(self.search(users)[1], exact) < TARGET:
+            self.index.nprobe += 1
+
+    def search(self, users: np.ndarray) -> Any:
+        faiss.cvar.distance_compute_blas_threshold = STOCK_THRESHOLD  # as FAISS comes
+        return self.index.search(users, K)
+
+    def scanned_share(self, users: np.ndarray) -> float:
+        faiss.cvar.indexIVF_stats.reset()
+        self.search(users)
+        return faiss.cvar.indexIVF_stats.ndis / len(users) / self.index.ntotal
+
+
 def tuned_stock(items: np.ndarray, users: np.ndarray, exact: np.ndarray, factory: str) -> tuple[Any, float]:
-    """A stock index with the least nprobe that reaches the target for the users; CPU seconds of that."""
+    """Return a stock index with the least nprobe that reaches the target, and CPU seconds of building and tuning it."""
     started = time.process_time()
     index = faiss.index_factory(items.shape[1], factory, faiss.METRIC_INNER_PRODUCT)
-    if factory.startswith("IVF"):
-        index.cp.max_points_per_centroid = 64  # as many as ours takes
+    index.cp.max_points_per_centroid = 64  # as many as ours has
     index.train(items)
     index.add(items)
-    if factory.startswith("IVF"):
-        low, high = 0, 1
-        while high < index.nlist and _reached(index, high, users, exact) < TARGET:
-            low, high = high, min(2 * high, index.nlist)
-        while high - low > 1:
-            middle = (low + high) // 2
-            if _reached(index, middle, users, exact) < TARGET:
-                low = middle
-            else:
-                high = middle
-        index.nprobe = high
+    low, high = 0, 1
+
+    def reaches(nprobe: int) -> bool:
+        index.nprobe = nprobe
+        return recall(index.search(users, K)[1], exact) >= TARGET
+
+    while high < index.nlist and not reaches(high):
+        low, high = high, min(2 * high, index.nlist)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if reaches(middle) else (middle, high)
+    index.nprobe = high
     return index, time.process_time() - started
-
-
-def raise_to_target(index: Any, users: np.ndarray, exact: np.ndarray) -> None:
-    """Raise nprobe until these users have the target, too: what is compared is compared at equal recall."""
-    while index.nprobe < index.nlist and _reached(index, index.nprobe, users, exact) < TARGET:
-        index.nprobe += 1
-
-
-def _reached(index: Any, nprobe: int, users: np.ndarray, exact: np.ndarray) -> float:
-    index.nprobe = nprobe
-    return recall(index.search(users, K)[1], exact)
 
 
 class Kept:
     """What takes long to make, made once and kept in a folder, so that a benchmark may be spread over several calls."""
 
-    def __init__(self, folder: Path, num_items: int) -> None:
-        self.folder = folder / f"{num_items}"
+    def __init__(self, folder: Path, name: str) -> None:
+        self.folder = folder / name
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def array(self, name: str, make: Callable[[], np.ndarray]) -> np.ndarray:
@@ -186,134 +186,141 @@ class Kept:
             np.save(path, make())
         return np.load(path)
 
-    def stock(self, factory: str, make: Callable[[], tuple[Any, float]]) -> tuple[Any, float, int]:
-        """The index with its nprobe, CPU seconds of building and tuning it, bytes."""
+    def stock(self, factory: str, make: Callable[[], tuple[Any, float]]) -> Stock:
         path, facts = self.folder / f"{factory}.faiss", self.folder / f"{factory}.json"
         if not facts.exists():
-            index, built = make()
+            index, cpu_s = make()
             faiss.write_index(index, str(path))
-            facts.write_text(json.dumps({"nprobe": index.nprobe, "built": built}))
+            facts.write_text(json.dumps({"nprobe": index.nprobe, "cpu_s": cpu_s}))
         index, known = faiss.read_index(str(path)), json.loads(facts.read_text())
         index.nprobe = known["nprobe"]
-        return index, known["built"], path.stat().st_size
+        return Stock(f"stock {factory}", index, known["cpu_s"], path.stat().st_size)
 
-    def ours(self, name: str, make: Callable[[], ItemIndex]) -> tuple[ItemIndex, float]:
-        """The index and the CPU seconds of building and tuning it."""
-        facts = self.folder / f"{name}.json"
+    def ours(self, make: Callable[[], ItemIndex]) -> tuple[ItemIndex, float]:
+        """Return the index and the CPU seconds of building and tuning it."""
+        facts = self.folder / "ours.json"
         if not facts.exists():
             started = time.process_time()
             index = make()
             facts.write_text(json.dumps(time.process_time() - started))
             ids = pa.array(np.arange(len(index)))
-            index.save(self.folder / name, model_version="m", item_ids=ids, similarity="cosine")
-        return ItemIndex.load(self.folder / name, device="cpu"), json.loads(facts.read_text())
+            index.save(self.folder / "ours", model_version="m", item_ids=ids, similarity="cosine")
+        return ItemIndex.load(self.folder / "ours", device="cpu"), json.loads(facts.read_text())
+
+
+def of_run(run: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Return the item and the user vectors of a run's export, users in random order."""
+    exported = read_export(run / "export")
+    users = np.asarray(exported.user_QD)
+    users = users.reshape(-1, users.shape[-1])
+    return np.ascontiguousarray(exported.item_ID), users[np.random.default_rng(1).permutation(len(users))]
 
 
 def against_stock(
-    num_items: int, rounds: int, folder: Path, latencies: list[str], codes_of_stock: list[str], make_only: bool
+    name: str, vectors: tuple[np.ndarray, np.ndarray], rounds: int, kept: Kept, factory: str | None, make_only: bool
 ) -> dict[str, float]:
-    kept = Kept(folder, num_items)
-    items = kept.array("items", lambda: trained_like(num_items, 4096 + 2048)[0])
-    users = kept.array("users", lambda: trained_like(num_items, 4096 + 2048)[1])
-    config = IndexConfig(k=K, target_recall=TARGET, device="cpu")
-    tune_users, users = users[:4096], users[4096:]
-    exact = kept.array("exact", lambda: exact_search(items, users, K, device="cpu")[1])
+    """Print a table of the contenders and return the figures; the last 2,048 users are held out."""
+    items, users = (
+        kept.array(what, lambda each=each: each) for what, each in zip(("items", "users"), vectors, strict=True)
+    )
+    tune_users, held_out = users[:4096], np.ascontiguousarray(users[-2048:])
+    exact = kept.array("exact", lambda: exact_search(items, held_out, K, device="cpu")[1])
     tune_exact = kept.array("tune_exact", lambda: exact_search(items, tune_users[1365:2730], K, device="cpu")[1])
-
-    flat = faiss.IndexFlatIP(items.shape[1])
-    flat.add(items)
-    contenders = {
-        "exact, stock": (stock_search(flat), 0.0, items.nbytes),
-        "exact, ours": (lambda user: exact_search(items, user, K, device="cpu"), 0.0, items.nbytes),
-    }
-    ours = {}
-    for latency in latencies:
-        asked = config.model_copy(update={"latency": latency})
-        index, built = kept.ours(latency, lambda asked=asked: build_index(items, tune_users, asked))
-        ours[latency] = index
-        report = index.report
-        contenders[f"ours, {latency}: {report.kind}"] = (
-            lambda user, index=index: index.search(user, K), built, report.bytes
-        )  # fmt: skip
-    stock_names = []
-    for lists in STOCK_LISTS.get(num_items, (int(np.sqrt(num_items)), int(2 * np.sqrt(num_items)))):
-        for codes in codes_of_stock:
-            factory = f"IVF{lists},{codes}"
-            stock, built, num_bytes = kept.stock(
-                factory,
-                lambda factory=factory: tuned_stock(items, tune_users[1365:2730], tune_exact, factory),
-            )
-            raise_to_target(stock, users, exact)
-            name = f"stock {factory}, nprobe {stock.nprobe}"
-            contenders[name] = (stock_search(stock), built, num_bytes)
-            stock_names += [name] if codes == "Flat" else []
+    config = IndexConfig(k=K, target_recall=TARGET, device="cpu", factory=factory)
+    index, cpu_s = kept.ours(lambda: build_index(items, tune_users, config))
+    stocks = []
+    for lists in sorted({max(1, int(factor * len(items) ** 0.5)) for factor in STOCK_LISTS}):
+        codes = f"IVF{lists},SQfp16"
+        stock = kept.stock(codes, lambda codes=codes: tuned_stock(items, tune_users[1365:2730], tune_exact, codes))
+        stock.raise_to_target(held_out, exact)
+        stocks.append(stock)
     if make_only:
         return {}
-    print(f"\n{num_items:,} x {items.shape[1]}, recall of the best {K} on {len(users):,} held-out users")
-    print(
-        f"{'':<44}{'recall@10':>10}{'@100':>8}{'CPU s':>9}{'MB':>7}"
-        f"{'q/s b1':>9}{'b32':>8}{'b1024':>8}{'p50 µs':>8}{'p99 µs':>8}"
-    )
-    rate: dict[int, dict[str, float]] = {}
-    for batch, asked in ((1, 256), (32, 512), (1024, 1024)):
-        some = {name: call for name, call in contenders.items() if not (name.startswith("exact") and batch == 1024)}
-        few = min(asked, 64) if num_items > 200_000 else asked
-        calls = {
-            name: one_by_one(search, users[: few if name.startswith("exact") else asked], batch)
-            for name, (search, _, _) in some.items()
-        }
-        seconds = in_turn(calls, rounds)
-        rate[batch] = {name: (few if name.startswith("exact") else asked) / second for name, second in seconds.items()}
-    for name, (search, built, num_bytes) in contenders.items():
-        asked = users if not name.startswith("exact") else users[:64]
-        found = search(asked)[1]
-        p50, p99 = latencies_us(search, asked[:512])
-        at_10 = recall(found[:, :10], exact[: len(asked), :10])
+    flat = faiss.IndexFlatIP(items.shape[1])
+    flat.add(items)
+    exact_items = ExactItems(items)
+    contenders = {
+        "exact, stock": Stock("", flat, 0, 0).search,
+        "exact, ours": lambda user: exact_search(exact_items, user, K),
+        f"ours: {index.report.kind}": lambda user: index.search(user, K),
+        **{f"{stock.name}, nprobe {stock.index.nprobe}": stock.search for stock in stocks},
+    }
+    sizes = [0, 0, index.report.bytes, *(stock.num_bytes for stock in stocks)]
+    built = [0, 0, cpu_s, *(stock.cpu_s for stock in stocks)]
+    shares = [1, 1, float(index.scanned(held_out, K).mean()), *(stock.scanned_share(held_out) for stock in stocks)]
+    rate = rates(contenders, held_out, len(items), rounds)
+    print(f"\n{name}: {len(items):,} x {items.shape[1]}, best {K} of {len(held_out):,} held-out users")
+    print(f"{'':<34}{'recall':>8}{'scanned':>9}{'CPU s':>7}{'MB':>7}{'q/s b1':>8}{'b32':>8}{'b1024':>8}")
+    recalls = []
+    for number, (contender, search) in enumerate(contenders.items()):
+        asked = held_out if number > 1 else held_out[:64]
+        recalls.append(recall(search(asked)[1], exact[: len(asked)]))
         print(
-            f"{name:<44}{at_10:>10.4f}{recall(found, exact[: len(asked)]):>8.4f}{built:>9.1f}{num_bytes / 1e6:>7.1f}"
-            f"{rate[1][name]:>9,.0f}{rate[32][name]:>8,.0f}{rate[1024].get(name, 0):>8,.0f}{p50:>8,.0f}{p99:>8,.0f}",
+            f"{contender:<34}{recalls[-1]:>8.4f}{shares[number]:>9.4f}{built[number]:>7.1f}{sizes[number] / 1e6:>7.1f}"
+            + "".join(f"{rate[batch].get(contender, 0):>8,.0f}" for batch in BATCHES),
             flush=True,
         )
-    default = next(name for name in contenders if name.startswith("ours, online"))
-    best = {batch: max(rate[batch][name] for name in stock_names) for batch in (1, 1024)}
+    ours, *others = list(contenders)[2:]
     return {
         "exact_b32_vs_stock": rate[32]["exact, ours"] / rate[32]["exact, stock"],
-        "index_b1_vs_stock": rate[1][default] / best[1],
-        "index_b1024_vs_stock": rate[1024][default] / best[1024],
-        "index_bytes_vs_stock": contenders[default][2] / min(contenders[name][2] for name in stock_names),
-        "index_recall": recall(ours["online"].search(users, K)[1], exact),
-        "stock_recall": min(recall(contenders[name][0](users)[1], exact) for name in stock_names),
-        "build_cpu_s": contenders[default][1],
-        "build_vs_stock": contenders[default][1] / min(contenders[name][1] for name in stock_names),
-        **filtered(items, users[:200], ours["online"], rounds),
+        **{
+            f"index_b{batch}_vs_stock": rate[batch][ours] / max(rate[batch][each] for each in others)
+            for batch in BATCHES
+        },
+        "index_bytes_vs_stock": sizes[2] / min(sizes[3:]),
+        "index_recall": recalls[2],
+        "stock_recall": min(recalls[3:]),
+        "scan_vs_stock": shares[2] / min(shares[3:]),
+        "build_cpu_s": cpu_s,
+        "build_vs_stock": cpu_s / min(built[3:]),
+        **filtered(items, held_out[:200], index, rounds),
     }
+
+
+def rates(
+    contenders: dict[str, Callable[[np.ndarray], Any]], users: np.ndarray, num_items: int, rounds: int
+) -> dict[int, dict[str, float]]:
+    """Return queries per CPU second by batch and contender; exact search is asked for fewer users of many items."""
+    rate: dict[int, dict[str, float]] = {}
+    for batch, wanted in zip(BATCHES, (256, 512, 1024), strict=True):
+        asked = {
+            name: 64 if name.startswith("exact") and num_items > 200_000 else wanted
+            for name in contenders
+            if batch < 1024 or not name.startswith("exact")
+        }
+        seconds = in_turn(
+            {name: one_by_one(contenders[name], users[:count], batch) for name, count in asked.items()}, rounds
+        )
+        rate[batch] = {name: count / seconds[name] for name, count in asked.items()}
+    return rate
 
 
 def filtered(items: np.ndarray, users: np.ndarray, index: ItemIndex, rounds: int) -> dict[str, float]:
-    """Searches among some of the items, by each way and as the index chooses."""
+    """Search among some of the items, by each strategy and as the rule chooses."""
     rng = np.random.default_rng(1)
     worst, least, short = 0.0, 1.0, 0
-    print(f"\n{'allowed':>8}{'chosen':>10}{'recall':>8}{'exact µs':>10}{'selector':>10}{'overfetch':>10}{'chosen':>10}")
-    for share in (0.01, 0.1, 0.5, 0.99):
+    print(f"\n{'allowed':>8}{'chosen':>10}{'recall':>8}{'exact us':>10}{'selector':>10}")
+    for share in (0.01, 0.05, 0.1, 0.3, 0.5, 0.9, 0.99):
         mask = rng.random(len(items)) < share
         rows = np.flatnonzero(mask)
-        truth = rows[exact_search(items[rows], users, K, device="cpu")[1]]
-        ways = {way: index.allow(mask, way) for way in ("exact", "selector", "overfetch")}
-        ways["chosen"] = index.allow(mask)
-        calls = {}
-        for way, allowed in ways.items():
-            asked = users[: 8 if way == "exact" and share > 0.2 else 32]
-            calls[way] = one_by_one(lambda user, allowed=allowed: index.search(user, K, allowed=allowed), asked, 1)
-        seconds = in_turn(calls, rounds)
-        each = {way: second / (8 if way == "exact" and share > 0.2 else 32) for way, second in seconds.items()}
-        found = index.search(users, K, allowed=ways["chosen"])[1]
-        best = min(each[way] for way in ("exact", "selector", "overfetch"))
-        worst = max(worst, each["chosen"] / best)
+        truth = rows[exact_search(items[rows], users, min(K, len(rows)), device="cpu")[1]]
+        chosen = index.allow(mask)
+        filters = {strategy: index.allow(mask, strategy) for strategy in ("exact", "selector")}
+        seconds = in_turn(
+            {
+                name: one_by_one(lambda user, allowed=allowed: index.search(user, K, allowed=allowed), users[:16], 1)
+                for name, allowed in filters.items()
+            },
+            rounds,
+        )
+        strategy = index.strategy_of(chosen, K)
+        found = index.search(users, K, allowed=chosen)[1]
+        worst = max(worst, seconds[strategy] / min(seconds.values()))
         least = min(least, recall(found, truth))
-        short = max(short, int((found < 0).sum()))
+        short = max(short, int((found[:, : truth.shape[1]] < 0).sum()))
         print(
-            f"{share:>8.0%}{index.way_of(ways['chosen'], K):>10}{recall(found, truth):>8.4f}"
-            + "".join(f"{each[way] * 1e6:>10,.0f}" for way in ("exact", "selector", "overfetch", "chosen")),
+            f"{share:>8.0%}{strategy:>10}{recall(found, truth):>8.4f}"
+            + "".join(f"{seconds[name] / 16 * 1e6:>10,.0f}" for name in filters),
             flush=True,
         )
     return {"filtered_worst_vs_best": worst, "filtered_recall": least, "filtered_short": short}
@@ -425,41 +432,14 @@ def loading(folder: Path, users: np.ndarray, rounds: int) -> dict[str, float]:
     }
 
 
-# ---------------------------------------------------------------- a run's own vectors
-
-
-def of_run(run: Path) -> dict[str, float]:
-    """Shares scanned for held-out users of a run's export."""
-    exported = read_export(run / "export")
-    items = np.ascontiguousarray(exported.item_ID)
-    users = exported.user_QD[np.random.default_rng(1).permutation(len(exported.user_QD))]
-    known, held_out = users[: len(users) - 2048], users[len(users) - 2048 :]
-    index = build_index(items, known, IndexConfig(k=K, target_recall=TARGET, device="cpu"))
-    report = index.report
-    tune = known[:1365]
-    stock, _ = tuned_stock(items, tune, exact_search(items, tune, K)[1], f"IVF{report.lists},Flat")
-    exact = exact_search(items, held_out, K)[1]
-    answers = {"ours": index.search(held_out, K)[1]}
-    faiss.cvar.indexIVF_stats.reset()
-    answers["stock"] = stock_search(stock)(held_out)[1]
-    stock_share = faiss.cvar.indexIVF_stats.ndis / len(held_out) / len(items)
-    shares = {"ours": float(index.scanned(held_out, K).mean()), "stock": stock_share}
-    for name, found in answers.items():
-        print(f"{run.name}, {name}: recall@{K} {recall(found, exact):.4f} scanning {shares[name]:.4f} of the items")
-    return {"scan_vs_stock": shares["ours"] / shares["stock"]}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--items", type=int, nargs="*", default=[41_000, 1_000_000])
-    parser.add_argument("--run", type=Path, help="a run folder with an export")
+    parser.add_argument("--run", type=Path, nargs="*", default=[], help="run folders with an export")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument(
-        "--latencies", nargs="+", default=["online", "batch"], help="which of ours; online is the default"
-    )
-    parser.add_argument("--codes", nargs="+", default=["Flat", "SQfp16"], help="which of stock")
-    parser.add_argument("--folder", type=Path, help="keep vectors and indexes here, and take those that are there")
+    parser.add_argument("--factory", help="of ours, in place of the default")
+    parser.add_argument("--folder", type=Path, help="keep vectors and indexes here, and use those that are there")
     parser.add_argument("--make-only", action="store_true", help="make what is to be kept, and measure nothing")
     parser.add_argument("--without-building", action="store_true", help="neither the building nor the loading")
     parser.add_argument("--json", type=Path, help="write the figures by name to this file")
@@ -471,17 +451,17 @@ def main() -> None:
     faiss.omp_set_num_threads(options.threads)
     print(headline(), f"\nFAISS compiled for {faiss.get_compile_options()}, {options.threads} thread(s)", flush=True)
     figures: dict[str, float] = {}
-    if options.run is not None:
-        figures |= of_run(options.run)
-    for num_items in sorted(options.items):
+    worlds = {run.name: lambda run=run: of_run(run) for run in options.run}
+    worlds |= {f"{count}": lambda count=count: trained_like(count, 4096 + 2048) for count in sorted(options.items)}
+    for name, make in worlds.items():
         with tempfile.TemporaryDirectory() as temporary:
-            kept = options.folder or Path(temporary)
-            figures |= against_stock(
-                num_items, options.rounds, kept, options.latencies, options.codes, options.make_only
-            )
-            if not (options.make_only or options.without_building):
-                figures |= building(num_items, options.rounds, Path(temporary))
-    print("\n" + "\n".join(f"{name:<24}{value:>10.4f}" for name, value in figures.items()))
+            kept = Kept(options.folder or Path(temporary), name)
+            vectors = (np.empty(0), np.empty(0)) if (kept.folder / "users.npy").exists() else make()
+            found = against_stock(name, vectors, options.rounds, kept, options.factory, options.make_only)
+            if name.isdigit() and not (options.make_only or options.without_building):
+                found |= building(int(name), options.rounds, Path(temporary))
+            figures |= {f"{name} {figure}": value for figure, value in found.items()}
+    print("\n" + "\n".join(f"{name:<40}{value:>10.4f}" for name, value in figures.items()))
     write_figures(options.json, figures)
 
 

@@ -200,9 +200,8 @@ def trained(dataset: Path, world: str, name: str, run_dir: Path, epochs: int, ra
 
 def cold(place: Path, names: list[str], epochs: int, ranks: Any) -> dict[str, float]:
     """Recall at 10 of test items that no row of train/ has."""
-    from trec_twotower.data.lists import Lists
     from trec_twotower.evaluate import Evaluator, exactly
-    from trec_twotower.exhaustive import rank_everything
+    from trec_twotower.index import exact_search
     from trec_twotower.metrics import Hits
 
     dataset = place / "cold"
@@ -216,7 +215,7 @@ def cold(place: Path, names: list[str], epochs: int, ranks: Any) -> dict[str, fl
         is_cold_I = is_cold(np.asarray(loaded.sources.catalogue.ids))
         cold_rows = np.flatnonzero(is_cold_I)
         of_all = evaluator.rankings(user_BD, exactly(item_ID, ranks))
-        of_cold = cold_rows[rank_everything(item_ID[cold_rows], user_BD, 10, Lists.empty(len(user_BD)))]
+        of_cold = cold_rows[exact_search(item_ID[cold_rows], user_BD, 10)[1]]
         start = f"cold_{_word(name)}"
         for key, ranked in ((start, of_all), (f"{start}_among", of_cold)):
             hits = Hits.of(ranked, evaluator.held_out.positives)

@@ -459,7 +459,7 @@ OTHER = {
     "evaluate.bootstrap": (0, False),
     "index.target_recall": (0.5, False),
     "index.k": (10, False),
-    "index.latency": ("batch", False),
+    "index.blas_batch": (16, False),
     "index.memory_gb": (0.5, False),
     "index.factory": ("IVF16,SQ8", False),
     "index.shards": (2, False),
@@ -593,3 +593,10 @@ def test_help_loads_nothing_heavy(argument):
     assert done.stderr.strip() == "[]"
     if argument:
         assert "usage: trec-twotower" in done.stdout
+
+
+def test_index_latency_was_removed_and_saved_configs_still_load():
+    """A run of before has `latency: online` in its config.yaml; `batch` would now silently build another index."""
+    assert small("index.latency=online").index == small().index
+    assert "latency" not in as_values(small("index.latency=online"))["index"]
+    assert "index.latency is 'batch', but the setting was removed" in refused("index.latency=batch")

@@ -14,8 +14,7 @@ import pytest
 from trec_twotower.baselines import ItemToItem, SpectralTowers
 from trec_twotower.data.lists import Lists
 from trec_twotower.errors import DataError
-from trec_twotower.evaluate import comparison
-from trec_twotower.exhaustive import rank_everything
+from trec_twotower.evaluate import comparison, exactly
 from trec_twotower.slices import make_slices
 from trec_twotower.spectral import Taken
 
@@ -303,10 +302,9 @@ def test_a_user_who_took_nearly_all_does_not_make_items_alike(lone_rank, monkeyp
 
 
 @pytest.mark.parametrize(("num_items", "k"), [(5, 5), (70, 7), (33, 1), (300, 100)])
-def test_every_item_is_scored_and_equals_go_by_row(num_items, k, rng, monkeypatch):
-    """Small whole numbers, so that products are exact and many scores equal; blocks end inside users and items."""
-    monkeypatch.setattr("trec_twotower.exhaustive.USERS", 3)
-    monkeypatch.setattr("trec_twotower.exhaustive.ITEMS", 40)
+def test_every_item_is_scored_and_equals_go_by_row(num_items, k, rng, monkeypatch, lone_rank):
+    """Small whole numbers, so that products are exact and many scores equal; blocks end inside users."""
+    monkeypatch.setattr("trec_twotower.index.exact.MAX_CELLS", 300)
     item_ID, user_BD = (rng.integers(-3, 4, size=(rows, 4)).astype(np.float32) for rows in (num_items, 20))
     seen = [rng.permutation(num_items)[: rng.integers(0, num_items + 1)].tolist() for _ in range(20)]
     seen[3], seen[4] = list(range(num_items)), []
@@ -315,9 +313,10 @@ def test_every_item_is_scored_and_equals_go_by_row(num_items, k, rng, monkeypatc
         score = [sum(a * b for a, b in zip(user, item, strict=True)) for item in item_ID.tolist()]
         order = sorted((item for item in range(num_items) if item not in mine), key=lambda item: (-score[item], item))
         expected.append([*order[:k], *[-1] * (k - len(order))])
-    assert rank_everything(item_ID, user_BD, k, Lists.from_lists(seen)).tolist() == expected
+    search = exactly(item_ID, lone_rank)
+    assert search(user_BD, k, Lists.from_lists(seen)).tolist() == expected
 
 
-def test_users_without_a_place_are_refused():
+def test_users_without_a_place_are_refused(lone_rank):
     with pytest.raises(DataError, match="NaN or infinity"):
-        rank_everything(np.ones((3, 2), np.float32), np.full((1, 2), np.nan, np.float32), 1, Lists.empty(1))
+        exactly(np.ones((3, 2), np.float32), lone_rank)(np.full((1, 2), np.nan, np.float32), 1, Lists.empty(1))

@@ -17,9 +17,11 @@ from trec_twotower.config import IndexConfig
 from trec_twotower.data.lists import Lists
 from trec_twotower.errors import ConfigError, DataError
 from trec_twotower.export import VectorFiles
-from trec_twotower.index import ItemIndex, Matrix, build_index, choose_recipe, engine, faiss
+from trec_twotower.index import ItemIndex, Matrix, build_index, choose_recipe, faiss, training
 from trec_twotower.index.build import _Users
-from trec_twotower.index.scan import Part
+from trec_twotower.index.searcher import SearchEffort
+from trec_twotower.index.shard import Shard
+from trec_twotower.index.training import rows_of
 
 KINDS = (
     ("Flat", 1),
@@ -62,10 +64,10 @@ def test_every_kind_reaches_the_target_and_answers_whole_and_maps_to_the_same(ve
             assert (np.diff(score[:num_found]) <= 0).all()
 
     mask_I = rng.random(2_000) < 0.02
-    for way in ("exact", "selector", "overfetch"):
-        _, item_row_BK = index.search(user_BD, 10, allowed=index.allow(mask_I, way))
+    for strategy in ("exact", "selector"):
+        _, item_row_BK = index.search(user_BD, 10, allowed=index.allow(mask_I, strategy))
         assert mask_I[item_row_BK].all()
-        few = index.allow(np.isin(np.arange(2_000), [3, 1_990]), way)
+        few = index.allow(np.isin(np.arange(2_000), [3, 1_990]), strategy)
         _, item_row_BK = index.search(user_BD, 10, allowed=few)
         assert {tuple(sorted(row)) for row in item_row_BK.tolist()} == {(-1,) * 8 + (3, 1_990)}
 
@@ -116,65 +118,68 @@ def test_shards_whose_lists_run_short_are_searched_again(vectors):
     """A place left empty by the second shard is no item of the first."""
     item_ID, user_QD = vectors
     index = build_index(item_ID, user_QD, settings(factory="IVF40,Flat", shards=2, k=10))
-    fit = replace(index.report.fits[0], margin=-1e9, most_lists=1)
-    hasty = ItemIndex(index._scanner, replace(index.report, fits=(fit,)))
+    hasty = ItemIndex(index._searcher, replace(index.report, efforts=(SearchEffort(10_000, 1, 0.01),)))
     _, item_row_BK = hasty.search(user_QD[:20], 1_200)
     assert all(len(set(row)) == 1_200 and min(row) >= 0 for row in item_row_BK.tolist())
 
 
-def test_users_near_many_items_scan_more_than_users_whose_items_lie_together():
-    """Half of the users have their best items in one place, half have them all around."""
-    rng = np.random.default_rng(0)
-    item_ID = rng.standard_normal((4_000, 16))
-    item_ID[:1_000] = 0.05 * item_ID[:1_000] + np.eye(16)[rng.integers(0, 8, size=1_000)]
-    item_ID = (item_ID / np.linalg.norm(item_ID, axis=1, keepdims=True)).astype(np.float32)
-    near_BD = np.eye(16)[rng.integers(0, 8, size=600)] + 0.05 * rng.standard_normal((600, 16))
-    user_QD = np.concatenate([near_BD, rng.standard_normal((600, 16))])
-    user_QD = (user_QD / np.linalg.norm(user_QD, axis=1, keepdims=True)).astype(np.float32)
-    index = build_index(item_ID, user_QD, settings(lists=100, k=20, target_recall=0.95))
-    fit, scanner = index.report.fits[0], index._scanner
-    lists_B = (scanner.choose_lists(user_QD, 20, fit).list_BP >= 0).sum(axis=1)
-    assert lists_B.max() <= fit.most_lists <= 100
-    assert lists_B[:600].mean() < lists_B[600:].mean() / 2
-    expected = best_written_out(item_ID, user_QD[500:700], 20)
-    same_for_all = next(
-        most for most in range(1, 101) if recall(index._scan(user_QD[500:700], 20, fit, most=most)[1], expected) >= 0.95
-    )
-    assert lists_B.mean() < 0.8 * same_for_all, "as many lists for everybody cost more"
-
-
-def test_lists_drawn_by_what_users_want_are_scanned_less(monkeypatch):
-    """Long items are everybody's best: against the same index with lists drawn from all items alike."""
+def test_lists_trained_by_what_users_want_are_scanned_less(monkeypatch):
+    """Long items are everybody's best: against the same index with lists trained on all items equally."""
     item_ID, user_QD = clustered(8_000, 1_000, spread=1.0)
-    config = settings(lists=100, target_recall=0.97, max_train_vectors=4_000)
+    config = settings(factory="IVF100,Flat", target_recall=0.97)
     by_hits = build_index(item_ID, user_QD, config).report
-
-    def alike(hits_I, count, seed):
-        return np.sort(np.random.default_rng(seed).choice(len(hits_I), count))
-
-    monkeypatch.setattr("trec_twotower.index.build._drawn_by_hits", alike)
+    weighted = training.weighted_sample
+    monkeypatch.setattr(training, "weighted_sample", lambda weight_I, *rest: weighted(np.ones(len(weight_I)), *rest))
     by_items = build_index(item_ID, user_QD, config).report
     assert min(by_hits.reached_recall, by_items.reached_recall) > 0.95
     assert by_hits.scanned_share < 0.8 * by_items.scanned_share
 
 
-def test_lists_are_drawn_where_users_look_too():
-    """Users along an axis on which no item is: no mean of items alone lies there."""
-    item_ID, user_QD = clustered(3_000, 400, dim=16)
-    item_ID[:, 0] = 0
-    user_QD[:, 0] = 3
-    index = build_index(item_ID, user_QD, settings(lists=40, k=20, max_train_vectors=600))
-    centroid_LD = index._scanner.parts[0].quantizer.reconstruct_n(0, 40)
-    cosine_L = centroid_LD[:, 0] / np.linalg.norm(centroid_LD, axis=1)
-    assert 1 <= (cosine_L > 0.8).sum() < 20
-    length = np.linalg.norm(centroid_LD[cosine_L > 0.8], axis=1)
-    assert (length > 0.5).all() and (length < 1.5).all(), "that of the items, which is 1; the users' is 3"
+def test_a_weighted_sample_stands_for_all_items(rng):
+    """Weighted sums of the sample are those of all items in the mean; items of great weight are drawn for certain."""
+    weight_I = np.concatenate([rng.random(900) + 0.1, [50.0, 80.0]])
+    value_I = rng.random(902)
+    sums, counts = [], []
+    for seed in range(300):
+        rows, weight_C = training.weighted_sample(weight_I, 200, seed)
+        assert (np.diff(rows) > 0).all() and {900, 901} <= set(rows.tolist())
+        sums.append((weight_C * value_I[rows]).sum())
+        counts.append(len(rows))
+    assert np.mean(counts) == pytest.approx(200, rel=0.02)
+    assert np.mean(sums) == pytest.approx((weight_I * value_I).sum(), rel=0.01)
+    rows, weight_C = training.weighted_sample(weight_I, 902, 0)
+    assert (rows == np.arange(902)).all() and np.allclose(weight_C, weight_I)
+
+
+def test_a_small_catalogue_trains_codes_on_each_item_once(vectors, monkeypatch):
+    """1,000 items are no 65,536 training points, and nobody reads the Hamming distances of codes."""
+    item_ID, user_QD = vectors
+    trained = []
+    monkeypatch.setattr(training, "rows_of", lambda items, rows: trained.append(rows) or rows_of(items, rows))
+    index = build_index(item_ID[:1_000], user_QD, settings(factory="IVF32,PQ16", target_recall=0.3))
+    rows = trained[-1]  # the first are users
+    assert (rows == np.arange(1_000)).all()
+    assert not index._searcher.shards[0].base.do_polysemous_training
+
+
+@pytest.mark.parametrize(("stretch", "is_stretched"), [(4.0, True), (1.0, False)])
+def test_lists_are_probed_by_the_centroids_that_find_them_sooner(stretch, is_stretched):
+    """A list whose items lie far apart has a short centroid, which hides items as good as any other list's."""
+    centroid_LD = np.array([[1, 0], [0.9, 0.1], [0.95, 0.05]], np.float32)
+    centroid_LD[2] /= stretch
+    square_L = np.array([1.01, 0.83, 0.91])  # mean squared lengths
+    user_BD = np.array([[1.0, 0.05]] * 4, np.float32)
+    list_BK = np.full((4, 5), 2 if is_stretched else 0)
+    probing_LD = training.probing_centroids(centroid_LD, square_L, list_BK, user_BD, np.array([10, 10, 10]))
+    assert (probing_LD is not centroid_LD) == is_stretched
+    if is_stretched:
+        np.testing.assert_allclose(np.linalg.norm(probing_LD, axis=1) ** 2, square_L, rtol=1e-6)
 
 
 def test_packed_codes_are_of_what_the_centroid_leaves(vectors):
     """As those of other kinds; FAISS's own way for them is the whole vector, of which the same bits tell less."""
     index = build_index(*vectors, settings(factory="IVF40,PQ16x4fs,Refine(SQfp16)", target_recall=0.9, k=10))
-    base = index._scanner.parts[0].base
+    base = index._searcher.shards[0].base
     assert base.by_residual
     item_ID, user_BD = vectors[0], vectors[1][:200]
     whole = faiss.index_factory(32, "IVF40,PQ16x4fs", faiss.METRIC_INNER_PRODUCT)
@@ -189,8 +194,8 @@ def test_packed_codes_are_of_what_the_centroid_leaves(vectors):
 def test_nobody_is_tuned_for_and_reported_on():
     user_QD = np.arange(3_000, dtype=np.float32).reshape(-1, 1) + 1
     users = _Users(Matrix(user_QD, "user"), IndexConfig(tune_users=900))
-    parts = [set(part[:, 0].tolist()) for part in (users.tune_BD, users.report_BD, users.points_BD)]
-    assert [len(part) for part in parts] == [300, 300, 2_400]
+    parts = [set(part[:, 0].tolist()) for part in (users.tune_BD, users.report_BD, users.hits_BD)]
+    assert [len(part) for part in parts] == [300, 300, 300]
     assert not parts[0] & parts[1] and not parts[0] & parts[2] and not parts[1] & parts[2]
 
 
@@ -223,8 +228,8 @@ def test_items_in_pieces_make_the_index_of_the_whole_and_are_not_kept(vectors, f
     pieces = Pieces(item_ID, 130)
     built = [build_index(items, user_QD, config) for items in (item_ID, pieces)]
     assert pieces.most_alive <= 3, "of 16"
-    whole, streamed = (index._scanner.parts for index in built)
-    assert [part.num_items for part in streamed] == [part.num_items for part in whole]
+    whole, streamed = (index._searcher.shards for index in built)
+    assert [shard.num_items for shard in streamed] == [shard.num_items for shard in whole]
     for one, other in zip(whole, streamed, strict=True):
         assert (faiss.serialize_index(one.whole) == faiss.serialize_index(other.whole)).all()
 
@@ -275,7 +280,6 @@ def write_export(folder, item_ID):
         (16_384, {}, "Flat"),
         (16_385, {}, "IVF384,SQfp16"),
         (1_000_000, {}, "IVF3000,SQfp16"),
-        (1_000_000, {"latency": "batch"}, "IVF3000,PQ32x4fs,Refine(SQfp16)"),
         (1_000_000, {"memory_gb": 0.1}, "IVF3000,SQ8"),
         (1_000_000, {"lists": 64}, "IVF64,SQfp16"),
         (100_000_000, {}, "IVF30000_HNSW32,SQfp16"),
@@ -319,7 +323,7 @@ def test_memory_that_holds_no_kind_is_refused():
         ("IDMap,IVF20,Flat", "has an IDMap, which hides the lists"),
         ("LSH", "'metric == METRIC_L2' failed"),
         ("IVF16(PQ4x4),Flat", "finds its lists by a IndexPQ"),
-        ("IVF16,SQ8,Refine(HNSW8)", "again by a IndexHNSWFlat, which does not hold"),
+        ("IVF16,SQ8,Refine(HNSW8)", "refines by a IndexHNSWFlat, which does not store"),
         ("NSG16", "makes a IndexNSGFlat, which cannot be tuned"),
         ("PQ16x4fs,Refine(SQfp16)", "makes a IndexPQFastScan, which cannot be tuned"),
         ("PQ16", "makes a IndexPQ, which cannot be tuned or filtered"),
@@ -351,23 +355,4 @@ def test_numbers_beyond_half_precision_are_refused_where_it_is_used(vectors):
 def test_an_index_by_another_metric_is_refused(make):
     """FAISS's metric left out is L2; and lists chosen by L2 under an inner product are another trap."""
     with pytest.raises(ConfigError, match="compares by another metric than the inner product"):
-        Part(make())
-
-
-@pytest.mark.parametrize(("loop_wins_below", "least"), [(2, 2), (16, 16), (1_000, 256)])
-def test_blas_takes_the_batches_that_it_scores_faster(monkeypatch, loop_wins_below, least):
-    """By a clock that says which is faster for which batch."""
-
-    def time_of(call, times):
-        by_blas = faiss.cvar.distance_compute_blas_threshold == 0
-        batch = next(cell.cell_contents for cell in call.__closure__ if isinstance(cell.cell_contents, np.ndarray))
-        return 1.0 if by_blas else (0.5 if len(batch) < loop_wins_below else 2.0)
-
-    before = faiss.cvar.distance_compute_blas_threshold
-    monkeypatch.setattr(engine, "least_time", time_of)
-    monkeypatch.setattr(engine, "_BLAS_FROM", {})
-    try:
-        assert engine.use_blas_well(64) == least
-        assert faiss.cvar.distance_compute_blas_threshold == 64 * least
-    finally:
-        faiss.cvar.distance_compute_blas_threshold = before
+        Shard(make())

@@ -20,7 +20,6 @@ from tests.sequences import steps_config
 from trec_twotower.config import IndexConfig
 from trec_twotower.data.lists import Lists
 from trec_twotower.errors import ConfigError
-from trec_twotower.exhaustive import rank_everything
 from trec_twotower.export import VECTORS, VectorFiles, _write
 from trec_twotower.index import build_index, exact_search
 from trec_twotower.model.interests import attended, gaussian_item, gaussian_user, likeness, uses
@@ -158,7 +157,6 @@ def test_one_search_of_all_vectors_finds_the_best_by_any(factory, rng):
     for found_BK in (
         index.search(user_BMD, 12, seen=seen)[1],
         exact_search(item_ID, user_BMD, 12, seen)[1],
-        rank_everything(item_ID, user_BMD, 12, seen),
     ):
         found = np.take_along_axis(score_BI, found_BK, axis=1)
         assert np.allclose(found, np.take_along_axis(score_BI, best_BK, axis=1), atol=1e-5)

@@ -47,8 +47,8 @@ def test_a_hidden_item_takes_no_place_in_its_group():
     assert shown([[3, 2, 1]], [[0, 1, 2]], 2, rules) == [[1, 2]]
 
 
-def test_equal_scores_keep_their_order():
-    assert shown([[1, 2, 1, 2]], [[3, 1, 0, 2]], 4, Rules()) == [[1, 2, 3, 0]]
+def test_equal_scores_come_by_item_row():
+    assert shown([[1, 2, 1, 2]], [[3, 1, 0, 2]], 4, Rules()) == [[1, 2, 0, 3]]
 
 
 def test_an_item_given_twice_is_shown_once_by_its_better_score():
@@ -75,7 +75,7 @@ def test_rules_that_cannot_be_are_refused():
 def rules_written_out(score, item_row, k, exclude, hidden, boost, group, max_per_group):
     entries = [(s + boost[i], i) for s, i in zip(score, item_row, strict=True) if i >= 0]
     chosen, per_group = [], {}
-    for boosted, item in sorted(entries, key=lambda entry: -entry[0]):
+    for boosted, item in sorted(entries, key=lambda entry: (-entry[0], entry[1])):
         if item in exclude or hidden[item] or any(item == other for _, other in chosen):
             continue
         if group[item] >= 0 and per_group.get(group[item], 0) == max_per_group:

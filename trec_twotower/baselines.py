@@ -12,7 +12,7 @@ from trec_twotower.config import SpectralStart
 from trec_twotower.data.kernels import kernel
 from trec_twotower.data.lists import Lists, offsets_of, side_by_side
 from trec_twotower.distributed import Ranks
-from trec_twotower.exhaustive import rank_everything
+from trec_twotower.index import ExactItems, exact_search
 from trec_twotower.metrics import popularity_ranking
 from trec_twotower.spectral import Taken, spectral_tables
 
@@ -101,7 +101,7 @@ class SpectralTowers:
         """
         excluded = history if excluded is None else excluded
         user_BD = self.users(history)
-        ranked = rank_everything(self.item_ID, user_BD, k, excluded)
+        _, ranked = exact_search(ExactItems(self.item_ID), user_BD, k, excluded)
         lost = np.flatnonzero(~user_BD.any(axis=1))
         ranked[lost] = popularity_ranking(self.count_I, excluded.take(lost), k)
         return ranked

@@ -35,6 +35,10 @@ class CatalogueIndex:
     def report(self) -> IndexReport:
         return self.index.report
 
+    def tuned_k(self, k: int) -> int:
+        """As ItemIndex.tuned_k."""
+        return self.index.tuned_k(k)
+
     def search(
         self, user_BD: np.ndarray, k: int, *, seen: Lists | None = None, allowed: Allowed | None = None
     ) -> tuple[np.ndarray, np.ndarray]:

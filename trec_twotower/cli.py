@@ -231,7 +231,7 @@ def _index(options: argparse.Namespace) -> int:
         item_ids=items.ids(),
         similarity=manifest["similarity"],
     )
-    print(f"{run.folder / 'index'}: {index.report.in_words()}")
+    print(f"{run.folder / 'index'}: {index.report.summary()}")
     return 0
 
 

@@ -545,7 +545,6 @@ class EvaluateConfig(Settings):
 class IndexConfig(Settings):
     target_recall: float = Field(default=0.99, gt=0, le=1)  # of exact search's best k, on held-out users
     k: PositiveInt = 100
-    latency: Literal["online", "batch"] = "online"  # single users answered soonest, or batches of them fastest
     memory_gb: PositiveFloat | None = None  # the most that the index may take; default: no bound
     factory: str | None = None  # FAISS's own words for an index, such as IVF1024,SQfp16; default: by the above
     lists: PositiveInt | None = None  # default: by the size of the catalogue
@@ -554,6 +553,20 @@ class IndexConfig(Settings):
     tune_users: PositiveInt = 4096
     seed: Seed = 0
     device: Literal["auto", "cpu", "gpu"] = "auto"
+    blas_batch: PositiveInt = 4  # least batch of users that exact search scores by BLAS, smaller ones by FAISS's loop
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_latency(cls, values: Any) -> Any:
+        """Configs saved by earlier versions have `latency: online`, which is what is built now."""
+        if isinstance(values, dict) and "latency" in values:
+            if values["latency"] != "online":
+                raise ValueError(
+                    f"index.latency is {values['latency']!r}, but the setting was removed: its other kind of index "
+                    "took many times as long to build and was slower in batches, too. Leave latency out."
+                )
+            values = {name: value for name, value in values.items() if name != "latency"}
+        return values
 
     @model_validator(mode="after")
     def _factory_says_it_all(self) -> Self:

@@ -23,10 +23,9 @@ from trec_twotower.data.lists import Lists, offsets_of
 from trec_twotower.distributed import Ranks
 from trec_twotower.encode import encode, encode_everywhere
 from trec_twotower.errors import ConfigError, nearest
-from trec_twotower.exhaustive import rank_everything
 from trec_twotower.export import load_model
 from trec_twotower.files import write_json
-from trec_twotower.index import ItemIndex, OnDevice, exact_search
+from trec_twotower.index import ExactItems, ItemIndex, exact_search
 from trec_twotower.metrics import Hits, MetricSums, list_metrics, popularity_ranking, ranking_metrics, resampled_sums
 from trec_twotower.model.two_tower import TwoTower
 from trec_twotower.run import Run
@@ -141,9 +140,7 @@ def names_of(metrics: Sequence[str], ks: Sequence[int]) -> list[str]:
 
 def exactly(item_ID: np.ndarray, ranks: Ranks) -> Search:
     """Search that scores every item of the catalogue."""
-    if ranks.device.type == "cpu":
-        return lambda user_BD, k, seen: rank_everything(item_ID, user_BD, k, seen)
-    items = OnDevice(item_ID, ranks.device)
+    items = ExactItems(item_ID, ranks.device)
     return lambda user_BD, k, seen: exact_search(items, user_BD, k, seen)[1]
 
 

@@ -268,7 +268,7 @@ def _index(run: Run, exported: Exported | None) -> str:
     k = min(int(report["k"]), len(index))
     user_BD = np.ascontiguousarray(exported.user_QD[:TIMED_USERS])
     contenders: dict[Any, Callable[[], Any]] = {"exact search": lambda: exact_search(exported.item_ID, user_BD, k)}
-    contenders |= {factor: partial(index.with_margins(factor).search, user_BD, k) for factor in _factors(index)}
+    contenders |= {factor: partial(index.with_breadth(factor).search, user_BD, k) for factor in _factors(index)}
     found, seconds = _in_turn(contenders)
     exact_s, index_s = seconds["exact search"], seconds[1.0]
     single_ms = np.array([_took_s(partial(index.search, user[None], k)) for user in user_BD]) * 1e3
@@ -306,8 +306,8 @@ def _index(run: Run, exported: Exported | None) -> str:
 
 
 def _factors(index: ItemIndex) -> tuple[float, ...]:
-    """Of the margin by which lists are chosen, for points around the tuned one."""
-    return (0.0, 0.5, 0.75, 1.0, 1.25, 1.5) if index.report.lists else (1.0,)
+    """Return factors of what a search scans, for points around the tuned one."""
+    return (0.25, 0.5, 0.75, 1.0, 1.25, 1.5) if index.report.efforts[0].breadth else (1.0,)
 
 
 def _in_turn(contenders: dict[Any, Callable[[], Any]]) -> tuple[dict[Any, Any], dict[Any, float]]:

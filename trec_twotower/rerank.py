@@ -39,11 +39,11 @@ class Rules:
 
 
 def apply_rules(score_BK: np.ndarray, item_row_BK: np.ndarray, k: int, rules: Rules) -> tuple[np.ndarray, np.ndarray]:
-    """The best `k` of each row that the rules allow, by boosted score: (scores, item rows), both B x k.
+    """Return the best `k` of each row that the rules allow, by boosted score: (scores, item rows), both B x k.
 
-    Equal scores keep their order. Boosts come first, then what may not be shown goes, then groups
-    are limited, so an item nobody sees takes no place in its group. An item given twice is shown
-    once, by its better score. Rows that run short end in -inf and -1: fetch more than `k` if so.
+    Equal scores come by item row. Boosts are added first, then hidden and excluded items are removed, then groups
+    are limited, so that an item nobody sees takes no place in its group. An item given twice is returned once, with
+    its better score. Rows that run short end in -inf and -1: fetch more than `k` if so.
     """
     if score_BK.shape != item_row_BK.shape:
         raise ConfigError(f"Scores of shape {score_BK.shape} against item rows of shape {item_row_BK.shape}.")
@@ -52,7 +52,7 @@ def apply_rules(score_BK: np.ndarray, item_row_BK: np.ndarray, k: int, rules: Ru
     if rules.boost_I is not None and is_item_BK.any():
         boost_BK = rules.boost_I[safe_row_BK].astype(score_BK.dtype)
         score_BK = np.where(is_item_BK, score_BK + boost_BK, score_BK)
-    order_BK = np.argsort(-score_BK, axis=1, kind="stable")
+    order_BK = np.lexsort((safe_row_BK, -score_BK))
     score_BK, item_row_BK, safe_row_BK, keep_BK = (
         np.take_along_axis(matrix_BK, order_BK, axis=1)
         for matrix_BK in (score_BK, item_row_BK, safe_row_BK, is_item_BK)

@@ -207,13 +207,15 @@ class Retriever:
     def _ranked(
         self, user_BD: np.ndarray, k: int, seen: Lists, allowed: Allowed | None, rules: Rules | None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Scores and item rows: those of the index, or what rules choose from as many more as they need.
+        """Return scores and item rows: those of the index, or those that rules choose from more of them.
 
-        A boost lifts an item only from among those that were found: 4 k + 50 of them, or more where rules run short.
+        A boost lifts an item only from among those that were found: 2 K + 50, where K is the least `k` or double of it
+        that the index was tuned for (index.k: 100), so that a shorter answer is the head of a longer one; or more where
+        rules run short.
         """
         if rules is None:
             return self.index.search(user_BD, k, seen=seen, allowed=allowed)
-        fetched = 4 * k + 50
+        fetched = 2 * self.index.tuned_k(k) + 50
         while True:
             fetched = min(fetched, len(self.index))
             found_BK = self.index.search(user_BD, fetched, seen=seen, allowed=allowed)

@@ -32,12 +32,11 @@ class Recipe:
 
 
 def choose_recipe(num_items: int, dim: int, config: IndexConfig, *, on_gpu: bool = False) -> Recipe:
-    """The recipe of `config.factory`, else the fastest of ours that fits into `config.memory_gb`.
+    """Return the recipe of `config.factory`, else the fastest of ours that fits into `config.memory_gb`.
 
-    Lists of half-precision vectors serve single users fastest: half the bytes of float32 go through the processor, and
-    the rounding costs no recall; up to EXACT_ITEMS stay in float32, whose scores are exact. Batches are served faster
-    by 4-bit codes whose best are scored again in half precision. Less memory than that takes 8-bit lists, or 4-bit
-    codes scored again in 8 bits.
+    Lists of half-precision vectors: half the bytes of float32 go through the processor, and the rounding costs no
+    recall. Up to EXACT_ITEMS stay in float32, whose scores are exact. Less memory than that takes 8-bit lists. Raises
+    ConfigError where nothing fits.
     """
     if config.factory is not None:
         lists = Recipe(config.factory).lists
@@ -51,7 +50,7 @@ def choose_recipe(num_items: int, dim: int, config: IndexConfig, *, on_gpu: bool
     lists = choose_lists(num_items, config)
     choices = {"Flat": 4.0 * dim} if num_items <= EXACT_ITEMS and config.lists is None else {}
     if not choices or 4 * dim * num_items > budget:
-        choices |= _list_recipes(num_items, lists, dim, config, on_gpu)
+        choices |= _list_recipes(num_items, lists, dim, on_gpu)
     overhead = 4 * dim * lists
     for factory, item_bytes in choices.items():
         num_bytes = int(item_bytes * num_items) + (overhead if factory != "Flat" else 0)
@@ -87,18 +86,10 @@ def choose_lists(num_items: int, config: IndexConfig) -> int:
     return config.lists
 
 
-def _list_recipes(num_items: int, lists: int, dim: int, config: IndexConfig, on_gpu: bool) -> dict[str, float]:
+def _list_recipes(num_items: int, lists: int, dim: int, on_gpu: bool) -> dict[str, float]:
     """Factory strings, the fastest first, and the bytes an item takes in each."""
     coarse = f"IVF{lists}" if lists < GRAPH_LISTS or on_gpu else f"IVF{lists}_HNSW32"
     half, eighth = {f"{coarse},SQfp16": 2.0 * dim + ID_BYTES}, {f"{coarse},SQ8": 1.0 * dim + ID_BYTES}
     if num_items <= EXACT_ITEMS:
         return {f"{coarse},Flat": 4.0 * dim + ID_BYTES} | half | eighth
-    if config.latency == "online" or on_gpu or dim % 2:
-        return half | eighth
-    codes = dim // 4  # 4 bits for each two numbers
-    scan = f"{coarse},PQ{dim // 2}x4fs"
-    return {
-        f"{scan},Refine(SQfp16)": codes + 2.0 * dim + ID_BYTES,
-        f"{scan},Refine(SQ8)": codes + 1.0 * dim + ID_BYTES,
-        **eighth,
-    }
+    return half | eighth

@@ -1,8 +1,8 @@
-"""A built index: searched without seen items, with filters, for several vectors a user; saved, loaded, mapped."""
+"""A built index: searched without seen items, with filters, for several vectors per user; saved, loaded, mapped."""
 
 from __future__ import annotations
 
-import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,18 +15,20 @@ import xxhash
 from trec_twotower.data.lists import Lists
 from trec_twotower.errors import ConfigError, DataError
 from trec_twotower.files import MANIFEST, new_folder, open_sealed, read_manifest, seal, verify_sealed
-from trec_twotower.index.engine import Device, as_vectors, faiss, merged, reason_of
-from trec_twotower.index.filters import Allowed, Race, Way, likely_ways, make_allowed, num_to_fetch
-from trec_twotower.index.list_scan import TOGETHER
-from trec_twotower.index.probing import Fit, fit_for
-from trec_twotower.index.scan import Answer, Scanner
-from trec_twotower.metrics import blocks_by_length, first_kept
+from trec_twotower.index.exact import empty_answer, merge_vectors, without_seen
+from trec_twotower.index.faiss_backend import BLAS_BATCH, Answer, Device, error_text, faiss
+from trec_twotower.index.filters import Allowed, Strategy, choose_strategy
+from trec_twotower.index.kinds import make_searcher
+from trec_twotower.index.matrix import as_vectors
+from trec_twotower.index.searcher import SearchEffort, Searcher, effort_for
+from trec_twotower.metrics import blocks_by_length
 
 MEND = "build the index again: trec-twotower index RUN"
 ITEMS = "items.parquet"
 HEAD_BYTES = 1 << 20  # of each index file, read and verified before it is mapped
 BLOCK = 4096  # users that are searched for together
-WIDER = 4  # times the lists, where an answer came back short
+DEEPER = 2  # times the expected rank: filtered searches whose worst item ranks lower are repeated
+WIDER = 4  # times the neighbours are searched for where an answer is short
 
 
 @dataclass(frozen=True)
@@ -37,37 +39,36 @@ class IndexReport:
     device: str  # where it was tuned: cpu or gpu
     lists: int  # 0: it has none
     shards: int
-    k: int  # neighbours the recall is of, at most the catalogue
-    fits: tuple[Fit, ...]  # how much is scanned for k, 4 k and 16 k neighbours
-    refine_factor: int  # times k that are scored again, where the kind does so
+    k: int  # neighbours the recall is measured for, at most the number of items
+    efforts: tuple[SearchEffort, ...]  # for k and its doubles
+    refine_factor: int  # candidates that are scored again, as a multiple of k, where the kind does so
     target_recall: float
-    reached_recall: float  # on users the tuning did not see, as all below
-    scanned_share: float  # of the catalogue, per user
+    reached_recall: float  # for users the tuning did not use, as all below
+    scanned_share: float  # items scored per user / items
     scanned_most: float  # by the hundredth of users that scan most
-    mean_lists: float
-    curve: tuple[tuple[float, float, float], ...]  # recall, scanned share, users/s one thread after another's batch
+    curve: tuple[tuple[float, float, float], ...]  # recall, scanned share and users/s of CPU time at several breadths
     bytes: int
-    build_s: float  # of all before the tuning: exact search, training, and add_s
-    add_s: float  # of reading and adding the items
+    build_s: float  # exact search, training and adding
+    add_s: float  # reading and adding the items
     tune_s: float
-    settings: dict[str, Any] = field(default_factory=dict)  # the index's part of the config, as it was built with
+    settings: dict[str, Any] = field(default_factory=dict)  # the index section of the config it was built with
 
-    def in_words(self) -> str:
-        """What was built and what it reaches, for people to read."""
-        how = f"{self.shards} x {self.kind}" if self.shards > 1 else self.kind
-        lists = f"{self.mean_lists:.1f} of {self.lists:,} lists and " if self.lists else ""
+    def summary(self) -> str:
+        """Return a line that says what was built and what it reaches."""
+        kind = f"{self.shards} x {self.kind}" if self.shards > 1 else self.kind
+        lists = f"{self.efforts[0].breadth:,} of {self.lists:,} lists and " if self.lists else ""
         most = f" (at most {self.scanned_most:.1%} for 99 of 100 users)" if self.lists else ""
         return (
-            f"{how} on {self.device}; recall@{self.k} against exact search {self.reached_recall:.4f} "
+            f"{kind} on {self.device}; recall@{self.k} against exact search {self.reached_recall:.4f} "
             f"(target {self.target_recall}) on users not tuned for, scanning {lists}{self.scanned_share:.1%} of the "
             f"items{most}, {self.bytes / 1e6:.1f} MB, built in {self.build_s + self.tune_s:.1f} s"
         )
 
     @classmethod
     def read(cls, saved: dict[str, Any]) -> IndexReport:
-        """A report out of a manifest."""
-        fits = tuple(Fit(**{**fit, "weights": tuple(fit["weights"])}) for fit in saved["fits"])
-        return cls(**{**saved, "fits": fits, "curve": tuple(map(tuple, saved["curve"]))})
+        """Return the report of a manifest."""
+        efforts = tuple(SearchEffort(**effort) for effort in saved["efforts"])
+        return cls(**{**saved, "efforts": efforts, "curve": tuple(map(tuple, saved["curve"]))})
 
 
 class ItemIndex:
@@ -75,29 +76,29 @@ class ItemIndex:
 
     def __init__(
         self,
-        scanner: Scanner,
+        searcher: Searcher,
         report: IndexReport,
         *,
         folder: Path | None = None,
         manifest: dict[str, Any] | None = None,
     ) -> None:
-        self._scanner = scanner
+        self._searcher = searcher
         self.report = report
         self._folder = folder
         self._manifest = manifest or {}
         self._item_ids: pa.Array | None = None
 
     def __len__(self) -> int:
-        """How many items."""
-        return self._scanner.num_items
+        """Return the number of items."""
+        return self._searcher.num_items
 
     @property
     def dim(self) -> int:
-        return self._scanner.dim
+        return self._searcher.dim
 
     @property
     def device(self) -> str:
-        return self._scanner.device
+        return self._searcher.device
 
     @property
     def similarity(self) -> str | None:
@@ -109,7 +110,7 @@ class ItemIndex:
 
     @property
     def item_ids(self) -> pa.Array | None:
-        """The outside id of each item row, of a loaded index; read and verified at the first use."""
+        """The external id of each item row, of a loaded index; read and verified at the first use."""
         if self._item_ids is None and self._folder is not None:
             self._item_ids = _read_ids(self._folder, self._manifest, len(self))
         return self._item_ids
@@ -119,15 +120,83 @@ class ItemIndex:
     def search(
         self, user_BD: np.ndarray, k: int, *, seen: Lists | None = None, allowed: Allowed | None = None
     ) -> Answer:
-        """The `k` items of highest score per user: scores float32 and item rows int64, best first.
+        """Return the `k` items of highest score per user: scores float32 and item rows int64, best first.
 
-        An item on a user's `seen` list is never among that user's, nor one that is not `allowed` (see `allow`). A row
-        is shorter than `k`, ending in -inf and -1, only when fewer such items exist: rows that come back short scan
-        more lists, all in the end. Users of several vectors, (B, M, D), are those of `search_merged`.
+        Equal scores come by item row, whatever `k` and the batch are. An item on a user's `seen` list is never among
+        that user's, nor one that is not `allowed` (see `allow`). A row is shorter than `k`, ending in -inf and -1, only
+        where fewer such items exist. Users of several vectors, (B, M, D), are those of `search_merged`. Raises
+        ConfigError for shapes, a `k` or a filter that do not fit the index, DataError for vectors with NaN or infinity.
         """
         if np.ndim(user_BD) == 3:
             return self.search_merged(user_BD, k, seen=seen, allowed=allowed)
         user_BD = as_vectors(user_BD, "user")
+        self._check(user_BD, k, seen, allowed)
+        if seen is not None:
+            seen = self._seen_here(seen, allowed)
+        if allowed is not None and self.strategy_of(allowed, k) == "exact":
+            return self._search_exactly(user_BD, k, seen, allowed)
+        if seen is None and 0 < len(user_BD) <= BLOCK:
+            return self._search_group(user_BD, k, None, allowed, self._effort(k, 0, allowed))
+        num_seen_B = np.zeros(len(user_BD), np.int32) if seen is None else seen.lengths
+        score_BK, item_row_BK = empty_answer(len(user_BD), k)
+        for effort, users in self._groups(k, num_seen_B, allowed):
+            some = None if seen is None else seen.take(users)
+            some_BD = np.ascontiguousarray(user_BD[users])
+            score_BK[users], item_row_BK[users] = self._search_group(some_BD, k, some, allowed, effort)
+        return score_BK, item_row_BK
+
+    def search_unseen(self, user_BD: np.ndarray, k: int, seen: Lists) -> Answer:
+        """As `search`, with a list of seen items for each user."""
+        return self.search(user_BD, k, seen=seen)
+
+    def search_merged(
+        self, user_BMD: np.ndarray, k: int, *, seen: Lists | None = None, allowed: Allowed | None = None
+    ) -> Answer:
+        """As `search`, for users of M vectors each: the `k` items of highest score by any of a user's vectors.
+
+        One search asks for `k` items per vector: an item among a user's best k is among the best k of the vector that
+        scores it highest. Each item is returned once, with that score.
+        """
+        if user_BMD.ndim != 3 or user_BMD.shape[1] < 1:
+            raise ConfigError(f"The users' vectors have shape {user_BMD.shape}. Expected users x vectors x numbers.")
+        num_users, per_user, dim = user_BMD.shape
+        each = None if seen is None else seen.take(np.repeat(np.arange(len(seen)), per_user))
+        found = self.search(user_BMD.reshape(-1, dim), k, seen=each, allowed=allowed)
+        return merge_vectors(found, num_users, k)
+
+    def with_breadth(self, factor: float) -> ItemIndex:
+        """Return the same index with searches that scan `factor` times the lists, or walk so much more of a graph."""
+        efforts = tuple(
+            replace(effort, breadth=max(1, round(effort.breadth * factor))) if effort.breadth else effort
+            for effort in self.report.efforts
+        )
+        report = replace(self.report, efforts=efforts)
+        return ItemIndex(self._searcher, report, folder=self._folder, manifest=self._manifest)
+
+    def tuned_k(self, k: int) -> int:
+        """Return the least number of neighbours, not below `k`, that searches are tuned for."""
+        return effort_for(self.report.efforts, k).k
+
+    def scanned(self, user_BD: np.ndarray, k: int) -> np.ndarray:
+        """Return the share of the items (B,) that a search for `k` scores; 1 where it scores all."""
+        return self._searcher.scanned_shares(as_vectors(user_BD, "user"), effort_for(self.report.efforts, k))
+
+    def allow(self, mask_I: np.ndarray, strategy: Strategy | None = None) -> Allowed:
+        """Return the filter of the items marked in a bool array (I,); `strategy` forces how they are searched.
+
+        Raises ConfigError for another shape or type, DataError for a mask that allows no item.
+        """
+        allowed = self._searcher.allow(mask_I, strategy)
+        if self.strategy_of(allowed, self.report.k) == "exact" and allowed.fits(self.dim):
+            self._searcher.exact_items(allowed)
+        return allowed
+
+    def strategy_of(self, allowed: Allowed, k: int) -> Strategy:
+        """Return how a search for `k` of the allowed items is made, by their number (docs/index.md)."""
+        effort = self._effort(k, 0, allowed)
+        return choose_strategy(allowed, k, effort.scanned_share * len(self), self.dim)
+
+    def _check(self, user_BD: np.ndarray, k: int, seen: Lists | None, allowed: Allowed | None) -> None:
         if user_BD.shape[1] != self.dim:
             raise ConfigError(
                 f"The users' vectors have {user_BD.shape[1]} numbers but the items' of the index {self.dim}: "
@@ -142,187 +211,101 @@ class ItemIndex:
             )
         if seen is not None and len(seen) != len(user_BD):
             raise ConfigError(f"{len(user_BD):,} users but {len(seen):,} lists of seen items: give one list each.")
-        if seen is None or not len(seen.values):
-            if len(user_BD) <= BLOCK:
-                return self._search_block(user_BD, k, None, allowed)
-            blocks, seen = [np.arange(len(user_BD))], None
-        else:
-            seen = self._seen_here(seen, allowed)
-            blocks = list(blocks_by_length(seen.lengths, extra=k))
-        score_BK, item_row_BK = empty_answer(len(user_BD), k)
-        for block in blocks:
-            for start in range(0, len(block), BLOCK):
-                users = block[start : start + BLOCK]
-                taken = None if seen is None else seen.take(users)
-                score_BK[users], item_row_BK[users] = self._search_block(user_BD[users], k, taken, allowed)
-        return score_BK, item_row_BK
 
-    def search_unseen(self, user_BD: np.ndarray, k: int, seen: Lists) -> Answer:
-        """As `search`, with a list of seen items for each user."""
-        return self.search(user_BD, k, seen=seen)
-
-    def search_merged(
-        self, user_BMD: np.ndarray, k: int, *, seen: Lists | None = None, allowed: Allowed | None = None
-    ) -> Answer:
-        """As `search`, for users of M vectors each: the `k` items of highest score by any of a user's vectors.
-
-        One search asks for `k` items a vector: an item among a user's best k is among the best k of the vector that
-        scores it highest. Each item comes once, with that score.
-        """
-        if user_BMD.ndim != 3 or user_BMD.shape[1] < 1:
-            raise ConfigError(f"The users' vectors have shape {user_BMD.shape}: give users x vectors x numbers.")
-        num_users, per_user, dim = user_BMD.shape
-        each = None if seen is None else seen.take(np.repeat(np.arange(len(seen)), per_user))
-        found = self.search(user_BMD.reshape(-1, dim), k, seen=each, allowed=allowed)
-        return merged(found, num_users, k)
-
-    def with_margins(self, factor: float) -> ItemIndex:
-        """The same index, which scans the more the larger `factor` is; 1 is as tuned."""
-        fits = tuple(replace(fit, margin=fit.margin * factor) if fit.margin > 0 else fit for fit in self.report.fits)
-        return ItemIndex(self._scanner, replace(self.report, fits=fits), folder=self._folder, manifest=self._manifest)
-
-    def scanned(self, user_BD: np.ndarray, k: int) -> np.ndarray:
-        """The share of the items (B,) that lies in the lists that a search for `k` scans; 1 without lists."""
-        scanner = self._scanner
-        if scanner.coarse is None:
-            return np.ones(len(user_BD))
-        chosen = scanner.choose_lists(as_vectors(user_BD, "user"), k, fit_for(self.report.fits, k))
-        return scanner.scanned(chosen.list_BP)
-
-    def allow(self, mask_I: np.ndarray, way: Way | None = None) -> Allowed:
-        """The items marked in a bool array (I,), made ready for searches; `way` forces how they are searched."""
-        allowed = make_allowed(self._scanner, mask_I, way)
-        if self.way_of(allowed, self.report.k) == "exact":
-            allowed.vectors(self._scanner)
-        return allowed
-
-    def way_of(self, allowed: Allowed, k: int, num_users: int = 1) -> Way:
-        """How a search for `k` of these items goes, as far as it is known."""
-        return self._race(allowed, k, num_users).best
-
-    def _race(self, allowed: Allowed, k: int, num_users: int) -> Race:
-        if k >= len(allowed.item_rows):
-            return Race(["exact"])
-        if allowed.way is not None:
-            return Race([allowed.way])
-        key = (k, num_users >= TOGETHER)
-        if key not in allowed.races:
-            ways = likely_ways(self._scanner, self.report.fits, len(allowed.item_rows), k)
-            allowed.races.setdefault(key, Race(ways))
-        return allowed.races[key]
-
-    def _seen_here(self, seen: Lists, allowed: Allowed | None) -> Lists:
-        """Seen items once each, without those that could not be found anyway."""
+    def _seen_here(self, seen: Lists, allowed: Allowed | None) -> Lists | None:
+        """Return the seen items once each, without those that cannot be found anyway; None if there are none."""
         seen = seen.distinct()
         is_here = (seen.values >= 0) & (seen.values < len(self))
         if allowed is not None:
             is_here &= allowed.mask_I[np.where(is_here, seen.values, 0)]
-        return seen if is_here.all() else seen.where(is_here)
+        return (seen if is_here.all() else seen.where(is_here)) if is_here.any() else None
 
-    def _search_block(self, user_BD: np.ndarray, k: int, seen: Lists | None, allowed: Allowed | None) -> Answer:
-        if seen is None and allowed is None:
-            found = self._scan(user_BD, k, fit_for(self.report.fits, k))
-            if (found[1][:, -1] >= 0).all():
-                return found
-        num_items = len(self) if allowed is None else len(allowed.item_rows)
-        num_seen_B = seen.lengths if seen is not None else np.zeros(len(user_BD), np.int64)
-        wanted_B = np.minimum(k, num_items - num_seen_B)
-        fetched = min(k + int(num_seen_B.max(initial=0)), num_items)
+    def _effort(self, k: int, num_seen: int, allowed: Allowed | None) -> SearchEffort:
+        """Return the effort that finds `k` allowed and unseen items: that of the neighbours which contain so many.
 
-        found = self._kept(self._first_try(user_BD, fetched, allowed), k, seen, allowed)
-        short = np.flatnonzero((found[1] >= 0).sum(axis=1) < wanted_B)
-        attempt = 0
-        while len(short):
-            again = self._wider_try(np.ascontiguousarray(user_BD[short]), fetched, allowed, attempt)
-            again = self._kept(again, k, None if seen is None else seen.take(short), allowed)
-            found[0][short], found[1][short] = again
-            short = short[(again[1] >= 0).sum(axis=1) < wanted_B[short]]
-            attempt += 1
-        return found
-
-    def _kept(self, found: Answer, k: int, seen: Lists | None, allowed: Allowed | None) -> Answer:
-        """The first `k` that are neither seen nor forbidden."""
-        score_BC, item_row_BC = found
-        if seen is None and allowed is None and item_row_BC.shape[1] == k:
-            return score_BC, item_row_BC
-        keep_BC = item_row_BC >= 0
-        if seen is not None:
-            keep_BC &= ~seen.contain(item_row_BC)
+        It is the same for every `k` up to a tuned one, so that a shorter answer is the head of a longer one.
+        """
+        neighbours = self.tuned_k(k) + num_seen
         if allowed is not None:
-            keep_BC &= allowed.mask_I[np.where(item_row_BC >= 0, item_row_BC, 0)]
-        score_BK, item_row_BK = first_kept(keep_BC, k, (score_BC, -np.inf), (item_row_BC, -1))
+            neighbours = round(neighbours / allowed.share)
+        return effort_for(self.report.efforts, min(neighbours, len(self)))
+
+    def _groups(
+        self, k: int, num_seen_B: np.ndarray, allowed: Allowed | None
+    ) -> Iterator[tuple[SearchEffort, np.ndarray]]:
+        """Return groups of users of one effort, which does not depend on who else is in the batch."""
+        lengths, which_B = np.unique(num_seen_B, return_inverse=True)
+        efforts = [self._effort(k, int(length), allowed) for length in lengths]
+        for effort in dict.fromkeys(efforts):
+            users = np.flatnonzero(np.array([each == effort for each in efforts])[which_B])
+            for block in blocks_by_length(num_seen_B[users], extra=k):
+                for start in range(0, len(block), BLOCK):
+                    yield effort, np.sort(users[block[start : start + BLOCK]])
+
+    def _search_group(
+        self, user_BD: np.ndarray, k: int, seen: Lists | None, allowed: Allowed | None, effort: SearchEffort
+    ) -> Answer:
+        """Search to the given effort; answers that come back short again, more widely."""
+        num_items = len(self) if allowed is None else len(allowed.item_rows)
+        most_seen = 0 if seen is None else int(seen.lengths.max(initial=0))
+        tuned_k = k if allowed is None else self.tuned_k(k)  # see _search_deeper
+        width = min(tuned_k + most_seen, num_items)
+        found = self._searcher.search(user_BD, width, effort, allowed)
+        if allowed is not None:
+            last_B = tuned_k - 1 + (np.zeros(len(user_BD), np.int32) if seen is None else seen.lengths)
+            found = self._search_deeper(user_BD, last_B, effort, allowed, found)
+        answer = _unseen(found, seen, k)
+        if answer[1][:, -1].min() >= 0:
+            return answer
+        wanted_B = np.minimum(k, num_items - (0 if seen is None else seen.lengths))
+        score_BK, item_row_BK = (part.copy() for part in answer)
+        wider = effort_for(self.report.efforts, WIDER * effort.k)
+        for again in (wider, self._searcher.everything(width)):
+            short = np.flatnonzero((item_row_BK >= 0).sum(axis=1) < wanted_B)
+            if not len(short):
+                break
+            some_BD = np.ascontiguousarray(user_BD[short])
+            some = None if seen is None else seen.take(short)
+            found = self._searcher.search(some_BD, width, again, allowed)
+            score_BK[short], item_row_BK[short] = _unseen(found, some, k)
         return score_BK, item_row_BK
 
-    def _first_try(self, user_BD: np.ndarray, k: int, allowed: Allowed | None) -> Answer:
-        """The best `k` as tuned; with `allowed`, by the best way for so many, of which overfetch brings more."""
-        if allowed is None:
-            return self._scan(user_BD, k, fit_for(self.report.fits, k))
-        race = self._race(allowed, k, len(user_BD))
-        way, is_timed = race.next_way()
-        if not is_timed or not len(user_BD):
-            return self._by_way(way, user_BD, k, allowed)
-        if way == "exact":
-            allowed.vectors(self._scanner)  # later searches have them already
-        started = time.perf_counter()
-        found = self._kept(self._by_way(way, user_BD, k, allowed), k, None, allowed)
-        race.tell(way, (time.perf_counter() - started) / len(user_BD))
-        return found
+    def _search_deeper(
+        self, user_BD: np.ndarray, last_B: np.ndarray, effort: SearchEffort, allowed: Allowed, found: Answer
+    ) -> Answer:
+        """Search again for users whose allowed items rank much lower among all items than was expected.
 
-    def _by_way(self, way: Way, user_BD: np.ndarray, k: int, allowed: Allowed) -> Answer:
-        scanner, fits = self._scanner, self.report.fits
-        if way == "exact":
-            return self._scan_allowed(user_BD, k, allowed)
-        if way == "overfetch":
-            fetched = min(num_to_fetch(k, allowed.share), len(self))
-            return self._scan(user_BD, fetched, fit_for(fits, fetched))
-        fit = fit_for(fits, min(round(k / allowed.share), len(self)))
-        if scanner.coarse is None:
-            return scanner.scan_codes(user_BD, k, fit.most_lists, allowed.bitmap)
-        return self._select(user_BD, k, fit, allowed)
-
-    def _select(self, user_BD: np.ndarray, k: int, fit: Fit, allowed: Allowed) -> Answer:
-        """Lists scanned for allowed items; once more where the k-th best is worse than foretold, by what it is.
-
-        A filter that knows of the scores, such as a category, leaves fewer good items than its share tells.
+        A filter that excludes what a user would get (a category the user dislikes) leaves items that the effort for its
+        share of the catalogue was not tuned to find. The item at place `last_B` decides, which is not that of `k` but
+        of the next tuned one: whether a search is repeated must not depend on `k`.
         """
-        scanner = self._scanner
-        chosen = scanner.choose_lists(user_BD, k, fit, size_L=allowed.size_L)
-        found = scanner.scan_lists(user_BD, k, chosen, allowed.bitmap)
-        reached_B = found[0][:, -1]
-        assert chosen.foretold_B is not None
-        again = np.flatnonzero(np.isfinite(reached_B) & (reached_B < chosen.foretold_B - max(fit.margin, 0) / 4))
-        if len(again):
-            user_BD = np.ascontiguousarray(user_BD[again])
-            chosen = scanner.choose_lists(user_BD, k, fit, size_L=allowed.size_L, known_B=reached_B[again])
-            found[0][again], found[1][again] = scanner.scan_lists(user_BD, k, chosen, allowed.bitmap)
-        return found
+        num_found_B = (found[1] >= 0).sum(axis=1)
+        place_B = np.maximum(np.minimum(last_B, num_found_B - 1), 0)
+        rank_B = self._searcher.ranks(user_BD, found[0][np.arange(len(user_BD)), place_B])
+        deep = np.flatnonzero((rank_B > DEEPER * effort.k) & (num_found_B > 0))
+        if not len(deep):
+            return found
+        width = found[1].shape[1]
+        score_BC, item_row_BC = (part.copy() for part in found)
+        efforts = [effort_for(self.report.efforts, min(int(rank), len(self))) for rank in rank_B[deep]]
+        for each in dict.fromkeys(efforts):
+            users = deep[[one == each for one in efforts]]
+            some_BD = np.ascontiguousarray(user_BD[users])
+            score_BC[users], item_row_BC[users] = self._searcher.search(some_BD, width, each, allowed)
+        return score_BC, item_row_BC
 
-    def _scan(self, user_BD: np.ndarray, k: int, fit: Fit, most: int | None = None) -> Answer:
-        scanner = self._scanner
-        if scanner.coarse is None:
-            return scanner.scan_codes(user_BD, k, most or max(fit.most_lists, k))
-        return scanner.scan_lists(user_BD, k, scanner.choose_lists(user_BD, k, fit, most=most))
-
-    def _wider_try(self, user_BD: np.ndarray, k: int, allowed: Allowed | None, attempt: int) -> Answer:
-        """A search that scans more with each attempt, and all there is in the end."""
-        scanner = self._scanner
-        fit = fit_for(self.report.fits, k)
-        most = fit.most_lists * WIDER ** (attempt + 1)
-        if scanner.coarse is None and (not scanner.is_graph or most >= len(self)):
-            every = allowed or self.allow(np.ones(len(self), bool), "exact")
-            return self._scan_allowed(user_BD, k, every)
-        assert scanner.coarse is None or attempt == 0 or most < WIDER * scanner.num_lists, "all lists came back short"
-        if scanner.coarse is not None and scanner.coarse.is_lossy and most >= scanner.num_lists:
-            every = allowed or self.allow(np.ones(len(self), bool), "exact")
-            return self._scan_allowed(user_BD, k, every)
-        bitmap = None if allowed is None else allowed.bitmap
-        if scanner.coarse is None:
-            return scanner.scan_codes(user_BD, k, most, bitmap)
-        size_L = None if allowed is None else allowed.size_L
-        return scanner.scan_lists(user_BD, k, scanner.choose_lists(user_BD, k, fit, size_L=size_L, most=most), bitmap)
-
-    def _scan_allowed(self, user_BD: np.ndarray, k: int, allowed: Allowed) -> Answer:
-        return self._scanner.scan_some(user_BD, k, allowed.item_rows, allowed.vectors(self._scanner))
+    def _search_exactly(self, user_BD: np.ndarray, k: int, seen: Lists | None, allowed: Allowed | None) -> Answer:
+        num_items = len(self) if allowed is None else len(allowed.item_rows)
+        if seen is None:
+            return _unseen(self._searcher.search_exactly(user_BD, min(k, num_items), allowed), None, k)
+        score_BK, item_row_BK = empty_answer(len(user_BD), k)
+        for users in blocks_by_length(seen.lengths, extra=k):
+            some = seen.take(users)
+            width = min(k + int(some.lengths.max(initial=0)), num_items)
+            some_BD = np.ascontiguousarray(user_BD[users])
+            found = self._searcher.search_exactly(some_BD, width, allowed)
+            score_BK[users], item_row_BK[users] = _unseen(found, some, k)
+        return score_BK, item_row_BK
 
     # ------------------------------------------------------------ saving and loading
 
@@ -334,7 +317,8 @@ class ItemIndex:
         if len(item_ids) != len(self):
             raise DataError(f"{len(item_ids):,} item ids for an index of {len(self):,} items: give one per item row.")
         with new_folder(Path(folder)) as writing:
-            parts = self._scanner.parts
+            parts = self._searcher.shards
+            self._searcher.drop_direct_maps()  # else they are written, too
             names = [f"index-{number:05d}-of-{len(parts):05d}.faiss" for number in range(len(parts))]
             for name, part in zip(names, parts, strict=True):
                 faiss.write_index(part.whole, str(writing / name))
@@ -371,8 +355,9 @@ class ItemIndex:
             raise DataError(f"{folder} is not an index, or one of an older version: {MEND}")
         if foreign := set(manifest["heads"]) - set(manifest["files"]):  # only those stay in the folder for certain
             raise DataError(f"{folder / MANIFEST} names {min(foreign)!r} but does not list it: do not trust it; {MEND}")
-        if any(not str(digest).startswith("xxh3-") for digest in manifest["heads"].values()):
-            raise DataError(f"{folder} is an index of an older version: {MEND}")
+        is_older = any(not str(digest).startswith("xxh3-") for digest in manifest["heads"].values())
+        if is_older or "efforts" not in manifest["report"]:
+            raise DataError(f"{folder} is an index of an older version, which this version does not read: {MEND}")
         if model_version is not None and manifest["model_version"] != model_version:
             raise ConfigError(
                 f"The index in {folder} was built from model {manifest['model_version']}, "
@@ -388,21 +373,25 @@ class ItemIndex:
             try:
                 wholes.append(faiss.read_index(str(folder / name), _how_to_map(manifest) if mapped else 0))
             except RuntimeError as error:
-                raise DataError(f"{folder / name} is no index that FAISS reads ({reason_of(error)}): {MEND}") from None
+                raise DataError(f"{folder / name} is no index that FAISS reads ({error_text(error)}): {MEND}") from None
             finally:
                 faiss.set_deserialization_vector_byte_limit(usual)  # for whoever reads other indexes in this process
         report = IndexReport.read(manifest["report"])
-        scanner = Scanner(wholes, device, report.refine_factor)
-        if scanner.num_items != manifest["items"]:
-            raise DataError(f"{folder} holds {scanner.num_items:,} items, not {manifest['items']:,}: {MEND}")
-        index = cls(scanner, report, folder=folder, manifest=manifest)
+        blas_batch = report.settings.get("blas_batch", BLAS_BATCH)
+        searcher = make_searcher(wholes, device, refine_factor=report.refine_factor, blas_batch=blas_batch)
+        if searcher.num_items != manifest["items"]:
+            raise DataError(f"{folder} holds {searcher.num_items:,} items, not {manifest['items']:,}: {MEND}")
+        index = cls(searcher, report, folder=folder, manifest=manifest)
         if not mapped:
             index._item_ids = _read_ids(folder, manifest, len(index))
         return index
 
 
-def empty_answer(num_users: int, k: int) -> Answer:
-    return np.full((num_users, k), -np.inf, np.float32), np.full((num_users, k), -1, np.int64)
+def _unseen(found: Answer, seen: Lists | None, k: int) -> Answer:
+    """Return the first `k` items of each row that are not on the user's list, where there is one."""
+    if seen is None and found[1].shape[1] == k:
+        return found
+    return without_seen(found, Lists.empty(len(found[1])) if seen is None else seen, k)
 
 
 def _read_ids(folder: Path, manifest: dict[str, Any], num_items: int) -> pa.Array:
