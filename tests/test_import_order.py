@@ -14,7 +14,7 @@ PACKAGE = Path(trec_twotower.__file__).parent
 
 # A package stands where its __init__ does: behind its parts, which it may import.
 LAYERS = """
-    errors yaml_files schema config same_run files memory faults lock preemption shared_memory distributed heartbeat
+    errors yaml_files schema config same_run faults files lock artefacts memory preemption shared_memory distributed heartbeat
     data data.kernels data.words data.hashing data.lists data.probing data.numbers data.times
     data.vocabulary data.vectors data.text data.transforms data.dataset
     data.cache_folder data.arrays data.catalogue data.features data.coverage data.held_out
@@ -31,7 +31,7 @@ LAYERS = """
     model.losses.cells model.losses.blocks model.losses.contrastive model.losses.pointwise model.losses.pairwise
     model.losses.graded model.losses.mixture model.losses model.losses.regularisers model.queue model.gate model.watch
     model.interests model.two_tower
-    cpu_updates optimizer sharding spectral plan checkpoint_storage checkpoint encode run failures refresh pipeline
+    cpu_updates optimizer sharding spectral plan tensor_files checkpoint_storage checkpoint encode run failures refresh pipeline
     train export program encoder
     metrics exhaustive index.engine index.list_scan index.probing index.recipe index.scan index.filters index.search
     index.tuning index.build index.neighbours index
@@ -40,7 +40,7 @@ LAYERS = """
 """
 ORDER = LAYERS.split()
 LAZY = {"schema", "cli", "demo"}  # their imports inside functions may name anything
-WITHOUT_TORCH = {"errors", "yaml_files", "schema", "config", "same_run", "files"} | {
+WITHOUT_TORCH = {"errors", "yaml_files", "schema", "config", "same_run", "faults", "files", "lock", "artefacts"} | {
     f"data.{part}"
     for part in (
         "kernels",

@@ -341,12 +341,14 @@ def _export_encoder(run: Any, checkpoint: str) -> int:
         raise ConfigError("--encoder puts all tables into one folder, which one process does: leave out the launcher.")
     import torch
 
+    from trec_twotower.artefacts import sole_writer
     from trec_twotower.distributed import Ranks
     from trec_twotower.encoder import Encoder
 
-    encoder = Encoder.of(run, run.sources(Ranks(0, 1, torch.device("cpu"))), checkpoint)
     folder = run.folder / "encoder"
-    programs = encoder.save(folder)
+    with sole_writer(folder):
+        encoder = Encoder.of(run, run.sources(Ranks(0, 1, torch.device("cpu"))), checkpoint)
+        programs = encoder.save(folder)
     print(f"{folder}: towers of dim {encoder.dim}, model {encoder.model_version}")
     for side, outcome in programs.items():
         print(f"  {side}.pt2: {outcome}")
@@ -354,6 +356,7 @@ def _export_encoder(run: Any, checkpoint: str) -> int:
 
 
 def _index(options: argparse.Namespace) -> int:
+    from trec_twotower.artefacts import sole_writer
     from trec_twotower.config import with_index_settings
     from trec_twotower.export import open_export
     from trec_twotower.index import build_index
@@ -361,19 +364,20 @@ def _index(options: argparse.Namespace) -> int:
 
     run = Run.open(options.run_dir)
     settings = with_index_settings(run.config, options.overrides)
-    manifest, items, users = open_export(run.folder / "export")
-    if not len(users):
-        raise ConfigError(
-            f"{run.folder / 'export'} holds no users, because {run.config.data.dataset} has neither test/ nor valid/, "
-            "but the index is tuned for users' vectors: write one of them, then train, export and index."
+    with sole_writer(run.folder / "index"):
+        manifest, items, users = open_export(run.folder / "export")
+        if not len(users):
+            raise ConfigError(
+                f"{run.folder / 'export'} holds no users, because {run.config.data.dataset} has neither test/ nor "
+                "valid/, but the index is tuned for users' vectors: write one of them, then train, export and index."
+            )
+        index = build_index(items, users, settings)
+        index.save(
+            run.folder / "index",
+            model_version=manifest["model_version"],
+            item_ids=items.ids(),
+            similarity=manifest["similarity"],
         )
-    index = build_index(items, users, settings)
-    index.save(
-        run.folder / "index",
-        model_version=manifest["model_version"],
-        item_ids=items.ids(),
-        similarity=manifest["similarity"],
-    )
     print(f"{run.folder / 'index'}: {index.report.in_words()}")
     return 0
 

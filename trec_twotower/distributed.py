@@ -207,6 +207,18 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", message=r"(?s).*Failed to import: fbgemm_gpu")
 
 
+def check_process(pid: int, what: str) -> None:
+    """Raise ConfigError in a process that was forked from `pid`, which opened the object `what`.
+
+    The threads of torch and FAISS are not forked: the first call that waits for one would wait forever.
+    """
+    if os.getpid() != pid:
+        raise ConfigError(
+            f"This {what} was opened in process {pid} and is used in process {os.getpid()}, which was forked from it: "
+            f"start processes by spawn (multiprocessing.get_context('spawn')), and open a {what} in each."
+        )
+
+
 def _is_news(record: logging.LogRecord) -> bool:
     return not str(record.msg).startswith(_NO_NEWS)
 

@@ -32,7 +32,7 @@ from trec_twotower.data.transforms import Statistics
 from trec_twotower.distributed import Ranks
 from trec_twotower.errors import ConfigError, DataError, nearest
 from trec_twotower.files import MANIFEST, digest_of, naming, read_signed, sha256_of, write_file, write_signed
-from trec_twotower.lock import LOCK
+from trec_twotower.lock import LOCK_FILES
 from trec_twotower.model.watch import Histogram
 from trec_twotower.same_run import check_same_run
 from trec_twotower.schema import LEARNED
@@ -65,7 +65,7 @@ class Run:
                 if leftover.is_file():
                     leftover.unlink()
             if not (folder / CONFIG).is_file():
-                if folder.is_dir() and any(path.name not in (LOCK, TRAINED) for path in folder.iterdir()):
+                if folder.is_dir() and any(path.name not in (*LOCK_FILES, TRAINED) for path in folder.iterdir()):
                     raise ConfigError(f"{folder} is not empty and no run folder: name another with run_dir=...")
             elif any((folder / "checkpoints").glob(f"step-*/{MANIFEST}")):
                 check_same_run(cls.open(folder).config, config, folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from trec_twotower.data.features import Sources
 from trec_twotower.data.lists import Lists, side_by_side
 from trec_twotower.data.transforms import Columns, key_lists, one_chunk
 from trec_twotower.data.words import python_value, python_values
-from trec_twotower.distributed import Ranks
+from trec_twotower.distributed import Ranks, check_process
 from trec_twotower.encode import encode
 from trec_twotower.encoder import load_whole
 from trec_twotower.errors import ConfigError, DataError, nearest
@@ -58,6 +59,7 @@ class Retriever:
         self.loaded = loaded
         self.index = index
         self.ranks = ranks
+        self._pid = os.getpid()
 
     @classmethod
     def open(cls, run_dir: Path | str, ranks: Ranks, checkpoint: str = "best", *, mapped: bool = False) -> Retriever:
@@ -90,6 +92,7 @@ class Retriever:
         has lists). `only` and `without` are item ids; those that the catalogue lacks say nothing. Raises ConfigError
         for an unknown column or a value of another type, DataError when no item is left.
         """
+        check_process(self._pid, "Retriever")
         catalogue = self.loaded.sources.catalogue
         mask_I = np.ones(len(catalogue), bool)
         for column, values in (where or {}).items():
@@ -169,6 +172,7 @@ class Retriever:
         history_shown: int,
     ) -> Recommendations:
         """For the user of one row."""
+        check_process(self._pid, "Retriever")
         sources = self.loaded.sources
         if not 1 <= k <= len(self.index):
             raise ConfigError(
