@@ -167,9 +167,9 @@ def test_a_failed_write_leaves_the_earlier_export(loaded, shop_copy, monkeypatch
         (["index", "RUN"], "export/manifest.json", "export again"),
         (["recommend", "RUN", "--user", "user-1"], "index/index-*.faiss", "build the index again"),
         (["evaluate", "RUN", "--index"], "index/items.parquet", "build the index again"),
-        (["export", "RUN"], "checkpoints/step-00000010/__0_0.distcp", "remove this checkpoint"),
+        (["export", "RUN"], "checkpoints/step-00000010/rank-00000-of-00001.safetensors", "remove this checkpoint"),
         (["evaluate", "RUN"], "checkpoints/step-00000010/manifest.json", "remove this checkpoint"),
-        (["train", "CONFIG", "run_dir=RUN"], "checkpoints/step-00000010/.metadata", "remove this checkpoint"),
+        (["train", "CONFIG", "run_dir=RUN"], "checkpoints/step-00000010/*.safetensors", "remove this checkpoint"),
     ],
     ids=lambda value: value if isinstance(value, str) else value[0],
 )

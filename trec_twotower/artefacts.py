@@ -129,7 +129,8 @@ def recover(path: Path) -> None:
         sync(path.parent)
     for leftover in (*aside, *_left(path, "tmp")):
         if leftover not in _live:
-            remove_folder(leftover)
+            with suppress(OSError):  # it is in nobody's way, and the next writer tries again
+                remove_folder(leftover)
 
 
 def publish_folder(temporary: Path, path: Path) -> None:
@@ -147,7 +148,8 @@ def publish_folder(temporary: Path, path: Path) -> None:
         os.replace(temporary, path)
     sync(path.parent)
     fault_point("publish:named")
-    remove_folder(old)
+    with suppress(OSError):  # `recover` tries again
+        remove_folder(old)
 
 
 def remove_folder(path: Path) -> None:
@@ -155,7 +157,7 @@ def remove_folder(path: Path) -> None:
     if path.is_symlink():
         path.unlink()
     else:
-        shutil.rmtree(path, ignore_errors=True)
+        shutil.rmtree(path)
 
 
 def _exchange(one: Path, other: Path) -> bool:

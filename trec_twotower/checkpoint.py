@@ -113,11 +113,12 @@ class Checkpoints:
         if isinstance(error, CheckpointException):
             rank, wrapped = next(iter(error.failures.items()))
             cause = wrapped[0]
+        if self.ranks.is_first:
+            self.check()  # raises the cause of all other errors where the run directory was moved
+            with contextlib.suppress(OSError):
+                remove_folder(writer.temporary)
         if not isinstance(cause, OSError):
             return cause
-        if self.ranks.is_first:
-            self.check()
-            remove_folder(writer.temporary)
         need = self._snapshot.num_bytes * self.ranks.num_ranks
         space = free_bytes(self.folder)  # which the first save may not have created yet
         room = f"a checkpoint takes some {need:,} bytes and {space:,} are free; " if cause.errno == errno.ENOSPC else ""

@@ -220,25 +220,25 @@ def load_whole(run: Run, sources: Sources, device: torch.device, which: str = "b
         run.folder / "checkpoints", Ranks(0, 1, torch.device("cpu")), settings=binding(run.config)
     )
     model = _plain_model(run.config)
-    for tables in (model.tables, model.lists):
-        if tables is not None:
-            tables.to_empty(device="cpu")
     manifest, version = checkpoints.load_chosen(which, model)
     return LoadedModel(run, sources, model.to(device).eval(), version, manifest["step"])
 
 
-def _plain_model(config: RunConfig) -> TwoTower:
-    """The TwoTower with whole tables, which have no memory yet."""
+def _plain_model(config: RunConfig, *, has_tables: bool = True) -> TwoTower:
+    """The TwoTower with whole tables on the CPU, whose weights are not loaded yet; or without memory for them."""
     ranks = Ranks(0, 1, torch.device("cpu"))
     model = TwoTower(config.feature_schema, config.model, config.loss, ranks)
     for tower in (model.user_tower, model.item_tower):
         tower.trains_as(config.train.model_copy(update={"compile": False}), ranks)
+    for tables in (model.tables, model.lists):
+        if tables is not None and has_tables:
+            tables.to_empty(device="cpu")
     return model.float()  # also tables that are kept in fp16: torch's own pooling wants one type
 
 
 def _loaded_model(config: RunConfig, weights: Mapping[str, Tensor], device: str) -> TwoTower:
     """The TwoTower with these weights, which are compared with the config before any memory is asked for."""
-    model = _plain_model(config)
+    model = _plain_model(config, has_tables=False)
     if extra := sorted(weights.keys() - model.state_dict().keys()):
         raise Misfit(f"has weights of another model: {extra[0]} has no place in it")
     for name, expected in model.state_dict().items():

@@ -45,14 +45,11 @@ class FolderLock:
     def acquire(self, patience_s: float = PATIENCE_S) -> None:
         """Wait up to `patience_s` for the holder to end; raises ConfigError naming it."""
         self._made_folder = not self.path.parent.is_dir()
-        while not self._lock.is_locked:
-            self._make_folder()
-            # A last holder may remove the folder that it had made between these two lines.
-            with suppress(FileNotFoundError):
-                try:
-                    self._lock.acquire(timeout=patience_s)
-                except Timeout:
-                    raise self._refusal() from None
+        self._make_folder()
+        try:
+            self._lock.acquire(timeout=patience_s)  # which makes a folder again that a last holder has just removed
+        except Timeout:
+            raise self._refusal() from None
         before = self._holder()
         if before.get("host") not in (None, socket.gethostname()) and self._changes(before, patience_s):
             self._lock.release()

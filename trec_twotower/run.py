@@ -161,9 +161,13 @@ class Run:
         """Write the settings beside what is trained by them."""
         write_file(self.folder / CONFIG, to_yaml(as_values(self.config)))
 
+    def learned(self) -> dict[str, Any]:
+        """What the features learned when the run began, and the digests of the files that the config names."""
+        return read_signed(self.folder / STATISTICS, LEARN_AGAIN)
+
     def check_files(self) -> None:
         """Raises DataError where a file of items that the config names is not what it was when the run began."""
-        saved = read_signed(self.folder / STATISTICS, LEARN_AGAIN)["files"]
+        saved = self.learned()["files"]
         for name, digest in self._digests().items():
             if saved.get(name) != digest:
                 raise DataError(
@@ -241,6 +245,12 @@ class RunLog:
                     self._draw(f"{kind}/{name}", value, step)
                 else:
                     self.board.add_scalar(f"{kind}/{name}", value, step)
+
+    def note(self, step: int, kind: str, facts: Mapping[str, Any]) -> None:
+        """One line of values that are no figures, such as what the first weights were taken from."""
+        if self.is_written:
+            with naming(self.path), self.path.open("a") as file:
+                file.write(json.dumps({"step": step, "kind": kind, **facts}) + "\n")
 
     def _draw(self, name: str, histogram: Histogram, step: int) -> None:
         edges, counts = histogram.edges, histogram.counts

@@ -74,7 +74,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 def _tensor(storage: torch.UntypedStorage, name: str, entry: Any, first: int) -> Tensor:
     if not isinstance(entry, dict) or entry.get("dtype") not in DTYPES or not is_size(entry.get("shape")):
         raise ValueError(f"it does not describe {name!r}")
-    dtype, shape, place = DTYPES[entry["dtype"]], entry["shape"], entry.get("data_offsets")
+    dtype, shape = DTYPES[entry["dtype"]], entry["shape"]
+    place: Any = entry.get("data_offsets")
     if not is_size(place) or len(place) != 2:
         raise ValueError(f"it does not say where {name!r} is")
     begin, end = first + place[0], first + place[1]

@@ -42,6 +42,7 @@ from trec_twotower.run import OWN_ITEMS, STATUS, Run, RunLog
 from trec_twotower.same_run import binding, config_hash
 from trec_twotower.sharding import placements, shard
 from trec_twotower.spectral import check_start, start_spectral
+from trec_twotower.warm_start import Meaning, Report, begin_with
 
 Evaluate = Callable[[TwoTower], dict[str, float]]
 
@@ -279,27 +280,23 @@ class Progress:
             best = self.ranks.once(self.checkpoints.best)
             self.best = best["value"] if best is not None and best["metric"] == self.config.evaluate.best else -math.inf
             self.say(f"resumed at step {self.step:,} of {self.num_steps:,} from {newest}")
-        elif init_from is not None:
-            self._begin_with(init_from, model)
+        report = self._begin_with(init_from, model) if newest is None and init_from is not None else None
         self.attempts.begin(self.step, self.passes)
         self.log = RunLog(self.run, self.ranks, self.step)
+        if report is not None:
+            self.log.note(self.step, "init_from", report.facts)
         self.model, self.optimizer = towers(model), optimizer
         self.logged_step = self.step - len(self.losses)
         self._started = time.perf_counter()
 
-    def _begin_with(self, init_from: Path, model: DistributedModelParallel) -> None:
-        """Take the weights of another run where they have the same name and size, and say which."""
-        others = Checkpoints(Run.open(init_from).folder / "checkpoints", self.ranks)
-        path = others.choose("best")
-        took, left = [], []
-        if not took:
-            raise ConfigError(f"{path} has no weight that fits this model: {'; '.join(left[:5])}.")
+    def _begin_with(self, init_from: Path, model: DistributedModelParallel) -> Report:
+        """Take the weights of another run that mean the same in this one, and report which."""
+        report = begin_with(model, Meaning.of_saved(self.run), Run.open(init_from), self.ranks)
         towers(model).forget()
-        self.say(f"began with {len(took)} weights of {path}: {', '.join(took)}")
+        self.say(report.text)
         if self.config.ends_in_closed_form:
-            self.say(f"the closed form is set beside them: {', '.join(each.partition(' (')[0] for each in left)}")
-        elif left:
-            self.say(f"left {len(left)} as they were drawn: {'; '.join(left)}")
+            self.say("The tables that were skipped get the closed form.")
+        return report
 
     def waiting_for(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """The batches, with the time that passes until each is there added up."""
