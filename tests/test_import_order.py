@@ -31,7 +31,7 @@ LAYERS = """
     model.losses.cells model.losses.blocks model.losses.contrastive model.losses.pointwise model.losses.pairwise
     model.losses.graded model.losses.mixture model.losses model.losses.regularisers model.queue model.gate model.watch
     model.interests model.two_tower
-    cpu_updates optimizer sharding spectral plan tensor_files checkpoint_storage checkpoint encode run warm_start failures refresh pipeline
+    cpu_updates optimizer sharding spectral plan tensor_files checkpoint_storage checkpoint encode run weight_meaning warm_start failures refresh pipeline
     train export program encoder
     metrics exhaustive index.engine index.list_scan index.probing index.recipe index.scan index.filters index.search
     index.tuning index.build index.neighbours index

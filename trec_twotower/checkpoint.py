@@ -171,18 +171,21 @@ class Checkpoints:
         return paths[-1] if paths else None
 
     def choose(self, which: str) -> Path:
-        """The checkpoint a later stage works on: "best" (the newest where none was evaluated), "newest" or a step."""
+        """The checkpoint for a later stage: "best" (the newest where none was evaluated), "newest", or a step."""
+        return self.ranks.once(lambda: self._chosen(which))
+
+    def _chosen(self, which: str) -> Path:
         best = self.best() if which == "best" else None
         if best is not None:
             return self.path(best["step"])
+        complete = self.complete()
         if which in ("best", "newest"):
-            newest = self.newest()
-            if newest is None:
+            if not complete:
                 raise ConfigError(f"{self.folder} holds no complete checkpoint: train first.")
-            return newest
+            return complete[-1]
         if which.isdigit() and self.path(int(which)).is_dir():
             return self.path(int(which))
-        steps = [_step_of(path) for path in self.complete()]
+        steps = [_step_of(path) for path in complete]
         raise ConfigError(
             f"There is no checkpoint {which!r} in {self.folder}: use best, newest, or one of the steps {steps}."
         )
@@ -224,7 +227,7 @@ class Checkpoints:
         A training may remove that checkpoint before it is open: then another choice is made.
         """
         for _ in range(CHOICES):
-            path = self.ranks.once(lambda: self.choose(which))
+            path = self.choose(which)
             try:
                 reader = self.open(path)
             except DataError:

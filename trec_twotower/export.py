@@ -50,7 +50,7 @@ class LoadedModel:
 def load_model(run: Run, ranks: Ranks, which: str = "best") -> LoadedModel:
     """The towers of a run's checkpoint ("best", "newest" or a step), spread over these ranks."""
     checkpoints = Checkpoints(run.folder / "checkpoints", ranks, settings=binding(run.config))
-    ranks.once(lambda: checkpoints.choose(which))  # raises what it has to before the data are read
+    checkpoints.choose(which)  # raises what it has to before the data are read
     sources = run.sources(ranks)
     sharded = build_model(run.config, ranks)
     manifest, version = checkpoints.load_chosen(which, sharded)

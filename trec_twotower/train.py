@@ -42,7 +42,8 @@ from trec_twotower.run import OWN_ITEMS, STATUS, Run, RunLog
 from trec_twotower.same_run import binding, config_hash
 from trec_twotower.sharding import placements, shard
 from trec_twotower.spectral import check_start, start_spectral
-from trec_twotower.warm_start import Meaning, Report, begin_with
+from trec_twotower.warm_start import Report, begin_with
+from trec_twotower.weight_meaning import Meaning
 
 Evaluate = Callable[[TwoTower], dict[str, float]]
 
@@ -295,7 +296,7 @@ class Progress:
         towers(model).forget()
         self.say(report.text)
         if self.config.ends_in_closed_form:
-            self.say("The tables that were skipped get the closed form.")
+            self.say("  The skipped tables are filled by the closed form.")
         return report
 
     def waiting_for(self, batches: Iterator[Batch]) -> Iterator[Batch]:

@@ -7,8 +7,8 @@ layer behind another layer) keeps its first weights, and the report names the re
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,276 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from trec_twotower.checkpoint import MODEL, Checkpoints, whole_size
-from trec_twotower.config import RunConfig, TowerConfig
-from trec_twotower.data.numbers import Statistics
 from trec_twotower.data.vocabulary import FIRST_WORD, NULL_ROW, UNKNOWN_ROW
+from trec_twotower.distributed import Ranks
 from trec_twotower.errors import ConfigError
-from trec_twotower.model.embedding import table_in
-from trec_twotower.model.parts import AlignedLinear, Crosses, Experts, FeatureGates, Missing, ShortLong, Summed
-from trec_twotower.model.tower import Tower, average_of, encoder_name
-from trec_twotower.model.two_tower import SIDES
+from trec_twotower.model.tower import Tower
 from trec_twotower.run import Run
-from trec_twotower.schema import FeatureSpec, Schema, Side, TableSpec
+from trec_twotower.weight_meaning import Axis, Bins, Layout, Meaning, Weight, Words
 
-FORGOTTEN = ("frequency.", "queue.")  # what a run remembers of its own steps
-BY_AGE = ("log_weight_AH", "place", "place_AD")  # parameters of encoders with a row for each age of a step
 MOST_NAMES = 8  # in one line of the report
-SIMILAR_ENCODERS = frozenset({"dropout", "fastest", "slowest", "iterations"})  # settings that leave the meaning
-
-
-# ------------------------------------------------------------ what weights mean
-
-
-@dataclass(frozen=True)
-class Bins:
-    """The rows of a table of bins: row 0 is null's, the others are in the order of the points."""
-
-    points: tuple[float, ...]
-    is_soft: bool
-    num_rows: int
-
-
-@dataclass(frozen=True)
-class Words:
-    """The rows of a vocabulary's table: null, the unknown, the words in their order, and rows that nobody looks up."""
-
-    words: tuple[int | str, ...]
-    num_rows: int
-
-
-# What each index along a dimension stands for (a range: the age of a step); None: nothing but its number.
-Axis = Sequence[Hashable] | Words | Bins | None
-
-
-@dataclass(frozen=True)
-class Weight:
-    """A tensor of a model, and what it means; two models' weights are compared by all but `name`."""
-
-    name: str  # in the model's state
-    label: str  # for people: "table brand"
-    size: tuple[int, ...]
-    axes: tuple[Axis, ...]
-    settings: Mapping[str, Any] = field(default_factory=dict)  # that must agree
-    rows: frozenset[str] = frozenset()  # of a table: what its rows stand for; one kind in common is enough
-
-
-Layout = dict[tuple[Hashable, ...], Weight]
-
-
-@dataclass(frozen=True)
-class Meaning:
-    """All that decides what a run's weights mean."""
-
-    config: RunConfig
-    statistics: Mapping[str, Statistics]  # by side:feature
-    files: Mapping[str, str]  # SHA-256 of the files that the config names, by path
-
-    @classmethod
-    def of_saved(cls, run: Run) -> Meaning:
-        """That of a run whose training has begun."""
-        learned = run.learned()
-        numbers = {name: Statistics(**values) for name, values in learned["numbers"].items()}
-        return cls(run.config, numbers, learned["files"])
-
-    def layout(self, sizes: Mapping[str, tuple[int, ...]]) -> Layout:
-        """What each tensor of these names and sizes means in a model of this config."""
-        schema = self.config.feature_schema
-        found: Layout = {}
-        for name, size in sizes.items():
-            if (table := table_in(name)) is not None and table in schema.tables:
-                found["table", table] = self._table(name, table, size, schema)
-            elif name == "temperature.position":
-                limits = self.config.loss.temperature
-                bounds = {"low": getattr(limits, "low", None), "high": getattr(limits, "high", None)}
-                found[(name,)] = Weight(name, "the learned temperature", size, (), bounds)
-            elif not name.startswith((*FORGOTTEN, "user_tower.", "item_tower.")):
-                found[(name,)] = Weight(name, name, size, (None,) * len(size))
-        for side, config in zip(SIDES, (self.config.model.user_tower, self.config.model.item_tower), strict=True):
-            found |= self._tower(side, config, schema, sizes)
-        return found
-
-    def _table(self, name: str, table: str, size: tuple[int, ...], schema: Schema) -> Weight:
-        spec, label = schema.tables[table], f"table {table}"
-        readers = [(side, each) for side, each in schema.sparse_pairs if table in (each.table_name, _delta_of(each))]
-        for side, feature in readers:
-            learned = self.statistics.get(f"{side}:{feature.name}", Statistics())
-            if feature.vocabulary is not None:
-                words = Words(learned.words, size[0])
-                return Weight(name, label, size, (words, None), rows=frozenset({"words of a vocabulary"}))
-            if feature.bins is not None:
-                points = feature.bins if isinstance(feature.bins, tuple) else learned.points
-                bins = Bins(tuple(points), feature.soft, size[0])
-                return Weight(name, label, size, (bins, None), {"soft": feature.soft}, frozenset({"bins of numbers"}))
-        kinds = frozenset(_rows_of(feature) for _, feature in readers)
-        return Weight(name, label, size, (None, None), _hashing(spec), kinds)
-
-    def _tower(self, side: Side, config: TowerConfig, schema: Schema, sizes: Mapping[str, tuple[int, ...]]) -> Layout:
-        model = self.config.model
-        dim = model.vector_dim if side == "user" else model.dim
-        with torch.device("meta"):  # without memory: its parts are looked at, not used
-            place = {name: schema.place(side, name) for name in _names(config)}
-            tower = Tower(schema.widths(side), dim, config, is_unit=False, place=place.__getitem__)
-        found: Layout = {}
-        for (part, rest), axes, settings in _parts(tower, config, schema, side):
-            name = f"layers.{part.index}.{rest}"
-            label = f"{side} tower's {part.role}" + (" (bias)" if rest.endswith("bias") else "")
-            self._add(found, side, name, label, (part.role, rest), axes, settings, sizes)
-        for feature in schema.features(side):
-            prefix = f"encoders.{encoder_name(feature.name)}."
-            for name in [each for each in sizes if each.startswith(f"{side}_tower.{prefix}")]:
-                rest = name.removeprefix(f"{side}_tower.{prefix}")
-                size = sizes[name]
-                by_age = rest.rpartition(".")[2] in BY_AGE and len(size) == 2
-                axes = (range(size[0]), None) if by_age else (None,) * len(size)
-                label, key = f"layers of {side} feature {feature.name}", ("encoder", feature.name, rest)
-                self._add(found, side, prefix + rest, label, key, axes, self._encoding(feature), sizes)
-        return found
-
-    @staticmethod
-    def _add(
-        found: Layout,
-        side: Side,
-        name: str,
-        label: str,
-        key: tuple[Hashable, ...],
-        axes: tuple[Axis, ...],
-        settings: Mapping[str, Any],
-        sizes: Mapping[str, tuple[int, ...]],
-    ) -> None:
-        """A weight of a tower, and its average where there is one, which means the same."""
-        of_average = f"{side}_tower.{average_of(name)}"
-        for full, what in ((f"{side}_tower.{name}", "weight"), (of_average, "average")):
-            if full in sizes:
-                shown = label if what == "weight" else f"{label}, averaged"
-                found[what, side, *key] = Weight(full, shown, sizes[full], axes, settings)
-
-    def _encoding(self, feature: FeatureSpec) -> dict[str, Any]:
-        """The settings of a feature's layers that change what their weights mean."""
-        if feature.kind == "sequence":
-            spec = feature.encoding.model_dump()
-            return {f"encoder.{name}": value for name, value in spec.items() if name not in SIMILAR_ENCODERS}
-        if feature.is_tokens:
-            folder = Path(str(feature.folder))
-            digests = {Path(path).name: each for path, each in self.files.items() if Path(path).parent == folder}
-            return {"language model": tuple(sorted(digests.items()))}
-        if feature.kind == "vector":
-            return {"unit_length": feature.unit_length}
-        return {"normalise": feature.normalise}
-
-
-def _delta_of(feature: FeatureSpec) -> str | None:
-    return feature.delta_table if feature.delta else None
-
-
-def _hashing(spec: TableSpec) -> dict[str, Any]:
-    return {"buckets": spec.buckets, "hashing": spec.hashing, "seed": spec.seed, "hashes": spec.hashes}
-
-
-def _rows_of(feature: FeatureSpec) -> str:
-    """What a hashed row of a table stands for, as this feature reads it."""
-    match feature.kind:
-        case "category":
-            return "category (row 0 is null's)"
-        case "cross":
-            return f"cross of {', '.join(feature.columns or ())}"
-        case "text":
-            return f"words: {feature.words}, characters: {feature.characters}"
-        case "time":
-            return f"{feature.part} in {feature.zone}"
-    return "ids"
-
-
-def _names(config: TowerConfig) -> set[str]:
-    """All features that a tower's settings name."""
-    by = config.gating.by if config.gating is not None else ()
-    return {*config.drop, *(config.missing or ()), *config.unit, *by, *config.short, *config.wide}
-
-
-@dataclass(frozen=True)
-class _Part:
-    """A module of a tower's layers: its index there, and what it does."""
-
-    index: int
-    role: str
-
-
-def _parts(
-    tower: Tower, config: TowerConfig, schema: Schema, side: Side
-) -> Iterator[tuple[tuple[_Part, str], tuple[Axis, ...], dict[str, Any]]]:
-    """Each parameter of a tower's layers, what its axes stand for, and what it follows."""
-    columns = _columns(schema, side)
-    parts = _of_parts(schema, side)
-    whole = [label for part in columns for label in part]
-    reads: list[Hashable] | None = list(whole)  # what the next layer's input stands for; None: the layer before it
-    follows, hidden = "features", 0
-
-    def of(places: Sequence[str]) -> list[Hashable]:
-        chosen = sorted({schema.place(side, name) for name in places})
-        return [label for number in chosen for label in columns[number]]
-
-    for index, module in enumerate(tower.layers):
-        axes: dict[str, tuple[Axis, ...]] = {}
-        role = type(module).__name__
-        settings: dict[str, Any] = {}
-        if isinstance(module, Missing):
-            role, axes = "learned vectors of missing features", {"vector_E": (of(config.missing or ()),)}
-        elif isinstance(module, FeatureGates):
-            assert config.gating is not None
-            told = of(config.gating.by) if config.gating.by else parts
-            axes = {"squeeze.weight": (None, told), "squeeze.bias": (None,)}
-            axes |= {"excite.weight": (parts, None), "excite.bias": (parts,)}
-            role = "gates of features"
-        elif isinstance(module, Crosses):
-            role = "crosses of features"
-            for number in range(len(module.layers)):
-                axes |= {f"layers.{number}.weight": (whole, whole), f"layers.{number}.bias": (whole,)}
-        elif isinstance(module, ShortLong):
-            short = of(config.short)
-            rest = [label for label in whole if label not in set(short)]
-            axes = {"short.weight": (None, short), "long.weight": (None, rest), "gate.weight": (None, whole)}
-            axes |= {f"{name}.bias": (None,) for name in ("short", "long", "gate")}
-            role, reads = "short and long term", None
-        elif isinstance(module, Experts):
-            role, settings = "experts", {"behind": follows}
-            axes = {"router.weight": (None, reads), "router.bias": (None,)}
-            for number in range(len(module.experts)):
-                axes |= {f"experts.{number}.0.weight": (None, reads), f"experts.{number}.0.bias": (None,)}
-            reads = None
-        elif isinstance(module, AlignedLinear):
-            is_last = config.project and hidden == len(config.mlp)
-            role, settings = "last layer" if is_last else f"hidden layer {hidden + 1}", {"behind": follows}
-            axes, hidden, reads = {"weight": (None, reads), "bias": (None,)}, hidden + 1, None
-        if isinstance(module, Summed):
-            follows, reads = "the sum of features", None
-        elif reads is None and axes:
-            follows = role
-        for rest_of_name, each in axes.items():
-            yield (_Part(index, role), rest_of_name), each, settings
-
-
-def _columns(schema: Schema, side: Side) -> list[list[Hashable]]:
-    """What each column of a tower's input stands for, by the places of `Schema.widths`."""
-    found: list[list[Hashable]] = []
-    for feature in schema.sparse(side):
-        found.append(_labels(feature, schema.table_of(feature).dim, "table"))
-    for feature in schema.layered(side):
-        found.append(_labels(feature, feature.layers_width, "layers"))
-    numbers = [label for each in schema.numbers(side) for label in _labels(each, each.num_numbers, each.normalise)]
-    return [*found, numbers] if numbers else found
-
-
-def _labels(feature: FeatureSpec, width: int, kind: str) -> list[Hashable]:
-    return [(feature.name, kind, width, column) for column in range(width)]
-
-
-def _of_parts(schema: Schema, side: Side) -> list[Hashable]:
-    """What each of a tower's gates stands for: one feature, or all plain numbers."""
-    numbers = frozenset(feature.name for feature in schema.numbers(side))
-    named: list[Hashable] = [feature.name for feature in (*schema.sparse(side), *schema.layered(side))]
-    return [*named, numbers] if numbers else named
-
-
-# ------------------------------------------------------------ which weights fit
 
 
 @dataclass(frozen=True)
@@ -316,10 +54,10 @@ def _transfer(new: Weight, old: Weight | None) -> Transfer:
         there, here = (" and ".join(sorted(rows)) for rows in (old.rows, new.rows))
         return Transfer(new, old, reason=f"its rows were {there}, now {here}")
     for name in sorted({*new.settings, *old.settings}):
-        there, here = old.settings.get(name), new.settings.get(name)
-        if there != here:
-            what = f"{name} changed" if isinstance(here, tuple) else f"{name} was {there}, now {here}"
-            return Transfer(new, old, reason=what)
+        was, now = old.settings.get(name), new.settings.get(name)
+        if was != now:
+            is_long = isinstance(was, tuple) or isinstance(now, tuple)
+            return Transfer(new, old, reason=f"{name} changed" if is_long else f"{name} was {was}, now {now}")
     if len(new.size) != len(old.size):
         return Transfer(new, old, reason=_sizes(new, old))
     found: list[np.ndarray | None] = []
@@ -381,13 +119,13 @@ def shown_size(size: Sequence[int]) -> str:
 # ------------------------------------------------------------ the transfer itself
 
 
-def begin_with(model: nn.Module, meaning: Meaning, run: Run, ranks: Any) -> Report:
+def begin_with(model: nn.Module, meaning: Meaning, run: Run, ranks: Ranks) -> Report:
     """Give a model the weights of the best checkpoint of `run` that mean the same; all ranks call together.
 
     `meaning` is that of the model's own run. Raises ConfigError where no weight fits.
     """
     others = Checkpoints(run.folder / "checkpoints", ranks)
-    path = ranks.once(lambda: others.choose("best"))
+    path = others.choose("best")
     reader = others.open(path)
     live = model.state_dict()
     here = meaning.layout({name: whole_size(value) for name, value in live.items()})
@@ -487,8 +225,13 @@ def _how(transfer: Transfer) -> str:
         elif isinstance(new, range):
             parts.append(f"the {int((source >= 0).sum()):,} newest steps")
         elif isinstance(new, Sequence) and isinstance(old, Sequence):
+            mapped = [_feature(label) for label, place in zip(new, source.tolist(), strict=True) if place >= 0]
             known, added, gone = _compared([_feature(label) for label in new], [_feature(label) for label in old])
-            parts.append(f"by feature: {_listed(known)}" + _listed(added, "; new: ") + _listed(gone, "; gone: "))
+            changed = [name for name in known if name not in mapped]
+            parts.append(
+                f"by feature: {_listed(list(dict.fromkeys(mapped)))}{_listed(added, '; new: ')}"
+                f"{_listed(changed, '; of another kind: ')}{_listed(gone, '; gone: ')}"
+            )
     return "; ".join(dict.fromkeys(parts))
 
 
