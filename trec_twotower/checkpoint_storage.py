@@ -54,7 +54,7 @@ class Snapshot(DefaultSavePlanner):
 
     def take(self, state: dict[str, Any]) -> None:
         self.set_up_planner(state)
-        copies = {}
+        copies, is_on_gpu = {}, False
         for item in self.create_local_plan().items:
             assert item.type != WriteItemType.BYTE_IO, f"{item.index.fqn} is no tensor"
             live = super().lookup_object(item.index).detach()
@@ -62,7 +62,8 @@ class Snapshot(DefaultSavePlanner):
             if copy is None or copy.shape != live.shape or copy.dtype != live.dtype:
                 copy = torch.empty(live.shape, dtype=live.dtype, pin_memory=live.is_cuda)
             copies[item.index] = copy.copy_(live, non_blocking=True)
-        if torch.cuda.is_available():
+            is_on_gpu |= live.is_cuda
+        if is_on_gpu:
             torch.cuda.synchronize()
         self._copies = copies
 

@@ -260,12 +260,15 @@ def _code_for_launcher(exit_code: int) -> int:
     return 0
 
 
-def _ranks(config: Any | None = None) -> Any:
+def _ranks(config: Any | None = None, *, trains: bool = False) -> Any:
+    """The ranks of this job, by a run's config. That it was trained on GPUs binds nobody but the training."""
     from trec_twotower.distributed import start_ranks
 
     if config is None:
         return start_ranks()
-    return start_ranks(config.train.timeout_s, config.train.threads, config.train.first_timeout_s)
+    wanted = config.train
+    device: Any = "auto" if wanted.device == "cuda" and not trains else wanted.device
+    return start_ranks(wanted.timeout_s, wanted.threads, wanted.first_timeout_s, device)
 
 
 def _prepare(options: argparse.Namespace) -> int:
@@ -295,7 +298,7 @@ def _config(options: argparse.Namespace) -> Any:
 def _train(options: argparse.Namespace) -> int:
     config = _config(options)
     _quiet()
-    with _ranks(config) as ranks:
+    with _ranks(config, trains=True) as ranks:
         from trec_twotower.evaluate import Evaluator
         from trec_twotower.train import train
 

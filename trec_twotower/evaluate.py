@@ -312,11 +312,6 @@ def evaluate_run(
     best = loaded.sources.dataset.description.get("best_reachable")
     if best is not None and best.get("split", "test") == split:
         judged["metrics"][REACHABLE] = {name: value for name, value in best.items() if "@" in name}
-    if rankings is not None:
-        mine = rankings.with_name(f".{rankings.name}.{ranks.rank}")
-        _write_rankings(mine, held_out.user_ids, loaded.sources.catalogue.ids, exact)
-        ranks.barrier()
-        ranks.once(lambda: _join_rankings(rankings, ranks.num_ranks))
     result = {
         "split": split,
         "step": loaded.step,
@@ -324,8 +319,20 @@ def evaluate_run(
         "users": int(ranks.sum(np.array([len(held_out)]))[0]),
         **judged,
     }
-    ranks.once(lambda: write_json(run.folder / "evaluation.json", result))
-    return told(result, config.k)
+    table = told(result, config.k)
+    try:
+        ranks.once(lambda: write_json(run.folder / "evaluation.json", result))
+        if rankings is not None:
+            mine = rankings.with_name(f".{rankings.name}.{ranks.rank}")
+            ids = loaded.sources.catalogue.ids
+            ranks.together(lambda: _write_rankings(mine, held_out.user_ids, ids, exact))
+            ranks.once(lambda: _join_rankings(rankings, ranks.num_ranks))
+    except OSError as error:  # a read-only run, or a full disk: the figures are there all the same
+        if ranks.is_first:
+            print(table, flush=True)
+        what = f"{error.strerror or error}; the evaluation above is complete, but it is not written"
+        raise OSError(error.errno, what, error.filename) from error
+    return table
 
 
 def _sampled(evaluator: Evaluator, by_product: dict[str, tuple[np.ndarray, np.ndarray]]) -> dict[str, Any]:

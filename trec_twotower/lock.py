@@ -13,7 +13,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from trec_twotower.errors import ConfigError
+from trec_twotower.errors import ConfigError, TrainingError
 from trec_twotower.files import naming
 
 LOCK = ".lock"
@@ -143,3 +143,11 @@ class RunLock(FolderLock):
     def __init__(self, run_dir: Path) -> None:
         advice = "wait for it or end it, or train into another run_dir."
         super().__init__(run_dir / LOCK, f"{run_dir} is being trained", advice)
+
+    def check(self) -> None:
+        """Raise TrainingError where the run directory was moved, removed or replaced while this lock was held."""
+        if not self.is_in_place:
+            raise TrainingError(
+                f"{self.path.parent} was moved, removed or replaced while it was trained, so this training ends. The "
+                "folder that it began in has its checkpoints: move it back, or continue with run_dir=ITS_NEW_PLACE."
+            )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import weakref
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -223,6 +225,9 @@ class RunLog:
             whole = self.path.read_text().split("\n")[:-1]  # a line that was cut short has no end
             lines = [line for line in whole if json.loads(line)["step"] <= step]
             write_file(self.path, "".join(line + "\n" for line in lines))
+        # Stays this run's where the folder is moved and another takes its place.
+        self._file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        self._close = weakref.finalize(self, os.close, self._file)
         self.board_folder = run.folder / "tensorboard"
         with naming(self.board_folder):
             self.board = SummaryWriter(str(self.board_folder), purge_step=step + 1)
@@ -237,8 +242,7 @@ class RunLog:
             else value
             for name, value in values.items()
         }
-        with naming(self.path), self.path.open("a") as file:
-            file.write(json.dumps({"step": step, "kind": kind, **plain}) + "\n")
+        self._append({"step": step, "kind": kind, **plain})
         with naming(self.board_folder):
             for name, value in values.items():
                 if isinstance(value, Histogram):
@@ -249,8 +253,11 @@ class RunLog:
     def note(self, step: int, kind: str, facts: Mapping[str, Any]) -> None:
         """One line of values that are no figures, such as what the first weights were taken from."""
         if self.is_written:
-            with naming(self.path), self.path.open("a") as file:
-                file.write(json.dumps({"step": step, "kind": kind, **facts}) + "\n")
+            self._append({"step": step, "kind": kind, **facts})
+
+    def _append(self, line: Mapping[str, Any]) -> None:
+        with naming(self.path):
+            os.write(self._file, (json.dumps(line) + "\n").encode())
 
     def _draw(self, name: str, histogram: Histogram, step: int) -> None:
         edges, counts = histogram.edges, histogram.counts
@@ -269,6 +276,7 @@ class RunLog:
 
     def close(self) -> None:
         if self.is_written:
+            self._close()
             with naming(self.board_folder):
                 self.board.close()
 

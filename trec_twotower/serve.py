@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import torch
 
 from trec_twotower.data.catalogue import find_id
 from trec_twotower.data.dataset import ITEM_ID, POSITIVES, USER_ID, Split
@@ -19,7 +18,7 @@ from trec_twotower.data.features import Sources
 from trec_twotower.data.lists import Lists, side_by_side
 from trec_twotower.data.transforms import Columns, key_lists, one_chunk
 from trec_twotower.data.words import python_value, python_values
-from trec_twotower.distributed import Ranks, check_process
+from trec_twotower.distributed import Ranks, check_process, usable_device
 from trec_twotower.encode import encode
 from trec_twotower.encoder import load_whole
 from trec_twotower.errors import ConfigError, DataError, nearest
@@ -74,7 +73,7 @@ class Retriever:
     @classmethod
     def alone(cls, run_dir: Path | str, checkpoint: str = "best", *, mapped: bool = False) -> Retriever:
         """The same in a process that is in no group, such as a server: the tables lie whole on its device."""
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = usable_device()
         ranks, run = Ranks(0, 1, device), Run.open(Path(run_dir))
         loaded = load_whole(run, run.sources(ranks), device, checkpoint)
         return cls(loaded, ItemIndex.load(run.folder / "index", model_version=loaded.version, mapped=mapped), ranks)

@@ -25,7 +25,7 @@ from trec_twotower.data.interactions import TrainBatches
 from trec_twotower.data.stream import Epochs, Passes, Stream
 from trec_twotower.distributed import Ranks
 from trec_twotower.errors import ConfigError, Stopped, TrainingError
-from trec_twotower.failures import Attempts, describe_step
+from trec_twotower.failures import DIVERGED, Attempts, dead_vectors, dead_weights, describe_step
 from trec_twotower.faults import fault_point
 from trec_twotower.files import MANIFEST, write_json
 from trec_twotower.heartbeat import Heartbeat
@@ -99,8 +99,8 @@ def train(
                     check_start(config.feature_schema, config.train.start)
                     ranks.once(lambda: _check_epochs(config))
                     before = config.without_closed_form
-                    init_from = _train(before, ranks, evaluate, init_from, neighbours, heartbeat, signals)
-                return _train(config, ranks, evaluate, init_from, neighbours, heartbeat, signals)
+                    init_from = _train(before, ranks, evaluate, init_from, neighbours, heartbeat, signals, lock)
+                return _train(config, ranks, evaluate, init_from, neighbours, heartbeat, signals, lock)
         finally:
             lock.release()
 
@@ -113,6 +113,7 @@ def _train(
     neighbours: Neighbours | None,
     heartbeat: Heartbeat,
     signals: StopSignals,
+    lock: RunLock,
 ) -> Path:
     run = Run.join(config, ranks)
     sources = run.sources(ranks)
@@ -128,8 +129,10 @@ def _train(
         config.checkpoint.keep,
         binding(config),
         in_background=config.checkpoint.in_background,
+        check=lock.check,
     )
-    progress = Progress(config, ranks, run, passes, checkpoints, heartbeat, signals)
+    ranks.once(checkpoints.recover)
+    progress = Progress(config, ranks, run, passes, checkpoints, heartbeat, signals, lock)
     is_new = checkpoints.newest() is None
     progress.resume(model, optimizer, init_from)
     if config.train.start is not None and is_new and (init_from is None or config.ends_in_closed_form):
@@ -144,7 +147,7 @@ def _train(
         progress.look(measure, model, optimizer)
 
     steps = Steps.of(config.train, model, optimizer, ranks)
-    measure.pause = steps.pause
+    measure.pause = progress.pause = steps.pause
 
     def forward(batch: Batch) -> torch.Tensor:
         progress.begins()
@@ -238,9 +241,10 @@ class Progress:
         checkpoints: Checkpoints,
         heartbeat: Heartbeat,
         signals: StopSignals,
+        lock: RunLock,
     ) -> None:
         self.config, self.ranks, self.run, self.checkpoints = config, ranks, run, checkpoints
-        self.passes, self.heartbeat, self.signals = passes, heartbeat, signals
+        self.passes, self.heartbeat, self.signals, self.lock = passes, heartbeat, signals, lock
         if isinstance(passes, Stream):
             passes.is_stopped = self.agrees_to_stop
         self.told_to_stop: signal.Signals | None = None  # what all ranks have agreed on
@@ -250,7 +254,7 @@ class Progress:
         self.follows = config.data.follow is not None
         self.own_items: OwnItems | None = None  # that are left out, of the rows that the run began with
         self.step = 0
-        self.saved_step = self.evaluated_step = -1
+        self.saved_step = self.evaluated_step = self.checked_step = -1
         self.best = -math.inf
         self.train_s = self.evaluate_s = self.logged_s = self.waiting_s = self.logged_waiting_s = 0.0
         self.losses: list[float] = []
@@ -334,10 +338,16 @@ class Progress:
         self.losses.append(value)
 
     def _agree(self, value: float = 0.0) -> float:
-        """The mean of `value` over ranks; sets `told_to_stop` on all, and raises on all where a save has failed."""
+        """The mean of `value` over ranks; sets `told_to_stop` on all.
+
+        Raises on all ranks where a save has failed, or where the run directory was moved.
+        """
         told = [self.signals.received == each for each in STOPPING]
-        total = self.ranks.sum(np.array([value, *told, self.checkpoints.has_failed]))
-        self.told_to_stop = next((each for each, count in zip(STOPPING, total[1:-1], strict=True) if count), None)
+        is_moved = self.ranks.is_first and not self.lock.is_in_place
+        total = self.ranks.sum(np.array([value, *told, is_moved, self.checkpoints.has_failed]))
+        self.told_to_stop = next((each for each, count in zip(STOPPING, total[1:-2], strict=True) if count), None)
+        if total[-2]:
+            self.ranks.once(self.lock.check)
         if total[-1]:
             self.checkpoints.wait()
         return float(total[0]) / self.ranks.num_ranks
@@ -350,6 +360,7 @@ class Progress:
     def refuse(self, found: str) -> NoReturn:
         """Leave what is known of the step under way, which cannot be taken, and end the run."""
         folder = self.run.folder / f"not-finite-step-{self.step + 1:08d}"
+        assert self.under_way is not None
         describe_step(folder, self.ranks, self.step + 1, found, *self.under_way, self.passes)
         raise TrainingError(
             f"{found}; nothing was updated by it. Its rows and what their features hold are in {folder}. The newest "
@@ -372,6 +383,8 @@ class Progress:
             self._log()
 
     is_first_step = True  # since the start
+    pause: Callable[[], None] = staticmethod(lambda: None)  # is called before the model is used between two steps
+    under_way: tuple[torch.Tensor, Batch] | None = None  # the loss and the rows of the newest step since the start
 
     def _log(self) -> None:
         passed_s = max(self.train_s - self.logged_s, 1e-9)
@@ -400,6 +413,7 @@ class Progress:
         """Evaluate and save, each where it is due and not yet done."""
         if self._is_due(self.config.train.evaluate_every) and self.evaluated_step != self.step:
             self.evaluated_step = self.step
+            self._check_numbers(model, optimizer)
             metrics = measure(towers(model))
             if metrics is not None:
                 self.evaluated(metrics, model, optimizer)
@@ -429,6 +443,7 @@ class Progress:
 
     def save(self, model: DistributedModelParallel, optimizer: RunOptimizer, *, owes_evaluation: bool = False) -> None:
         if self.saved_step != self.step:
+            self._check_numbers(model, optimizer)
             self.heartbeat.doing = f"the checkpoint of step {self.step:,}"
             facts = {
                 "cursor": self.step,
@@ -450,6 +465,20 @@ class Progress:
             self.checkpoints.save(self.step, model, optimizer, facts)
             self.saved_step = self.step
         self._started = time.perf_counter()
+
+    def _check_numbers(self, model: DistributedModelParallel, optimizer: RunOptimizer) -> None:
+        """Raise TrainingError on all ranks where the weights or the last batch's vectors are dead (see failures.py)."""
+        if self.checked_step == self.step:
+            return
+        self.checked_step = self.step
+        found = next(filter(None, self.ranks.collect(dead_weights(model, optimizer))), None)
+        if found is None and self.under_way is not None:
+            self.pause()
+            found = dead_vectors(towers(model), self.under_way[1], self.ranks)
+        if found is not None:
+            path = self.checkpoints.newest()
+            newest = "There is no checkpoint yet." if path is None else f"The newest checkpoint is {path}."
+            raise TrainingError(DIVERGED.format(step=self.step, found=found, newest=newest))
 
     def stop_if_told(self, model: DistributedModelParallel, optimizer: RunOptimizer) -> None:
         """Save and raise Stopped, when a rank was told to by a signal and all have agreed on it in this step."""
@@ -481,6 +510,7 @@ class Progress:
     def finish(self) -> None:
         self.heartbeat.doing = "its end"
         self.checkpoints.wait()
+        self.ranks.once(self.lock.check)
         self.attempts.end()
         peak_bytes = self.ranks.sizes(peak_resident_bytes())
         self.log.close()
