@@ -14,7 +14,8 @@ PACKAGE = Path(trec_twotower.__file__).parent
 
 # A package stands where its __init__ does: behind its parts, which it may import.
 LAYERS = """
-    errors yaml_files schema config same_run faults files lock artefacts memory preemption shared_memory distributed heartbeat
+    errors yaml_files schema config same_run faults files lock artefacts memory preemption shared_memory distributed
+    heartbeat
     data data.kernels data.words data.hashing data.lists data.probing data.numbers data.times
     data.vocabulary data.vectors data.text data.transforms data.dataset
     data.cache_folder data.arrays data.catalogue data.features data.coverage data.held_out
@@ -31,7 +32,8 @@ LAYERS = """
     model.losses.cells model.losses.blocks model.losses.contrastive model.losses.pointwise model.losses.pairwise
     model.losses.graded model.losses.mixture model.losses model.losses.regularisers model.queue model.gate model.watch
     model.interests model.two_tower
-    cpu_updates optimizer sharding spectral plan tensor_files checkpoint_storage checkpoint encode run weight_meaning warm_start failures refresh pipeline
+    cpu_updates optimizer sharding spectral plan tensor_files checkpoint_storage checkpoint encode run weight_meaning
+    warm_start failures refresh pipeline
     train export program encoder
     metrics exhaustive index.engine index.list_scan index.probing index.recipe index.scan index.filters index.search
     index.tuning index.build index.neighbours index

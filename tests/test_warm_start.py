@@ -190,12 +190,8 @@ def test_a_new_feature_keeps_its_first_weights_and_the_others_columns_follow_the
         assert (weight[:, first:last] != 0).all()
         weight[:, first:last] = 0
     loaded.model.load_state_dict(state)
-    np.testing.assert_allclose(
-        vectors(loaded, lone_rank), vectors(opened(old, lone_rank), lone_rank), atol=1e-6
-    )
-    assert noted(new)["mapped"] == [
-        "item tower's hidden layer 1: by feature: item_id, brand, price; new: tags, weight"
-    ]
+    np.testing.assert_allclose(vectors(loaded, lone_rank), vectors(opened(old, lone_rank), lone_rank), atol=1e-6)
+    assert noted(new)["mapped"] == ["item tower's hidden layer 1: by feature: item_id, brand, price; new: tags, weight"]
     assert noted(new)["skipped"] == ["table tags: not in that run"]
 
 
@@ -214,7 +210,10 @@ def test_averages_that_the_old_run_had_not_begin_at_its_weights(run_of, month, l
     ("change", "reason"),
     [
         ({"tables": {"item": {"buckets": 64, "dim": 4, "seed": 5}}}, "table item: seed was 0, now 5"),
-        ({"tables": {"item": {"buckets": 64, "dim": 4, "hashing": "modulo"}}}, "table item: hashing was mix, now modulo"),
+        (
+            {"tables": {"item": {"buckets": 64, "dim": 4, "hashing": "modulo"}}},
+            "table item: hashing was mix, now modulo",
+        ),
         ({"tables": {"item": {"buckets": 64, "dim": 4, "hashes": 2}}}, "table item: hashes was 1, now 2"),
         ({"tables": {"item": {"buckets": 65, "dim": 4}}}, "table item: buckets was 64, now 65"),
         ({"tables": {"item": {"buckets": 64, "dim": 8}}}, "table item: 64 x 4 there, 64 x 8 here"),

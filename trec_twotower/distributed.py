@@ -227,6 +227,7 @@ def _is_news(record: logging.LogRecord) -> bool:
     return not str(record.msg).startswith(_NO_NEWS)
 
 
+DRIVER = Path("/proc/driver/nvidia/version")
 MIN_DRIVER = {"13": "R580", "12": "R525"}  # NVIDIA drivers that CUDA's major versions need
 
 
@@ -289,7 +290,7 @@ def gpu_files() -> list[str]:
 def driver_version() -> str | None:
     """The version of the NVIDIA driver that is loaded, such as 550.54.14."""
     try:
-        text = Path("/proc/driver/nvidia/version").read_text()
+        text = DRIVER.read_text()
     except OSError:
         return None
     found = re.search(r"\b\d+\.\d+(\.\d+)?\b", text)

@@ -21,7 +21,7 @@ from trec_twotower.encode import encode, encode_everywhere
 from trec_twotower.errors import ConfigError, nearest
 from trec_twotower.exhaustive import rank_everything
 from trec_twotower.export import load_model
-from trec_twotower.files import write_json
+from trec_twotower.files import naming, write_json
 from trec_twotower.index import ItemIndex, OnDevice, exact_search
 from trec_twotower.metrics import Hits, MetricSums, list_metrics, popularity_ranking, ranking_metrics, resampled_sums
 from trec_twotower.model.two_tower import TwoTower
@@ -239,7 +239,8 @@ def _write_rankings(path: Path, user_ids: pa.Array, item_ids: pa.Array, ranked_B
     items = item_ids.take(pa.array(ranked_BK[found]))
     lists = pa.ListArray.from_arrays(offsets_of(found.sum(1)).astype(np.int32), items)
     path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.table({"user_id": user_ids, "item_ids": lists}), path)
+    with naming(path):
+        pq.write_table(pa.table({"user_id": user_ids, "item_ids": lists}), path)
 
 
 def _join_rankings(path: Path, num_ranks: int) -> None:
@@ -330,7 +331,7 @@ def evaluate_run(
     except OSError as error:  # a read-only run, or a full disk: the figures are there all the same
         if ranks.is_first:
             print(table, flush=True)
-        what = f"{error.strerror or error}; the evaluation above is complete, but it is not written"
+        what = f"{error.strerror or error} (the evaluation above is complete, but this file is not written)"
         raise OSError(error.errno, what, error.filename) from error
     return table
 

@@ -243,12 +243,15 @@ class RunLog:
             for name, value in values.items()
         }
         self._append({"step": step, "kind": kind, **plain})
+        if not self.board_folder.is_dir():  # moved: TensorBoard's thread opens its file by name, and would raise
+            return
         with naming(self.board_folder):
             for name, value in values.items():
                 if isinstance(value, Histogram):
                     self._draw(f"{kind}/{name}", value, step)
                 else:
                     self.board.add_scalar(f"{kind}/{name}", value, step)
+            self.board.flush()
 
     def note(self, step: int, kind: str, facts: Mapping[str, Any]) -> None:
         """One line of values that are no figures, such as what the first weights were taken from."""
