@@ -70,7 +70,10 @@ def build_parser() -> argparse.ArgumentParser:
     )
 
     train.add_argument(
-        "--init-from", type=Path, metavar="RUN", help="a run whose weights a new run begins with, where they fit"
+        "--init-from",
+        type=Path,
+        metavar="RUN",
+        help="start a new run from the weights of another, where both mean the same (as for a nightly retraining)",
     )
 
     export = command("export", _export, "item and user vectors to Parquet, under RUN/export")
