@@ -154,6 +154,13 @@ def test_the_target_of_a_link_stays_as_it_is(tmp_path):
     assert not (tmp_path / "run").is_symlink() and names(tmp_path) == ["archive", "run"]
 
 
+def test_a_file_in_the_folders_place_is_not_replaced(tmp_path):
+    (tmp_path / "run").write_text("a person's")
+    with pytest.raises(ConfigError, match="run is a file, but a folder is to be written there"):
+        publish(tmp_path / "run", "new")
+    assert (tmp_path / "run").read_text() == "a person's" and names(tmp_path) == ["run"]
+
+
 def test_a_file_system_that_cannot_exchange_names_is_told_from_an_error(tmp_path):
     """Two names that are not there cannot be exchanged on any file system."""
     with pytest.raises(FileNotFoundError):

@@ -227,7 +227,7 @@ def test_averages_that_the_old_run_had_not_begin_at_its_weights(run_of, month, l
         ),
         (
             {"model": {"dim": 4, "user_tower": MLP, "item_tower": {"mlp": [6, 6]}}},
-            "item tower's last layer: behind was hidden layer 1, now hidden layer 2",
+            "item tower's last layer: input was hidden layer 1, now hidden layer 2",
         ),
         (
             {"loss": {"temperature": {"learned": True, "start": 0.2}}},
@@ -308,6 +308,14 @@ def test_a_run_that_was_trained_on_two_ranks_gives_its_words_to_two_ranks(
     for name, value in one.items():
         assert torch.equal(value, two[name]), name
     assert noted(alone)["mapped"] == noted(tmp_path / "two")["mapped"]
+
+
+def test_a_run_that_lost_what_it_learned_is_refused(run_of, month):
+    """Its rows could be those of any words."""
+    old = run_of(month, "old")
+    (old / "statistics.json").unlink()
+    with pytest.raises(ConfigError, match=r"old has no statistics\.json, which says what its features learned"):
+        run_of(month, "new", old)
 
 
 def test_a_run_that_has_nothing_in_common_is_refused_with_the_reasons(run_of, month, lone_rank, tmp_path):

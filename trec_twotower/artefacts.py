@@ -50,7 +50,9 @@ class NewFolder:
         self._temporary: Path | None = None
 
     def begin(self) -> Path:
-        """Return the empty temporary folder; raises ConfigError where another process writes `path`."""
+        """Return the empty temporary folder; raises ConfigError where `path` is a file, or another process writes it."""
+        if self.path.exists() and not self.path.is_dir():
+            raise ConfigError(f"{self.path} is a file, but a folder is to be written there: move it away.")
         self._writer.__enter__()
         self._temporary = temporary = _beside(self.path, "tmp")
         _live.add(temporary)

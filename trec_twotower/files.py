@@ -22,11 +22,14 @@ def write_file(path: Path, content: str | bytes) -> None:
     """Replace `path` by `content` in one step."""
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     try:
-        with naming(path), temporary.open("wb") as file:
+        with temporary.open("wb") as file:
             file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        error.filename, error.filename2 = str(path), None  # nobody knows the temporary name
+        raise
     finally:
         temporary.unlink(missing_ok=True)
     sync(path.parent)

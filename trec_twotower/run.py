@@ -163,6 +163,11 @@ class Run:
         """Write the settings beside what is trained by them."""
         write_file(self.folder / CONFIG, to_yaml(as_values(self.config)))
 
+    @property
+    def has_learned(self) -> bool:
+        """Whether its training has begun, so that `learned` has something to say."""
+        return (self.folder / STATISTICS).is_file()
+
     def learned(self) -> dict[str, Any]:
         """What the features learned when the run began, and the digests of the files that the config names."""
         return read_signed(self.folder / STATISTICS, LEARN_AGAIN)

@@ -187,7 +187,11 @@ class Report:
         shown = [each for each in plan if not each.new.label.endswith((", averaged", "(bias)"))]
         copied = [each.new.label for each in shown if each.is_whole]
         mapped = [f"{each.new.label}: {_how(each)}" for each in shown if not each.reason and not each.is_whole]
-        skipped = [f"{each.new.label}: {each.reason}" for each in plan if each.reason]
+        reasons = {each.new.label: each.reason for each in plan if each.reason}
+        for label in [*reasons]:  # one line for a layer is enough
+            if any(label.removesuffix(end) in reasons for end in (" (bias)", ", averaged") if label.endswith(end)):
+                del reasons[label]
+        skipped = [f"{label}: {reason}" for label, reason in reasons.items()]
         taken = {each.old.name for each in plan if each.old is not None}
         lost = [weight.label for weight in old.values() if weight.name not in taken]
         skipped += [f"{label}: only in that run" for label in lost if not label.endswith(", averaged")]

@@ -16,11 +16,12 @@ from torch import nn
 
 from trec_twotower.config import RunConfig, TowerConfig
 from trec_twotower.data.numbers import Statistics
+from trec_twotower.errors import ConfigError
 from trec_twotower.model.embedding import table_in
 from trec_twotower.model.parts import AlignedLinear, Crosses, Experts, FeatureGates, Missing, ShortLong, Summed
 from trec_twotower.model.tower import Tower, average_of, encoder_name
 from trec_twotower.model.two_tower import SIDES
-from trec_twotower.run import Run
+from trec_twotower.run import STATISTICS, Run
 from trec_twotower.schema import FeatureSpec, Schema, Side, TableSpec
 
 FORGOTTEN = ("frequency.", "queue.")  # what a run remembers of its own steps
@@ -74,7 +75,12 @@ class Meaning:
 
     @classmethod
     def of_saved(cls, run: Run) -> Meaning:
-        """That of a run whose training has begun."""
+        """That of a run whose training has begun; raises ConfigError where what it learned is gone."""
+        if not run.has_learned:
+            raise ConfigError(
+                f"{run.folder} has no {STATISTICS}, which says what its features learned: no run can begin with its "
+                "weights. Bring that file back, or name another run."
+            )
         learned = run.learned()
         numbers = {name: Statistics(**values) for name, values in learned["numbers"].items()}
         return cls(run.config, numbers, learned["files"])
@@ -210,7 +216,7 @@ class _TowerParts:
         for index, module in enumerate(tower.layers):
             behind = self.behind
             role, axes = self._look(module)
-            settings = {"behind": behind} if isinstance(module, AlignedLinear | Experts) else {}
+            settings = {"input": behind} if isinstance(module, AlignedLinear | Experts) else {}
             if isinstance(module, Summed | ShortLong | Experts | AlignedLinear):
                 self.behind, self.reads = role, None
             for name, each in axes.items():
