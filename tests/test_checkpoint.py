@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import errno
 import hashlib
-import io
 import json
 import os
-import pickle
 import shutil
 import threading
 from pathlib import Path
@@ -17,14 +14,15 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 from tests.ranks.launch import SAID_BY_TORCHREC
 from tests.ranks.states import whole_optimizer_state, whole_state
 from tests.ranks.worlds import MIXED, TABLES, event_config, user_config
+from trec_twotower import tensor_files
 from trec_twotower.checkpoint import Checkpoints, model_version
-from trec_twotower.checkpoint_storage import PublishingWriter, _DigestedFile
+from trec_twotower.checkpoint_storage import PublishingWriter
 from trec_twotower.config import RunConfig, as_values
 from trec_twotower.data.dataset import Dataset
 from trec_twotower.data.interactions import TrainBatches
@@ -206,7 +204,7 @@ def test_any_damage_is_named(small):
     model, optimizer, checkpoints = small
     path = checkpoints.save(5, model, optimizer, {})
     files = sorted(file for file in path.rglob("*") if file.is_file())
-    assert {file.name for file in files} >= {".metadata", "manifest.json"}
+    assert {file.name for file in files} == {"rank-00000-of-00001.safetensors", "manifest.json"}
     for file in files:
         whole = file.read_bytes()
         middle = len(whole) // 2
@@ -222,7 +220,7 @@ def test_any_damage_is_named(small):
                 with pytest.raises(DataError) as raised:
                     checkpoints.load(path, model, optimizer)
                 assert str(file) in str(raised.value)
-                assert "remove this checkpoint; the run goes on from the one before it" in str(raised.value)
+                assert "remove this checkpoint; the run continues from the one before it" in str(raised.value)
             file.write_bytes(whole)
     checkpoints.load(path, model, optimizer)
 
@@ -232,7 +230,7 @@ def test_a_damaged_checkpoint_changes_no_weight(small, lone_rank):
     path = checkpoints.save(5, model, optimizer, {})
     for value in model.parameters():
         value.data.zero_()
-    data = next(path.glob("*.distcp"))
+    data = next(path.glob("*.safetensors"))
     data.write_bytes(data.read_bytes()[:-1] + b"x")
     with pytest.raises(DataError, match=data.name):
         checkpoints.load(path, model, optimizer)
@@ -273,7 +271,7 @@ def test_a_save_without_room_names_path_and_need_and_leaves_the_earlier_ones(
     with pytest.raises(TrainingError) as raised:
         checkpoints.save(10, model, optimizer, {})
         checkpoints.wait()
-    for said in ("step-00000010", "No space left on device", f"takes some {need:,} bytes", "goes on from them"):
+    for said in ("step-00000010", "No space left on device", f"takes some {need:,} bytes", "continues from them"):
         assert said in str(raised.value)
     assert [folder.name for folder in checkpoints.folder.iterdir()] == [path.name]
     monkeypatch.delenv("TREC_TT_FAULT")
@@ -285,17 +283,17 @@ def test_a_save_without_room_names_path_and_need_and_leaves_the_earlier_ones(
 
 @pytest.mark.parametrize("in_background", [False, True])
 def test_a_disk_that_fills_within_a_tensor_is_named_as_such(in_background, small, monkeypatch):
-    """torch raises an error of its own where it cannot end the archive of a tensor that was cut short."""
+    """What was written of it goes, too."""
     model, optimizer, checkpoints = small
     checkpoints.in_background = in_background
-    write = _DigestedFile.write
+    write = tensor_files.write_bytes
 
-    def write_what_is_small(file: _DigestedFile, data: Any) -> int:
-        if len(data) > 1000:
+    def write_what_is_small(file: Any, content: memoryview) -> None:
+        if len(content) > 1000:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return write(file, data)
+        write(file, content)
 
-    monkeypatch.setattr(_DigestedFile, "write", write_what_is_small)
+    monkeypatch.setattr(tensor_files, "write_bytes", write_what_is_small)
     with pytest.raises(TrainingError, match=r"step 10 \(No space left on device\): a checkpoint takes some"):
         checkpoints.save(10, model, optimizer, {})
         checkpoints.wait()
@@ -305,10 +303,10 @@ def test_a_disk_that_fills_within_a_tensor_is_named_as_such(in_background, small
 def failing(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     """Every write to a checkpoint's files raises this."""
 
-    def write(file: _DigestedFile, data: Any) -> int:
+    def write(file: Any, content: memoryview) -> None:
         raise error
 
-    monkeypatch.setattr(_DigestedFile, "write", write)
+    monkeypatch.setattr(tensor_files, "write_bytes", write)
 
 
 def test_a_disk_that_fails_otherwise_is_not_said_to_be_full(small, monkeypatch):
@@ -355,7 +353,7 @@ def test_a_checkpoint_whose_removal_is_cut_short_is_none_any_more(small, monkeyp
 
     def cut_short(path: Path, **how: Any) -> None:
         if path == checkpoints.path(5):
-            next(path.glob("*.distcp")).unlink()
+            next(path.glob("*.safetensors")).unlink()
             raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
         remove(path, **how)
 
@@ -479,15 +477,12 @@ def test_every_file_is_digested_by_who_wrote_it_while_writing(small, monkeypatch
     """A bit that flips on the way to the disk is found: the digest is of what was meant, not of what came there."""
     model, optimizer, checkpoints = small
 
-    def flipping(file: Any, data: Any) -> int:
-        written = io.BufferedWriter.write(file, bytes([bytes(data)[0] ^ 1]) + bytes(data)[1:])
-        file.sha256.update(data)
-        file.num_bytes += written
-        return written
+    def flipping(file: Any, content: memoryview) -> None:
+        file.write(bytes([content[0] ^ 1]) + bytes(content[1:]))
 
-    monkeypatch.setattr("trec_twotower.checkpoint_storage._DigestedFile.write", flipping)
+    monkeypatch.setattr(tensor_files, "write_bytes", flipping)
     path = checkpoints.save(5, model, optimizer, {})
-    with pytest.raises(DataError, match=r"\.distcp is damaged"):
+    with pytest.raises(DataError, match=r"\.safetensors is damaged"):
         checkpoints.load(path, model, optimizer)
 
 
@@ -496,7 +491,7 @@ def test_a_manifest_is_complete(train_here, small_world, tmp_path):
     folder = train_here(config)
     path = Checkpoints(folder / "checkpoints", None).complete()[-1]
     manifest = json.loads((path / "manifest.json").read_text())
-    assert (manifest["format"], manifest["step"], manifest["cursor"], manifest["place"]) == (2, 6, 6, "epoch 2/2")
+    assert (manifest["format"], manifest["step"], manifest["cursor"], manifest["place"]) == (3, 6, 6, "epoch 2/2")
     assert (manifest["seed"], manifest["num_ranks"]) == (7, 1)
     assert manifest["config"] == config_hash(config)
     assert manifest["data"] == Dataset(config.data.dataset).fingerprint
@@ -525,54 +520,75 @@ def test_a_checkpoint_of_another_config_is_refused_with_the_fields_that_differ(
         assert said in str(raised.value)
 
 
-# No pickle is executed
+# Nothing that a checkpoint says is trusted
 
 
-class Malicious:
-    """Makes a file when it is unpickled."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (os.mkdir, (str(self.path),))
-
-
-def resealed(path: Path) -> None:
-    """Bring the manifest into line with what was altered, as who means harm would."""
-    facts = json.loads((path / "manifest.json").read_text())
-    del facts["files"], facts["sha256"]
+def resealed(path: Path, manifest: dict[str, Any]) -> None:
+    """Write a manifest that agrees with the files and with itself, as somebody who means harm would."""
+    facts = {name: value for name, value in manifest.items() if name not in ("files", "sha256")}
     seal(path, facts)
 
 
-@pytest.mark.parametrize("where", ["whole", "inside", "getattr", "bytes entry", "in the tensors"])
-def test_a_pickle_in_a_checkpoint_is_not_executed(where, small, lone_rank, tmp_path):
+def test_a_checkpoint_holds_no_pickle(small):
+    """Its tensors are plain bytes that the safetensors package reads, too: nothing in it could be executed."""
     model, optimizer, checkpoints = small
     path = checkpoints.save(5, model, optimizer, {})
-    trap = tmp_path / "executed"
-    metadata = pickle.loads((path / ".metadata").read_bytes())
-    if where == "whole":
-        (path / ".metadata").write_bytes(pickle.dumps(Malicious(trap)))
-    elif where == "inside":
-        metadata.planner_data = {"x": Malicious(trap)}
-        (path / ".metadata").write_bytes(pickle.dumps(metadata))
-    elif where == "getattr":
-        (path / ".metadata").write_bytes(b"cbuiltins\ngetattr\n.")
-    elif where == "bytes entry":
-        name = next(iter(metadata.state_dict_metadata))
-        metadata.state_dict_metadata[name] = BytesStorageMetadata()
-        (path / ".metadata").write_bytes(pickle.dumps(metadata))
-    else:
-        file = io.BytesIO()
-        torch.save(Malicious(trap), file)
-        for data in path.glob("*.distcp"):
-            data.write_bytes(file.getvalue() * (data.stat().st_size // len(file.getvalue()) + 1))
-    resealed(path)
-    with pytest.raises(DataError, match=str(path)):
+    found = load_file(path / "rank-00000-of-00001.safetensors")
+    tensors = json.loads((path / "manifest.json").read_text())["tensors"]
+    assert {name.partition("@")[0] for name in found} == set(tensors)
+    weight = found["model.user_tower.layers.0.weight"]
+    assert torch.equal(weight, model.state_dict()["user_tower.layers.0.weight"])
+
+
+CHUNK = {"at": [0, 0], "size": [2, 2], "file": "rank-00000-of-00001.safetensors", "begin": 0}
+
+
+@pytest.mark.parametrize(
+    ("tensors", "said"),
+    [
+        (None, "does not describe tensors"),
+        ([], "does not describe tensors"),
+        ({"x": 7}, "does not describe the tensor 'x'"),
+        ({"x": {"dtype": "object", "size": [2, 2], "chunks": [CHUNK]}}, "does not describe the tensor 'x'"),
+        ({"x": {"dtype": "F32", "size": [2, -2], "chunks": [CHUNK]}}, "does not describe the tensor 'x'"),
+        ({"x": {"dtype": "F32", "size": [2, 2**70], "chunks": [CHUNK]}}, "does not describe the tensor 'x'"),
+        ({"x": {"dtype": "F32", "size": [2, 2], "chunks": 7}}, "does not say where 'x' is"),
+        ({"x": {"dtype": "F32", "size": [2, 2], "chunks": [{}]}}, "does not say where 'x' is"),
+        ({"x": {"dtype": "F32", "size": [2, 2], "chunks": [{**CHUNK, "at": [0]}]}}, "does not say where 'x' is"),
+        ({"x": {"dtype": "F32", "size": [2, 2], "chunks": [{**CHUNK, "at": [1, 0]}]}}, "that is outside of it"),
+        ({"x": {"dtype": "F32", "size": [2, 2], "chunks": [{**CHUNK, "file": "../x"}]}}, "does not list"),
+        ({"x": {"dtype": "F32", "size": [2, 2], "chunks": [{**CHUNK, "begin": 10**12}]}}, "places 'x' outside"),
+        ({"x": {"dtype": "F32", "size": [2, 2], "chunks": [{**CHUNK, "begin": -1}]}}, "places 'x' outside"),
+        ({"x": {"dtype": "F32", "size": [10**6, 10**6], "chunks": [CHUNK]}}, "do not make up the whole"),
+        ({"x": {"dtype": "F32", "size": [2, 2], "chunks": []}}, "do not make up the whole"),
+    ],
+)
+def test_a_manifest_that_claims_what_the_files_do_not_hold_is_refused(tensors, said, small):
+    """Before any memory is asked for, with a manifest that agrees with its files and with itself."""
+    model, optimizer, checkpoints = small
+    path = checkpoints.save(5, model, optimizer, {})
+    manifest = json.loads((path / "manifest.json").read_text())
+    resealed(path, {**manifest, "tensors": tensors})
+    with pytest.raises(DataError, match=said) as raised:
         checkpoints.load(path, model, optimizer)
-    assert not trap.exists()
-    pickle.loads(pickle.dumps(Malicious(trap)))
-    assert trap.exists()  # the trap is one
+    assert str(path / "manifest.json") in str(raised.value) and "do not trust it" in str(raised.value)
+
+
+def test_a_deeply_nested_manifest_is_refused(small):
+    """What a parser would need a stack or a minute for."""
+    model, optimizer, checkpoints = small
+    path = checkpoints.save(5, model, optimizer, {})
+    (path / "manifest.json").write_text('{"tensors": ' + "[" * 10**6 + "]" * 10**6 + "}")
+    with pytest.raises(DataError, match=r"manifest\.json is damaged"):
+        checkpoints.load(path, model, optimizer)
+
+
+def test_a_checkpoint_of_an_older_format_is_named_as_one(small):
+    model, optimizer, checkpoints = small
+    path = checkpoints.save(5, model, optimizer, {})
+    resealed(path, {**json.loads((path / "manifest.json").read_text()), "format": 2})
+    with pytest.raises(DataError, match="is of format 2, but this version reads 3: use the version that wrote it"):
+        checkpoints.load(path, model, optimizer)
 
 
 @pytest.mark.parametrize("name", ["../../elsewhere", "/etc/hostname", "a/../../b", "link"])
@@ -585,24 +601,6 @@ def test_a_manifest_cannot_name_files_outside_its_folder(name, small, tmp_path):
     write_json(path / "manifest.json", {**manifest, "sha256": _own_sha256(manifest)})
     with pytest.raises(DataError, match="which is not in its folder: do not trust it"):
         checkpoints.load(path, model, optimizer)
-
-
-def test_metadata_that_leave_the_folder_are_refused(small):
-    model, optimizer, checkpoints = small
-    path = checkpoints.save(5, model, optimizer, {})
-    metadata = pickle.loads((path / ".metadata").read_bytes())
-    index, info = next(iter(metadata.storage_data.items()))
-    for change, said in (
-        ({"relative_path": "../x.distcp"}, "which the manifest does not list"),
-        ({"offset": 10**12}, "outside '"),
-        ({"offset": -1}, "outside '"),
-        ({"transform_descriptors": ["x"]}, "outside '"),
-    ):
-        altered = {**metadata.storage_data, index: dataclasses.replace(info, **change)}
-        (path / ".metadata").write_bytes(pickle.dumps(dataclasses.replace(metadata, storage_data=altered)))
-        resealed(path)
-        with pytest.raises(DataError, match=said):
-            checkpoints.load(path, model, optimizer)
 
 
 # A run folder belongs to one config
@@ -779,7 +777,7 @@ def test_killed_ranks_go_on_as_if_nothing_had_been(small_world, tmp_path, lone_r
     code, said = forked(2, *command, TREC_TT_FAULT="step:updated:step13:rank1")
     assert code == 128 + 9, said
     assert [path.name for path in sorted(checkpoints.glob("step-*"))] == ["step-00000008", "step-00000012"]
-    code, said = forked(2, *command, TREC_TT_FAULT="save:described:step20")
+    code, said = forked(2, *command, TREC_TT_FAULT="save:sealed:step20")
     assert code == 128 + 9, said
     assert "resumed at step 12 of 30" in said
     assert (checkpoints / ".step-00000020.tmp").is_dir()

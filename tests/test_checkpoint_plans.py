@@ -104,13 +104,11 @@ def test_a_plan_whose_state_differs_is_refused_and_weights_alone_can_begin_anoth
         assert said in str(raised.value)
     second = event_config(small_world, new, plans[1], train={"epochs": 1, **settings["train"]})
     said = run_here(second, init_from=old)
-    assert "began with 13 weights" in said and "as they were drawn" not in said
+    assert f"began with the weights of {old}" in said and "skipped" not in said and "mapped" not in said
     assert losses(new)[0] < losses(old)[0]  # it begins where the other ended
-
-    fresh = build_model(second, lone_rank)
-    checkpoints = Checkpoints(old / "checkpoints", lone_rank)
-    checkpoints.load_what_fits(checkpoints.complete()[-1], fresh)
-    taken, given = whole_state(fresh, lone_rank), states(first, lone_rank, old)[0]
+    begun = event_config(small_world, tmp_path / "begun", plans[1], train={"epochs": 0, **settings["train"]})
+    run_here(begun, init_from=old)
+    taken, given = states(begun, lone_rank, tmp_path / "begun")[0], states(first, lone_rank, old)[0]
     assert taken.keys() == given.keys()
     for name, value in given.items():
         assert torch.equal(value, taken[name]), name
@@ -124,30 +122,36 @@ def test_a_state_that_no_optimizer_takes_is_refused(run_here, lone_rank, small_w
         states(event_config(small_world, run, train=optimizer_of("sgd")), lone_rank, run)
 
 
-def test_init_from_lists_what_it_took_and_what_it_left(run_here, lone_rank, small_world, tmp_path):
-    """A table of another size, a feature less and a wider layer: those stay as they are drawn, bit for bit."""
-    old = tmp_path / "old"
+def test_init_from_reports_what_it_copied_and_what_it_skipped(run_here, lone_rank, small_world, tmp_path):
+    """A table of another size and a wider layer keep their first weights, bit for bit, and only they."""
+    old, new = tmp_path / "old", tmp_path / "new"
     run_here(event_config(small_world, old, train={"epochs": 1}))
     config = event_config(
         small_world,
-        tmp_path / "new",
+        new,
         "row_wise",
         tables={"tag": {"buckets": 17}},
         model={"user_tower": {"mlp": [11]}},
-        train={"epochs": 1},
+        train={"epochs": 0},
     )
-    said = run_here(config, init_from=old)
-    took, left = (next(line for line in said.splitlines() if line.startswith(word)) for word in ("began", "left"))
-    for name in ("item", "click", "country", "brand"):
-        assert f"embedding_bags.{name}.weight" in took
-    assert "embedding_bags.tag.weight (17 x 8 here, 16 x 8 there)" in left
-    assert "user_tower.layers.0.weight (11 x 58 here, 10 x 58 there)" in left
-    assert "item_tower.layers.0.weight" in took
-    model, fresh = build_model(config, lone_rank), build_model(config, lone_rank)
-    checkpoints = Checkpoints(old / "checkpoints", lone_rank)
-    names, _ = checkpoints.load_what_fits(checkpoints.complete()[-1], model)
-    before, after = whole_state(fresh, lone_rank), whole_state(model, lone_rank)
-    assert {name for name in before if torch.equal(before[name], after[name])} == set(before) - set(names)
+    said = run_here(config, init_from=old).splitlines()
+    copied = next(line for line in said if line.startswith("  copied"))
+    for name in ("table item", "table click", "table country", "table brand", "item tower's hidden layer 1"):
+        assert name in copied
+    for reason in (
+        "table tag: buckets was 16, now 17",
+        "user tower's hidden layer 1: 10 x 58 there, 11 x 58 here",
+        "user tower's last layer: 6 x 10 there, 6 x 11 here",
+    ):
+        assert any(line.endswith(reason) for line in said)
+    drawn = whole_state(build_model(config, lone_rank), lone_rank)
+    begun = states(config, lone_rank, new)[0]
+    assert {name for name in drawn if torch.equal(drawn[name], begun[name])} == {
+        "tables.embedding_bags.tag.weight",
+        "user_tower.layers.0.bias",
+        "user_tower.layers.0.weight",
+        "user_tower.layers.2.weight",
+    }
 
 
 def test_a_lone_number_that_the_other_run_has_not_stays_as_it_was_drawn(run_here, small_world, tmp_path):
@@ -156,13 +160,15 @@ def test_a_lone_number_that_the_other_run_has_not_stays_as_it_was_drawn(run_here
     temperature = {"temperature": {"learned": True, "start": 0.2}}
     run_here(event_config(small_world, fixed, train={"epochs": 1}))
     said = run_here(event_config(small_world, learned, loss=temperature, train={"epochs": 1}), init_from=fixed)
-    assert "began with 13 weights" in said
-    assert "left 1 as they were drawn: temperature.position (one number here, not there)" in said
+    assert "  skipped  the learned temperature: not in that run\n" in said
     said = run_here(event_config(small_world, tmp_path / "back", train={"epochs": 1}), init_from=learned)
-    assert "left 1 as they were drawn: temperature.position (one number there, not here)" in said
+    assert "  skipped  the learned temperature: only in that run\n" in said
     third = event_config(small_world, tmp_path / "on", loss=temperature, train={"epochs": 1})
     said = run_here(third, init_from=learned)
-    assert "began with 14 weights" in said and "as they were drawn" not in said
+    assert "the learned temperature" in said and "skipped" not in said
+    wider = {"temperature": {"learned": True, "start": 0.2, "high": 2.0}}
+    said = run_here(event_config(small_world, tmp_path / "wider", loss=wider, train={"epochs": 1}), init_from=learned)
+    assert "  skipped  the learned temperature: high was 1.0, now 2.0\n" in said
 
 
 def test_init_from_gives_way_to_the_runs_own_checkpoint(run_here, small_world, tmp_path):

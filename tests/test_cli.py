@@ -804,3 +804,10 @@ def test_an_index_without_users_to_tune_for_says_what_is_missing(tmp_path, write
     said = cli("index", run)
     assert said.code == 2 and "no part test/, valid/ or serving/" in said.err and len(said.err.splitlines()) == 1
     assert not (run / "index").exists()
+
+
+def test_a_rate_that_no_model_survives_ends_with_an_error(cli, shop, tmp_path):
+    """Cosines hide it: the loss stays a number."""
+    said = cli("train", shop.config, f"run_dir={tmp_path / 'run'}", "train.optimizer.lr=1e30")
+    assert said.code == 1 and "the training has diverged" in said.mistake and "no checkpoint yet" in said.mistake
+    assert not list((tmp_path / "run").glob("checkpoints/*"))

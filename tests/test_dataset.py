@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import sys
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -435,3 +436,27 @@ def test_a_bad_feature_names_file_group_and_row(tmp_path, write_dataset):
 )
 def test_a_typed_id_finds_its_row(ids, text, row):
     assert find_id(ids, text) == row
+
+
+def test_a_file_that_is_replaced_by_one_of_the_same_layout_is_named(write_dataset, tmp_path):
+    """Its rows would be those of the new file, read by the footer and in the order of the old one."""
+
+    def table(first: int) -> pa.Table:
+        return pa.table({"user_id": list(range(100)), "item_id": list(range(first, first + 100))})
+
+    def write(path: Path, first: int) -> None:
+        pq.write_table(table(first), path, compression="none", use_dictionary=False, write_statistics=False)
+
+    folder = write_dataset(tmp_path / "d", train=table(0), items=pa.table({"item_id": list(range(200))}))
+    path = folder / "train/part-0.parquet"
+    write(path, 0)
+    dataset = Dataset(folder)
+    [group] = dataset.train.row_groups
+    assert dataset.train.read(group, ["item_id"])["item_id"].to_pylist() == list(range(100))
+    before = path.stat()
+    write(tmp_path / "new.parquet", 100)
+    (tmp_path / "new.parquet").replace(path)
+    assert path.stat().st_size == before.st_size
+    with pytest.raises(DataError, match=r"part-0\.parquet was replaced or changed after this command had opened it"):
+        dataset.train.read(group, ["item_id"])
+    assert Dataset(folder).train.read(group, ["item_id"])["item_id"].to_pylist() == list(range(100, 200))

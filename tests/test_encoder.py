@@ -118,10 +118,10 @@ def test_what_is_missing_or_damaged_is_said(folder, shop, shop_tables, tmp_path,
     with pytest.raises(ConfigError, match="holds no encoder: write it again"):
         Encoder.load(tmp_path)
     copy = shutil.copytree(folder, tmp_path / "encoder")
-    content = bytearray((copy / "weights.pt").read_bytes())
+    content = bytearray((copy / "weights.safetensors").read_bytes())
     content[len(content) // 2] ^= 1
-    (copy / "weights.pt").write_bytes(content)
-    with pytest.raises(DataError, match=r"weights\.pt is damaged"):
+    (copy / "weights.safetensors").write_bytes(content)
+    with pytest.raises(DataError, match=r"weights\.safetensors is damaged"):
         Encoder.load(copy)
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert "leave out the launcher" in cli("export", shop.run, "--encoder").mistake
@@ -133,7 +133,8 @@ def test_the_manifest_names_the_model(folder, shop):
     assert {name: manifest[name] for name in ("model_version", "step", "dim", "similarity")} == {
         name: told[name] for name in ("model_version", "step", "dim", "similarity")
     }
-    assert manifest["programs"] == {"user": "ok", "item": "ok"} and {"user.pt2", "weights.pt"} <= set(manifest["files"])
+    assert manifest["programs"] == {"user": "ok", "item": "ok"}
+    assert {"user.pt2", "weights.safetensors"} <= set(manifest["files"])
 
 
 STEPS = """
@@ -187,7 +188,7 @@ def test_steps_with_attributes_gaps_and_actions_are_those_of_the_dataset(shop_ta
     config = validate(RunConfig, yaml.safe_load(STEPS.replace("DATASET", str(dataset))), "the test's config")
     sources = Sources(Dataset(dataset), config.feature_schema, "event")
     torch.manual_seed(0)
-    model = _plain_model(config, "cpu").eval()
+    model = _plain_model(config).eval()
     fill_tables(model, config.feature_schema, 1)
     for parameter in model.user_tower.parameters():
         torch.nn.init.normal_(parameter)

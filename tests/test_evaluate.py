@@ -50,6 +50,24 @@ def test_another_split_and_checkpoint_may_be_asked_for(cli, shop_copy):
         assert result["metrics"]["two towers, exact search"]["recall@5"] == pytest.approx(seen[result["step"]])
 
 
+@pytest.mark.parametrize("unwritable", ["evaluation.json", "rankings.parquet"])
+def test_an_evaluation_that_cannot_be_written_is_printed_all_the_same(unwritable, cli, shop_copy, tmp_path):
+    """A run on a read-only disk, or a full one: here something stands in the file's place."""
+    whole = cli("evaluate", shop_copy.run).out
+    place = (shop_copy.run if unwritable == "evaluation.json" else tmp_path) / unwritable
+    rankings = ["--rankings", tmp_path / "rankings.parquet"]
+    if unwritable == "evaluation.json":
+        place.unlink()
+        (place / "inside").mkdir(parents=True)
+    else:
+        tmp_path.joinpath("file").touch()
+        rankings = ["--rankings", tmp_path / "file" / unwritable]
+    said = cli("evaluate", shop_copy.run, *rankings)
+    assert said.code == 1 and said.out == whole
+    assert "the evaluation above is complete, but this file is not written" in said.mistake
+    assert str(place if unwritable == "evaluation.json" else tmp_path / "file") in said.mistake
+
+
 def test_a_later_choice_of_k_needs_no_new_training(cli, shop_copy):
     said = cli("train", shop_copy.config, f"run_dir={shop_copy.run}", "evaluate.k=[3]", "evaluate.best=recall@3")
     assert said.code == 0 and "trained 10 steps" in said.out, said.err

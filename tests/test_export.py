@@ -80,6 +80,113 @@ def test_two_exports_at_once_do_not_mix(loaded, monkeypatch):
     assert len(calls) == 4 and not list(model.run.folder.glob(".export*"))
 
 
+def test_what_is_open_stays_the_export_that_was_verified(loaded, shop_copy, monkeypatch):
+    """As for `index`, which reads for minutes while the next model may be exported."""
+    from trec_twotower import export as module
+    from trec_twotower.encode import encode
+
+    model, ranks = loaded
+    folder = module.export(model, ranks)
+    before = module.read_export(folder)
+    manifest, items, users = module.open_export(folder)
+    monkeypatch.setattr(module, "encode", lambda *given: 2 * encode(*given))
+    module.export(model, ranks, users="valid")
+    np.testing.assert_array_equal(np.concatenate(list(items.pieces())), before.item_ID)
+    np.testing.assert_array_equal(np.concatenate(list(users.pieces())), before.user_QD)
+    assert items.ids().equals(before.item_ids) and manifest == before.manifest
+    after = module.read_export(folder)
+    np.testing.assert_array_equal(after.item_ID, 2 * before.item_ID)
+
+
+def test_an_index_is_of_the_export_that_it_was_begun_with(cli, shop_copy, loaded, monkeypatch):
+    """Another model is exported while the index is built: its vectors do not get in under the old one's version."""
+    from trec_twotower import export as module
+    from trec_twotower import index as indexes
+    from trec_twotower.encode import encode
+
+    model, ranks = loaded
+    before = module.read_export(module.export(model, ranks))
+    build = indexes.build_index
+
+    def meanwhile(items, users, settings):
+        with monkeypatch.context() as patched:
+            patched.setattr(module, "encode", lambda *given: -encode(*given))
+            module.export(model, ranks)
+        return build(items, users, settings)
+
+    monkeypatch.setattr(indexes, "build_index", meanwhile)
+    said = cli("index", shop_copy.run)
+    assert said.code == 0, said.err
+    found, _ = indexes.ItemIndex.load(shop_copy.run / "index").search(before.user_QD[:20], 5)
+    expected = -np.sort(-(before.user_QD[:20] @ before.item_ID.T), axis=1)[:, :5]
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("stage", [["export"], ["index"], ["export", "--encoder"]])
+def test_a_stage_that_another_process_is_at_is_refused_with_its_name(stage, cli, shop_copy, monkeypatch):
+    import multiprocessing
+
+    from trec_twotower.artefacts import sole_writer
+
+    monkeypatch.setattr("trec_twotower.lock.FolderLock.acquire.__defaults__", (0.2,))
+    fork = multiprocessing.get_context("fork")
+    begun, go_on = fork.Event(), fork.Event()
+    name = "encoder" if "--encoder" in stage else stage[0]
+
+    def hold() -> None:
+        with sole_writer(shop_copy.run / name):
+            begun.set()
+            assert go_on.wait(60)
+
+    other = fork.Process(target=hold)
+    other.start()
+    assert begun.wait(30)
+    before = sorted(shop_copy.run.iterdir())
+    said = cli(stage[0], shop_copy.run, *stage[1:])
+    assert said.code == 2 and f"{name} is being written by process {other.pid} on " in said.mistake
+    assert sorted(shop_copy.run.iterdir()) == before
+    go_on.set()
+    other.join(30)
+    assert cli(stage[0], shop_copy.run, *stage[1:]).code == 0
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("point", ["publish:written", "publish:named"])
+def test_an_export_that_is_killed_leaves_a_whole_one_and_the_next_sweeps(point, cli, on_forked_ranks, shop_copy):
+    """Two real ranks, the first of which dies before or after the new folder has its name."""
+    from trec_twotower.export import read_export
+
+    before = read_export(shop_copy.run / "export").manifest
+    said = on_forked_ranks("export", shop_copy.run, "--users", "valid", TREC_TT_FAULT=f"{point}:rank0")
+    assert said.code != 0
+    assert list(shop_copy.run.glob(".export.tmp-*"))
+    found = read_export(shop_copy.run / "export").manifest
+    assert found["users_from"] == ("valid" if point == "publish:named" else before["users_from"])
+    assert cli("export", shop_copy.run).code == 0
+    assert not list(shop_copy.run.glob(".export*"))
+
+
+def test_a_checkpoint_that_the_training_removes_meanwhile_gives_way_to_the_next_choice(shop_copy, monkeypatch):
+    """`export` beside a training: between the choice and the opening a newer checkpoint was published."""
+    from trec_twotower.checkpoint import Checkpoints
+    from trec_twotower.distributed import start_ranks
+    from trec_twotower.export import load_model
+    from trec_twotower.run import Run
+
+    opened, folder = Checkpoints.open, shop_copy.run / "checkpoints"
+
+    def late(checkpoints: Checkpoints, path: Path):
+        if path.name == "step-00000005":
+            shutil.rmtree(path)
+        return opened(checkpoints, path)
+
+    monkeypatch.setattr(Checkpoints, "open", late)
+    monkeypatch.setattr(Checkpoints, "best", lambda self: {"step": 5} if (folder / "step-00000005").is_dir() else None)
+    with start_ranks() as ranks:
+        assert load_model(Run.open(shop_copy.run), ranks).step == 10
+
+
 def test_vectors_are_encoded_and_written_a_group_at_a_time(loaded, monkeypatch):
     """Never more at once than a group, and the same as all at once; columns of items/ beside them."""
     from trec_twotower import export as module
@@ -167,9 +274,9 @@ def test_a_failed_write_leaves_the_earlier_export(loaded, shop_copy, monkeypatch
         (["index", "RUN"], "export/manifest.json", "export again"),
         (["recommend", "RUN", "--user", "user-1"], "index/index-*.faiss", "build the index again"),
         (["evaluate", "RUN", "--index"], "index/items.parquet", "build the index again"),
-        (["export", "RUN"], "checkpoints/step-00000010/__0_0.distcp", "remove this checkpoint"),
+        (["export", "RUN"], "checkpoints/step-00000010/rank-00000-of-00001.safetensors", "remove this checkpoint"),
         (["evaluate", "RUN"], "checkpoints/step-00000010/manifest.json", "remove this checkpoint"),
-        (["train", "CONFIG", "run_dir=RUN"], "checkpoints/step-00000010/.metadata", "remove this checkpoint"),
+        (["train", "CONFIG", "run_dir=RUN"], "checkpoints/step-00000010/*.safetensors", "remove this checkpoint"),
     ],
     ids=lambda value: value if isinstance(value, str) else value[0],
 )

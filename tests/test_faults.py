@@ -18,17 +18,21 @@ from tests.ranks.launch import ROOT, SAID_BY_TORCHREC
 from tests.ranks.states import whole_state
 from tests.ranks.worlds import EVENTS, event_config
 from trec_twotower import cli
+from trec_twotower.checkpoint_storage import PublishingWriter
 from trec_twotower.config import as_values
+from trec_twotower.data.interactions import TrainBatches
 from trec_twotower.demo import usual_ranks
 from trec_twotower.distributed import start_ranks
 from trec_twotower.errors import ConfigError, Stopped, TrainingError
-from trec_twotower.failures import ATTEMPT, summary
+from trec_twotower.failures import ATTEMPT, dead_vectors, summary
 from trec_twotower.faults import POINTS, Fault, fault_point
 from trec_twotower.heartbeat import is_lost
+from trec_twotower.model.embedding import table_shards
 from trec_twotower.model.gate import NotFinite, gate
 from trec_twotower.model.two_tower import TwoTower
 from trec_twotower.preemption import AGENT_PID, StopSignals
-from trec_twotower.training.loop import train
+from trec_twotower.run import Run
+from trec_twotower.training.loop import Progress, build_model, towers, train
 from trec_twotower.yaml_files import to_yaml
 
 pytestmark = pytest.mark.filterwarnings(*SAID_BY_TORCHREC)
@@ -153,7 +157,7 @@ def test_a_mistaken_fault_is_named(text, said):
 def test_a_training_passes_every_point(in_background, lone_rank, small_world, tmp_path, monkeypatch, capsys):
     """So that none of the soak's kills is aimed at a place that is never reached."""
     passed: set[str] = set()
-    for module in ("train", "optimizer", "checkpoint", "checkpoint_storage"):
+    for module in ("train", "optimizer", "checkpoint", "checkpoint_storage", "artefacts"):
         monkeypatch.setattr(f"trec_twotower.{module}.fault_point", lambda point, *_: passed.add(point))
     config = event_config(small_world, tmp_path / "run", checkpoint={"in_background": in_background})
     done = 0
@@ -170,7 +174,7 @@ def test_a_training_passes_every_point(in_background, lone_rank, small_world, tm
         with pytest.raises(Stopped):
             train(config, lone_rank)
     train(config, lone_rank)
-    assert passed == set(POINTS) - {"start:joined"}
+    assert passed == set(POINTS) - {"start:joined", "publish:aside"}
     assert "resumed at step 5 of 9" in capsys.readouterr().out
 
 
@@ -324,6 +328,128 @@ def test_what_is_no_number_stops_before_the_tables_change_and_tells_the_rows(
     clicked = report["features"]["user:clicks"]["buckets"]["count"]
     assert clicked == sum(len(EVENTS[row]["clicks"]) for row in rows)
     capsys.readouterr()
+
+
+@pytest.mark.parametrize(
+    ("harm", "found"),
+    [
+        (lambda weights: weights[0].fill_(1e30), r"table item has numbers of up to 1e\+30, whose squares overflow"),
+        (lambda weights: weights[0].fill_(torch.nan), "table item has numbers that are NaN or infinite"),
+        (lambda weights: weights[0, 0].fill_(-torch.inf), "table item has numbers that are NaN or infinite"),
+    ],
+    ids=["too large", "NaN", "one infinite"],
+)
+def test_a_model_whose_weights_are_dead_is_not_saved(harm, found, lone_rank, small_world, tmp_path, capsys):
+    """The loss of a step says nothing of rows that it does not look up: the checkpoint before stays the newest."""
+    config = event_config(small_world, tmp_path / "run", checkpoint={"every": 2})
+    done = Progress.done
+
+    def harmed(progress: Progress) -> None:
+        done(progress)
+        if progress.step == 4:
+            [table] = [shard for name, shard, _ in table_shards(progress.model) if name == "item"]
+            harm(table[-1:])
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Progress, "done", harmed)
+        with pytest.raises(TrainingError, match=rf"After step 4 {found}: the training has diverged") as raised:
+            train(config, lone_rank)
+    assert f"The newest checkpoint is {tmp_path}/run/checkpoints/step-00000002" in str(raised.value)
+    assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step-00000002"]
+    capsys.readouterr()
+
+
+def test_an_optimizer_whose_state_is_dead_is_not_saved(lone_rank, small_world, tmp_path, capsys):
+    """With an infinite sum of squares Adagrad moves a row no more, though its weights look well."""
+    settings = {"optimizer": {"sparse": "rowwise_adagrad", "lr": 0.1}}
+    config = event_config(small_world, tmp_path / "run", train=settings)
+    done = Progress.done
+
+    def harmed(progress: Progress) -> None:
+        done(progress)
+        state = next(parts for name, parts in progress.optimizer.state().items() if ".tag." in name)
+        next(iter(state.values())).local_shards()[0].tensor[-1] = torch.inf
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Progress, "done", harmed)
+        with pytest.raises(TrainingError, match="the optimizer's state of table tag has numbers that are NaN or inf"):
+            train(config, lone_rank)
+    capsys.readouterr()
+
+
+def test_dead_vectors_are_told_from_living_ones(lone_rank, small_world, tmp_path):
+    """A batch of which users have no history, so that their vectors are zero, is none."""
+    config = event_config(small_world, tmp_path / "run", train={"epochs": 1})
+    run = Run.join(config, lone_rank)
+    batches = TrainBatches(run.sources(lone_rank), config.data, config.loss, run.item_counts(), (0, 1))
+    batch, model = next(iter(batches.since(0, 1))), towers(build_model(config, lone_rank))
+    assert dead_vectors(model, batch, lone_rank) is None
+    weights = {side: getattr(model, f"{side}_tower").layers[-1] for side in ("user", "item")}
+    for value, side, found in (
+        (0.0, "user", None),
+        (torch.nan, "user", "the vectors of users have numbers that are NaN or infinite"),
+        (1.0, "user", None),
+        (0.0, "item", "the vectors of all items of its batch are zero"),
+    ):
+        for parameter in weights[side].parameters():
+            parameter.data.fill_(value)
+        assert dead_vectors(model, batch, lone_rank) == found
+
+
+# A run directory that is moved
+
+
+@pytest.mark.parametrize("is_replaced", [False, True])
+@pytest.mark.parametrize("in_background", [False, True])
+def test_a_training_whose_folder_is_moved_ends_and_leaves_what_took_its_place_alone(
+    is_replaced, in_background, lone_rank, small_world, tmp_path, capsys
+):
+    """Another run may have begun under the old path: two trainers would write into one folder."""
+    run, moved = tmp_path / "run", tmp_path / "moved"
+    config = event_config(small_world, run, checkpoint={"every": 2, "in_background": in_background})
+    begins = Progress.begins
+
+    def moving(progress: Progress) -> None:
+        begins(progress)
+        if progress.step == 5:
+            progress.checkpoints.wait()
+            run.rename(moved)
+            if is_replaced:
+                (run / "checkpoints").mkdir(parents=True)
+                (run / "metrics.jsonl").write_text("another run's")
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Progress, "begins", moving)
+        with pytest.raises(TrainingError, match=f"{run} was moved, removed or replaced while it was trained"):
+            train(config, lone_rank)
+    if is_replaced:
+        assert sorted(path.name for path in run.rglob("*")) == ["checkpoints", "metrics.jsonl"]
+        assert (run / "metrics.jsonl").read_text() == "another run's"
+    else:
+        assert not run.exists()
+    assert sorted(path.name for path in (moved / "checkpoints").iterdir()) == ["step-00000002", "step-00000004"]
+    capsys.readouterr()
+    train(event_config(small_world, moved, checkpoint={"every": 2}), lone_rank)
+    assert "resumed at step 4 of 9" in capsys.readouterr().out
+
+
+def test_a_save_under_way_is_not_published_in_a_folder_that_took_the_runs_place(lone_rank, small_world, tmp_path):
+    """The folder is moved while the save writes."""
+    run = tmp_path / "run"
+    config = event_config(small_world, run, checkpoint={"in_background": False})
+    write = PublishingWriter.write_data
+
+    def moving(writer: PublishingWriter, *given: Any) -> Any:
+        written = write(writer, *given)
+        run.rename(tmp_path / "moved")
+        (run / "checkpoints").mkdir(parents=True)
+        return written
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(PublishingWriter, "write_data", moving)
+        with pytest.raises(TrainingError, match=f"{run} was moved, removed or replaced"):
+            train(config, lone_rank)
+    assert not list((run / "checkpoints").iterdir())
 
 
 def test_a_gradient_is_looked_at_before_it_goes_on(lone_rank):

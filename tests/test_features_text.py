@@ -17,12 +17,17 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from tests.ranks.bazaar import WORDS, write_model
+from trec_twotower.config import RunConfig, validate
 from trec_twotower.data.batch import Listed
 from trec_twotower.data.hashing import mix
 from trec_twotower.data.text import _most_tokens, text_keys, tokens
-from trec_twotower.data.transforms import check_kind, put_pooling_divisor, transform
+from trec_twotower.data.transforms import Columns, check_kind, put_pooling_divisor, transform
+from trec_twotower.distributed import Ranks
+from trec_twotower.encode import encode
+from trec_twotower.encoder import _plain_model
 from trec_twotower.errors import ConfigError, DataError
 from trec_twotower.model.inputs import TextInput
+from trec_twotower.program import export_program, program_inputs
 from trec_twotower.schema import FeatureSpec, Schema, TableSpec
 
 TITLE = FeatureSpec(name="title", kind="text", table="t")
@@ -271,3 +276,26 @@ def test_a_model_reads_items_alone(model):
     item_id = FeatureSpec(name="item_id", kind="id", table="t")
     with pytest.raises(ConfigError, match="user feature 'title' is text read by a model, which is for items"):
         Schema.build({"t": TableSpec(buckets=9, dim=4)}, (read_by(model),), (item_id,))
+
+
+def test_a_tower_that_a_language_model_reads_for_runs_as_a_program(model):
+    """Texts of all lengths, none among them; and null, which has a vector of its own."""
+    config = validate(
+        RunConfig,
+        {
+            "data": {"dataset": "none"},
+            "user": [{"name": "history", "kind": "bag", "buckets": 16, "dim": 4}],
+            "item": [{**read_by(model).model_dump(exclude_defaults=True), "max_length": 8}],
+            "model": {"dim": 4},
+        },
+        "the test's config",
+    )
+    tower = _plain_model(config).eval()
+    torch.nn.init.normal_(tower.item_tower.encoders["of_title"].missing)
+    [feature] = config.feature_schema.item
+    rows = Columns(len(TEXTS), {"title": tokens(feature, pa.array(TEXTS, pa.string()))}, {})
+    expected = encode(tower, "item", rows, Ranks(0, 1, torch.device("cpu")))
+    program = export_program(tower, "item").module()
+    found = program(program_inputs(config.feature_schema, "item", rows))
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    assert len(torch.unique(found.detach().round(decimals=4), dim=0)) == 5  # two of the six texts are equal

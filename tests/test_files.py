@@ -8,19 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from trec_twotower.artefacts import open_sealed
 from trec_twotower.errors import DataError
-from trec_twotower.files import (
-    MANIFEST,
-    _own_sha256,
-    naming,
-    new_folder,
-    open_sealed,
-    publish_folder,
-    read_json,
-    seal,
-    write_file,
-    write_json,
-)
+from trec_twotower.files import MANIFEST, _own_sha256, naming, read_json, seal, write_file, write_json
 
 MEND = "export again."
 
@@ -103,90 +93,8 @@ def test_json_that_is_larger_than_any_of_ours_is_not_read(tmp_path, monkeypatch)
         read_json(path, MEND)
 
 
-def test_a_new_folder_appears_only_when_it_is_complete(tmp_path):
-    with new_folder(tmp_path / "run") as writing:
-        (writing / "a").write_text("1")
-        assert not (tmp_path / "run").exists()
-    assert names(tmp_path) == ["run"]
-    assert (tmp_path / "run" / "a").read_text() == "1"
-
-
-def test_a_new_folder_takes_the_place_of_the_old_one_whole(tmp_path):
-    for content in ("first", "second"):
-        with new_folder(tmp_path / "run") as writing:
-            (writing / content).write_text(content)
-    assert names(tmp_path) == ["run"]
-    assert names(tmp_path / "run") == ["second"]
-
-
-def test_what_a_killed_process_of_the_same_number_left_is_no_part_of_a_new_folder(tmp_path):
-    """In a container every start may be process 1: both its half-written folder and the one it was replacing."""
-    with new_folder(tmp_path / "run") as writing:
-        (writing / "a").write_text("first")
-    for left in ("tmp", "old"):
-        (tmp_path / f".run.{left}-{os.getpid()}").mkdir()
-        (tmp_path / f".run.{left}-{os.getpid()}" / "half").touch()
-    with new_folder(tmp_path / "run") as writing:
-        (writing / "a").write_text("second")
-    assert names(tmp_path) == ["run"]
-    assert names(tmp_path / "run") == ["a"]
-    assert (tmp_path / "run" / "a").read_text() == "second"
-
-
-def test_an_error_while_writing_leaves_the_old_folder_and_no_rest(tmp_path):
-    with new_folder(tmp_path / "run") as writing:
-        (writing / "a").write_text("old")
-    with pytest.raises(RuntimeError), new_folder(tmp_path / "run") as writing:
-        (writing / "a").write_text("half")
-        raise RuntimeError
-    assert names(tmp_path) == ["run"]
-    assert (tmp_path / "run" / "a").read_text() == "old"
-
-
-def test_the_old_folder_is_whole_until_the_new_one_can_take_its_place(tmp_path, monkeypatch):
-    with new_folder(tmp_path / "run") as writing:
-        (writing / "a").write_text("old")
-
-    def refuse(source, target):
-        raise PermissionError(13, "Permission denied")
-
-    monkeypatch.setattr("os.replace", refuse)
-    with pytest.raises(PermissionError), new_folder(tmp_path / "run") as writing:
-        (writing / "a").write_text("new")
-    assert (tmp_path / "run" / "a").read_text() == "old"
-
-
-def test_publishing_flushes_every_file_and_every_folder_inside(tmp_path, monkeypatch):
-    """A name is on the disk only once its folder is flushed, at any depth."""
-    flushed = []
-    monkeypatch.setattr("trec_twotower.files.sync", lambda path: flushed.append(path.name))
-    (tmp_path / "new" / "deep").mkdir(parents=True)
-    (tmp_path / "new" / "deep" / "file").touch()
-    publish_folder(tmp_path / "new", tmp_path / "run")
-    assert sorted(flushed) == sorted(["file", "deep", "new", tmp_path.name])
-
-
-def test_an_older_folder_goes_when_the_new_ones_name_is_on_the_disk(tmp_path, monkeypatch):
-    """A machine that fails at any moment has one of them whole: first the content, then the name, then the removal."""
-    for name in ("run", "new"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "file").write_text(name)
-    found = []
-
-    def whole(path: Path) -> None:
-        held = sorted(place.read_text() for place in tmp_path.rglob("file"))
-        found.append((path.name, held, (tmp_path / "run" / "file").read_text()))
-
-    monkeypatch.setattr("trec_twotower.files.sync", whole)
-    publish_folder(tmp_path / "new", tmp_path / "run")
-    both = ["new", "run"]
-    assert sorted(found[:2]) == [("file", both, "run"), ("new", both, "run")]
-    assert found[2:] == [(tmp_path.name, both, "new")]
-    assert names(tmp_path) == ["run"]
-
-
 def test_a_sealed_folder_opens_with_its_facts(sealed):
-    manifest = open_sealed(sealed, MEND)
+    manifest = open_sealed(sealed, MEND).manifest
     assert manifest["dim"] == 4
     assert sorted(manifest["files"]) == ["deep/ids", "vectors"]
     assert manifest["files"]["deep/ids"]["bytes"] == 5
@@ -201,7 +109,7 @@ def test_every_flipped_bit_of_a_sealed_folder_is_noticed(sealed, rng):
             changed[place] ^= 1 << int(rng.integers(8))
             path.write_bytes(changed)
             try:
-                manifest = open_sealed(sealed, MEND)
+                manifest = open_sealed(sealed, MEND).manifest
             except DataError as error:
                 assert path.name in str(error) and MEND in str(error)
             else:  # white space between the words of the manifest

@@ -99,6 +99,20 @@ def test_a_mapped_index_is_refused_when_cut_or_damaged_where_its_layout_stands(v
         ItemIndex.load(folder, mapped=True)
 
 
+@pytest.mark.parametrize("mapped", [False, True])
+def test_a_loaded_index_keeps_its_ids_when_another_takes_its_place(mapped, vectors, tmp_path):
+    """Those of a mapped one are read at their first use, which may be after a newer one was published."""
+    item_ID, user_QD = vectors
+    index = build_index(item_ID, user_QD, settings(lists=20))
+    index.save(tmp_path / "index", model_version="old", item_ids=pa.array(range(2_000)), similarity="dot")
+    loaded = ItemIndex.load(tmp_path / "index", device="cpu", mapped=mapped)
+    index.save(tmp_path / "index", model_version="new", item_ids=pa.array(range(2_000, 4_000)), similarity="dot")
+    assert loaded.item_ids.to_pylist() == list(range(2_000)) and loaded.model_version == "old"
+    for before, after in zip(index.search(user_QD[:9], 10), loaded.search(user_QD[:9], 10), strict=True):
+        np.testing.assert_array_equal(before, after)
+    assert ItemIndex.load(tmp_path / "index", device="cpu").item_ids.to_pylist() == list(range(2_000, 4_000))
+
+
 def test_users_of_several_vectors_get_the_best_by_any_of_them(vectors):
     item_ID, user_QD = vectors
     index = build_index(item_ID, user_QD, settings(factory="Flat"))

@@ -11,14 +11,16 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from trec_twotower import lock as locks
 from trec_twotower.errors import ConfigError
-from trec_twotower.lock import LOCK, RunLock
+from trec_twotower.lock import HOLDER, LOCK, LOCK_FILES, FolderLock, RunLock
 
-HOLDER = """
+HOLDING = """
 import sys, pathlib
 from trec_twotower.lock import RunLock
 RunLock(pathlib.Path(sys.argv[1])).acquire()
@@ -27,11 +29,16 @@ sys.stdin.read()
 """
 
 
+def held_by(run_dir: Path) -> dict[str, Any]:
+    """What the lock of a run directory says of its holder."""
+    return json.loads((run_dir / (LOCK + HOLDER)).read_text())
+
+
 @pytest.fixture
 def holder(tmp_path):
     """Another process that holds the lock of tmp_path/run."""
     process = subprocess.Popen(
-        [sys.executable, "-c", HOLDER, str(tmp_path / "run")],
+        [sys.executable, "-c", HOLDING, str(tmp_path / "run")],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -58,10 +65,10 @@ def test_a_second_trainer_is_told_who_holds_the_folder(holder, tmp_path):
 def test_what_a_dead_holder_left_is_taken_over_at_once(number, holder, tmp_path):
     holder.send_signal(number)
     holder.wait()
-    assert json.loads((tmp_path / "run" / LOCK).read_text())["pid"] == holder.pid
+    assert held_by(tmp_path / "run")["pid"] == holder.pid
     lock = RunLock(tmp_path / "run")
     lock.acquire(patience_s=0)
-    assert json.loads((tmp_path / "run" / LOCK).read_text())["pid"] == os.getpid()
+    assert held_by(tmp_path / "run")["pid"] == os.getpid()
     lock.release()
 
 
@@ -109,7 +116,8 @@ def from_elsewhere(tmp_path):
     (tmp_path / "run").mkdir()
 
     def beat(number: float) -> None:
-        (tmp_path / "run" / LOCK).write_text(json.dumps({"host": "elsewhere", "pid": 7, "heartbeat": number}))
+        content = json.dumps({"host": "elsewhere", "pid": 7, "heartbeat": number})
+        (tmp_path / "run" / (LOCK + HOLDER)).write_text(content)
 
     beat(1.0)
     return beat
@@ -136,17 +144,18 @@ def test_a_holder_on_another_host_is_left_alone_while_its_heart_beats(from_elsew
 def test_the_lock_of_another_host_is_taken_over_when_its_heart_has_stopped(from_elsewhere, tmp_path):
     lock = RunLock(tmp_path / "run")
     lock.acquire(patience_s=0.5)
-    assert json.loads((tmp_path / "run" / LOCK).read_text())["host"] == socket.gethostname()
+    assert held_by(tmp_path / "run")["host"] == socket.gethostname()
     lock.release()
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"\xff\x00"])
 def test_a_lock_without_sense_hinders_nobody(content, tmp_path):
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / LOCK).write_bytes(content)
+    for name in LOCK_FILES:
+        (tmp_path / "run" / name).write_bytes(content)
     lock = RunLock(tmp_path / "run")
     lock.acquire(patience_s=0)
-    assert json.loads((tmp_path / "run" / LOCK).read_text())["pid"] == os.getpid()
+    assert held_by(tmp_path / "run")["pid"] == os.getpid()
     lock.release()
 
 
@@ -155,45 +164,45 @@ def test_the_heart_of_a_holder_beats(tmp_path, monkeypatch):
     monkeypatch.setattr(locks, "BEAT_S", 0.01)
     lock = RunLock(tmp_path / "run")
     lock.acquire(patience_s=0)
-    path = tmp_path / "run" / LOCK
-    first = json.loads(path.read_text())["heartbeat"]
-    while json.loads(path.read_text())["heartbeat"] == first:
+    first = held_by(tmp_path / "run")["heartbeat"]
+    while held_by(tmp_path / "run")["heartbeat"] == first:
         time.sleep(0.005)
     lock.release()
 
 
 def test_a_file_that_was_removed_under_a_waiter_guards_nothing(tmp_path, monkeypatch):
-    """Between opening it and locking it, its last holder released it: the waiter takes the new file."""
-    lock = RunLock(tmp_path / "run")
+    """Its last holder released it after the waiter had opened it: the waiter takes the new file."""
+    lock, path = RunLock(tmp_path / "run"), tmp_path / "run" / LOCK
     flock, calls = fcntl.flock, []
 
     def late(file: int, how: int) -> None:
         if not calls:
-            (tmp_path / "run" / LOCK).unlink()
+            path.unlink()
         calls.append(file)
         flock(file, how)
 
     monkeypatch.setattr(fcntl, "flock", late)
     lock.acquire(patience_s=10)
-    assert len(calls) == 2
-    assert os.stat(tmp_path / "run" / LOCK).st_ino == os.fstat(calls[-1]).st_ino
+    assert len(calls) > 1
+    monkeypatch.undo()
+    with pytest.raises(ConfigError, match=f"process {os.getpid()} "):
+        RunLock(tmp_path / "run").acquire(patience_s=0)
     lock.release()
 
 
 def test_the_file_is_gone_before_the_lock_is_free(tmp_path, monkeypatch):
     """Whoever gets the lock in between would lose the file, and a third would make another: two would train."""
-    lock, path, close = RunLock(tmp_path / "run"), tmp_path / "run" / LOCK, os.close
+    lock, path = RunLock(tmp_path / "run"), tmp_path / "run" / LOCK
     lock.acquire(patience_s=0)
-    closed = []
+    flock, freed = fcntl.flock, []
 
-    def closing(file: int) -> None:
-        closed.append((file, path.exists()))
-        close(file)
+    def freeing(file: int, how: int) -> None:
+        freed.append((how, path.exists()))
+        flock(file, how)
 
-    monkeypatch.setattr(os, "close", closing)
-    held = lock._file
+    monkeypatch.setattr(fcntl, "flock", freeing)
     lock.release()
-    assert closed == [(held, False)]
+    assert freed == [(fcntl.LOCK_UN, False)]
 
 
 @pytest.mark.timeout(60)
@@ -222,7 +231,7 @@ def test_a_release_waits_for_the_beat_under_way(tmp_path, monkeypatch):
 
 def test_of_a_longer_lock_that_a_dead_holder_left_nothing_stays(tmp_path):
     """The new one is written over it."""
-    path = tmp_path / "run" / LOCK
+    path = tmp_path / "run" / (LOCK + HOLDER)
     path.parent.mkdir()
     left = {"host": socket.gethostname(), "pid": 10**9, "heartbeat": 1.0, "more": "x" * 100}
     path.write_text(json.dumps(left))
@@ -236,28 +245,39 @@ def test_of_a_longer_lock_that_a_dead_holder_left_nothing_stays(tmp_path):
 @pytest.mark.timeout(60)
 def test_a_folder_that_goes_with_its_last_holder_is_made_again(tmp_path, monkeypatch):
     """Between making sure of the folder and opening the file in it."""
-    opened, calls = os.open, []
+    lock, make = RunLock(tmp_path / "run"), FolderLock._make_folder
 
-    def late(path, *arguments) -> int:
-        if not calls:
-            (tmp_path / "run").rmdir()
-        calls.append(path)
-        return opened(path, *arguments)
+    def late(made: FolderLock) -> None:
+        make(made)
+        (tmp_path / "run").rmdir()
 
-    monkeypatch.setattr(os, "open", late)
-    lock = RunLock(tmp_path / "run")
+    monkeypatch.setattr(FolderLock, "_make_folder", late)
     lock.acquire(patience_s=10)
-    monkeypatch.undo()
-    assert len(calls) == 2
-    assert json.loads((tmp_path / "run" / LOCK).read_text())["pid"] == os.getpid()
+    assert held_by(tmp_path / "run")["pid"] == os.getpid()
     lock.release()
 
 
 @pytest.mark.parametrize("place", ["file", "file/run"])
 def test_a_run_folder_that_is_a_file_or_lies_in_one_is_named(place, tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(ConfigError, match=f"{place} is no folder, or is to lie in a file: name another run_dir"):
+    with pytest.raises(ConfigError, match=f"{place} is not a folder, or its parent is a file: choose another run_dir"):
         RunLock(tmp_path / place).acquire(patience_s=0)
+
+
+def test_a_lock_whose_folder_was_moved_is_out_of_place_and_leaves_the_new_one_alone(tmp_path):
+    """Another trainer has the old path by then: its lock must outlive the release of the first."""
+    first, second = RunLock(tmp_path / "run"), RunLock(tmp_path / "run")
+    first.acquire(patience_s=0)
+    assert first.is_in_place
+    (tmp_path / "run").rename(tmp_path / "moved")
+    assert not first.is_in_place
+    second.acquire(patience_s=0)
+    assert second.is_in_place and not first.is_in_place
+    first.release()
+    assert second.is_in_place
+    with pytest.raises(ConfigError, match=f"process {os.getpid()} "):
+        RunLock(tmp_path / "run").acquire(patience_s=0)
+    second.release()
 
 
 @pytest.mark.timeout(60)

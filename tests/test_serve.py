@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 from dataclasses import replace
@@ -119,6 +120,42 @@ def test_a_mapped_index_serves_the_same(retriever, shop, monkeypatch):
         service._mark = (0, 0)  # as if another had been published
         assert service.reload()
     assert asked == [True, False, False, True, True]
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("what", ["Retriever", "Encoder"])
+def test_a_forked_process_is_told_to_spawn(what, retriever, shop, shop_tables):
+    """The threads of torch are not forked, so that its first answer would never come."""
+    import multiprocessing
+
+    from trec_twotower.encoder import Encoder
+
+    encoder = Encoder.of(retriever.loaded.run, retriever.loaded.sources)
+    fork = multiprocessing.get_context("fork")
+    told = fork.SimpleQueue()
+
+    def ask() -> None:
+        calls = [lambda: encoder.encode("item", shop_tables["items"])]
+        if what == "Retriever":
+            calls = [
+                lambda: retriever.recommend(["user-1"]),
+                lambda: retriever.recommend_now([{"history": []}]),
+                lambda: retriever.allow(only=["red-1"]),
+            ]
+        for call in calls:
+            try:
+                call()
+            except ConfigError as error:
+                told.put(str(error))
+
+    child = fork.Process(target=ask)
+    child.start()
+    child.join(60)
+    assert child.exitcode == 0
+    for _ in range(3 if what == "Retriever" else 1):
+        said = told.get()
+        assert f"This {what} was opened in process {os.getpid()} and is used in process {child.pid}" in said
+        assert "start processes by spawn" in said
 
 
 def test_what_cannot_be_answered_is_said(retriever):

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: written beside the training as new folders, verified, resumed from."""
+"""Checkpoints of a run: new folders, written while the training continues; verified, and resumed from."""
 
 from __future__ import annotations
 
@@ -6,10 +6,9 @@ import contextlib
 import errno
 import importlib.metadata
 import platform
-import shutil
 import threading
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +19,20 @@ from torch import nn
 from torch.distributed.checkpoint import CheckpointException
 
 import trec_twotower
-from trec_twotower.checkpoint_storage import PublishingWriter, SafeReader, Snapshot
+from trec_twotower.artefacts import SealedFolder, read_manifest, recover, remove_folder
+from trec_twotower.checkpoint_storage import PublishingWriter, Snapshot, TensorReader
 from trec_twotower.distributed import Ranks
 from trec_twotower.errors import ConfigError, DataError, TrainingError
 from trec_twotower.faults import fault_point
-from trec_twotower.files import MANIFEST, free_bytes, read_manifest, sha256_of, verify_sealed
+from trec_twotower.files import MANIFEST, free_bytes, sha256_of
 from trec_twotower.model.embedding import table_in
 from trec_twotower.optimizer import RunOptimizer
 from trec_twotower.same_run import differences
 
-FORMAT = 2  # of a checkpoint's manifest and of the names in it
+FORMAT = 3  # of a checkpoint's manifest, its files and the names in it
 CLOSE_S = 20.0  # for a save that is under way when the training fails; its other ranks may be gone
-MEND = "remove this checkpoint; the run goes on from the one before it."
+MEND = "remove this checkpoint; the run continues from the one before it."
+CHOICES = 20  # of a checkpoint, where those chosen before were removed by the training before they were open
 
 
 class Checkpoints:
@@ -48,12 +49,15 @@ class Checkpoints:
         settings: Mapping[str, Any] | None = None,
         *,
         in_background: bool = False,
+        check: Callable[[], None] = lambda: None,
     ) -> None:
+        """`check` is called on the first rank before a save writes and publishes; what it raises ends the save."""
         self.folder = folder
         self.ranks = ranks
         self.keep = keep
         self.settings = settings
         self.in_background = in_background
+        self.check = check
         self._snapshot = Snapshot()
         self._group: dist.ProcessGroup | None = None
         self._save: _Save | None = None
@@ -65,12 +69,13 @@ class Checkpoints:
         by `wait`.
         """
         self.wait()
-        self._snapshot.take(_state(model, optimizer))
+        self._snapshot.take(state_of(model, optimizer))
         fault_point("save:copied", step)
         if self._group is None:  # its own, because its messages run beside those of the training
             self._group = self.ranks.new_group()
         facts = {"format": FORMAT, "step": step, "num_ranks": self.ranks.num_ranks, **facts}
-        writer = PublishingWriter(self.path(step), facts, step, self._sweep)
+        file_name = f"rank-{self.ranks.rank:05d}-of-{self.ranks.num_ranks:05d}.safetensors"
+        writer = PublishingWriter(self.path(step), facts, step, file_name, self.check, self._sweep)
         self._save = _Save(writer, self._snapshot, self._group, self.ranks.device)
         if self.in_background:
             self._save.start()
@@ -95,72 +100,92 @@ class Checkpoints:
                 return
         self._save = None
         if save.error is not None:
-            raise self._told(save.writer, save.error)
+            raise self._explained(save.writer, save.error)
 
     def close(self) -> None:
         """Let a save that is under way end, whatever becomes of it: the training is over."""
         with contextlib.suppress(Exception):
             self.wait(CLOSE_S)
 
-    def _told(self, writer: PublishingWriter, error: BaseException) -> BaseException:
-        """The error of a save, as one that says what to do."""
+    def _explained(self, writer: PublishingWriter, error: BaseException) -> BaseException:
+        """The error of a save, as one that says how to fix it."""
         rank, cause = self.ranks.rank, error
         if isinstance(error, CheckpointException):
             rank, wrapped = next(iter(error.failures.items()))
             cause = wrapped[0]
-            if self.ranks.is_first:
-                shutil.rmtree(writer.temporary, ignore_errors=True)
+        if self.ranks.is_first:
+            self.check()  # raises the cause of all other errors where the run directory was moved
+            with contextlib.suppress(OSError):
+                remove_folder(writer.temporary)
         if not isinstance(cause, OSError):
             return cause
         need = self._snapshot.num_bytes * self.ranks.num_ranks
-        space = free_bytes(self.folder)  # which the first save may not have come to make
-        mend = f"a checkpoint takes some {need:,} bytes and {space:,} are free; " if cause.errno == errno.ENOSPC else ""
+        space = free_bytes(self.folder)  # which the first save may not have created yet
+        room = f"a checkpoint takes some {need:,} bytes and {space:,} are free; " if cause.errno == errno.ENOSPC else ""
         return TrainingError(
             f"Rank {rank} could not write {cause.filename or writer.temporary} for the checkpoint of step "
-            f"{writer.step:,} ({cause.strerror or cause}): {mend}the earlier checkpoints are whole, and the same "
-            "command goes on from them when there is room."
+            f"{writer.step:,} ({cause.strerror or cause}): {room}the earlier checkpoints are whole, and the same "
+            "command continues from them once this is fixed."
         )
 
     def best(self) -> dict[str, Any] | None:
-        """The step whose evaluation was best, by what the checkpoints' manifests say: {"step", "metric", "value"}."""
-        found = [read_manifest(path, MEND, FORMAT) for path in self.complete()]
-        evaluated = [{"step": manifest["step"], **manifest["valid"]} for manifest in found if manifest.get("valid")]
+        """The step whose evaluation was best, according to the manifests: {"step", "metric", "value"}."""
+        evaluated = [{"step": each["step"], **each["valid"]} for each in self._manifests() if each.get("valid")]
         alike = [each for each in evaluated if each["metric"] == evaluated[-1]["metric"]]
         return max(alike, key=lambda each: each["value"], default=None)  # of equal ones the first
 
+    def _manifests(self) -> Iterator[dict[str, Any]]:
+        """The manifests of all complete checkpoints, oldest first; a training may remove some meanwhile."""
+        for path in self.complete():
+            try:
+                yield read_manifest(path, MEND, FORMAT)
+            except DataError:
+                if (path / MANIFEST).is_file():
+                    raise
+
+    def recover(self) -> None:
+        """Restore the checkpoint that a killed save had renamed aside to replace it; for the trainer alone."""
+        for aside in list(self.folder.glob(".step-*.old-*")):
+            recover(self.folder / aside.name[1:].partition(".old-")[0])
+
     def _sweep(self) -> None:
-        """Take away all checkpoints but the newest `keep` and the best."""
+        """Remove all checkpoints but the newest `keep` and the best. Of a link the target stays as it is."""
         best = self.best()
         for path in self.complete()[: -self.keep]:
             if best is None or path != self.path(best["step"]):
-                # Without its manifest it is no checkpoint any more, however far the removal gets.
-                (path / MANIFEST).unlink()
-                shutil.rmtree(path)
+                if not path.is_symlink():
+                    # Without its manifest it is no checkpoint any more, however far the removal gets.
+                    (path / MANIFEST).unlink()
+                remove_folder(path)
 
     def path(self, step: int) -> Path:
         return self.folder / f"step-{step:08d}"
 
     def complete(self) -> list[Path]:
         """Every whole checkpoint, oldest first."""
-        return sorted(path for path in self.folder.glob("step-*") if (path / MANIFEST).is_file())
+        found = (path for path in self.folder.glob("step-*") if path.name[len("step-") :].isdigit())
+        return sorted((path for path in found if (path / MANIFEST).is_file()), key=_step_of)
 
     def newest(self) -> Path | None:
         paths = self.ranks.once(self.complete)
         return paths[-1] if paths else None
 
     def choose(self, which: str) -> Path:
-        """The checkpoint a later stage works on: "best" (the newest where none was evaluated), "newest" or a step."""
+        """The checkpoint for a later stage: "best" (the newest where none was evaluated), "newest", or a step."""
+        return self.ranks.once(lambda: self._chosen(which))
+
+    def _chosen(self, which: str) -> Path:
         best = self.best() if which == "best" else None
         if best is not None:
             return self.path(best["step"])
+        complete = self.complete()
         if which in ("best", "newest"):
-            newest = self.newest()
-            if newest is None:
+            if not complete:
                 raise ConfigError(f"{self.folder} holds no complete checkpoint: train first.")
-            return newest
+            return complete[-1]
         if which.isdigit() and self.path(int(which)).is_dir():
             return self.path(int(which))
-        steps = [int(path.name.removeprefix("step-")) for path in self.complete()]
+        steps = [_step_of(path) for path in complete]
         raise ConfigError(
             f"There is no checkpoint {which!r} in {self.folder}: use best, newest, or one of the steps {steps}."
         )
@@ -171,66 +196,74 @@ class Checkpoints:
         Raises DataError when a file is missing or altered, ConfigError when it was trained under other settings, or
         its tensors are not laid out as this plan needs them.
         """
-        manifest, reader = self._open(path)
+        reader = self.open(path)
+        self._load(reader, model, optimizer)
+        return reader.sealed.manifest
+
+    def _load(self, reader: TensorReader, model: nn.Module, optimizer: RunOptimizer | None) -> None:
+        path, manifest = reader.path, reader.sealed.manifest
         if self.settings is not None and (found := differences(manifest.get("settings", {}), self.settings)):
             raise ConfigError(
-                f"{path} was trained under another config: {found}. Take the old settings back, or begin another run "
+                f"{path} was trained under another config: {found}. Restore the old settings, or begin another run "
                 f"with its weights: run_dir=... --init-from {self.folder.parent}"
             )
-        state = _state(model, optimizer)
+        state = state_of(model, optimizer)
         misfits = self._misfits(state, reader.sizes, is_whole=optimizer is not None)
         if misfits:
             parts = sorted({_table_of(name) or name for name in misfits})
             name, how = next(iter(misfits.items()))
             raise ConfigError(
                 f"{path} cannot be resumed under this plan, because its state is laid out otherwise for "
-                f"{', '.join(parts)} (such as {name}: {how}). Take the old tables.*.sharding back, or begin another "
+                f"{', '.join(parts)} (such as {name}: {how}). Restore the old tables.*.sharding, or begin another "
                 f"run with its weights alone: run_dir=... --init-from {self.folder.parent}"
             )
-        self._fill(state, reader)
-        model.load_state_dict({name: state[_MODEL + name] for name in model.state_dict()})
+        self.fill(state, reader)
+        model.load_state_dict({name: state[MODEL + name] for name in model.state_dict()})
         fault_point("load:filled", manifest["step"])
-        return manifest
 
-    def load_what_fits(self, path: Path, model: nn.Module) -> tuple[list[str], list[str]]:
-        """Fill those weights of the model that the checkpoint has in the same size; (what it took, what it left)."""
-        _, reader = self._open(path)
-        state = _state(model, None)
-        sizes = {name: _whole_size(value) for name, value in state.items()}
-        there = {name: tuple(size) for name, size in reader.sizes.items()}  # () is a size, too: that of one number
-        fitting = {name: value for name, value in state.items() if sizes[name] == there.get(name)}
-        self._fill(fitting, reader)
-        model.load_state_dict({name: state[_MODEL + name] for name in model.state_dict()})
-        left = [
-            f"{name.removeprefix(_MODEL)} ({_size(sizes[name])} here, "
-            + (f"{_size(there[name])} there)" if name in there else "not there)")
-            for name in state
-            if name not in fitting
-        ]
-        left += [
-            f"{name.removeprefix(_MODEL)} ({_size(size)} there, not here)"
-            for name, size in there.items()
-            if name.startswith(_MODEL) and name not in state
-        ]
-        return [name.removeprefix(_MODEL) for name in fitting], left
+    def load_chosen(self, which: str, model: nn.Module) -> tuple[dict[str, Any], str]:
+        """Fill the model from the checkpoint that `choose` names; returns its manifest and the model's version.
 
-    def _open(self, path: Path) -> tuple[dict[str, Any], SafeReader]:
-        """A checkpoint's manifest and reader, when every rank has verified its share of the files."""
-        manifest = self.ranks.once(lambda: read_manifest(path, MEND, FORMAT))
+        A training may remove that checkpoint before it is open: then another choice is made.
+        """
+        for _ in range(CHOICES):
+            path = self.choose(which)
+            try:
+                reader = self.open(path)
+            except DataError:
+                if self.ranks.once((path / MANIFEST).is_file):
+                    raise
+                continue
+            self._load(reader, model, None)
+            return reader.sealed.manifest, version_of(reader.sealed.sha256)
+        raise DataError(f"Each checkpoint in {self.folder} was removed before it was open: try again.")
+
+    def open(self, path: Path) -> TensorReader:
+        """The reader of a checkpoint whose files every rank has opened, and verified its share of."""
+        sealed = self.ranks.together(lambda: self._opened(path))
+        if len(set(self.ranks.collect(sealed.sha256))) > 1:
+            raise DataError(f"{path} was replaced while the ranks opened it: try again.")
 
         def verify() -> None:
-            for name in sorted(manifest["files"])[self.ranks.rank :: self.ranks.num_ranks]:
-                verify_sealed(path, manifest, name, MEND)
+            for name in sealed.names[self.ranks.rank :: self.ranks.num_ranks]:
+                sealed.verify(name)
 
         self.ranks.together(verify)
-        reader = self.ranks.together(lambda: SafeReader(path, manifest, MEND))
-        fault_point("load:verified", manifest["step"])
-        return manifest, reader
+        reader = self.ranks.together(lambda: TensorReader(sealed))
+        fault_point("load:verified", sealed.manifest["step"])
+        return reader
+
+    @staticmethod
+    def _opened(path: Path) -> SealedFolder:
+        try:
+            return SealedFolder.open(path, MEND, format=FORMAT, verified=False)
+        except FileNotFoundError:
+            raise DataError(f"{path / MANIFEST} is missing: {MEND}") from None
 
     def _misfits(self, state: dict[str, Any], there: Mapping[str, torch.Size], *, is_whole: bool) -> dict[str, str]:
         """The tensors of all ranks that the checkpoint has not, or in another size, and those of it that none takes."""
         here: dict[str, tuple[int, ...]] = {}
-        for sizes in self.ranks.collect({name: _whole_size(value) for name, value in state.items()}):
+        for sizes in self.ranks.collect({name: whole_size(value) for name, value in state.items()}):
             here |= sizes
         found = {}
         for name in sorted({*here, *there} if is_whole else here):
@@ -239,7 +272,8 @@ class Checkpoints:
                 found[name] = f"{ours} here, {theirs} there"
         return found
 
-    def _fill(self, state: dict[str, Any], reader: SafeReader) -> None:
+    def fill(self, state: dict[str, Any], reader: TensorReader) -> None:
+        """Read into the tensors of `state`, each of which the checkpoint has in the same size; all ranks together."""
         try:
             planner = dcp.DefaultLoadPlanner(flatten_state_dict=False)
             with warnings.catch_warnings():
@@ -247,6 +281,8 @@ class Checkpoints:
                 dcp.load(state, storage_reader=reader, planner=planner, no_dist=self.ranks.num_ranks == 1)
         except CheckpointException as error:
             rank, (cause, _) = next(iter(error.failures.items()))
+            if isinstance(cause, DataError):
+                raise cause from None
             found = f"{type(cause).__name__}: {cause}"
             raise DataError(f"Rank {rank} cannot read {reader.path} ({found}): {MEND}") from None
 
@@ -282,15 +318,20 @@ def versions() -> dict[str, str]:
 
 def model_version(checkpoint: Path) -> str:
     """Twelve hex digits that name these weights and no others."""
-    return sha256_of(checkpoint / MANIFEST)[:12]
+    return version_of(sha256_of(checkpoint / MANIFEST))
 
 
-_MODEL, _OPTIMIZER = "model.", "optimizer."
+def version_of(manifest_sha256: str) -> str:
+    """The model's version by the digest of its checkpoint's manifest."""
+    return manifest_sha256[:12]
 
 
-def _state(model: nn.Module, optimizer: RunOptimizer | None) -> dict[str, Any]:
-    """Tensors alone; they are the live ones, so that loading writes into the model."""
-    state: dict[str, Any] = {_MODEL + name: value for name, value in model.state_dict().items()}
+MODEL, _OPTIMIZER = "model.", "optimizer."  # what the names of a checkpoint's tensors begin with
+
+
+def state_of(model: nn.Module, optimizer: RunOptimizer | None) -> dict[str, Any]:
+    """The live tensors of a model, and of its optimizer, by their names in a checkpoint."""
+    state: dict[str, Any] = {MODEL + name: value for name, value in model.state_dict().items()}
     if optimizer is not None:
         for name, parts in optimizer.state().items():
             for part, value in parts.items():
@@ -299,13 +340,18 @@ def _state(model: nn.Module, optimizer: RunOptimizer | None) -> dict[str, Any]:
     return state
 
 
-def _whole_size(value: Any) -> tuple[int, ...]:
+def _step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
+
+
+def whole_size(value: Any) -> tuple[int, ...]:
+    """The size of a tensor over all ranks."""
     return tuple(value.metadata().size if hasattr(value, "local_shards") else value.shape)
 
 
 def _table_of(name: str) -> str | None:
     """The table whose weight or state it is."""
-    table = table_in(name.removeprefix(_MODEL).removeprefix(_OPTIMIZER).partition("/")[0])
+    table = table_in(name.removeprefix(MODEL).removeprefix(_OPTIMIZER).partition("/")[0])
     return None if table is None else f"table {table!r}"
 
 

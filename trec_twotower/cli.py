@@ -113,12 +113,15 @@ def _num_ranks() -> int:
     return int(text)
 
 
-def _ranks(config: Any | None = None) -> Any:
+def _ranks(config: Any | None = None, *, trains: bool = False) -> Any:
+    """The ranks of this job, by a run's config. That it was trained on GPUs binds nobody but the training."""
     from trec_twotower.distributed import start_ranks
 
     if config is None:
         return start_ranks()
-    return start_ranks(config.train.timeout_s, config.train.threads, config.train.first_timeout_s)
+    wanted = config.train
+    device: Any = "auto" if wanted.device == "cuda" and not trains else wanted.device
+    return start_ranks(wanted.timeout_s, wanted.threads, wanted.first_timeout_s, device)
 
 
 def _prepare(options: argparse.Namespace) -> int:
@@ -152,7 +155,7 @@ def _train(options: argparse.Namespace) -> int:
         from trec_twotower.run import Run
 
         Run.open(options.init_from)
-    with _ranks(config) as ranks:
+    with _ranks(config, trains=True) as ranks:
         from trec_twotower.evaluate import Evaluator
         from trec_twotower.training.loop import train
 
@@ -198,12 +201,14 @@ def _export_encoder(run: Any, checkpoint: str) -> int:
         raise ConfigError("--encoder puts all tables into one folder, which one process does: leave out the launcher.")
     import torch
 
+    from trec_twotower.artefacts import sole_writer
     from trec_twotower.distributed import Ranks
     from trec_twotower.encoder import Encoder
 
-    encoder = Encoder.of(run, run.sources(Ranks(0, 1, torch.device("cpu"))), checkpoint)
     folder = run.folder / "encoder"
-    programs = encoder.save(folder)
+    with sole_writer(folder):
+        encoder = Encoder.of(run, run.sources(Ranks(0, 1, torch.device("cpu"))), checkpoint)
+        programs = encoder.save(folder)
     print(f"{folder}: towers of dim {encoder.dim}, model {encoder.model_version}")
     for side, outcome in programs.items():
         print(f"  {side}.pt2: {outcome}")
@@ -211,6 +216,7 @@ def _export_encoder(run: Any, checkpoint: str) -> int:
 
 
 def _index(options: argparse.Namespace) -> int:
+    from trec_twotower.artefacts import sole_writer
     from trec_twotower.config import with_index_settings
     from trec_twotower.export import open_export
     from trec_twotower.index import build_index
@@ -218,19 +224,20 @@ def _index(options: argparse.Namespace) -> int:
 
     run = Run.open(options.run_dir)
     settings = with_index_settings(run.config, options.overrides)
-    manifest, items, users = open_export(run.folder / "export")
-    if not len(users):
-        raise ConfigError(
-            f"{run.folder / 'export'} holds no users, because {run.config.data.dataset} has no part test/, valid/ or "
-            "serving/, but the index is tuned for users' vectors: write one of them, then train, export and index."
+    with sole_writer(run.folder / "index"):
+        manifest, items, users = open_export(run.folder / "export")
+        if not len(users):
+            raise ConfigError(
+                f"{run.folder / 'export'} holds no users, because {run.config.data.dataset} has no test/, valid/ or "
+                "serving/, but the index is tuned for users' vectors: write one of them, then train, export and index."
+            )
+        index = build_index(items, users, settings)
+        index.save(
+            run.folder / "index",
+            model_version=manifest["model_version"],
+            item_ids=items.ids(),
+            similarity=manifest["similarity"],
         )
-    index = build_index(items, users, settings)
-    index.save(
-        run.folder / "index",
-        model_version=manifest["model_version"],
-        item_ids=items.ids(),
-        similarity=manifest["similarity"],
-    )
     print(f"{run.folder / 'index'}: {index.report.summary()}")
     return 0
 

@@ -478,6 +478,8 @@ class TrainConfig(Settings):
     first_timeout_s: PositiveInt = 900  # the same until the first step is done: ranks start and load unevenly
     max_failures: PositiveInt = 5  # after dying so often in a row without a new checkpoint, a run refuses to start
     threads: NonNegativeInt = 0  # of torch on a rank; 0: OMP_NUM_THREADS, or the cores divided by the ranks
+    # auto: the GPUs of this machine, the CPU where there is none; a GPU that torch cannot use is an error.
+    device: Literal["auto", "cpu", "cuda"] = "auto"
 
 
 class CheckpointConfig(Settings):

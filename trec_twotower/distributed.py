@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import glob
 import logging
 import os
 import pickle
+import re
 import signal
 import sys
 import threading
@@ -12,6 +14,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import numpy as np
@@ -25,6 +28,7 @@ from trec_twotower.faults import fault_point
 from trec_twotower.preemption import end_with_launcher
 
 T = TypeVar("T")
+Wanted = Literal["auto", "cpu", "cuda"]  # train.device
 
 
 class Ranks:
@@ -220,15 +224,109 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", message=r"(?s).*Failed to import: fbgemm_gpu")
 
 
+def check_process(pid: int, what: str) -> None:
+    """Raise ConfigError in a process that was forked from `pid`, which opened the object `what`.
+
+    The threads of torch and FAISS are not forked: the first call that waits for one would wait forever.
+    """
+    if os.getpid() != pid:
+        raise ConfigError(
+            f"This {what} was opened in process {pid} and is used in process {os.getpid()}, which was forked from it: "
+            f"start processes by spawn (multiprocessing.get_context('spawn')), and open a {what} in each."
+        )
+
+
 def _is_news(record: logging.LogRecord) -> bool:
     return not str(record.msg).startswith(_NO_NEWS)
 
 
+DRIVER = Path("/proc/driver/nvidia/version")
+MIN_DRIVER = {"13": "R580", "12": "R525"}  # NVIDIA drivers that CUDA's major versions need
+
+
+def usable_device(wanted: Wanted = "auto", local_rank: int = 0, local_ranks: int = 1) -> torch.device:
+    """The device of a rank: its GPU, or the CPU where there is none or `wanted` is cpu.
+
+    Raises ConfigError where there is a GPU that torch cannot use, rather than compute on the CPU unasked; where
+    `wanted` is cuda and there is no GPU; and where more ranks are on this machine than GPUs.
+    """
+    if wanted == "cpu":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        if wanted == "cuda" or not _hides_gpus():
+            _check_no_gpu(is_wanted=wanted == "cuda")
+        return torch.device("cpu")
+    num_gpus = torch.cuda.device_count()
+    needed = max(local_ranks, local_rank + 1)
+    if needed > num_gpus:
+        raise ConfigError(
+            f"{needed} ranks are on this machine, but torch sees {num_gpus} GPU{'s' * (num_gpus > 1)} here, and each "
+            f"rank takes one: start {num_gpus}, or set CUDA_VISIBLE_DEVICES= to nothing, for ranks that compute on "
+            "CPUs."
+        )
+    return torch.device("cuda", local_rank)
+
+
+def _hides_gpus() -> bool:
+    """Whether the environment says that the CPU is meant."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return visible in ("", "-1") or os.environ.get("TREC_TT_DEVICE") == "cpu"
+
+
+def _check_no_gpu(*, is_wanted: bool) -> None:
+    """Raise ConfigError where torch sees no GPU although there is one, or it was built for one, or one `is_wanted`."""
+    gpus, cuda = gpu_files(), torch.version.cuda
+    if not gpus and cuda is None and not is_wanted:
+        return
+    found = f"an NVIDIA GPU is here ({gpus[0]})" if gpus else "no NVIDIA GPU is visible"
+    if cuda is None:
+        build = f"torch {torch.__version__} is a build for CPUs"
+        fix = "install the GPU packages (launch/requirements-gpu.txt)"
+    else:
+        need = MIN_DRIVER.get(cuda.partition(".")[0], "a newer one")
+        build = f"torch {torch.__version__} is built for CUDA {cuda}, which needs an NVIDIA driver {need} or newer"
+        build += f"; the driver here is {driver_version() or 'not loaded'}"
+        if cause := cuda_error():
+            build += f". torch reports: {cause}"
+        fix = "update the driver" if gpus else "make a GPU visible"
+    raise ConfigError(
+        f"torch cannot compute on a GPU: {found}, and {build}. `trec-twotower doctor` checks the installation. Either "
+        f"{fix}, or compute on the CPU: train.device=cpu for train, CUDA_VISIBLE_DEVICES= (empty) for any command."
+    )
+
+
+def gpu_files() -> list[str]:
+    """What shows that the kernel has an NVIDIA GPU for this process, whatever torch thinks."""
+    return sorted(glob.glob("/dev/nvidia[0-9]*") or glob.glob("/proc/driver/nvidia/gpus/*"))
+
+
+def driver_version() -> str | None:
+    """The version of the NVIDIA driver that is loaded, such as 550.54.14."""
+    try:
+        text = DRIVER.read_text()
+    except OSError:
+        return None
+    found = re.search(r"\b\d+\.\d+(\.\d+)?\b", text)
+    return found.group() if found else None
+
+
+def cuda_error() -> str | None:
+    """Why torch cannot start CUDA, in its own words."""
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        return str(error).strip().partition("\n")[0]
+    return None
+
+
 @contextmanager
-def start_ranks(timeout_s: int = 300, threads: int = 0, first_timeout_s: int | None = None) -> Iterator[Ranks]:
+def start_ranks(
+    timeout_s: int = 300, threads: int = 0, first_timeout_s: int | None = None, device: Wanted = "auto"
+) -> Iterator[Ranks]:
     """Join the process group of torchrun's environment (NCCL and gloo on GPU, gloo on CPU), and leave it at the end.
 
-    A collective may take `first_timeout_s` until `Ranks.is_under_way` is called, and `timeout_s` from then on.
+    A collective may take `first_timeout_s` until `Ranks.is_under_way` is called, and `timeout_s` from then on. `device`
+    is that of `usable_device`.
     """
     quiet_libraries()
     if dist.is_initialized():
@@ -241,18 +339,9 @@ def start_ranks(timeout_s: int = 300, threads: int = 0, first_timeout_s: int | N
     num_ranks = int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    if torch.cuda.is_available():
-        num_gpus = torch.cuda.device_count()
-        if max(local_ranks, local_rank + 1) > num_gpus:
-            raise ConfigError(
-                f"{max(local_ranks, local_rank + 1)} ranks are on this machine, but torch sees {num_gpus} GPU"
-                f"{'s' * (num_gpus > 1)} here, and each rank takes one: start {num_gpus}, or set "
-                "CUDA_VISIBLE_DEVICES= to nothing, for ranks that compute on CPUs."
-            )
-        device = torch.device("cuda", local_rank)
-        torch.cuda.set_device(device)
-    else:
-        device = torch.device("cpu")
+    place = usable_device(device, local_rank, local_ranks)
+    if place.type == "cuda":
+        torch.cuda.set_device(place)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if threads or "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(threads or max(1, cores // local_ranks))
@@ -260,7 +349,7 @@ def start_ranks(timeout_s: int = 300, threads: int = 0, first_timeout_s: int | N
     with _ended_by_ctrl_c() if num_ranks > 1 else nullcontext():
         store = _store(rank, num_ranks, first_timeout_s)
         dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+            "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo",
             store=store,
             rank=rank,
             world_size=num_ranks,
@@ -269,9 +358,9 @@ def start_ranks(timeout_s: int = 300, threads: int = 0, first_timeout_s: int | N
     has_failed = True
     ranks: Ranks | None = None
     try:
-        group = _shared_memory(num_ranks, first_timeout_s)
+        group = _shared_memory(num_ranks, place, first_timeout_s)
         fault_point("start:joined")
-        ranks = Ranks(rank, num_ranks, device, timeout_s, store, group)
+        ranks = Ranks(rank, num_ranks, place, timeout_s, store, group)
         yield ranks
         has_failed = False
     finally:
@@ -279,17 +368,17 @@ def start_ranks(timeout_s: int = 300, threads: int = 0, first_timeout_s: int | N
             ranks.end()
         # NCCL takes its communicators down on all ranks together: where others still wait for this one in a collective,
         # it would wait for them, and the error with it. The end of the process takes them down as well.
-        if not (has_failed and num_ranks > 1 and device.type == "cuda"):
+        if not (has_failed and num_ranks > 1 and place.type == "cuda"):
             dist.destroy_process_group()
 
 
-def _shared_memory(num_ranks: int, timeout_s: int) -> dist.ProcessGroup | None:
+def _shared_memory(num_ranks: int, device: torch.device, timeout_s: int) -> dist.ProcessGroup | None:
     """A group of ranks that all compute on the CPUs of one Linux machine; None where they do not, or may not.
 
     TREC_TWOTOWER_EXCHANGE=gloo in the environment says that they may not.
     """
     is_one_machine = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) == num_ranks
-    if num_ranks == 1 or not is_one_machine or torch.cuda.is_available() or sys.platform != "linux":
+    if num_ranks == 1 or not is_one_machine or device.type == "cuda" or sys.platform != "linux":
         return None
     word = os.environ.get("TREC_TWOTOWER_EXCHANGE")
     if word not in (None, "gloo"):

@@ -33,6 +33,7 @@ OTHERS = {  # all else that must be there, and which versions of it
     "pydantic": ">=2",
     "pyyaml": "",
     "xxhash": "",
+    "filelock": "",
     "numba": "",
     "tqdm": "",
     "matplotlib": "",

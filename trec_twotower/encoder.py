@@ -4,17 +4,18 @@ ENCODER/
   manifest.json    model_version, step, dim, similarity, SHA-256 of every file
   config.yaml      the run's config
   learned.json     what the features learned of the training data
-  weights.pt       tables and towers, tensors alone
-  steps.npz        where a sequence's steps have attributes: the catalogue's, by the items' keys
+  weights.safetensors  tables and towers
+  steps.npz        only where a sequence's steps have attributes: those of the catalogue, by the items' keys
   user.pt2         each tower as a torch.export program, with its tables; see `Program`
   item.pt2
 """
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,8 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from trec_twotower.checkpoint import Checkpoints, model_version
+from trec_twotower.artefacts import SealedFolder, new_folder
+from trec_twotower.checkpoint import Checkpoints
 from trec_twotower.config import RunConfig, as_values, validate
 from trec_twotower.data.arrow_types import plain_table
 from trec_twotower.data.dataset import ITEM_ID, USER_ID
@@ -31,20 +33,22 @@ from trec_twotower.data.features import Sources
 from trec_twotower.data.lists import Lists
 from trec_twotower.data.probing import KeyTable
 from trec_twotower.data.transforms import Columns, Statistics, check_kind, transform
-from trec_twotower.distributed import Ranks, quiet_libraries
+from trec_twotower.distributed import Ranks, check_process, quiet_libraries
 from trec_twotower.encode import encode
 from trec_twotower.errors import ConfigError, DataError, nearest
 from trec_twotower.export import LoadedModel, vector_column
-from trec_twotower.files import new_folder, open_sealed, read_json, seal, write_file, write_json
+from trec_twotower.files import MANIFEST, read_json, seal, write_file, write_json
 from trec_twotower.model.two_tower import SIDES, TwoTower
 from trec_twotower.program import ProgramError, export_program, program_inputs
 from trec_twotower.run import Run
 from trec_twotower.same_run import binding
-from trec_twotower.schema import Side
+from trec_twotower.schema import Schema, Side, TableSpec
+from trec_twotower.tensor_files import read_tensors, write_tensors
 from trec_twotower.yaml_files import read_yaml, to_yaml
 
 MEND = "write it again: trec-twotower export RUN --encoder"
-CONFIG, LEARNED, WEIGHTS, STEPS = "config.yaml", "learned.json", "weights.pt", "steps.npz"
+CONFIG, LEARNED, WEIGHTS, STEPS = "config.yaml", "learned.json", "weights.safetensors", "steps.npz"
+FACTS = {"model_version": str, "step": int, "dim": int, "similarity": str, "programs": dict}
 
 
 @dataclass(frozen=True)
@@ -72,11 +76,10 @@ class Encoder:
         self.config = validate(RunConfig, parts.config, "the encoder's config")
         self.schema = self.config.feature_schema
         self.statistics = {name: Statistics(**values) for name, values in parts.statistics.items()}
-        self.model = _plain_model(self.config, device)
-        self.model.load_state_dict(parts.weights, assign=device == "cpu")
-        self.model.eval()
-        self._items, self._find = _catalogue_of_steps(parts.steps)
+        self.model = _loaded_model(self.config, parts.weights, device)
+        self._items, self._find = _catalogue_of_steps(self.schema, parts.steps)
         self._lock = threading.Lock()
+        self._pid = os.getpid()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Encoder, (self.parts, self.device)
@@ -109,23 +112,29 @@ class Encoder:
     def load(cls, folder: Path | str, device: str = "cpu") -> Encoder:
         """One that `save` has written; raises ConfigError where there is none, DataError where it is damaged."""
         folder = Path(folder)
-        if not (folder / CONFIG).is_file():
-            raise ConfigError(f"{folder} holds no encoder: {MEND}")
-        manifest = open_sealed(folder, MEND)
-        facts = {name: manifest[name] for name in ("model_version", "step", "dim", "similarity", "programs")}
-        weights = torch.load(folder / WEIGHTS, weights_only=True, mmap=True, map_location="cpu")
-        steps = {}
-        if (folder / STEPS).is_file():
-            with np.load(folder / STEPS, allow_pickle=False) as arrays:
-                steps = dict(arrays)
-        return cls(Parts(facts, read_yaml(folder / CONFIG), read_json(folder / LEARNED, MEND), weights, steps), device)
+        try:
+            sealed = SealedFolder.open(folder, MEND)
+        except FileNotFoundError:
+            raise ConfigError(f"{folder} holds no encoder: {MEND}") from None
+        facts: dict[str, Any] = {}
+        for name, kind in FACTS.items():
+            if not isinstance(facts.setdefault(name, sealed.manifest.get(name)), kind):
+                raise DataError(f"{folder / MANIFEST} has no {name}: it is not an encoder's; {MEND}")
+        config = read_yaml(sealed.path(CONFIG), folder / CONFIG)
+        learned = read_json(sealed.path(LEARNED), MEND, folder / LEARNED)
+        if not is_learned(learned):
+            raise DataError(f"{folder / LEARNED} does not hold what features learned: {MEND}")
+        try:
+            return cls(Parts(facts, config, learned, _read_weights(sealed), _read_steps(sealed)), device)
+        except Misfit as error:
+            raise DataError(f"{folder} {error}: do not trust it; {MEND}") from None
 
     def save(self, folder: Path) -> dict[str, str]:
         """Write the folder, whole or not at all; tells of each side's program "ok", or why there is none."""
         with new_folder(folder) as temporary:
             write_file(temporary / CONFIG, to_yaml(self.parts.config))
             write_json(temporary / LEARNED, self.parts.statistics)
-            torch.save(self.parts.weights, temporary / WEIGHTS)
+            write_tensors(temporary / WEIGHTS, self.parts.weights)
             if self.parts.steps:
                 np.savez(temporary / STEPS, **self.parts.steps)  # type: ignore[arg-type]
             programs: dict[str, str] = {side: self._write_program(side, temporary / f"{side}.pt2") for side in SIDES}
@@ -142,6 +151,7 @@ class Encoder:
 
         Raises DataError for a column that is missing or holds what training would refuse.
         """
+        check_process(self._pid, "Encoder")
         features = self.features(side, rows)
         if not features.num_rows:
             several = self.model.vectors_per_user if side == "user" else 1
@@ -215,22 +225,41 @@ def load_whole(run: Run, sources: Sources, device: torch.device, which: str = "b
     checkpoints = Checkpoints(
         run.folder / "checkpoints", Ranks(0, 1, torch.device("cpu")), settings=binding(run.config)
     )
-    path = checkpoints.choose(which)
-    model = _plain_model(run.config, "cpu")
-    manifest = checkpoints.load(path, model)
-    return LoadedModel(run, sources, model.to(device).eval(), model_version(path), manifest["step"])
+    model = _plain_model(run.config)
+    manifest, version = checkpoints.load_chosen(which, model)
+    return LoadedModel(run, sources, model.to(device).eval(), version, manifest["step"])
 
 
-def _plain_model(config: RunConfig, device: str) -> TwoTower:
-    """The TwoTower with whole tables on one device, whose weights are yet to come."""
-    ranks = Ranks(0, 1, torch.device(device))
+def _plain_model(config: RunConfig, *, has_tables: bool = True) -> TwoTower:
+    """The TwoTower with whole tables on the CPU, whose weights are not loaded yet; or without memory for them."""
+    ranks = Ranks(0, 1, torch.device("cpu"))
     model = TwoTower(config.feature_schema, config.model, config.loss, ranks)
     for tower in (model.user_tower, model.item_tower):
         tower.trains_as(config.train.model_copy(update={"compile": False}), ranks)
     for tables in (model.tables, model.lists):
-        if tables is not None:
-            tables.to_empty(device=device)
-    return model.to(device).float()  # also tables that are kept in fp16: torch's own pooling wants one type
+        if tables is not None and has_tables:
+            tables.to_empty(device="cpu")
+    return model.float()  # also tables that are kept in fp16: torch's own pooling wants one type
+
+
+def _loaded_model(config: RunConfig, weights: Mapping[str, Tensor], device: str) -> TwoTower:
+    """The TwoTower with these weights, which are compared with the config before any memory is asked for."""
+    model = _plain_model(config, has_tables=False)
+    if extra := sorted(weights.keys() - model.state_dict().keys()):
+        raise Misfit(f"has weights of another model: {extra[0]} has no place in it")
+    for name, expected in model.state_dict().items():
+        found = weights.get(name)
+        if found is None or found.shape != expected.shape or found.dtype != expected.dtype:
+            there = "missing" if found is None else f"{tuple(found.shape)} {found.dtype}"
+            raise Misfit(f"has weights of another model: {name} is {there}, not {tuple(expected.shape)}")
+        if found.is_floating_point() and found.numel() and not all(each.isfinite() for each in found.aminmax()):
+            raise Misfit(f"has weights that are NaN or infinite, in {name}")
+    model.load_state_dict(weights, assign=True)
+    return model.to(device).eval()
+
+
+class Misfit(DataError):
+    """Parts that do not make an encoder."""
 
 
 def _steps(sources: Sources) -> dict[str, np.ndarray]:
@@ -238,9 +267,7 @@ def _steps(sources: Sources) -> dict[str, np.ndarray]:
     if not sources.steps_have_attributes:
         return {}
     catalogue = sources.catalogue
-    slots = np.zeros(KeyTable.num_slots(len(catalogue.keys)), np.int32)
-    KeyTable(catalogue.keys, slots).insert(0, len(catalogue.keys))
-    found = {"keys": catalogue.keys, "slots": slots}
+    found = {"keys": catalogue.keys}
     for name in sorted({name for feature in sources.schema.sequences for name in feature.attributes}):
         lists = catalogue.columns.sparse[name]
         found |= {f"offsets:{name}": lists.offsets, f"values:{name}": lists.values}
@@ -249,12 +276,73 @@ def _steps(sources: Sources) -> dict[str, np.ndarray]:
     return found
 
 
-def _catalogue_of_steps(steps: Mapping[str, np.ndarray]) -> tuple[Columns | None, Any]:
-    """The catalogue's attributes, and what finds the rows of keys; None and None where no steps have attributes."""
-    if not steps:
+def _catalogue_of_steps(schema: Schema, steps: Mapping[str, np.ndarray]) -> tuple[Columns | None, Any]:
+    """The catalogue's attributes, and what finds the rows of keys; None and None where no steps have attributes.
+
+    Raises Misfit where the arrays are not as `_steps` makes them: the kernels that read them check no bounds.
+    """
+    attributes = {name for feature in schema.sequences for name in feature.attributes}
+    if not attributes:
         return None, None
-    names = [name.removeprefix("offsets:") for name in steps if name.startswith("offsets:")]
-    sparse = {
-        name: Lists(steps[f"offsets:{name}"], steps[f"values:{name}"], steps.get(f"weights:{name}")) for name in names
-    }
-    return Columns(len(steps["keys"]), sparse, {}), KeyTable(steps["keys"], steps["slots"]).find
+    keys = _array(steps, "keys", np.int64)
+    tables = {feature.name: schema.table_of(feature) for feature in schema.item if feature.name in attributes}
+    sparse = {name: _lists(steps, name, len(keys), table) for name, table in tables.items()}
+    found = KeyTable(keys, np.zeros(KeyTable.num_slots(len(keys)), np.int32))
+    if len(found.insert(0, len(keys))):
+        raise Misfit(f"has keys in {STEPS} that are not distinct")
+    return Columns(len(keys), sparse, {}), found.find
+
+
+def _lists(steps: Mapping[str, np.ndarray], name: str, num_rows: int, table: TableSpec) -> Lists:
+    """The rows of a table that each item looks up for an attribute."""
+    offsets, values = _array(steps, f"offsets:{name}", np.int64), _array(steps, f"values:{name}", np.integer)
+    weights = _array(steps, f"weights:{name}", np.float32) if f"weights:{name}" in steps else None
+    is_whole = len(offsets) == num_rows + 1 and offsets[0] == 0 and offsets[-1] == len(values)
+    is_whole = is_whole and (np.diff(offsets) >= 0).all() and (weights is None or len(weights) == len(values))
+    if not is_whole or (len(values) and not 0 <= values.min() <= values.max() < table.buckets):
+        raise Misfit(f"has lists of {name!r} in {STEPS} that do not fit the catalogue or the table")
+    return Lists(offsets, values, weights)
+
+
+def _array(steps: Mapping[str, np.ndarray], name: str, kind: Any) -> np.ndarray:
+    found = steps.get(name)
+    if found is None or found.ndim != 1 or not np.issubdtype(found.dtype, kind):
+        raise Misfit(f"has no {name!r} in {STEPS}")
+    return found
+
+
+def _read_weights(sealed: SealedFolder) -> dict[str, Tensor]:
+    try:
+        return read_tensors(sealed.path(WEIGHTS))
+    except (ValueError, RecursionError) as error:
+        raise Misfit(f"has no tensors in {WEIGHTS} ({error})") from None
+
+
+def _read_steps(sealed: SealedFolder) -> dict[str, np.ndarray]:
+    if STEPS not in sealed.names:
+        return {}
+    try:
+        with np.load(sealed.path(STEPS), allow_pickle=False) as arrays:
+            return dict(arrays)
+    except OSError:
+        raise
+    except Exception as error:
+        raise Misfit(f"has no arrays in {STEPS} ({type(error).__name__}: {error})") from None
+
+
+def is_learned(value: Any) -> bool:
+    """Whether a JSON value is what features learned: Statistics by feature."""
+    return isinstance(value, dict) and all(map(_is_statistics, value.values()))
+
+
+def _is_statistics(value: Any) -> bool:
+    lists = {"points": int | float, "words": int | str}
+    names = {field.name for field in fields(Statistics)}
+    if not isinstance(value, dict) or not set(value) <= names:
+        return False
+    return all(
+        isinstance(each, list | tuple) and all(isinstance(part, lists[name]) for part in each)
+        if name in lists
+        else isinstance(each, int | float)
+        for name, each in value.items()
+    )

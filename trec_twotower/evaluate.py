@@ -24,7 +24,7 @@ from trec_twotower.distributed import Ranks
 from trec_twotower.encode import encode, encode_everywhere
 from trec_twotower.errors import ConfigError, nearest
 from trec_twotower.export import load_model
-from trec_twotower.files import write_json
+from trec_twotower.files import naming, write_json
 from trec_twotower.index import ExactItems, ItemIndex, exact_search
 from trec_twotower.metrics import Hits, MetricSums, list_metrics, popularity_ranking, ranking_metrics, resampled_sums
 from trec_twotower.model.two_tower import TwoTower
@@ -273,7 +273,8 @@ def _write_rankings(path: Path, user_ids: pa.Array, item_ids: pa.Array, ranked_B
     items = item_ids.take(pa.array(ranked_BK[found]))
     lists = pa.ListArray.from_arrays(offsets_of(found.sum(1)).astype(np.int32), items)
     path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.table({"user_id": user_ids, "item_ids": lists}), path)
+    with naming(path):
+        pq.write_table(pa.table({"user_id": user_ids, "item_ids": lists}), path)
 
 
 def _join_rankings(path: Path, num_ranks: int) -> None:
@@ -350,11 +351,6 @@ def evaluate_run(
     best = loaded.sources.dataset.description.get("best_reachable")
     if best is not None and best.get("split", "test") == split:
         judged["metrics"][REACHABLE] = {name: value for name, value in best.items() if "@" in name}
-    if rankings is not None:
-        mine = rankings.with_name(f".{rankings.name}.{ranks.rank}")
-        _write_rankings(mine, held_out.user_ids, loaded.sources.catalogue.ids, exact)
-        ranks.barrier()
-        ranks.once(lambda: _join_rankings(rankings, ranks.num_ranks))
     result = {
         "split": split,
         "step": loaded.step,
@@ -364,8 +360,20 @@ def evaluate_run(
         **evaluator.ceiling(),
         **judged,
     }
-    ranks.once(lambda: write_json(run.folder / "evaluation.json", result))
-    return told(result, config.k)
+    table = told(result, config.k)
+    try:
+        ranks.once(lambda: write_json(run.folder / "evaluation.json", result))
+        if rankings is not None:
+            mine = rankings.with_name(f".{rankings.name}.{ranks.rank}")
+            ids = loaded.sources.catalogue.ids
+            ranks.together(lambda: _write_rankings(mine, held_out.user_ids, ids, exact))
+            ranks.once(lambda: _join_rankings(rankings, ranks.num_ranks))
+    except OSError as error:  # a read-only run, or a full disk: the figures are there all the same
+        if ranks.is_first:
+            print(table, flush=True)
+        what = f"{error.strerror or error} (the evaluation above is complete, but this file is not written)"
+        raise OSError(error.errno, what, error.filename) from error
+    return table
 
 
 def _sampled(evaluator: Evaluator, by_product: dict[str, tuple[np.ndarray, np.ndarray]]) -> dict[str, Any]:

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-import os
-import shutil
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +12,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from trec_twotower.checkpoint import Checkpoints, model_version
+from trec_twotower.artefacts import NewFolder, SealedFolder
+from trec_twotower.checkpoint import Checkpoints
 from trec_twotower.data.dataset import ITEM_ID, SERVING, USER_ID, Split
 from trec_twotower.data.features import Sources
 from trec_twotower.data.held_out import HeldOut
@@ -25,7 +22,7 @@ from trec_twotower.data.words import python_values
 from trec_twotower.distributed import Ranks
 from trec_twotower.encode import encode
 from trec_twotower.errors import ConfigError, DataError, nearest
-from trec_twotower.files import MANIFEST, naming_a_full_disk, open_sealed, publish_folder, seal
+from trec_twotower.files import naming_a_full_disk, seal
 from trec_twotower.model.two_tower import TwoTower
 from trec_twotower.run import Run
 from trec_twotower.same_run import binding
@@ -36,7 +33,6 @@ VECTOR = "vector"
 VECTORS = "vectors"  # of users with several
 GROUP_ROWS = 1 << 16  # of a row group: what is encoded and written together
 PIECE = 1 << 16  # vectors that are handed on together when an export is read back
-ABANDONED_S = 24 * 3600  # since a folder that was to become an export got its last file
 READ_ROWS = 1 << 11  # rows that are decoded together for that: what Arrow makes of them is several times as large
 
 
@@ -54,62 +50,52 @@ class LoadedModel:
 def load_model(run: Run, ranks: Ranks, which: str = "best") -> LoadedModel:
     """The towers of a run's checkpoint ("best", "newest" or a step), spread over these ranks."""
     checkpoints = Checkpoints(run.folder / "checkpoints", ranks, settings=binding(run.config))
-    path = checkpoints.choose(which)
+    checkpoints.choose(which)  # raises what it has to before the data are read
     sources = run.sources(ranks)
     sharded = build_model(run.config, ranks)
-    manifest = checkpoints.load(path, sharded)
+    manifest, version = checkpoints.load_chosen(which, sharded)
     sharded.eval()
-    return LoadedModel(run, sources, towers(sharded), model_version(path), manifest["step"])
+    return LoadedModel(run, sources, towers(sharded), version, manifest["step"])
 
 
 def export(loaded: LoadedModel, ranks: Ranks, *, columns: Sequence[str] = (), users: str | None = None) -> Path:
     """Write RUN/export: items-*.parquet in catalogue order, users-*.parquet, manifest.json. Returns the folder.
 
     A vector is a fixed-size list of float32 (`vector`), several of a user a fixed-size list of those (`vectors`).
-    Beside the items' stand `columns` of items/. The users are those of the dataset's part `users` (test/, else valid/,
-    else serving/), as they are known there. Encoded and written a row group at a time. A vector that is not finite
-    stops the export with a DataError; an earlier export stays until the new one is complete.
+    `columns` of items/ are written next to the items' vectors. The users are those of the dataset's part `users`
+    (test/, else valid/, else
+    serving/), as they are known there. Encoded and written a row group at a time. A vector that is not
+    finite stops the export with a DataError; an earlier export stays until the new one is complete. Raises ConfigError
+    where another process exports this run.
     """
     run, sources = loaded.run, loaded.sources
     split = _part_with_users(sources, users)
     columns = _known_columns(sources, columns)
-    folder = run.folder / "export"
-
-    def begin() -> Path:
-        for left in run.folder.glob(".export.tmp-*"):  # of exports that were killed; others may be under way
-            with contextlib.suppress(FileNotFoundError):
-                if left.stat().st_mtime < time.time() - ABANDONED_S:
-                    shutil.rmtree(left, ignore_errors=True)
-        made = run.folder / f".export.tmp-{os.getpid()}-{time.time_ns()}"
-        made.mkdir()
-        return made
-
-    temporary = ranks.once(begin)
+    new = NewFolder(run.folder / "export")
     try:
-        with naming_a_full_disk(folder, temporary):
+        temporary = ranks.once(new.begin)
+        with naming_a_full_disk(new.path, temporary):
             num_users = _write_vectors(loaded, temporary, ranks, columns, split)
-    except BaseException:
-        if ranks.is_first:
-            shutil.rmtree(temporary, ignore_errors=True)
-        raise
 
-    def finish() -> None:
-        facts = {
-            "model_version": loaded.version,
-            "step": loaded.step,
-            "dim": run.config.model.vector_dim,
-            "vectors_per_user": loaded.model.vectors_per_user,
-            "similarity": run.config.model.similarity,
-            "items": len(sources.catalogue),
-            "users": num_users,
-            "users_from": split,
-            "columns": columns,
-        }
-        seal(temporary, facts)
-        publish_folder(temporary, folder)
+        def finish() -> None:
+            facts = {
+                "model_version": loaded.version,
+                "step": loaded.step,
+                "dim": run.config.model.vector_dim,
+                "vectors_per_user": loaded.model.vectors_per_user,
+                "similarity": run.config.model.similarity,
+                "items": len(sources.catalogue),
+                "users": num_users,
+                "users_from": split,
+                "columns": columns,
+            }
+            seal(temporary, facts)
+            new.publish()
 
-    ranks.once(finish)
-    return folder
+        ranks.once(finish)
+    finally:
+        new.end()  # on the first rank, which alone has begun
+    return new.path
 
 
 def _part_with_users(sources: Sources, users: str | None) -> str | None:
@@ -244,8 +230,12 @@ class Exported:
 class VectorFiles:
     """The vectors of an export's items or users, in their order, a piece at a time; a user's several one by one."""
 
-    def __init__(self, folder: Path, what: str) -> None:
-        self._paths = sorted(folder.glob(f"{what}-*.parquet"))
+    def __init__(self, folder: SealedFolder | Path, what: str) -> None:
+        self._folder = folder  # keeps the files open
+        if isinstance(folder, SealedFolder):
+            self._paths = [folder.path(name) for name in folder.names if name.startswith(f"{what}-")]
+        else:
+            self._paths = sorted(folder.glob(f"{what}-*.parquet"))
         self._column, (*several, self._dim) = _shape(self._paths)
         self._per_row = math.prod(several)
         self._num_rows = sum(pq.read_metadata(path).num_rows for path in self._paths) * self._per_row
@@ -277,6 +267,15 @@ class VectorFiles:
                             piece_CD, filled = np.empty((min(left, PIECE), self._dim), np.float32), 0
                     del batch, part_CD
 
+    def array(self, dim: int) -> np.ndarray:
+        """All of them in memory: (rows, dim), or (rows, M, dim) of users with several vectors."""
+        if not self._paths:
+            return np.empty((0, dim), np.float32)
+        name, shape = _shape(self._paths)
+        tables = [pq.read_table(path, columns=[name], page_checksum_verification=True) for path in self._paths]
+        parts = [_numbers(chunk) for table in tables for chunk in table[name].chunks]
+        return np.concatenate([np.empty(0, np.float32), *parts]).reshape(-1, *shape)
+
     def ids(self) -> pa.Array:
         """Their outside ids."""
         if not self._paths:
@@ -305,28 +304,20 @@ def _numbers(column: pa.Array) -> np.ndarray:
 
 
 def open_export(folder: Path) -> tuple[dict[str, Any], VectorFiles, VectorFiles]:
-    """An export's manifest, items and users, verified; raises ConfigError where there is none, DataError if damaged."""
+    """An export's manifest, items and users, verified; raises ConfigError where there is none, DataError if damaged.
+
+    They stay those of this export where another one takes its place.
+    """
     mend = f"export again: trec-twotower export {folder.parent}"
-    if not (folder / MANIFEST).is_file():
-        raise ConfigError(f"{folder} holds no export: {mend}")
-    return open_sealed(folder, mend), VectorFiles(folder, "items"), VectorFiles(folder, "users")
+    try:
+        sealed = SealedFolder.open(folder, mend)
+    except FileNotFoundError:
+        raise ConfigError(f"{folder} holds no export: {mend}") from None
+    return sealed.manifest, VectorFiles(sealed, "items"), VectorFiles(sealed, "users")
 
 
 def read_export(folder: Path) -> Exported:
     """All vectors and ids of an export, in memory; raises as `open_export`."""
-    manifest, _, _ = open_export(folder)
-    item_ids, items = _read(folder, "items", ITEM_ID, manifest["dim"])
-    user_ids, users = _read(folder, "users", USER_ID, manifest["dim"])
-    return Exported(manifest, item_ids, items, user_ids, users)
-
-
-def _read(folder: Path, what: str, id_column: str, dim: int) -> tuple[pa.Array, np.ndarray]:
-    paths = sorted(folder.glob(f"{what}-*.parquet"))
-    if not paths:
-        return pa.array([], pa.int64()), np.empty((0, dim), np.float32)
-    name, shape = _shape(paths)
-    table = pa.concat_tables(
-        pq.read_table(path, columns=[id_column, name], page_checksum_verification=True) for path in paths
-    ).combine_chunks()
-    vectors = _numbers(table[name].chunk(0)) if table.num_rows else np.empty(0, np.float32)
-    return table[id_column].chunk(0), vectors.reshape(-1, *shape)
+    manifest, items, users = open_export(folder)
+    dim = manifest["dim"]
+    return Exported(manifest, items.ids(), items.array(dim), users.ids(), users.array(dim))

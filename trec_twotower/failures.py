@@ -8,17 +8,28 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from trec_twotower.checkpoint import MODEL, state_of
 from trec_twotower.data.batch import Batch
 from trec_twotower.data.stream import Passes
 from trec_twotower.distributed import Ranks
 from trec_twotower.errors import TrainingError
 from trec_twotower.files import naming, write_json
+from trec_twotower.model.embedding import table_in
+from trec_twotower.model.two_tower import TwoTower
+from trec_twotower.optimizer import RunOptimizer
 from trec_twotower.schema import Schema, Side
 
 ATTEMPT = ".attempt.json"
+DIVERGED = (
+    "After step {step:,} {found}: the training has diverged, and this step is not saved. {newest} Lower "
+    "train.optimizer.lr or dense_lr, in a new run_dir."
+)
+LARGEST = 1e18  # of a weight: the squares of a vector of larger ones exceed float32
+_MEMORIES = ("model.queue.", "model.frequency.")  # no weights
 ABSURD = 1e6  # weights and normalised numbers beyond it are named when a loss or gradient is not finite
 
 
@@ -82,6 +93,54 @@ class Attempts:
             f"steps {', '.join(f'{each:,}' for each in died_in)}. Step {last:,} takes {rows}. Look at what its last "
             f"attempts said, mend it, and remove {self.path} to try again (or raise train.max_failures)."
         )
+
+
+def dead_weights(model: nn.Module, optimizer: RunOptimizer) -> str | None:
+    """What is wrong with the weights or optimizer states on this rank that training cannot come back from, if anything.
+
+    That is a number that is NaN or infinite, or a weight so large that vectors made of it have no finite length.
+    """
+    for name, value in state_of(model, optimizer).items():
+        if name.startswith(_MEMORIES):
+            continue
+        is_weight = name.startswith(MODEL)
+        pieces = [shard.tensor for shard in value.local_shards()] if hasattr(value, "local_shards") else [value]
+        for piece in pieces:
+            if not piece.is_floating_point() or not piece.numel():
+                continue
+            low, high = (float(each) for each in piece.detach().aminmax())
+            if not (math.isfinite(low) and math.isfinite(high)):
+                return f"{_place(name)} has numbers that are NaN or infinite"
+            if is_weight and max(-low, high) > LARGEST:
+                return f"{_place(name)} has numbers of up to {max(-low, high):.3g}, whose squares overflow"
+    return None
+
+
+def dead_vectors(model: TwoTower, batch: Batch, ranks: Ranks) -> str | None:
+    """What is wrong with the vectors of a batch, if anything is; all ranks call together.
+
+    That is vectors with NaN or infinity, or items of which none has a vector that is not zero, so that all score alike.
+    """
+    was_training = model.training
+    model.eval()
+    with torch.no_grad():
+        vectors = {"users": model.encode_users(batch), "items": model.encode_items(batch)}
+    model.train(was_training)
+    counts = [int((~vector.isfinite()).sum()) for vector in vectors.values()]
+    item_SD = vectors["items"]
+    total = ranks.sum(np.array([*counts, int((item_SD != 0).sum()), item_SD.numel()]))
+    for side, bad in zip(vectors, total[:2], strict=True):
+        if bad:
+            return f"the vectors of {side} have numbers that are NaN or infinite"
+    return "the vectors of all items of its batch are zero" if total[3] and not total[2] else None
+
+
+def _place(name: str) -> str:
+    """A weight or state for people: table item, or its name in the model."""
+    kind, _, rest = name.partition(".")
+    table = table_in(rest.partition("/")[0])
+    what = rest if table is None else f"table {table}"
+    return what if kind == "model" else f"the optimizer's state of {what}"
 
 
 def describe_step(

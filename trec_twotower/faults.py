@@ -29,12 +29,14 @@ POINTS = (
     "save:copied",  # the local shards lie beside the live ones
     "save:opened",  # the temporary folder is there, empty
     "save:within_file",  # some of this rank's file is written
-    "save:between_files",  # this rank's file is written, .metadata is not
-    "save:described",  # .metadata is written, the manifest is not
+    "save:between_files",  # this rank's file is written, the manifest is not
     "save:sealed",  # the manifest is written, the folder has its temporary name
     "save:published",  # the folder has its name, older ones are still there
     "save:swept",
     "stop:saved",  # told to stop, and saved
+    "publish:written",  # a complete folder has its temporary name
+    "publish:aside",  # the older folder was renamed aside: only where two names cannot be exchanged in one step
+    "publish:named",  # the new folder has its name, the older one is still there
 )
 _SIGNALS = {
     "kill": signal.SIGKILL,

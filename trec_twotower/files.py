@@ -1,4 +1,4 @@
-"""Files that are whole or not there: written beside their place, flushed, then renamed."""
+"""Files that are whole or not there: written next to their place, flushed, then renamed. And folders' manifests."""
 
 from __future__ import annotations
 
@@ -22,11 +22,14 @@ def write_file(path: Path, content: str | bytes) -> None:
     """Replace `path` by `content` in one step."""
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     try:
-        with naming(path), temporary.open("wb") as file:
+        with temporary.open("wb") as file:
             file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        error.filename, error.filename2 = str(path), None  # nobody knows the temporary name
+        raise
     finally:
         temporary.unlink(missing_ok=True)
     sync(path.parent)
@@ -47,19 +50,25 @@ def write_json(path: Path, value: Any) -> None:
     write_file(path, json.dumps(value, indent=2) + "\n")
 
 
-def read_json(path: Path, mend: str = "make it again.") -> Any:
-    """The value of a JSON file; raises DataError when it is missing, broken or larger than any of ours."""
+def read_json(path: Path, mend: str = "make it again.", origin: Path | None = None) -> Any:
+    """The value of a JSON file; raises DataError, which names it (or `origin`), when it is missing, broken or huge."""
+    origin = origin or path
     try:
         with path.open("rb") as file:
             content = file.read(MAX_JSON_BYTES + 1)
     except FileNotFoundError:
-        raise DataError(f"{path} is missing: {mend}") from None
+        raise DataError(f"{origin} is missing: {mend}") from None
+    return parse_json(content, origin, mend)
+
+
+def parse_json(content: bytes, origin: Path, mend: str) -> Any:
+    """The value of JSON that was read up to MAX_JSON_BYTES + 1; raises DataError naming its `origin`."""
     if len(content) > MAX_JSON_BYTES:
-        raise DataError(f"{path} is damaged (more than {MAX_JSON_BYTES:,} bytes): {mend}")
+        raise DataError(f"{origin} is damaged (more than {MAX_JSON_BYTES:,} bytes): {mend}")
     try:
         return json.loads(content)
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{path} is damaged ({error}): {mend}") from None
+        raise DataError(f"{origin} is damaged ({error}): {mend}") from None
 
 
 def write_signed(path: Path, facts: dict[str, Any]) -> None:
@@ -70,30 +79,16 @@ def write_signed(path: Path, facts: dict[str, Any]) -> None:
 def read_signed(path: Path, mend: str) -> dict[str, Any]:
     """What `write_signed` has written; raises DataError when a value has changed."""
     facts = read_json(path, mend)
-    if not isinstance(facts, dict) or facts.get("sha256") != _own_sha256(facts):
+    if not is_signed(facts):
         raise DataError(f"{path} is damaged (its own sha256 differs): {mend}")
     return facts
 
 
 @contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
-    """A folder to write into that becomes `path`, in place of an older one, when the block ends without an error."""
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        with naming_a_full_disk(path, temporary):
-            yield temporary
-            publish_folder(temporary, path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-@contextmanager
 def naming_a_full_disk(path: Path, temporary: Path) -> Iterator[None]:
-    """Let the error of a full disk say what was being written where, and how far it came.
+    """Let the error of a full disk name the artefact, how much was written and how much is free.
 
-    Arrow and FAISS name neither; what stood at `path` before is untouched.
+    Arrow and FAISS report neither. What was at `path` before is unchanged.
     """
     try:
         yield
@@ -108,21 +103,8 @@ def naming_a_full_disk(path: Path, temporary: Path) -> Iterator[None]:
 
 
 def free_bytes(path: Path) -> int:
-    """On the disk where `path` lies, or would."""
+    """Free bytes of the disk that `path` is on, or would be on."""
     return shutil.disk_usage(next(place for place in (path, *path.parents) if place.is_dir())).free
-
-
-def publish_folder(temporary: Path, path: Path) -> None:
-    """Rename a complete folder to its place; an older one there is taken away only then."""
-    for inside in (*temporary.rglob("*"), temporary):
-        sync(inside)
-    old = path.with_name(f".{path.name}.old-{os.getpid()}")
-    shutil.rmtree(old, ignore_errors=True)
-    if path.exists():
-        os.replace(path, old)
-    os.replace(temporary, path)
-    sync(path.parent)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def sync(path: Path) -> None:
@@ -158,50 +140,9 @@ def seal(folder: Path, facts: dict[str, Any], digests: dict[str, Digest] | None 
     write_signed(folder / MANIFEST, {"format": FORMAT, **facts, "files": files})
 
 
-def open_sealed(folder: Path, mend: str) -> dict[str, Any]:
-    """The manifest of a folder that is just as `seal` left it; else DataError, naming the file and the `mend`."""
-    manifest = read_manifest(folder, mend)
-    for name in manifest["files"]:
-        verify_sealed(folder, manifest, name, mend)
-    return manifest
-
-
-def read_manifest(folder: Path, mend: str, format: int = FORMAT) -> dict[str, Any]:
-    """The manifest of a sealed folder, itself unaltered, whose files lie in that folder; they are not read yet."""
-    path = folder / MANIFEST
-    manifest = read_signed(path, mend)
-    if manifest.get("format") != format:
-        raise DataError(f"{path} is of format {manifest.get('format')}, but this version reads {format}: {mend}")
-    files = manifest.get("files")
-    if not isinstance(files, dict) or not all(map(_is_digest, files.values())):
-        raise DataError(f"{path} does not list its files with their bytes and sha256: {mend}")
-    for name in files:
-        if not _stays_inside(folder, name):
-            raise DataError(f"{path} lists {name!r}, which is not in its folder: do not trust it; {mend}")
-    return manifest
-
-
-def verify_sealed(folder: Path, manifest: dict[str, Any], name: str, mend: str) -> None:
-    """Raises DataError unless the file `name` is as the manifest of its folder says."""
-    path, expected = folder / name, manifest["files"][name]
-    if not path.is_file():
-        raise DataError(f"{path} is missing, though the manifest lists it: {mend}")
-    num_bytes = path.stat().st_size
-    if num_bytes != expected["bytes"]:
-        raise DataError(f"{path} has {num_bytes:,} bytes, {expected['bytes']:,} were written: {mend}")
-    if (digest := sha256_of(path)) != expected["sha256"]:
-        raise DataError(f"{path} is damaged (sha256 {digest[:12]}, was {expected['sha256'][:12]}): {mend}")
-
-
-def _is_digest(value: Any) -> bool:
-    return isinstance(value, dict) and type(value.get("bytes")) is int and isinstance(value.get("sha256"), str)
-
-
-def _stays_inside(folder: Path, name: str) -> bool:
-    """Whether folder / name is a place inside, also where a part of it is a link."""
-    if not name or "\0" in name or Path(name).is_absolute() or ".." in Path(name).parts:
-        return False
-    return (folder / name).resolve().is_relative_to(folder.resolve())
+def is_signed(value: Any) -> bool:
+    """Whether a value is what `write_signed` has written: a mapping that agrees with its own digest."""
+    return isinstance(value, dict) and value.get("sha256") == _own_sha256(value)
 
 
 def _own_sha256(manifest: dict[str, Any]) -> str:

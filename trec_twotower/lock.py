@@ -1,101 +1,115 @@
-"""One trainer a run folder: a lock that the kernel frees when its holder dies, and a heartbeat for other hosts."""
+"""File locks: one process at a time works on a folder, and the others learn which process that is."""
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import socket
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from trec_twotower.errors import ConfigError
+from filelock import FileLock, Timeout
+
+from trec_twotower.errors import ConfigError, TrainingError
 from trec_twotower.files import naming
 
 LOCK = ".lock"
+HOLDER = ".holder"  # appended to the name of a lock: JSON of host, pid and heartbeat
+LOCK_FILES = (LOCK, LOCK + HOLDER)
+HOLDER_BYTES = 256
 BEAT_S = 2.0
-PATIENCE_S = 5.0  # for a holder that is just ending, and for a foreign one's next heartbeat
+PATIENCE_S = 5.0  # for a holder that is about to end, and for the next heartbeat of one on another host
 
 
-class RunLock:
-    """Held from `acquire` to `release`, or to the death of the process.
+class FolderLock:
+    """A lock that is held from `acquire` to `release`, or until the process dies.
 
-    On one host, and wherever the file system carries flock over hosts, the kernel says whether the holder lives: what a
-    dead one left is taken over at once. A file system without it shows another host's heartbeat alone: such a lock is
-    taken over when that does not change for PATIENCE_S.
+    The kernel frees it (flock) when its holder dies, also on other hosts where the file system supports that. Where it
+    does not, a lock whose holder is on another host counts as held as long as its heartbeat changes.
     """
 
-    def __init__(self, run_dir: Path) -> None:
-        self.path = run_dir / LOCK
-        self._file: int | None = None
+    def __init__(self, path: Path, state: str, advice: str) -> None:
+        """`state` and `advice` complete the error of another process: FOLDER is STATE by process N: ADVICE."""
+        self.path = path
+        self.state, self.advice = state, advice
+        self._lock = FileLock(path, thread_local=False)
+        self._file: tuple[int, int] | None = None  # device and inode of the lock that is held
+        self._holder_file: int | None = None
         self._made_folder = False
         self._is_over = threading.Event()
         self._beats: threading.Thread | None = None
 
     def acquire(self, patience_s: float = PATIENCE_S) -> None:
-        """Raises ConfigError naming the holder when there is a live one, having waited for it to end."""
+        """Wait up to `patience_s` for the holder to end; raises ConfigError naming it."""
         self._made_folder = not self.path.parent.is_dir()
-        until = time.monotonic() + patience_s
-        while (file := self._try()) is None:
-            if time.monotonic() >= until:
-                raise self._refusal()
-            time.sleep(0.1)
-        self._file = file
+        self._make_folder()
+        try:
+            self._lock.acquire(timeout=patience_s)  # which makes a folder again that a last holder has just removed
+        except Timeout:
+            raise self._refusal() from None
         before = self._holder()
-        if before and before.get("host") != socket.gethostname() and self._changes(before, patience_s):
-            os.close(file)
-            self._file = None
+        if before.get("host") not in (None, socket.gethostname()) and self._changes(before, patience_s):
+            self._lock.release()
             raise self._refusal()
+        found = self.path.stat()
+        self._file = found.st_dev, found.st_ino
+        self._holder_file = os.open(self._holder_path, os.O_RDWR | os.O_CREAT, 0o644)
+        self._is_over.clear()
         self._beat()
-        self._beats = threading.Thread(target=self._keep_beating, name="heartbeat", daemon=True)
+        self._beats = threading.Thread(target=self._keep_beating, name="lock heartbeat", daemon=True)
         self._beats.start()
 
+    @property
+    def is_in_place(self) -> bool:
+        """Whether the lock that is held still has its name: False once its folder was moved, removed or replaced."""
+        try:
+            found = self.path.stat()
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        return self._file == (found.st_dev, found.st_ino)
+
     def release(self) -> None:
-        """Give the folder free; it is taken away if it was made for the lock and nothing came into it."""
+        """Free the lock and remove its files, and the folder if it was made for the lock and is empty."""
         if self._file is None:
             return
         self._is_over.set()
         if self._beats is not None:
             self._beats.join()
-        self.path.unlink(missing_ok=True)
-        os.close(self._file)
+        assert self._holder_file is not None
+        os.close(self._holder_file)
+        if self.is_in_place:  # else these are the files of another run
+            self._holder_path.unlink(missing_ok=True)
+            self.path.unlink()
+        self._lock.release()
         self._file = None
-        if self._made_folder and not any(self.path.parent.iterdir()):
-            self.path.parent.rmdir()
+        if self._made_folder:
+            with suppress(OSError):  # it is not empty, or was moved
+                self.path.parent.rmdir()
 
-    def _try(self) -> int | None:
-        """The locked file, or None where someone else holds it."""
+    @property
+    def _holder_path(self) -> Path:
+        return self.path.with_name(self.path.name + HOLDER)
+
+    def _make_folder(self) -> None:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError):
             raise ConfigError(
-                f"{self.path.parent} is no folder, or is to lie in a file: name another run_dir."
+                f"{self.path.parent} is not a folder, or its parent is a file: choose another run_dir."
             ) from None
-        try:
-            file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
-        except FileNotFoundError:  # its last holder has just removed the folder it had made
-            return None
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # Its last holder may have removed it between the two lines above: then this lock guards nothing.
-            if os.stat(self.path).st_ino == os.fstat(file).st_ino:
-                return file
-        except (BlockingIOError, FileNotFoundError):
-            pass
-        os.close(file)
-        return None
 
     def _holder(self) -> dict[str, Any]:
         try:
-            found = json.loads(self.path.read_bytes()[:4096])
+            found = json.loads(self._holder_path.read_bytes()[:4096])
         except (OSError, ValueError):
             return {}
         return found if isinstance(found, dict) else {}
 
     def _changes(self, before: dict[str, Any], patience_s: float) -> bool:
-        """Whether a foreign holder gives a sign of life; its clock is not compared with ours."""
+        """Whether the heartbeat of a holder on another host changes; its clock is not compared with ours."""
         until = time.monotonic() + patience_s
         while time.monotonic() < until:
             time.sleep(min(0.1, patience_s))
@@ -108,8 +122,7 @@ class RunLock:
         since = holder.get("heartbeat")
         heard = f", last heard of {time.time() - since:,.0f} s ago" if isinstance(since, int | float) else ""
         return ConfigError(
-            f"{self.path.parent} is being trained by process {holder.get('pid', '?')} on {holder.get('host', '?')}"
-            f"{heard}: wait for it or end it, or train into another run_dir."
+            f"{self.state} by process {holder.get('pid', '?')} on {holder.get('host', '?')}{heard}: {self.advice}"
         )
 
     def _keep_beating(self) -> None:
@@ -117,7 +130,24 @@ class RunLock:
             self._beat()
 
     def _beat(self) -> None:
-        assert self._file is not None
+        assert self._holder_file is not None
         content = json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "heartbeat": time.time()})
-        with naming(self.path):
-            os.pwrite(self._file, content.encode().ljust(256), 0)  # in place: a lock is on the file, not on its name
+        with naming(self._holder_path):
+            os.pwrite(self._holder_file, content.encode().ljust(HOLDER_BYTES), 0)  # one write: nobody reads half of it
+            os.ftruncate(self._holder_file, HOLDER_BYTES)
+
+
+class RunLock(FolderLock):
+    """The lock of a run directory that is being trained."""
+
+    def __init__(self, run_dir: Path) -> None:
+        advice = "wait for it or end it, or train into another run_dir."
+        super().__init__(run_dir / LOCK, f"{run_dir} is being trained", advice)
+
+    def check(self) -> None:
+        """Raise TrainingError where the run directory was moved, removed or replaced while this lock was held."""
+        if not self.is_in_place:
+            raise TrainingError(
+                f"{self.path.parent} was moved, removed or replaced while it was trained, so this training ends. The "
+                "folder that it began in has its checkpoints: move it back, or continue with run_dir=ITS_NEW_PLACE."
+            )

@@ -14,13 +14,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from trec_twotower.artefacts import new_folder, open_sealed
 from trec_twotower.data.features import Sources
 from trec_twotower.data.hashing import uniform
 from trec_twotower.data.lists import Lists, offsets_of
 from trec_twotower.distributed import Ranks
 from trec_twotower.encode import encode_everywhere
 from trec_twotower.errors import ConfigError
-from trec_twotower.files import MANIFEST, new_folder, open_sealed, seal
+from trec_twotower.files import MANIFEST, seal
 from trec_twotower.model.two_tower import TwoTower
 from trec_twotower.run import Run
 

@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from matplotlib.figure import Figure
 
+from trec_twotower.artefacts import read_manifest
 from trec_twotower.data.dataset import ITEM_ID, POSITIVES, SERVING, USER_ID, Split
 from trec_twotower.data.hashing import id_keys
 from trec_twotower.data.probing import KeyTable
@@ -26,7 +27,7 @@ from trec_twotower.data.words import python_rows, python_value, python_values
 from trec_twotower.errors import ConfigError, DataError, nearest
 from trec_twotower.evaluate import EXACT, NOT_SAMPLED, REACHABLE, excluded_text
 from trec_twotower.export import Exported, read_export
-from trec_twotower.files import MANIFEST, read_json, read_manifest, write_file
+from trec_twotower.files import MANIFEST, read_json, write_file
 from trec_twotower.index import ItemIndex, exact_search
 from trec_twotower.optimizer import table_state_bytes
 from trec_twotower.run import STATUS, Run

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
+import weakref
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -44,7 +46,7 @@ from trec_twotower.files import (
     write_file,
     write_signed,
 )
-from trec_twotower.lock import LOCK
+from trec_twotower.lock import LOCK_FILES
 from trec_twotower.model.watch import Histogram
 from trec_twotower.same_run import check_same_run
 from trec_twotower.schema import LEARNED
@@ -80,7 +82,7 @@ class Run:
                 if leftover.is_file():
                     leftover.unlink()
             if not (folder / CONFIG).is_file():
-                if folder.is_dir() and any(path.name not in (LOCK, TRAINED) for path in folder.iterdir()):
+                if folder.is_dir() and any(path.name not in (*LOCK_FILES, TRAINED) for path in folder.iterdir()):
                     raise ConfigError(f"{folder} is not empty and no run folder: name another with run_dir=...")
             elif any((folder / "checkpoints").glob(f"step-*/{MANIFEST}")):
                 check_same_run(cls.open(folder).config, config, folder)
@@ -223,9 +225,18 @@ class Run:
             f"data.dataset in {self.folder / CONFIG} to its new place."
         )
 
+    @property
+    def has_learned(self) -> bool:
+        """Whether its training has begun, so that `learned` has something to say."""
+        return (self.folder / STATISTICS).is_file()
+
+    def learned(self) -> dict[str, Any]:
+        """What the features learned when the run began, and the digests of the files that the config names."""
+        return read_signed(self.folder / STATISTICS, LEARN_AGAIN)
+
     def check_files(self) -> None:
         """Raises DataError where a file of items that the config names is not what it was when the run began."""
-        saved = read_signed(self.folder / STATISTICS, LEARN_AGAIN)["files"]
+        saved = self.learned()["files"]
         for name, digest in self._digests().items():
             if saved.get(name) != digest:
                 raise DataError(
@@ -289,6 +300,9 @@ class RunLog:
             whole = self.path.read_text().split("\n")[:-1]  # a line that was cut short has no end
             lines = [line for line in whole if json.loads(line)["step"] <= step]
             write_file(self.path, "".join(line + "\n" for line in lines))
+        # Stays this run's where the folder is moved and another takes its place.
+        self._file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        self._close = weakref.finalize(self, os.close, self._file)
         self.board_folder = run.folder / "tensorboard"
         with naming(self.board_folder):
             self.board = SummaryWriter(str(self.board_folder), purge_step=step + 1)
@@ -303,14 +317,25 @@ class RunLog:
             else value
             for name, value in values.items()
         }
-        with naming(self.path), self.path.open("a") as file:
-            file.write(json.dumps({"step": step, "kind": kind, **plain}) + "\n")
+        self._append({"step": step, "kind": kind, **plain})
+        if not self.board_folder.is_dir():  # moved: TensorBoard's thread opens its file by name, and would raise
+            return
         with naming(self.board_folder):
             for name, value in values.items():
                 if isinstance(value, Histogram):
                     self._draw(f"{kind}/{name}", value, step)
                 else:
                     self.board.add_scalar(f"{kind}/{name}", value, step)
+            self.board.flush()
+
+    def note(self, step: int, kind: str, facts: Mapping[str, Any]) -> None:
+        """One line of values that are no figures, such as what the first weights were taken from."""
+        if self.is_written:
+            self._append({"step": step, "kind": kind, **facts})
+
+    def _append(self, line: Mapping[str, Any]) -> None:
+        with naming(self.path):
+            os.write(self._file, (json.dumps(line) + "\n").encode())
 
     def warn(self, step: int, values: Mapping[str, Any]) -> None:
         """Write a line with kind "warning"."""
@@ -343,6 +368,7 @@ class RunLog:
 
     def close(self) -> None:
         if self.is_written:
+            self._close()
             with naming(self.board_folder):
                 self.board.close()
 

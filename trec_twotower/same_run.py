@@ -15,7 +15,7 @@ from trec_twotower.errors import ConfigError
 
 # What may change between two starts of one run, because it changes no batch and no weight before the next step.
 _FREE = ("train.epochs", "train.log_every", "train.evaluate_every", "train.timeout_s", "train.first_timeout_s",
-         "train.max_failures", "train.threads", "train.profile_steps", "train.pipeline",
+         "train.max_failures", "train.threads", "train.device", "train.profile_steps", "train.pipeline",
          "checkpoint", "evaluate", "index", "run_dir", "data.dataset", "data.prefetch",
          "data.threads", "data.cache", "data.cache_gb")  # fmt: skip
 

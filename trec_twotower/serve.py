@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,14 +10,13 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import torch
 
 from trec_twotower.catalogue_index import CatalogueIndex, aligned
 from trec_twotower.data.dataset import ITEM_ID
 from trec_twotower.data.lists import Lists
 from trec_twotower.data.transforms import one_chunk
 from trec_twotower.data.words import python_values
-from trec_twotower.distributed import Ranks, quiet_libraries
+from trec_twotower.distributed import Ranks, check_process, quiet_libraries, usable_device
 from trec_twotower.encode import encode
 from trec_twotower.encoder import load_whole
 from trec_twotower.errors import ConfigError, nearest
@@ -66,6 +66,7 @@ class Retriever:
         self.loaded = loaded
         self.index = index
         self.ranks = ranks
+        self._pid = os.getpid()
 
     @classmethod
     def open(
@@ -84,7 +85,7 @@ class Retriever:
     def alone(cls, run_dir: Path | str, checkpoint: str | int = "best", *, mapped: bool = False) -> Retriever:
         """Open a run in one process without a process group, such as a server: its device holds the whole tables."""
         quiet_libraries()
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = usable_device()
         ranks, run = Ranks(0, 1, device), Run.open(Path(run_dir))
         _check_indexed(run)
         return cls._of(load_whole(run, run.sources(ranks), device, str(checkpoint)), ranks, mapped)
@@ -108,6 +109,7 @@ class Retriever:
         has lists). `only` and `without` are item ids; ids outside the catalogue have no effect. Raises ConfigError
         for an unknown column or a value of another type, DataError when no item is left.
         """
+        check_process(self._pid, "Retriever")
         catalogue = self.loaded.sources.catalogue
         mask_I = np.ones(len(catalogue), bool)
         if not isinstance(where, Mapping | None):

@@ -84,17 +84,18 @@ def parse_yaml(text: str, origin: str) -> Any:
 MAX_YAML_BYTES = 64 << 20  # a longer file is none of ours, and is not read into memory
 
 
-def read_yaml(path: Path) -> Any:
-    """The value of a YAML file; raises ConfigError naming it and the line."""
+def read_yaml(path: Path, origin: Path | None = None) -> Any:
+    """The value of a YAML file; raises ConfigError naming it (or `origin`) and the line."""
+    origin = origin or path
     with path.open("rb") as file:
         content = file.read(MAX_YAML_BYTES + 1)
     if len(content) > MAX_YAML_BYTES:
-        raise ConfigError(f"{path} is longer than {MAX_YAML_BYTES:,} bytes: it is no file of ours.")
+        raise ConfigError(f"{origin} is longer than {MAX_YAML_BYTES:,} bytes: it is no file of ours.")
     try:
         text = content.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{path} is not UTF-8 ({error}): save it as UTF-8.") from None
-    return parse_yaml(text, str(path))
+        raise ConfigError(f"{origin} is not UTF-8 ({error}): save it as UTF-8.") from None
+    return parse_yaml(text, str(origin))
 
 
 def to_yaml(value: Any) -> str:

@@ -155,4 +155,4 @@ def newest_files(run_dir: Path) -> dict[str, str]:
     """The digests of the newest checkpoint's tensors: equal bits, equal digests."""
     newest = sorted((run_dir / "checkpoints").glob("step-*/manifest.json"))[-1]
     files = json.loads(newest.read_text())["files"]
-    return {name: digest["sha256"] for name, digest in files.items() if name.endswith(".distcp")}
+    return {name: digest["sha256"] for name, digest in files.items() if name.endswith(".safetensors")}

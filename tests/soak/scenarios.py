@@ -145,7 +145,7 @@ def kill_anywhere(soak: Soak) -> Tally:
 
 def kill_at_points(soak: Soak) -> Tally:
     """kill -9 at every named point; those of a save come in `kill_in_save`."""
-    points = [point for point in POINTS if not point.startswith(("save:", "stop:"))]
+    points = [point for point in POINTS if not point.startswith(("save:", "stop:", "publish:"))]
     return _at_points(soak, "kill -9 at named points of start, load and step", points, 30)
 
 
@@ -190,7 +190,7 @@ def _at_points(soak: Soak, name: str, points: list[str], full: int) -> Tally:
     return tally
 
 
-FIRST_RANK_ALONE = {"save:opened", "save:described", "save:sealed", "save:published", "save:swept"}
+FIRST_RANK_ALONE = {"save:opened", "save:sealed", "save:published", "save:swept"}
 
 
 def _newest_step(run_dir: Path) -> int:
@@ -200,14 +200,12 @@ def _newest_step(run_dir: Path) -> int:
 
 def _check_all_whole(run_dir: Path, tally: Tally) -> None:
     """Whatever has a manifest after a kill is what the manifest says."""
+    from trec_twotower.artefacts import SealedFolder
     from trec_twotower.checkpoint import FORMAT
-    from trec_twotower.files import read_manifest, verify_sealed
 
     for path in run_dir.glob("checkpoints/step-*"):
         if (path / "manifest.json").is_file():
-            manifest = read_manifest(path, "", FORMAT)
-            for name in manifest["files"]:
-                verify_sealed(path, manifest, name, "")
+            SealedFolder.open(path, "", format=FORMAT)
 
 
 def kill_within_save(soak: Soak) -> Tally:

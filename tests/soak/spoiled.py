@@ -198,8 +198,7 @@ def poisons(trap: Path) -> dict[str, bytes]:
 
 
 PLACES = {
-    "checkpoint/.metadata": ["pickle", "torch.save"],
-    "checkpoint/__0_0.distcp": ["pickle", "torch.save"],
+    "checkpoint/rank-00000-of-00002.safetensors": ["pickle", "torch.save"],
     "checkpoint/manifest.json": ["pickle"],
     "run/config.yaml": ["yaml", "pickle"],
     "run/statistics.json": ["pickle", "numpy"],

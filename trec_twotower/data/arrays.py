@@ -10,7 +10,6 @@ import errno
 import json
 import mmap
 import os
-import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -19,8 +18,9 @@ from typing import Any, BinaryIO
 import numpy as np
 import xxhash
 
+from trec_twotower.artefacts import new_folder
 from trec_twotower.data.cache_folder import CacheFolder
-from trec_twotower.files import MANIFEST, new_folder, read_json, write_json
+from trec_twotower.files import MANIFEST, read_json, write_json
 
 FORMAT = 1
 BLOCK_BYTES = 1 << 22  # read at a time
@@ -123,8 +123,6 @@ def mapped_arrays(
 
 
 def _made(cache: CacheFolder, folder: Path, fill: Callable[[ArrayWriter], None]) -> dict[str, np.ndarray]:
-    for left in cache.root.glob(f".{folder.name}.tmp-*"):  # by one that was killed
-        shutil.rmtree(left, ignore_errors=True)
     with new_folder(folder) as temporary:
         writer = OnDisk(temporary, cache.limit_bytes)
         try:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PosixPath
 from typing import Any
 
 import pyarrow as pa
@@ -79,6 +79,7 @@ class Split:
         self._is_settled = like is not None
         self._lacking: dict[str, Path] = {}  # columns that some files have and others not, with one that has not
         self._bytes = {} if files is None else {folder / name: size for name, size in files.items()}
+        self._opened: dict[Path, tuple[int, int]] = {}  # of local files: bytes, and when they were last changed
         self._footers: dict[Path, pq.FileMetaData] = {}  # of many row groups, each would be a long read of its own
         self._texts: set[str] = set()  # columns of text that Parquet holds as dictionaries
         paths = self._side_by_side() if files is None else list(self._bytes)
@@ -156,8 +157,12 @@ class Split:
                 )
 
     def _check_bytes(self, path: Path) -> None:
-        """Raises DataError for a file that is gone or of another size than it was said to have."""
+        """Raises DataError for a file that is gone, of another size than it was said to have, or not the same any more.
+
+        The last is asked of local files.
+        """
         if path not in self._bytes:
+            self._check_unchanged(path)
             return
         size: int | None = None
         with contextlib.suppress(FileNotFoundError):
@@ -167,6 +172,21 @@ class Split:
             raise DataError(
                 f"{path} {now}, but had {self._bytes[path]:,} when this run took it: bring that file back, or train "
                 "into another run_dir."
+            )
+        self._check_unchanged(path)
+
+    def _check_unchanged(self, path: Path) -> None:
+        """Raise DataError for a local file that was replaced or rewritten since this process opened it first.
+
+        Its rows would be read by the old file's footer, in the old file's order.
+        """
+        if not isinstance(path, PosixPath) or not path.is_file():
+            return
+        found = path.stat()
+        if self._opened.setdefault(path, (found.st_size, found.st_mtime_ns)) != (found.st_size, found.st_mtime_ns):
+            raise DataError(
+                f"{path} was replaced or changed after this command had opened it: a dataset must stay as it is while "
+                "it is read. Run the command again; a run that has begun needs the old file back, or another run_dir."
             )
 
     def has(self, column: str) -> bool:

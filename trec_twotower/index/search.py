@@ -12,9 +12,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 
+from trec_twotower.artefacts import SealedFolder, new_folder
 from trec_twotower.data.lists import Lists
 from trec_twotower.errors import ConfigError, DataError
-from trec_twotower.files import MANIFEST, new_folder, open_sealed, read_manifest, seal, verify_sealed
+from trec_twotower.files import MANIFEST, seal
 from trec_twotower.index.exact import empty_answer, merge_vectors, without_seen
 from trec_twotower.index.faiss_backend import BLAS_BATCH, Answer, Device, error_text, faiss
 from trec_twotower.index.filters import Allowed, Strategy, choose_strategy
@@ -79,13 +80,12 @@ class ItemIndex:
         searcher: Searcher,
         report: IndexReport,
         *,
-        folder: Path | None = None,
-        manifest: dict[str, Any] | None = None,
+        sealed: SealedFolder | None = None,
     ) -> None:
+        """`sealed` is the folder that it was loaded from, which has the items' ids."""
         self._searcher = searcher
         self.report = report
-        self._folder = folder
-        self._manifest = manifest or {}
+        self._sealed = sealed
         self._item_ids: pa.Array | None = None
 
     def __len__(self) -> int:
@@ -102,17 +102,17 @@ class ItemIndex:
 
     @property
     def similarity(self) -> str | None:
-        return self._manifest.get("similarity")
+        return None if self._sealed is None else self._sealed.manifest.get("similarity")
 
     @property
     def model_version(self) -> str | None:
-        return self._manifest.get("model_version")
+        return None if self._sealed is None else self._sealed.manifest.get("model_version")
 
     @property
     def item_ids(self) -> pa.Array | None:
-        """The external id of each item row, of a loaded index; read and verified at the first use."""
-        if self._item_ids is None and self._folder is not None:
-            self._item_ids = _read_ids(self._folder, self._manifest, len(self))
+        """The outside id of each item row, of a loaded index; read and verified at the first use."""
+        if self._item_ids is None and self._sealed is not None:
+            self._item_ids = _read_ids(self._sealed, len(self))
         return self._item_ids
 
     # ------------------------------------------------------------ searching
@@ -171,7 +171,7 @@ class ItemIndex:
             for effort in self.report.efforts
         )
         report = replace(self.report, efforts=efforts)
-        return ItemIndex(self._searcher, report, folder=self._folder, manifest=self._manifest)
+        return ItemIndex(self._searcher, report, sealed=self._sealed)
 
     def tuned_k(self, k: int) -> int:
         """Return the least number of neighbours, not below `k`, that searches are tuned for."""
@@ -348,9 +348,11 @@ class ItemIndex:
         DataError for a missing, damaged or foreign file.
         """
         folder = Path(folder)
-        if not (folder / MANIFEST).is_file():
-            raise DataError(f"There is no index in {folder}, its {MANIFEST} is missing: {MEND}")
-        manifest = read_manifest(folder, MEND) if mapped else open_sealed(folder, MEND)
+        try:
+            sealed = SealedFolder.open(folder, MEND, verified=not mapped)
+        except FileNotFoundError:
+            raise DataError(f"There is no index in {folder}, its {MANIFEST} is missing: {MEND}") from None
+        manifest = sealed.manifest
         if "heads" not in manifest or "report" not in manifest:
             raise DataError(f"{folder} is not an index, or one of an older version: {MEND}")
         if foreign := set(manifest["heads"]) - set(manifest["files"]):  # only those stay in the folder for certain
@@ -364,26 +366,15 @@ class ItemIndex:
                 f"but the model is now {model_version}: export and index again (trec-twotower export RUN, then "
                 "trec-twotower index RUN), or name the checkpoint it was built from (--checkpoint)."
             )
-        wholes = []
-        for name, digest in manifest["heads"].items():
-            if mapped:
-                _check_head(folder / name, manifest["files"][name]["bytes"], digest)
-            usual = faiss.get_deserialization_vector_byte_limit()
-            faiss.set_deserialization_vector_byte_limit(manifest["files"][name]["bytes"])  # no part exceeds the whole
-            try:
-                wholes.append(faiss.read_index(str(folder / name), _how_to_map(manifest) if mapped else 0))
-            except RuntimeError as error:
-                raise DataError(f"{folder / name} is no index that FAISS reads ({error_text(error)}): {MEND}") from None
-            finally:
-                faiss.set_deserialization_vector_byte_limit(usual)  # for whoever reads other indexes in this process
+        wholes = [_read_index(sealed, name, mapped=mapped) for name in manifest["heads"]]
         report = IndexReport.read(manifest["report"])
         blas_batch = report.settings.get("blas_batch", BLAS_BATCH)
         searcher = make_searcher(wholes, device, refine_factor=report.refine_factor, blas_batch=blas_batch)
         if searcher.num_items != manifest["items"]:
             raise DataError(f"{folder} holds {searcher.num_items:,} items, not {manifest['items']:,}: {MEND}")
-        index = cls(searcher, report, folder=folder, manifest=manifest)
+        index = cls(searcher, report, sealed=sealed)
         if not mapped:
-            index._item_ids = _read_ids(folder, manifest, len(index))
+            index._item_ids = _read_ids(sealed, len(index))
         return index
 
 
@@ -394,11 +385,28 @@ def _unseen(found: Answer, seen: Lists | None, k: int) -> Answer:
     return without_seen(found, Lists.empty(len(found[1])) if seen is None else seen, k)
 
 
-def _read_ids(folder: Path, manifest: dict[str, Any], num_items: int) -> pa.Array:
-    verify_sealed(folder, manifest, ITEMS, MEND)
-    ids = pq.read_table(folder / ITEMS, columns=["item_id"])["item_id"].combine_chunks()
+def _read_index(sealed: SealedFolder, name: str, *, mapped: bool) -> Any:
+    """One of FAISS's indexes of a folder, from the file that was verified."""
+    flags = 0
+    if mapped:
+        _check_head(sealed, name)
+        flags = _how_to_map(sealed.manifest)
+    usual = faiss.get_deserialization_vector_byte_limit()
+    faiss.set_deserialization_vector_byte_limit(sealed.num_bytes(name))  # no part exceeds the whole
+    try:
+        return faiss.read_index(str(sealed.path(name)), flags)
+    except RuntimeError as error:
+        path = sealed.folder / name
+        raise DataError(f"{path} is no index that FAISS reads ({error_text(error)}): {MEND}") from None
+    finally:
+        faiss.set_deserialization_vector_byte_limit(usual)  # for whoever reads other indexes in this process
+
+
+def _read_ids(sealed: SealedFolder, num_items: int) -> pa.Array:
+    sealed.verify(ITEMS)
+    ids = pq.read_table(sealed.path(ITEMS), columns=["item_id"])["item_id"].combine_chunks()
     if len(ids) != num_items:
-        raise DataError(f"{folder / ITEMS} has {len(ids):,} ids for {num_items:,} items: {MEND}")
+        raise DataError(f"{sealed.folder / ITEMS} has {len(ids):,} ids for {num_items:,} items: {MEND}")
     return ids
 
 
@@ -415,10 +423,8 @@ def _head_digest(path: Path) -> str:
         return f"xxh3-{xxhash.xxh3_64_hexdigest(file.read(HEAD_BYTES))}"
 
 
-def _check_head(path: Path, num_bytes: int, digest: str) -> None:
-    if not path.is_file():
-        raise DataError(f"{path} is missing, though the manifest lists it: {MEND}")
-    if path.stat().st_size != num_bytes:
-        raise DataError(f"{path} has {path.stat().st_size:,} bytes, {num_bytes:,} were written: {MEND}")
-    if _head_digest(path) != digest:
+def _check_head(sealed: SealedFolder, name: str) -> None:
+    sealed.verify_size(name)
+    if _head_digest(sealed.path(name)) != sealed.manifest["heads"][name]:
+        path = sealed.folder / name
         raise DataError(f"{path} is damaged (the digest of its first {HEAD_BYTES:,} bytes differs): {MEND}")

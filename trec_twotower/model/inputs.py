@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from trec_twotower.data.batch import Listed
 from trec_twotower.data.hashing import mix_torch
-from trec_twotower.data.text import transformers
+from trec_twotower.data.text import MAX_TOKENS, transformers
 from trec_twotower.errors import ConfigError
 from trec_twotower.schema import FeatureSpec
 
@@ -69,6 +69,7 @@ class TextInput(nn.Module):
     def __init__(self, feature: FeatureSpec) -> None:
         super().__init__()
         self.model = _load(feature)
+        self.most_tokens = feature.max_length or MAX_TOKENS
         self.is_frozen = feature.tune == "frozen"
         width = _try(self.model, feature)
         _tune(self.model, feature)
@@ -87,6 +88,10 @@ class TextInput(nn.Module):
     def forward(self, listed: Listed) -> Tensor:
         """(rows, dim) of the rows' tokens."""
         assert listed.length is not None and listed.place is not None
+        if torch.compiler.is_exporting():  # a program has no memory of texts, and no sizes that depend on numbers
+            token_BL, is_there_BL = _padded(listed.length, listed.place, self.most_tokens)
+            vector_BD = self.project(self._mean(token_BL, is_there_BL))
+            return torch.where(listed.length[:, None] > 0, vector_BD, self.missing)
         token_BL, is_there_BL = _padded(listed.length, listed.place)
         key_U, text_B = torch.unique(_hashed(token_BL, is_there_BL), return_inverse=True)
         first_U = torch.full_like(key_U, len(text_B)).scatter_reduce(
@@ -127,16 +132,21 @@ class TextInput(nn.Module):
             one = torch.zeros(1, 1, dtype=torch.int64, device=token_UL.device)
             return self._read(one, one.bool().logical_not())[:0]
         longest = max(int(is_there_UL.sum(1).max()), 1)
-        token_UL, is_there_UL = token_UL[:, :longest], is_there_UL[:, :longest].clone()
+        return self._mean(token_UL[:, :longest], is_there_UL[:, :longest])
+
+    def _mean(self, token_UL: Tensor, is_there_UL: Tensor) -> Tensor:
+        """(texts, its width): the mean of the last layer over the tokens that are there."""
+        is_there_UL = is_there_UL.clone()
         is_there_UL[:, 0] = True  # a text without tokens is thrown away later
         state_ULW = self.model(input_ids=token_UL, attention_mask=is_there_UL.long()).last_hidden_state
         weight_UL1 = is_there_UL[..., None].to(state_ULW.dtype)
         return ((state_ULW * weight_UL1).sum(1) / weight_UL1.sum(1)).float()
 
 
-def _padded(length_B: Tensor, token_N: Tensor) -> tuple[Tensor, Tensor]:
-    """(rows, longest) tokens, 0 behind each row's last, and which are there."""
-    longest = max(int(length_B.max()) if len(length_B) else 0, 1)
+def _padded(length_B: Tensor, token_N: Tensor, longest: int | None = None) -> tuple[Tensor, Tensor]:
+    """(rows, longest) tokens, 0 behind each row's last, and which are there; by default as wide as the longest row."""
+    if longest is None:
+        longest = max(int(length_B.max()) if len(length_B) else 0, 1)
     is_there_BL = torch.arange(longest, device=length_B.device) < length_B[:, None]
     token_BL = torch.zeros(is_there_BL.shape, dtype=torch.int64, device=length_B.device)
     return token_BL.masked_scatter(is_there_BL, token_N), is_there_BL

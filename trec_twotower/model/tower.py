@@ -94,7 +94,7 @@ class Tower(nn.Module):
             weights = {name: weight for name, weight in self.named_parameters() if weight.requires_grad}
             self._averaged = list(weights)
             for name, weight in weights.items():
-                self.register_buffer(_average_of(name), weight.detach().clone())
+                self.register_buffer(average_of(name), weight.detach().clone())
 
     def forward(self, feature_BE: Tensor) -> Tensor:
         vector_BD = self._in_parts(feature_BE) if self.training else self._averaging(self.layers, "layers.", feature_BE)
@@ -130,7 +130,7 @@ class Tower(nn.Module):
     def _averaging(self, part: nn.Module, prefix: str, *inputs: object) -> Tensor:
         """What a part of this tower makes of its inputs, with averaged weights where there are some."""
         averages = {
-            name.removeprefix(prefix): getattr(self, _average_of(name))
+            name.removeprefix(prefix): getattr(self, average_of(name))
             for name in self._averaged
             if name.startswith(prefix)
         }
@@ -155,10 +155,17 @@ class Tower(nn.Module):
             return layers(feature_BE).float()
 
     @torch.no_grad()
+    def begin_average(self) -> None:
+        """average = weight."""
+        weights = dict(self.named_parameters())
+        for name in self._averaged:
+            getattr(self, average_of(name)).copy_(weights[name])
+
+    @torch.no_grad()
     def move_average(self, decay: float) -> None:
         """average = decay * average + (1 - decay) * weight."""
         weights = dict(self.named_parameters())
-        averages = [getattr(self, _average_of(name)) for name in self._averaged]
+        averages = [getattr(self, average_of(name)) for name in self._averaged]
         if averages:
             torch._foreach_lerp_(averages, [weights[name] for name in self._averaged], 1.0 - decay)
 
@@ -168,5 +175,6 @@ def encoder_name(feature: str) -> str:
     return f"of_{feature}"
 
 
-def _average_of(name: str) -> str:
+def average_of(name: str) -> str:
+    """The name of a weight's average."""
     return "average_" + name.removeprefix("layers.").replace(".", "_")

@@ -26,7 +26,7 @@ from trec_twotower.data.interactions import TrainBatches
 from trec_twotower.data.stream import Epochs, Passes, Stream
 from trec_twotower.distributed import Ranks
 from trec_twotower.errors import ConfigError, Stopped, TrainingError
-from trec_twotower.failures import Attempts, describe_step, suspects
+from trec_twotower.failures import DIVERGED, Attempts, dead_vectors, dead_weights, describe_step, suspects
 from trec_twotower.faults import fault_point
 from trec_twotower.files import MANIFEST, read_json, write_json
 from trec_twotower.heartbeat import Heartbeat
@@ -44,6 +44,8 @@ from trec_twotower.run import OWN_ITEMS, STATUS, Run, RunLog
 from trec_twotower.same_run import binding, config_hash
 from trec_twotower.sharding import placements, shard
 from trec_twotower.spectral import check_start, start_spectral
+from trec_twotower.warm_start import Report, begin_with
+from trec_twotower.weight_meaning import Meaning
 
 Evaluate = Callable[[TwoTower], dict[str, float]]
 
@@ -99,8 +101,8 @@ def train(
                     check_start(config.feature_schema, config.train.start)
                     ranks.once(lambda: _check_epochs(config))
                     before = config.without_closed_form
-                    init_from = _train(before, ranks, evaluate, init_from, neighbours, heartbeat, signals)
-                return _train(config, ranks, evaluate, init_from, neighbours, heartbeat, signals)
+                    init_from = _train(before, ranks, evaluate, init_from, neighbours, heartbeat, signals, lock)
+                return _train(config, ranks, evaluate, init_from, neighbours, heartbeat, signals, lock)
         finally:
             lock.release()
 
@@ -113,6 +115,7 @@ def _train(
     neighbours: Neighbours | None,
     heartbeat: Heartbeat,
     signals: StopSignals,
+    lock: RunLock,
 ) -> Path:
     run = Run.join(config, ranks)
     sources = run.sources(ranks, trains=True)
@@ -128,8 +131,10 @@ def _train(
         config.checkpoint.keep,
         binding(config),
         in_background=config.checkpoint.in_background,
+        check=lock.check,
     )
-    progress = Progress(config, ranks, run, passes, checkpoints, heartbeat, signals)
+    ranks.once(checkpoints.recover)
+    progress = Progress(config, ranks, run, passes, checkpoints, heartbeat, signals, lock)
     is_new = checkpoints.newest() is None
     progress.resume(model, optimizer, init_from)
     if config.train.start is not None and is_new and (init_from is None or config.ends_in_closed_form):
@@ -144,7 +149,7 @@ def _train(
         progress.look(measure, model, optimizer)
 
     steps = Steps.of(config.train, model, optimizer, ranks)
-    measure.pause = steps.pause
+    measure.pause = progress.pause = steps.pause
 
     def forward(batch: Batch) -> torch.Tensor:
         progress.begins()
@@ -247,9 +252,10 @@ class Progress:
         checkpoints: Checkpoints,
         heartbeat: Heartbeat,
         signals: StopSignals,
+        lock: RunLock,
     ) -> None:
         self.config, self.ranks, self.run, self.checkpoints = config, ranks, run, checkpoints
-        self.passes, self.heartbeat, self.signals = passes, heartbeat, signals
+        self.passes, self.heartbeat, self.signals, self.lock = passes, heartbeat, signals, lock
         if isinstance(passes, Stream):
             passes.is_stopped = self.agrees_to_stop
         self.told_to_stop: signal.Signals | None = None  # what all ranks have agreed on
@@ -260,7 +266,7 @@ class Progress:
         self.follows = config.data.follow is not None
         self.own_items: OwnItems | None = None  # that are left out, of the rows that the run began with
         self.step = 0
-        self.saved_step = self.evaluated_step = -1
+        self.saved_step = self.evaluated_step = self.checked_step = -1
         self.best = -math.inf
         self.train_s = self.evaluate_s = self.logged_s = self.waiting_s = self.logged_waiting_s = 0.0
         self.losses: list[float] = []
@@ -292,28 +298,24 @@ class Progress:
             label = self.config.evaluate.best_label
             self.best = best["value"] if best is not None and best["metric"] == label else -math.inf
             self.say(f"resumed at step {self.step:,} of {self.num_steps:,} from {newest}")
-        elif init_from is not None:
-            self._begin_with(init_from, model)
+        report = self._begin_with(init_from, model) if newest is None and init_from is not None else None
         self.attempts.begin(self.step, self.passes)
         self.log = RunLog(self.run, self.ranks, self.step)
         self.guard.resume(self.ranks.once(self.log.warnings_and_last_validation))
+        if report is not None:
+            self.log.note(self.step, "init_from", report.facts)
         self.model, self.optimizer = towers(model), optimizer
         self.logged_step = self.step - len(self.losses)
         self._started = time.perf_counter()
 
-    def _begin_with(self, init_from: Path, model: DistributedModelParallel) -> None:
-        """Take the weights of another run where they have the same name and size, and say which."""
-        others = Checkpoints(Run.open(init_from).folder / "checkpoints", self.ranks)
-        path = others.choose("best")
-        took, left = others.load_what_fits(path, model)
-        if not took:
-            raise ConfigError(f"{path} has no weight that fits this model: {'; '.join(left[:5])}.")
+    def _begin_with(self, init_from: Path, model: DistributedModelParallel) -> Report:
+        """Take the weights of another run that mean the same in this one, and report which."""
+        report = begin_with(model, Meaning.of_saved(self.run), Run.open(init_from), self.ranks)
         towers(model).forget()
-        self.say(f"began with {len(took)} weights of {path}: {', '.join(took)}")
+        self.say(report.text)
         if self.config.ends_in_closed_form:
-            self.say(f"the closed form is set beside them: {', '.join(each.partition(' (')[0] for each in left)}")
-        elif left:
-            self.say(f"left {len(left)} as they were drawn: {'; '.join(left)}")
+            self.say("  The skipped tables are filled by the closed form.")
+        return report
 
     def waiting_for(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """The batches, with the time that passes until each is there added up."""
@@ -350,10 +352,16 @@ class Progress:
         self.losses.append(value)
 
     def _agree(self, value: float = 0.0) -> float:
-        """The mean of `value` over ranks; sets `told_to_stop` on all, and raises on all where a save has failed."""
+        """The mean of `value` over ranks; sets `told_to_stop` on all.
+
+        Raises on all ranks where a save has failed, or where the run directory was moved.
+        """
         told = [self.signals.received == each for each in STOPPING]
-        total = self.ranks.sum(np.array([value, *told, self.checkpoints.has_failed]))
-        self.told_to_stop = next((each for each, count in zip(STOPPING, total[1:-1], strict=True) if count), None)
+        is_moved = self.ranks.is_first and not self.lock.is_in_place
+        total = self.ranks.sum(np.array([value, *told, is_moved, self.checkpoints.has_failed]))
+        self.told_to_stop = next((each for each, count in zip(STOPPING, total[1:-2], strict=True) if count), None)
+        if total[-2]:
+            self.ranks.once(self.lock.check)
         if total[-1]:
             self.checkpoints.wait()
         return float(total[0]) / self.ranks.num_ranks
@@ -366,6 +374,7 @@ class Progress:
     def refuse(self, found: str) -> NoReturn:
         """Leave what is known of the step under way, which cannot be taken, and end the run."""
         folder = self.run.folder / f"not-finite-step-{self.step + 1:08d}"
+        assert self.under_way is not None
         describe_step(folder, self.ranks, self.step + 1, found, *self.under_way, self.passes)
         of_ranks = self.ranks.collect(suspects(self.config.feature_schema, self.under_way[1]))
         absurd = list(dict.fromkeys(each for rank in of_ranks for each in rank))
@@ -392,6 +401,8 @@ class Progress:
             self._log()
 
     is_first_step = True  # since the start
+    pause: Callable[[], None] = staticmethod(lambda: None)  # is called before the model is used between two steps
+    under_way: tuple[torch.Tensor, Batch] | None = None  # the loss and the rows of the newest step since the start
 
     def _log(self) -> None:
         passed_s = max(self.train_s - self.logged_s, 1e-9)
@@ -423,6 +434,7 @@ class Progress:
         """Evaluate and save, each where it is due and not yet done."""
         if self._is_due(self.config.train.evaluate_every) and self.evaluated_step != self.step:
             self.evaluated_step = self.step
+            self._check_numbers(model, optimizer)
             metrics = measure(towers(model))
             if metrics is not None:
                 best, popularity = self.config.evaluate.best, measure.popularity()
@@ -465,6 +477,7 @@ class Progress:
 
     def save(self, model: DistributedModelParallel, optimizer: RunOptimizer, *, owes_evaluation: bool = False) -> None:
         if self.saved_step != self.step:
+            self._check_numbers(model, optimizer)
             self.heartbeat.doing = f"the checkpoint of step {self.step:,}"
             facts = {
                 "cursor": self.step,
@@ -486,6 +499,20 @@ class Progress:
             self.checkpoints.save(self.step, model, optimizer, facts)
             self.saved_step = self.step
         self._started = time.perf_counter()
+
+    def _check_numbers(self, model: DistributedModelParallel, optimizer: RunOptimizer) -> None:
+        """Raise TrainingError on all ranks where the weights or the last batch's vectors are dead (see failures.py)."""
+        if self.checked_step == self.step:
+            return
+        self.checked_step = self.step
+        found = next(filter(None, self.ranks.collect(dead_weights(model, optimizer))), None)
+        if found is None and self.under_way is not None:
+            self.pause()
+            found = dead_vectors(towers(model), self.under_way[1], self.ranks)
+        if found is not None:
+            path = self.checkpoints.newest()
+            newest = "There is no checkpoint yet." if path is None else f"The newest checkpoint is {path}."
+            raise TrainingError(DIVERGED.format(step=self.step, found=found, newest=newest))
 
     def stop_if_told(self, model: DistributedModelParallel, optimizer: RunOptimizer) -> None:
         """Save and raise Stopped, when a rank was told to by a signal and all have agreed on it in this step."""
@@ -517,6 +544,7 @@ class Progress:
     def finish(self) -> None:
         self.heartbeat.doing = "its end"
         self.checkpoints.wait()
+        self.ranks.once(self.lock.check)
         self.attempts.end()
         peak_bytes = self.ranks.sizes(peak_resident_bytes())
         self.log.close()
