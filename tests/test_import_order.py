@@ -20,7 +20,7 @@ LAYERS = """
     data.cache_folder data.arrays data.catalogue data.features data.coverage data.held_out
     data.batch data.examples data.item_lists data.negatives data.order data.packed data.cache data.reader data.step_rows
     data.candidates
-    data.interactions
+    data.interactions data.table_formats
     data.stream
     data.sources.options data.sources.writer data.sources.id_lines data.sources.synthetic_words
     data.sources.synthetic_reach data.sources.synthetic data.sources.gowalla data.sources.amazon_beauty
