@@ -409,7 +409,7 @@ def test_dirty_lines_of_movielens_are_named(tmp_path):
         ("9::1::good::7", ["row 6", "'rating' is good"]),
         ("9::1::5::-7", ["row 6", "'timestamp' is -7"]),
         ("9::1::5::1600000000000", ["row 6", "'timestamp' is 1600000000000", "seconds"]),
-        ("9::1::5", ["ratings", "Line: 7"]),
+        ("9::1::5", ["ratings.dat, line 7", "3 columns where the first line has 4"]),
     ):
         text = "".join("::".join(map(str, row)) + "\n" for row in RATED)
         (folder / "ratings.dat").write_text(text + line + "\n")

@@ -123,6 +123,7 @@ def write_log(
     with closing(duckdb.connect(scratch_dir / "events.duckdb", config=settings)) as database:  # type: ignore[arg-type]
         with explained("the files", options):
             fetch_rows(database, "SET enable_progress_bar = false")  # from a notebook, or python -c, it goes to stdout
+            fetch_rows(database, "SET TimeZone = 'UTC'")  # of times without a zone, whatever the machine's is
             counts = load_events(database, options)
             counts |= _drop(database, options)
             _check_periods(database, options)
@@ -138,7 +139,7 @@ Fault = tuple[str, str, str, str]  # a column of the file, what it became, a con
 def refuse_faults(
     database: duckdb.DuckDBPyConnection, files: Files, columns: dict[str, str], faults: Sequence[Fault]
 ) -> int:
-    """How many rows the table `events` has; DataError where it has none, or one with a fault, which it names.
+    """How many rows the table `events` has; DataError where it has none, or where rows have faults: the first of each.
 
     `columns` has the expression that each column of `events` was made by.
     """
@@ -146,9 +147,13 @@ def refuse_faults(
     rows, *found = fetch_row(database, f"SELECT count(*), {tests} FROM events")
     if not rows:
         raise DataError(f"{files.option} = {files.path}: the files hold not one row.")
-    for (column, name, fault, why), count in zip(faults, found, strict=True):
-        if count:
-            raise files.refuse(database, column, fault.format(columns[name]), count, why)
+    refused = [
+        str(files.refuse(database, column, fault.format(columns[name]), count, why))
+        for (column, name, fault, why), count in zip(faults, found, strict=True)
+        if count
+    ]
+    if refused:
+        raise DataError("\n  ".join(refused))
     return rows
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -46,13 +46,17 @@ class FolderOptions(SourceOptions):
 Model = TypeVar("Model", bound=SourceOptions)
 
 
+def _takes_bool(annotation: Any) -> bool:
+    return annotation is bool or any(map(_takes_bool, get_args(annotation)))
+
+
 def read_options(source: str, model: type[Model], overrides: dict[str, Any]) -> Model:
     """The options of `source` with the overrides in place; ConfigError names every one that cannot be."""
     faults = []
     for name, value in overrides.items():
         if name not in model.model_fields:
             faults.append(f"{name!r} is not an option{nearest(name, model.model_fields)}")
-        elif isinstance(value, bool) and model.model_fields[name].annotation is not bool:  # pydantic reads True as 1
+        elif isinstance(value, bool) and not _takes_bool(model.model_fields[name].annotation):  # pydantic reads 1
             faults.append(f"{name} = {value!r}: this option is no yes or no")
     if not faults:
         try:

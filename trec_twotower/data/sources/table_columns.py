@@ -1,0 +1,298 @@
+"""The type of each column of a table, by a scan of all its rows.
+
+Parquet and JSON declare types, which are kept. In CSV nobody does: there a column is what all of its values are.
+
+    integer   every value is spelled as an int64 is: no leading zero, plus sign, blank, hexadecimal or decimal point
+    number    every value is a decimal number, and no two spellings are of one number (1.10 beside 1.1 is text)
+    text      else; ids are integers or text, never numbers
+
+So no two values become one, whatever row they are in. The option `types` declares another type.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from trec_twotower.data.sources.column_sql import (
+    COMMA_NUMBER,
+    DECIMALS,
+    FLOATS,
+    FRACTION,
+    INTEGERS,
+    NULL_WORDS,
+    NUMBER,
+    WHOLE_FLOAT,
+    WIDE_INTEGERS,
+    as_text,
+    boolean_of,
+    integer_of,
+    is_integer,
+    is_number_type,
+    is_time_type,
+    number_of,
+    text_of,
+    time_of,
+)
+from trec_twotower.data.sources.event_files import sql_name, sql_text
+from trec_twotower.data.sources.table_options import TableOptions, is_time_format
+from trec_twotower.errors import ConfigError, DataError, nearest
+
+# Types that models do not read, and what they become. Quoted names of fields stay.
+_ODD_TYPES = re.compile(r'"NULL"(?=[\[\],)]|$)|("(?:[^"]|"")*")|\b(?:DECIMAL\(\d+,\d+\)|U?HUGEINT|UUID)(?=[\[\],)]|$)')
+
+Refuse = Callable[[str, str, int, str], DataError]  # of a column, an SQL condition, a count of rows, and the fix
+
+
+def note(message: str) -> None:
+    """Print how something was read that could have been read in another way."""
+    print(f"note: {message}", file=sys.stderr, flush=True)
+
+
+@dataclass(frozen=True)
+class Typed:
+    """A column's type, and the SQL expression that gives it.
+
+    `seconds` is the SQL expression of a typed time in whole seconds since 1970.
+    """
+
+    type: str
+    expression: str
+    seconds: str = ""
+    fits: frozenset[str] = frozenset()  # of ids: the integer types that hold all of them
+    is_declared: bool = False  # of ids: whether the files or the option `types` say what they are
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column as the files have it: `kind` is its DuckDB type there, `where` names its files.
+
+    A subclass is a way of giving it a type: `aggregates` are what has to be known of all rows, `typed` decides.
+    """
+
+    name: str
+    kind: str
+    where: str
+    options: TableOptions
+    role: str = "column"  # the option that names it
+    is_undeclared: bool = False
+
+    @property
+    def sql(self) -> str:
+        """The column in SQL, null where it has a null word."""
+        name = sql_name(self.name)
+        if self.kind != "VARCHAR" or not self.options.null:
+            return name
+        words = ", ".join(map(sql_text, self.options.null))
+        return f"CASE WHEN {name} NOT IN ({words}) THEN {name} END"
+
+    def aggregates(self) -> dict[str, str]:
+        """SQL aggregates over all rows, by the name under which `typed` gets their values."""
+        return {}
+
+    def typed(self, found: dict[str, Any], refuse: Refuse) -> Typed:
+        """The type of the column; DataError where its values do not allow one."""
+        raise NotImplementedError
+
+    def refusal(self, why: str) -> DataError:
+        return DataError(f"{self.where}: column {self.name!r} is {self.kind}, but {why}.")
+
+
+class PlainColumn(Column):
+    """A column of a declared type that is kept, but for types that models do not read."""
+
+    def typed(self, found: dict[str, Any], refuse: Refuse) -> Typed:
+        kind = _ODD_TYPES.sub(_readable, self.kind)
+        return Typed(kind, self.sql if kind == self.kind else f"CAST({self.sql} AS {kind})")
+
+
+def _readable(found: re.Match[str]) -> str:
+    if found[1]:
+        return found[1]
+    return "DOUBLE" if found[0].startswith(("DECIMAL", "HUGE", "UHUGE")) else "VARCHAR"
+
+
+class DeclaredColumn(Column):
+    """A column of the type that the option `types`, or its use as a weight or a rating, declares."""
+
+    declared: ClassVar[str | None] = None
+
+    @property
+    def type(self) -> str:
+        return self.declared or self.options.types[self.name]
+
+    def _value(self) -> tuple[str, str]:
+        """The DuckDB type, and the SQL expression: NULL where a value is not of it."""
+        name, kind, type = self.sql, self.kind, self.type
+        if type == "text":
+            return "VARCHAR", name if kind == "VARCHAR" else text_of(name, kind)
+        if type == "time" or is_time_format(type):
+            if is_time_type(kind):
+                return kind, name
+            if kind == "VARCHAR" or (is_time_format(type) and kind in INTEGERS):
+                return (
+                    "TIMESTAMP",
+                    f"CAST({time_of(as_text(name, kind), None if type == 'time' else type)} AS TIMESTAMP)",
+                )
+        if type == "number":
+            if is_number_type(kind) or kind == "BOOLEAN":
+                return "DOUBLE", f"CAST({name} AS DOUBLE)"
+            if kind == "VARCHAR":
+                return "DOUBLE", number_of(name, self.options.decimal)
+        if type == "integer":
+            if kind in INTEGERS - WIDE_INTEGERS:
+                return kind, name
+            if is_number_type(kind) or kind == "BOOLEAN":
+                return "BIGINT", f"CASE WHEN {name} = try_cast({name} AS BIGINT) THEN try_cast({name} AS BIGINT) END"
+            if kind == "VARCHAR":
+                return "BIGINT", integer_of(name)
+        if type == "boolean":
+            if kind == "BOOLEAN":
+                return kind, name
+            if kind == "VARCHAR" or kind in INTEGERS:
+                return "BOOLEAN", boolean_of(as_text(name, kind))
+        raise self.refusal(f"{self._source}, which cannot be read from that type")
+
+    @property
+    def _source(self) -> str:
+        return f"a {self.role} is a number" if self.declared else f"types={{{self.name}: {self.type}}} is asked for"
+
+    def aggregates(self) -> dict[str, str]:
+        return {"bad": f"count(*) FILTER ({self._is_bad})"}
+
+    @property
+    def _is_bad(self) -> str:
+        return f"{self._present} AND ({self._value()[1]}) IS NULL"
+
+    @property
+    def _present(self) -> str:
+        return f"({self.sql}) IS NOT NULL" + (f" AND NOT isnan({self.sql})" if self.kind in FLOATS else "")
+
+    def typed(self, found: dict[str, Any], refuse: Refuse) -> Typed:
+        if found["bad"]:
+            comma = " (or say decimal=comma if its comma is a decimal point)" if self.type == "number" else ""
+            why = f"{self._source}, and this is none: mend it, or say null=WORD if it means that there is none{comma}"
+            raise refuse(self.name, self._is_bad, found["bad"], why)
+        return Typed(*self._value())
+
+
+class NumberColumn(DeclaredColumn):
+    """The weight or the rating of events."""
+
+    declared = "number"
+
+
+class FeatureColumn(Column):
+    """A column of CSV: integers, numbers or text, by all of its values."""
+
+    is_noted: ClassVar[bool] = True
+
+    def aggregates(self) -> dict[str, str]:
+        text = self.sql
+        fixed = f"regexp_full_match({text}, {sql_text(DECIMALS)}) AND length({text}) <= 17"
+        places = f"length({text}) - strpos({text}, '.')"
+        shortest = f"contains({text}, 'e') AND CAST(try_cast({text} AS DOUBLE) AS VARCHAR) = {text}"
+        fraction = f"(regexp_full_match({text}, {sql_text(FRACTION)}) AND length({text}) <= 18) OR ({shortest})"
+        conditions = {
+            "integers": is_integer(text),
+            "whole": f"regexp_full_match({text}, {sql_text(WHOLE_FLOAT)})",
+            "fractions": fraction,
+            "fixed": fixed,
+            "numbers": f"regexp_full_match(trim({text}), {sql_text(NUMBER)})",
+            "commas": f"regexp_full_match(trim({text}), {sql_text(COMMA_NUMBER)})",
+            "nulls": f"{text} IN ({', '.join(map(sql_text, NULL_WORDS))})",
+        }
+        counts = {name: f"count(*) FILTER ({condition})" for name, condition in conditions.items()}
+        return counts | {
+            "values": f"count({text})",
+            "fewest": f"min({places}) FILTER ({fixed})",
+            "most": f"max({places}) FILTER ({fixed})",
+            "odd": f"min({text}) FILTER (NOT regexp_full_match(trim({text}), {sql_text(NUMBER)}))",
+        }
+
+    def typed(self, found: dict[str, Any], refuse: Refuse) -> Typed:
+        values = found["values"]
+        if not values:
+            return Typed("VARCHAR", self.sql)
+        if found["integers"] == values:
+            return Typed("BIGINT", f"CAST({self.sql} AS BIGINT)")
+        is_fixed = found["fixed"] == values and found["fewest"] == found["most"]
+        if is_fixed or values in (found["integers"] + found["fractions"], found["whole"] + found["fractions"]):
+            return Typed("DOUBLE", f"CAST({self.sql} AS DOUBLE)")
+        if self.is_noted:
+            self._note(found)
+        return Typed("VARCHAR", self.sql)
+
+    def _note(self, found: dict[str, Any]) -> None:
+        """Report a column of numbers that is read as text."""
+        values, numbers = found["values"], found["numbers"]
+        named = f"{self.where}: column {self.name!r}"
+        if numbers == values:
+            note(
+                f"{named} spells numbers in several ways (such as 1.10 and 1.1, 007 or 1E5), so that it is read as "
+                f"text: types={{{self.name}: number}} reads numbers."
+            )
+        elif numbers and numbers + found["nulls"] == values:
+            note(
+                f"{named} is read as text, because {values - numbers:,} of its values are no numbers, such as "
+                f"{found['odd']!r}: null={found['odd']!r} reads that word as null."
+            )
+        elif found["commas"] and numbers + found["commas"] == values:
+            note(
+                f"{named} is read as text, because of commas such as in {found['odd']!r}: "
+                f"types={{{self.name}: number}} with decimal=comma reads numbers."
+            )
+
+
+class FilterColumn(FeatureColumn):
+    """A column of CSV that only the condition `where` may use."""
+
+    is_noted = False
+
+
+class ListColumn(Column):
+    """Text that is a list: values between separators, as the option `lists` says. Integers if all of them are."""
+
+    @property
+    def _parts(self) -> str:
+        separator = self.options.lists[self.name]
+        return f"list_filter(string_split({self.sql}, {sql_text(separator)}), lambda part: part <> '')"
+
+    def aggregates(self) -> dict[str, str]:
+        if self.kind != "VARCHAR":
+            raise self.refusal(f"lists={{{self.name}: {self.options.lists[self.name]!r}}} separates text: leave it out")
+        has_text = f"len(list_filter({self._parts}, lambda part: NOT {is_integer('part')})) > 0"
+        return {"texts": f"count(*) FILTER ({has_text})", "parts": f"sum(len({self._parts}))"}
+
+    def typed(self, found: dict[str, Any], refuse: Refuse) -> Typed:
+        if found["texts"] or not found["parts"] or self.options.types.get(self.name) == "text":
+            return Typed("VARCHAR[]", self._parts)
+        return Typed("BIGINT[]", f"CAST({self._parts} AS BIGINT[])")
+
+
+def feature_column(column: Column, *, is_noted: bool = True) -> Column:
+    """The way in which a feature, or a column that only `where` may use, gets its type."""
+    name, options = column.name, column.options
+    kind: type[Column] = PlainColumn
+    if name in options.lists:
+        kind = ListColumn
+    elif name in options.types:
+        kind = DeclaredColumn
+    elif column.is_undeclared:
+        kind = FeatureColumn if is_noted else FilterColumn
+    return as_kind(column, kind)
+
+
+def as_kind(column: Column, kind: type[Column]) -> Column:
+    return kind(column.name, column.kind, column.where, column.options, column.role, column.is_undeclared)
+
+
+def check_names(options: TableOptions, known: Sequence[str]) -> None:
+    """ConfigError where `types` or `lists` name a column that no file has."""
+    for option in ("types", "lists"):
+        for name in getattr(options, option):
+            if name not in known:
+                raise ConfigError(f"{option} names a column {name!r}, which no file has{nearest(name, known)}.")
