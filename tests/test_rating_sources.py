@@ -405,10 +405,10 @@ def test_movielens_by_hand(tmp_path, layout):
 def test_dirty_lines_of_movielens_are_named(tmp_path):
     folder = write_dat(tmp_path / "raw")
     for line, said in (
-        ("9::x::5::7", ["ratings.dat, row 6", "'movieId' is x"]),
-        ("9::1::good::7", ["row 6", "'rating' is good"]),
-        ("9::1::5::-7", ["row 6", "'timestamp' is -7"]),
-        ("9::1::5::1600000000000", ["row 6", "'timestamp' is 1600000000000", "seconds"]),
+        ("9::x::5::7", ["ratings.dat, line 7", "'movieId' is x"]),
+        ("9::1::good::7", ["line 7", "'rating' is good"]),
+        ("9::1::5::-7", ["line 7", "'timestamp' is -7"]),
+        ("9::1::5::1600000000000", ["line 7", "'timestamp' is 1600000000000", "seconds"]),
         ("9::1::5", ["ratings.dat, line 7", "3 columns where the first line has 4"]),
     ):
         text = "".join("::".join(map(str, row)) + "\n" for row in RATED)
@@ -479,7 +479,7 @@ def test_what_goodbooks_needs_is_said(tmp_path):
     (folder / "books.csv").write_text("id,book_id,title\n1,100,x\n")
     assert "no column 'goodreads_book_id'" in refusal(DataError, "goodbooks", folder)
     (folder / "ratings.csv").write_text("user_id,book_id,rating\n1,2,\n")
-    assert "row 0 (counted from 0): 'rating' is null" in refusal(DataError, "goodbooks", folder)
+    assert "ratings.csv, line 2: 'rating' is null" in refusal(DataError, "goodbooks", folder)
 
 
 # ---------------------------------------------------------------- a model of each, by the config that is shipped

@@ -269,10 +269,10 @@ def _ranks(config: Any | None = None) -> Any:
 
 
 def _prepare(options: argparse.Namespace) -> int:
-    from trec_twotower.config import parse_overrides
-    from trec_twotower.data.sources import prepare
+    from trec_twotower.data.sources import parse_options, prepare
 
-    made = prepare(options.source, options.out, parse_overrides(options.overrides), overwrite=options.overwrite)
+    overrides = parse_options(options.source, options.overrides)
+    made = prepare(options.source, options.out, overrides, overwrite=options.overwrite)
     counts = ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in made["counts"].items() if count)
     print(f"{options.out}: {counts}")
     if made.get("counts_checked"):

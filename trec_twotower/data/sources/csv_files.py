@@ -107,14 +107,17 @@ class CsvFiles:
                 with open_unzipped(path) as source:
                     if any(re.search(rb"[\x80-\x9f]", line) for line in source):
                         raise wrong_encoding(path, "latin-1") from None
-        mixed = set()
-        if _MIXED_LINE_ENDS in str(error):
-            mixed = {path for path in self.paths if path not in self.copied and has_mixed_line_ends(path)}
-        if not mixed:
+        made = self.with_one_line_end() if _MIXED_LINE_ENDS in str(error) else self
+        if made is self:
             raise error
+        return made
+
+    def with_one_line_end(self) -> CsvFiles:
+        """The same files, with copies of those that have lines ending in LF and in CRLF."""
+        mixed = {path for path in self.paths if path not in self.copied and has_mixed_line_ends(path)}
         for path in mixed:
             copy_as_utf_8(path, self.layout.encoding, self.scratch_dir)
-        return replace(self, copied=self.copied | mixed)
+        return replace(self, copied=self.copied | mixed) if mixed else self
 
     def place(self, path: str, row: int) -> str:
         """The line that the row of this number (from 0) begins on."""

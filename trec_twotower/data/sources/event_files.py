@@ -185,6 +185,12 @@ def describe(database: duckdb.DuckDBPyConnection, relation: str) -> dict[str, st
     return {name: kind for name, kind, *_ in described if name != FILE_OF_ROW}
 
 
+def scratch_dir_of(database: duckdb.DuckDBPyConnection) -> Path:
+    """The folder of the database's own file, which is removed at the end."""
+    (path,) = fetch_row(database, "SELECT path FROM duckdb_databases() WHERE database_name = current_database()")
+    return Path(path).parent
+
+
 def duckdb_paths(paths: list[Path]) -> str:
     """The files as a list in SQL; DuckDB reads no glob into their names."""
     return ", ".join(sql_text(glob.escape(str(path))) for path in paths)

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, ClassVar, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from trec_twotower.config import parse_overrides
 from trec_twotower.errors import ConfigError, DataError, nearest
 
 DATA_VARIABLE = "TREC_TT_DATA"
 
 
 class SourceOptions(BaseModel):
-    """Frozen; a key that is not an option is refused."""
+    """Frozen; a key that is not an option is refused. `verbatim` are options whose text is not read as YAML."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, coerce_numbers_to_str=True)
+    verbatim: ClassVar[frozenset[str]] = frozenset()
 
 
 class FolderOptions(SourceOptions):
@@ -48,6 +51,22 @@ Model = TypeVar("Model", bound=SourceOptions)
 
 def _takes_bool(annotation: Any) -> bool:
     return annotation is bool or any(map(_takes_bool, get_args(annotation)))
+
+
+def parse_options(model: type[SourceOptions], overrides: Iterable[str]) -> dict[str, Any]:
+    """Return the values of `key=value` arguments: YAML, but the text itself for options such as `where`.
+
+    Quoted text and mappings in braces are YAML for these options as well.
+    """
+    parsed = {}
+    for override in overrides:
+        name, _, text = override.partition("=")
+        is_quoted = len(text) > 2 and text[0] in "\"'" and text.find(text[0], 1) == len(text) - 1
+        if name in model.verbatim and not (text.startswith("{") or is_quoted):
+            parsed[name] = text
+        else:
+            parsed |= parse_overrides([override])
+    return parsed
 
 
 def read_options(source: str, model: type[Model], overrides: dict[str, Any]) -> Model:

@@ -24,9 +24,9 @@ from trec_twotower.data.sources.event_files import (
     describe,
     duckdb_paths,
     explained,
-    fetch_row,
     original_names,
     row_place,
+    scratch_dir_of,
     sql_name,
     sql_text,
 )
@@ -158,7 +158,7 @@ def _csv_files(
     filled = next((path for path in paths if path.stat().st_size), None)
     if table not in options.separator and filled is not None:
         layout = replace(layout, separator=detect_separator(filled, layout, options.named_columns(table)))
-    csv = CsvFiles(tuple(paths), layout, _scratch_dir(database))
+    csv = CsvFiles(tuple(paths), layout, scratch_dir_of(database))
     if not csv.heads:
         what = "the file is" if len(paths) == 1 else f"all {len(paths):,} files are"
         raise DataError(f"{table} = {getattr(options, table)}: {what} empty: there is not even a line of names.")
@@ -214,7 +214,7 @@ def _json_relation(
     encoding = options.encoding.get(table, "utf-8")
     if encoding == "utf-8":
         return json_relation(database, paths), json_place
-    scratch_dir = _scratch_dir(database)
+    scratch_dir = scratch_dir_of(database)
     for path in paths:
         copy_as_utf_8(path, encoding, scratch_dir)
     relation = json_relation(database, [copy_path(path, scratch_dir) for path in paths])
@@ -276,9 +276,3 @@ def _lacking(names: dict[Path, tuple[str, ...]]) -> dict[str, list[Path]]:
         for name, having in holders.items()
         if len(having) < len(names)
     }
-
-
-def _scratch_dir(database: duckdb.DuckDBPyConnection) -> Path:
-    """The folder of the database's own file, which is removed at the end."""
-    (path,) = fetch_row(database, "SELECT path FROM duckdb_databases() WHERE database_name = current_database()")
-    return Path(path).parent
