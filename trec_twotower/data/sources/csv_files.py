@@ -151,7 +151,8 @@ def detect_separator(path: Path, layout: CsvLayout, wanted: Collection[str]) -> 
 def _first_record(path: Path, layout: CsvLayout) -> tuple[list[str], int]:
     """The fields of the first record that is not blank, and its line."""
     try:
-        return next(_records(path, layout), ([], 0))
+        fields, line = next(_records(path, layout), ([""], 0))
+        return [fields[0].removeprefix("\ufeff"), *fields[1:]] if line else [], line
     except UnicodeError:
         raise wrong_encoding(path, layout.encoding) from None
     except csv.Error as error:

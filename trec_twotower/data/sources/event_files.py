@@ -153,7 +153,7 @@ def _csv_fault(file: str, line: str, text: str | None, why: str, *, has_options:
         option = "or say quote=none if quotes are plain characters in these files"
     else:
         option = "or take it out"
-    fix = f"mend the line, {option if has_options else 'or take it out'}"
+    fix = f"fix the line, {option if has_options else 'or take it out'}"
     shown = f" {text[:60]!r}" if text else ""
     return DataError(f"{file}, line {int(line):,}:{shown}: {why}: {fix}.")
 
@@ -167,6 +167,16 @@ def _do(database: duckdb.DuckDBPyConnection, action: Callable[[], Any]) -> Any:
         except KeyboardInterrupt:
             database.interrupt()
             raise
+
+
+def configure(database: duckdb.DuckDBPyConnection) -> None:
+    """Set what reading relies on, whatever the machine's own settings are."""
+    for setting in (
+        "enable_progress_bar = false",  # from a notebook, or python -c, it goes to stdout
+        "TimeZone = 'UTC'",  # of times without a zone
+        "disabled_optimizers = 'statistics_propagation'",  # it takes TRY_CAST of a number to be never null
+    ):
+        fetch_rows(database, f"SET {setting}")
 
 
 def fetch_rows(database: duckdb.DuckDBPyConnection, query: str) -> list[tuple[Any, ...]]:

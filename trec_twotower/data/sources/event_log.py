@@ -28,7 +28,15 @@ import duckdb
 import pyarrow as pa
 from pydantic import BeforeValidator, Field, PositiveInt, model_validator
 
-from trec_twotower.data.sources.event_files import Files, explained, fetch_batches, fetch_row, fetch_rows, sql_name
+from trec_twotower.data.sources.event_files import (
+    Files,
+    configure,
+    explained,
+    fetch_batches,
+    fetch_row,
+    fetch_rows,
+    sql_name,
+)
 from trec_twotower.data.sources.event_splits import Piece, Splits, whole_users
 from trec_twotower.data.sources.options import SourceOptions
 from trec_twotower.data.sources.writer import DatasetWriter
@@ -122,8 +130,7 @@ def write_log(
     }
     with closing(duckdb.connect(scratch_dir / "events.duckdb", config=settings)) as database:  # type: ignore[arg-type]
         with explained("the files", options):
-            fetch_rows(database, "SET enable_progress_bar = false")  # from a notebook, or python -c, it goes to stdout
-            fetch_rows(database, "SET TimeZone = 'UTC'")  # of times without a zone, whatever the machine's is
+            configure(database)
             counts = load_events(database, options)
             counts |= _drop(database, options)
             _check_periods(database, options)

@@ -106,10 +106,13 @@ class _Log:
         rating = "rating of the row"
         read = columns | ({rating: sql_name(options.rating)} if options.rating else {})
         selected = ", ".join(f"{expression} AS {sql_name(name)}" for name, expression in read.items())
-        with explained(f"events = {options.events}", options):
+        condition = f", where = {options.where}" if options.where is not None else ""
+        with explained(f"events = {options.events}{condition}", options):
             fetch_rows(
                 database, f"CREATE TABLE events AS SELECT {selected} FROM {files.relation} WHERE ({files.where})"
             )
+        if condition and not fetch_row(database, "SELECT count(*) FROM events")[0]:
+            raise DataError(f"events = {options.events}: no row meets the condition where = {options.where}.")
         counts = {"events_read": refuse_faults(database, files, read, self._faults(rating))}
         if options.rating:
             counts["low_ratings_dropped"] = _drop_low_ratings(database, options, rating)
@@ -200,7 +203,8 @@ def _event_columns(table: TableFiles, options: Options) -> list[Column]:
             made.append(feature_column(new_column(table, options, name, "context", is_needed=False)))
     if options.where is not None:
         known = {column.name for column in made}
-        others = [name for name in table.files.types if name not in known and name not in table.conflicts]
+        used = options.where.casefold()
+        others = [name for name in table.files.types if name not in known and name.casefold() in used]
         made += [
             feature_column(new_column(table, options, name, "where", is_needed=False), is_noted=False)
             for name in others

@@ -25,11 +25,11 @@ from trec_twotower.errors import DataError
 _GUESSED = re.compile(r'("(?:[^"]|"")*")|\b(?:DATE|TIME|TIMESTAMP(?:TZ|_\w+| WITH TIME ZONE)?|UUID|JSON)(?=[\[\],)]|$)')
 
 
-def json_relation(database: duckdb.DuckDBPyConnection, paths: Sequence[Path]) -> str:
-    """An SQL relation of the objects in these files. Text stays text, also where it looks like a date.
+def json_relation(database: duckdb.DuckDBPyConnection, paths: Sequence[Path]) -> tuple[str, frozenset[str]]:
+    """An SQL relation of the objects in these files, and the keys whose values are of several types: text here.
 
-    All objects are read for their keys and types, which needs little memory. A column whose values are of several
-    types is text.
+    Text stays text, also where it looks like a date. All objects are read for their keys and types, which needs little
+    memory.
     """
     read = f"read_json([{duckdb_paths(list(paths))}], hive_partitioning = false"
     scan = f"{read}, sample_size = -1, maximum_sample_files = {len(paths)}, union_by_name = true"
@@ -41,7 +41,8 @@ def json_relation(database: duckdb.DuckDBPyConnection, paths: Sequence[Path]) ->
     _refuse_twins(database, paths, types)
     kept = {name: _GUESSED.sub(lambda found: found[1] or "VARCHAR", kind) for name, kind in types.items()}
     typed = ", ".join(f"{sql_text(name)}: {sql_text(kind)}" for name, kind in kept.items())
-    return f"(SELECT * FROM {read}, columns = {{{typed}}}, filename = {sql_text(FILE_OF_ROW)}))"
+    mixed = frozenset(name for name, kind in types.items() if kind == "JSON")
+    return f"(SELECT * FROM {read}, columns = {{{typed}}}, filename = {sql_text(FILE_OF_ROW)}))", mixed
 
 
 def json_place(path: str, row: int) -> str:

@@ -83,6 +83,8 @@ def read_options(source: str, model: type[Model], overrides: dict[str, Any]) -> 
         except ValidationError as error:
             for fault in error.errors():
                 name = ".".join(map(str, fault["loc"]))
+                if fault["loc"] and overrides.get(str(fault["loc"][0])) == fault["input"]:  # of each of several tables
+                    name = str(fault["loc"][0])
                 message = fault["msg"].removeprefix("Value error, ")
                 if fault["type"] == "missing":
                     faults.append(f"{name} is missing: it has no default")
@@ -90,4 +92,4 @@ def read_options(source: str, model: type[Model], overrides: dict[str, Any]) -> 
                     faults.append(f"{name} = {fault['input']!r}: a list is needed, such as {name}=[{fault['input']}]")
                 else:
                     faults.append(f"{name} = {fault['input']!r}: {message}" if name else message)
-    raise ConfigError(f"Source {source!r}: " + "; ".join(faults) + ".")
+    raise ConfigError(f"Source {source!r}: " + "; ".join(dict.fromkeys(faults)) + ".")

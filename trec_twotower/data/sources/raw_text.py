@@ -71,6 +71,7 @@ def copy_as_utf_8(path: Path, encoding: str, scratch_dir: Path) -> None:
                 text = held + decoder.decode(block, final=is_last)
             except UnicodeError:
                 raise wrong_encoding(path, encoding) from None
+            text = text if file.tell() else text.removeprefix("\ufeff")
             held = "\r" if text.endswith("\r") and not is_last else ""
             file.write(text[: len(text) - len(held)].replace("\r\n", "\n").encode())
 
@@ -91,8 +92,11 @@ def wrong_encoding(path: Path, encoding: str, *, has_option: bool = True) -> Dat
     """Name the first line of a file that is not text in `encoding`, and the encodings to try."""
     say = "say encoding=" if has_option else "convert it to UTF-8, as by iconv -f "
     with open_unzipped(path) as source:
-        begin = source.read(2)
-    if encoding == "utf-8" and begin in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+        begin = source.read(4)
+    for magic, kind in ((b"PAR1", "Parquet (format=parquet)"), (b"\x1f\x8b", "gzip (give its name the ending .gz)")):
+        if begin.startswith(magic):
+            return DataError(f"{path} is not text but {kind}.")
+    if encoding == "utf-8" and begin.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         return DataError(f"{path} is not UTF-8 but UTF-16: {say}utf-16.")
     where = f"{path}"
     with open_unzipped(path) as source:
@@ -122,7 +126,7 @@ def broken_json_line(path: Path, why: str) -> DataError:
             if number == 1 and line.lstrip()[:1] in b"[{" and not _ends_here(line):
                 break  # an array, or objects over several lines: no line of it is an object
             shown = line[:60].decode("utf-8", "replace").strip()
-            fix = "mend the line or take it out"
+            fix = "fix the line or take it out"
             if _is_python_dict(line):
                 fix = f"it is a Python dict. Convert such lines by `python -c {_TO_JSON!r} < FILE > FILE.jsonl`"
             return DataError(f"{path}, line {number:,}: {shown!r} is not one JSON object: {fix}.")

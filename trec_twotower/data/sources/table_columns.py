@@ -173,8 +173,8 @@ class DeclaredColumn(Column):
 
     def typed(self, found: dict[str, Any], refuse: Refuse) -> Typed:
         if found["bad"]:
-            comma = " (or say decimal=comma if its comma is a decimal point)" if self.type == "number" else ""
-            why = f"{self._source}, and this is none: mend it, or say null=WORD if it means that there is none{comma}"
+            comma = ", or decimal=comma if its comma is a decimal point" if self.type == "number" else ""
+            why = f"{self._source}, and this is none: fix it, or say null=WORD if it means a missing value{comma}"
             raise refuse(self.name, self._is_bad, found["bad"], why)
         return Typed(*self._value())
 
@@ -190,61 +190,73 @@ class FeatureColumn(Column):
 
     is_noted: ClassVar[bool] = True
 
-    def aggregates(self) -> dict[str, str]:
+    @property
+    def _spelling(self) -> str:
+        """SQL: how a value is spelled, as one word; of decimals with the number of places."""
         text = self.sql
-        fixed = f"regexp_full_match({text}, {sql_text(DECIMALS)}) AND length({text}) <= 17"
-        places = f"length({text}) - strpos({text}, '.')"
+        places = f"(length({text}) - strpos({text}, '.'))"
         shortest = f"contains({text}, 'e') AND CAST(try_cast({text} AS DOUBLE) AS VARCHAR) = {text}"
-        fraction = f"(regexp_full_match({text}, {sql_text(FRACTION)}) AND length({text}) <= 18) OR ({shortest})"
-        conditions = {
-            "integers": is_integer(text),
-            "whole": f"regexp_full_match({text}, {sql_text(WHOLE_FLOAT)})",
-            "fractions": fraction,
-            "fixed": fixed,
-            "numbers": f"regexp_full_match(trim({text}), {sql_text(NUMBER)})",
-            "commas": f"regexp_full_match(trim({text}), {sql_text(COMMA_NUMBER)})",
-            "nulls": f"{text} IN ({', '.join(map(sql_text, NULL_WORDS))})",
+        spellings = {
+            is_integer(text): "'integer'",
+            _matches(text, WHOLE_FLOAT): "'whole'",
+            f"length({text}) <= 17 AND {_matches(text, FRACTION)}": f"concat('fraction ', {places})",
+            f"length({text}) <= 17 AND {_matches(text, DECIMALS)}": f"concat('padded ', {places})",
+            f"length({text}) = 18 AND {_matches(text, FRACTION)}": "'fraction'",
+            shortest: "'fraction'",
+            _matches(f"trim({text})", NUMBER): "'number'",
+            _matches(f"trim({text})", COMMA_NUMBER): "'comma'",
+            f"{text} IN ({', '.join(map(sql_text, NULL_WORDS))})": "'null'",
+            f"{text} IS NOT NULL": "'text'",
         }
-        counts = {name: f"count(*) FILTER ({condition})" for name, condition in conditions.items()}
-        return counts | {
-            "values": f"count({text})",
-            "fewest": f"min({places}) FILTER ({fixed})",
-            "most": f"max({places}) FILTER ({fixed})",
-            "odd": f"min({text}) FILTER (NOT regexp_full_match(trim({text}), {sql_text(NUMBER)}))",
+        return f"CASE {' '.join(f'WHEN {condition} THEN {word}' for condition, word in spellings.items())} END"
+
+    def aggregates(self) -> dict[str, str]:
+        return {
+            "spellings": f"histogram({self._spelling})",
+            "odd": f"min({self.sql}) FILTER ({self._spelling} IN ('comma', 'null', 'text'))",
         }
 
     def typed(self, found: dict[str, Any], refuse: Refuse) -> Typed:
-        values = found["values"]
-        if not values:
+        spellings: dict[str, int] = found["spellings"] or {}
+        kinds = {word.split(" ")[0] for word in spellings}
+        if not kinds:
             return Typed("VARCHAR", self.sql)
-        if found["integers"] == values:
+        if kinds == {"integer"}:
             return Typed("BIGINT", f"CAST({self.sql} AS BIGINT)")
-        is_fixed = found["fixed"] == values and found["fewest"] == found["most"]
-        if is_fixed or values in (found["integers"] + found["fractions"], found["whole"] + found["fractions"]):
+        # So that no two values are one number: as many places everywhere, or no zero at the end that need not be.
+        places = {
+            word.replace("whole", "padded 1").removeprefix("padded").removeprefix("fraction") for word in spellings
+        }
+        has_equal_places = kinds <= {"whole", "fraction", "padded"} and len(places) == 1 and places != {""}
+        if has_equal_places or kinds in ({"fraction"}, {"integer", "fraction"}, {"whole"}, {"whole", "fraction"}):
             return Typed("DOUBLE", f"CAST({self.sql} AS DOUBLE)")
         if self.is_noted:
-            self._note(found)
+            self._note(kinds, found["odd"], spellings)
         return Typed("VARCHAR", self.sql)
 
-    def _note(self, found: dict[str, Any]) -> None:
+    def _note(self, kinds: set[str], odd: str, spellings: dict[str, int]) -> None:
         """Report a column of numbers that is read as text."""
-        values, numbers = found["values"], found["numbers"]
         named = f"{self.where}: column {self.name!r}"
-        if numbers == values:
+        others = kinds - {"integer", "whole", "fraction", "padded", "number"}
+        if not others:
             note(
                 f"{named} spells numbers in several ways (such as 1.10 and 1.1, 007 or 1E5), so that it is read as "
                 f"text: types={{{self.name}: number}} reads numbers."
             )
-        elif numbers and numbers + found["nulls"] == values:
+        elif others == {"null"} and others != kinds:
             note(
-                f"{named} is read as text, because {values - numbers:,} of its values are no numbers, such as "
-                f"{found['odd']!r}: null={found['odd']!r} reads that word as null."
+                f"{named} is read as text, because {spellings['null']:,} of its values are no numbers, such as "
+                f"{odd!r}: null={odd!r} reads that word as null."
             )
-        elif found["commas"] and numbers + found["commas"] == values:
+        elif others == {"comma"}:
             note(
-                f"{named} is read as text, because of commas such as in {found['odd']!r}: "
-                f"types={{{self.name}: number}} with decimal=comma reads numbers."
+                f"{named} is read as text, because of commas such as in {odd!r}: types={{{self.name}: number}} with "
+                "decimal=comma reads numbers."
             )
+
+
+def _matches(text: str, pattern: str) -> str:
+    return f"regexp_full_match({text}, {sql_text(pattern)})"
 
 
 class FilterColumn(FeatureColumn):

@@ -47,8 +47,9 @@ _HIVE_NULL = "__HIVE_DEFAULT_PARTITION__"
 class TableFiles:
     """The files of a table and what they hold.
 
-    `undeclared` are the columns whose type nobody declares: those of CSV, and the keys of Hive's folders. `lacking` has
-    the files that a column is missing in, `conflicts` what to report where files declare different types for it.
+    `undeclared` are the columns whose type nobody declares: those of CSV, and the keys of Hive's folders. `mixed` are
+    those of JSON whose values are of several types. `lacking` has the files that a column is missing in, `conflicts`
+    what to report where files declare different types for it.
     """
 
     files: Files
@@ -56,6 +57,7 @@ class TableFiles:
     undeclared: frozenset[str]
     lacking: dict[str, list[Path]] = field(default_factory=dict)
     conflicts: dict[str, str] = field(default_factory=dict)
+    mixed: frozenset[str] = frozenset()
     csv: CsvFiles | None = None
     base: Path | None = None  # the folder below which Hive's folders count
 
@@ -79,7 +81,7 @@ def open_table(database: duckdb.DuckDBPyConnection, options: TableOptions, table
         if format == "csv":
             return _with_csv(database, opened, _csv_files(database, options, table, paths))
         if format == "json":
-            return _finished(database, opened, *_json_relation(database, options, table, paths))
+            return _with_json(database, options, table, opened)
         names, conflicts = _parquet_columns(paths)
         relation = (
             f"read_parquet([{duckdb_paths(paths)}], union_by_name = true, hive_partitioning = false, "
@@ -207,18 +209,20 @@ def _hive_keys(opened: TableFiles, types: Collection[str]) -> dict[str, str]:
     return keys
 
 
-def _json_relation(
-    database: duckdb.DuckDBPyConnection, options: TableOptions, table: TableName, paths: list[Path]
-) -> tuple[str, Place]:
-    """The relation of the files, or of their copies where their encoding is another, and the place of their rows."""
+def _with_json(
+    database: duckdb.DuckDBPyConnection, options: TableOptions, table: TableName, opened: TableFiles
+) -> TableFiles:
+    """The files are read from copies if their encoding is another than UTF-8."""
     encoding = options.encoding.get(table, "utf-8")
     if encoding == "utf-8":
-        return json_relation(database, paths), json_place
+        relation, mixed = json_relation(database, opened.paths)
+        return _finished(database, replace(opened, mixed=mixed), relation, json_place)
     scratch_dir = scratch_dir_of(database)
-    for path in paths:
+    for path in opened.paths:
         copy_as_utf_8(path, encoding, scratch_dir)
-    relation = json_relation(database, [copy_path(path, scratch_dir) for path in paths])
-    return f"(SELECT {original_names(paths[0], scratch_dir)} FROM {relation})", row_place
+    relation, mixed = json_relation(database, [copy_path(path, scratch_dir) for path in opened.paths])
+    relation = f"(SELECT {original_names(opened.paths[0], scratch_dir)} FROM {relation})"
+    return _finished(database, replace(opened, mixed=mixed), relation, row_place)
 
 
 def _parquet_columns(paths: list[Path]) -> tuple[dict[Path, tuple[str, ...]], dict[str, str]]:

@@ -78,11 +78,13 @@ class TimeColumn(Column):
             f"{whole} BETWEEN 190001010000 AND 210012312359 AND {whole} // 1000000 % 100 BETWEEN 1 AND 12 "
             f"AND {whole} // 10000 % 100 BETWEEN 1 AND 31 AND {whole} // 100 % 100 < 24 AND {whole} % 100 < 60"
         )
+        second = f"{whole} BETWEEN 19000101000000 AND 21001231235959 AND {minute.replace(whole, f'{whole} // 100')}"
         of = {"least": f"min({number})", "most": f"max({number})", "present": f"count({number})"}
         of["late"] = f"count(CASE WHEN {number} > {LATEST_S} THEN 1 END)"
         return {name: f"{aggregate} FILTER ({condition})" for name, aggregate in of.items()} | {
             "days": f"count(*) FILTER ({condition} AND {day} AND {whole} % 100 > 0)",
             "minutes": f"count(*) FILTER ({condition} AND {minute})",
+            "moments": f"count(*) FILTER ({condition} AND {second})",
         }
 
     def _of_text(self) -> dict[str, str]:
@@ -125,12 +127,12 @@ class TimeColumn(Column):
         if found["dated"] and found["dated"] == values:
             return self._by_day_or_month(found, refuse)
         if found["numbers"] > max(found["iso"], found["dated"]):
-            why = "other times are numbers, and this one is neither a number nor a time in ISO 8601: mend it"
+            why = "other times are numbers, and this one is neither a number nor a time in ISO 8601: fix it"
             raise refuse(self.name, self._unread(number_of(self.sql, ".")), values - found["numbers"], why)
         if not found["iso"]:
             raise self._unknown(found["example"])
         if found["iso"] < values:
-            why = "other times are in ISO 8601 (such as 2024-05-31 23:59:00), and this one is not: mend it"
+            why = "other times are in ISO 8601 (such as 2024-05-31 23:59:00), and this one is not: fix it"
             raise refuse(self.name, self._unread(time_of(self.sql, None)), values - found["iso"], why)
         if 0 < found["zoned"] < values:
             note(
@@ -143,7 +145,7 @@ class TimeColumn(Column):
         text = as_text(self.sql, self.kind)
         if bad:
             raise refuse(
-                self.name, self._unread(time_of(text, format)), bad, f"{why}: mend it, or the format {format!r}"
+                self.name, self._unread(time_of(text, format)), bad, f"{why}: fix it, or the format {format!r}"
             )
         name = as_text(sql_name(self.name), self.kind)
         return Typed(self.kind, self.sql, _seconds(f"epoch_us({time_of(name, format)})", 10**6))
@@ -180,8 +182,8 @@ class TimeColumn(Column):
     def _unit(self, found: dict[str, Any], refuse: Refuse) -> str:
         if not found["present"]:
             return "s"
-        for count, format in ((found["days"], "%Y%m%d"), (found["minutes"], "%Y%m%d%H%M")):
-            if count == found["present"]:
+        for name, format in (("days", "%Y%m%d"), ("minutes", "%Y%m%d%H%M"), ("moments", "%Y%m%d%H%M%S")):
+            if found[name] == found["present"]:
                 raise DataError(
                     f"{self.where}: every value of {self.name!r} looks like a date (such as {int(found['most'])}): say "
                     f"time_format={format}, or time_unit= if they are numbers of seconds."
@@ -199,7 +201,7 @@ class TimeColumn(Column):
         condition = f"{number_of(self.sql, '.') if self.kind == 'VARCHAR' else self._finite} > {LATEST_S}"
         why = (
             f"more than {LATEST_S:,} seconds, but other rows hold times too small for another unit: say time_unit=s, "
-            f"ms, us or ns{hint}, or mend them"
+            f"ms, us or ns{hint}, or fix them"
         )
         raise refuse(self.name, condition, found["late"], why)
 

@@ -11,15 +11,18 @@ import duckdb
 from trec_twotower.data.sources.event_files import (
     FILE_OF_ROW,
     Files,
-    describe,
     explained,
     fetch_row,
+    fetch_rows,
     sql_name,
 )
 from trec_twotower.data.sources.table_columns import Column, Typed, note
 from trec_twotower.data.sources.table_files import TableFiles
 from trec_twotower.data.sources.table_options import TableOptions
 from trec_twotower.errors import ConfigError, DataError, nearest
+
+_COLUMNS_PER_SCAN = 100  # DuckDB plans many aggregates slowly
+_LINE_BREAKS = "line breaks\n"  # among the names of columns, of which none has a line break
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,8 @@ def new_column(opened: TableFiles, options: TableOptions, name: str, role: str, 
             f"{where}: column {name!r} is {opened.conflicts[name]}: write it with one type, or say which to read it "
             f"with, such as types={{{name}: text}}."
         )
+    if name in opened.mixed and name not in options.types:
+        note(f"{where}: values of {name!r} are of several types of JSON, such as text and numbers: read as text.")
     return Column(name, files.types[name], where, options, role, name in opened.undeclared)
 
 
@@ -64,32 +69,49 @@ def _no_column(opened: TableFiles, name: str, role: str) -> DataError:
 def type_table(
     database: duckdb.DuckDBPyConnection, options: TableOptions, opened: TableFiles, columns: Sequence[Column]
 ) -> TypedTable:
-    """Give `columns` their types by one scan of all rows; DataError names the first row that does not allow it."""
-    asked = {
-        f"{number} {name}": aggregate
-        for number, column in enumerate(columns)
-        for name, aggregate in column.aggregates().items()
-    }
-    found: dict[str, Any] = {}
-    where = f"{opened.files.option} = {opened.files.path}"
-    with explained(where, options):
-        while asked and not found:
-            selected = ", ".join(f"{aggregate} AS {sql_name(name)}" for name, aggregate in asked.items())
+    """Give `columns` their types by a scan of all rows; DataError names the first row that does not allow it."""
+    found: dict[str, dict[str, Any]] = {}
+    asked = {column.name: aggregates for column in columns if (aggregates := column.aggregates())}
+    asked |= _line_breaks(opened, options)
+    with explained(f"{opened.files.option} = {opened.files.path}", options):
+        while names := [name for name in asked if name not in found][:_COLUMNS_PER_SCAN]:
+            selected = ", ".join(aggregate for name in names for aggregate in asked[name].values())
             try:
-                row = fetch_row(database, f"SELECT {selected} FROM {opened.files.relation}")
-                found = dict(zip(asked, row, strict=True))
+                values = iter(fetch_row(database, f"SELECT {selected} FROM {opened.files.relation}"))
+                found |= {name: {key: next(values) for key in asked[name]} for name in names}
             except duckdb.Error as error:
                 opened = opened.after(database, error)
     files = opened.files
+    if _LINE_BREAKS in found:
+        _refuse_line_breaks(opened, found[_LINE_BREAKS])
 
     def refuse(column: str, fault: str, count: int, why: str) -> DataError:
         return files.refuse(database, column, fault, count, why)
 
-    typed = {}
-    for number, column in enumerate(columns):
-        known = {name: found[f"{number} {name}"] for name in column.aggregates()}
-        typed[column.name] = column.typed(known, refuse)
+    typed = {column.name: column.typed(found.get(column.name, {}), refuse) for column in columns}
     return TypedTable(_with_types(database, options, files, typed), typed)
+
+
+def _line_breaks(opened: TableFiles, options: TableOptions) -> dict[str, dict[str, str]]:
+    """The count of values with a line break, by column, where that shows quotes that are plain characters.
+
+    Files separated by tabs and the like are often written without any quoting. There a quote at the beginning of a
+    value would swallow the lines up to the next one.
+    """
+    csv = opened.csv
+    if csv is None or csv.layout.separator in ",;" or opened.files.option in options.quote:
+        return {}
+    counts = {name: f"count(*) FILTER (contains({sql_name(name)}, chr(10)))" for name in opened.files.types}
+    return {_LINE_BREAKS: counts}
+
+
+def _refuse_line_breaks(opened: TableFiles, counts: dict[str, int]) -> None:
+    for name, count in counts.items():
+        if count:
+            raise DataError(
+                f"{opened.files.option} = {opened.files.path}: {count:,} quoted values of {name!r} hold line breaks. "
+                "Say quote=none if quotes are plain characters in these files, or quote='\"' if this is meant."
+            )
 
 
 def _with_types(
@@ -104,10 +126,14 @@ def _with_types(
     made = replace(files, relation=relation, types=types)
     if files.option != "events" or options.where is None:
         return made
+    names = ", ".join(f"{name} ({kind})" for name, kind in list(types.items())[:20])
     try:
-        describe(database, f"{relation} WHERE ({options.where})")
+        (described,) = fetch_rows(
+            database, f"DESCRIBE SELECT ({options.where}) FROM {relation} WHERE ({options.where})"
+        )
     except duckdb.Error as error:
         why = str(error).split("\n")[0]
-        names = ", ".join(f"{name} ({kind})" for name, kind in list(types.items())[:20])
         raise ConfigError(f"where = {options.where}: {why} The columns are {names}.") from None
+    if described[1] != "BOOLEAN":
+        raise ConfigError(f"where = {options.where}: this is {described[1]}, not a condition. The columns are {names}.")
     return replace(made, where=options.where)
