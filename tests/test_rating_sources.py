@@ -402,6 +402,55 @@ def test_movielens_by_hand(tmp_path, layout):
         )
 
 
+def test_movielens_100k_by_hand(tmp_path):
+    """u.data of some mirrors has two kinds of line ends, and u.item is Latin-1."""
+    folder = tmp_path / "raw"
+    folder.mkdir()
+    lines = [b"\t".join(str(value).encode() for value in row) for row in RATED if row[2] != 4.5] + [b"8\t3\t5\t50"]
+    (folder / "u.data").write_bytes(b"\n".join(lines[:2]) + b"\n" + b"\r\n".join(lines[2:]) + b"\r\n")
+    flags = {1: (3, 4), 2: (8, 12), 3: (0,)}
+    with (folder / "u.item").open("w", encoding="latin-1") as file:
+        for movie, title, _ in MOVIES:
+            own = ["1" if at in flags[movie] else "0" for at in range(19)]
+            file.write("|".join([str(movie), title, "01-Jan-1995", "", "http://x/", *own]) + "\n")
+    (folder / "u.user").write_text("7|24|M|technician|85711\n8|53|F|other|T8H1N\n9|1|F|none|00501\n")
+    prepare("movielens", tmp_path / "out", {"data_dir": str(folder)})
+    assert rows(tmp_path / "out", "test") == [{"user_id": 8, "positives": [1], "timestamp": 70, "history": [3, 2]}]
+    assert rows(tmp_path / "out", "items") == [
+        {"item_id": 1, "title": MOVIES[0][1], "year": 1995, "genres": ["Animation", "Children's"]},
+        {"item_id": 2, "title": MOVIES[1][1], "year": 1995, "genres": ["Drama", "Musical"]},
+        {"item_id": 3, "title": MOVIES[2][1], "year": None, "genres": []},
+    ]
+    assert rows(tmp_path / "out", "users") == [
+        {"user_id": 7, "gender": "M", "age": 24, "occupation": "technician", "zip": "85711"},
+        {"user_id": 8, "gender": "F", "age": 53, "occupation": "other", "zip": "T8H1N"},
+    ]
+
+
+def test_movielens_with_fewer_columns_has_nulls(tmp_path, capsys):
+    folder = write_dat(tmp_path / "dat")
+    (folder / "movies.dat").write_text("1::One (1999)\n2::Two\n3::Three\n")
+    (folder / "users.dat").write_text("7::F\n8::M\n")
+    prepare("movielens", tmp_path / "out", {"data_dir": str(folder)})
+    assert rows(tmp_path / "out", "items")[0] == {"item_id": 1, "title": "One (1999)", "year": 1999, "genres": []}
+    user = {"age": None, "occupation": None, "zip": None}
+    assert rows(tmp_path / "out", "users") == [
+        {"user_id": 7, "gender": "F", **user},
+        {"user_id": 8, "gender": "M", **user},
+    ]
+    assert "movies.dat has no genres: null in all rows" in capsys.readouterr().err
+    (folder / "users.dat").write_text("7::11111111\n8::22222222\n")  # MovieTweetings: accounts
+    prepare("movielens", tmp_path / "other", {"data_dir": str(folder)})
+    assert not (tmp_path / "other" / "users").exists()
+    assert "users.dat is left out" in capsys.readouterr().err
+    folder = write_csv(tmp_path / "csv")
+    (folder / "movies.csv").write_text("title,movieId\nOne,1\nTwo,2\nThree,3\n")
+    prepare("movielens", tmp_path / "named", {"data_dir": str(folder)})
+    assert [item["title"] for item in rows(tmp_path / "named", "items")] == ["One", "Two", "Three"]
+    (folder / "ratings.csv").write_text("userId,movieId,rating\n7,1,5\n")
+    assert "where MovieLens has 'userId,movieId,rating,timestamp'" in refusal(DataError, "movielens", folder)
+
+
 def test_dirty_lines_of_movielens_are_named(tmp_path):
     folder = write_dat(tmp_path / "raw")
     for line, said in (
@@ -471,6 +520,15 @@ def test_goodbooks_by_hand(tmp_path):
     assert (second["year"], second["language"], second["tags"], third["tags"]) == (-750, None, ["classics"], [])
     # User 1 took 1 and rated 2 low: 2 alone is left to read. Book 9 is none.
     assert rows(tmp_path / "out", "users") == [{"user_id": 1, "to_read": [2]}, {"user_id": 2, "to_read": []}]
+
+
+def test_goodbooks_with_fewer_columns_has_nulls(tmp_path):
+    folder = write_goodbooks(tmp_path / "raw")
+    (folder / "books.csv").write_text("book_id,title\n1,HP\n2,Odyssey\n3,Tales\n")
+    assert "no column 'goodreads_book_id'" in refusal(DataError, "goodbooks", folder)
+    prepare("goodbooks", tmp_path / "out", {"data_dir": str(folder), "max_tags": 0})
+    first = rows(tmp_path / "out", "items")[0]
+    assert first["title"] == "HP" and first["authors"] == [] and first["year"] is None
 
 
 def test_what_goodbooks_needs_is_said(tmp_path):

@@ -205,7 +205,7 @@ def _head(path: Path, layout: CsvLayout) -> _Head | None:
             )
         return _Head(layout.columns, skipped)
     names = tuple(name or f"column{number}" for number, name in enumerate(fields, 1))
-    refuse_twins(f"{path}", names, "name the columns yourself by columns=[...] and header=true")
+    refuse_twins(f"{path}", names, "name the columns by columns=[...], with header=true if the first line holds names")
     return _Head(names, skipped)
 
 

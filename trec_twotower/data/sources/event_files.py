@@ -30,7 +30,9 @@ if TYPE_CHECKING:
 FILE_OF_ROW = "file of the row"  # the column in which DuckDB gives it
 _ROWS_PER_BATCH = 131_072
 _JSON_FAULT = re.compile(r"JSON .*?in file \"(.+?)\"")
-_CSV_FAULT = re.compile(r"CSV Error on Line: (\d+)\n(?:Original Line: (.*?)\n)?(.*?)\n", re.DOTALL)
+_CSV_FAULT = re.compile(
+    r"CSV Error on Line: (\d+)\n(?:Original Line:\s*(.*?)\n)?(.*?)\n\s*(?:Possible|file = )", re.DOTALL
+)
 _CSV_FILE = re.compile(r"^  file = (.+)$", re.MULTILINE)
 _COPY = re.compile(rf"[^\s\"']*/{COPIES}(?=/)")  # before the path of the original
 
@@ -152,7 +154,7 @@ def _csv_fault(file: str, line: str, text: str | None, why: str, *, has_options:
         why = "a quoted value does not end where a column ends"
         option = "or say quote=none if quotes are plain characters in these files"
     else:
-        option = "or take it out"
+        option, why = "or take it out", why.splitlines()[-1].strip()
     fix = f"fix the line, {option if has_options else 'or take it out'}"
     shown = f" {text[:60]!r}" if text else ""
     return DataError(f"{file}, line {int(line):,}:{shown}: {why}: {fix}.")
