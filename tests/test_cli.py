@@ -602,5 +602,5 @@ def test_an_index_without_users_to_tune_for_says_what_is_missing(tmp_path, write
     assert cli("train", config, f"run_dir={run}").code == 0
     assert cli("export", run).code == 0
     said = cli("index", run)
-    assert said.code == 2 and "neither test/ nor valid/" in said.err and len(said.err.splitlines()) == 1
+    assert said.code == 2 and "no part test/, valid/ or serving/" in said.err and len(said.err.splitlines()) == 1
     assert not (run / "index").exists()

@@ -17,12 +17,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import xxhash
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trec_twotower.config import load_config
 from trec_twotower.data.dataset import Dataset
+from trec_twotower.data.hashing import mix
 from trec_twotower.data.sources import event_files, event_splits, events, prepare
 from trec_twotower.data.sources.options import read_options
 from trec_twotower.data.sources.writer import DatasetWriter
@@ -80,25 +82,33 @@ def refusal(kind: type[Exception], folder: Path, log: list[dict] | None = None, 
     return str(error.value)
 
 
-# By hand
+def chance(user: int | str, item: int | str, seed: int = 0) -> int:
+    """What orders events of one time: seed, user and item mixed one after the other, 53 bits of them."""
+    state = 0
+    for part in (seed, user, item):
+        state = mix(state ^ (part % 2**64 if isinstance(part, int) else xxhash.xxh3_64_intdigest(part.encode())))
+    return state >> 11
 
 
-def test_the_last_event_is_test_the_one_before_valid_and_ties_do_not_see_each_other(tmp_path):
-    out, manifest = make(tmp_path, LOG)
+# By hand. Seed 3 draws 30 before 20 for user 1, and 40 before 50 for user 3.
+
+
+def test_the_last_new_item_is_test_the_one_before_valid_and_ties_do_not_see_each_other(tmp_path):
+    assert chance(1, 30, 3) < chance(1, 20, 3) and chance(3, 40, 3) < chance(3, 50, 3)
+    out, manifest = make(tmp_path, LOG, seed=3)
     assert rows(out, "train") == [
         {"user_id": 1, "item_id": 10, "timestamp": 3, "history": []},
-        {"user_id": 1, "item_id": 20, "timestamp": 5, "history": [10]},
         {"user_id": 1, "item_id": 30, "timestamp": 5, "history": [10]},
         {"user_id": 2, "item_id": 30, "timestamp": 2, "history": []},
         {"user_id": 2, "item_id": 10, "timestamp": 4, "history": [30]},
         {"user_id": 3, "item_id": 20, "timestamp": 1, "history": []},
     ]
     assert rows(out, "valid") == [
-        {"user_id": 1, "positives": [10], "timestamp": 7, "history": [10, 20, 30]},
+        {"user_id": 1, "positives": [20], "timestamp": 5, "history": [10]},
         {"user_id": 3, "positives": [40], "timestamp": 8, "history": [20]},
     ]
     assert rows(out, "test") == [
-        {"user_id": 1, "positives": [40], "timestamp": 9, "history": [10, 20, 30, 10]},
+        {"user_id": 1, "positives": [40], "timestamp": 9, "history": [10, 30, 20, 10]},
         {"user_id": 3, "positives": [50], "timestamp": 8, "history": [20]},
     ]
     assert rows(out, "items") == [{"item_id": item} for item in (10, 20, 30, 40, 50)]
@@ -111,18 +121,46 @@ def test_the_last_event_is_test_the_one_before_valid_and_ties_do_not_see_each_ot
         "rare_dropped": 0,
         "items": 5,
         "repeats_kept": 1,
-        "repeats_held_out": 1,
-        "train_rows": 6,
+        "repeats_left_out": 1,  # user 1's second 10, which comes after the valid item
+        "users_in_train_only": 1,
+        "train_empty_histories": 3,
+        "train_empty_by_ties": 0,
+        "valid_empty_histories": 0,
+        "valid_empty_by_ties": 0,
+        "valid_unfindable": 0,
+        "test_empty_histories": 0,
+        "test_empty_by_ties": 0,
+        "test_unfindable": 0,
+        "train_rows": 5,
         "valid_rows": 2,
         "test_rows": 2,
     }
     assert manifest == yaml.safe_load((out / "dataset.yaml").read_text())
 
 
+def test_any_event_may_be_held_out_by_request(tmp_path):
+    out, manifest = make(tmp_path, LOG, hold_out="any", seed=3)
+    assert rows(out, "train") == [
+        {"user_id": 1, "item_id": 10, "timestamp": 3, "history": []},
+        {"user_id": 1, "item_id": 30, "timestamp": 5, "history": [10]},
+        {"user_id": 1, "item_id": 20, "timestamp": 5, "history": [10]},
+        {"user_id": 2, "item_id": 30, "timestamp": 2, "history": []},
+        {"user_id": 2, "item_id": 10, "timestamp": 4, "history": [30]},
+        {"user_id": 3, "item_id": 20, "timestamp": 1, "history": []},
+    ]
+    assert rows(out, "valid") == [
+        {"user_id": 1, "positives": [10], "timestamp": 7, "history": [10, 30, 20]},
+        {"user_id": 3, "positives": [40], "timestamp": 8, "history": [20]},
+    ]
+    assert rows(out, "test")[0] == {"user_id": 1, "positives": [40], "timestamp": 9, "history": [10, 30, 20, 10]}
+    counts = manifest["counts"]
+    assert (counts["valid_unfindable"], counts["test_unfindable"], counts["repeats_left_out"]) == (1, 0, 0)
+
+
 def test_the_reader_of_datasets_takes_the_folder(tmp_path):
     out, _ = make(tmp_path, LOG, context=["device"])
     dataset = Dataset(out)
-    assert dataset.train.num_rows == 6 and dataset.items.num_rows == 5 and dataset.users is None
+    assert dataset.train.num_rows == 5 and dataset.items.num_rows == 5 and dataset.users is None
     assert dataset.split("test").table(["positives"]).num_rows == 2
 
 
@@ -140,22 +178,22 @@ def test_the_past_of_a_train_row_is_cut_and_that_of_a_held_out_row_is_not(tmp_pa
 
 
 def test_context_and_weight_come_along(tmp_path):
-    out, manifest = make(tmp_path, LOG, context=["device"], weight="score")
+    out, manifest = make(tmp_path, LOG, context=["device"], weight="score", seed=3)
     train = rows(out, "train")
     assert [(row["device"], row["weight"]) for row in train] == [
-        *(("phone", 1.0), ("web", 3.0), ("tv", 2.0)),
+        *(("phone", 1.0), ("tv", 2.0)),
         *(("phone", 0.0), (None, 1.0), ("web", 1.0)),
     ]
     assert [row["device"] for row in rows(out, "test")] == ["tv", "web"]
-    assert [row["device"] for row in rows(out, "valid")] == ["tv", "tv"]
+    assert [row["device"] for row in rows(out, "valid")] == ["web", "tv"]
     assert list(train[0]) == ["user_id", "item_id", "timestamp", "weight", "device", "history"]
     assert list(manifest["columns"]["test"]) == ["user_id", "positives", "timestamp", "device", "history"]
 
 
 def test_dedupe_keeps_the_first_of_each_user_and_item(tmp_path):
-    out, manifest = make(tmp_path, LOG, dedupe=True)
-    assert rows(out, "test")[0] == {"user_id": 1, "positives": [40], "timestamp": 9, "history": [10, 20, 30]}
-    assert rows(out, "valid")[0] == {"user_id": 1, "positives": [30], "timestamp": 5, "history": [10]}
+    out, manifest = make(tmp_path, LOG, dedupe=True, seed=3)
+    assert rows(out, "test")[0] == {"user_id": 1, "positives": [40], "timestamp": 9, "history": [10, 30, 20]}
+    assert rows(out, "valid")[0] == {"user_id": 1, "positives": [20], "timestamp": 5, "history": [10]}
     assert manifest["counts"]["repeats_dropped"] == 1
     assert manifest["counts"]["repeats_kept"] == 0
 
@@ -176,16 +214,16 @@ def test_the_core_is_taken_until_nobody_is_rare(tmp_path):
 
 
 def test_a_time_split_asks_for_what_is_new_in_each_period(tmp_path):
-    out, _ = make(tmp_path, LOG, split="time", valid_from=5, test_from=8, context=["device"])
+    out, _ = make(tmp_path, LOG, split="time", valid_from=5, test_from=8, context=["device"], seed=3)
     assert [(row["user_id"], row["item_id"], row["history"]) for row in rows(out, "train")] == [
         (1, 10, []),
         (2, 30, []),
         (2, 10, [30]),
         (3, 20, []),
     ]
-    assert rows(out, "valid") == [{"user_id": 1, "positives": [20, 30], "timestamp": 5, "history": [10]}]
+    assert rows(out, "valid") == [{"user_id": 1, "positives": [30, 20], "timestamp": 5, "history": [10]}]
     assert rows(out, "test") == [
-        {"user_id": 1, "positives": [40], "timestamp": 8, "history": [10, 20, 30, 10]},
+        {"user_id": 1, "positives": [40], "timestamp": 8, "history": [10, 30, 20, 10]},
         {"user_id": 3, "positives": [40, 50], "timestamp": 8, "history": [20]},
     ]
 
@@ -250,13 +288,21 @@ def test_users_whose_events_meet_in_one_second_are_apart(tmp_path):
     ]
 
 
-def test_events_within_one_second_are_simultaneous(tmp_path):
+def test_events_within_one_second_are_in_order_and_written_in_whole_seconds(tmp_path):
     start = datetime.datetime(2024, 2, 29, 12, 0, 0)
-    times = [start + datetime.timedelta(milliseconds=part) for part in (0, 400, 999, 1000)]
+    times = [start + datetime.timedelta(microseconds=part) for part in (0, 400_000, 400_001, 999_999, 1_000_000)]
+    items = [9, 7, 8, 1, 3]
     for given_as in (times, [time.replace(tzinfo=datetime.UTC).timestamp() for time in times]):
-        log = [{"user_id": 1, "item_id": item, "timestamp": time} for item, time in enumerate(given_as)]
-        out, _ = make(tmp_path, log)
-        assert [rows(out, split)[0]["history"] for split in ("valid", "test")] == [[], [0, 1, 2]]
+        log = [{"user_id": 1, "item_id": item, "timestamp": time} for item, time in zip(items, given_as, strict=True)]
+        out, _ = make(tmp_path, log[::-1])
+        seconds = int(times[0].replace(tzinfo=datetime.UTC).timestamp())
+        assert [(row["item_id"], row["timestamp"], row["history"]) for row in rows(out, "train")] == [
+            (9, seconds, []),
+            (7, seconds, [9]),
+            (8, seconds, [9, 7]),
+        ]
+        assert rows(out, "valid") == [{"user_id": 1, "positives": [1], "timestamp": seconds, "history": [9, 7, 8]}]
+        assert rows(out, "test")[0]["timestamp"] == seconds + 1
 
 
 @pytest.mark.parametrize("moment", ["2024-05-31", datetime.date(2024, 5, 31), 1_717_113_600, "2024-05-31T02:00+02:00"])
@@ -325,28 +371,37 @@ def test_saved_options_make_the_same_dataset_again(tmp_path):
 # Against a slower way
 
 
-def slow_splits(log: list[tuple], max_history: int, min_history: int, dedupe: bool) -> dict[str, list[tuple]]:
-    """(user, items, history) of every row of a leave-last-out split, by the words of the contract."""
+def slow_splits(
+    log: list[tuple], max_history: int, min_history: int, dedupe: bool, hold_out: str
+) -> dict[str, list[tuple]]:
+    """(user, items, history) of every row of a leave-last-out split, by the words of docs/data.md."""
     of_user = defaultdict(list)
-    for user, item, time in sorted(log, key=lambda event: (event[0], event[2], event[1])):
+    for user, item, time in sorted(log, key=lambda event: (event[0], event[2], chance(*event[:2]))):
         if not (dedupe and any(item == earlier for earlier, _ in of_user[user])):
             of_user[user].append((item, time))
     made = defaultdict(list)
-    for user, taken in of_user.items():
-        for place, (item, time) in enumerate(taken):
-            past = [earlier for earlier, then in taken if then < time]
-            from_end = len(taken) - place
-            if len(taken) >= 3 and from_end <= 2:
-                made["test" if from_end == 1 else "valid"].append((user, [item], past))
-            elif len(past) >= min_history:
+    for user, mine in of_user.items():
+        may = [
+            place
+            for place, (item, _) in enumerate(mine)
+            if hold_out == "any" or item not in [earlier for earlier, _ in mine[:place]]
+        ]
+        held = dict(zip(may[-2:], ("valid", "test"), strict=True)) if len(may) >= 3 else {}
+        for place, (item, time) in enumerate(mine):
+            past = [earlier for earlier, then in mine if then < time]
+            if place in held:
+                made[held[place]].append((user, [item], past))
+            elif len(past) >= min_history and place < min(held, default=len(mine)):
                 made["train"].append((user, [item], past[-max_history:]))
     return made
 
 
-def slow_periods(log: list[tuple], max_history: int, valid_from: int, test_from: int) -> dict[str, list[tuple]]:
+def slow_periods(
+    log: list[tuple], max_history: int, valid_from: int, test_from: int, hold_out: str
+) -> dict[str, list[tuple]]:
     """The same of a time split."""
     made = defaultdict(list)
-    ordered = sorted(log, key=lambda event: (event[2], event[1]))
+    ordered = sorted(log, key=lambda event: (event[2], chance(*event[:2])))
     for user in sorted({user for user, _, _ in log}):
         mine = [(item, time) for owner, item, time in ordered if owner == user]
         for item, time in mine:
@@ -354,10 +409,14 @@ def slow_periods(log: list[tuple], max_history: int, valid_from: int, test_from:
                 made["train"].append((user, [item], [earlier for earlier, then in mine if then < time][-max_history:]))
         for split, start, stop in (("valid", valid_from, test_from), ("test", test_from, 10**9)):
             past = [item for item, time in mine if time < start]
-            new = [item for item, time in mine if start <= time < stop and item not in past]
-            if new:
-                made[split].append((user, list(dict.fromkeys(new)), past))
+            wanted = [item for item, time in mine if start <= time < stop and (hold_out == "any" or item not in past)]
+            if wanted:
+                made[split].append((user, list(dict.fromkeys(wanted)), past))
     return made
+
+
+def num_unfindable(made: list[tuple]) -> int:
+    return sum(set(items) <= set(history) for _, items, history in made)
 
 
 def found(dataset: Path, split: str) -> list[tuple]:
@@ -368,15 +427,23 @@ def found(dataset: Path, split: str) -> list[tuple]:
     ]
 
 
+HOLD_OUT = st.sampled_from(["new", "any"])
 EVENTS = st.lists(st.tuples(st.integers(0, 4), st.integers(0, 6), st.integers(0, 12)), min_size=1, max_size=60)
 
 
 @settings(max_examples=40, deadline=None)
-@given(log=EVENTS, max_history=st.integers(1, 5), min_history=st.integers(0, 2), dedupe=st.booleans(), data=st.data())
+@given(
+    log=EVENTS,
+    max_history=st.integers(1, 5),
+    min_history=st.integers(0, 2),
+    dedupe=st.booleans(),
+    hold_out=HOLD_OUT,
+    data=st.data(),
+)
 def test_histories_are_those_of_the_slow_way_whatever_the_order_of_the_files(
-    log, max_history, min_history, dedupe, data
+    log, max_history, min_history, dedupe, hold_out, data
 ):
-    expected = slow_splits(log, max_history, min_history, dedupe)
+    expected = slow_splits(log, max_history, min_history, dedupe, hold_out)
     shuffled = data.draw(st.permutations(log))
     cut = data.draw(st.integers(0, len(log)))
     limits = data.draw(st.sampled_from([(4, 3), (16, 50), (131_072, 4_000_000)]))
@@ -390,13 +457,19 @@ def test_histories_are_those_of_the_slow_way_whatever_the_order_of_the_files(
             table = pa.table(dict(zip(("user_id", "item_id", "timestamp"), columns, strict=True)))
             pq.write_table(table, parts / f"{number}.parquet")
         options = {"events": str(parts), "max_history": max_history, "min_history": min_history, "dedupe": dedupe}
+        options |= {"hold_out": hold_out}
         if not expected["train"]:
             with pytest.raises(DataError, match="No train row is left"):
                 make(Path(name), **options)
             return
-        out, _ = make(Path(name), **options)
+        out, manifest = make(Path(name), **options)
         for split in ("train", "valid", "test"):
             assert found(out, split) == expected[split]
+            empty = sum(not history for _, _, history in expected[split])
+            assert manifest["counts"].get(f"{split}_empty_histories", 0) == empty
+        for split in ("valid", "test"):
+            assert manifest["counts"].get(f"{split}_unfindable", 0) == num_unfindable(expected[split])
+            assert hold_out == "any" or not num_unfindable(expected[split])
         # The leak test, in words of its own: what is in a history was taken in an earlier second.
         times = defaultdict(list)
         for user, item, time in log:
@@ -407,16 +480,19 @@ def test_histories_are_those_of_the_slow_way_whatever_the_order_of_the_files(
 
 
 @settings(max_examples=25, deadline=None)
-@given(log=EVENTS, max_history=st.integers(1, 5), rows_per_batch=st.sampled_from([3, 131_072]))
-def test_periods_are_those_of_the_slow_way(log, max_history, rows_per_batch):
+@given(log=EVENTS, max_history=st.integers(1, 5), rows_per_batch=st.sampled_from([3, 131_072]), hold_out=HOLD_OUT)
+def test_periods_are_those_of_the_slow_way(log, max_history, rows_per_batch, hold_out):
     log = [*log, (5, 0, 0), (5, 1, 4), (5, 2, 8)]  # no period is empty
-    expected = slow_periods(log, max_history, 4, 8)
+    expected = slow_periods(log, max_history, 4, 8, hold_out)
     with tempfile.TemporaryDirectory() as name, pytest.MonkeyPatch.context() as patch:
         patch.setattr(event_files, "_ROWS_PER_BATCH", rows_per_batch)
         listed = [dict(zip(("user_id", "item_id", "timestamp"), event, strict=True)) for event in log]
-        out, _ = make(Path(name), listed, max_history=max_history, split="time", valid_from=4, test_from=8)
+        options = {"split": "time", "valid_from": 4, "test_from": 8, "max_history": max_history, "hold_out": hold_out}
+        out, manifest = make(Path(name), listed, **options)
         for split in ("train", "valid", "test"):
             assert found(out, split) == expected[split]
+        for split in ("valid", "test"):
+            assert manifest["counts"][f"{split}_unfindable"] == num_unfindable(expected[split])
 
 
 @settings(max_examples=20, deadline=None)
@@ -442,7 +518,7 @@ def test_rows_that_differ_in_context_alone_are_ordered_by_it(tmp_path):
     log = [{"user_id": 1, "item_id": 1, "timestamp": 0, "device": device, "score": 1.0} for device in "cab"]
     log += [{"user_id": 1, "item_id": 2, "timestamp": 1, "device": "d", "score": float(part)} for part in range(3)]
     options = {"context": ["device"], "weight": "score"}
-    for dedupe, expected in ((False, ["a", "b", "c", "d"]), (True, ["a", "d"])):
+    for dedupe, expected in ((False, ["a", "b", "c", "d", "d", "d"]), (True, ["a", "d"])):
         made = []
         for order in (log, log[::-1]):
             out, _ = make(tmp_path, order, dedupe=dedupe, **options)
@@ -565,6 +641,9 @@ def changed(number: int, **values: object) -> list[dict]:
         (changed(3, timestamp=-5), {}, ["row 3", "'timestamp' is -5", "1970"]),
         (changed(1, timestamp=float("nan")), {}, ["row 1", "'timestamp' is nan", "give them a time"]),
         (changed(1, timestamp=1_700_000_000_000), {}, ["row 1", "1700000000000", "milliseconds"]),
+        (changed(1, timestamp=1_700_000_000_000_000_000), {}, ["row 1", "1700000000000000000", "nanoseconds"]),
+        (changed(1, timestamp=9e18), {}, ["row 1", "9e+18", "nanoseconds"]),
+        (changed(1, timestamp=-0.5), {}, ["row 1", "-0.5", "1970"]),
         (changed(5, score=-1.0), {"weight": "score"}, ["row 5", "'score' is -1.0", "at least 0"]),
         (changed(5, score=float("nan")), {"weight": "score"}, ["row 5", "'score' is nan"]),
         (changed(6, score=None), {"weight": "score"}, ["row 6", "'score' is null"]),
@@ -586,7 +665,7 @@ def changed(number: int, **values: object) -> list[dict]:
         (
             [row | {"item_id": 1} for row in LOG],
             {"split": "time", "valid_from": 8, "test_from": 9},
-            ["valid period no user took an item for the first time"],
+            ["valid period no user has an event with a new item", "hold_out = any"],
         ),
     ],
 )
@@ -606,7 +685,7 @@ def test_logs_that_cannot_be_are_told_where_and_how_to_mend(tmp_path, log, optio
         ({"events": "x", "split": "time", "valid_from": 5, "test_from": 5}, ["00:00:05 UTC", "swap"]),
         ({"events": "x", "test_from": 5}, ["test_from is set", "split = time"]),
         ({"events": "x", "split": "time", "valid_from": "soon", "test_from": 5}, ["valid_from = 'soon'"]),
-        ({"events": "x", "split": "random"}, ["leave-last-out"]),
+        ({"events": "x", "split": "chance"}, ["leave-last-out", "'random'"]),
         ({"events": "x", "memory": 3}, ["nearest: 'memory_gb'"]),
         ({"events": "x", "max_history": 0}, ["max_history = 0"]),
         ({"events": "x", "max_history": True}, ["max_history = True"]),
@@ -659,7 +738,12 @@ def test_files_that_are_not_there_or_of_no_use_are_named(tmp_path):
 @pytest.mark.parametrize(
     ("items", "options", "parts"),
     [
-        ([10, 20, 30], {}, ["2 items of the events are not there", "first of them 40", "a row for each item"]),
+        (
+            [10, 20, 30],
+            {"missing_rows": "error"},
+            ["2 of the 5 items", "no row there, the first of them 40", "missing_rows = keep"],
+        ),
+        ([11, 21], {}, ["none of the 5 items of the events has a row there", "10 for one", "in the same way"]),
         ([10, 20, 30, 40, 50, 20, 30], {}, ["2 ids", "more than one row", "first of them 20"]),
         ([10, None, 20, 30, 40, 50], {}, ["items.parquet, row 1 ", "'item_id' is null"]),
         (["10", "20"], {}, ["'item_id' is VARCHAR", "the events hold BIGINT", "one type"]),
@@ -672,14 +756,46 @@ def test_catalogues_that_do_not_fit_the_events_are_refused(tmp_path, items, opti
     assert all(part in said for part in parts), said
 
 
-def test_users_must_have_a_row_each_and_no_column_may_take_the_name_of_the_id(tmp_path):
-    users = write_log(tmp_path / "users.parquet", [{"user_id": user} for user in (1, 3)])
-    said = refusal(DataError, tmp_path, LOG, users=str(users))
-    assert "1 users of the events are not there" in said and "first of them 2" in said
+def test_users_and_items_without_a_row_have_nulls_and_are_counted(tmp_path):
+    users = write_log(tmp_path / "users.parquet", [{"user_id": user, "age": 10 * user} for user in (1, 3, 9)])
+    items = write_log(tmp_path / "items.parquet", [{"item_id": item, "tags": ["x"]} for item in (10, 30, 70)])
+    said = refusal(DataError, tmp_path, LOG, users=str(users), missing_rows="error")
+    assert "1 of the 3 users of the events have no row there, the first of them 2" in said
+    out, manifest = make(tmp_path, LOG, users=str(users), items=str(items))
+    assert [(row["user_id"], row["age"]) for row in rows(out, "users")] == [(1, 10), (2, None), (3, 30), (9, 90)]
+    assert [(row["item_id"], row["tags"]) for row in rows(out, "items")] == [
+        (item, ["x"] if item in (10, 30, 70) else None) for item in (10, 20, 30, 40, 50, 70)
+    ]
+    counts = manifest["counts"]
+    assert (counts["users_without_row"], counts["items_without_row"]) == (1, 3)
+    assert (counts["users_without_events"], counts["items_without_events"]) == (1, 1)
+
+
+def test_no_column_may_take_the_name_of_the_id(tmp_path):
     items = write_log(tmp_path / "items.parquet", [{"item_id": "x", "asin": 1}])
     log = [{**row, "asin": row["item_id"]} for row in LOG]
     said = refusal(DataError, tmp_path, log, item="asin", items=str(items))
     assert "'asin' is to become 'item_id'" in said
+
+
+def test_what_the_core_drops_is_in_no_side_table(tmp_path):
+    """50 and user 2 have too few events; 70 and user 9 have none, and are dropped with a limit above 1 alone."""
+    items = write_log(
+        tmp_path / "items.parquet", [{"item_id": item, "price": item} for item in (*range(10, 51, 10), 70)]
+    )
+    users = write_log(tmp_path / "users.parquet", [{"user_id": user, "age": user} for user in (1, 2, 3, 9)])
+    for options, kept_items, kept_users, removed in (
+        ({}, {10, 20, 30, 40, 50, 70}, {1, 2, 3, 9}, (0, 0)),
+        ({"min_item_events": 2}, {10, 20, 30, 40}, {1, 2, 3, 9}, (2, 0)),
+        ({"min_user_events": 4}, {10, 20, 30, 40, 70}, {1}, (1, 3)),
+    ):
+        out, manifest = make(tmp_path, LOG, items=str(items), users=str(users), **options)
+        assert {row["item_id"] for row in rows(out, "items")} == kept_items
+        assert {row["user_id"] for row in rows(out, "users")} == kept_users
+        assert all(row["price"] == row["item_id"] for row in rows(out, "items"))
+        counts = manifest["counts"]
+        assert (counts["items_removed"], counts["users_removed"]) == removed
+        assert counts["items"] == len(kept_items)
 
 
 def test_a_catalogue_may_lack_what_the_core_drops(tmp_path):
@@ -692,9 +808,11 @@ def test_a_catalogue_may_lack_what_the_core_drops(tmp_path):
 
 
 def test_users_rows_hold_what_each_took_in_train_once_and_oldest_first(tmp_path):
-    out, manifest = make(tmp_path, [*LOG, {"user_id": 1, "item_id": 10, "timestamp": 6}], rows="both", min_history=1)
+    out, manifest = make(
+        tmp_path, [*LOG, {"user_id": 1, "item_id": 10, "timestamp": 6}], rows="both", min_history=1, seed=3
+    )
     assert rows(out, "train_users") == [
-        {"user_id": 1, "positives": [10, 20, 30]},  # at 3 and 5; again at 6; the last two are held out
+        {"user_id": 1, "positives": [10, 30]},  # at 3 and 5; the last two new ones are held out
         {"user_id": 2, "positives": [30, 10]},
         {"user_id": 3, "positives": [20]},
     ]

@@ -114,7 +114,7 @@ def test_the_part_of_the_users_is_chosen(cli, shop_copy, shop_tables):
     assert users["user_id"].to_pylist() == shop_tables["valid"]["user_id"].to_pylist()
     assert json.loads((run / "export/manifest.json").read_text())["users_from"] == "valid"
     for flags, wrong in (
-        (("--users", "train"), "has of held-out parts test, valid: name one"),
+        (("--users", "train"), "has of parts with users test, valid: name one"),
         (("--columns", "titel"), "nearest: 'title'"),
         (("--columns", "item_id"), "'item_id', which is there already"),
         (("--columns", "title", "--encoder"), "leave out --columns"),

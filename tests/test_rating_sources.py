@@ -206,6 +206,16 @@ def test_amazon_leave_last_out_cores_and_verified_reviews(tmp_path):
     assert prepare("amazon-reviews", tmp_path / "verified", verified)["counts"]["interactions"] == 7
 
 
+def test_amazon_reviews_of_one_second_are_in_the_order_of_their_milliseconds(tmp_path):
+    log = [review("U1", item, 1 + part / DAY_MS) for item, part in (("D", 0), ("C", 200), ("B", 201), ("A", 876))]
+    folder = write_amazon(tmp_path / "raw", log[::-1], None)
+    options = {"data_dir": str(folder), "metadata": False, "min_user_events": 1, "min_item_events": 1}
+    prepare("amazon-reviews", tmp_path / "out", {**options, "split": "leave-last-out"})
+    second = START_MS // 1000 + 86_400
+    [test] = rows(tmp_path / "out", "test")
+    assert test == {"user_id": "U1", "positives": ["A"], "timestamp": second, "history": ["D", "C", "B"]}
+
+
 def test_amazon_reads_one_category_of_several_or_all(tmp_path):
     folder = write_amazon(tmp_path / "raw", REVIEWS, [about(item) for item in "ABDEF"])
     comics = write_amazon(tmp_path / "comics", [review("U9", "K", 5)], [about("K")])
@@ -449,6 +459,20 @@ def test_movielens_with_fewer_columns_has_nulls(tmp_path, capsys):
     assert [item["title"] for item in rows(tmp_path / "named", "items")] == ["One", "Two", "Three"]
     (folder / "ratings.csv").write_text("userId,movieId,rating\n7,1,5\n")
     assert "where MovieLens has 'userId,movieId,rating,timestamp'" in refusal(DataError, "movielens", folder)
+
+
+def test_movielens_ratings_of_one_second_go_by_the_movie_and_all_may_be_trained_on(tmp_path):
+    folder = write_dat(tmp_path / "raw")
+    lines = [(5, 3, 5, 90), (5, 1, 5, 90), (5, 2, 5, 90), (5, 2, 5, 95), (6, 1, 5, 50)]
+    (folder / "ratings.dat").write_text("".join("::".join(map(str, line)) + "\n" for line in lines))
+    for options, valid, test in (({}, 2, 3), ({"dedupe": False}, 2, 3), ({"dedupe": False, "hold_out": "any"}, 3, 2)):
+        prepare("movielens", tmp_path / "out", {"data_dir": str(folder), **options}, overwrite=True)
+        held = [rows(tmp_path / "out", part)[0]["positives"] for part in ("valid", "test")]
+        assert held == [[valid], [test]]
+    prepare("movielens", tmp_path / "all", {"data_dir": str(folder), "split": "none"})
+    assert [row["history"] for row in rows(tmp_path / "all", "serving")] == [[1, 2, 3], [1]]
+    assert len(rows(tmp_path / "all", "train")) == 4 and not rows(tmp_path / "all", "test")
+    assert "'leave-last-out', 'time' or 'none'" in refusal(ConfigError, "movielens", folder, split="random")
 
 
 def test_dirty_lines_of_movielens_are_named(tmp_path):

@@ -50,19 +50,21 @@ class ItemToItem:
         parts = ranks.collect((neighbour, likeness))
         return cls(np.concatenate([part[0] for part in parts]), np.concatenate([part[1] for part in parts]), count_I)
 
-    def rankings(self, seen: Lists, k: int) -> np.ndarray:
-        """(users, k) item rows: the sum of likeness to what the user took, seen items left out, equals by item row.
+    def rankings(self, history: Lists, k: int, excluded: Lists | None = None) -> np.ndarray:
+        """Return (users, k) item rows by the summed likeness to the items of the user's history; ties go by item row.
 
-        Behind the items that are like any of these come the most popular of the rest; -1 where items run out.
+        Items on `excluded`, by default those of the history, are left out. After the items that are like any of the
+        history come the most popular of the rest; -1 where items run out.
         """
-        seen = seen.distinct()
+        seen, excluded = history.distinct(), history if excluded is None else excluded
         ranked = np.full((len(seen), k), -1, np.int64)
-        _rank(seen.offsets, seen.values, self.neighbour_IN, self.likeness_IN, len(self.count_I), ranked)
+        _rank(seen.offsets, seen.values, excluded.offsets, excluded.values, self.neighbour_IN, self.likeness_IN,
+              len(self.count_I), ranked)  # fmt: skip
         found = ranked >= 0
         short = np.flatnonzero(~found[:, -1])
         if len(short):
             taken = Lists(offsets_of(found[short].sum(axis=1)), ranked[short][found[short]])
-            rest = popularity_ranking(self.count_I, side_by_side(seen.take(short), taken), k)
+            rest = popularity_ranking(self.count_I, side_by_side(excluded.take(short), taken), k)
             for row, more in zip(short, rest, strict=True):
                 begun = int(found[row].sum())
                 ranked[row, begun:] = more[: k - begun]
@@ -92,12 +94,16 @@ class SpectralTowers:
         bags = (torch.from_numpy(part) for part in (seen.values, self.history_ID, seen.offsets[:-1]))
         return functional.embedding_bag(*bags, mode="sum").numpy()
 
-    def rankings(self, seen: Lists, k: int) -> np.ndarray:
-        """(users, k) item rows, seen items left out; the most popular for users who took nothing known."""
-        user_BD = self.users(seen)
-        ranked = rank_everything(self.item_ID, user_BD, k, seen)
+    def rankings(self, history: Lists, k: int, excluded: Lists | None = None) -> np.ndarray:
+        """Return (users, k) item rows without those on `excluded`, by default the history.
+
+        Users without a known item in their history get the most popular items.
+        """
+        excluded = history if excluded is None else excluded
+        user_BD = self.users(history)
+        ranked = rank_everything(self.item_ID, user_BD, k, excluded)
         lost = np.flatnonzero(~user_BD.any(axis=1))
-        ranked[lost] = popularity_ranking(self.count_I, seen.take(lost), k)
+        ranked[lost] = popularity_ranking(self.count_I, excluded.take(lost), k)
         return ranked
 
 
@@ -153,6 +159,8 @@ def _find_neighbours(
 def _rank(
     offsets: np.ndarray,
     seen: np.ndarray,
+    excluded_offsets: np.ndarray,
+    excluded: np.ndarray,
     neighbour: np.ndarray,
     likeness: np.ndarray,
     num_items: int,
@@ -173,8 +181,8 @@ def _rank(
                     met[num_met] = other
                     num_met += 1
                 score[other] += likeness[seen[place], i]
-        for place in range(offsets[user], offsets[user + 1]):
-            is_met[seen[place]] = False  # not to be listed
+        for place in range(excluded_offsets[user], excluded_offsets[user + 1]):
+            is_met[excluded[place]] = False  # not to be listed
         others = np.sort(met[:num_met])
         order = np.argsort(-score[others], kind="mergesort")
         listed = 0

@@ -82,7 +82,9 @@ def build_parser() -> argparse.ArgumentParser:
     export.add_argument(
         "--columns", nargs="+", default=[], metavar="NAME", help="columns of items/ to stand beside the items' vectors"
     )
-    export.add_argument("--users", metavar="PART", help="whose users: test or valid (default: test, else valid)")
+    export.add_argument(
+        "--users", metavar="PART", help="whose users: test, valid or serving (default: the first of them)"
+    )
 
     index = command("index", _index, "a FAISS index of the exported items, tuned against exact search, under RUN/index")
     index.add_argument("run_dir", metavar="RUN", type=Path, help="a run folder with an export")
@@ -270,11 +272,11 @@ def _ranks(config: Any | None = None) -> Any:
 
 def _prepare(options: argparse.Namespace) -> int:
     from trec_twotower.data.sources import parse_options, prepare
+    from trec_twotower.data.sources.summary import describe
 
     overrides = parse_options(options.source, options.overrides)
     made = prepare(options.source, options.out, overrides, overwrite=options.overwrite)
-    counts = ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in made["counts"].items() if count)
-    print(f"{options.out}: {counts}")
+    print(describe(options.out, made))
     if made.get("counts_checked"):
         print("These are the published files, and the counts agree with the published ones.")
     return 0
@@ -364,8 +366,8 @@ def _index(options: argparse.Namespace) -> int:
     manifest, items, users = open_export(run.folder / "export")
     if not len(users):
         raise ConfigError(
-            f"{run.folder / 'export'} holds no users, because {run.config.data.dataset} has neither test/ nor valid/, "
-            "but the index is tuned for users' vectors: write one of them, then train, export and index."
+            f"{run.folder / 'export'} holds no users, because {run.config.data.dataset} has no part test/, valid/ or "
+            "serving/, but the index is tuned for users' vectors: write one of them, then train, export and index."
         )
     index = build_index(items, users, settings)
     index.save(

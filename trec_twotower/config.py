@@ -466,6 +466,9 @@ class EvaluateConfig(Settings):
     best: str = "recall@20"  # the validation metric that chooses the best step
     users: PositiveInt | None = None  # during training: a seeded sample of so many; default: all
     block: PositiveInt = 1024  # users scored together
+    # Items of a row's history are left out of its ranking: all, none, or all but those to find. `recommend` and
+    # `serve`, which look for no item, leave out all of them unless this is false.
+    exclude_seen: bool | Literal["except_target"] = True
     # What `evaluate` reports beside the metrics; training measures none of it.
     slices: tuple[str, ...] = SLICES
     item_to_item: bool = True  # the baseline of items that were taken together
@@ -481,6 +484,13 @@ class EvaluateConfig(Settings):
         if self.best not in known:
             raise ValueError(f"evaluate.best is {self.best!r}, which is not measured{nearest(self.best, known)}.")
         return self
+
+    @property
+    def best_label(self) -> str:
+        """The metric `best` and what it excludes: values under different labels are not comparable."""
+        if self.exclude_seen is True:
+            return self.best
+        return f"{self.best}, exclude_seen {str(self.exclude_seen).lower()}"
 
     @model_validator(mode="after")
     def _same_is_of_a_sample(self) -> Self:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pyarrow.parquet as pq
 
 from trec_twotower.baselines import ItemToItem, SpectralTowers, popularity_vectors
 from trec_twotower.config import METRICS, EvaluateConfig, validate
+from trec_twotower.data.dataset import SERVING
 from trec_twotower.data.features import Sources
 from trec_twotower.data.held_out import HeldOut
 from trec_twotower.data.lists import Lists, offsets_of
@@ -56,9 +58,9 @@ class Evaluator:
         cls, sources: Sources, split: str, config: EvaluateConfig, ranks: Ranks, *, sample: int | None = None
     ) -> Evaluator:
         parts = sorted(path.name for path in sources.dataset.folder.iterdir() if path.is_dir())
-        if split not in parts or split in ("items", "users"):
-            known = [name for name in parts if name not in ("items", "users")]
-            raise ConfigError(f"{sources.dataset.folder} has no part {split!r} to evaluate on{nearest(split, known)}.")
+        known = [name for name in parts if name not in ("items", "users", SERVING)]
+        if split not in known:
+            raise _no_part(sources, split, known)
         largest = max(config.k)
         if largest > len(sources.catalogue):
             raise ConfigError(
@@ -80,13 +82,28 @@ class Evaluator:
         """(users of this rank, D)."""
         return encode(model, "user", self.held_out.user, self.ranks).cpu().numpy()
 
+    @cached_property
+    def excluded(self) -> Lists:
+        """The items left out of each user's ranking."""
+        return self.held_out.excluded(self.config.exclude_seen)
+
+    def ceiling(self) -> dict[str, Any]:
+        """Return what the excluded items cost any model: users with nothing to find, and the highest recall@k."""
+        positives = self.held_out.positives.distinct()
+        lost_B = np.bincount(positives.rows, self.excluded.hold(positives), minlength=len(positives))
+        findable_B = positives.lengths - lost_B
+        shares = [np.minimum(findable_B, k) / positives.lengths for k in self.config.k]
+        total = self.ranks.sum(np.array([len(positives), (findable_B == 0).sum(), *(each.sum() for each in shares)]))
+        recall = dict(zip(names_of(["recall"], self.config.k), (total[2:] / max(total[0], 1)).tolist(), strict=True))
+        return {"unfindable_users": int(total[1]), "highest_recall": recall}
+
     def rankings(self, user_BD: np.ndarray, search: Search) -> np.ndarray:
-        """(users of this rank, largest k): catalogue rows, best first, seen items left out."""
+        """Return (users of this rank, largest k) catalogue rows, best first, without excluded items."""
         k = max(self.config.k)
         ranked = np.full((len(user_BD), k), -1, np.int64)
         for start in range(0, len(user_BD), self.config.block):
             rows = np.arange(start, min(start + self.config.block, len(user_BD)))
-            ranked[rows] = search(user_BD[rows], k, self.held_out.seen.take(rows))
+            ranked[rows] = search(user_BD[rows], k, self.excluded.take(rows))
         return ranked
 
     def mean(self, ranked_BK: np.ndarray) -> dict[str, float]:
@@ -96,6 +113,16 @@ class Evaluator:
         names = names_of(METRICS, self.config.k)
         total = self.ranks.sum(np.array([sums.num_users, *(sums.sums.get(name, 0.0) for name in names)]))
         return dict(zip(names, (total[1:] / max(total[0], 1)).tolist(), strict=True))
+
+
+def _no_part(sources: Sources, split: str, known: list[str]) -> ConfigError:
+    folder, options = sources.dataset.folder, sources.dataset.description.get("options") or {}
+    if options.get("split") == "none":
+        return ConfigError(
+            f"{folder} has no part {split!r} to evaluate on: it was prepared with split=none, so that all events are "
+            "trained on. Evaluate a run of the same config on a dataset with held-out items."
+        )
+    return ConfigError(f"{folder} has no part {split!r} to evaluate on{nearest(split, known)}.")
 
 
 def names_of(metrics: Sequence[str], ks: Sequence[int]) -> list[str]:
@@ -296,15 +323,16 @@ def evaluate_run(
     if index is not None:
         contenders.add(THROUGH_INDEX, evaluator.rankings(user_BD, through(index)))
     k = max(config.k)
-    contenders.add(POPULARITY, popularity_ranking(count_I, held_out.seen, k))
+    contenders.add(POPULARITY, popularity_ranking(count_I, evaluator.excluded, k))
     by_product = {EXACT: (item_ID, user_BD), POPULARITY: popularity_vectors(count_I, len(held_out))}
     if config.item_to_item or config.svd:
         taken = ranks.together(lambda: Taken.read(loaded.sources, ranks))
     if config.item_to_item:
-        contenders.add(ITEM_TO_ITEM, ItemToItem.of(taken, count_I, ranks).rankings(held_out.seen, k))
+        item_to_item = ItemToItem.of(taken, count_I, ranks)
+        contenders.add(ITEM_TO_ITEM, item_to_item.rankings(held_out.seen, k, evaluator.excluded))
     if config.svd:
         svd = SpectralTowers.of(taken, config.svd, count_I, ranks)
-        contenders.add(SVD, svd.rankings(held_out.seen, k))
+        contenders.add(SVD, svd.rankings(held_out.seen, k, evaluator.excluded))
         by_product[SVD] = svd.item_ID, svd.users(held_out.seen)
     judged = contenders.result()
     if config.sampled:
@@ -322,6 +350,8 @@ def evaluate_run(
         "step": loaded.step,
         "model_version": loaded.version,
         "users": int(ranks.sum(np.array([len(held_out)]))[0]),
+        "exclude_seen": config.exclude_seen,
+        **evaluator.ceiling(),
         **judged,
     }
     ranks.once(lambda: write_json(run.folder / "evaluation.json", result))
@@ -340,7 +370,7 @@ def _sampled(evaluator: Evaluator, by_product: dict[str, tuple[np.ndarray, np.nd
     for kind in kinds:
         told: dict[str, dict[str, float]] = {}
         for name, (item_ID, user_BD) in by_product.items():
-            place_P = kind.ranks(item_ID, user_BD, positives, held_out.seen, evaluator.first_user)
+            place_P = kind.ranks(item_ID, user_BD, positives, evaluator.excluded, evaluator.first_user)
             per_user = sampled_metrics(place_P, positives, config.k)
             total = ranks.sum(np.array([len(positives), *(value_B.sum() for value_B in per_user.values())]))
             told[name] = dict(zip(per_user, (total[1:] / total[0]).tolist(), strict=True))
@@ -348,12 +378,30 @@ def _sampled(evaluator: Evaluator, by_product: dict[str, tuple[np.ndarray, np.nd
     return result
 
 
+def excluded_text(result: dict[str, Any]) -> str:
+    """Return which items an evaluation left out of its rankings."""
+    texts = {True: "seen items excluded", False: "seen items included", "except_target": "seen items excluded, but not "
+             "those to find"}  # fmt: skip
+    return texts[result.get("exclude_seen", True)]
+
+
+def _ceiling_text(result: dict[str, Any], ks: Sequence[int]) -> list[str]:
+    """Return a line on what no model can reach; nothing of an evaluation from before it was counted."""
+    if "highest_recall" not in result:
+        return []
+    recall = ", ".join(f"@{k} {result['highest_recall'][f'recall@{k}']:.4f}" for k in ks)
+    lost = result["unfindable_users"]
+    why = " (all they ask for is in their history; see evaluate.exclude_seen)" if lost else ""
+    return [f"users that no model can hit: {lost:,}{why}; highest possible recall {recall}"]
+
+
 def told(result: dict[str, Any], ks: Sequence[int]) -> str:
     """The tables of an evaluation, as read from evaluation.json."""
     k = ks[0]
     smallest = [name for each in ks[:2] for name in (f"recall@{each}", f"ndcg@{each}")]
     lines = [
-        f"{result['split']}, {result['users']:,} users, whole catalogue, items already taken left out",
+        f"{result['split']}, {result['users']:,} users, whole catalogue, {excluded_text(result)}",
+        *_ceiling_text(result, ks),
         comparison(result["metrics"], [*smallest, f"hit@{k}", f"mrr@{k}", f"map@{k}"]),
         "",
         f"what the lists of {k} are like, and between what recall@{k} lies, 95 times of 100",

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from trec_twotower.checkpoint import Checkpoints, model_version
-from trec_twotower.data.dataset import ITEM_ID, USER_ID, Split
+from trec_twotower.data.dataset import ITEM_ID, SERVING, USER_ID, Split
 from trec_twotower.data.features import Sources
 from trec_twotower.data.held_out import HeldOut
 from trec_twotower.data.transforms import Columns
@@ -66,9 +66,9 @@ def export(loaded: LoadedModel, ranks: Ranks, *, columns: Sequence[str] = (), us
     """Write RUN/export: items-*.parquet in catalogue order, users-*.parquet, manifest.json. Returns the folder.
 
     A vector is a fixed-size list of float32 (`vector`), several of a user a fixed-size list of those (`vectors`).
-    Beside the items' stand `columns` of items/. The users are those of the dataset's part `users` (test/, else valid/),
-    as they are known there. Encoded and written a row group at a time. A vector that is not finite stops the export
-    with a DataError; an earlier export stays until the new one is complete.
+    Beside the items' stand `columns` of items/. The users are those of the dataset's part `users` (test/, else valid/,
+    else serving/), as they are known there. Encoded and written a row group at a time. A vector that is not finite
+    stops the export with a DataError; an earlier export stays until the new one is complete.
     """
     run, sources = loaded.run, loaded.sources
     split = _part_with_users(sources, users)
@@ -114,12 +114,12 @@ def export(loaded: LoadedModel, ranks: Ranks, *, columns: Sequence[str] = (), us
 
 def _part_with_users(sources: Sources, users: str | None) -> str | None:
     """The part of the dataset whose users are exported; None where there is none."""
-    known = [name for name in ("test", "valid") if sources.dataset.has(name)]
+    known = [name for name in ("test", "valid", SERVING) if sources.dataset.has(name)]
     if users is None:
         return known[0] if known else None
     if users not in known:
         raise ConfigError(
-            f"--users is {users!r}, but {sources.dataset.folder} has of held-out parts {', '.join(known) or 'none'}: "
+            f"--users is {users!r}, but {sources.dataset.folder} has of parts with users {', '.join(known) or 'none'}: "
             "name one of them, or encode other users by an encoder (export --encoder)."
         )
     return users

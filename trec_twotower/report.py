@@ -18,10 +18,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from matplotlib.figure import Figure
 
-from trec_twotower.data.dataset import ITEM_ID, POSITIVES, USER_ID, Split
+from trec_twotower.data.dataset import ITEM_ID, POSITIVES, SERVING, USER_ID, Split
 from trec_twotower.data.words import python_rows, python_values
 from trec_twotower.errors import ConfigError, DataError, nearest
-from trec_twotower.evaluate import EXACT, NOT_SAMPLED, REACHABLE
+from trec_twotower.evaluate import EXACT, NOT_SAMPLED, REACHABLE, excluded_text
 from trec_twotower.export import Exported, read_export
 from trec_twotower.files import MANIFEST, read_json, read_manifest, write_file
 from trec_twotower.index import ItemIndex, exact_search
@@ -185,7 +185,7 @@ def _figures(result: dict[str, Any], exported: Exported | None) -> str:
     ks = sorted({int(name.partition("@")[2]) for name in result["metrics"][EXACT]})[:2]
     columns = [f"{name}@{k}" for k in ks for name in ("recall", "ndcg")] + [f"mrr@{ks[0]}", f"map@{ks[0]}"]
     page = (
-        f"<p>{escape(result['split'])}, {result['users']:,} users, whole catalogue, items already taken left out; "
+        f"<p>{escape(result['split'])}, {result['users']:,} users, whole catalogue, {excluded_text(result)}; "
         "below each figure the interval that 95 of 100 draws of the users lie in. Of model "
         f"{escape(str(result['model_version']))}, step {result['step']:,}.</p>\n"
     )
@@ -424,7 +424,7 @@ def _users(run: Run, exported: Exported | None) -> str:
     for _, table in split.tables(columns):
         here = table.filter(pc.is_in(table[USER_ID], value_set=ids.cast(table.schema.field(USER_ID).type)))
         for row in python_rows(here):
-            if row[wanted] not in (None, []):  # of the others nothing is exported
+            if row[wanted] not in (None, []) or split.name == SERVING:  # others are not exported
                 rows.setdefault(row[USER_ID], []).append(row)
     row_of = {item: row for row, item in enumerate(python_values(exported.item_ids))}
     cards = []
@@ -434,12 +434,14 @@ def _users(run: Run, exported: Exported | None) -> str:
         history = [row_of[item] for item in row.get(HISTORY) or [] if item in row_of]
         next_ones = row[wanted] if isinstance(row[wanted], list) else [row[wanted]]
         score_I = (exported.item_ID @ np.atleast_2d(exported.user_QD[user]).T).max(axis=1)
-        score_I[history] = -np.inf
+        found = {row_of[item] for item in next_ones if item in row_of}
+        exclude_seen = run.config.evaluate.exclude_seen
+        kept = found if exclude_seen == "except_target" else set(history) if not exclude_seen else set()
+        score_I[[item for item in history if item not in kept]] = -np.inf
         best = [item for item in np.argsort(-score_I, kind="stable")[:SHOWN_ITEMS] if np.isfinite(score_I[item])]
         shown = history[::-1][:SHOWN_HISTORY]
         words = dict(zip([*shown, *best], _words(dataset.items, [*shown, *best]), strict=True))
         took = "".join(f"<li>{words[item]}</li>" for item in shown)
-        found = {row_of[item] for item in next_ones if item in row_of}
         gets = "".join(
             f"<li{' class=found' if item in found else ''}>{words[item]} <small>{score_I[item]:.3f}</small></li>"
             for item in best

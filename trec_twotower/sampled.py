@@ -36,23 +36,31 @@ class Negatives:
         return cls(name, count, part_I, np.argsort(part_I, kind="stable"), offsets_of(np.bincount(part_I)))
 
     def ranks(
-        self, item_ID: np.ndarray, user_BD: np.ndarray, positives: Lists, seen: Lists, first_user: int, seed: int = 0
+        self,
+        item_ID: np.ndarray,
+        user_BD: np.ndarray,
+        positives: Lists,
+        excluded: Lists,
+        first_user: int,
+        seed: int = 0,
     ) -> np.ndarray:
         """The place (from 1) of each of `positives.values` among itself and its negatives; ties count half.
 
-        Negatives are drawn with replacement from what the user has neither seen nor to find, by a random number that
-        depends on the user's number (`first_user` and on), the positive and the draw alone: all contenders meet the
-        same, for any number of ranks. Fewer stand beside a positive whose part has hardly any other item. Of users with
-        several vectors, (B, M, D), an item's score is the highest by any of them.
+        A positive on the user's list of `excluded` items has place infinity: no ranking lists it. Negatives are drawn
+        with replacement from the items neither excluded nor to find, by a random number that depends on the user's
+        number (`first_user` and on), the positive and the draw alone: all contenders meet the same, for any number of
+        ranks. A positive whose part has hardly any other item gets fewer. Of users with several vectors, (B, M, D), an
+        item's score is the highest by any of them.
         """
         user_BMD = user_BD if user_BD.ndim == 3 else user_BD[:, None]
-        taboo = side_by_side(seen, positives).distinct()
+        taboo = side_by_side(excluded, positives).distinct()
         place_P = np.empty(len(positives.values))
         _ranks(
             np.ascontiguousarray(item_ID, np.float32), np.ascontiguousarray(user_BMD, np.float32), positives.offsets,
             positives.values, taboo.offsets, taboo.values, self.part_I, self.member_I, self.offsets, self.count,
             np.uint64(first_user), np.uint64(seed), place_P,
         )  # fmt: skip
+        place_P[excluded.hold(positives)] = np.inf
         return place_P
 
 

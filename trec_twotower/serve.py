@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 import torch
 
 from trec_twotower.data.catalogue import find_id
-from trec_twotower.data.dataset import ITEM_ID, POSITIVES, USER_ID, Split
+from trec_twotower.data.dataset import ITEM_ID, POSITIVES, SERVING, USER_ID, Split
 from trec_twotower.data.features import Sources
 from trec_twotower.data.lists import Lists, side_by_side
 from trec_twotower.data.transforms import Columns, key_lists, one_chunk
@@ -175,7 +175,8 @@ class Retriever:
                 f"k is {k:,}, but the catalogue has {len(self.index):,} items: ask for 1 to {len(self.index):,}."
             )
         user_BD = encode(self.loaded.model, "user", features, self.ranks).cpu().numpy()
-        score_BK, item_row_BK = self._ranked(user_BD, k, seen, allowed, rules)
+        excluded = seen if self.loaded.run.config.evaluate.exclude_seen else Lists.empty(1)
+        score_BK, item_row_BK = self._ranked(user_BD, k, excluded, allowed, rules)
         found = item_row_BK[0][item_row_BK[0] >= 0]
         about = sources.catalogue.words(found)
         ids = python_values(sources.catalogue.ids.take(pa.array(found)))
@@ -228,8 +229,8 @@ def state_table(sources: Sources, state: Mapping[str, Any], where: str) -> pa.Ta
 
 
 def find_user(sources: Sources, user_id: Any) -> tuple[pa.Table, Split]:
-    """A user's newest row, and the part of the dataset it is from: test/, else valid/, else the last of train/."""
-    for name in ("test", "valid", "train"):
+    """Return a user's newest row and its part of the dataset: serving/, test/, valid/ or the last of train/."""
+    for name in (SERVING, "test", "valid", "train"):
         if not sources.dataset.has(name):
             continue
         split = sources.dataset.split(name)

@@ -277,7 +277,8 @@ class Progress:
             if self.owes_evaluation:
                 self.evaluated_step = -1
             best = self.ranks.once(self.checkpoints.best)
-            self.best = best["value"] if best is not None and best["metric"] == self.config.evaluate.best else -math.inf
+            label = self.config.evaluate.best_label
+            self.best = best["value"] if best is not None and best["metric"] == label else -math.inf
             self.say(f"resumed at step {self.step:,} of {self.num_steps:,} from {newest}")
         elif init_from is not None:
             self._begin_with(init_from, model)
@@ -419,7 +420,7 @@ class Progress:
         self._started = now
         self.log.write(self.step, "valid", metrics)
         name = self.config.evaluate.best
-        self.valid = {"metric": name, "value": metrics[name]}
+        self.valid = {"metric": self.config.evaluate.best_label, "value": metrics[name]}
         is_best = metrics[name] > self.best
         self.say(f"step {self.step:>6,}  valid {name} {metrics[name]:.4f}" + ("  (best so far)" if is_best else ""))
         if is_best:

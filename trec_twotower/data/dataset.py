@@ -24,6 +24,7 @@ from trec_twotower.yaml_files import read_yaml
 
 USER_ID, ITEM_ID, POSITIVES = "user_id", "item_id", "positives"
 DESCRIPTION = "dataset.yaml"
+SERVING = "serving"  # the part with each user's whole history and nothing to find
 TRAIN, TRAIN_USERS = "train", "train_users"  # the folders of training rows: of either kind, of users beside events
 FOOTERS = 64  # kept of the files read last
 UNREADABLE = (OSError, pa.ArrowException, KeyError, UnicodeDecodeError)  # what pyarrow raises for damaged files

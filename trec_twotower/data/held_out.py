@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
 
-from trec_twotower.data.dataset import ITEM_ID, POSITIVES, USER_ID
+from trec_twotower.data.dataset import ITEM_ID, POSITIVES, SERVING, USER_ID
 from trec_twotower.data.features import Sources
 from trec_twotower.data.lists import Lists
 from trec_twotower.data.transforms import Columns, one_chunk
@@ -22,11 +23,11 @@ class HeldOut:
     user_ids: pa.Array
     user: Columns
     positives: Lists  # catalogue rows
-    seen: Lists  # catalogue rows
+    seen: Lists  # catalogue rows: the items of the row's history
 
     @classmethod
     def read(cls, sources: Sources, split_name: str, sample: int | None = None, seed: int = 0) -> HeldOut:
-        """All rows, or a seeded sample of them. Rows without anything to find are left out."""
+        """Return all rows, or a seeded sample of them. Rows with nothing to find are left out, but for serving/."""
         split = sources.dataset.split(split_name)
         columns = set(sources.user_columns())
         for column in columns:
@@ -42,7 +43,7 @@ class HeldOut:
             positives = Lists.singles(sources.item_rows(one_chunk(table[ITEM_ID]), where))
         else:
             positives = sources.item_row_lists(one_chunk(table[POSITIVES]), where)
-        keep = np.flatnonzero(positives.lengths > 0)
+        keep = np.arange(len(table)) if split_name == SERVING else np.flatnonzero(positives.lengths > 0)
         if sample is not None and sample < len(keep):
             keep = np.sort(np.random.default_rng(seed).choice(keep, sample, replace=False))
         if not keep.size:
@@ -52,6 +53,14 @@ class HeldOut:
         if split.has(HISTORY):
             seen = sources.item_row_lists(one_chunk(table[HISTORY]), where, known_only=True)
         return cls(one_chunk(table[USER_ID]), sources.user_features(table, where), positives.take(keep), seen)
+
+    def excluded(self, exclude_seen: bool | Literal["except_target"]) -> Lists:
+        """Return the items left out of each row's ranking, by the setting evaluate.exclude_seen."""
+        if exclude_seen is False:
+            return Lists.empty(len(self))
+        if exclude_seen is True:
+            return self.seen
+        return self.seen.where(~self.positives.hold(self.seen))
 
     def __len__(self) -> int:
         return len(self.positives)

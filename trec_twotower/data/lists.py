@@ -119,6 +119,12 @@ class Lists:
         at_BK = np.minimum(np.searchsorted(key, wanted_BK), len(key) - 1)
         return (key[at_BK] == wanted_BK) & (item_row_BK >= 0)
 
+    def hold(self, other: Lists) -> np.ndarray:
+        """Bool, one per value of `other`: is the value on the same row's list here?"""
+        assert len(other) == len(self), f"{len(other)} rows against {len(self)} lists"
+        span = max(int(self.values.max(initial=0)), int(other.values.max(initial=0))) + 1
+        return np.isin(other.rows * span + other.values, self.rows * span + self.values)
+
     @staticmethod
     def concat(parts: Sequence[Lists]) -> Lists:
         """The rows of all parts below each other."""

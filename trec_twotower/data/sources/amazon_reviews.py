@@ -53,8 +53,17 @@ from typing import Any, Literal
 import duckdb
 from pydantic import Field
 
-from trec_twotower.data.sources.event_files import FILE_OF_ROW, Files, explained, fetch_row, fetch_rows, sql_name
-from trec_twotower.data.sources.event_log import LATEST_S, Moment, write_log
+from trec_twotower.data.sources.event_files import (
+    FILE_OF_ROW,
+    LATEST_US,
+    Files,
+    explained,
+    fetch_row,
+    fetch_rows,
+    sql_name,
+    to_microseconds,
+)
+from trec_twotower.data.sources.event_log import Moment, write_log
 from trec_twotower.data.sources.ratings import RatingOptions, load_ratings
 from trec_twotower.data.sources.raw_text import check_zipped, open_unzipped
 from trec_twotower.data.sources.writer import DatasetWriter
@@ -107,7 +116,7 @@ class Options(RatingOptions):
     description_chars: int = Field(1000, ge=0)  # of features and description together
     min_user_events: int = Field(5, ge=1)
     min_item_events: int = Field(5, ge=1)
-    split: Literal["leave-last-out", "time"] = "time"
+    split: Literal["leave-last-out", "time", "none"] = "time"
     valid_from: Moment | None = 1628643414  # 2021-08-11
     test_from: Moment | None = 1658002729  # 2022-07-16
 
@@ -123,11 +132,11 @@ def write(options: Options, writer: DatasetWriter) -> dict[str, Any]:
         columns = {
             "user_id": f"nullif(trim({layout.user}), '')",
             "item_id": f"nullif(trim({layout.item}), '')",
-            "timestamp": f"try_cast({layout.time} ->> '$' AS BIGINT) // {layout.per_second}",
+            "timestamp": to_microseconds(f"try_cast({layout.time} ->> '$' AS BIGINT)", 1_000_000 // layout.per_second),
             "rating": f"try_cast({layout.rating} ->> '$' AS DOUBLE)",
             "verified": f"{layout.verified} ->> '$' = 'true'",
         }
-        when = f"{{0}} IS NULL OR {{0}} < {EARLIEST_S} OR {{0}} > {LATEST_S}"
+        when = f"{{0}} IS NULL OR {{0}} < {EARLIEST_S * 1_000_000} OR {{0}} > {LATEST_US}"
         faults = [
             (layout.user, "user_id", "{} IS NULL", "take these lines out"),
             (layout.item, "item_id", "{} IS NULL", "take these lines out"),

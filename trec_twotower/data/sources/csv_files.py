@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import re
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
@@ -67,10 +68,12 @@ class CsvFiles:
 
     def relation(self) -> str:
         """An SQL relation of all files that are not empty: text columns by name, and the file of each row."""
-        groups: dict[tuple[_Head, bool], list[Path]] = {}
-        for path, head in self.heads.items():
-            groups.setdefault((head, path in self.copied), []).append(path)
-        arms = [self._arm(paths, head, is_copied) for (head, is_copied), paths in groups.items()]
+        arms = [
+            self._arm([path for path, _ in group], head, is_copied)
+            for (head, is_copied), group in itertools.groupby(
+                self.heads.items(), key=lambda item: (item[1], item[0] in self.copied)
+            )
+        ]  # in the order of the files, which may be that of the events
         return f"({' UNION ALL BY NAME '.join(arms)})"
 
     def _arm(self, paths: list[Path], head: _Head, is_copied: bool) -> str:

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 FILE_OF_ROW = "file of the row"  # the column in which DuckDB gives it
 _ROWS_PER_BATCH = 131_072
+LATEST_S = 10**11  # the year 5138; what is larger is in another unit
+LATEST_US = LATEST_S * 1_000_000
 _JSON_FAULT = re.compile(r"JSON .*?in file \"(.+?)\"")
 _CSV_FAULT = re.compile(
     r"CSV Error on Line: (\d+)\n(?:Original Line:\s*(.*?)\n)?(.*?)\n\s*(?:Possible|file = )", re.DOTALL
@@ -88,7 +90,9 @@ class Files:
         """Return the error for rows with a fault (an SQL condition): their number, and file and line of the first."""
         fetch_rows(database, "SET preserve_insertion_order = true")
         is_bad = f"({fault}) AND ({self.where})"
-        (path,) = fetch_row(database, f"SELECT min({sql_name(FILE_OF_ROW)}) FROM {self.relation} WHERE {is_bad}")
+        # FILTER, because DuckDB skips row groups of Parquet by statistics that do not count NaN where it has a WHERE.
+        first_file = f"min({sql_name(FILE_OF_ROW)}) FILTER ({is_bad})"
+        (path,) = fetch_row(database, f"SELECT {first_file} FROM {self.relation}")
         row, value = fetch_row(
             database,
             f"SELECT row, value FROM (SELECT row_number() OVER () - 1 AS row, CAST({sql_name(column)} AS VARCHAR) AS "
@@ -212,6 +216,16 @@ def original_names(path: Path, scratch_dir: Path) -> str:
     """What to select of copied files, so that the file of a row is the original; `path` is any of the originals."""
     file = sql_name(FILE_OF_ROW)
     return f"* REPLACE (substr({file}, {len(str(copy_path(path, scratch_dir))) - len(str(path)) + 1}) AS {file})"
+
+
+def to_microseconds(time: str, factor: int) -> str:
+    """Return an SQL expression: the whole number `time`, whose unit is `factor` microseconds, in microseconds.
+
+    Times before 1970 become a negative number, those after LATEST_US a larger one: nothing overflows.
+    """
+    too_late = LATEST_US // factor + 1_000_000  # which a double can tell from LATEST_US
+    clamped = f"CAST(least(greatest({time}, -1), {too_late}) AS BIGINT)"
+    return f"CASE WHEN {time} IS NOT NULL THEN {clamped} * {factor} END"
 
 
 def sql_name(column: str) -> str:

@@ -1,19 +1,19 @@
-"""A log of interactions, in DuckDB's tables, becomes a dataset: what is dropped, what is held out, what came before.
+"""A log of interactions, in tables of DuckDB, becomes a dataset.
 
-A source makes the table `events` (user_id, item_id, timestamp in whole seconds, and columns to keep); here repeats and
-rare users and items are dropped, which leaves the view `kept`; for its users and items the source makes the tables
-`items` and, where there is something to say of them, `users`; the sorted events become train, valid and test.
+A source makes the table `events` (user_id, item_id, timestamp in microseconds, and columns to keep). Here repeats and
+rare users and items are dropped, which leaves the view `kept`. For its users and items the source makes the tables
+`items` and, where it has features of users, `users`. The sorted events become the rows of the split.
 
 DuckDB sorts on disk, spilling beyond `memory_gb`. The sorted rows come back in batches that are cut between users, so
-that the past of an event is a range of rows, found with a few numpy passes. Memory holds a row group of each part, and
-all events of one user.
+that the events before an event are a range of rows, found with a few numpy passes. Memory holds a row group of each
+part, and all events of one user.
 
 DuckDB can make the histories itself, but slower. 2 million events of 120,000 users, sorted, with histories of 50, on
 two cores: 2 s here; 11 s by `list(item_id) OVER (... RANGE BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING)`, which is
 exact but grows with the square of a user's events (1,000 users: 1 s against 41 s); 5 s by `ROWS BETWEEN 50 PRECEDING
-AND 1 PRECEDING`, which does not grow so, but takes in events of the same second.
+AND 1 PRECEDING`, which does not grow so, but includes events of the same time.
 
-Two events of one second are not in each other's history: nobody knows which came first. Times without a zone are UTC.
+Two events of one instant are not in each other's history: their order is unknown. Times without a zone are UTC.
 """
 
 from __future__ import annotations
@@ -37,12 +37,10 @@ from trec_twotower.data.sources.event_files import (
     fetch_rows,
     sql_name,
 )
-from trec_twotower.data.sources.event_splits import Piece, Splits, whole_users
+from trec_twotower.data.sources.event_splits import Piece, Splits, break_ties, whole_users
 from trec_twotower.data.sources.options import SourceOptions
 from trec_twotower.data.sources.writer import DatasetWriter
 from trec_twotower.errors import DataError
-
-LATEST_S = 10**11  # the year 5138; what is larger is in another unit
 
 
 def _seconds(value: Any) -> Any:
@@ -60,13 +58,17 @@ def _seconds(value: Any) -> Any:
 Moment = Annotated[int, BeforeValidator(_seconds)]
 
 
+Split = Literal["leave-last-out", "last-basket", "time", "position", "random", "none"]
+
+
 class LogOptions(SourceOptions):
     """What is dropped, and what is held out."""
 
     max_history: PositiveInt = 50  # newest items kept in a train row; valid and test rows keep all
     min_history: int = Field(0, ge=0)  # train rows with fewer earlier items are left out
     rows: Literal["event", "both"] = "event"  # both: also train_users/, a row per user, for data.rows: user
-    split: Literal["leave-last-out", "time"] = "leave-last-out"
+    split: Split = "leave-last-out"
+    hold_out: Literal["new", "any"] = "new"  # new: only items that the user has no earlier event with
     valid_from: Moment | None = None  # split = time: seconds, or a date such as 2024-05-31
     test_from: Moment | None = None
     min_user_events: PositiveInt = 1  # with min_item_events: users and items with fewer go, until none has fewer
@@ -78,8 +80,11 @@ class LogOptions(SourceOptions):
     def _split_fits(self) -> Self:
         given = [name for name in ("valid_from", "test_from") if name in self.model_fields_set]
         given = [name for name in given if getattr(self, name) is not None]
-        if self.split == "leave-last-out" and given:
-            raise ValueError(f"{given[0]} is set, but split is leave-last-out: set split = time, or leave it out")
+        if self.split != "time" and given:
+            raise ValueError(f"{given[0]} is set, but split is {self.split}: set split = time, or leave it out")
+        if self.hold_out == "any" and self.split in ("random", "none"):
+            why = "all events of an item go together" if self.split == "random" else "nothing is held out"
+            raise ValueError(f"hold_out = any is set, but with split = {self.split} {why}: leave hold_out out")
         if self.split == "time" and (self.valid_from is None or self.test_from is None):
             raise ValueError("split = time needs both valid_from and test_from, such as 2024-05-31")
         if self.split == "time" and not self.periods["valid"][0] < self.periods["test"][0]:
@@ -90,24 +95,50 @@ class LogOptions(SourceOptions):
 
     @property
     def kept(self) -> list[str]:
-        """The columns of the events besides the ids, as the dataset calls them; `timestamp` first."""
+        """The columns of the events that train rows have besides the ids; `timestamp` first."""
         return ["timestamp"]
 
     @property
     def asked(self) -> list[str]:
-        """Those of them that valid and test rows of leave-last-out have."""
+        """Those of them that rows about one event have in valid, test and serving."""
         return ["timestamp"]
 
     @property
-    def shows_times(self) -> bool:
-        """Whether `timestamp` is one, and not merely a place in an order."""
+    def outcome_columns(self) -> list[str]:
+        """Columns that are known only after an event: rows have them of earlier events alone."""
+        return []
+
+    @property
+    def has_times(self) -> bool:
+        """Whether `timestamp` is a time that the dataset keeps, and not only a place in an order."""
         return True
 
     @property
+    def order_columns(self) -> list[str]:
+        """Columns of the table `events` that order events of equal time."""
+        return []
+
+    @property
+    def tie_seed(self) -> int | None:
+        """The seed that draws the order of events whose order is unknown; None: by item id."""
+        return None
+
+    @property
+    def draws_order(self) -> bool:
+        """Whether that order counts as known, because nothing else orders the events."""
+        return False
+
+    @property
+    def shares(self) -> tuple[float, float]:
+        """The shares of each user's items that valid and test hold out, with split = random."""
+        return 0.0, 0.0
+
+    @property
     def periods(self) -> dict[str, tuple[int, int]]:
-        """First second, and first one after; of split = time."""
+        """First microsecond, and first one after, of the parts of split = time."""
         assert self.valid_from is not None and self.test_from is not None
-        return {"valid": (self.valid_from, self.test_from), "test": (self.test_from, 2**63 - 1)}
+        valid, test = (second * 1_000_000 for second in (self.valid_from, self.test_from))
+        return {"valid": (valid, test), "test": (test, 2**63 - 1)}
 
 
 Load = Callable[[duckdb.DuckDBPyConnection, Any], dict[str, int]]
@@ -168,7 +199,7 @@ def _drop(database: duckdb.DuckDBPyConnection, options: LogOptions) -> dict[str,
     """Make the view `kept`: the events without repeats and without rare users and items, as asked for."""
     (read,) = fetch_row(database, "SELECT count(*) FROM events")
     if options.dedupe:
-        order = ", ".join(map(sql_name, options.kept))
+        order = ", ".join(map(sql_name, ["timestamp", *options.order_columns, *_others(options)]))
         fetch_rows(
             database,
             "CREATE TABLE first_events AS SELECT * FROM events "
@@ -222,8 +253,9 @@ def _check_periods(database: duckdb.DuckDBPyConnection, options: LogOptions) -> 
         inside = f"timestamp >= {start} AND timestamp < {stop}"
         if not fetch_row(database, f"SELECT count(*) FROM kept WHERE {inside}")[0]:
             raise DataError(
-                f"No event is in the {split} period: the events run from {utc(first)} to {utc(last)}, but valid_from "
-                f"is {utc(options.valid_from)} and test_from {utc(options.test_from)}: move them."
+                f"No event is in the {split} period: the events run from {utc(first // 1_000_000)} to "
+                f"{utc(last // 1_000_000)}, but valid_from is {utc(options.valid_from)} and test_from "
+                f"{utc(options.test_from)}: move them."
             )
 
 
@@ -237,13 +269,22 @@ def _write_sides(database: duckdb.DuckDBPyConnection, options: LogOptions, write
     return {"items": fetch_row(database, "SELECT count(*) FROM items")[0]}
 
 
+def _others(options: LogOptions) -> list[str]:
+    """Columns that sort events last, so that no order of files shows."""
+    return list(dict.fromkeys([*options.kept[1:], *options.outcome_columns]))
+
+
 def _write_splits(database: duckdb.DuckDBPyConnection, options: LogOptions, writer: DatasetWriter) -> dict[str, int]:
     splits = Splits(options, writer)
-    order = ["user_id", "timestamp", "item_id", *options.kept[1:]]  # all of them: no file's order shows
-    query = f"SELECT user_id, item_id, {', '.join(map(sql_name, options.kept))} FROM kept ORDER BY "
-    split: Callable[[Piece], None] = splits.time if options.split == "time" else splits.leave_last_out
-    for table in whole_users(fetch_batches(database, query + ", ".join(map(sql_name, order)), options)):
-        split(Piece(table))
+    columns = ", ".join(
+        map(sql_name, dict.fromkeys(["user_id", "item_id", "timestamp", *options.order_columns, *_others(options)]))
+    )
+    order = ["user_id", "timestamp", *options.order_columns, "item_id", *_others(options)]
+    query = f"SELECT {columns} FROM kept ORDER BY {', '.join(map(sql_name, order))}"
+    for table in whole_users(fetch_batches(database, query, options)):
+        if options.tie_seed is not None:
+            table = break_ties(table, options.tie_seed, is_order=options.draws_order)
+        splits.write(Piece(table))
     if not splits.rows["train"]:
         raise DataError(
             f"No train row is left: no event that is not held out has min_history = {options.min_history:,} earlier "
@@ -251,8 +292,11 @@ def _write_splits(database: duckdb.DuckDBPyConnection, options: LogOptions, writ
         )
     for name in options.periods if options.split == "time" else ():
         if not splits.rows[name]:
-            raise DataError(f"In the {name} period no user took an item for the first time: there is nothing to find.")
-    return {"repeats_kept": splits.repeats_kept, "repeats_held_out": splits.repeats_held_out}
+            raise DataError(
+                f"In the {name} period no user has an event with a new item: there is nothing to find. Move "
+                "valid_from and test_from, or set hold_out = any."
+            )
+    return dict(splits.counts)
 
 
 def utc(second: int | None) -> str:

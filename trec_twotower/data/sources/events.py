@@ -2,74 +2,54 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from typing import Any, Self
+from contextlib import closing
+from typing import Any
 
 import duckdb
-from pydantic import Field, model_validator
 
-from trec_twotower.data.sources.event_files import explained, fetch_row, fetch_rows, sql_name
-from trec_twotower.data.sources.event_log import LATEST_S, Fault, refuse_faults, write_log
+from trec_twotower.data.sources.event_files import (
+    LATEST_S,
+    LATEST_US,
+    Files,
+    explained,
+    fetch_row,
+    fetch_rows,
+    sql_name,
+)
+from trec_twotower.data.sources.event_log import Fault, refuse_faults, write_log
+from trec_twotower.data.sources.event_options import IN_FILES, Options
+from trec_twotower.data.sources.event_splits import ORDER
 from trec_twotower.data.sources.id_columns import as_id, id_column, joint_id_type
-from trec_twotower.data.sources.table_columns import Column, NumberColumn, Typed, as_kind, check_names, feature_column
+from trec_twotower.data.sources.table_columns import (
+    Column,
+    NumberColumn,
+    as_kind,
+    check_names,
+    feature_column,
+    order_column,
+)
 from trec_twotower.data.sources.table_files import TableFiles, open_table
-from trec_twotower.data.sources.table_options import TABLES, TableName, TableOptions
+from trec_twotower.data.sources.table_options import TABLES, TableName
 from trec_twotower.data.sources.time_columns import TimeColumn
-from trec_twotower.data.sources.typed_tables import TypedTable, new_column, type_table
+from trec_twotower.data.sources.typed_tables import TypedTable, new_column, no_column, type_table
 from trec_twotower.data.sources.writer import DatasetWriter
 from trec_twotower.errors import ConfigError, DataError
 
-OURS = ("user_id", "item_id", "timestamp", "weight", "positives", "history")
-
-
-class Options(TableOptions):
-    """Where the log lies, and which columns say what."""
-
-    events: str = Field(min_length=1)  # a file, a folder or a glob of Parquet, CSV or JSON
-    items: str | None = None  # the catalogue, given likewise; by default the distinct items of the events
-    users: str | None = None  # static features of users, given likewise
-    user: str = "user_id"  # the column of that name in the events and in `users`
-    item: str = "item_id"  # and in `items`
-    timestamp: str = "timestamp"
-    weight: str | None = None  # becomes the column `weight` of the train rows
-    context: tuple[str, ...] = ()  # further columns of the events to keep
-    rating: str | None = None  # with min_rating: events with a lower rating are left out
-    min_rating: float | None = None
-
-    @model_validator(mode="after")
-    def _columns_fit(self) -> Self:
-        columns = [self.user, self.item, self.timestamp, *([self.weight] if self.weight else []), *self.context]
-        twice = [name for name, count in Counter(map(str.casefold, columns)).items() if count > 1]
-        if twice:
-            raise ValueError(f"column {twice[0]!r} is named twice among user, item, timestamp, weight and context")
-        taken = [name for name in self.context if name.casefold() in OURS]
-        if taken:
-            raise ValueError(f"context column {taken[0]!r} has the name of a column of the dataset: rename it")
-        if (self.rating is None) != (self.min_rating is None):
-            raise ValueError("rating and min_rating go together: the column of ratings, and the lowest that counts")
-        if self.rating in (self.user, self.item, self.timestamp):
-            raise ValueError(f"rating = {self.rating} is the column of users, items or times")
-        return self
-
-    @property
-    def kept(self) -> list[str]:
-        return ["timestamp", *(["weight"] if self.weight else []), *self.context]
-
-    @property
-    def asked(self) -> list[str]:
-        return ["timestamp", *self.context]
-
-    def named_columns(self, table: TableName) -> list[str]:
-        if table != "events":
-            return [self.item if table == "items" else self.user]
-        others = [name for name in (self.weight, self.rating) if name is not None]
-        return [self.user, self.item, self.timestamp, *others, *self.context]
+_RATING = "rating of the event"  # internal column
 
 
 def write(options: Options, writer: DatasetWriter) -> dict[str, Any]:
-    """Write train, valid, test, items and users; returns the content of dataset.yaml."""
+    """Write the parts of the split, items and users; return the content of dataset.yaml."""
+    if options.split == "random" and "timestamp" not in options.model_fields_set and not _has_column(options, writer):
+        options = options.model_copy(update={"timestamp": None})
     log = _Log(options)
     return write_log("events", options, writer, log.load_events, log.load_sides)
+
+
+def _has_column(options: Options, writer: DatasetWriter) -> bool:
+    """Return whether the events have a column of the default name of times."""
+    with closing(duckdb.connect(writer.scratch_dir() / "columns.duckdb")) as database:
+        return options.timestamp in open_table(database, options, "events").files.types
 
 
 class _Log:
@@ -81,7 +61,7 @@ class _Log:
         self.id_types: dict[str, str] = {}  # the DuckDB type of users' and items' ids
 
     def load_events(self, database: duckdb.DuckDBPyConnection, options: Options) -> dict[str, int]:
-        """Make the table `events`; DataError where a row cannot be one."""
+        """Make the table `events` and return counts; DataError where a row cannot be an event."""
         given: list[TableName] = [name for name in TABLES if getattr(options, name) is not None]
         opened = {name: open_table(database, options, name) for name in given}
         check_names(options, [name for table in opened.values() for name in table.files.types])
@@ -96,29 +76,27 @@ class _Log:
 
     def _load_events(self, database: duckdb.DuckDBPyConnection, table: TypedTable) -> dict[str, int]:
         options, files = self.options, table.files
-        columns = {
-            "user_id": self._id(table.typed, "user"),
-            "item_id": self._id(table.typed, "item"),
-            "timestamp": table.typed[options.timestamp].seconds,
-        }
+        time = table.typed[str(options.timestamp)].microseconds if options.has_times else "CAST(0 AS BIGINT)"
+        columns = {"user_id": self._id("events", "user"), "item_id": self._id("events", "item"), "timestamp": time}
         columns |= {"weight": sql_name(options.weight)} if options.weight else {}
-        columns |= {name: sql_name(name) for name in options.context}
-        rating = "rating of the row"
-        read = columns | ({rating: sql_name(options.rating)} if options.rating else {})
-        selected = ", ".join(f"{expression} AS {sql_name(name)}" for name, expression in read.items())
+        columns |= {name: sql_name(name) for name in (*options.context, *options.outcomes)}
+        order = _order(options)
+        columns |= {ORDER: order} if order is not None else {}
+        columns |= {_RATING: sql_name(options.rating)} if options.rating else {}
+        selected = ", ".join(f"{expression} AS {sql_name(name)}" for name, expression in columns.items())
         condition = f", where = {options.where}" if options.where is not None else ""
         with explained(f"events = {options.events}{condition}", options):
+            fetch_rows(database, "SET preserve_insertion_order = true")  # order = file counts the rows
             fetch_rows(
                 database, f"CREATE TABLE events AS SELECT {selected} FROM {files.relation} WHERE ({files.where})"
             )
+            fetch_rows(database, "SET preserve_insertion_order = false")
         if condition and not fetch_row(database, "SELECT count(*) FROM events")[0]:
             raise DataError(f"events = {options.events}: no row meets the condition where = {options.where}.")
-        counts = {"events_read": refuse_faults(database, files, read, self._faults(rating))}
-        if options.rating:
-            counts["low_ratings_dropped"] = _drop_low_ratings(database, options, rating)
-        return counts
+        counts = {"events_read": refuse_faults(database, files, columns, self._faults(files))}
+        return counts | (_drop_low_ratings(database, options) if options.rating else {})
 
-    def _faults(self, rating: str) -> list[Fault]:
+    def _faults(self, files: Files) -> list[Fault]:
         """What a row of the events must not have."""
         options = self.options
         faults: list[Fault] = []
@@ -128,40 +106,51 @@ class _Log:
             if self.id_types[role] == "VARCHAR":
                 is_null, others = "{0} IS NULL OR {0} = ''", f"{name} <> ''"
             faults.append((column, f"{role}_id", is_null, f"remove these rows, or leave them out by where={others!r}"))
-        unit = f"more than {LATEST_S:,} seconds, as if in milliseconds: say time_unit=ms, or divide"
-        time = options.timestamp
-        faults += [
-            (time, "timestamp", "{} IS NULL", "remove these rows, or give them a time"),
-            (time, "timestamp", "{} < 0", "times before 1970 are taken for mistakes: remove these rows"),
-            (time, "timestamp", f"{{}} > {LATEST_S}", unit),
-        ]
+        if options.has_times:
+            time = str(options.timestamp)
+            unit = f"more than {LATEST_S:,} seconds, as if in milliseconds: say time_unit=ms, or divide"
+            faults += [
+                (time, "timestamp", "{} IS NULL", "remove these rows, or give them a time"),
+                (time, "timestamp", "{} < 0", "times before 1970 are taken for mistakes: remove these rows"),
+                (time, "timestamp", f"{{}} > {LATEST_US}", unit),
+            ]
         if options.weight:
             bad = "coalesce(NOT isfinite({0}) OR {0} < 0, true)"
             faults.append((options.weight, "weight", bad, "weights are finite and at least 0"))
         if options.rating:
-            faults.append((options.rating, rating, "coalesce(NOT isfinite({}), true)", "a rating is a finite number"))
+            faults.append((options.rating, _RATING, "coalesce(NOT isfinite({}), true)", "a rating is a finite number"))
+        if options.order not in (None, IN_FILES):
+            is_float = files.types[str(options.order)] in ("FLOAT", "DOUBLE")
+            fault = "coalesce(isnan({}), true)" if is_float else "{} IS NULL"
+            faults.append((str(options.order), ORDER, fault, "give each row a value, or order by another column"))
         return faults
 
-    def _id(self, typed: dict[str, Typed], role: str) -> str:
+    def _id(self, table: TableName, role: str) -> str:
         column = self.options.user if role == "user" else self.options.item
-        return as_id(column, typed[column], self.id_types[role])
+        return as_id(column, self.tables[table].typed[column], self.id_types[role])
 
     def load_sides(self, database: duckdb.DuckDBPyConnection, options: Options) -> dict[str, int]:
-        """Make the table `items` and, where given, `users`."""
+        """Make the table `items` and, where given, `users`; return counts."""
+        counts: dict[str, int] = {}
         if options.items is None:
             fetch_rows(database, "CREATE TABLE items AS SELECT DISTINCT item_id FROM kept")
         else:
-            self._load_side(database, "items", options.item, "item")
+            counts |= self._load_side(database, "items", options.item, "item", options.min_item_events == 1)
         if options.users is not None:
-            self._load_side(database, "users", options.user, "user")
-        return {}
+            counts |= self._load_side(database, "users", options.user, "user", options.min_user_events == 1)
+        return counts
 
-    def _load_side(self, database: duckdb.DuckDBPyConnection, side: TableName, column: str, role: str) -> None:
-        """Make the table `items` or `users`; DataError where ids are null, stand twice, or are not all there."""
-        table, key = self.tables[side], f"{role}_id"
-        files = table.files
+    def _load_side(
+        self, database: duckdb.DuckDBPyConnection, side: TableName, column: str, role: str, keeps_idle: bool
+    ) -> dict[str, int]:
+        """Make the table `items` or `users`: a row for each id of the kept events, with nulls where the files lack it.
+
+        Ids of the files that are in no event have a row where `keeps_idle`. DataError where ids are null or repeated,
+        or where the files have none of the events' ids.
+        """
+        files, key, given = self.tables[side].files, f"{role}_id", f"given_{side}"
         where = f"{side} = {files.path}"
-        expression = self._id(table.typed, role)
+        expression = self._id(side, role)
         others = [name for name in files.types if name != column]
         taken = [name for name in others if name.casefold() == key]
         if taken:
@@ -170,46 +159,97 @@ class _Log:
             )
         features = "".join(f", {sql_name(name)}" for name in others)
         with explained(where, self.options):
-            fetch_rows(database, f"CREATE TABLE {side} AS SELECT {expression} AS {key}{features} FROM {files.relation}")
+            fetch_rows(
+                database, f"CREATE TABLE {given} AS SELECT {expression} AS {key}{features} FROM {files.relation}"
+            )
+        _check_ids(database, files, column, key, expression, is_text=self.id_types[role] == "VARCHAR")
 
-        is_null = f"{key} IS NULL" + (f" OR {key} = ''" if self.id_types[role] == "VARCHAR" else "")
-        (nulls,) = fetch_row(database, f"SELECT count(*) FROM {side} WHERE {is_null}")
-        if nulls:
-            raise files.refuse(database, column, is_null.replace(key, expression), nulls, "remove these rows")
-        twice = f"SELECT {key} FROM {side} GROUP BY {key} HAVING count(*) > 1"
-        missing = f"SELECT {key} FROM (SELECT DISTINCT {key} FROM kept) ANTI JOIN {side} USING ({key})"
-        for ids, what, mend in (
-            (twice, f"ids of {column!r} stand in more than one row", "keep one row an id"),
-            (missing, f"{side} of the events are not there", f"write a row for each {role}, or remove their events"),
-        ):
-            count, first = fetch_row(database, f"SELECT count(*), min({key}) FROM ({ids})")
-            if count:
-                raise DataError(f"{where}: {count:,} {what}, the first of them {first!r}: {mend}.")
+        fetch_rows(database, f"CREATE TABLE kept_{role}s AS SELECT DISTINCT {key} FROM kept")
+        idle = f"FROM {given} ANTI JOIN events USING ({key})"
+        dropped = f"FROM {given} SEMI JOIN events USING ({key}) ANTI JOIN kept_{role}s USING ({key})"
+        missing = f"FROM kept_{role}s ANTI JOIN {given} USING ({key})"
+        num_kept, num_idle, num_dropped, num_missing, first = fetch_row(
+            database,
+            f"SELECT (SELECT count(*) FROM kept_{role}s), (SELECT count(*) {idle}), (SELECT count(*) {dropped}), "
+            f"(SELECT count(*) {missing}), (SELECT min({key}) {missing})",
+        )
+        if num_missing == num_kept:
+            raise DataError(
+                f"{where}: none of the {num_kept:,} {side} of the events has a row there, {first!r} for one: check "
+                f"that the events and this file write {role} ids in the same way."
+            )
+        if num_missing and self.options.missing_rows == "error":
+            raise DataError(
+                f"{where}: {num_missing:,} of the {num_kept:,} {side} of the events have no row there, the first of "
+                f"them {first!r}: write a row for each {role}, or set missing_rows = keep, which gives them nulls."
+            )
+        ids = f"SELECT {key} FROM kept_{role}s" + (f" UNION ALL SELECT {key} {idle}" if keeps_idle else "")
+        fetch_rows(database, f"CREATE TABLE {side} AS SELECT * FROM ({ids}) LEFT JOIN {given} USING ({key})")
+        removed = num_dropped if keeps_idle else num_dropped + num_idle
+        counts = {"without_row": num_missing, "without_events": num_idle if keeps_idle else 0, "removed": removed}
+        return {f"{side}_{name}": count for name, count in counts.items()}
+
+
+def _order(options: Options) -> str | None:
+    """Return an SQL expression that orders events of equal time; None where nothing is known."""
+    if options.order not in (None, IN_FILES):
+        return sql_name(str(options.order))
+    is_in_files = options.order == IN_FILES or (not options.has_times and options.split != "random")
+    return "row_number() OVER ()" if is_in_files else None
+
+
+def _check_ids(
+    database: duckdb.DuckDBPyConnection, files: Files, column: str, key: str, expression: str, *, is_text: bool
+) -> None:
+    """DataError where ids of the table given_items or given_users are null or repeated."""
+    table = f"given_{files.option}"
+    is_null = "{0} IS NULL OR {0} = ''" if is_text else "{} IS NULL"
+    (nulls,) = fetch_row(database, f"SELECT count(*) FROM {table} WHERE {is_null.format(key)}")
+    if nulls:
+        raise files.refuse(database, column, is_null.format(expression), nulls, "remove these rows")
+    repeated = f"SELECT {key} FROM {table} GROUP BY {key} HAVING count(*) > 1"
+    count, first = fetch_row(database, f"SELECT count(*), min({key}) FROM ({repeated})")
+    if count:
+        raise DataError(
+            f"{files.option} = {files.path}: {count:,} ids of {column!r} stand in more than one row, the first of them "
+            f"{first!r}: keep one row an id."
+        )
 
 
 def _event_columns(table: TableFiles, options: Options) -> list[Column]:
     """The columns of the events that are read, each with the way in which it gets its type."""
-    made = [
-        id_column(new_column(table, options, name, role))
-        for name, role in ((options.user, "user"), (options.item, "item"))
-    ]
-    made.append(as_kind(new_column(table, options, options.timestamp, "timestamp"), TimeColumn))
+    made = {name: id_column(new_column(table, options, name, role)) for name, role in _ids(options)}
+    if options.has_times:
+        made[str(options.timestamp)] = _time_column(table, options, str(options.timestamp))
     for name, role in ((options.weight, "weight"), (options.rating, "rating")):
-        if name is not None and name not in {column.name for column in made}:
-            made.append(as_kind(new_column(table, options, name, role), NumberColumn))
-    known = {column.name for column in made}
-    for name in options.context:
-        if name not in known:
-            made.append(feature_column(new_column(table, options, name, "context", is_needed=False)))
+        if name is not None and name not in made:
+            made[name] = as_kind(new_column(table, options, name, role), NumberColumn)
+    features = [(name, "context") for name in options.context] + [(name, "outcomes") for name in options.outcomes]
+    for name, role in features:
+        if name not in made:
+            made[name] = feature_column(new_column(table, options, name, role, is_needed=False))
+    if options.order not in (None, IN_FILES) and options.order not in made:
+        made[str(options.order)] = order_column(new_column(table, options, str(options.order), "order"))
     if options.where is not None:
-        known = {column.name for column in made}
         used = options.where.casefold()
-        others = [name for name in table.files.types if name not in known and name.casefold() in used]
-        made += [
-            feature_column(new_column(table, options, name, "where", is_needed=False), is_noted=False)
-            for name in others
-        ]
-    return made
+        for name in table.files.types:
+            if name not in made and name.casefold() in used:
+                column = new_column(table, options, name, "where", is_needed=False)
+                made[name] = feature_column(column, is_noted=False)
+    return list(made.values())
+
+
+def _ids(options: Options) -> tuple[tuple[str, str], tuple[str, str]]:
+    return (options.user, "user"), (options.item, "item")
+
+
+def _time_column(table: TableFiles, options: Options, name: str) -> Column:
+    if name not in table.files.types:
+        raise DataError(
+            f"{no_column(table, name, 'timestamp')} For a log without times set split = position (rows are in order in "
+            "the files), or split = random."
+        )
+    return as_kind(new_column(table, options, name, "timestamp"), TimeColumn)
 
 
 def _side_columns(table: TableFiles, options: Options) -> list[Column]:
@@ -220,13 +260,13 @@ def _side_columns(table: TableFiles, options: Options) -> list[Column]:
     return [ids, *(feature_column(new_column(table, options, name, role, is_needed=False)) for name in others)]
 
 
-def _drop_low_ratings(database: duckdb.DuckDBPyConnection, options: Options, rating: str) -> int:
+def _drop_low_ratings(database: duckdb.DuckDBPyConnection, options: Options) -> dict[str, int]:
     """Take the events below `min_rating` out of the table `events`; return how many they are."""
     assert options.min_rating is not None
-    condition = f"{sql_name(rating)} < {options.min_rating!r}"
+    condition = f"{sql_name(_RATING)} < {options.min_rating!r}"
     low, rows = fetch_row(database, f"SELECT count(*) FILTER ({condition}), count(*) FROM events")
     if low == rows:
         raise ConfigError(f"min_rating = {options.min_rating:g}: none of {rows:,} ratings is so high: lower it.")
     fetch_rows(database, f"DELETE FROM events WHERE {condition}")
-    fetch_rows(database, f"ALTER TABLE events DROP COLUMN {sql_name(rating)}")
-    return int(low)
+    fetch_rows(database, f"ALTER TABLE events DROP COLUMN {sql_name(_RATING)}")
+    return {"not_positive": low}

@@ -47,12 +47,12 @@ from trec_twotower.errors import DataError, nearest
 class Options(RatingOptions):
     """Which ratings count, and which of the other files are read."""
 
-    split: Literal["leave-last-out"] = "leave-last-out"
+    split: Literal["leave-last-out", "none"] = "leave-last-out"
     max_tags: int = Field(10, ge=0)  # a book's most frequent shelves; 0 leaves them out
     to_read: bool = False  # as the list `to_read` in users/
 
     @property
-    def shows_times(self) -> bool:
+    def has_times(self) -> bool:
         return False
 
 

@@ -16,7 +16,7 @@ from trec_twotower.data.sources.column_sql import (
     is_number_type,
 )
 from trec_twotower.data.sources.event_files import sql_name, sql_text
-from trec_twotower.data.sources.table_columns import Column, DeclaredColumn, Refuse, Typed, as_kind, note
+from trec_twotower.data.sources.table_columns import Column, DeclaredColumn, Rows, Typed, as_kind, note
 from trec_twotower.errors import ConfigError, DataError
 
 _RANGES = {"BIGINT": (-(2**63), 2**63 - 1), "UBIGINT": (0, 2**64 - 1)}
@@ -40,10 +40,10 @@ def id_column(column: Column) -> Column:
 class DeclaredIds(DeclaredColumn):
     """Ids of the type that the option `types` declares."""
 
-    def typed(self, found: dict[str, Any], refuse: Refuse) -> Typed:
+    def typed(self, found: dict[str, Any], rows: Rows) -> Typed:
         if self.type not in ("text", "integer"):
             raise ConfigError(f"types={{{self.name}: {self.type}}}: this column holds ids, which are text or integer.")
-        typed = super().typed(found, refuse)
+        typed = super().typed(found, rows)
         if self.type == "text":
             return Typed(typed.type, typed.expression, is_declared=True)
         return Typed("BIGINT", f"CAST({typed.expression} AS BIGINT)", fits=frozenset({"BIGINT"}), is_declared=True)
@@ -52,7 +52,7 @@ class DeclaredIds(DeclaredColumn):
 class TextIds(Column):
     """Ids that the files declare as text."""
 
-    def typed(self, found: dict[str, Any], refuse: Refuse) -> Typed:
+    def typed(self, found: dict[str, Any], rows: Rows) -> Typed:
         return Typed("VARCHAR", f"CAST({self.sql} AS VARCHAR)", is_declared=True)
 
 
@@ -62,7 +62,7 @@ class IntegerIds(Column):
     def aggregates(self) -> dict[str, str]:
         return {"least": f"min({self.sql})", "most": f"max({self.sql})"} if self.kind in WIDE_INTEGERS else {}
 
-    def typed(self, found: dict[str, Any], refuse: Refuse) -> Typed:
+    def typed(self, found: dict[str, Any], rows: Rows) -> Typed:
         fits = frozenset({"BIGINT"})
         if found.get("least") is not None:
             least, most = int(found["least"]), int(found["most"])
@@ -88,7 +88,7 @@ class FloatIds(Column):
             "odd": f"CAST(min({self.sql}) FILTER ({present} AND NOT ({self._is_whole})) AS VARCHAR)",
         }
 
-    def typed(self, found: dict[str, Any], refuse: Refuse) -> Typed:
+    def typed(self, found: dict[str, Any], rows: Rows) -> Typed:
         if found["odd_count"]:
             raise self.refusal(
                 f"ids are whole numbers or text ({found['odd']} is neither, or too large to be exact): cast it, or say "
@@ -101,41 +101,52 @@ class FloatIds(Column):
 class UndeclaredIds(Column):
     """Ids of CSV."""
 
-    def aggregates(self) -> dict[str, str]:
+    @property
+    def _spelling(self) -> str:
+        """SQL: how an id is spelled, as one word."""
         text = self.sql
         unsigned = f"coalesce(CAST(try_cast({text} AS UBIGINT) AS VARCHAR) = {text}, false)"
+        return (
+            f"CASE WHEN {is_integer(text)} THEN CASE WHEN starts_with({text}, '-') THEN 'negative' ELSE 'integer' END "
+            f"WHEN {unsigned} THEN 'unsigned' WHEN regexp_full_match({text}, {sql_text(WHOLE_FLOAT)}) THEN 'whole' "
+            f"WHEN {text} IS NOT NULL THEN 'text' END"
+        )
+
+    def aggregates(self) -> dict[str, str]:
         return {
-            "values": f"count({text})",
-            "BIGINT": f"count(*) FILTER ({is_integer(text)})",
-            "UBIGINT": f"count(*) FILTER ({unsigned})",
-            "whole": f"count(*) FILTER (regexp_full_match({text}, {sql_text(WHOLE_FLOAT)}))",
-            "integer": f"min({text}) FILTER ({is_integer(text)})",
-            "odd": f"min({text}) FILTER (NOT {is_integer(text)} AND NOT {unsigned})",
+            "spellings": f"histogram({self._spelling})",
+            "odd": f"min({self.sql}) FILTER ({self._spelling} IN ('text', 'whole'))",
         }
 
-    def typed(self, found: dict[str, Any], refuse: Refuse) -> Typed:
-        values, whole = found["values"], found["whole"]
-        fits = frozenset(kind for kind in _RANGES if found[kind] == values)
+    def typed(self, found: dict[str, Any], rows: Rows) -> Typed:
+        spellings: dict[str, int] = found["spellings"] or {}
+        kinds = set(spellings)
+        holds = {"BIGINT": {"integer", "negative"}, "UBIGINT": {"integer", "unsigned"}}
+        fits = frozenset(kind for kind, held in holds.items() if kinds <= held)
         if fits:
             kind = "BIGINT" if "BIGINT" in fits else "UBIGINT"
             return Typed(kind, f"CAST({self.sql} AS {kind})", fits=fits)
         named = f"{self.where}: the ids of {self.name!r}"
-        if whole == values:
+        integers = sum(spellings.get(kind, 0) for kind in ("integer", "negative", "unsigned"))
+        if kinds == {"whole"}:
             note(
                 f"{named} are all written as floats, such as {found['odd']}: read as integers. "
                 f"types={{{self.name}: text}} keeps them as they are written."
             )
             return Typed("BIGINT", f"CAST(replace({self.sql}, '.0', '') AS BIGINT)", fits=frozenset({"BIGINT"}))
-        if whole and whole + found["BIGINT"] == values:
+        if "whole" in kinds and "text" not in kinds:
             raise DataError(
-                f"{named} are written as floats in {whole:,} rows (such as {found['odd']}) and as integers in "
-                f"{found['BIGINT']:,} (such as {found['integer']}): types={{{self.name}: integer}} reads both as "
-                f"integers, types={{{self.name}: text}} keeps them apart."
+                f"{named} are written as floats in {spellings['whole']:,} rows (such as {found['odd']}) and as "
+                f"integers in {integers:,}: types={{{self.name}: integer}} reads both as integers, "
+                f"types={{{self.name}: text}} keeps them apart."
             )
-        if found["BIGINT"]:
+        if integers:
+            values = sum(spellings.values())
+            such = f", such as {found['odd']}" if found["odd"] else ""
             note(
-                f"{named} are read as text, because {values - found['BIGINT']:,} of {values:,} are no plain integers, "
-                f"such as {found['odd'] or 'those beyond 64 bits'!r}."
+                f"{named} are read as text, because {values - integers:,} of {values:,} are no plain integers{such}."
+                if values > integers
+                else f"{named} are read as text, because no integer type of 64 bits holds all of them."
             )
         return Typed("VARCHAR", self.sql)
 

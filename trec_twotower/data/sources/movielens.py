@@ -29,14 +29,16 @@ from pydantic import Field
 
 from trec_twotower.data.sources.csv_files import CsvLayout
 from trec_twotower.data.sources.event_files import (
+    LATEST_US,
     Files,
     explained,
     fetch_row,
     fetch_rows,
     sql_name,
     sql_text,
+    to_microseconds,
 )
-from trec_twotower.data.sources.event_log import LATEST_S, write_log
+from trec_twotower.data.sources.event_log import write_log
 from trec_twotower.data.sources.ratings import (
     RatingOptions,
     find_file,
@@ -115,13 +117,13 @@ def write(options: Options, writer: DatasetWriter) -> dict[str, Any]:
         columns = {
             "user_id": whole_number("userId"),
             "item_id": whole_number("movieId"),
-            "timestamp": whole_number("timestamp"),
+            "timestamp": to_microseconds(whole_number("timestamp"), 1_000_000),
             "rating": "try_cast(rating AS DOUBLE)",
         }
         faults = [
             ("userId", "user_id", "{} IS NULL", "ids are whole numbers"),
             ("movieId", "item_id", "{} IS NULL", "ids are whole numbers"),
-            ("timestamp", "timestamp", f"{{0}} IS NULL OR {{0}} NOT BETWEEN 0 AND {LATEST_S}", "seconds since 1970"),
+            ("timestamp", "timestamp", f"{{0}} IS NULL OR {{0}} NOT BETWEEN 0 AND {LATEST_US}", "seconds since 1970"),
             ("rating", "rating", "coalesce(NOT isfinite({}), true)", "a rating is a number of stars"),
         ]
         return load_ratings(database, options, files, columns, faults)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import duckdb
 
@@ -28,6 +29,7 @@ class RatingOptions(FolderOptions, LogOptions):
 
     min_rating: float = 4.0  # a lower one is no positive, and in no history
     dedupe: bool = True
+    split: Literal["leave-last-out", "time", "none"] = "leave-last-out"
 
 
 def load_ratings(

@@ -44,8 +44,6 @@ from trec_twotower.errors import ConfigError, DataError, nearest
 # Types that models do not read, and what they become. Quoted names of fields stay.
 _ODD_TYPES = re.compile(r'"NULL"(?=[\[\],)]|$)|("(?:[^"]|"")*")|\b(?:DECIMAL\(\d+,\d+\)|U?HUGEINT|UUID)(?=[\[\],)]|$)')
 
-Refuse = Callable[[str, str, int, str], DataError]  # of a column, an SQL condition, a count of rows, and the fix
-
 
 def note(message: str) -> None:
     """Print how something was read that could have been read in another way."""
@@ -53,15 +51,26 @@ def note(message: str) -> None:
 
 
 @dataclass(frozen=True)
+class Rows:
+    """All rows of a table: `count` those that meet an SQL condition, `refuse` is the error that names the first.
+
+    `refuse` gets a column, the condition, the number of rows that meet it, and the reason.
+    """
+
+    count: Callable[[str], int]
+    refuse: Callable[[str, str, int, str], DataError]
+
+
+@dataclass(frozen=True)
 class Typed:
     """A column's type, and the SQL expression that gives it.
 
-    `seconds` is the SQL expression of a typed time in whole seconds since 1970.
+    `microseconds` is the SQL expression of a typed time in whole microseconds since 1970.
     """
 
     type: str
     expression: str
-    seconds: str = ""
+    microseconds: str = ""
     fits: frozenset[str] = frozenset()  # of ids: the integer types that hold all of them
     is_declared: bool = False  # of ids: whether the files or the option `types` say what they are
 
@@ -93,7 +102,7 @@ class Column:
         """SQL aggregates over all rows, by the name under which `typed` gets their values."""
         return {}
 
-    def typed(self, found: dict[str, Any], refuse: Refuse) -> Typed:
+    def typed(self, found: dict[str, Any], rows: Rows) -> Typed:
         """The type of the column; DataError where its values do not allow one."""
         raise NotImplementedError
 
@@ -104,7 +113,7 @@ class Column:
 class PlainColumn(Column):
     """A column of a declared type that is kept, but for types that models do not read."""
 
-    def typed(self, found: dict[str, Any], refuse: Refuse) -> Typed:
+    def typed(self, found: dict[str, Any], rows: Rows) -> Typed:
         kind = _ODD_TYPES.sub(_readable, self.kind)
         return Typed(kind, self.sql if kind == self.kind else f"CAST({self.sql} AS {kind})")
 
@@ -171,11 +180,11 @@ class DeclaredColumn(Column):
     def _present(self) -> str:
         return f"({self.sql}) IS NOT NULL" + (f" AND NOT isnan({self.sql})" if self.kind in FLOATS else "")
 
-    def typed(self, found: dict[str, Any], refuse: Refuse) -> Typed:
+    def typed(self, found: dict[str, Any], rows: Rows) -> Typed:
         if found["bad"]:
             comma = ", or decimal=comma if its comma is a decimal point" if self.type == "number" else ""
             why = f"{self._source}, and this is none: fix it, or say null=WORD if it means a missing value{comma}"
-            raise refuse(self.name, self._is_bad, found["bad"], why)
+            raise rows.refuse(self.name, self._is_bad, found["bad"], why)
         return Typed(*self._value())
 
 
@@ -216,7 +225,7 @@ class FeatureColumn(Column):
             "odd": f"min({self.sql}) FILTER ({self._spelling} IN ('comma', 'null', 'text'))",
         }
 
-    def typed(self, found: dict[str, Any], refuse: Refuse) -> Typed:
+    def typed(self, found: dict[str, Any], rows: Rows) -> Typed:
         spellings: dict[str, int] = found["spellings"] or {}
         kinds = {word.split(" ")[0] for word in spellings}
         if not kinds:
@@ -265,6 +274,23 @@ class FilterColumn(FeatureColumn):
     is_noted = False
 
 
+class OrderColumn(FeatureColumn):
+    """The column that orders events of equal time: text of CSV is reported, since 10 comes before 9 in it."""
+
+    is_noted = False
+
+    def aggregates(self) -> dict[str, str]:
+        return super().aggregates() if self.is_undeclared else {}
+
+    def typed(self, found: dict[str, Any], rows: Rows) -> Typed:
+        if not self.is_undeclared:
+            return Typed(self.kind, self.sql)
+        typed = super().typed(found, rows)
+        if typed.type == "VARCHAR":
+            note(f"{self.where}: {self.name!r} is text, and orders events character by character: types= says other.")
+        return typed
+
+
 class ListColumn(Column):
     """Text that is a list: values between separators, as the option `lists` says. Integers if all of them are."""
 
@@ -279,7 +305,7 @@ class ListColumn(Column):
         has_text = f"len(list_filter({self._parts}, lambda part: NOT {is_integer('part')})) > 0"
         return {"texts": f"count(*) FILTER ({has_text})", "parts": f"sum(len({self._parts}))"}
 
-    def typed(self, found: dict[str, Any], refuse: Refuse) -> Typed:
+    def typed(self, found: dict[str, Any], rows: Rows) -> Typed:
         if found["texts"] or not found["parts"] or self.options.types.get(self.name) == "text":
             return Typed("VARCHAR[]", self._parts)
         return Typed("BIGINT[]", f"CAST({self._parts} AS BIGINT[])")
@@ -296,6 +322,13 @@ def feature_column(column: Column, *, is_noted: bool = True) -> Column:
     elif column.is_undeclared:
         kind = FeatureColumn if is_noted else FilterColumn
     return as_kind(column, kind)
+
+
+def order_column(column: Column) -> Column:
+    """The way in which the column gets its type that orders events; DataError where its values have no order."""
+    if column.kind.endswith("]") or column.kind.startswith(("STRUCT", "MAP", "UNION", "JSON", "BLOB", "BIT")):
+        raise column.refusal("an order is given by numbers, text or times: cast it")
+    return feature_column(column) if column.name in column.options.types else as_kind(column, OrderColumn)
 
 
 def as_kind(column: Column, kind: type[Column]) -> Column:

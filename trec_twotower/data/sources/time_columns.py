@@ -1,4 +1,4 @@
-"""The column of times: seconds since 1970 from numbers of any unit, timestamps, and text in ISO 8601 or a format.
+"""The column of times: microseconds since 1970 from numbers of any unit, timestamps, and text in ISO 8601 or a format.
 
 A day is never guessed from a month. Text such as 03/04/2024 is read if some value of all files shows which part is the
 day (one above 12); else `time_format` has to say it. Numbers count the unit that fits every value; else `time_unit` has
@@ -22,9 +22,8 @@ from trec_twotower.data.sources.column_sql import (
     number_of,
     time_of,
 )
-from trec_twotower.data.sources.event_files import sql_name, sql_text
-from trec_twotower.data.sources.event_log import LATEST_S
-from trec_twotower.data.sources.table_columns import Column, Refuse, Typed, note
+from trec_twotower.data.sources.event_files import LATEST_S, sql_name, sql_text, to_microseconds
+from trec_twotower.data.sources.table_columns import Column, Rows, Typed, note
 from trec_twotower.data.sources.table_options import TIME_UNITS, is_time_format
 from trec_twotower.errors import ConfigError, DataError
 
@@ -59,98 +58,94 @@ class TimeColumn(Column):
         if self.kind == "VARCHAR":
             return self._of_text()
         if is_number_type(self.kind):
-            return self._of_numbers(self._finite, "true")
+            return self._of_numbers(self._number)
         if is_time_type(self.kind) and self.options.time_unit is None:
             return {}
         if is_time_type(self.kind):
             raise self.refusal("time_unit is for numbers: leave it out")
-        raise self.refusal("timestamps are whole seconds since 1970, TIMESTAMP or text: cast it")
+        raise self.refusal("timestamps are seconds since 1970, TIMESTAMP or text: cast it")
 
     @property
-    def _finite(self) -> str:
+    def _number(self) -> str:
+        """SQL: the number of a column of numbers, or of text; NULL for what is none."""
+        if self.kind == "VARCHAR":
+            return f"try_cast({self.sql} AS DOUBLE)"
         return f"CASE WHEN isfinite({self.sql}) THEN {self.sql} END" if self.kind in FLOATS else self.sql
 
-    def _of_numbers(self, number: str, condition: str) -> dict[str, str]:
+    def _of_numbers(self, number: str) -> dict[str, str]:
         """What decides the unit of numbers."""
-        whole = f"try_cast({number} AS HUGEINT)"
-        day = f"{whole} BETWEEN 19000101 AND 21001231 AND {whole} // 100 % 100 BETWEEN 1 AND 12 AND {whole} % 100 <= 31"
-        minute = (
-            f"{whole} BETWEEN 190001010000 AND 210012312359 AND {whole} // 1000000 % 100 BETWEEN 1 AND 12 "
-            f"AND {whole} // 10000 % 100 BETWEEN 1 AND 31 AND {whole} // 100 % 100 < 24 AND {whole} % 100 < 60"
+        return {"least": f"min({number})", "most": f"max({number})"}
+
+    @property
+    def _spelling(self) -> str:
+        """SQL: how a text is spelled, as one word."""
+        text = self.sql
+        return (
+            f"CASE WHEN {is_integer(text)} THEN 'integer' "
+            f"WHEN regexp_full_match(trim({text}), {sql_text(NUMBER)}) THEN 'number' "
+            f"WHEN ({time_of(text, None)}) IS NOT NULL THEN "
+            f"CASE WHEN regexp_full_match({text}, {sql_text(_ZONE)}) THEN 'zoned' ELSE 'iso' END "
+            f"WHEN regexp_full_match({text}, {sql_text(_DATED)}) THEN 'dated' WHEN {text} IS NOT NULL THEN 'text' END"
         )
-        second = f"{whole} BETWEEN 19000101000000 AND 21001231235959 AND {minute.replace(whole, f'{whole} // 100')}"
-        of = {"least": f"min({number})", "most": f"max({number})", "present": f"count({number})"}
-        of["late"] = f"count(CASE WHEN {number} > {LATEST_S} THEN 1 END)"
-        return {name: f"{aggregate} FILTER ({condition})" for name, aggregate in of.items()} | {
-            "days": f"count(*) FILTER ({condition} AND {day} AND {whole} % 100 > 0)",
-            "minutes": f"count(*) FILTER ({condition} AND {minute})",
-            "moments": f"count(*) FILTER ({condition} AND {second})",
-        }
 
     def _of_text(self) -> dict[str, str]:
-        text = self.sql
-        is_number = f"coalesce(regexp_full_match(trim({text}), {sql_text(NUMBER)}), false)"
-        iso, dated = f"({time_of(text, None)}) IS NOT NULL", f"regexp_full_match({text}, {sql_text(_DATED)})"
-        part = "try_cast(regexp_extract({0}, '^([0-9]+)[-/.]([0-9]+)', {1}) AS INTEGER)"
+        text, spelling = self.sql, self._spelling
+        part = f"max(try_cast(regexp_extract({text}, '^([0-9]+)[-/.]([0-9]+)', {{0}}) AS INTEGER))"
         return {
-            "values": f"count({text})",
-            "integers": f"count(*) FILTER ({is_integer(text)})",
-            "numbers": f"count(*) FILTER ({is_number})",
-            "iso": f"count(*) FILTER ({iso})",
-            "zoned": f"count(*) FILTER ({iso} AND regexp_full_match({text}, {sql_text(_ZONE)}))",
-            "dated": f"count(*) FILTER ({dated})",
-            "first": f"max({part.format(text, 1)}) FILTER ({dated})",
-            "second": f"max({part.format(text, 2)}) FILTER ({dated})",
-            "example": f"min({text}) FILTER (NOT {is_number} AND NOT ({iso}))",
-            **self._of_numbers(number_of(text, "."), is_number),
+            "spellings": f"histogram({spelling})",
+            "example": f"min({text}) FILTER ({spelling} IN ('dated', 'text'))",
+            "first": f"{part.format(1)} FILTER ({spelling} = 'dated')",
+            "second": f"{part.format(2)} FILTER ({spelling} = 'dated')",
+            **self._of_numbers(self._number),
         }
 
-    def typed(self, found: dict[str, Any], refuse: Refuse) -> Typed:
+    def typed(self, found: dict[str, Any], rows: Rows) -> Typed:
         if self._format is not None:
-            return self._by_format(self._format, found["bad"], refuse, "time_format does not fit it")
+            return self._by_format(self._format, found["bad"], rows)
         if is_time_type(self.kind):
-            return Typed(self.kind, self.sql, _seconds_of_time(self.name, self.kind))
+            return Typed(self.kind, self.sql, _of_time(self.name, self.kind))
         if self.kind != "VARCHAR":
-            return self._by_unit(self.kind, self.sql, found, refuse)
-        values = found["values"]
-        if found["integers"] == values:
-            return self._by_unit("BIGINT", f"CAST({self.sql} AS BIGINT)", found, refuse)
-        if found["numbers"] == values:
-            return self._by_unit("DOUBLE", number_of(self.sql, "."), found, refuse)
+            return self._by_unit(self.kind, self.sql, found, rows)
+        spellings: dict[str, int] = found["spellings"] or {}
+        if set(spellings) <= {"integer"}:
+            return self._by_unit("BIGINT", f"CAST({self.sql} AS BIGINT)", found, rows)
+        if set(spellings) <= {"integer", "number"}:
+            return self._by_unit("DOUBLE", number_of(self.sql, "."), found, rows)
+        if set(spellings) == {"dated"} and self.options.time_unit is None:
+            return self._by_day_or_month(found)
+        return self._by_text(spellings, found["example"], rows)
+
+    def _by_text(self, spellings: dict[str, int], example: str, rows: Rows) -> Typed:
+        """Text in ISO 8601; DataError where there is other text."""
+        values = sum(spellings.values())
+        numbers = spellings.get("integer", 0) + spellings.get("number", 0)
+        times = spellings.get("iso", 0) + spellings.get("zoned", 0)
+        unread = self._unread(number_of(self.sql, "."))
         if self.options.time_unit is not None:
-            raise refuse(
-                self.name,
-                self._unread(number_of(self.sql, ".")),
-                values - found["numbers"],
-                "time_unit is for numbers, and this is none: leave it out, or say time_format=",
-            )
-        if found["dated"] and found["dated"] == values:
-            return self._by_day_or_month(found, refuse)
-        if found["numbers"] > max(found["iso"], found["dated"]):
+            why = "time_unit is for numbers, and this is none: leave it out, or say time_format="
+            raise rows.refuse(self.name, unread, values - numbers, why)
+        if numbers > max(times, spellings.get("dated", 0)):
             why = "other times are numbers, and this one is neither a number nor a time in ISO 8601: fix it"
-            raise refuse(self.name, self._unread(number_of(self.sql, ".")), values - found["numbers"], why)
-        if not found["iso"]:
-            raise self._unknown(found["example"])
-        if found["iso"] < values:
+            raise rows.refuse(self.name, unread, values - numbers, why)
+        if not times:
+            raise self._unknown(example)
+        if times < values:
             why = "other times are in ISO 8601 (such as 2024-05-31 23:59:00), and this one is not: fix it"
-            raise refuse(self.name, self._unread(time_of(self.sql, None)), values - found["iso"], why)
-        if 0 < found["zoned"] < values:
-            note(
-                f"{self.where}: {values - found['zoned']:,} of {values:,} times of {self.name!r} name no zone: read "
-                "as UTC."
-            )
-        return Typed("VARCHAR", self.sql, _seconds(f"epoch_us({time_of(sql_name(self.name), None)})", 10**6))
+            raise rows.refuse(self.name, self._unread(time_of(self.sql, None)), values - times, why)
+        if 0 < spellings.get("zoned", 0) < values:
+            without = f"{spellings['iso']:,} of {values:,} times of {self.name!r} name no zone"
+            note(f"{self.where}: {without}: read as UTC.")
+        return Typed("VARCHAR", self.sql, f"epoch_us({time_of(sql_name(self.name), None)})")
 
-    def _by_format(self, format: str, bad: int, refuse: Refuse, why: str) -> Typed:
-        text = as_text(self.sql, self.kind)
+    def _by_format(self, format: str, bad: int, rows: Rows) -> Typed:
+        read = time_of(as_text(self.sql, self.kind), format)
         if bad:
-            raise refuse(
-                self.name, self._unread(time_of(text, format)), bad, f"{why}: fix it, or the format {format!r}"
-            )
+            why = f"time_format does not fit it: fix it, or the format {format!r}"
+            raise rows.refuse(self.name, self._unread(read), bad, why)
         name = as_text(sql_name(self.name), self.kind)
-        return Typed(self.kind, self.sql, _seconds(f"epoch_us({time_of(name, format)})", 10**6))
+        return Typed(self.kind, self.sql, f"epoch_us({time_of(name, format)})")
 
-    def _by_day_or_month(self, found: dict[str, Any], refuse: Refuse) -> Typed:
+    def _by_day_or_month(self, found: dict[str, Any]) -> Typed:
         """Text such as 31/12/2024 10:00, if it shows which part is the day."""
         day_first, month_first = _formats(found["example"])
         if found["first"] > 12 and found["second"] > 12:
@@ -166,29 +161,25 @@ class TimeColumn(Column):
         name = sql_name(self.name)
         dates = [format.split(" ")[0].replace(format[2], sign) for sign in "/-."]
         formats = ", ".join(sql_text(date + clock) for date in dates for clock in _CLOCKS)
-        return Typed("VARCHAR", self.sql, _seconds(f"epoch_us(try_strptime({name}, [{formats}]))", 10**6))
+        return Typed("VARCHAR", self.sql, f"epoch_us(try_strptime({name}, [{formats}]))")
 
-    def _by_unit(self, kind: str, expression: str, found: dict[str, Any], refuse: Refuse) -> Typed:
-        """Numbers, of the unit that the option says or that fits all of them."""
-        unit = self.options.time_unit or self._unit(found, refuse)
-        per_second = TIME_UNITS[unit]
+    def _by_unit(self, kind: str, expression: str, found: dict[str, Any], rows: Rows) -> Typed:
+        """Numbers, of the unit that the option names or that fits all of them."""
+        per_second = TIME_UNITS[self.options.time_unit or self._unit(found, rows)]
         name = sql_name(self.name)
-        if kind in INTEGERS | WIDE_INTEGERS:
-            return Typed(kind, expression, _seconds(name, per_second))
+        if kind in INTEGERS | WIDE_INTEGERS and per_second <= 10**6:
+            return Typed(kind, expression, to_microseconds(name, 10**6 // per_second))
         number = f"CAST({name} AS DOUBLE)"
-        seconds = f"CASE WHEN isfinite({number}) THEN try_cast(floor({number} / {per_second}) AS BIGINT) END"
-        return Typed(kind, expression, seconds)
+        micros = f"CASE WHEN isfinite({number}) THEN floor({number} * 1000000 / {per_second}) END"
+        if kind in INTEGERS | WIDE_INTEGERS:
+            micros = f"CASE WHEN {name} < 0 THEN -1 ELSE {name} // {per_second // 10**6} END"
+        return Typed(kind, expression, to_microseconds(micros, 1))
 
-    def _unit(self, found: dict[str, Any], refuse: Refuse) -> str:
-        if not found["present"]:
+    def _unit(self, found: dict[str, Any], rows: Rows) -> str:
+        if found["least"] is None:
             return "s"
-        for name, format in (("days", "%Y%m%d"), ("minutes", "%Y%m%d%H%M"), ("moments", "%Y%m%d%H%M%S")):
-            if found[name] == found["present"]:
-                raise DataError(
-                    f"{self.where}: every value of {self.name!r} looks like a date (such as {int(found['most'])}): say "
-                    f"time_format={format}, or time_unit= if they are numbers of seconds."
-                )
         least, most = float(found["least"]), float(found["most"])
+        self._refuse_dates(least, most, rows)
         if most <= LATEST_S:
             return "s"
         for unit, (low, high) in _RANGES.items():
@@ -198,12 +189,24 @@ class TimeColumn(Column):
                 return unit
         likely = next((unit for unit, (low, high) in _RANGES.items() if low <= most < high), None)
         hint = f" (this one looks like {_UNIT_NAMES[likely]})" if likely else ""
-        condition = f"{number_of(self.sql, '.') if self.kind == 'VARCHAR' else self._finite} > {LATEST_S}"
+        condition = f"coalesce({self._number} > {LATEST_S}, false)"
         why = (
             f"more than {LATEST_S:,} seconds, but other rows hold times too small for another unit: say time_unit=s, "
             f"ms, us or ns{hint}, or fix them"
         )
-        raise refuse(self.name, condition, found["late"], why)
+        raise rows.refuse(self.name, condition, rows.count(condition), why)
+
+    def _refuse_dates(self, least: float, most: float, rows: Rows) -> None:
+        """DataError if all numbers are dates such as 20240531, or 202405312359, which as seconds make no sense."""
+        text = f"CAST(try_cast({self._number} AS HUGEINT) AS VARCHAR)"
+        for length, format in ((8, "%Y%m%d"), (12, "%Y%m%d%H%M"), (14, "%Y%m%d%H%M%S")):
+            if least // 10 ** (length - 4) >= 1900 and most // 10 ** (length - 4) <= 2100:
+                is_date = f"try_strptime({text}, {sql_text(format)}) IS NOT NULL"
+                if not rows.count(f"{self._number} IS NOT NULL AND NOT ({is_date})"):
+                    raise DataError(
+                        f"{self.where}: every value of {self.name!r} looks like a date (such as {int(most)}): say "
+                        f"time_format={format}, or time_unit= if they are numbers of seconds."
+                    )
 
     def _unread(self, expression: str) -> str:
         return f"{self.sql} IS NOT NULL AND ({expression}) IS NULL"
@@ -215,20 +218,12 @@ class TimeColumn(Column):
         )
 
 
-def _seconds(count: str, per_second: int) -> str:
-    """SQL: a count of parts of a second as whole seconds, rounded down also before 1970."""
-    if per_second == 1:
-        return f"try_cast({count} AS BIGINT)"
-    whole = f"CAST({count} AS HUGEINT)"
-    return f"try_cast(({whole} - (({whole} % {per_second}) + {per_second}) % {per_second}) // {per_second} AS BIGINT)"
-
-
-def _seconds_of_time(name: str, kind: str) -> str:
+def _of_time(name: str, kind: str) -> str:
+    """SQL: the microseconds since 1970 of a column of a time type; NULL for an infinity."""
     quoted = sql_name(name)
     if kind in ("TIMESTAMP_NS", "TIMESTAMPTZ_NS"):
-        return _seconds(f"epoch_ns({quoted})", 10**9)
-    as_micros = quoted if "TIME ZONE" in kind or kind == "TIMESTAMPTZ" else f"CAST({quoted} AS TIMESTAMP)"
-    return _seconds(f"epoch_us({as_micros})", 10**6)
+        return f"CASE WHEN epoch_ns({quoted}) < 0 THEN -1 ELSE epoch_ns({quoted}) // 1000 END"
+    return f"epoch_us({quoted if 'ZONE' in kind or kind == 'TIMESTAMPTZ' else f'CAST({quoted} AS TIMESTAMP)'})"
 
 
 def _formats(example: str) -> tuple[str, str]:

@@ -16,7 +16,7 @@ from trec_twotower.data.sources.event_files import (
     fetch_rows,
     sql_name,
 )
-from trec_twotower.data.sources.table_columns import Column, Typed, note
+from trec_twotower.data.sources.table_columns import Column, Rows, Typed, note
 from trec_twotower.data.sources.table_files import TableFiles
 from trec_twotower.data.sources.table_options import TableOptions
 from trec_twotower.errors import ConfigError, DataError, nearest
@@ -38,7 +38,7 @@ def new_column(opened: TableFiles, options: TableOptions, name: str, role: str, 
     files = opened.files
     where = f"{files.option} = {files.path}"
     if name not in files.types:
-        raise _no_column(opened, name, role)
+        raise no_column(opened, name, role)
     if lacking := opened.lacking.get(name):
         if is_needed:
             others = f" ({len(lacking):,} files lack it)" if len(lacking) > 1 else ""
@@ -56,7 +56,8 @@ def new_column(opened: TableFiles, options: TableOptions, name: str, role: str, 
     return Column(name, files.types[name], where, options, role, name in opened.undeclared)
 
 
-def _no_column(opened: TableFiles, name: str, role: str) -> DataError:
+def no_column(opened: TableFiles, name: str, role: str) -> DataError:
+    """Return the error for a column that the files do not have."""
     files = opened.files
     hint = ""
     if opened.csv is not None and not opened.csv.layout.columns:
@@ -85,10 +86,12 @@ def type_table(
     if _LINE_BREAKS in found:
         _refuse_line_breaks(opened, found[_LINE_BREAKS])
 
-    def refuse(column: str, fault: str, count: int, why: str) -> DataError:
-        return files.refuse(database, column, fault, count, why)
+    def count(condition: str) -> int:
+        (rows,) = fetch_row(database, f"SELECT count(*) FILTER ({condition}) FROM {files.relation}")
+        return int(rows)
 
-    typed = {column.name: column.typed(found.get(column.name, {}), refuse) for column in columns}
+    rows = Rows(count, lambda *fault: files.refuse(database, *fault))
+    typed = {column.name: column.typed(found.get(column.name, {}), rows) for column in columns}
     return TypedTable(_with_types(database, options, files, typed), typed)
 
 

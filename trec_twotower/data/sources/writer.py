@@ -3,6 +3,7 @@
 DATASET/
   dataset.yaml              source, options, counts, columns, and rows, bytes and digests of each file
   train/part-00000.parquet  a row per example; valid/ and test/ a row per user to evaluate
+  serving/                  where nothing is held out: a row per user with its whole history
   items/                    the catalogue, a row per item
   users/                    where there are static features of users
 """
@@ -24,7 +25,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
-from trec_twotower.data.dataset import digest_of_description, footer_digest
+from trec_twotower.data.dataset import SERVING, digest_of_description, footer_digest
 from trec_twotower.errors import ConfigError
 from trec_twotower.yaml_files import parse_yaml
 
@@ -33,7 +34,7 @@ MANIFEST = "dataset.yaml"
 SCRATCH = "scratch"
 ROWS_PER_GROUP = 131_072
 ROWS_PER_PART = 32 * ROWS_PER_GROUP
-SPLITS = ("train", "train_users", "valid", "test", "items", "users")
+SPLITS = ("train", "train_users", "valid", "test", SERVING, "items", "users")
 
 _in_use: set[Path] = set()  # temporary folders of this process
 
@@ -80,7 +81,7 @@ class DatasetWriter:
         return self
 
     def write(self, split: str, table: pa.Table) -> None:
-        """Add rows to train, train_users, valid, test, items or users; all tables of a split have one schema."""
+        """Add rows to one of SPLITS; all tables of a split have one schema."""
         assert split in SPLITS, split
         if split not in self._splits:
             self._splits[split] = _Split(self.temporary / split, self.rows_per_group, self.groups_per_part)
@@ -103,8 +104,7 @@ class DatasetWriter:
             shutil.rmtree(self.temporary / SCRATCH)
         written = [name for name in SPLITS if name in self._splits and self._splits[name].files]
         rows = {f"{name}_rows": self._rows(name) for name in ("train", "valid", "test")}
-        if "train_users" in written:
-            rows["train_users_rows"] = self._rows("train_users")
+        rows |= {f"{name}_rows": self._rows(name) for name in ("train_users", SERVING) if name in written}
         manifest = {
             "format": FORMAT,
             "source": source,
