@@ -102,8 +102,7 @@ class UndeclaredIds(Column):
     """Ids of CSV."""
 
     @property
-    def _spelling(self) -> str:
-        """SQL: how an id is spelled, as one word."""
+    def spelling(self) -> str:
         text = self.sql
         unsigned = f"coalesce(CAST(try_cast({text} AS UBIGINT) AS VARCHAR) = {text}, false)"
         return (
@@ -114,8 +113,8 @@ class UndeclaredIds(Column):
 
     def aggregates(self) -> dict[str, str]:
         return {
-            "spellings": f"histogram({self._spelling})",
-            "odd": f"min({self.sql}) FILTER ({self._spelling} IN ('text', 'whole'))",
+            "spellings": f"histogram({self.spelling_name})",
+            "odd": f"min({self.sql}) FILTER ({self.spelling_name} IN ('text', 'whole'))",
         }
 
     def typed(self, found: dict[str, Any], rows: Rows) -> Typed:

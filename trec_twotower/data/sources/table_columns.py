@@ -98,6 +98,16 @@ class Column:
         words = ", ".join(map(sql_text, self.options.null))
         return f"CASE WHEN {name} NOT IN ({words}) THEN {name} END"
 
+    @property
+    def spelling(self) -> str | None:
+        """SQL: how a value is spelled, as one word; None where the type does not depend on it."""
+        return None
+
+    @property
+    def spelling_name(self) -> str:
+        """The SQL name of `spelling` among the rows that `aggregates` are of: DuckDB makes it once for all of them."""
+        return sql_name(f"spelling of {self.name}")
+
     def aggregates(self) -> dict[str, str]:
         """SQL aggregates over all rows, by the name under which `typed` gets their values."""
         return {}
@@ -200,8 +210,8 @@ class FeatureColumn(Column):
     is_noted: ClassVar[bool] = True
 
     @property
-    def _spelling(self) -> str:
-        """SQL: how a value is spelled, as one word; of decimals with the number of places."""
+    def spelling(self) -> str:
+        """Decimals have their number of places in the word."""
         text = self.sql
         places = f"(length({text}) - strpos({text}, '.'))"
         shortest = f"contains({text}, 'e') AND CAST(try_cast({text} AS DOUBLE) AS VARCHAR) = {text}"
@@ -214,15 +224,19 @@ class FeatureColumn(Column):
             shortest: "'fraction'",
             _matches(f"trim({text})", NUMBER): "'number'",
             _matches(f"trim({text})", COMMA_NUMBER): "'comma'",
-            f"{text} IN ({', '.join(map(sql_text, NULL_WORDS))})": "'null'",
-            f"{text} IS NOT NULL": "'text'",
+            "true": "'text'",
         }
-        return f"CASE {' '.join(f'WHEN {condition} THEN {word}' for condition, word in spellings.items())} END"
+        numbers = f"CASE {' '.join(f'WHEN {condition} THEN {word}' for condition, word in spellings.items())} END"
+        words = ", ".join(map(sql_text, NULL_WORDS))
+        return (
+            f"CASE WHEN regexp_matches({text}, '^\\s*[-+]?\\.?[0-9]') THEN {numbers} "
+            f"WHEN {text} IN ({words}) THEN 'null' WHEN {text} IS NOT NULL THEN 'text' END"
+        )
 
     def aggregates(self) -> dict[str, str]:
         return {
-            "spellings": f"histogram({self._spelling})",
-            "odd": f"min({self.sql}) FILTER ({self._spelling} IN ('comma', 'null', 'text'))",
+            "spellings": f"histogram({self.spelling_name})",
+            "odd": f"min({self.sql}) FILTER ({self.spelling_name} IN ('comma', 'null', 'text'))",
         }
 
     def typed(self, found: dict[str, Any], rows: Rows) -> Typed:
@@ -278,6 +292,10 @@ class OrderColumn(FeatureColumn):
     """The column that orders events of equal time: text of CSV is reported, since 10 comes before 9 in it."""
 
     is_noted = False
+
+    @property
+    def spelling(self) -> str:
+        return super().spelling if self.is_undeclared else "NULL"
 
     def aggregates(self) -> dict[str, str]:
         return super().aggregates() if self.is_undeclared else {}

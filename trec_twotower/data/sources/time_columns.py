@@ -77,8 +77,9 @@ class TimeColumn(Column):
         return {"least": f"min({number})", "most": f"max({number})"}
 
     @property
-    def _spelling(self) -> str:
-        """SQL: how a text is spelled, as one word."""
+    def spelling(self) -> str | None:
+        if self.kind != "VARCHAR" or self._format is not None:
+            return None
         text = self.sql
         return (
             f"CASE WHEN {is_integer(text)} THEN 'integer' "
@@ -89,13 +90,14 @@ class TimeColumn(Column):
         )
 
     def _of_text(self) -> dict[str, str]:
-        text, spelling = self.sql, self._spelling
-        part = f"max(try_cast(regexp_extract({text}, '^([0-9]+)[-/.]([0-9]+)', {{0}}) AS INTEGER))"
+        text, spelling = self.sql, self.spelling_name
+        part = f"try_cast(regexp_extract({text}, '^([0-9]+)[-/.]([0-9]+)', {{0}}) AS INTEGER)"
+        part = f"max(CASE WHEN {spelling} = 'dated' THEN {part} END)"
         return {
             "spellings": f"histogram({spelling})",
             "example": f"min({text}) FILTER ({spelling} IN ('dated', 'text'))",
-            "first": f"{part.format(1)} FILTER ({spelling} = 'dated')",
-            "second": f"{part.format(2)} FILTER ({spelling} = 'dated')",
+            "first": part.format(1),
+            "second": part.format(2),
             **self._of_numbers(self._number),
         }
 

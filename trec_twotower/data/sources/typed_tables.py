@@ -74,11 +74,14 @@ def type_table(
     found: dict[str, dict[str, Any]] = {}
     asked = {column.name: aggregates for column in columns if (aggregates := column.aggregates())}
     asked |= _line_breaks(opened, options)
+    spelled = [column for column in columns if column.spelling is not None]
     with explained(f"{opened.files.option} = {opened.files.path}", options):
         while names := [name for name in asked if name not in found][:_COLUMNS_PER_SCAN]:
             selected = ", ".join(aggregate for name in names for aggregate in asked[name].values())
+            made = [f"{column.spelling} AS {column.spelling_name}" for column in spelled if column.name in names]
+            rows = f"(SELECT {', '.join(['*', *made])} FROM {opened.files.relation})"
             try:
-                values = iter(fetch_row(database, f"SELECT {selected} FROM {opened.files.relation}"))
+                values = iter(fetch_row(database, f"SELECT {selected} FROM {rows}"))
                 found |= {name: {key: next(values) for key in asked[name]} for name in names}
             except duckdb.Error as error:
                 opened = opened.after(database, error)
@@ -90,8 +93,8 @@ def type_table(
         (rows,) = fetch_row(database, f"SELECT count(*) FILTER ({condition}) FROM {files.relation}")
         return int(rows)
 
-    rows = Rows(count, lambda *fault: files.refuse(database, *fault))
-    typed = {column.name: column.typed(found.get(column.name, {}), rows) for column in columns}
+    all_rows = Rows(count, lambda *fault: files.refuse(database, *fault))
+    typed = {column.name: column.typed(found.get(column.name, {}), all_rows) for column in columns}
     return TypedTable(_with_types(database, options, files, typed), typed)
 
 
