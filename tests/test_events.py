@@ -722,7 +722,7 @@ def test_files_that_are_not_there_or_of_no_use_are_named(tmp_path):
         "*.orc": ["no such file"],
         "empty": ["holds no .parquet"],
         "notes": ["holds no .parquet", "there: read.md"],
-        "notes/read.md": ["read.md has none", ".parquet", ".jsonl", "format={events: csv}"],
+        "notes/read.md": ["read.md has none", ".parquet", ".jsonl", "format.events=csv"],
         "mixed": ["a.parquet and b.csv", "one format"],
         "bad.parquet": ["bad.parquet is not a Parquet file"],
         "bad.csv": ["bad.csv, line 30,002", "'timestamp' is x", "ISO 8601"],

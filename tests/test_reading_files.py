@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import gzip
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.test_reading_values import HEADER, read, refusal, write, write_json
+from trec_twotower.data.sources import parse_options, prepare
 from trec_twotower.errors import ConfigError, DataError
 
 
@@ -113,7 +115,7 @@ def test_columns_between_double_colons(tmp_path):
     (tmp_path / "users.dat").write_text("1::11111111\n2::22222222\n")
     options = {"events": tmp_path / "ratings.dat", "users": tmp_path / "users.dat", "format": "csv"}
     message = refusal(DataError, tmp_path, **{**options, "format": None})
-    assert "ratings.dat has none of the endings" in message and "format={events: csv}" in message
+    assert "ratings.dat has none of the endings" in message and "format.events=csv" in message
     options["columns"] = {"events": ["user_id", "item_id", "stars", "timestamp"], "users": ["user_id", "twitter"]}
     assert [row["item_id"] for row in rows(tmp_path, **options)] == ["0111161", "1234567"]
     assert rows(tmp_path, "users", **options)[1] == {"user_id": 2, "twitter": 22222222}
@@ -380,7 +382,7 @@ def test_the_command_line_passes_text_as_it_is(tmp_path, cli):
             "separator=|",
         ),
         *("columns=[user_id, timestamp, item_id, text, w]", "time_format=%d/%m/%Y %H:%M", "decimal=,", "weight=w"),
-        *("where='say \"hi\"' = text OR text IS NULL", "context=[text]", "quote=none"),
+        *("where='say \"hi\"' = text OR text IS NULL", "context=[text]", "quote.events=none", "types.text=text"),
     )
     assert said.code == 0, said.err
     made = pq.read_table(tmp_path / "out" / "train").to_pylist()
@@ -388,3 +390,75 @@ def test_the_command_line_passes_text_as_it_is(tmp_path, cli):
         (1735639200, 1.5, 'say "hi"'),
         (1735725600, 2.5, None),
     ]
+
+
+# ---------------------------------------------------------------- The commands of the documentation
+
+BASKETS = "InvoiceNo,StockCode,Quantity,InvoiceDate,CustomerID,Country\n" + "".join(
+    f"{day},{item},{1 if item != 'C' else -1},12/{day + 12}/2010 8:26,{user},Österreich\n"
+    for user in (17850, 17851, "")
+    for day, items in enumerate((("85123A", "POST"), ("22423", "C"), ("47566", "21")), 1)
+    for item in items
+)
+SAMPLES: dict[str, dict[str, bytes]] = {
+    "Online Retail (CSV from the spreadsheet)": {"online_retail.csv": BASKETS.encode("cp1252")},
+    "Diginetica": {
+        "train-item-views.csv": b"sessionId;userId;itemId;timeframe;eventdate\n"
+        + b"".join(b"1;NA;%d;%d;2016-05-09\n" % (item, 1000 * item) for item in range(1, 5))
+    },
+    "Yoochoose": {
+        "yoochoose-clicks.dat": b"".join(b"7,2014-04-0%dT10:51:09.277Z,%d,0\n" % (n, 214 + n) for n in range(1, 5))
+    },
+    "MovieTweetings": {"ratings.dat": b"".join(b"1::00%d::%d::%d\n" % (n, 6 + n, 1365 + n) for n in range(5))},
+    "Last.fm (HetRec 2011)": {
+        "user_artists.dat": b"userID\tartistID\tweight\r\n" + b"".join(b"2\t%d\t%d\r\n" % (n, 9 - n) for n in range(9))
+    },
+    "Book-Crossing": {
+        "BX-Book-Ratings.csv": b'"User-ID";"ISBN";"Book-Rating"\n'
+        + b"".join(b'"27";"03454510%dX";"%d"\n' % (n, n) for n in range(9))
+        + '"28";"é";"9"\n'.encode("latin-1")
+    },
+    "RecBole": {
+        "ml.inter": b"user_id:token\titem_id:token\ttimestamp:float\n"
+        + b"".join(b"1\t0%d\t%d\n" % (n, 880 + n) for n in range(4)),
+        "ml.item": b"item_id:token\tgenre:token_seq\n" + b"".join(b"0%d\tWar Drama\n" % n for n in range(4)),
+    },
+    "impressions with clicks": {
+        "impressions.csv": b"user_id,item_id,timestamp,click\n"
+        + b"".join(b"1,%d,%d,%d\n" % (n, 1600000000000 + n, n % 2) for n in range(9))
+    },
+    "folders `log/day=2024-05-31/` of files without a column of times": {
+        f"log/day=2024-05-0{n}/part-0.csv": b"user_id,item_id\n1,%d\n" % n for n in range(1, 5)
+    },
+}
+
+
+def documented() -> dict[str, list[str]]:
+    """The arguments of each log of the table of public logs."""
+    page = (Path(__file__).resolve().parent.parent / "docs" / "data.md").read_text(encoding="utf-8")
+    table = page[page.index("#### Public logs") : page.index("### Splits")]
+    rows = [line.strip("| \n").split(" | ", 1) for line in table.splitlines() if line.startswith("| ")]
+    return {name: shlex.split(command.strip("`")) for name, command in rows if command.startswith("`events=")}
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_the_documented_command_of_a_public_log_reads_it(tmp_path, monkeypatch, name):
+    for path, content in SAMPLES[name].items():
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_bytes(content)
+    monkeypatch.chdir(tmp_path)
+    manifest = prepare("events", Path("out"), parse_options("events", documented()[name]))
+    assert manifest["counts"]["train_rows"] and manifest["counts"]["test_rows"]
+    items = pq.read_table("out/items")["item_id"]
+    expected = {
+        "MovieTweetings": ["001", "002", "003", "004"],
+        "Book-Crossing": [f"03454510{n}X" for n in range(5, 9)] + ["é"],
+        "RecBole": ["00", "01", "02", "03"],
+        "impressions with clicks": [1, 3, 5, 7],
+        "folders `log/day=2024-05-31/` of files without a column of times": [1, 2, 3, 4],
+    }
+    assert items.to_pylist() == expected.get(name, items.to_pylist())
+
+
+def test_every_log_with_a_command_has_a_sample():
+    assert set(documented()) == set(SAMPLES)

@@ -116,7 +116,7 @@ def test_declared_ids_of_two_types_are_refused_unless_the_options_say_one(tmp_pa
     pq.write_table(pa.table({"user_id": [1, 2], "item_id": [5, 6], "timestamp": [1, 2]}), log)
     pq.write_table(pa.table({"item_id": ["5", "6", "06"]}), items)
     message = refusal(DataError, tmp_path, events=log, items=items)
-    assert "'item_id' is VARCHAR, but the events hold BIGINT" in message and "types={item_id: text}" in message
+    assert "'item_id' is VARCHAR, but the events hold BIGINT" in message and "types.item_id=text" in message
     assert read(tmp_path, events=log, items=items, types={"item_id": "text"})["item_id"].to_pylist() == ["5", "6"]
 
 
@@ -126,7 +126,7 @@ def test_files_that_declare_two_types_for_a_column_are_named(tmp_path):
         table = pa.table({"user_id": [1 if name == "a" else 2], "item_id": [item], "timestamp": [1]})
         pq.write_table(table, tmp_path / "parts" / f"{name}.parquet")
     message = refusal(DataError, tmp_path, events=tmp_path / "parts")
-    assert "int64 in" in message and "a.parquet, but string in" in message and "types={item_id: text}" in message
+    assert "int64 in" in message and "a.parquet, but string in" in message and "types.item_id=text" in message
     both = read(tmp_path, events=tmp_path / "parts", types={"item_id": "text"})
     assert both["item_id"].to_pylist() == ["7", "007"]
 
@@ -235,7 +235,7 @@ def test_values_that_come_late_count_for_the_type(tmp_path):
 @pytest.mark.parametrize(
     ("spelled", "note"),
     [
-        (["1.10", "1.1"], "types={x: number} reads numbers"),
+        (["1.10", "1.1"], "types.x=number reads numbers"),
         (["1.5", "NaN"], "null='NaN' reads that word as null"),
         (["2,75", "1"], "with decimal=comma reads numbers"),
     ],

@@ -34,7 +34,7 @@ def id_column(column: Column) -> Column:
         return as_kind(column, UndeclaredIds if column.is_undeclared else TextIds)
     if is_number_type(kind):
         return as_kind(column, FloatIds)
-    raise column.refusal(f"ids are whole numbers or text: cast it, or say types={{{name}: text}}")
+    raise column.refusal(f"ids are whole numbers or text: cast it, or say types.{name}=text")
 
 
 class DeclaredIds(DeclaredColumn):
@@ -42,7 +42,7 @@ class DeclaredIds(DeclaredColumn):
 
     def typed(self, found: dict[str, Any], rows: Rows) -> Typed:
         if self.type not in ("text", "integer"):
-            raise ConfigError(f"types={{{self.name}: {self.type}}}: this column holds ids, which are text or integer.")
+            raise ConfigError(f"types.{self.name}={self.type}: this column holds ids, which are text or integer.")
         typed = super().typed(found, rows)
         if self.type == "text":
             return Typed(typed.type, typed.expression, is_declared=True)
@@ -92,7 +92,7 @@ class FloatIds(Column):
         if found["odd_count"]:
             raise self.refusal(
                 f"ids are whole numbers or text ({found['odd']} is neither, or too large to be exact): cast it, or say "
-                f"types={{{self.name}: text}}"
+                f"types.{self.name}=text"
             )
         note(f"{self.where}: the ids of {self.name!r} are {self.kind}, and all of them are whole: read as integers.")
         return Typed("BIGINT", f"try_cast({self.sql} AS BIGINT)", fits=frozenset({"BIGINT"}), is_declared=True)
@@ -130,14 +130,14 @@ class UndeclaredIds(Column):
         if kinds == {"whole"}:
             note(
                 f"{named} are all written as floats, such as {found['odd']}: read as integers. "
-                f"types={{{self.name}: text}} keeps them as they are written."
+                f"types.{self.name}=text keeps them as they are written."
             )
             return Typed("BIGINT", f"CAST(replace({self.sql}, '.0', '') AS BIGINT)", fits=frozenset({"BIGINT"}))
         if "whole" in kinds and "text" not in kinds:
             raise DataError(
                 f"{named} are written as floats in {spellings['whole']:,} rows (such as {found['odd']}) and as "
-                f"integers in {integers:,}: types={{{self.name}: integer}} reads both as integers, "
-                f"types={{{self.name}: text}} keeps them apart."
+                f"integers in {integers:,}: types.{self.name}=integer reads both as integers, "
+                f"types.{self.name}=text keeps them apart."
             )
         if integers:
             values = sum(spellings.values())
@@ -164,7 +164,7 @@ def joint_id_type(ids: Sequence[tuple[str, str, Typed]]) -> str:
             holder = "the events hold" if first_where.startswith("events = ") else f"{first_where} holds"
             raise DataError(
                 f"{where}: {column!r} is {kind}, but {holder} {first}: write both with one type, or say "
-                f"types={{{column}: text}}."
+                f"types.{column}=text."
             )
     if any(typed.type != "VARCHAR" for _, _, typed in ids):
         where, column, _ = next(each for each in ids if each[2].type == "VARCHAR")

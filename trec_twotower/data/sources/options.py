@@ -16,7 +16,7 @@ DATA_VARIABLE = "TREC_TT_DATA"
 
 
 class SourceOptions(BaseModel):
-    """Frozen; a key that is not an option is refused. `verbatim` are options whose text is not read as YAML."""
+    """Frozen; a key that is not an option is refused. `verbatim` are options whose text is not YAML."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, coerce_numbers_to_str=True)
     verbatim: ClassVar[frozenset[str]] = frozenset()
@@ -56,16 +56,20 @@ def _takes_bool(annotation: Any) -> bool:
 def parse_options(model: type[SourceOptions], overrides: Iterable[str]) -> dict[str, Any]:
     """Return the values of `key=value` arguments: YAML, but the text itself for options such as `where`.
 
-    Quoted text and mappings in braces are YAML for these options as well.
+    Quoted text and mappings in braces are YAML for these options as well. `types.zip=text` sets one key of a mapping.
     """
-    parsed = {}
+    parsed: dict[str, Any] = {}
     for override in overrides:
         name, _, text = override.partition("=")
+        option, _, key = name.partition(".")
         is_quoted = len(text) > 2 and text[0] in "\"'" and text.find(text[0], 1) == len(text) - 1
-        if name in model.verbatim and not (text.startswith("{") or is_quoted):
-            parsed[name] = text
+        is_text = option in model.verbatim and not (text.startswith("{") or is_quoted)
+        value = text if is_text else parse_overrides([override])[name]
+        if key and option in model.model_fields:
+            before = parsed.get(option)
+            parsed[option] = {**(before if isinstance(before, dict) else {}), key: value}
         else:
-            parsed |= parse_overrides([override])
+            parsed[name] = value
     return parsed
 
 

@@ -177,7 +177,7 @@ class DeclaredColumn(Column):
 
     @property
     def _source(self) -> str:
-        return f"a {self.role} is a number" if self.declared else f"types={{{self.name}: {self.type}}} is asked for"
+        return f"a {self.role} is a number" if self.declared else f"types.{self.name}={self.type} is asked for"
 
     def aggregates(self) -> dict[str, str]:
         return {"bad": f"count(*) FILTER ({self._is_bad})"}
@@ -264,7 +264,7 @@ class FeatureColumn(Column):
         if not others:
             note(
                 f"{named} spells numbers in several ways (such as 1.10 and 1.1, 007 or 1E5), so that it is read as "
-                f"text: types={{{self.name}: number}} reads numbers."
+                f"text: types.{self.name}=number reads numbers."
             )
         elif others == {"null"} and others != kinds:
             note(
@@ -273,7 +273,7 @@ class FeatureColumn(Column):
             )
         elif others == {"comma"}:
             note(
-                f"{named} is read as text, because of commas such as in {odd!r}: types={{{self.name}: number}} with "
+                f"{named} is read as text, because of commas such as in {odd!r}: types.{self.name}=number with "
                 "decimal=comma reads numbers."
             )
 
@@ -319,7 +319,7 @@ class ListColumn(Column):
 
     def aggregates(self) -> dict[str, str]:
         if self.kind != "VARCHAR":
-            raise self.refusal(f"lists={{{self.name}: {self.options.lists[self.name]!r}}} separates text: leave it out")
+            raise self.refusal(f"lists.{self.name}={self.options.lists[self.name]} separates text: leave it out")
         has_text = f"len(list_filter({self._parts}, lambda part: NOT {is_integer('part')})) > 0"
         return {"texts": f"count(*) FILTER ({has_text})", "parts": f"sum(len({self._parts}))"}
 

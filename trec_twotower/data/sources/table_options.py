@@ -105,7 +105,7 @@ class TableOptions(LogOptions):
     Options of type "per table" are one value for all tables, or a mapping such as {events: "::", items: ","}.
     """
 
-    verbatim = frozenset({"where", "time_format", "separator", "quote", "decimal"})
+    verbatim = frozenset({"where", "time_format", "separator", "quote", "decimal", "types", "lists"})
 
     format: Annotated[dict[TableName, Literal["parquet", "csv", "json"]], ForEveryTable] = Field(default_factory=dict)
     separator: Annotated[dict[TableName, Separator], ForEveryTable] = Field(default_factory=dict)

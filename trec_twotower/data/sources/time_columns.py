@@ -44,9 +44,7 @@ class TimeColumn(Column):
         if is_time_format(declared):
             return declared
         if declared != "time":
-            raise ConfigError(
-                f"types={{{self.name}: {declared}}}: this column holds times, which are time or a format."
-            )
+            raise ConfigError(f"types.{self.name}={declared}: this column holds times, which are time or a format.")
         return self.options.time_format
 
     def aggregates(self) -> dict[str, str]:

@@ -49,7 +49,7 @@ def new_column(opened: TableFiles, options: TableOptions, name: str, role: str, 
     if name in opened.conflicts and name not in options.types:
         raise DataError(
             f"{where}: column {name!r} is {opened.conflicts[name]}: write it with one type, or say which to read it "
-            f"with, such as types={{{name}: text}}."
+            f"with, such as types.{name}=text."
         )
     if name in opened.mixed and name not in options.types:
         note(f"{where}: values of {name!r} are of several types of JSON, such as text and numbers: read as text.")
