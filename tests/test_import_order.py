@@ -24,11 +24,14 @@ LAYERS = """
     data.batch data.examples data.item_lists data.negatives data.order data.packed data.cache data.reader data.step_rows
     data.candidates
     data.interactions
+    data.table_formats
     data.stream
     data.sources.options data.sources.writer data.sources.id_lines data.sources.synthetic_words
     data.sources.synthetic_reach data.sources.synthetic data.sources.gowalla data.sources.amazon_beauty
-    data.sources.event_files data.sources.event_splits data.sources.event_log data.sources.events data.sources.summary
-    data.sources.ratings
+    data.sources.raw_text data.sources.event_files data.sources.event_splits data.sources.event_log
+    data.sources.table_options data.sources.csv_files data.sources.json_files data.sources.table_files
+    data.sources.column_sql data.sources.table_columns data.sources.id_columns data.sources.time_columns
+    data.sources.typed_tables data.sources.event_options data.sources.events data.sources.summary data.sources.ratings
     data.sources.amazon_reviews data.sources.movielens data.sources.goodbooks data.sources
     model model.narrow model.parts model.embedding model.list_sums model.inputs model.sequence model.tower
     model.temperature model.frequency

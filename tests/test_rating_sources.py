@@ -412,6 +412,55 @@ def test_movielens_by_hand(tmp_path, layout):
         )
 
 
+def test_movielens_100k_by_hand(tmp_path):
+    """u.data of some mirrors has two kinds of line ends, and u.item is Latin-1."""
+    folder = tmp_path / "raw"
+    folder.mkdir()
+    lines = [b"\t".join(str(value).encode() for value in row) for row in RATED if row[2] != 4.5] + [b"8\t3\t5\t50"]
+    (folder / "u.data").write_bytes(b"\n".join(lines[:2]) + b"\n" + b"\r\n".join(lines[2:]) + b"\r\n")
+    flags = {1: (3, 4), 2: (8, 12), 3: (0,)}
+    with (folder / "u.item").open("w", encoding="latin-1") as file:
+        for movie, title, _ in MOVIES:
+            own = ["1" if at in flags[movie] else "0" for at in range(19)]
+            file.write("|".join([str(movie), title, "01-Jan-1995", "", "http://x/", *own]) + "\n")
+    (folder / "u.user").write_text("7|24|M|technician|85711\n8|53|F|other|T8H1N\n9|1|F|none|00501\n")
+    prepare("movielens", tmp_path / "out", {"data_dir": str(folder)})
+    assert rows(tmp_path / "out", "test") == [{"user_id": 8, "positives": [1], "timestamp": 70, "history": [3, 2]}]
+    assert rows(tmp_path / "out", "items") == [
+        {"item_id": 1, "title": MOVIES[0][1], "year": 1995, "genres": ["Animation", "Children's"]},
+        {"item_id": 2, "title": MOVIES[1][1], "year": 1995, "genres": ["Drama", "Musical"]},
+        {"item_id": 3, "title": MOVIES[2][1], "year": None, "genres": []},
+    ]
+    assert rows(tmp_path / "out", "users") == [
+        {"user_id": 7, "gender": "M", "age": 24, "occupation": "technician", "zip": "85711"},
+        {"user_id": 8, "gender": "F", "age": 53, "occupation": "other", "zip": "T8H1N"},
+    ]
+
+
+def test_movielens_with_fewer_columns_has_nulls(tmp_path, capsys):
+    folder = write_dat(tmp_path / "dat")
+    (folder / "movies.dat").write_text("1::One (1999)\n2::Two\n3::Three\n")
+    (folder / "users.dat").write_text("7::F\n8::M\n")
+    prepare("movielens", tmp_path / "out", {"data_dir": str(folder)})
+    assert rows(tmp_path / "out", "items")[0] == {"item_id": 1, "title": "One (1999)", "year": 1999, "genres": []}
+    user = {"age": None, "occupation": None, "zip": None}
+    assert rows(tmp_path / "out", "users") == [
+        {"user_id": 7, "gender": "F", **user},
+        {"user_id": 8, "gender": "M", **user},
+    ]
+    assert "movies.dat has no genres: null in all rows" in capsys.readouterr().err
+    (folder / "users.dat").write_text("7::11111111\n8::22222222\n")  # MovieTweetings: accounts
+    prepare("movielens", tmp_path / "other", {"data_dir": str(folder)})
+    assert not (tmp_path / "other" / "users").exists()
+    assert "users.dat is left out" in capsys.readouterr().err
+    folder = write_csv(tmp_path / "csv")
+    (folder / "movies.csv").write_text("title,movieId\nOne,1\nTwo,2\nThree,3\n")
+    prepare("movielens", tmp_path / "named", {"data_dir": str(folder)})
+    assert [item["title"] for item in rows(tmp_path / "named", "items")] == ["One", "Two", "Three"]
+    (folder / "ratings.csv").write_text("userId,movieId,rating\n7,1,5\n")
+    assert "where MovieLens has 'userId,movieId,rating,timestamp'" in refusal(DataError, "movielens", folder)
+
+
 def test_movielens_ratings_of_one_second_go_by_the_movie_and_all_may_be_trained_on(tmp_path):
     folder = write_dat(tmp_path / "raw")
     lines = [(5, 3, 5, 90), (5, 1, 5, 90), (5, 2, 5, 90), (5, 2, 5, 95), (6, 1, 5, 50)]
@@ -429,11 +478,11 @@ def test_movielens_ratings_of_one_second_go_by_the_movie_and_all_may_be_trained_
 def test_dirty_lines_of_movielens_are_named(tmp_path):
     folder = write_dat(tmp_path / "raw")
     for line, said in (
-        ("9::x::5::7", ["ratings.dat, row 6", "'movieId' is x"]),
-        ("9::1::good::7", ["row 6", "'rating' is good"]),
-        ("9::1::5::-7", ["row 6", "'timestamp' is -7"]),
-        ("9::1::5::1600000000000", ["row 6", "'timestamp' is 1600000000000", "seconds"]),
-        ("9::1::5", ["ratings", "Line: 7"]),
+        ("9::x::5::7", ["ratings.dat, line 7", "'movieId' is x"]),
+        ("9::1::good::7", ["line 7", "'rating' is good"]),
+        ("9::1::5::-7", ["line 7", "'timestamp' is -7"]),
+        ("9::1::5::1600000000000", ["line 7", "'timestamp' is 1600000000000", "seconds"]),
+        ("9::1::5", ["ratings.dat, line 7", "3 columns where the first line has 4"]),
     ):
         text = "".join("::".join(map(str, row)) + "\n" for row in RATED)
         (folder / "ratings.dat").write_text(text + line + "\n")
@@ -497,13 +546,22 @@ def test_goodbooks_by_hand(tmp_path):
     assert rows(tmp_path / "out", "users") == [{"user_id": 1, "to_read": [2]}, {"user_id": 2, "to_read": []}]
 
 
+def test_goodbooks_with_fewer_columns_has_nulls(tmp_path):
+    folder = write_goodbooks(tmp_path / "raw")
+    (folder / "books.csv").write_text("book_id,title\n1,HP\n2,Odyssey\n3,Tales\n")
+    assert "no column 'goodreads_book_id'" in refusal(DataError, "goodbooks", folder)
+    prepare("goodbooks", tmp_path / "out", {"data_dir": str(folder), "max_tags": 0})
+    first = rows(tmp_path / "out", "items")[0]
+    assert first["title"] == "HP" and first["authors"] == [] and first["year"] is None
+
+
 def test_what_goodbooks_needs_is_said(tmp_path):
     folder = write_goodbooks(tmp_path / "raw")
     assert "split" in refusal(ConfigError, "goodbooks", folder, split="time")
     (folder / "books.csv").write_text("id,book_id,title\n1,100,x\n")
     assert "no column 'goodreads_book_id'" in refusal(DataError, "goodbooks", folder)
     (folder / "ratings.csv").write_text("user_id,book_id,rating\n1,2,\n")
-    assert "row 0 (counted from 0): 'rating' is null" in refusal(DataError, "goodbooks", folder)
+    assert "ratings.csv, line 2: 'rating' is null" in refusal(DataError, "goodbooks", folder)
 
 
 # ---------------------------------------------------------------- a model of each, by the config that is shipped

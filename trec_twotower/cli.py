@@ -125,11 +125,11 @@ def _ranks(config: Any | None = None, *, trains: bool = False) -> Any:
 
 
 def _prepare(options: argparse.Namespace) -> int:
-    from trec_twotower.config import parse_overrides
-    from trec_twotower.data.sources import prepare
+    from trec_twotower.data.sources import parse_options, prepare
     from trec_twotower.data.sources.summary import describe
 
-    made = prepare(options.source, options.out, parse_overrides(options.overrides), overwrite=options.overwrite)
+    overrides = parse_options(options.source, options.overrides)
+    made = prepare(options.source, options.out, overrides, overwrite=options.overwrite)
     print(describe(options.out, made))
     if made.get("counts_checked"):
         print("These are the published files, and the counts agree with the published ones.")

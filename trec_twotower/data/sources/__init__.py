@@ -6,7 +6,7 @@ Importing this module is cheap: a source's own module, with numpy and pyarrow, l
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -53,6 +53,15 @@ SOURCES: dict[str, Source] = {
         Source("events", "events", "any log of user, item and time, in Parquet, CSV or JSON lines of any size"),
     )
 }
+
+
+def parse_options(source: str, overrides: Iterable[str]) -> dict[str, Any]:
+    """Return the options of a source from `key=value` arguments; ConfigError for an unknown source or a bad value."""
+    from trec_twotower.data.sources.options import parse_options as parse
+
+    if source not in SOURCES:
+        raise ConfigError(f"There is no source {source!r}{nearest(source, SOURCES)}.")
+    return parse(SOURCES[source].options, overrides)
 
 
 def prepare(source: str, out: Path, overrides: dict[str, Any], overwrite: bool = False) -> dict[str, Any]:

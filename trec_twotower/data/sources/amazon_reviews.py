@@ -1,6 +1,6 @@
-r"""Amazon Reviews 2023 (McAuley Lab): reviews and item metadata as JSON lines, one file a category, of any size.
+r"""Amazon Reviews (McAuley Lab): reviews and item metadata as JSON lines, one file a category, of any size.
 
-The layout, by its documentation (https://amazon-reviews-2023.github.io and the card of
+The layout of 2023, by its documentation (https://amazon-reviews-2023.github.io and the card of
 McAuley-Lab/Amazon-Reviews-2023; Hou et al. 2024, arXiv 2403.03952): `Books.jsonl` has a review a line,
 
     rating             1.0 to 5.0
@@ -27,34 +27,80 @@ and `meta_Books.jsonl` an item a line (some items that were reviewed have none):
     details            names and values, such as "Publisher": "Scholastic Press (October 1, 2004)"
     images, videos, bought_together   not read
 
-Both may be .gz. `average_rating` and `rating_number` are of 2023 and so know of the test period: `rating_number` tells
+The layout of 2018 (and 2014), by https://nijianmo.github.io/amazon: `Books.json` or `Books_5.json` has reviews with
+
+    overall            1.0 to 5.0
+    asin               the product, and the key of metadata
+    reviewerID         text
+    unixReviewTime     seconds since 1970, of midnight
+    verified           true or false (2018)
+
+and `meta_Books.json` items with asin, title, brand, main_cat, category (in 2014 categories, a list of lists), price,
+feature and description. The dataset has the columns of 2023, with null for what these do not have. The lines of 2014's
+metadata are Python dicts, not JSON, and have to be converted.
+
+All may be .gz. `average_rating` and `rating_number` are of 2023 and so know of the test period: `rating_number` tells
 how popular an item will be. They are in items/, but a model to be judged by a split in time should leave them out.
 """
 
 from __future__ import annotations
 
+import json
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import duckdb
 from pydantic import Field
 
-from trec_twotower.data.sources.event_files import LATEST_US, Files, explained, fetch_row, fetch_rows, to_microseconds
+from trec_twotower.data.sources.event_files import (
+    FILE_OF_ROW,
+    LATEST_US,
+    Files,
+    explained,
+    fetch_row,
+    fetch_rows,
+    sql_name,
+    to_microseconds,
+)
 from trec_twotower.data.sources.event_log import Moment, write_log
 from trec_twotower.data.sources.ratings import RatingOptions, load_ratings
+from trec_twotower.data.sources.raw_text import check_zipped, open_unzipped
 from trec_twotower.data.sources.writer import DatasetWriter
 from trec_twotower.errors import DataError, nearest
 
 ENDINGS = (".jsonl", ".json", ".jsonl.gz", ".json.gz")
 EARLIEST_S = 10**8  # 1973; in milliseconds that is what seconds of a later time look like
 # JSON takes whatever stands in a field; the expressions below make of it what they can.
-REVIEW = {"rating": "JSON", "parent_asin": "VARCHAR", "user_id": "VARCHAR", "timestamp": "JSON"}
-REVIEW |= {"verified_purchase": "JSON"}
 ITEM = dict.fromkeys(("parent_asin", "title", "subtitle", "main_category", "store"), "VARCHAR")
 ITEM |= dict.fromkeys(
     ("author", "categories", "price", "average_rating", "rating_number", "features", "description", "details"), "JSON"
 )
+ITEM_2018 = dict.fromkeys(("asin", "title", "brand", "main_cat"), "VARCHAR")
+ITEM_2018 |= dict.fromkeys(("category", "categories", "price", "feature", "description"), "JSON")
 PUBLISHED = "details ->> '$.Publisher'"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The fields of a review: their names, and the unit of its time."""
+
+    user: str
+    item: str
+    time: str
+    rating: str
+    verified: str
+    per_second: int
+    unit: str
+
+    @property
+    def columns(self) -> dict[str, str]:
+        names = dict.fromkeys((self.time, self.rating, self.verified), "JSON")
+        return names | dict.fromkeys((self.user, self.item), "VARCHAR")
+
+
+OF_2023 = Layout("user_id", "parent_asin", "timestamp", "rating", "verified_purchase", 1000, "milliseconds")
+OF_2018 = Layout("reviewerID", "asin", "unixReviewTime", "overall", "verified", 1, "seconds")
 
 
 class Options(RatingOptions):
@@ -79,22 +125,23 @@ def write(options: Options, writer: DatasetWriter) -> dict[str, Any]:
     """Write train, valid, test and items; returns the content of dataset.yaml."""
     folder = options.folder("amazon-reviews")
     reviews, metadata = _find(folder, options)
+    layout = OF_2018 if "reviewerID" in _first_object(reviews[0]) else OF_2023
 
     def load_events(database: duckdb.DuckDBPyConnection, options: Options) -> dict[str, int]:
-        files = _read(database, options, "reviews", folder, reviews, REVIEW)
+        files = _read(database, options, "reviews", folder, reviews, layout.columns)
         columns = {
-            "user_id": "nullif(trim(user_id), '')",
-            "item_id": "nullif(trim(parent_asin), '')",
-            "timestamp": to_microseconds("try_cast(timestamp ->> '$' AS BIGINT)", 1_000),
-            "rating": "try_cast(rating ->> '$' AS DOUBLE)",
-            "verified": "verified_purchase ->> '$' = 'true'",
+            "user_id": f"nullif(trim({layout.user}), '')",
+            "item_id": f"nullif(trim({layout.item}), '')",
+            "timestamp": to_microseconds(f"try_cast({layout.time} ->> '$' AS BIGINT)", 1_000_000 // layout.per_second),
+            "rating": f"try_cast({layout.rating} ->> '$' AS DOUBLE)",
+            "verified": f"{layout.verified} ->> '$' = 'true'",
         }
         when = f"{{0}} IS NULL OR {{0}} < {EARLIEST_S * 1_000_000} OR {{0}} > {LATEST_US}"
         faults = [
-            ("user_id", "user_id", "{} IS NULL", "take these lines out"),
-            ("parent_asin", "item_id", "{} IS NULL", "take these lines out"),
-            ("timestamp", "timestamp", when, "this layout has milliseconds since 1970 here"),
-            ("rating", "rating", "coalesce(NOT isfinite({}), true)", "this layout has a number here"),
+            (layout.user, "user_id", "{} IS NULL", "take these lines out"),
+            (layout.item, "item_id", "{} IS NULL", "take these lines out"),
+            (layout.time, "timestamp", when, f"this layout has {layout.unit} since 1970 here"),
+            (layout.rating, "rating", "coalesce(NOT isfinite({}), true)", "this layout has a number here"),
         ]
         only = " AND verified" if options.verified_only else ""
         return load_ratings(database, options, files, columns, faults, only=only)
@@ -103,7 +150,9 @@ def write(options: Options, writer: DatasetWriter) -> dict[str, Any]:
         if not options.metadata:
             fetch_rows(database, "CREATE TABLE items AS SELECT DISTINCT item_id FROM kept")
             return {}
-        return _load_items(database, options, _read(database, options, "metadata", folder, metadata, ITEM))
+        if "parent_asin" in _first_object(metadata[0]):
+            return _load_items(database, options, _read(database, options, "metadata", folder, metadata, ITEM))
+        return _load_items(database, options, _read_2018(database, options, folder, metadata))
 
     return write_log("amazon-reviews", options, writer, load_events, load_sides)
 
@@ -113,9 +162,11 @@ def _find(folder: Path, options: Options) -> tuple[list[Path], list[Path]]:
     found = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name.endswith(ENDINGS)]
     found = [path for path in found if not path.name.startswith(("asin2category", "."))]
     if options.category is not None:
-        names = {f"{stem}{ending}" for stem in (options.category, f"meta_{options.category}") for ending in ENDINGS}
+        stems = {options.category, f"meta_{options.category}"}
         known = sorted({path.name.split(".")[0] for path in found if not path.name.startswith("meta_")})
-        found = [path for path in found if path.name in names]
+        if options.category not in known:
+            stems.add(f"{options.category}_5")  # of users and items with 5 reviews or more, as 2018 has them
+        found = [path for path in found if path.name.split(".")[0] in stems]
         if not found:
             raise DataError(
                 f"{folder} has no files of category {options.category!r}{nearest(options.category, known)}."
@@ -132,6 +183,39 @@ def _find(folder: Path, options: Options) -> tuple[list[Path], list[Path]]:
             "metadata=false for a catalogue of ids alone."
         )
     return reviews, metadata
+
+
+def _first_object(path: Path) -> dict[str, Any]:
+    """The first line of a file, if it is a JSON object: it shows the layout. Other lines are refused by DuckDB."""
+    check_zipped(path)
+    with open_unzipped(path) as lines:
+        try:
+            first = json.loads(next((line for line in lines if line.strip()), b"null"))
+        except ValueError:
+            return {}
+    return first if isinstance(first, dict) else {}
+
+
+def _read_2018(database: duckdb.DuckDBPyConnection, options: Options, folder: Path, paths: list[Path]) -> Files:
+    """The metadata of 2018 under the names of 2023."""
+    files = _read(database, options, "metadata", folder, paths, ITEM_2018)
+    nested = (
+        "CASE json_type(categories, '$[0]') WHEN 'ARRAY' THEN to_json(categories ->> '$[*][*]') ELSE categories END"
+    )
+    columns = {
+        "parent_asin": "asin",
+        "title": "title",
+        "main_category": "main_cat",
+        "store": "brand",
+        "categories": f"coalesce(category, {nested})",
+        "price": "price",
+        "features": "feature",
+        "description": "description",
+        sql_name(FILE_OF_ROW): sql_name(FILE_OF_ROW),
+    }
+    columns |= {name: f"CAST(NULL AS {kind})" for name, kind in ITEM.items() if name not in columns}
+    selected = ", ".join(f"{expression} AS {name}" for name, expression in columns.items())
+    return replace(files, relation=f"(SELECT {selected} FROM {files.relation})")
 
 
 def _read(

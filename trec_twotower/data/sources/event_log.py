@@ -28,7 +28,15 @@ import duckdb
 import pyarrow as pa
 from pydantic import BeforeValidator, Field, PositiveInt, model_validator
 
-from trec_twotower.data.sources.event_files import Files, explained, fetch_batches, fetch_row, fetch_rows, sql_name
+from trec_twotower.data.sources.event_files import (
+    Files,
+    configure,
+    explained,
+    fetch_batches,
+    fetch_row,
+    fetch_rows,
+    sql_name,
+)
 from trec_twotower.data.sources.event_splits import Piece, Splits, break_ties, whole_users
 from trec_twotower.data.sources.options import SourceOptions
 from trec_twotower.data.sources.writer import DatasetWriter
@@ -153,7 +161,7 @@ def write_log(
     }
     with closing(duckdb.connect(scratch_dir / "events.duckdb", config=settings)) as database:  # type: ignore[arg-type]
         with explained("the files", options):
-            _hide_progress(database)
+            configure(database)
             counts = load_events(database, options)
             counts |= _drop(database, options)
             _check_periods(database, options)
@@ -163,22 +171,13 @@ def write_log(
     return writer.finish(source, options.model_dump(mode="json"), counts)
 
 
-def _hide_progress(database: duckdb.DuckDBPyConnection) -> None:
-    """Turn off the progress bar, which DuckDB prints to stdout in notebooks and under `python -c`.
-
-    It is off already where a notebook lacks ipywidgets; there DuckDB refuses to set it.
-    """
-    if fetch_rows(database, "SELECT current_setting('enable_progress_bar')") == [(True,)]:
-        fetch_rows(database, "SET enable_progress_bar = false")
-
-
 Fault = tuple[str, str, str, str]  # a column of the file, what it became, a condition with {} for it, and the mend
 
 
 def refuse_faults(
     database: duckdb.DuckDBPyConnection, files: Files, columns: dict[str, str], faults: Sequence[Fault]
 ) -> int:
-    """How many rows the table `events` has; DataError where it has none, or one with a fault, which it names.
+    """How many rows the table `events` has; DataError where it has none, or where rows have faults: the first of each.
 
     `columns` has the expression that each column of `events` was made by.
     """
@@ -186,9 +185,13 @@ def refuse_faults(
     rows, *found = fetch_row(database, f"SELECT count(*), {tests} FROM events")
     if not rows:
         raise DataError(f"{files.option} = {files.path}: the files hold not one row.")
-    for (column, name, fault, why), count in zip(faults, found, strict=True):
-        if count:
-            raise files.refuse(database, column, fault.format(columns[name]), count, why)
+    refused = [
+        str(files.refuse(database, column, fault.format(columns[name]), count, why))
+        for (column, name, fault, why), count in zip(faults, found, strict=True)
+        if count
+    ]
+    if refused:
+        raise DataError("\n  ".join(refused))
     return rows
 
 

@@ -1,13 +1,11 @@
-"""Any log of interactions, from Parquet, CSV or JSON lines, larger than memory: each event with what came before it."""
+"""Any log of interactions, from Parquet, CSV or JSON, larger than memory: each event with what came before it."""
 
 from __future__ import annotations
 
-from collections import Counter
 from contextlib import closing
-from typing import Any, Literal, Self
+from typing import Any
 
 import duckdb
-from pydantic import Field, model_validator
 
 from trec_twotower.data.sources.event_files import (
     LATEST_S,
@@ -18,270 +16,259 @@ from trec_twotower.data.sources.event_files import (
     fetch_rows,
     sql_name,
 )
-from trec_twotower.data.sources.event_log import LogOptions, refuse_faults, write_log
+from trec_twotower.data.sources.event_log import Fault, refuse_faults, write_log
+from trec_twotower.data.sources.event_options import IN_FILES, Options
 from trec_twotower.data.sources.event_splits import ORDER
+from trec_twotower.data.sources.id_columns import as_id, id_column, joint_id_type
+from trec_twotower.data.sources.table_columns import (
+    Column,
+    NumberColumn,
+    as_kind,
+    check_names,
+    feature_column,
+    order_column,
+)
+from trec_twotower.data.sources.table_files import TableFiles, open_table
+from trec_twotower.data.sources.table_options import TABLES, TableName
+from trec_twotower.data.sources.time_columns import TimeColumn
+from trec_twotower.data.sources.typed_tables import TypedTable, new_column, no_column, type_table
 from trec_twotower.data.sources.writer import DatasetWriter
-from trec_twotower.errors import DataError, nearest
+from trec_twotower.errors import ConfigError, DataError
 
-OURS = ("user_id", "item_id", "timestamp", "weight", "positives", "history")
-IN_FILES = "file"  # order = file: the order of rows in the files
+_RATING = "rating of the event"  # internal column
 ROW_NUMBER = "row_number() OVER ()"
-
-
-class Options(LogOptions):
-    """Which files hold the log, what their columns are, and how it is split."""
-
-    events: str = Field(min_length=1)  # a file, a folder or a glob of Parquet, CSV or JSON lines
-    items: str | None = None  # the catalogue, given likewise; by default the distinct items of the events
-    users: str | None = None  # static features of users, given likewise
-    user: str = "user_id"  # the column of that name in the events and in `users`
-    item: str = "item_id"  # and in `items`
-    timestamp: str | None = "timestamp"  # seconds since 1970, or TIMESTAMP; null: the log has no times
-    order: str | None = None  # a column that orders events of equal time; file: the order of rows in the files
-    weight: str | None = None  # becomes the column `weight` of the train rows
-    context: tuple[str, ...] = ()  # further columns of the events to keep, known before the item is chosen
-    outcomes: tuple[str, ...] = ()  # columns known only after it: rows have them of earlier events, as history_NAME
-    valid_share: float = Field(0.1, ge=0, lt=1)  # split = random: of each user's items
-    test_share: float = Field(0.1, ge=0, lt=1)
-    seed: int = Field(0, ge=0, lt=2**63)  # of split = random, and of the order of events whose order is unknown
-    missing_rows: Literal["keep", "error"] = "keep"  # of users and items that `users` and `items` have no row for
-
-    @model_validator(mode="after")
-    def _columns_fit(self) -> Self:
-        columns = [self.user, self.item, *([self.timestamp] if self.timestamp and self.has_times else [])]
-        columns += [*([self.weight] if self.weight and self.weight not in self.outcomes else []), *self.context]
-        twice = [name for name, count in Counter(map(str.casefold, [*columns, *self.outcomes])).items() if count > 1]
-        if twice:
-            raise ValueError(
-                f"column {twice[0]!r} is named twice among user, item, timestamp, weight, context and outcomes"
-            )
-        histories = [f"history_{name}".casefold() for name in self.outcomes]
-        taken = [name for name in self.context if name.casefold() in (*OURS, *histories)]
-        if taken:
-            raise ValueError(f"context column {taken[0]!r} has the name of a column of the dataset: rename it")
-        return self
-
-    @model_validator(mode="after")
-    def _order_fits(self) -> Self:
-        if self.timestamp is None and self.split not in ("position", "random", "none"):
-            raise ValueError(
-                f"timestamp is null, but split = {self.split} needs times: name the column, or set split = position "
-                "(rows are in order in the files) or split = random"
-            )
-        if self.split == "position" and self.timestamp not in (None, "timestamp"):
-            raise ValueError(
-                f"timestamp = {self.timestamp!r} is set, but split = position reads no times: leave timestamp out, or "
-                "use split = leave-last-out with order = file"
-            )
-        if self.split == "last-basket" and self.order is not None:
-            raise ValueError(
-                f"order = {self.order} is set, but split = last-basket holds out all items of one time: leave order "
-                "out, or use split = leave-last-out"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _shares_fit(self) -> Self:
-        given = [name for name in ("valid_share", "test_share") if getattr(self, name) != 0.1]
-        if self.split != "random" and given:
-            raise ValueError(f"{given[0]} is set, but split is {self.split}: set split = random, or leave it out")
-        if self.valid_share + self.test_share >= 1:
-            raise ValueError(
-                f"valid_share + test_share = {self.valid_share + self.test_share:g} leaves nothing to train on: they "
-                "must be below 1 together"
-            )
-        if self.split == "random" and not self.valid_share + self.test_share:
-            raise ValueError("valid_share and test_share are 0, so nothing is held out: set split = none for that")
-        return self
-
-    @property
-    def kept(self) -> list[str]:
-        return ["timestamp", *(["weight"] if self.weight else []), *self.context]
-
-    @property
-    def asked(self) -> list[str]:
-        return ["timestamp", *self.context]
-
-    @property
-    def outcome_columns(self) -> list[str]:
-        return list(self.outcomes)
-
-    @property
-    def has_times(self) -> bool:
-        return self.timestamp is not None and self.split != "position"
-
-    @property
-    def order_columns(self) -> list[str]:
-        return [ORDER] if self.order is not None or not (self.has_times or self.draws_order) else []
-
-    @property
-    def tie_seed(self) -> int | None:
-        return self.seed
-
-    @property
-    def draws_order(self) -> bool:
-        return self.split == "random" and self.order is None and not self.has_times
-
-    @property
-    def shares(self) -> tuple[float, float]:
-        return self.valid_share, self.test_share
 
 
 def write(options: Options, writer: DatasetWriter) -> dict[str, Any]:
     """Write the parts of the split, items and users; return the content of dataset.yaml."""
-    if options.split == "random" and "timestamp" not in options.model_fields_set and not _has_column(options):
+    if options.split == "random" and "timestamp" not in options.model_fields_set and not _has_column(options, writer):
         options = options.model_copy(update={"timestamp": None})
-    return write_log("events", options, writer, _load_events, _load_sides)
+    log = _Log(options)
+    return write_log("events", options, writer, log.load_events, log.load_sides)
 
 
-def _has_column(options: Options) -> bool:
+def _has_column(options: Options, writer: DatasetWriter) -> bool:
     """Return whether the events have a column of the default name of times."""
-    with closing(duckdb.connect()) as database:
-        return options.timestamp in Files.find(database, options, "events").types
+    with closing(duckdb.connect(writer.scratch_dir() / "columns.duckdb")) as database:
+        return options.timestamp in open_table(database, options, "events").files.types
 
 
-def _load_events(database: duckdb.DuckDBPyConnection, options: Options) -> dict[str, int]:
-    """Make the table `events`; DataError where a row cannot be one."""
-    files = Files.find(database, options, "events")
-    columns = {
-        "user_id": files.id(options.user, "user"),
-        "item_id": files.id(options.item, "item"),
-        "timestamp": _time(files, options),
-    }
-    if options.weight:
-        columns["weight"] = files.number(options.weight)
-    columns |= {name: files.feature(name, "context") for name in options.context}
-    columns |= {name: files.feature(name, "outcomes") for name in options.outcomes}
-    order = _order(files, options)
-    columns |= {ORDER: order} if order is not None else {}
-    selected = ", ".join(f"{expression} AS {sql_name(name)}" for name, expression in columns.items())
-    with explained(f"events = {options.events}", options):
-        counts_rows = "true" if order == ROW_NUMBER else "false"  # which keeps more in memory
-        fetch_rows(database, f"SET preserve_insertion_order = {counts_rows}")
-        fetch_rows(database, f"CREATE TABLE events AS SELECT {selected} FROM {files.relation}")
-        fetch_rows(database, "SET preserve_insertion_order = false")
+class _Log:
+    """The tables of a log. All are opened and typed before the first is loaded, since they share their ids."""
 
-    unit = f"more than {LATEST_S:,} seconds, as if in milliseconds: divide, so that it counts seconds"
-    faults = [
-        (options.user, "user_id", "{} IS NULL", "remove these rows"),
-        (options.item, "item_id", "{} IS NULL", "remove these rows"),
-    ]
-    if options.has_times:
-        time = str(options.timestamp)
-        faults += [
-            (time, "timestamp", "{} IS NULL", "remove these rows, or give them a time"),
-            (time, "timestamp", "{} < 0", "times before 1970 are taken for mistakes: remove these rows"),
-            (time, "timestamp", f"{{}} > {LATEST_US}", unit),
-        ]
-    if options.weight:
-        bad = "coalesce(NOT isfinite({0}) OR {0} < 0, true)"
-        faults.append((options.weight, "weight", bad, "weights are finite and at least 0"))
-    if options.order not in (None, IN_FILES):
-        is_float = files.types[str(options.order)] in ("FLOAT", "DOUBLE")
-        fault = "coalesce(isnan({}), true)" if is_float else "{} IS NULL"
-        faults.append((str(options.order), ORDER, fault, "give each row a value, or order by another column"))
-    return {"events_read": refuse_faults(database, files, columns, faults)}
+    def __init__(self, options: Options) -> None:
+        self.options = options
+        self.tables: dict[TableName, TypedTable] = {}
+        self.id_types: dict[str, str] = {}  # the DuckDB type of users' and items' ids
 
+    def load_events(self, database: duckdb.DuckDBPyConnection, options: Options) -> dict[str, int]:
+        """Make the table `events` and return counts; DataError where a row cannot be an event."""
+        given: list[TableName] = [name for name in TABLES if getattr(options, name) is not None]
+        opened = {name: open_table(database, options, name) for name in given}
+        check_names(options, [name for table in opened.values() for name in table.files.types])
+        for name, table in opened.items():
+            columns = _event_columns(table, options) if name == "events" else _side_columns(table, options)
+            self.tables[name] = type_table(database, options, table, columns)
+        for role, column in (("user", options.user), ("item", options.item)):
+            holders = [(name, table) for name, table in self.tables.items() if name in ("events", f"{role}s")]
+            ids = [(f"{name} = {table.files.path}", column, table.typed[column]) for name, table in holders]
+            self.id_types[role] = joint_id_type(ids)
+        return self._load_events(database, self.tables["events"])
 
-def _time(files: Files, options: Options) -> str:
-    """Return an SQL expression: the time of an event in microseconds, 0 where the log has none."""
-    if not options.has_times:
-        return "CAST(0 AS BIGINT)"
-    column = str(options.timestamp)
-    if column not in files.types:
-        raise DataError(
-            f"{files.option} = {files.path}: there is no column {column!r}{nearest(column, files.types)}: say "
-            "timestamp = NAME. For a log without times set split = position (rows are in order in the files), or "
-            "split = random."
+    def _load_events(self, database: duckdb.DuckDBPyConnection, table: TypedTable) -> dict[str, int]:
+        options, files = self.options, table.files
+        time = table.typed[str(options.timestamp)].microseconds if options.has_times else "CAST(0 AS BIGINT)"
+        columns = {"user_id": self._id("events", "user"), "item_id": self._id("events", "item"), "timestamp": time}
+        columns |= {"weight": sql_name(options.weight)} if options.weight else {}
+        columns |= {name: sql_name(name) for name in (*options.context, *options.outcomes)}
+        order = _order(options)
+        columns |= {ORDER: order} if order is not None else {}
+        columns |= {_RATING: sql_name(options.rating)} if options.rating else {}
+        selected = ", ".join(f"{expression} AS {sql_name(name)}" for name, expression in columns.items())
+        condition = f", where = {options.where}" if options.where is not None else ""
+        with explained(f"events = {options.events}{condition}", options):
+            counts_rows = "true" if order == ROW_NUMBER else "false"  # true keeps more in memory
+            fetch_rows(database, f"SET preserve_insertion_order = {counts_rows}")
+            fetch_rows(
+                database, f"CREATE TABLE events AS SELECT {selected} FROM {files.relation} WHERE ({files.where})"
+            )
+            fetch_rows(database, "SET preserve_insertion_order = false")
+        if condition and not fetch_row(database, "SELECT count(*) FROM events")[0]:
+            raise DataError(f"events = {options.events}: no row meets the condition where = {options.where}.")
+        counts = {"events_read": refuse_faults(database, files, columns, self._faults(files))}
+        return counts | (_drop_low_ratings(database, options) if options.rating else {})
+
+    def _faults(self, files: Files) -> list[Fault]:
+        """What a row of the events must not have."""
+        options = self.options
+        faults: list[Fault] = []
+        for role, column in (("user", options.user), ("item", options.item)):
+            name = column if column.isidentifier() else sql_name(column)
+            is_null, others = "{} IS NULL", f"{name} IS NOT NULL"
+            if self.id_types[role] == "VARCHAR":
+                is_null, others = "{0} IS NULL OR {0} = ''", f"{name} <> ''"
+            faults.append((column, f"{role}_id", is_null, f"remove these rows, or leave them out by where={others!r}"))
+        if options.has_times:
+            time = str(options.timestamp)
+            unit = f"more than {LATEST_S:,} seconds, as if in milliseconds: say time_unit=ms, or divide"
+            faults += [
+                (time, "timestamp", "{} IS NULL", "remove these rows, or give them a time"),
+                (time, "timestamp", "{} < 0", "times before 1970 are taken for mistakes: remove these rows"),
+                (time, "timestamp", f"{{}} > {LATEST_US}", unit),
+            ]
+        if options.weight:
+            bad = "coalesce(NOT isfinite({0}) OR {0} < 0, true)"
+            faults.append((options.weight, "weight", bad, "weights are finite and at least 0"))
+        if options.rating:
+            faults.append((options.rating, _RATING, "coalesce(NOT isfinite({}), true)", "a rating is a finite number"))
+        if options.order not in (None, IN_FILES):
+            is_float = files.types[str(options.order)] in ("FLOAT", "DOUBLE")
+            fault = "coalesce(isnan({}), true)" if is_float else "{} IS NULL"
+            faults.append((str(options.order), ORDER, fault, "give each row a value, or order by another column"))
+        return faults
+
+    def _id(self, table: TableName, role: str) -> str:
+        column = self.options.user if role == "user" else self.options.item
+        return as_id(column, self.tables[table].typed[column], self.id_types[role])
+
+    def load_sides(self, database: duckdb.DuckDBPyConnection, options: Options) -> dict[str, int]:
+        """Make the table `items` and, where given, `users`; return counts."""
+        counts: dict[str, int] = {}
+        if options.items is None:
+            fetch_rows(database, "CREATE TABLE items AS SELECT DISTINCT item_id FROM kept")
+        else:
+            counts |= self._load_side(database, "items", options.item, "item", options.min_item_events == 1)
+        if options.users is not None:
+            counts |= self._load_side(database, "users", options.user, "user", options.min_user_events == 1)
+        return counts
+
+    def _load_side(
+        self, database: duckdb.DuckDBPyConnection, side: TableName, column: str, role: str, keeps_idle: bool
+    ) -> dict[str, int]:
+        """Make the table `items` or `users`: a row for each id of the kept events, with nulls where the files lack it.
+
+        Ids of the files that are in no event have a row where `keeps_idle`. DataError where ids are null or repeated,
+        or where the files have none of the events' ids.
+        """
+        files, key, given = self.tables[side].files, f"{role}_id", f"given_{side}"
+        where = f"{side} = {files.path}"
+        expression = self._id(side, role)
+        others = [name for name in files.types if name != column]
+        taken = [name for name in others if name.casefold() == key]
+        if taken:
+            raise DataError(
+                f"{where}: {column!r} is to become {key!r}, but there is a column {taken[0]!r} too: rename it."
+            )
+        features = "".join(f", {sql_name(name)}" for name in others)
+        with explained(where, self.options):
+            fetch_rows(
+                database, f"CREATE TABLE {given} AS SELECT {expression} AS {key}{features} FROM {files.relation}"
+            )
+        _check_ids(database, files, column, key, expression, is_text=self.id_types[role] == "VARCHAR")
+
+        fetch_rows(database, f"CREATE TABLE kept_{role}s AS SELECT DISTINCT {key} FROM kept")
+        idle = f"FROM {given} ANTI JOIN events USING ({key})"
+        dropped = f"FROM {given} SEMI JOIN events USING ({key}) ANTI JOIN kept_{role}s USING ({key})"
+        missing = f"FROM kept_{role}s ANTI JOIN {given} USING ({key})"
+        num_kept, num_idle, num_dropped, num_missing, first = fetch_row(
+            database,
+            f"SELECT (SELECT count(*) FROM kept_{role}s), (SELECT count(*) {idle}), (SELECT count(*) {dropped}), "
+            f"(SELECT count(*) {missing}), (SELECT min({key}) {missing})",
         )
-    return files.microseconds(column)
+        if num_missing == num_kept:
+            raise DataError(
+                f"{where}: none of the {num_kept:,} {side} of the events has a row there, {first!r} for one: check "
+                f"that the events and this file write {role} ids in the same way."
+            )
+        if num_missing and self.options.missing_rows == "error":
+            raise DataError(
+                f"{where}: {num_missing:,} of the {num_kept:,} {side} of the events have no row there, the first of "
+                f"them {first!r}: write a row for each {role}, or set missing_rows = keep, which gives them nulls."
+            )
+        ids = f"SELECT {key} FROM kept_{role}s" + (f" UNION ALL SELECT {key} {idle}" if keeps_idle else "")
+        fetch_rows(database, f"CREATE TABLE {side} AS SELECT * FROM ({ids}) LEFT JOIN {given} USING ({key})")
+        removed = num_dropped if keeps_idle else num_dropped + num_idle
+        counts = {"without_row": num_missing, "without_events": num_idle if keeps_idle else 0, "removed": removed}
+        return {f"{side}_{name}": count for name, count in counts.items()}
 
 
-def _order(files: Files, options: Options) -> str | None:
+def _order(options: Options) -> str | None:
     """Return an SQL expression that orders events of equal time; None where nothing is known."""
     if options.order not in (None, IN_FILES):
-        return files.sortable(str(options.order), "order")
+        return sql_name(str(options.order))
     is_in_files = options.order == IN_FILES or (not options.has_times and options.split != "random")
     return ROW_NUMBER if is_in_files else None
 
 
-def _load_sides(database: duckdb.DuckDBPyConnection, options: Options) -> dict[str, int]:
-    """Make the table `items` and, where given, `users`; return counts."""
-    counts: dict[str, int] = {}
-    if options.items is None:
-        fetch_rows(database, "CREATE TABLE items AS SELECT DISTINCT item_id FROM kept")
-    else:
-        counts |= _load_side(database, options, "items", options.item, "item", options.min_item_events == 1)
-    if options.users is not None:
-        counts |= _load_side(database, options, "users", options.user, "user", options.min_user_events == 1)
-    return counts
-
-
-def _load_side(
-    database: duckdb.DuckDBPyConnection, options: Options, side: str, column: str, role: str, keeps_idle: bool
-) -> dict[str, int]:
-    """Make the table `items` or `users`: a row for each id of the kept events, with nulls where the files have none.
-
-    Ids of the files that are in no event have a row where `keeps_idle`. DataError where ids are null or repeated, or
-    where the files have none of the events' ids.
-    """
-    files, key, given = Files.find(database, options, side), f"{role}_id", f"given_{side}"
-    where = f"{side} = {files.path}"
-    expression = files.id(column, role)
-    others = [name for name in files.types if name != column]
-    taken = [name for name in others if name.casefold() == key]
-    if taken:
-        raise DataError(f"{where}: {column!r} is to become {key!r}, but there is a column {taken[0]!r} too: rename it.")
-    features = "".join(f", {files.feature(name, role)} AS {sql_name(name)}" for name in others)
-    with explained(where, options):
-        fetch_rows(database, f"CREATE TABLE {given} AS SELECT {expression} AS {key}{features} FROM {files.relation}")
-    _check_ids(database, files, column, key, given)
-
-    fetch_rows(database, f"CREATE TABLE kept_{role}s AS SELECT DISTINCT {key} FROM kept")
-    idle = f"FROM {given} ANTI JOIN events USING ({key})"
-    dropped = f"FROM {given} SEMI JOIN events USING ({key}) ANTI JOIN kept_{role}s USING ({key})"
-    missing = f"FROM kept_{role}s ANTI JOIN {given} USING ({key})"
-    num_kept, num_idle, num_dropped, num_missing, first = fetch_row(
-        database,
-        f"SELECT (SELECT count(*) FROM kept_{role}s), (SELECT count(*) {idle}), (SELECT count(*) {dropped}), "
-        f"(SELECT count(*) {missing}), (SELECT min({key}) {missing})",
-    )
-    if num_missing == num_kept:
-        raise DataError(
-            f"{where}: none of the {num_kept:,} {side} of the events has a row there, {first!r} for one: check that "
-            f"the events and this file write {role} ids in the same way."
-        )
-    if num_missing and options.missing_rows == "error":
-        raise DataError(
-            f"{where}: {num_missing:,} of the {num_kept:,} {side} of the events have no row there, the first of them "
-            f"{first!r}: write a row for each {role}, or set missing_rows = keep, which gives them nulls."
-        )
-    ids = f"SELECT {key} FROM kept_{role}s" + (f" UNION ALL SELECT {key} {idle}" if keeps_idle else "")
-    fetch_rows(database, f"CREATE TABLE {side} AS SELECT * FROM ({ids}) LEFT JOIN {given} USING ({key})")
-    removed = num_dropped if keeps_idle else num_dropped + num_idle
-    counts = {"without_row": num_missing, "without_events": num_idle if keeps_idle else 0, "removed": removed}
-    return {f"{side}_{name}": count for name, count in counts.items()}
-
-
-def _check_ids(database: duckdb.DuckDBPyConnection, files: Files, column: str, key: str, table: str) -> None:
-    """DataError where the ids of a table have another type than in the events, are null, or are repeated."""
-    where = f"{files.option} = {files.path}"
-    kind, wanted = (
-        fetch_row(database, f"SELECT column_type FROM (DESCRIBE {each}) WHERE column_name = '{key}'")[0]
-        for each in (table, "events")
-    )
-    if kind != wanted:
-        raise DataError(
-            f"{where}: {column!r} is {files.types[column]}, but the events hold {wanted}: write both with one type."
-        )
-    (nulls,) = fetch_row(database, f"SELECT count(*) FROM {table} WHERE {key} IS NULL")
+def _check_ids(
+    database: duckdb.DuckDBPyConnection, files: Files, column: str, key: str, expression: str, *, is_text: bool
+) -> None:
+    """DataError where ids of the table given_items or given_users are null or repeated."""
+    table = f"given_{files.option}"
+    is_null = "{0} IS NULL OR {0} = ''" if is_text else "{} IS NULL"
+    (nulls,) = fetch_row(database, f"SELECT count(*) FROM {table} WHERE {is_null.format(key)}")
     if nulls:
-        expression = files.id(column, key.removesuffix("_id"))
-        raise files.refuse(database, column, f"{expression} IS NULL", nulls, "remove these rows")
+        raise files.refuse(database, column, is_null.format(expression), nulls, "remove these rows")
     repeated = f"SELECT {key} FROM {table} GROUP BY {key} HAVING count(*) > 1"
     count, first = fetch_row(database, f"SELECT count(*), min({key}) FROM ({repeated})")
     if count:
         raise DataError(
-            f"{where}: {count:,} ids of {column!r} stand in more than one row, the first of them {first!r}: keep one "
-            "row an id."
+            f"{files.option} = {files.path}: {count:,} ids of {column!r} stand in more than one row, the first of them "
+            f"{first!r}: keep one row an id."
         )
+
+
+def _event_columns(table: TableFiles, options: Options) -> list[Column]:
+    """The columns of the events that are read, each with the way in which it gets its type."""
+    made = {name: id_column(new_column(table, options, name, role)) for name, role in _ids(options)}
+    if options.has_times:
+        made[str(options.timestamp)] = _time_column(table, options, str(options.timestamp))
+    for name, role in ((options.weight, "weight"), (options.rating, "rating")):
+        if name is not None and name not in made:
+            made[name] = as_kind(new_column(table, options, name, role), NumberColumn)
+    features = [(name, "context") for name in options.context] + [(name, "outcomes") for name in options.outcomes]
+    for name, role in features:
+        if name not in made:
+            made[name] = feature_column(new_column(table, options, name, role, is_needed=False))
+    if options.order not in (None, IN_FILES) and options.order not in made:
+        made[str(options.order)] = order_column(new_column(table, options, str(options.order), "order"))
+    if options.where is not None:
+        used = options.where.casefold()
+        for name in table.files.types:
+            if name not in made and name.casefold() in used:
+                column = new_column(table, options, name, "where", is_needed=False)
+                made[name] = feature_column(column, is_noted=False)
+    return list(made.values())
+
+
+def _ids(options: Options) -> tuple[tuple[str, str], tuple[str, str]]:
+    return (options.user, "user"), (options.item, "item")
+
+
+def _time_column(table: TableFiles, options: Options, name: str) -> Column:
+    if name not in table.files.types:
+        raise DataError(
+            f"{no_column(table, name, 'timestamp')} For a log without times set split = position (rows are in order in "
+            "the files), or split = random."
+        )
+    return as_kind(new_column(table, options, name, "timestamp"), TimeColumn)
+
+
+def _side_columns(table: TableFiles, options: Options) -> list[Column]:
+    """The ids and the features of items or users."""
+    column, role = (options.item, "item") if table.files.option == "items" else (options.user, "user")
+    ids = id_column(new_column(table, options, column, role))
+    others = [name for name in table.files.types if name != column]
+    return [ids, *(feature_column(new_column(table, options, name, role, is_needed=False)) for name in others)]
+
+
+def _drop_low_ratings(database: duckdb.DuckDBPyConnection, options: Options) -> dict[str, int]:
+    """Take the events below `min_rating` out of the table `events`; return how many they are."""
+    assert options.min_rating is not None
+    condition = f"{sql_name(_RATING)} < {options.min_rating!r}"
+    low, rows = fetch_row(database, f"SELECT count(*) FILTER ({condition}), count(*) FROM events")
+    if low == rows:
+        raise ConfigError(f"min_rating = {options.min_rating:g}: none of {rows:,} ratings is so high: lower it.")
+    fetch_rows(database, f"DELETE FROM events WHERE {condition}")
+    fetch_rows(database, f"ALTER TABLE events DROP COLUMN {sql_name(_RATING)}")
+    return {"not_positive": low}

@@ -23,12 +23,19 @@ from typing import Any, Literal
 import duckdb
 from pydantic import Field
 
-from trec_twotower.data.sources.event_files import Files, explained, fetch_row, fetch_rows
+from trec_twotower.data.sources.csv_files import CsvLayout
+from trec_twotower.data.sources.event_files import (
+    Files,
+    explained,
+    fetch_row,
+    fetch_rows,
+)
 from trec_twotower.data.sources.event_log import write_log
 from trec_twotower.data.sources.ratings import (
     RatingOptions,
     find_file,
     load_ratings,
+    read_csv,
     refuse_doubles,
     top_tags,
     whole_number,
@@ -54,7 +61,7 @@ def write(options: Options, writer: DatasetWriter) -> dict[str, Any]:
     folder = options.folder("goodbooks")
 
     def load_events(database: duckdb.DuckDBPyConnection, options: Options) -> dict[str, int]:
-        files = _read(database, options, folder, "ratings.csv", ("user_id", "book_id", "rating"))
+        files = _read(database, folder, "ratings.csv", ("user_id", "book_id", "rating"))
         columns = {
             "user_id": whole_number("user_id"),
             "item_id": whole_number("book_id"),
@@ -74,7 +81,7 @@ def write(options: Options, writer: DatasetWriter) -> dict[str, Any]:
     def load_sides(database: duckdb.DuckDBPyConnection, options: Options) -> dict[str, int]:
         _load_items(database, options, folder)
         if options.to_read:
-            files = _read(database, options, folder, "to_read.csv", ("user_id", "book_id"))
+            files = _read(database, folder, "to_read.csv", ("user_id", "book_id"))
             user, item = whole_number("user_id"), whole_number("book_id")
             with explained(f"to_read = {files.path}", options):
                 fetch_rows(
@@ -92,12 +99,11 @@ def write(options: Options, writer: DatasetWriter) -> dict[str, Any]:
 
 
 def _read(
-    database: duckdb.DuckDBPyConnection, options: Options, folder: Path, name: str, wanted: Sequence[str]
+    database: duckdb.DuckDBPyConnection, folder: Path, name: str, wanted: Sequence[str], optional: Sequence[str] = ()
 ) -> Files:
-    """A file's columns, all as text; DataError where one of those `wanted` is missing."""
+    """A file's columns, all as text; nulls for `optional` ones that it lacks, DataError for `wanted` ones."""
     path = find_file(folder, name)
-    how = "header = true, all_varchar = true, delim = ',', quote = '\"', escape = '\"', nullstr = ''"
-    files = Files.read(database, options, path.stem, str(path), [path], "read_csv", how)
+    files = read_csv(database, path, CsvLayout(), optional, path.stem)
     for column in wanted:
         if column not in files.types:
             raise DataError(
@@ -109,9 +115,12 @@ def _read(
 
 def _load_items(database: duckdb.DuckDBPyConnection, options: Options, folder: Path) -> None:
     """Make the table `items`: of each book that was taken what books.csv says, and its shelves."""
-    wanted = ["book_id", "goodreads_book_id", "authors", "title", "original_publication_year", "language_code"]
-    wanted += ["average_rating", "ratings_count"]
-    books = _read(database, options, folder, "books.csv", wanted)
+    joined_by, others = ["goodreads_book_id"], ["authors", "title", "original_publication_year", "language_code"]
+    others += ["average_rating", "ratings_count"]
+    if options.max_tags:
+        books = _read(database, folder, "books.csv", ["book_id", *joined_by], others)
+    else:
+        books = _read(database, folder, "books.csv", ["book_id"], [*joined_by, *others])
     refuse_doubles(database, options, books, "book_id")
     with explained(f"books = {books.path}", options):
         fetch_rows(
@@ -125,8 +134,8 @@ def _load_items(database: duckdb.DuckDBPyConnection, options: Options, folder: P
         )
     selected, joined = "* EXCLUDE (goodreads_id)", ""
     if options.max_tags:
-        shelves = _read(database, options, folder, "book_tags.csv", ("goodreads_book_id", "tag_id", "count"))
-        names = _read(database, options, folder, "tags.csv", ("tag_id", "tag_name"))
+        shelves = _read(database, folder, "book_tags.csv", ("goodreads_book_id", "tag_id", "count"))
+        names = _read(database, folder, "tags.csv", ("tag_id", "tag_name"))
         with explained(f"book_tags = {shelves.path}", options):
             top_tags(
                 database,

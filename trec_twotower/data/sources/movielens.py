@@ -1,6 +1,10 @@
-r"""MovieLens (GroupLens), in both its layouts: files that end in .dat (100 K to 10 M ratings) and in .csv (20 M on).
+r"""MovieLens (GroupLens), in its three layouts: u.data (100 K), files that end in .dat (1 M, 10 M) and .csv (20 M on).
 
-By the READMEs of ml-1m, ml-10m and ml-25m, without header in .dat and with one in .csv:
+By the READMEs of ml-100k, ml-1m, ml-10m and ml-25m; .csv has a header, the others have none:
+
+    u.data   UserID \t MovieID \t Rating \t Timestamp
+    u.item   MovieID|Title|ReleaseDate|VideoDate|Url|unknown|Action|...   (19 flags of genres)
+    u.user   UserID|Age|Gender|Occupation|Zip
 
     ratings.dat  UserID::MovieID::Rating::Timestamp      ratings.csv  userId,movieId,rating,timestamp
     movies.dat   MovieID::Title::Genres                  movies.csv   movieId,title,genres
@@ -8,29 +12,43 @@ By the READMEs of ml-1m, ml-10m and ml-25m, without header in .dat and with one 
     tags.dat     UserID::MovieID::Tag::Timestamp         tags.csv     userId,movieId,tag,timestamp  (10M on)
 
 Ratings are 1 to 5 stars, or 0.5 to 5 in halves; times are seconds since 1970. A title ends in its year, in brackets;
-genres are joined by `|`, or "(no genres listed)". .csv is UTF-8, .dat UTF-8 (10M) or Latin-1 (1M).
+genres are joined by `|`, or "(no genres listed)". .csv is UTF-8, .dat UTF-8 (10M) or Latin-1 (1M), u.item Latin-1.
+Movies and users may have fewer columns (in .dat those on the left): the dataset has nulls in place of the others.
 
 With split = time only tags given before `valid_from` count; with leave-last-out all do, also later ones.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import duckdb
 from pydantic import Field
 
-from trec_twotower.data.sources.event_files import LATEST_US, Files, explained, fetch_row, fetch_rows, to_microseconds
+from trec_twotower.data.sources.csv_files import CsvLayout
+from trec_twotower.data.sources.event_files import (
+    LATEST_US,
+    Files,
+    explained,
+    fetch_row,
+    fetch_rows,
+    sql_name,
+    sql_text,
+    to_microseconds,
+)
 from trec_twotower.data.sources.event_log import write_log
 from trec_twotower.data.sources.ratings import (
     RatingOptions,
     find_file,
     load_ratings,
+    read_csv,
     refuse_doubles,
     top_tags,
     whole_number,
 )
+from trec_twotower.data.sources.table_columns import note
 from trec_twotower.data.sources.writer import DatasetWriter
 from trec_twotower.errors import DataError
 
@@ -40,6 +58,46 @@ COLUMNS = {
     "users": ("userId", "gender", "age", "occupation", "zip"),
     "tags": ("userId", "movieId", "tag", "timestamp"),
 }
+GENRES: tuple[str, ...] = (
+    "unknown",
+    "Action",
+    "Adventure",
+    "Animation",
+    "Children's",
+    "Comedy",
+    "Crime",
+    "Documentary",
+    "Drama",
+)
+GENRES += ("Fantasy", "Film-Noir", "Horror", "Musical", "Mystery", "Romance", "Sci-Fi", "Thriller", "War", "Western")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The files of a release: their names, separators and columns by kind."""
+
+    names: dict[str, str]
+    separators: dict[str, str]
+    columns: dict[str, tuple[str, ...]]
+    has_header: bool = False
+
+    def find(self, folder: Path, kind: str) -> Path | None:
+        path = folder / self.names.get(kind, "")
+        return path if path.is_file() else None
+
+
+DAT = Layout({kind: f"{kind}.dat" for kind in COLUMNS}, dict.fromkeys(COLUMNS, "::"), COLUMNS)
+CSV = Layout({kind: f"{kind}.csv" for kind in COLUMNS}, dict.fromkeys(COLUMNS, ","), COLUMNS, has_header=True)
+FLAGS = tuple(f"genre {number}" for number in range(len(GENRES)))
+OF_100K = Layout(
+    {"ratings": "u.data", "movies": "u.item", "users": "u.user"},
+    {"ratings": "\t", "movies": "|", "users": "|"},
+    {
+        "ratings": COLUMNS["ratings"],
+        "movies": ("movieId", "title", "released", "video", "url", *FLAGS),
+        "users": ("userId", "age", "gender", "occupation", "zip"),
+    },
+)
 
 
 class Options(RatingOptions):
@@ -49,13 +107,13 @@ class Options(RatingOptions):
 
 
 def write(options: Options, writer: DatasetWriter) -> dict[str, Any]:
-    """Write train, valid, test, items and, of ml-1m, users; returns the content of dataset.yaml."""
+    """Write train, valid, test, items and, where the release has them, users; return the content of dataset.yaml."""
     folder = options.folder("movielens")
-    ratings_path = find_file(folder, "ratings.dat", "ratings.csv")
-    ending = ratings_path.suffix
+    layouts = {layout.names["ratings"]: layout for layout in (DAT, CSV, OF_100K)}
+    layout = layouts[find_file(folder, *layouts).name]
 
     def load_events(database: duckdb.DuckDBPyConnection, options: Options) -> dict[str, int]:
-        files = _read(database, options, ratings_path)
+        files = _read(database, layout, "ratings", folder / layout.names["ratings"])
         columns = {
             "user_id": whole_number("userId"),
             "item_id": whole_number("movieId"),
@@ -71,43 +129,42 @@ def write(options: Options, writer: DatasetWriter) -> dict[str, Any]:
         return load_ratings(database, options, files, columns, faults)
 
     def load_sides(database: duckdb.DuckDBPyConnection, options: Options) -> dict[str, int]:
-        tags = folder / f"tags{ending}"
-        _load_items(database, options, find_file(folder, f"movies{ending}"), tags if tags.is_file() else None)
+        _load_items(database, options, layout, find_file(folder, layout.names["movies"]), layout.find(folder, "tags"))
         (nameless,) = fetch_row(database, "SELECT count(*) FROM items WHERE title IS NULL")
-        users = folder / f"users{ending}"
-        if users.is_file():
-            files = _read(database, options, users)
-            refuse_doubles(database, options, files, "userId")
-            fetch_rows(
-                database,
-                "CREATE TABLE users AS SELECT * FROM (SELECT DISTINCT user_id FROM kept) LEFT JOIN (SELECT "
-                f"{whole_number('userId')} AS user_id, gender, {whole_number('age')} AS age, "
-                f"{whole_number('occupation')} AS occupation, zip FROM {files.relation}) USING (user_id)",
-            )
+        users = layout.find(folder, "users")
+        if users is not None:
+            _load_users(database, options, layout, users)
         return {"items_without_title": nameless}
 
     return write_log("movielens", options, writer, load_events, load_sides)
 
 
-def _read(database: duckdb.DuckDBPyConnection, options: Options, path: Path) -> Files:
-    """A file's columns, all as text, under the names that the .csv layout has."""
-    names = COLUMNS[path.stem]
-    typed = ", ".join(f"'{name}': 'VARCHAR'" for name in names)
-    how = f"columns = {{{typed}}}, auto_detect = false, nullstr = ''"
-    if path.suffix == ".csv":
-        with path.open(encoding="utf-8-sig", errors="replace") as file:
-            header = file.readline().strip().split(",")
-        if tuple(header) != names:
-            raise DataError(f"{path} begins with {','.join(header)!r}, where MovieLens has {','.join(names)!r}.")
-        how += ", header = true, delim = ',', quote = '\"', escape = '\"'"
-    else:
-        how += f", header = false, delim = '::', quote = '', escape = '', encoding = '{_encoding(path)}'"
-    return Files.read(database, options, path.stem, str(path), [path], "read_csv", how)
+def _read(database: duckdb.DuckDBPyConnection, layout: Layout, kind: str, path: Path) -> Files:
+    """A file's columns, all as text, under the names of the .csv layout; nulls for the columns it does not have.
+
+    The u.data of some mirrors has two kinds of line ends.
+    """
+    separator, encoding = layout.separators[kind], _encoding(path, kind)
+    fields = _first_line(path, encoding).split(separator)
+    wanted = layout.columns[kind]
+    names = tuple(fields) if layout.has_header else wanted[: len(fields)]
+    needed = wanted if kind == "ratings" else wanted[:1]
+    if not set(needed) <= set(names) or len(names) < len(fields):
+        raise DataError(
+            f"{path} begins with {separator.join(fields)!r}, where MovieLens has {separator.join(wanted)!r}."
+        )
+    form = CsvLayout(separator, '"' if layout.has_header else "", layout.has_header, names, encoding)
+    return read_csv(database, path, form, wanted, kind)
 
 
-def _encoding(path: Path) -> str:
+def _first_line(path: Path, encoding: str) -> str:
+    with path.open(encoding="utf-8-sig" if encoding == "utf-8" else encoding, errors="replace") as file:
+        return file.readline().rstrip("\r\n")
+
+
+def _encoding(path: Path, kind: str) -> str:
     """What DuckDB calls it: ratings are digits, which are the same in both."""
-    if path.stem == "ratings":
+    if kind == "ratings":
         return "utf-8"
     try:
         path.read_bytes().decode("utf-8")
@@ -116,22 +173,51 @@ def _encoding(path: Path) -> str:
     return "utf-8"
 
 
-def _load_items(database: duckdb.DuckDBPyConnection, options: Options, movies_path: Path, tags: Path | None) -> None:
+def _genres(layout: Layout) -> str:
+    """An SQL expression: the genres of a movie as a list."""
+    if layout is not OF_100K:
+        return "list_filter(string_split(coalesce(genres, ''), '|'), lambda x: x NOT IN ('', '(no genres listed)'))"
+    flags = zip(FLAGS[1:], GENRES[1:], strict=True)  # the first is "unknown"
+    named = ", ".join(f"CASE WHEN {sql_name(flag)} = '1' THEN {sql_text(genre)} END" for flag, genre in flags)
+    return f"list_filter([{named}], lambda x: x IS NOT NULL)"
+
+
+def _load_users(database: duckdb.DuckDBPyConnection, options: Options, layout: Layout, path: Path) -> None:
+    """Make the table `users`, unless the file is that of another data set with the same names of files."""
+    files = _read(database, layout, "users", path)
+    (others,) = fetch_row(
+        database, f"SELECT count(*) FROM {files.relation} WHERE gender IS NOT NULL AND gender NOT IN ('F', 'M')"
+    )
+    if others:
+        note(f"{path} is left out: its columns are not those of MovieLens ({', '.join(layout.columns['users'])}).")
+        return
+    refuse_doubles(database, options, files, "userId")
+    occupation = "occupation" if layout is OF_100K else whole_number("occupation")  # words in 100K, codes in 1M
+    fetch_rows(
+        database,
+        "CREATE TABLE users AS SELECT * FROM (SELECT DISTINCT user_id FROM kept) LEFT JOIN (SELECT "
+        f"{whole_number('userId')} AS user_id, gender, {whole_number('age')} AS age, "
+        f"{occupation} AS occupation, zip FROM {files.relation}) USING (user_id)",
+    )
+
+
+def _load_items(
+    database: duckdb.DuckDBPyConnection, options: Options, layout: Layout, movies_path: Path, tags: Path | None
+) -> None:
     """Make the table `items`: of each movie that was taken its title, year, genres and tags."""
-    movies = _read(database, options, movies_path)
+    movies = _read(database, layout, "movies", movies_path)
     refuse_doubles(database, options, movies, "movieId")
     with explained(f"movies = {movies_path}", options):
         fetch_rows(
             database,
             f"CREATE TABLE told AS SELECT {whole_number('movieId')} AS item_id, title, "
             r"try_cast(nullif(regexp_extract(title, '\((\d{4})\)\s*$', 1), '') AS INTEGER) AS year, "
-            "list_filter(string_split(coalesce(genres, ''), '|'), lambda x: x NOT IN ('', '(no genres listed)')) "
-            f"AS genres FROM {movies.relation}",
+            f"{_genres(layout)} AS genres FROM {movies.relation}",
         )
     if tags is None or not options.max_tags:
         selected, joined = "*", ""
     else:
-        files = _read(database, options, tags)
+        files = _read(database, layout, "tags", tags)
         before = f" AND {whole_number('timestamp')} < {options.valid_from}" if options.split == "time" else ""
         with explained(f"tags = {tags}", options):
             top_tags(

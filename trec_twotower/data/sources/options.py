@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from trec_twotower.config import parse_overrides
 from trec_twotower.errors import ConfigError, DataError, nearest
 
 DATA_VARIABLE = "TREC_TT_DATA"
 
 
 class SourceOptions(BaseModel):
-    """Frozen; a key that is not an option is refused."""
+    """Frozen; a key that is not an option is refused. `verbatim` are options whose text is not YAML."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, coerce_numbers_to_str=True)
+    verbatim: ClassVar[frozenset[str]] = frozenset()
 
 
 class FolderOptions(SourceOptions):
@@ -46,13 +49,37 @@ class FolderOptions(SourceOptions):
 Model = TypeVar("Model", bound=SourceOptions)
 
 
+def _takes_bool(annotation: Any) -> bool:
+    return annotation is bool or any(map(_takes_bool, get_args(annotation)))
+
+
+def parse_options(model: type[SourceOptions], overrides: Iterable[str]) -> dict[str, Any]:
+    """Return the values of `key=value` arguments: YAML, but the text itself for options such as `where`.
+
+    Quoted text and mappings in braces are YAML for these options as well. `types.zip=text` sets one key of a mapping.
+    """
+    parsed: dict[str, Any] = {}
+    for override in overrides:
+        name, _, text = override.partition("=")
+        option, _, key = name.partition(".")
+        is_quoted = len(text) > 2 and text[0] in "\"'" and text.find(text[0], 1) == len(text) - 1
+        is_text = option in model.verbatim and not (text.startswith("{") or is_quoted)
+        value = text if is_text else parse_overrides([override])[name]
+        if key and option in model.model_fields:
+            before = parsed.get(option)
+            parsed[option] = {**(before if isinstance(before, dict) else {}), key: value}
+        else:
+            parsed[name] = value
+    return parsed
+
+
 def read_options(source: str, model: type[Model], overrides: dict[str, Any]) -> Model:
     """The options of `source` with the overrides in place; ConfigError names every one that cannot be."""
     faults = []
     for name, value in overrides.items():
         if name not in model.model_fields:
             faults.append(f"{name!r} is not an option{nearest(name, model.model_fields)}")
-        elif isinstance(value, bool) and model.model_fields[name].annotation is not bool:  # pydantic reads True as 1
+        elif isinstance(value, bool) and not _takes_bool(model.model_fields[name].annotation):  # pydantic reads 1
             faults.append(f"{name} = {value!r}: this option is no yes or no")
     if not faults:
         try:
@@ -60,6 +87,8 @@ def read_options(source: str, model: type[Model], overrides: dict[str, Any]) -> 
         except ValidationError as error:
             for fault in error.errors():
                 name = ".".join(map(str, fault["loc"]))
+                if fault["loc"] and overrides.get(str(fault["loc"][0])) == fault["input"]:  # of each of several tables
+                    name = str(fault["loc"][0])
                 message = fault["msg"].removeprefix("Value error, ")
                 if fault["type"] == "missing":
                     faults.append(f"{name} is missing: it has no default")
@@ -67,4 +96,4 @@ def read_options(source: str, model: type[Model], overrides: dict[str, Any]) -> 
                     faults.append(f"{name} = {fault['input']!r}: a list is needed, such as {name}=[{fault['input']}]")
                 else:
                     faults.append(f"{name} = {fault['input']!r}: {message}" if name else message)
-    raise ConfigError(f"Source {source!r}: " + "; ".join(faults) + ".")
+    raise ConfigError(f"Source {source!r}: " + "; ".join(dict.fromkeys(faults)) + ".")

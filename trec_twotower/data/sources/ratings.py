@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
 import duckdb
 
-from trec_twotower.data.sources.event_files import Files, explained, fetch_row, fetch_rows, sql_name
+from trec_twotower.data.sources.csv_files import CsvFiles, CsvLayout
+from trec_twotower.data.sources.event_files import (
+    Files,
+    explained,
+    fetch_row,
+    fetch_rows,
+    scratch_dir_of,
+    sql_name,
+)
 from trec_twotower.data.sources.event_log import Fault, LogOptions, refuse_faults
 from trec_twotower.data.sources.options import FolderOptions
+from trec_twotower.data.sources.table_columns import note
 from trec_twotower.errors import ConfigError, DataError, nearest
 
 
@@ -58,6 +69,23 @@ def find_file(folder: Path, *names: str) -> Path:
             return folder / name
     beside = sorted(entry.name for entry in folder.iterdir() if entry.is_file())
     raise DataError(f"There is no file {' or '.join(names)} in {folder}{nearest(names[0], beside)}.")
+
+
+def read_csv(
+    database: duckdb.DuckDBPyConnection, path: Path, layout: CsvLayout, wanted: Sequence[str], option: str
+) -> Files:
+    """A file as text columns; columns of `wanted` that it lacks are there with nulls. DataError for an empty file."""
+    csv = CsvFiles((path,), layout, scratch_dir_of(database)).with_one_line_end()
+    if path not in csv.heads:
+        raise DataError(f"{path} is empty.")
+    types = dict.fromkeys(csv.heads[path].names, "VARCHAR")
+    files = Files(option, str(path), csv.relation(), types, place=csv.place)
+    lacking = [name for name in wanted if name not in types]
+    if not lacking:
+        return files
+    note(f"{path} has no {', '.join(lacking)}: null in all rows.")
+    nulls = ", ".join(f"CAST(NULL AS VARCHAR) AS {sql_name(name)}" for name in lacking)
+    return replace(files, relation=f"(SELECT *, {nulls} FROM {files.relation})")
 
 
 def whole_number(column: str) -> str:
