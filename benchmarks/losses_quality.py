@@ -129,7 +129,7 @@ class Bench:
 
     def trained(self, name: str, seed: int) -> dict[str, Any]:
         """Figures of one run, which is removed."""
-        from trec_twotower.train import train
+        from trec_twotower.training.loop import train
 
         from trec_twotower.config import load_config
         from trec_twotower.evaluate import Evaluator, evaluate_run

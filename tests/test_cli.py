@@ -297,7 +297,7 @@ def test_a_strangers_folder_is_not_touched(cli, shop, tmp_path):
     said = cli("train", shop.config, f"run_dir={tmp_path}")
     assert said.code == USAGE and "not empty" in said.mistake and "run_dir=" in said.mistake
     said = cli("train", shop.config, f"run_dir={tmp_path / 'thesis.txt'}")
-    assert said.code == USAGE and "thesis.txt is no folder" in said.mistake
+    assert said.code == USAGE and "thesis.txt is not a folder" in said.mistake
     said = cli("prepare", "synthetic", "--out", tmp_path, "--overwrite", "users=10")
     assert said.code == USAGE and "thesis.txt" in said.mistake
     assert listing(tmp_path) == {"thesis.txt": b"three years of work"}
@@ -802,7 +802,12 @@ def test_an_index_without_users_to_tune_for_says_what_is_missing(tmp_path, write
     assert cli("train", config, f"run_dir={run}").code == 0
     assert cli("export", run).code == 0
     said = cli("index", run)
-    assert said.code == 2 and "no part test/, valid/ or serving/" in said.err and len(said.err.splitlines()) == 1
+    assert (
+        said.code == 2
+        and "test/, valid/ or serving/" in said.err
+        and "holds no users" in said.err
+        and len(said.err.splitlines()) == 1
+    )
     assert not (run / "index").exists()
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from trec_twotower.train import train
+from trec_twotower.training.loop import train
 
 from tests.ranks.launch import SAID_BY_TORCHREC
 from trec_twotower.collapse_guard import (

@@ -358,6 +358,7 @@ def test_there_are_shipped_configs():
 
 # Each setting of SMALL, another value for it, and whether a run may not take that up in its midst.
 OTHER = {
+    "train.device": ("cpu", False),
     "data.dataset": ("elsewhere", False),
     "data.rows": ("user", True),
     "data.batch_size": (64, True),

@@ -100,7 +100,7 @@ def test_the_demo_starts_as_many_ranks_as_gpus_allow(monkeypatch, num_gpus, num_
 
 
 def test_an_error_that_nobody_foresaw_is_told_and_ends_the_process_at_once(monkeypatch, capsys):
-    def fails(arguments: Any) -> int:
+    def fails(*_: Any, **__: Any) -> int:
         raise RuntimeError("out of memory")
 
     codes: list[int] = []
@@ -157,7 +157,7 @@ def test_a_mistaken_fault_is_named(text, said):
 def test_a_training_passes_every_point(in_background, lone_rank, small_world, tmp_path, monkeypatch, capsys):
     """So that none of the soak's kills is aimed at a place that is never reached."""
     passed: set[str] = set()
-    for module in ("train", "optimizer", "checkpoint", "checkpoint_storage", "artefacts"):
+    for module in ("training.loop", "optimizer", "checkpoint", "checkpoint_storage", "artefacts"):
         monkeypatch.setattr(f"trec_twotower.{module}.fault_point", lambda point, *_: passed.add(point))
     config = event_config(small_world, tmp_path / "run", checkpoint={"in_background": in_background})
     done = 0

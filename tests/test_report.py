@@ -14,6 +14,7 @@ import pyarrow as pa
 import pytest
 
 from trec_twotower.report import _in_turn, principal_plane
+from trec_twotower.serve import Retriever
 
 VOID = {"meta", "br"}
 
@@ -91,16 +92,19 @@ def test_the_page_needs_no_other_file_and_its_pictures_are_whole(reported):
     assert len(flat) == len(set(flat)), "one picture's shapes would be drawn in another"
 
 
-def test_users_are_shown_with_what_exact_search_gives_them(reported, shop_tables, cli):
+def test_users_are_shown_with_what_exact_search_gives_them(reported, shop_tables):
+    """As of before the held-out items: the state that the row of test/ describes."""
     run, page = reported
+    retriever = Retriever.alone(run)
     cards = re.findall(r"<div><h3>User (\S+)</h3>(.*?)</div>", page)
     assert len(cards) == 4
     test = {row["user_id"]: row for row in shop_tables["test"].to_pylist()}
     for user, card in cards:
         took, gets = (re.findall(r"<li.*?>A (\w+) no. (\d)", part) for part in card.split("and gets"))
         assert ["-".join(item) for item in took] == test[user]["history"][::-1][:5]
-        said = cli("recommend", run, "--user", user, "--k", 8)
-        assert ["-".join(item) for item in gets] == re.findall(r"\[(\w+-\d)\]$", said.out, flags=re.MULTILINE)
+        state = {name: value for name, value in test[user].items() if not name.startswith("positive")}
+        (answer,) = retriever.recommend_now([state], k=8)
+        assert ["-".join(item) for item in gets] == [item.item_id for item in answer.items]
         found = ["-".join(item) for item in re.findall(r"<li class=found>A (\w+) no. (\d)", card)]
         assert found == [item for item in map("-".join, gets) if item in test[user]["positives"]]
 

@@ -87,9 +87,10 @@ def test_rules_look_on_until_they_have_found_as_many_as_were_asked_for():
     assert item_row_BK.tolist() == [[1, 300, 302, 303, 304]] and score_BK.tolist() == [[399, 100, 98, 97, 96]]
     allowed = found.index.allow(np.arange(400) < 302)
     assert found._ranked(user_BD, 5, seen, allowed, rules)[1].tolist() == [[1, 300, -1, -1, -1]]
-    # A boost lifts what is among the best 4 * 5 + 50, and nothing from behind them.
+    # A boost lifts what is among the best 2 * tuned_k + 50, and nothing from behind them.
     nobody = Lists.from_lists([[]])
-    for item, best in ((69, [69, 0, 1, 2, 3]), (70, [0, 1, 2, 3, 4])):
+    fetched = 2 * found.index.tuned_k(5) + 50
+    for item, best in ((fetched - 1, [fetched - 1, 0, 1, 2, 3]), (fetched, [0, 1, 2, 3, 4])):
         boosted = Rules(boost_I=np.where(np.arange(400) == item, 1000.0, 0.0))
         assert found._ranked(user_BD, 5, nobody, None, boosted)[1].tolist() == [best]
 

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from trec_twotower.train import train
+from trec_twotower.training.loop import train
 
 from tests.ranks.launch import SAID_BY_TORCHREC
 from tests.ranks.states import whole_state

@@ -144,6 +144,7 @@ class Retriever:
         A user without a row gets an answer with `error` and no items. There are fewer than `k` items where fewer are
         left. `rules` choose among the items found. Raises ConfigError for `user_ids` that are no list of ids.
         """
+        check_process(self._pid, "Retriever")
         k = self._check_counts(k, history_shown)
         answers = []
         for user_id in _several(user_ids, "user_ids"):
@@ -170,6 +171,7 @@ class Retriever:
         take precedence over users/; without them, those of a user in users/ count. All other missing columns are null.
         Raises ConfigError for a column that no user feature reads, DataError for values that training would refuse.
         """
+        check_process(self._pid, "Retriever")
         k = self._check_counts(k, history_shown)
         answers = []
         for number, state in enumerate(_several(states, "states")):
