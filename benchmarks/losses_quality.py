@@ -129,12 +129,11 @@ class Bench:
 
     def trained(self, name: str, seed: int) -> dict[str, Any]:
         """Figures of one run, which is removed."""
-        from trec_twotower.training.loop import train
-
         from trec_twotower.config import load_config
         from trec_twotower.evaluate import Evaluator, evaluate_run
         from trec_twotower.index.neighbours import neighbours
         from trec_twotower.run import Run
+        from trec_twotower.training.loop import train
 
         run_dir = self.place / "run"
         usual = (f"data.dataset={self.data}", f"run_dir={run_dir}", f"data.seed={seed}", f"train.seed={seed}")

@@ -802,12 +802,8 @@ def test_an_index_without_users_to_tune_for_says_what_is_missing(tmp_path, write
     assert cli("train", config, f"run_dir={run}").code == 0
     assert cli("export", run).code == 0
     said = cli("index", run)
-    assert (
-        said.code == 2
-        and "test/, valid/ or serving/" in said.err
-        and "holds no users" in said.err
-        and len(said.err.splitlines()) == 1
-    )
+    assert said.code == 2 and "holds no users" in said.err and len(said.err.splitlines()) == 1
+    assert "test/, valid/ or serving/" in said.err
     assert not (run / "index").exists()
 
 

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from trec_twotower.training.loop import train
 
 from tests.ranks.launch import SAID_BY_TORCHREC
 from trec_twotower.collapse_guard import (
@@ -29,6 +28,7 @@ from trec_twotower.config import RunConfig, as_values, load_config
 from trec_twotower.data.sources import prepare
 from trec_twotower.distributed import Ranks
 from trec_twotower.evaluate import Evaluator
+from trec_twotower.training.loop import train
 from trec_twotower.yaml_files import to_yaml
 
 pytestmark = pytest.mark.filterwarnings(*SAID_BY_TORCHREC)

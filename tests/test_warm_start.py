@@ -11,7 +11,6 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from trec_twotower.training.loop import train
 
 from tests.ranks.launch import SAID_BY_TORCHREC
 from tests.ranks.states import whole_state
@@ -20,6 +19,7 @@ from trec_twotower.encode import encode
 from trec_twotower.errors import ConfigError
 from trec_twotower.export import LoadedModel, load_model
 from trec_twotower.run import Run
+from trec_twotower.training.loop import train
 from trec_twotower.warm_start import _rows_of_bins, _source
 from trec_twotower.weight_meaning import Bins, Words
 from trec_twotower.yaml_files import to_yaml
