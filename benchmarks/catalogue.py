@@ -85,7 +85,7 @@ def generate(folder: Path, options: argparse.Namespace) -> None:
 
 
 def config_of(folder: Path, options: argparse.Namespace) -> Any:
-    from trec_twotower.config import RunConfig, validate
+    from trec_twotower.config.run_config import RunConfig, validate
 
     item: list[dict[str, Any]] = [{"name": "item_id", "kind": "id", "table": "item"}]
     for number in range(options.categories):
@@ -109,10 +109,10 @@ def config_of(folder: Path, options: argparse.Namespace) -> Any:
 
 def sources_of(folder: Path, options: argparse.Namespace, *, learned: bool = True, mapped: bool = True) -> Any:
     """The dataset through the config; with `learned`, by statistics that need no pass over the data."""
-    from trec_twotower.data.cache_folder import CacheFolder
     from trec_twotower.data.dataset import Dataset
-    from trec_twotower.data.features import Sources
-    from trec_twotower.data.transforms import Statistics
+    from trec_twotower.data.feature_dataset import Sources
+    from trec_twotower.data.features.transform import Statistics
+    from trec_twotower.storage.cache_dir import CacheFolder
 
     config = config_of(folder, options)
     given = {f"item:number_{number}": Statistics(20.0, 20.0) for number in range(options.numbers)} if learned else None
@@ -132,7 +132,7 @@ def cache_of(folder: Path) -> Path:
 
 
 def build(folder: Path, options: argparse.Namespace) -> dict[str, float]:
-    from trec_twotower.data.features import Sources
+    from trec_twotower.data.feature_dataset import Sources
 
     started = time.perf_counter()
     sources: Sources = sources_of(folder, options)
@@ -178,10 +178,10 @@ def lookups(folder: Path, options: argparse.Namespace) -> dict[str, float]:
     """Look-ups and training steps in turn, so that each finds the caches as the other left them."""
     import torch
 
-    from trec_twotower.data.interactions import TrainBatches
-    from trec_twotower.distributed import start_ranks
-    from trec_twotower.optimizer import RunOptimizer
+    from trec_twotower.data.loading.loader import TrainBatches
+    from trec_twotower.distributed.ranks import start_ranks
     from trec_twotower.training.loop import build_model
+    from trec_twotower.training.optimizer import RunOptimizer
 
     config = config_of(folder, options)
     sources = sources_of(folder, options)

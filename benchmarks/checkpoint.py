@@ -42,10 +42,10 @@ class Job:
     """A model with its optimizer, checkpoints and rows, as a run has them."""
 
     def __init__(self, folder: Path, rows: int, dim: int, ranks: Any) -> None:
-        from trec_twotower.checkpoint import Checkpoints
-        from trec_twotower.config import validate
-        from trec_twotower.optimizer import RunOptimizer
+        from trec_twotower.config.run_config import validate
+        from trec_twotower.training.checkpoint import Checkpoints
         from trec_twotower.training.loop import build_model
+        from trec_twotower.training.optimizer import RunOptimizer
 
         config = config_of(folder / "log")
         changed = {"tables": {**config.model_dump()["tables"], "user": {"buckets": rows, "dim": dim}}}
@@ -72,7 +72,7 @@ def saving(job: Job, folder: Path, saves: int) -> dict[str, float]:
     """Saves in the background with steps beside them, and plain ones, in turn."""
     import torch.distributed.checkpoint as dcp
 
-    from trec_twotower.checkpoint import _state
+    from trec_twotower.training.checkpoint import _state
 
     batches = list(batches_of(folder / "log", threads=0).since(0, 20))
     usual_s = statistics.median([job.step(batch) for batch in batches][4:])
@@ -128,7 +128,7 @@ def resuming(job: Job, folder: Path, import_s: float) -> dict[str, float]:
 def inside(what: str, folder: Path, rows: int, dim: int, saves: int) -> dict[str, float]:
     """What one process measures."""
     import trec_twotower.training.loop  # noqa: F401
-    from trec_twotower.distributed import start_ranks
+    from trec_twotower.distributed.ranks import start_ranks
 
     import_s = time.perf_counter() - START
     with start_ranks(threads=1) as ranks:

@@ -23,9 +23,9 @@ from pathlib import Path
 import numpy as np
 from machine import headline, write_figures
 
-from trec_twotower.data.lists import Lists
+from trec_twotower.evaluation.metrics import mean_metrics, ranking_metrics
 from trec_twotower.index import ExactItems, exact_search
-from trec_twotower.metrics import mean_metrics, ranking_metrics
+from trec_twotower.ops.ragged import Lists
 
 K, DIM, BLOCK, ROUNDS = 20, 64, 1024, 3
 GOWALLA_ITEMS = 40_981

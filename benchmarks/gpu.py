@@ -39,7 +39,7 @@ from loading import batches_of, config_of, generate
 from losses import contender, vectors, whole_matrix
 from machine import headline, write_figures
 
-from trec_twotower.model.losses import blocks
+from trec_twotower.model.losses import chunked as blocks
 
 HAS_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if HAS_GPU else "cpu")
@@ -112,9 +112,9 @@ def ceilings(folder: Path, quick: bool) -> Figures:
 def job(folder: Path, *, batch: int = 4096, dim: int = 64, users: int = 1_000_000, kernel: str = "fused",
         precision: str = "fp32") -> tuple[Any, Any, list[Any]]:  # fmt: skip
     """A model, its optimizer, and some batches on the device."""
-    from trec_twotower.config import validate
-    from trec_twotower.optimizer import RunOptimizer
+    from trec_twotower.config.run_config import validate
     from trec_twotower.training.loop import build_model
+    from trec_twotower.training.optimizer import RunOptimizer
 
     values = config_of(folder).model_dump(exclude_unset=True)
     values["data"]["batch_size"] = batch
@@ -228,8 +228,8 @@ def towers(folder: Path, quick: bool) -> Figures:
 
 def overlap(folder: Path, quick: bool) -> Figures:
     """The training loop itself, with its reader, in a process of its own."""
-    from trec_twotower.config import as_values
-    from trec_twotower.yaml_files import to_yaml
+    from trec_twotower.config.run_config import as_values
+    from trec_twotower.config.yaml_io import to_yaml
 
     with tempfile.TemporaryDirectory() as temporary:
         path, out = Path(temporary) / "gpu.yaml", Path(temporary) / "run"
@@ -330,7 +330,7 @@ RANKS: list[Any] = []
 
 
 if __name__ == "__main__":
-    from trec_twotower.distributed import start_ranks
+    from trec_twotower.distributed.ranks import start_ranks
 
     with start_ranks(threads=1) as ranks:
         RANKS.append(ranks)

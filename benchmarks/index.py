@@ -41,10 +41,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from machine import headline, write_figures
 
-from trec_twotower.config import IndexConfig
-from trec_twotower.export import VectorFiles, read_export
+from trec_twotower.config.run_config import IndexConfig
+from trec_twotower.distributed.host_memory import give_back
 from trec_twotower.index import ExactItems, ItemIndex, build_index, exact_search
-from trec_twotower.memory import give_back
+from trec_twotower.inference.export import VectorFiles, read_export
 
 K, TARGET, STOCK_THRESHOLD = 100, 0.99, faiss.cvar.distance_compute_blas_threshold
 BATCHES = (1, 32, 1024)

@@ -101,7 +101,7 @@ def generate(folder: Path, num_rows: int) -> None:
 
 def config_of(folder: Path, *, masked: bool = False, **data: Any) -> Any:
     """The config that reads all of the log."""
-    from trec_twotower.config import RunConfig, validate
+    from trec_twotower.config.run_config import RunConfig, validate
 
     values = {
         "data": {"dataset": str(folder), "batch_size": 4096, **data},
@@ -191,8 +191,8 @@ def notebook(folder: Path, num_rows: int) -> int:
 def batches_of(folder: Path, *, masked: bool = False, config: Any = None, **data: Any) -> Any:
     """The batches of the log on one rank; `config` stands in for the usual one, but for `data`."""
     from trec_twotower.data.dataset import Dataset
-    from trec_twotower.data.features import Sources
-    from trec_twotower.data.interactions import TrainBatches
+    from trec_twotower.data.feature_dataset import Sources
+    from trec_twotower.data.loading.loader import TrainBatches
 
     config = config or config_of(folder, masked=masked)
     config = config.model_copy(update={"data": config.data.model_copy(update=data)})
@@ -352,8 +352,8 @@ def measure(folder: Path, options: argparse.Namespace, parts: list[str]) -> dict
 
 
 def waiting(folder: Path, gowalla: Path | None) -> dict[str, float]:
-    from trec_twotower.config import as_values
-    from trec_twotower.yaml_files import to_yaml
+    from trec_twotower.config.run_config import as_values
+    from trec_twotower.config.yaml_io import to_yaml
 
     figures = {}
     with tempfile.TemporaryDirectory() as temporary:

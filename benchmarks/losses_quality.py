@@ -94,7 +94,7 @@ def main() -> None:
     if unknown := set(wanted) - set(CONTENDERS):
         raise SystemExit(f"no contender {', '.join(sorted(unknown))}: there are {', '.join(CONTENDERS)}")
     print(headline(), flush=True)
-    from trec_twotower.distributed import start_ranks
+    from trec_twotower.distributed.ranks import start_ranks
 
     with tempfile.TemporaryDirectory() as temporary, start_ranks() as ranks:
         place = Path(temporary)
@@ -129,11 +129,11 @@ class Bench:
 
     def trained(self, name: str, seed: int) -> dict[str, Any]:
         """Figures of one run, which is removed."""
-        from trec_twotower.config import load_config
-        from trec_twotower.evaluate import Evaluator, evaluate_run
-        from trec_twotower.index.neighbours import neighbours
-        from trec_twotower.run import Run
+        from trec_twotower.config.run_config import load_config
+        from trec_twotower.evaluation.evaluator import Evaluator, evaluate_run
+        from trec_twotower.index.item_neighbors import neighbours
         from trec_twotower.training.loop import train
+        from trec_twotower.training.run_dir import Run
 
         run_dir = self.place / "run"
         usual = (f"data.dataset={self.data}", f"run_dir={run_dir}", f"data.seed={seed}", f"train.seed={seed}")

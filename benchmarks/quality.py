@@ -60,7 +60,7 @@ def main() -> None:
     wanted = options.only or list(split.contenders)
     if unknown := set(wanted) - set(split.contenders):
         raise SystemExit(f"no contender {', '.join(unknown)}: there are {', '.join(split.contenders)}")
-    from trec_twotower.distributed import start_ranks
+    from trec_twotower.distributed.ranks import start_ranks
 
     with tempfile.TemporaryDirectory() as temporary, start_ranks() as ranks:
         place = Path(temporary)
@@ -97,11 +97,11 @@ class Bench:
     """What a contender needs: the prepared split and a judge."""
 
     def __init__(self, place: Path, split: Split, ranks: Any, rankings: Path | None, seeds: list[int]) -> None:
-        from trec_twotower.config import EvaluateConfig
+        from trec_twotower.config.run_config import EvaluateConfig
+        from trec_twotower.config.schema import FeatureSpec, Schema
         from trec_twotower.data.dataset import Dataset
-        from trec_twotower.data.features import Sources
+        from trec_twotower.data.feature_dataset import Sources
         from trec_twotower.data.held_out import HeldOut
-        from trec_twotower.schema import FeatureSpec, Schema
 
         self.place, self.split, self.ranks, self.rankings, self.seeds = place, split, ranks, rankings, seeds
         item = FeatureSpec(name="item_id", kind="id", buckets=1 << 17, dim=4)
@@ -113,11 +113,11 @@ class Bench:
 
     def judged(self, ranked_BK: np.ndarray, cpu_s: float) -> dict[str, float]:
         """Mean metrics of the rankings of all test users."""
-        from trec_twotower.metrics import ranking_metrics
+        from trec_twotower.evaluation.metrics import ranking_metrics
 
         metrics = ranking_metrics(ranked_BK, self.held_out.positives, (self.split.k,))
         if self.rankings is not None:
-            from trec_twotower.evaluate import _write_rankings
+            from trec_twotower.evaluation.evaluator import _write_rankings
 
             _write_rankings(self.rankings, self.held_out.user_ids, self.sources.catalogue.ids, ranked_BK)
         recall, ndcg = (float(metrics[f"{name}@{self.split.k}"].mean()) for name in ("recall", "ndcg"))
@@ -136,7 +136,7 @@ class Bench:
 
 
 def _table(feature: Any) -> Any:
-    from trec_twotower.schema import TableSpec
+    from trec_twotower.config.schema import TableSpec
 
     return TableSpec(buckets=feature.buckets, dim=feature.dim)
 
@@ -149,7 +149,7 @@ def _word(name: str) -> str:
 
 
 def popularity(bench: Bench) -> dict[str, float]:
-    from trec_twotower.metrics import popularity_ranking
+    from trec_twotower.evaluation.metrics import popularity_ranking
 
     count_I = bench.sources.item_counts()
     return bench.judged(popularity_ranking(count_I, bench.held_out.seen, LISTED), 0.0)
@@ -159,8 +159,8 @@ def pure_svd(dim: int) -> Callable[[Bench], dict[str, float]]:
     """The usual singular vectors of the normalised matrix, users folded in by what they took."""
 
     def fitted(bench: Bench) -> dict[str, float]:
-        from trec_twotower.config import SpectralStart
-        from trec_twotower.spectral import Taken, spectral_tables
+        from trec_twotower.config.run_config import SpectralStart
+        from trec_twotower.training.spectral_initialization import Taken, spectral_tables
 
         usual = SpectralStart(
             history="history", user_power=0.5, item_power=0.5, history_power=0.5, length_power=0.5, spectrum_power=0
@@ -175,8 +175,8 @@ def pure_svd(dim: int) -> Callable[[Bench], dict[str, float]]:
 
 def gf_cf(bench: Bench) -> dict[str, float]:
     """GF-CF (Shen et al. 2021): the item-item filter of the normalised matrix beside its 256 strongest directions."""
-    from trec_twotower.config import SpectralStart
-    from trec_twotower.spectral import Taken, _sparse, spectral_tables
+    from trec_twotower.config.run_config import SpectralStart
+    from trec_twotower.training.spectral_initialization import Taken, _sparse, spectral_tables
 
     began = time.process_time()
     taken = Taken.read(bench.sources, bench.ranks)
@@ -220,12 +220,12 @@ def of_config(name: str, *overrides: str) -> Callable[[Bench], dict[str, float]]
         return {**means, **spreads}
 
     def once(bench: Bench, seed: int) -> dict[str, float]:
-        from trec_twotower.config import load_config
-        from trec_twotower.evaluate import Evaluator, exactly, through
-        from trec_twotower.export import export, load_model
+        from trec_twotower.config.run_config import load_config
+        from trec_twotower.evaluation.evaluator import Evaluator, exactly, through
         from trec_twotower.index import ItemIndex
-        from trec_twotower.run import Run
+        from trec_twotower.inference.export import export, load_model
         from trec_twotower.training.loop import train
+        from trec_twotower.training.run_dir import Run
 
         folder = bench.place / f"run-{_word(name)}-{time.monotonic_ns()}"
         place = [f"data.dataset={bench.place / 'data'}", f"run_dir={folder}", f"evaluate.k=[{bench.split.k},{LISTED}]"]

@@ -100,7 +100,7 @@ def main() -> None:
     if unknown := set(options.only) - set(CONTENDERS):
         raise SystemExit(f"no contender {', '.join(unknown)}: there are {', '.join(CONTENDERS)}")
     print(headline(), flush=True)
-    from trec_twotower.distributed import start_ranks
+    from trec_twotower.distributed.ranks import start_ranks
 
     figures: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as temporary, start_ranks() as ranks:
@@ -131,7 +131,7 @@ def prepare(world: str, folder: Path, data: Path | None) -> None:
 
 
 def config_of(dataset: Path, world: str, changes: Mapping[str, Any], run_dir: Path, epochs: int) -> Any:
-    from trec_twotower.config import RunConfig, validate
+    from trec_twotower.config.run_config import RunConfig, validate
 
     about = ["category", "tags"] if world == "planted" else ["attributes"]
     kinds = {"category": "category", "tags": "bag", "attributes": "bag"}
@@ -172,7 +172,7 @@ def quality(place: Path, world: str, names: list[str], epochs: int, ranks: Any) 
         began = time.process_time()
         loaded, config = trained(place / world, world, name, place / f"run-{world}-{_word(name)}", epochs, ranks)
         took = time.process_time() - began
-        from trec_twotower.evaluate import Evaluator
+        from trec_twotower.evaluation.evaluator import Evaluator
 
         found = Evaluator.of(loaded.sources, "test", config.evaluate, ranks)(loaded.model)
         towers = (loaded.model.user_tower, loaded.model.item_tower)
@@ -188,9 +188,9 @@ def trained(dataset: Path, world: str, name: str, run_dir: Path, epochs: int, ra
     from contextlib import redirect_stdout
     from io import StringIO
 
-    from trec_twotower.export import load_model
-    from trec_twotower.run import Run
+    from trec_twotower.inference.export import load_model
     from trec_twotower.training.loop import train
+    from trec_twotower.training.run_dir import Run
 
     config = config_of(dataset, world, CONTENDERS[name], run_dir, epochs)
     with redirect_stdout(StringIO()):
@@ -200,9 +200,9 @@ def trained(dataset: Path, world: str, name: str, run_dir: Path, epochs: int, ra
 
 def cold(place: Path, names: list[str], epochs: int, ranks: Any) -> dict[str, float]:
     """Recall at 10 of test items that no row of train/ has."""
-    from trec_twotower.evaluate import Evaluator, exactly
+    from trec_twotower.evaluation.evaluator import Evaluator, exactly
+    from trec_twotower.evaluation.metrics import Hits
     from trec_twotower.index import exact_search
-    from trec_twotower.metrics import Hits
 
     dataset = place / "cold"
     without_cold(place / "planted", dataset)
@@ -226,8 +226,8 @@ def cold(place: Path, names: list[str], epochs: int, ranks: Any) -> dict[str, fl
 
 def cold_users(place: Path, names: list[str], epochs: int, ranks: Any) -> dict[str, float]:
     """Recall at 10 of test users of whom train/ has no row."""
-    from trec_twotower.evaluate import Evaluator, exactly
-    from trec_twotower.metrics import Hits
+    from trec_twotower.evaluation.evaluator import Evaluator, exactly
+    from trec_twotower.evaluation.metrics import Hits
 
     dataset = place / "cold-users"
     shutil.copytree(place / "planted", dataset)
@@ -296,10 +296,10 @@ class Stepper:
         from itertools import islice
 
         from trec_twotower.data.dataset import Dataset
-        from trec_twotower.data.features import Sources
-        from trec_twotower.data.interactions import TrainBatches
-        from trec_twotower.optimizer import RunOptimizer
+        from trec_twotower.data.feature_dataset import Sources
+        from trec_twotower.data.loading.loader import TrainBatches
         from trec_twotower.training.loop import build_model
+        from trec_twotower.training.optimizer import RunOptimizer
 
         sources = Sources(Dataset(config.data.dataset), config.feature_schema, config.data.rows)
         batches = TrainBatches(sources, config.data, config.loss, sources.item_counts(), (0, 1))

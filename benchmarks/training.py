@@ -56,11 +56,11 @@ Step = Callable[[int], None]
 
 def ours(folder: Path, num_batches: int, precision: str = "auto") -> Step:
     """Steps of the training loop on batches made beforehand."""
-    from trec_twotower.config import validate
-    from trec_twotower.data.batch import Batch
-    from trec_twotower.optimizer import RunOptimizer
-    from trec_twotower.pipeline import PlainSteps
+    from trec_twotower.config.run_config import validate
+    from trec_twotower.data.loading.batch import Batch
     from trec_twotower.training.loop import build_model
+    from trec_twotower.training.optimizer import RunOptimizer
+    from trec_twotower.training.pipeline import PlainSteps
 
     config, ranks = config_of(folder), lone_rank()
     values = config.model_dump(exclude_unset=True)
@@ -87,9 +87,9 @@ def torchrec_naive(folder: Path, num_batches: int) -> Step:
     import torch
     import torch.nn.functional as F
 
-    from trec_twotower.model.embedding import build_tables
-    from trec_twotower.optimizer import RunOptimizer, fuse_table_updates
-    from trec_twotower.sharding import shard
+    from trec_twotower.model.embeddings import build_tables
+    from trec_twotower.training.optimizer import RunOptimizer, fuse_table_updates
+    from trec_twotower.training.sharding import shard
 
     config, ranks = config_of(folder), lone_rank()
     schema = config.feature_schema
@@ -171,7 +171,7 @@ STEPS: dict[str, Callable[[Path, int], Step]] = {
 
 def lone_rank() -> Any:
     """One rank; its process group lives as long as the process."""
-    from trec_twotower.distributed import start_ranks
+    from trec_twotower.distributed.ranks import start_ranks
 
     lone_rank.context = start_ranks(threads=1)  # type: ignore[attr-defined]
     return lone_rank.context.__enter__()  # type: ignore[attr-defined]
@@ -229,9 +229,9 @@ def tfrs_step(interpreter: Path, folder: Path, place: Path, num_batches: int) ->
 
 def end_to_end(folder: Path, num_batches: int) -> float:
     """Rows per second from Parquet, the reader's thread on the same core."""
-    from trec_twotower.optimizer import RunOptimizer
-    from trec_twotower.pipeline import PlainSteps
     from trec_twotower.training.loop import build_model
+    from trec_twotower.training.optimizer import RunOptimizer
+    from trec_twotower.training.pipeline import PlainSteps
 
     config, ranks = config_of(folder), lone_rank()
     model = build_model(config, ranks)
@@ -410,8 +410,8 @@ def on_one_core(words: list[str], *, tuned: bool) -> dict[str, float]:
 
 def ranks_rate(folder: Path, num_ranks: int, place: Path, batch: int) -> float:
     """Rows per second of `train` in its steady state, a core a rank; a line of its log is of 81,920 rows."""
-    from trec_twotower.config import as_values
-    from trec_twotower.yaml_files import to_yaml
+    from trec_twotower.config.run_config import as_values
+    from trec_twotower.config.yaml_io import to_yaml
 
     path, out = place / "training.yaml", place / f"ranks-{num_ranks}-{time.monotonic_ns()}"
     path.write_text(to_yaml(as_values(config_of(folder, batch_size=batch))))

@@ -1,4 +1,4 @@
-"""Updates of tables on a CPU: as fbgemm is called by torchrec, and by trec_twotower/cpu_updates.py.
+"""Updates of tables on a CPU: as fbgemm is called by torchrec, and by trec_twotower/model/cpu/embedding_update.py.
 
     OMP_NUM_THREADS=1 python benchmarks/updates.py [--rounds 30] [--json FILE]
 
@@ -26,7 +26,7 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_training import ComputeDevice
 from fbgemm_gpu.split_table_batched_embeddings_ops_training import SplitTableBatchedEmbeddingBagsCodegen as Tables
 from machine import headline, write_figures
 
-from trec_twotower.cpu_updates import quicken_updates
+from trec_twotower.model.cpu.embedding_update import quicken_updates
 
 ROWS, DIM, USERS, ITEMS, LONGEST = 4096, 64, 1_000_000, 200_000, 50
 

@@ -78,4 +78,4 @@ export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:Tr
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-110} # seconds
 export TORCH_CPP_LOG_LEVEL=${TORCH_CPP_LOG_LEVEL:-ERROR}
 
-exec "$PYTHON" -m trec_twotower.torchrun "${where[@]}" -m trec_twotower "$@"
+exec "$PYTHON" -m trec_twotower.distributed.launcher "${where[@]}" -m trec_twotower "$@"

@@ -97,7 +97,7 @@ def _run_cases(
 def lone_rank() -> Iterator[Any]:
     """A job of one rank inside this process, for the tests of a module."""
     from trec_twotower.cli import _quiet
-    from trec_twotower.distributed import start_ranks
+    from trec_twotower.distributed.ranks import start_ranks
 
     _quiet()
     with start_ranks() as ranks:

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from trec_twotower.config import RunConfig, validate
+from trec_twotower.config.run_config import RunConfig, validate
 
 NUM_ITEMS, NUM_ROWS = 23, 90
 LISTS = {"history": pa.list_(pa.int64()), "when": pa.list_(pa.int64()), "did": pa.list_(pa.string())}

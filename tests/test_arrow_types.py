@@ -13,16 +13,16 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 
+from trec_twotower.config.schema import FeatureSpec, Schema, TableSpec
 from trec_twotower.data.arrow_types import plain_array, plain_type
 from trec_twotower.data.dataset import Dataset
-from trec_twotower.data.features import Sources
+from trec_twotower.data.feature_dataset import Sources
+from trec_twotower.data.features.transform import transform
 from trec_twotower.data.held_out import HeldOut
-from trec_twotower.data.transforms import transform
 from trec_twotower.errors import ConfigError, DataError
-from trec_twotower.export import _about
+from trec_twotower.evaluation.slices import column_of, parts_of
 from trec_twotower.index import mask_of
-from trec_twotower.schema import FeatureSpec, Schema, TableSpec
-from trec_twotower.slices import column_of, parts_of
+from trec_twotower.inference.export import _about
 
 # Values of each family, and its types: the first is the plain one that the others are compared with.
 TEXTS = ["a", "bb", "a", "", "ø", "bb"]

@@ -15,8 +15,9 @@ from pathlib import Path
 
 import pytest
 
-from trec_twotower import artefacts
-from trec_twotower.artefacts import (
+from trec_twotower.errors import ConfigError, DataError
+from trec_twotower.storage import artifacts as artefacts
+from trec_twotower.storage.artifacts import (
     SealedFolder,
     new_folder,
     open_sealed,
@@ -24,8 +25,7 @@ from trec_twotower.artefacts import (
     read_manifest,
     sole_writer,
 )
-from trec_twotower.errors import ConfigError, DataError
-from trec_twotower.files import seal
+from trec_twotower.storage.atomic import seal
 
 FORK = multiprocessing.get_context("fork")
 MEND = "export again."
@@ -221,7 +221,7 @@ def test_what_another_process_is_writing_is_not_swept(tmp_path):
 
 @pytest.mark.timeout(60)
 def test_a_second_writer_is_told_who_writes(tmp_path, monkeypatch):
-    monkeypatch.setattr("trec_twotower.lock.FolderLock.acquire.__defaults__", (0.1,))
+    monkeypatch.setattr("trec_twotower.storage.lock.FolderLock.acquire.__defaults__", (0.1,))
     begun, go_on = FORK.Event(), FORK.Event()
 
     def hold() -> None:

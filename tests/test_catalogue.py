@@ -19,21 +19,21 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from trec_twotower.config import load_config
-from trec_twotower.data import arrays as arrays_module
-from trec_twotower.data import catalogue as catalogue_module
-from trec_twotower.data.arrays import InMemory, OnDisk, open_arrays
-from trec_twotower.data.cache_folder import CacheFolder, size_of
-from trec_twotower.data.catalogue import Catalogue
+from trec_twotower.config.run_config import load_config
+from trec_twotower.config.schema import FeatureSpec, Schema, TableSpec
+from trec_twotower.data import item_table as catalogue_module
 from trec_twotower.data.dataset import Dataset, Split
-from trec_twotower.data.features import Sources
-from trec_twotower.data.hashing import mix
-from trec_twotower.data.probing import KeyTable
-from trec_twotower.data.transforms import Statistics, transform
-from trec_twotower.distributed import Ranks
+from trec_twotower.data.feature_dataset import Sources
+from trec_twotower.data.features.transform import Statistics, transform
+from trec_twotower.data.item_table import Catalogue
+from trec_twotower.distributed.ranks import Ranks
 from trec_twotower.errors import ConfigError, DataError
-from trec_twotower.run import Run
-from trec_twotower.schema import FeatureSpec, Schema, TableSpec
+from trec_twotower.ops.hashing import mix
+from trec_twotower.ops.key_table import KeyTable
+from trec_twotower.storage import array_store as arrays_module
+from trec_twotower.storage.array_store import InMemory, OnDisk, open_arrays
+from trec_twotower.storage.cache_dir import CacheFolder, size_of
+from trec_twotower.training.run_dir import Run
 
 ROOT = Path(__file__).parent.parent
 TABLES = {
@@ -382,10 +382,10 @@ def test_an_array_without_values_comes_back(tmp_path):
 TOGETHER = """
 import sys, threading
 from pathlib import Path
-from trec_twotower.data import catalogue as module
-from trec_twotower.data.cache_folder import CacheFolder
+from trec_twotower.data import item_table as module
+from trec_twotower.storage.cache_dir import CacheFolder
 from trec_twotower.data.dataset import Split
-from trec_twotower.schema import FeatureSpec, TableSpec
+from trec_twotower.config.schema import FeatureSpec, TableSpec
 
 module.MAPPED_CELLS = 0
 write, times = module._Hashing.write, []

@@ -8,12 +8,12 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from trec_twotower.catalogue_index import CatalogueIndex, aligned
-from trec_twotower.config import IndexConfig
-from trec_twotower.data.hashing import id_keys
-from trec_twotower.data.lists import Lists
+from trec_twotower.config.run_config import IndexConfig
 from trec_twotower.errors import ConfigError, DataError
 from trec_twotower.index import ItemIndex, build_index
+from trec_twotower.index.aligned_index import CatalogueIndex, aligned
+from trec_twotower.ops.hashing import id_keys
+from trec_twotower.ops.ragged import Lists
 
 NUM_ITEMS, NUM_USERS, K = 60, 12, 10
 

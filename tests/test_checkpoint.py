@@ -20,20 +20,20 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tests.ranks.launch import SAID_BY_TORCHREC
 from tests.ranks.states import whole_optimizer_state, whole_state
 from tests.ranks.worlds import MIXED, TABLES, event_config, user_config
-from trec_twotower import tensor_files
-from trec_twotower.checkpoint import Checkpoints, model_version
-from trec_twotower.checkpoint_storage import PublishingWriter
-from trec_twotower.config import RunConfig, as_values
+from trec_twotower.config.compatibility import binding, config_hash
+from trec_twotower.config.run_config import RunConfig, as_values
+from trec_twotower.config.yaml_io import to_yaml
 from trec_twotower.data.dataset import Dataset
-from trec_twotower.data.interactions import TrainBatches
-from trec_twotower.distributed import Ranks
+from trec_twotower.data.loading.loader import TrainBatches
+from trec_twotower.distributed.ranks import Ranks
 from trec_twotower.errors import ConfigError, DataError, TrainingError
-from trec_twotower.files import _own_sha256, seal, write_json
-from trec_twotower.optimizer import RunOptimizer
-from trec_twotower.run import Run, RunLog
-from trec_twotower.same_run import binding, config_hash
+from trec_twotower.storage import tensor_files
+from trec_twotower.storage.atomic import _own_sha256, seal, write_json
+from trec_twotower.training.checkpoint import Checkpoints, model_version
+from trec_twotower.training.checkpoint_io import PublishingWriter
 from trec_twotower.training.loop import build_model, train
-from trec_twotower.yaml_files import to_yaml
+from trec_twotower.training.optimizer import RunOptimizer
+from trec_twotower.training.run_dir import Run, RunLog
 
 pytestmark = pytest.mark.filterwarnings(*SAID_BY_TORCHREC)
 ADAGRAD = {"optimizer": {"sparse": "rowwise_adagrad", "lr": 0.1, "schedule": "linear", "warmup_steps": 5}}
@@ -397,7 +397,7 @@ def test_a_training_that_ends_lets_its_save_end(held):
 def test_a_training_that_ends_does_not_wait_for_a_save_that_hangs(held, monkeypatch):
     """Nor is it forgotten."""
     checkpoints, go_on = held
-    monkeypatch.setattr("trec_twotower.checkpoint.CLOSE_S", 0.1)
+    monkeypatch.setattr("trec_twotower.training.checkpoint.CLOSE_S", 0.1)
     checkpoints.close()
     assert not checkpoints.complete()
     go_on.set()

@@ -13,11 +13,11 @@ import torch
 from tests.ranks.launch import SAID_BY_TORCHREC
 from tests.ranks.states import whole_optimizer_state, whole_state
 from tests.ranks.worlds import event_config, tables
-from trec_twotower.checkpoint import Checkpoints
-from trec_twotower.config import RunConfig
+from trec_twotower.config.run_config import RunConfig
 from trec_twotower.errors import ConfigError
-from trec_twotower.optimizer import RunOptimizer
+from trec_twotower.training.checkpoint import Checkpoints
 from trec_twotower.training.loop import build_model, train
+from trec_twotower.training.optimizer import RunOptimizer
 
 pytestmark = pytest.mark.filterwarnings(*SAID_BY_TORCHREC)
 SPREAD = ("table_wise", "row_wise", "table_row_wise")

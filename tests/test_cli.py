@@ -103,7 +103,7 @@ def test_the_version_is_printed(cli):
 
 @pytest.mark.parametrize("name", ["demo", "demo.yaml", "configs/demo.yaml"])
 def test_a_shipped_config_is_opened_by_its_name(tmp_path, monkeypatch, name):
-    from trec_twotower.config import load_config
+    from trec_twotower.config.run_config import load_config
 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "demo").mkdir()  # a folder of that name is no config
@@ -152,7 +152,7 @@ def test_who_interrupts_is_told_what_the_same_command_would_do(cli, shop, monkey
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("trec_twotower.config.load_config", interrupted)
+    monkeypatch.setattr("trec_twotower.config.run_config.load_config", interrupted)
     said = cli(command, shop.config)
     assert said.code == 130 and said.mistake.strip().endswith(f": interrupted; the same command {then}."), said.err
 
@@ -170,7 +170,7 @@ def test_an_interrupt_that_a_library_made_an_error_of_is_an_interrupt(cli, shop,
         raise SystemError("Error building `literal` serializer:\n  KeyboardInterrupt:")
 
     for interrupted in (wrapped, in_words):
-        monkeypatch.setattr("trec_twotower.config.load_config", interrupted)
+        monkeypatch.setattr("trec_twotower.config.run_config.load_config", interrupted)
         said = cli("features", shop.config)
         assert said.code == 130 and "interrupted" in said.mistake
 

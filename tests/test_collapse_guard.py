@@ -13,7 +13,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.ranks.launch import SAID_BY_TORCHREC
-from trec_twotower.collapse_guard import (
+from trec_twotower.config.run_config import RunConfig, as_values, load_config
+from trec_twotower.config.yaml_io import to_yaml
+from trec_twotower.data.sources import prepare
+from trec_twotower.distributed.ranks import Ranks
+from trec_twotower.evaluation.evaluator import Evaluator
+from trec_twotower.training.collapse_guard import (
     BELOW_POPULARITY,
     ITEM_COSINE,
     MOST_COSINE,
@@ -24,12 +29,7 @@ from trec_twotower.collapse_guard import (
     cosines,
     unit,
 )
-from trec_twotower.config import RunConfig, as_values, load_config
-from trec_twotower.data.sources import prepare
-from trec_twotower.distributed import Ranks
-from trec_twotower.evaluate import Evaluator
 from trec_twotower.training.loop import train
-from trec_twotower.yaml_files import to_yaml
 
 pytestmark = pytest.mark.filterwarnings(*SAID_BY_TORCHREC)
 CONFIG = """

@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trec_twotower.config import (
+from trec_twotower.config.compatibility import binding, check_same_run, config_hash, differences
+from trec_twotower.config.run_config import (
     LOSS_PARAMETERS,
     OptimizerConfig,
     RunConfig,
@@ -23,10 +24,9 @@ from trec_twotower.config import (
     parse_overrides,
     validate,
 )
+from trec_twotower.config.schema import TableSpec
+from trec_twotower.config.yaml_io import parse_yaml, read_yaml, to_yaml
 from trec_twotower.errors import ConfigError, nearest
-from trec_twotower.same_run import binding, check_same_run, config_hash, differences
-from trec_twotower.schema import TableSpec
-from trec_twotower.yaml_files import parse_yaml, read_yaml, to_yaml
 
 SHIPPED = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
 SMALL = """

@@ -16,7 +16,7 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
     SplitTableBatchedEmbeddingBagsCodegen,
 )
 
-from trec_twotower.cpu_updates import quicken_updates
+from trec_twotower.model.cpu.embedding_update import quicken_updates
 
 OPTIMIZERS = {
     "sgd": EmbOptimType.EXACT_SGD,

@@ -13,12 +13,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from trec_twotower.data.catalogue import Catalogue, find_id
+from trec_twotower.config.schema import FeatureSpec, TableSpec
 from trec_twotower.data.dataset import Dataset, Split
+from trec_twotower.data.features.transform import Statistics
+from trec_twotower.data.item_table import Catalogue, find_id
 from trec_twotower.data.sources.writer import DatasetWriter
-from trec_twotower.data.transforms import Statistics
 from trec_twotower.errors import ConfigError, DataError
-from trec_twotower.schema import FeatureSpec, TableSpec
 
 TRAIN = pa.table({"user_id": [1, 2, 3], "item_id": [10, 20, 10]})
 ITEMS = pa.table({"item_id": [20, 10, 30], "title": ["b", "a", "c"]})

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from trec_twotower import distributed
-from trec_twotower.distributed import usable_device
+from trec_twotower.distributed import ranks as distributed
+from trec_twotower.distributed.ranks import usable_device
 from trec_twotower.errors import ConfigError
 
 

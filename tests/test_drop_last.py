@@ -11,12 +11,12 @@ import pyarrow as pa
 import pytest
 
 from tests.test_reader import ITEM, NUM_ITEMS, rows_of
-from trec_twotower.config import DataConfig, LossConfig
+from trec_twotower.config.run_config import DataConfig, LossConfig
+from trec_twotower.config.schema import FeatureSpec, Schema, TableSpec
 from trec_twotower.data.dataset import Dataset
-from trec_twotower.data.features import Sources
-from trec_twotower.data.interactions import TrainBatches
+from trec_twotower.data.feature_dataset import Sources
+from trec_twotower.data.loading.loader import TrainBatches
 from trec_twotower.errors import ConfigError
-from trec_twotower.schema import FeatureSpec, Schema, TableSpec
 
 NUM_ROWS, BATCH = 58, 11  # five batches and a rest of 3
 # So large a table that a bucket is the id itself: a batch can be read back.

@@ -162,13 +162,13 @@ def test_steps_with_attributes_gaps_and_actions_are_those_of_the_dataset(shop_ta
     import torch
     import yaml
 
-    from trec_twotower.config import RunConfig, as_values, validate
+    from trec_twotower.config.run_config import RunConfig, as_values, validate
     from trec_twotower.data.dataset import Dataset
-    from trec_twotower.data.features import Sources
-    from trec_twotower.distributed import Ranks
-    from trec_twotower.encode import encode
-    from trec_twotower.encoder import Encoder, Parts, _plain_model, _steps
-    from trec_twotower.model.embedding import fill_tables
+    from trec_twotower.data.feature_dataset import Sources
+    from trec_twotower.distributed.ranks import Ranks
+    from trec_twotower.inference.tower_encoder import Encoder, Parts, _plain_model, _steps
+    from trec_twotower.model.embeddings import fill_tables
+    from trec_twotower.model.encode import encode
 
     def longer(table: pa.Table) -> pa.Table:
         histories = [

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from trec_twotower.config import METRICS
+from trec_twotower.config.run_config import METRICS
 
 CONFIG = Path(__file__).resolve().parent.parent / "configs/demo.yaml"
 KS = (10, 20)
@@ -65,9 +65,9 @@ def vector_now(run: Path, dataset: Path, row: dict[str, Any]) -> np.ndarray:
     """A user's vector by the run's encoder, of a row of test/ as it is when its positives are history as well."""
     import torch
 
-    from trec_twotower.distributed import Ranks
-    from trec_twotower.encoder import Encoder
-    from trec_twotower.run import Run
+    from trec_twotower.distributed.ranks import Ranks
+    from trec_twotower.inference.tower_encoder import Encoder
+    from trec_twotower.training.run_dir import Run
 
     opened = Run.open(run)
     encoder = Encoder.of(opened, opened.sources(Ranks(0, 1, torch.device("cpu"))))

@@ -16,15 +16,16 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tests.golden.curves import KEPT, curves
 from tests.ranks.launch import SAID_BY_TORCHREC
 from tests.ranks.worlds import event_config
-from trec_twotower.distributed import Ranks
+from trec_twotower.config.schema import FeatureSpec, Schema, TableSpec
+from trec_twotower.distributed.ranks import Ranks
 from trec_twotower.errors import ConfigError
-from trec_twotower.model import watch as watching
-from trec_twotower.model.embedding import Pooled, tower_inputs
-from trec_twotower.model.losses import Pairs, Relations, cells
-from trec_twotower.model.losses.cells import add_products, dots, exponentiate
-from trec_twotower.model.parts import AlignedLinear, unit
-from trec_twotower.model.watch import Watch
-from trec_twotower.schema import FeatureSpec, Schema, TableSpec
+from trec_twotower.model import step_diagnostics as watching
+from trec_twotower.model.cpu import loss_kernels as cells
+from trec_twotower.model.cpu.loss_kernels import add_products, dots, exponentiate
+from trec_twotower.model.embeddings import Pooled, tower_inputs
+from trec_twotower.model.losses import Pairs, Relations
+from trec_twotower.model.step_diagnostics import Watch
+from trec_twotower.model.tower_layers import AlignedLinear, unit
 from trec_twotower.training import loop as training
 
 pytestmark = [pytest.mark.filterwarnings(said) for said in SAID_BY_TORCHREC]

@@ -11,12 +11,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from trec_twotower.baselines import ItemToItem, SpectralTowers
-from trec_twotower.data.lists import Lists
 from trec_twotower.errors import DataError
-from trec_twotower.evaluate import comparison, exactly
-from trec_twotower.slices import make_slices
-from trec_twotower.spectral import Taken
+from trec_twotower.evaluation.baselines import ItemToItem, SpectralTowers
+from trec_twotower.evaluation.evaluator import comparison, exactly
+from trec_twotower.evaluation.slices import make_slices
+from trec_twotower.ops.ragged import Lists
+from trec_twotower.training.spectral_initialization import Taken
 
 
 def test_popularity_is_that_of_a_slow_count(cli, shop_copy, shop_tables):
@@ -312,7 +312,7 @@ def test_svd_towers_score_the_sum_of_what_a_user_took(lone_rank, rng):
 
 
 def test_a_user_who_took_nearly_all_does_not_make_items_alike(lone_rank, monkeypatch):
-    monkeypatch.setattr("trec_twotower.baselines.MOST_TAKEN", 3)
+    monkeypatch.setattr("trec_twotower.evaluation.baselines.MOST_TAKEN", 3)
     user_P, item_P = np.array([0, 0, 1, 1, 1, 1]), np.array([0, 1, 0, 1, 2, 3])
     baseline = ItemToItem.of(Taken(user_P, item_P, 2, 4), np.ones(4), lone_rank)
     assert baseline.neighbour_IN[:, 0].tolist() == [1, 0, -1, -1]

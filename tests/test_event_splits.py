@@ -18,9 +18,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.test_events import EVENTS, HOLD_OUT, chance, digests, found, make, num_unfindable, refusal, rows, write_log
-from trec_twotower.data.sources import event_files, event_splits, prepare
-from trec_twotower.data.sources.event_splits import held_out_items
-from trec_twotower.data.sources.summary import describe
+from trec_twotower.data.sources import prepare
+from trec_twotower.data.sources.event_logs import splits as event_splits
+from trec_twotower.data.sources.event_logs.splits import held_out_items
+from trec_twotower.data.sources.event_logs.summary import describe
+from trec_twotower.data.sources.tables import event_files
 from trec_twotower.errors import ConfigError, DataError
 
 NAMES = ("user_id", "item_id", "timestamp")

@@ -22,14 +22,16 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trec_twotower.config import load_config
+from trec_twotower.config.run_config import load_config
 from trec_twotower.data.dataset import Dataset
-from trec_twotower.data.hashing import mix
-from trec_twotower.data.sources import event_files, event_splits, events, prepare
+from trec_twotower.data.sources import events, prepare
+from trec_twotower.data.sources.event_logs import splits as event_splits
 from trec_twotower.data.sources.options import read_options
+from trec_twotower.data.sources.tables import event_files
 from trec_twotower.data.sources.writer import DatasetWriter
 from trec_twotower.errors import ConfigError, DataError
-from trec_twotower.plan import step_size
+from trec_twotower.ops.hashing import mix
+from trec_twotower.training.sharding_plan import step_size
 
 # User 1 takes 10, then 30 and 20 in one second, then 10 again and 40; user 2 takes two items, user 3 three.
 LOG = [
@@ -533,7 +535,8 @@ def test_rows_that_differ_in_context_alone_are_ordered_by_it(tmp_path):
 MEASURE = """
 import resource, sys
 from pathlib import Path
-from trec_twotower.data.sources import event_files, events
+from trec_twotower.data.sources import events
+from trec_twotower.data.sources.tables import event_files
 from trec_twotower.data.sources.writer import DatasetWriter
 event_files._ROWS_PER_BATCH = 16_384
 options = events.Options(events=sys.argv[1], context=("page",), memory_gb=0.15, min_history=10)

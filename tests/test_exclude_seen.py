@@ -12,14 +12,14 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.shop import SHOP_CONFIG, Shop
-from trec_twotower.baselines import ItemToItem, SpectralTowers
-from trec_twotower.config import EvaluateConfig
+from trec_twotower.config.run_config import EvaluateConfig
+from trec_twotower.data.features.transform import Columns
 from trec_twotower.data.held_out import HeldOut
-from trec_twotower.data.lists import Lists
-from trec_twotower.data.transforms import Columns
-from trec_twotower.sampled import Negatives, sampled_metrics
-from trec_twotower.serve import Retriever
-from trec_twotower.spectral import Taken
+from trec_twotower.evaluation.baselines import ItemToItem, SpectralTowers
+from trec_twotower.evaluation.sampled_metrics import Negatives, sampled_metrics
+from trec_twotower.ops.ragged import Lists
+from trec_twotower.serving.retriever import Retriever
+from trec_twotower.training.spectral_initialization import Taken
 
 SETTINGS = (True, False, "except_target")
 

@@ -16,9 +16,9 @@ from trec_twotower.errors import ConfigError, DataError
 @pytest.fixture
 def loaded(shop_copy):
     """The shop's towers, on one rank."""
-    from trec_twotower.distributed import start_ranks
-    from trec_twotower.export import load_model
-    from trec_twotower.run import Run
+    from trec_twotower.distributed.ranks import start_ranks
+    from trec_twotower.inference.export import load_model
+    from trec_twotower.training.run_dir import Run
 
     with start_ranks() as ranks:
         yield load_model(Run.open(shop_copy.run), ranks), ranks
@@ -46,8 +46,8 @@ def test_the_files_say_what_they_hold(shop, shop_tables):
 
 
 def test_what_is_read_back_is_what_was_encoded(loaded):
-    from trec_twotower.encode import encode
-    from trec_twotower.export import export, read_export
+    from trec_twotower.inference.export import export, read_export
+    from trec_twotower.model.encode import encode
 
     model, ranks = loaded
     exported = read_export(export(model, ranks))
@@ -59,8 +59,8 @@ def test_what_is_read_back_is_what_was_encoded(loaded):
 
 def test_two_exports_at_once_do_not_mix(loaded, monkeypatch):
     """One that begins and ends while another writes: each publishes its own vectors, the later one's stay."""
-    from trec_twotower import export as module
-    from trec_twotower.encode import encode
+    from trec_twotower.inference import export as module
+    from trec_twotower.model.encode import encode
 
     model, ranks = loaded
     own_ID = encode(model.model, "item", model.sources.catalogue.columns, ranks).numpy()
@@ -82,8 +82,8 @@ def test_two_exports_at_once_do_not_mix(loaded, monkeypatch):
 
 def test_what_is_open_stays_the_export_that_was_verified(loaded, shop_copy, monkeypatch):
     """As for `index`, which reads for minutes while the next model may be exported."""
-    from trec_twotower import export as module
-    from trec_twotower.encode import encode
+    from trec_twotower.inference import export as module
+    from trec_twotower.model.encode import encode
 
     model, ranks = loaded
     folder = module.export(model, ranks)
@@ -100,9 +100,9 @@ def test_what_is_open_stays_the_export_that_was_verified(loaded, shop_copy, monk
 
 def test_an_index_is_of_the_export_that_it_was_begun_with(cli, shop_copy, loaded, monkeypatch):
     """Another model is exported while the index is built: its vectors do not get in under the old one's version."""
-    from trec_twotower import export as module
     from trec_twotower import index as indexes
-    from trec_twotower.encode import encode
+    from trec_twotower.inference import export as module
+    from trec_twotower.model.encode import encode
 
     model, ranks = loaded
     before = module.read_export(module.export(model, ranks))
@@ -127,9 +127,9 @@ def test_an_index_is_of_the_export_that_it_was_begun_with(cli, shop_copy, loaded
 def test_a_stage_that_another_process_is_at_is_refused_with_its_name(stage, cli, shop_copy, monkeypatch):
     import multiprocessing
 
-    from trec_twotower.artefacts import sole_writer
+    from trec_twotower.storage.artifacts import sole_writer
 
-    monkeypatch.setattr("trec_twotower.lock.FolderLock.acquire.__defaults__", (0.2,))
+    monkeypatch.setattr("trec_twotower.storage.lock.FolderLock.acquire.__defaults__", (0.2,))
     fork = multiprocessing.get_context("fork")
     begun, go_on = fork.Event(), fork.Event()
     name = "encoder" if "--encoder" in stage else stage[0]
@@ -155,7 +155,7 @@ def test_a_stage_that_another_process_is_at_is_refused_with_its_name(stage, cli,
 @pytest.mark.parametrize("point", ["publish:written", "publish:named"])
 def test_an_export_that_is_killed_leaves_a_whole_one_and_the_next_sweeps(point, cli, on_forked_ranks, shop_copy):
     """Two real ranks, the first of which dies before or after the new folder has its name."""
-    from trec_twotower.export import read_export
+    from trec_twotower.inference.export import read_export
 
     before = read_export(shop_copy.run / "export").manifest
     said = on_forked_ranks("export", shop_copy.run, "--users", "valid", TREC_TT_FAULT=f"{point}:rank0")
@@ -169,10 +169,10 @@ def test_an_export_that_is_killed_leaves_a_whole_one_and_the_next_sweeps(point, 
 
 def test_a_checkpoint_that_the_training_removes_meanwhile_gives_way_to_the_next_choice(shop_copy, monkeypatch):
     """`export` beside a training: between the choice and the opening a newer checkpoint was published."""
-    from trec_twotower.checkpoint import Checkpoints
-    from trec_twotower.distributed import start_ranks
-    from trec_twotower.export import load_model
-    from trec_twotower.run import Run
+    from trec_twotower.distributed.ranks import start_ranks
+    from trec_twotower.inference.export import load_model
+    from trec_twotower.training.checkpoint import Checkpoints
+    from trec_twotower.training.run_dir import Run
 
     opened, folder = Checkpoints.open, shop_copy.run / "checkpoints"
 
@@ -189,7 +189,7 @@ def test_a_checkpoint_that_the_training_removes_meanwhile_gives_way_to_the_next_
 
 def test_vectors_are_encoded_and_written_a_group_at_a_time(loaded, monkeypatch):
     """Never more at once than a group, and the same as all at once; columns of items/ beside them."""
-    from trec_twotower import export as module
+    from trec_twotower.inference import export as module
 
     model, ranks = loaded
     whole = module.read_export(module.export(model, ranks))
@@ -233,8 +233,8 @@ def test_the_part_of_the_users_is_chosen(cli, shop_copy, shop_tables):
 def test_vectors_that_are_no_numbers_are_named_and_the_earlier_export_stays(loaded, shop_copy):
     import torch
 
-    from trec_twotower.data.hashing import hash_to_bucket, id_keys
-    from trec_twotower.export import export
+    from trec_twotower.inference.export import export
+    from trec_twotower.ops.hashing import hash_to_bucket, id_keys
 
     model, ranks = loaded
     export(model, ranks)
@@ -251,7 +251,7 @@ def test_vectors_that_are_no_numbers_are_named_and_the_earlier_export_stays(load
 
 
 def test_a_failed_write_leaves_the_earlier_export(loaded, shop_copy, monkeypatch):
-    from trec_twotower import export as module
+    from trec_twotower.inference import export as module
 
     model, ranks = loaded
     before = {path.name: path.read_bytes() for path in (shop_copy.run / "export").iterdir()}
@@ -302,7 +302,7 @@ def test_a_removed_checkpoint_gives_way_to_the_one_before(cli, shop_copy):
 
 
 def test_no_export_is_a_mistake_of_the_call(tmp_path):
-    from trec_twotower.export import read_export
+    from trec_twotower.inference.export import read_export
 
     with pytest.raises(ConfigError, match="holds no export: export again"):
         read_export(tmp_path / "run/export")

@@ -18,22 +18,22 @@ from tests.ranks.launch import ROOT, SAID_BY_TORCHREC
 from tests.ranks.states import whole_state
 from tests.ranks.worlds import EVENTS, event_config
 from trec_twotower import cli
-from trec_twotower.checkpoint_storage import PublishingWriter
-from trec_twotower.config import as_values
-from trec_twotower.data.interactions import TrainBatches
+from trec_twotower.config.run_config import as_values
+from trec_twotower.config.yaml_io import to_yaml
+from trec_twotower.data.loading.loader import TrainBatches
 from trec_twotower.demo import usual_ranks
-from trec_twotower.distributed import start_ranks
+from trec_twotower.distributed.ranks import start_ranks
+from trec_twotower.distributed.signals import AGENT_PID, StopSignals
+from trec_twotower.distributed.watchdog import is_lost
 from trec_twotower.errors import ConfigError, Stopped, TrainingError
-from trec_twotower.failures import ATTEMPT, dead_vectors, summary
-from trec_twotower.faults import POINTS, Fault, fault_point
-from trec_twotower.heartbeat import is_lost
-from trec_twotower.model.embedding import table_shards
-from trec_twotower.model.gate import NotFinite, gate
+from trec_twotower.model.embeddings import table_shards
+from trec_twotower.model.finite_check import NotFinite, gate
 from trec_twotower.model.two_tower import TwoTower
-from trec_twotower.preemption import AGENT_PID, StopSignals
-from trec_twotower.run import Run
+from trec_twotower.storage.fault_point import POINTS, Fault, fault_point
+from trec_twotower.training.checkpoint_io import PublishingWriter
+from trec_twotower.training.crash_guard import ATTEMPT, dead_vectors, summary
 from trec_twotower.training.loop import Progress, build_model, towers, train
-from trec_twotower.yaml_files import to_yaml
+from trec_twotower.training.run_dir import Run
 
 pytestmark = pytest.mark.filterwarnings(*SAID_BY_TORCHREC)
 
@@ -71,7 +71,7 @@ def test_a_rank_that_fails_does_not_wait_for_others_on_gpus(monkeypatch, has_gpu
     monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: int(has_gpu))
     monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
-    monkeypatch.setattr("trec_twotower.distributed._store", lambda *_: None)
+    monkeypatch.setattr("trec_twotower.distributed.ranks._store", lambda *_: None)
     monkeypatch.setattr(dist, "init_process_group", lambda *_, **__: None)
     ended: list[bool] = []
     monkeypatch.setattr(dist, "destroy_process_group", lambda: ended.append(True))
@@ -212,7 +212,14 @@ def test_a_signal_to_the_launcher_saves_on_all_ranks_and_says_so(told, small_wor
     run_dir = tmp_path / "run"
     config = event_config(small_world, run_dir, train={"epochs": 100_000})
     (tmp_path / "config.yaml").write_text(to_yaml(as_values(config)))
-    command = [sys.executable, "-u", "-m", "trec_twotower.torchrun", "--standalone", "--local-addr=127.0.0.1"]
+    command = [
+        sys.executable,
+        "-u",
+        "-m",
+        "trec_twotower.distributed.launcher",
+        "--standalone",
+        "--local-addr=127.0.0.1",
+    ]
     command += ["--nproc-per-node=2", "--max-restarts=3", "-m", "trec_twotower", "train", str(tmp_path / "config.yaml")]
     settings = {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "PYTHONUNBUFFERED": "1"}
     with subprocess.Popen(

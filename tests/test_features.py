@@ -51,7 +51,7 @@ def test_a_resumed_run_is_one_that_never_stopped(bazaar, one, lone_rank):
 
 @pytest.fixture(scope="module")
 def retriever(one, lone_rank, cli):
-    from trec_twotower.serve import Retriever
+    from trec_twotower.serving.retriever import Retriever
 
     said = cli("index", one[1])
     assert said.code == 0, said.err
@@ -59,7 +59,7 @@ def retriever(one, lone_rank, cli):
 
 
 def test_every_kind_is_evaluated_and_recommended(one, retriever, lone_rank):
-    from trec_twotower.evaluate import evaluate_run
+    from trec_twotower.evaluation.evaluator import evaluate_run
 
     assert "through the index" in evaluate_run(retriever.loaded.run, lone_rank, checkpoint="newest", through_index=True)
     (answer,) = retriever.recommend([103], k=3)
@@ -107,8 +107,8 @@ def test_features_tells_of_every_kind(one, cli):
 
 def test_statistics_are_learned_once_and_not_from_what_is_asked_for(bazaar, one, lone_rank, monkeypatch):
     """A run that is opened again reads what it has learned; no column is looked through anew."""
-    from trec_twotower.data import features
-    from trec_twotower.run import Run
+    from trec_twotower.data import feature_dataset as features
+    from trec_twotower.training.run_dir import Run
 
     def never(*_: Any) -> None:
         raise AssertionError("learned again")

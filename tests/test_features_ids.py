@@ -18,20 +18,20 @@ from pydantic import ValidationError
 
 from tests.ranks.launch import SAID_BY_TORCHREC
 from tests.sequences import steps_config, write_steps
-from trec_twotower.config import DataConfig, LossConfig, RunConfig, load_config, validate
-from trec_twotower.data.batch import make_batch
-from trec_twotower.data.coverage import OwnItems, coverage, describe_coverage, own_items
+from trec_twotower.config.run_config import DataConfig, LossConfig, RunConfig, load_config, validate
+from trec_twotower.config.schema import FeatureSpec, Schema, TableSpec, auto_dim
+from trec_twotower.config.yaml_io import read_yaml
 from trec_twotower.data.dataset import Dataset
-from trec_twotower.data.features import Sources
-from trec_twotower.data.numbers import Statistics
-from trec_twotower.data.reader import UnitReader, without_own
-from trec_twotower.data.transforms import transform
-from trec_twotower.data.vocabulary import in_vocabulary, make_vocabulary, read_words
+from trec_twotower.data.feature_dataset import Sources
+from trec_twotower.data.feature_report import OwnItems, coverage, describe_coverage, own_items
+from trec_twotower.data.features.numeric import Statistics
+from trec_twotower.data.features.transform import transform
+from trec_twotower.data.features.vocabulary import in_vocabulary, make_vocabulary, read_words
+from trec_twotower.data.loading.batch import make_batch
+from trec_twotower.data.loading.reader import UnitReader, without_own
 from trec_twotower.errors import ConfigError, DataError
-from trec_twotower.model.embedding import Pooled, tower_inputs
-from trec_twotower.schema import FeatureSpec, Schema, TableSpec, auto_dim
+from trec_twotower.model.embeddings import Pooled, tower_inputs
 from trec_twotower.training.loop import train
-from trec_twotower.yaml_files import read_yaml
 
 # Vocabularies
 

@@ -15,14 +15,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from trec_twotower.data.catalogue import check_side
+from trec_twotower.config.schema import FeatureSpec, TableSpec
 from trec_twotower.data.dataset import Split
-from trec_twotower.data.hashing import mix
-from trec_twotower.data.numbers import Statistics
-from trec_twotower.data.times import PER_SECOND, ages, parts
-from trec_twotower.data.transforms import transform
+from trec_twotower.data.features.datetime_parts import PER_SECOND, ages, parts
+from trec_twotower.data.features.numeric import Statistics
+from trec_twotower.data.features.transform import transform
+from trec_twotower.data.item_table import check_side
 from trec_twotower.errors import ConfigError, DataError
-from trec_twotower.schema import FeatureSpec, TableSpec
+from trec_twotower.ops.hashing import mix
 
 # Crosses
 

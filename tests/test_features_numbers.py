@@ -11,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from trec_twotower.data import numbers
-from trec_twotower.data.lists import Lists
-from trec_twotower.data.numbers import Statistics, learn_statistics, number_values
-from trec_twotower.schema import FeatureSpec, Schema, TableSpec
+from trec_twotower.config.schema import FeatureSpec, Schema, TableSpec
+from trec_twotower.data.features import numeric as numbers
+from trec_twotower.data.features.numeric import Statistics, learn_statistics, number_values
+from trec_twotower.ops.ragged import Lists
 
 ID = FeatureSpec(name="item_id", kind="id", buckets=8, dim=4)
 VALUES = st.lists(st.none() | st.integers(-20, 20).map(float), min_size=1, max_size=40)

@@ -14,14 +14,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trec_twotower.config import DataConfig, LossConfig
+from trec_twotower.config.run_config import DataConfig, LossConfig
+from trec_twotower.config.schema import SETTINGS, FeatureSpec, Schema, TableSpec
 from trec_twotower.data.dataset import Dataset
-from trec_twotower.data.features import Sources
-from trec_twotower.data.numbers import Statistics
-from trec_twotower.data.reader import UnitReader
-from trec_twotower.data.transforms import Columns
+from trec_twotower.data.feature_dataset import Sources
+from trec_twotower.data.features.numeric import Statistics
+from trec_twotower.data.features.transform import Columns
+from trec_twotower.data.loading.reader import UnitReader
 from trec_twotower.errors import ConfigError, DataError
-from trec_twotower.schema import SETTINGS, FeatureSpec, Schema, TableSpec
 from trec_twotower.serving.user_state import state_table
 
 ITEMS = [f"item-{number}" for number in range(6)]

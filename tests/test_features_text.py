@@ -17,18 +17,18 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from tests.ranks.bazaar import WORDS, write_model
-from trec_twotower.config import RunConfig, validate
-from trec_twotower.data.batch import Listed
-from trec_twotower.data.hashing import mix
-from trec_twotower.data.text import _most_tokens, text_keys, tokens
-from trec_twotower.data.transforms import Columns, check_kind, put_pooling_divisor, transform
-from trec_twotower.distributed import Ranks
-from trec_twotower.encode import encode
-from trec_twotower.encoder import _plain_model
+from trec_twotower.config.run_config import RunConfig, validate
+from trec_twotower.config.schema import FeatureSpec, Schema, TableSpec
+from trec_twotower.data.features.text import _most_tokens, text_keys, tokens
+from trec_twotower.data.features.transform import Columns, check_kind, put_pooling_divisor, transform
+from trec_twotower.data.loading.batch import Listed
+from trec_twotower.distributed.ranks import Ranks
 from trec_twotower.errors import ConfigError, DataError
-from trec_twotower.model.inputs import TextInput
-from trec_twotower.program import export_program, program_inputs
-from trec_twotower.schema import FeatureSpec, Schema, TableSpec
+from trec_twotower.inference.exported_program import export_program, program_inputs
+from trec_twotower.inference.tower_encoder import _plain_model
+from trec_twotower.model.encode import encode
+from trec_twotower.model.feature_encoders import TextInput
+from trec_twotower.ops.hashing import mix
 
 TITLE = FeatureSpec(name="title", kind="text", table="t")
 LETTERS = st.text(st.sampled_from("aB ß_9,é中\u0301ﬁ-"), max_size=12)

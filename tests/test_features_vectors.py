@@ -13,12 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from trec_twotower.data.numbers import Statistics, normalise
-from trec_twotower.data.transforms import check_kind, transform
-from trec_twotower.data.vectors import vectors
+from trec_twotower.config.schema import FeatureSpec, Schema, TableSpec
+from trec_twotower.data.features.embeddings import vectors
+from trec_twotower.data.features.numeric import Statistics, normalise
+from trec_twotower.data.features.transform import check_kind, transform
 from trec_twotower.errors import DataError
-from trec_twotower.model.inputs import VectorInput, WavesInput
-from trec_twotower.schema import FeatureSpec, Schema, TableSpec
+from trec_twotower.model.feature_encoders import VectorInput, WavesInput
 
 IMAGE = FeatureSpec(name="image", kind="vector", size=3, dim=4)
 NUMBERS = st.floats(-1e6, 1e6, width=32)

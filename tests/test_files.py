@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from trec_twotower.artefacts import open_sealed
 from trec_twotower.errors import DataError
-from trec_twotower.files import MANIFEST, _own_sha256, naming, read_json, seal, write_file, write_json
+from trec_twotower.storage.artifacts import open_sealed
+from trec_twotower.storage.atomic import MANIFEST, _own_sha256, naming, read_json, seal, write_file, write_json
 
 MEND = "export again."
 
@@ -86,7 +86,7 @@ def test_missing_json_names_the_file_and_the_mend(tmp_path):
 def test_json_that_is_larger_than_any_of_ours_is_not_read(tmp_path, monkeypatch):
     path = tmp_path / "a.json"
     path.write_text("[1, 2, 3]")
-    monkeypatch.setattr("trec_twotower.files.MAX_JSON_BYTES", 9)
+    monkeypatch.setattr("trec_twotower.storage.atomic.MAX_JSON_BYTES", 9)
     assert read_json(path) == [1, 2, 3]
     path.write_text("[1, 2, 30]")
     with pytest.raises(DataError, match=r"a\.json is damaged \(more than 9 bytes\): export again"):

@@ -14,13 +14,13 @@ import pytest
 import torch
 
 from tests.ranks.worlds import MIXED, event_config
-from trec_twotower.config import LOSS_PARAMETERS, DataConfig, LossConfig, as_values, validate
+from trec_twotower.config.run_config import LOSS_PARAMETERS, DataConfig, LossConfig, as_values, validate
+from trec_twotower.config.yaml_io import to_yaml
 from trec_twotower.data.dataset import Dataset
-from trec_twotower.data.features import Sources
-from trec_twotower.data.interactions import TrainBatches
-from trec_twotower.data.negatives import count_items
+from trec_twotower.data.feature_dataset import Sources
+from trec_twotower.data.loading.loader import TrainBatches
+from trec_twotower.data.negatives.samplers import count_items
 from trec_twotower.model.losses import LOSSES, Pairs, Relations
-from trec_twotower.yaml_files import to_yaml
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 

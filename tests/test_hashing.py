@@ -16,7 +16,8 @@ import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trec_twotower.data.hashing import (
+from trec_twotower.errors import DataError
+from trec_twotower.ops.hashing import (
     BLOCK,
     MAX_BUCKETS,
     hash_to_bucket,
@@ -29,7 +30,6 @@ from trec_twotower.data.hashing import (
     modulo_bucket,
     uniform,
 )
-from trec_twotower.errors import DataError
 
 EXTREMES = [-(2**63), 2**63 - 1, -1, 0, 1, -(2**32), 2**32, 2**62]
 INT64 = st.integers(-(2**63), 2**63 - 1)
@@ -285,7 +285,7 @@ def test_a_uniform_number_depends_on_its_parts_alone(row, position, seed):
 
 
 def test_hashing_needs_no_torch():
-    code = "import sys, trec_twotower.data.hashing; sys.exit('torch' in sys.modules)"
+    code = "import sys, trec_twotower.ops.hashing; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 

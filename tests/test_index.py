@@ -8,13 +8,14 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from trec_twotower import files
-from trec_twotower.config import IndexConfig
-from trec_twotower.data.lists import Lists
+from trec_twotower.config.run_config import IndexConfig
 from trec_twotower.errors import ConfigError, DataError
-from trec_twotower.index import ExactItems, ItemIndex, build_index, exact, exact_search, faiss, gpu, kinds, search
+from trec_twotower.index import ExactItems, ItemIndex, build_index, exact, exact_search, faiss, gpu, kinds
+from trec_twotower.index import item_index as search
 from trec_twotower.index.faiss_backend import uses_gpu
 from trec_twotower.index.searcher import SearchEffort
+from trec_twotower.ops.ragged import Lists
+from trec_twotower.storage import atomic as files
 
 
 def settings(**changed):

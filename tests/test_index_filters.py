@@ -7,10 +7,10 @@ import pyarrow as pa
 import pytest
 
 from tests.test_index import clustered, settings
-from trec_twotower.data.lists import Lists
 from trec_twotower.errors import ConfigError, DataError
 from trec_twotower.index import build_index, filters, mask_of
 from trec_twotower.index.filters import choose_strategy
+from trec_twotower.ops.ragged import Lists
 
 STRATEGIES = ("exact", "selector", None)
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from tests.test_index import settings
-from trec_twotower.data.lists import Lists
 from trec_twotower.index import ExactItems, build_index, exact, exact_search
-from trec_twotower.rerank import Rules, apply_rules
+from trec_twotower.ops.ragged import Lists
+from trec_twotower.serving.business_rules import Rules, apply_rules
 
 KINDS = (
     ("Flat", 1),

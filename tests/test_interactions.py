@@ -16,17 +16,17 @@ import pytest
 import torch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from trec_twotower.config import DataConfig, LossConfig, NegativesConfig
-from trec_twotower.data import interactions
-from trec_twotower.data.batch import Batch, Listed
+from trec_twotower.config.run_config import DataConfig, LossConfig, NegativesConfig
+from trec_twotower.config.schema import FeatureSpec, Schema, TableSpec
 from trec_twotower.data.dataset import Dataset
-from trec_twotower.data.features import Sources
+from trec_twotower.data.feature_dataset import Sources
+from trec_twotower.data.features.transform import Statistics
 from trec_twotower.data.held_out import HeldOut
-from trec_twotower.data.interactions import TrainBatches
-from trec_twotower.data.negatives import Evenly
-from trec_twotower.data.transforms import Statistics
+from trec_twotower.data.loading import loader as interactions
+from trec_twotower.data.loading.batch import Batch, Listed
+from trec_twotower.data.loading.loader import TrainBatches
+from trec_twotower.data.negatives.samplers import Evenly
 from trec_twotower.errors import ConfigError, DataError
-from trec_twotower.schema import FeatureSpec, Schema, TableSpec
 
 # A table so large that a bucket is the id itself: a batch can be read back.
 ID = TableSpec(buckets=1 << 20, dim=4, hashing="modulo")

@@ -17,15 +17,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tests.sequences import steps_config
-from trec_twotower.config import IndexConfig
-from trec_twotower.data.lists import Lists
+from trec_twotower.config.run_config import IndexConfig
+from trec_twotower.config.schema import EncoderSpec, Schema
 from trec_twotower.errors import ConfigError
-from trec_twotower.export import VECTORS, VectorFiles, _write
 from trec_twotower.index import build_index, exact_search
-from trec_twotower.model.interests import attended, gaussian_item, gaussian_user, likeness, uses
-from trec_twotower.model.losses import LOSSES, Hardest, Pairs, Relations, blocks
-from trec_twotower.model.sequence import ENCODERS
-from trec_twotower.schema import EncoderSpec, Schema
+from trec_twotower.inference.export import VECTORS, VectorFiles, _write
+from trec_twotower.model.losses import LOSSES, Hardest, Pairs, Relations
+from trec_twotower.model.losses import chunked as blocks
+from trec_twotower.model.multi_interest import attended, gaussian_item, gaussian_user, likeness, uses
+from trec_twotower.model.sequence_encoders import ENCODERS
+from trec_twotower.ops.ragged import Lists
 
 ROWS, COLUMNS, INTERESTS, DIM, TEMPERATURE = 4, 9, 3, 5, 0.5
 

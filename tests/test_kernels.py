@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trec_twotower.data import kernels
-from trec_twotower.data.hashing import fingerprints, hash_to_bucket, mix, mix_array
-from trec_twotower.data.lists import Lists
-from trec_twotower.data.probing import KeyTable, pairs_by_fingerprint
+from trec_twotower.ops import kernels
+from trec_twotower.ops.hashing import fingerprints, hash_to_bucket, mix, mix_array
+from trec_twotower.ops.key_table import KeyTable, pairs_by_fingerprint
+from trec_twotower.ops.ragged import Lists
 
 KEYS = st.lists(st.integers(-(2**63), 2**63 - 1), max_size=60)
 
@@ -24,7 +24,7 @@ KEYS = st.lists(st.integers(-(2**63), 2**63 - 1), max_size=60)
 def hashing_by(request, monkeypatch):
     """Hashing by the kernels, and by numpy as on a machine without numba."""
     if request.param == "without numba":
-        monkeypatch.setattr("trec_twotower.data.hashing.IS_COMPILED", False)
+        monkeypatch.setattr("trec_twotower.ops.hashing.IS_COMPILED", False)
     elif not kernels.IS_COMPILED:
         pytest.skip("numba is not installed")
 

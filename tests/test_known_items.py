@@ -15,13 +15,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.shop import Call, Shop
-from trec_twotower.data.catalogue import Catalogue
+from trec_twotower.config.schema import FeatureSpec
 from trec_twotower.data.dataset import Split
+from trec_twotower.data.features.numeric import Statistics
+from trec_twotower.data.item_table import Catalogue
 from trec_twotower.data.known_items import KnownItems
-from trec_twotower.data.numbers import Statistics
 from trec_twotower.data.value_digests import value_digests
 from trec_twotower.errors import DataError
-from trec_twotower.schema import FeatureSpec
 
 FEATURES = [
     FeatureSpec(name="item_id", kind="id", buckets=50, dim=4),
@@ -280,7 +280,7 @@ def test_added_items_are_found_once_they_are_exported_and_indexed(moving_shop, c
 
 def test_filters_and_rules_of_the_server_go_by_the_items_as_they_are_now(moving_shop, cli, shop_tables):
     """New items stand before all others, so that no row of the index is that of items/."""
-    from trec_twotower.server import Service
+    from trec_twotower.serving.http_api import Service
 
     def ids(**asked) -> list[str]:
         [answer] = Service(moving_shop.run).recommend({"users": ["user-1"], **asked})["answers"]
@@ -349,7 +349,7 @@ def test_users_may_change_but_for_a_training_that_goes_on(moving_shop, cli, shop
 
 
 def test_a_run_of_an_earlier_version_says_how_to_learn_again(moving_shop, cli):
-    from trec_twotower.files import read_signed, write_signed
+    from trec_twotower.storage.atomic import read_signed, write_signed
 
     path = moving_shop.run / "statistics.json"
     saved = read_signed(path, "")

@@ -47,7 +47,7 @@ def launch(tmp_path, monkeypatch):
     package.mkdir()
     (package / "__init__.py").touch()
     (package / "__main__.py").write_text(JOB)
-    shutil.copy(ROOT / "trec_twotower/torchrun.py", package)
+    shutil.copy(ROOT / "trec_twotower/distributed/launcher.py", package)
     for name in list(os.environ):
         if name in ("MASTER_ADDR", "MASTER_PORT") or name.startswith(("NNODES", "NODE_", "NPROC", "RDZV", "MAX_R")):
             monkeypatch.delenv(name)
@@ -242,7 +242,7 @@ def test_machines_that_do_not_meet_are_one_line(launch, tmp_path):
     start_s = time.monotonic()
     where = f"--nnodes=2 --node-rank=1 --master-addr=127.0.0.1 --master-port={port} --rdzv-conf=timeout=2"
     job = subprocess.run(
-        [sys.executable, "-m", "trec_twotower.torchrun", *where.split(), "-m", "trec_twotower", "show"],
+        [sys.executable, "-m", "trec_twotower.distributed.launcher", *where.split(), "-m", "trec_twotower", "show"],
         cwd=tmp_path,
         capture_output=True,
         text=True,

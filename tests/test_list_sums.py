@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from trec_twotower.data import kernels
-from trec_twotower.model.list_sums import applies_to, head_sums
-from trec_twotower.model.sequence import SequenceInput
-from trec_twotower.schema import FeatureSpec
+from trec_twotower.config.schema import FeatureSpec
+from trec_twotower.model.cpu.head_sums import applies_to, head_sums
+from trec_twotower.model.sequence_encoders import SequenceInput
+from trec_twotower.ops import kernels
 
 pytestmark = pytest.mark.skipif(not kernels.IS_COMPILED, reason="numba is not installed")
 
@@ -72,7 +72,7 @@ def test_dropout_leaves_out_a_share_and_keeps_the_mean():
 
 
 def test_heads_make_the_same_either_way(monkeypatch):
-    from trec_twotower.data.batch import Listed
+    from trec_twotower.data.loading.batch import Listed
 
     vector_UD, place_N, length_B, _ = lists()
     feature = FeatureSpec(
@@ -84,5 +84,5 @@ def test_heads_make_the_same_either_way(monkeypatch):
             weight.add_(torch.randn_like(weight))
     assert applies_to(vector_UD)
     fast = part(vector_UD, Listed(length_B, place=place_N))
-    monkeypatch.setattr("trec_twotower.model.sequence.applies_to", lambda vector: False)
+    monkeypatch.setattr("trec_twotower.model.sequence_encoders.applies_to", lambda vector: False)
     assert torch.allclose(fast, part(vector_UD, Listed(length_B, place=place_N)), atol=1e-5)

@@ -8,7 +8,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trec_twotower.data.lists import Lists, offsets_of, weights_of
+from trec_twotower.ops.ragged import Lists, offsets_of, weights_of
 
 ROWS = st.lists(st.lists(st.integers(-1, 12), max_size=6), max_size=8)
 SOME_ROWS = ROWS.filter(bool)

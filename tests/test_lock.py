@@ -16,13 +16,13 @@ from typing import Any
 
 import pytest
 
-from trec_twotower import lock as locks
 from trec_twotower.errors import ConfigError
-from trec_twotower.lock import HOLDER, LOCK, LOCK_FILES, FolderLock, RunLock
+from trec_twotower.storage import lock as locks
+from trec_twotower.storage.lock import HOLDER, LOCK, LOCK_FILES, FolderLock, RunLock
 
 HOLDING = """
 import sys, pathlib
-from trec_twotower.lock import RunLock
+from trec_twotower.storage.lock import RunLock
 RunLock(pathlib.Path(sys.argv[1])).acquire()
 print("held", flush=True)
 sys.stdin.read()

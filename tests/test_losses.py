@@ -15,9 +15,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from trec_twotower.config import CORRECTED
-from trec_twotower.model.losses import LOSSES, Hardest, Pairs, Relations, blocks
-from trec_twotower.model.losses.regularisers import alignment, nearness, squared_lengths
+from trec_twotower.config.run_config import CORRECTED
+from trec_twotower.model.losses import LOSSES, Hardest, Pairs, Relations
+from trec_twotower.model.losses import chunked as blocks
+from trec_twotower.model.losses.regularizers import alignment, nearness, squared_lengths
 
 
 @dataclass

@@ -14,17 +14,25 @@ from torch.nn import functional as F
 
 from tests.ranks.launch import SAID_BY_TORCHREC
 from tests.ranks.worlds import event_config, user_config
-from trec_twotower.config import CORRECTED, LOSS_PARAMETERS, LossConfig, RunConfig, apply_overrides, as_values, validate
-from trec_twotower.data.batch import Batch
-from trec_twotower.data.interactions import TrainBatches
+from trec_twotower.config.compatibility import check_same_run, config_hash
+from trec_twotower.config.run_config import (
+    CORRECTED,
+    LOSS_PARAMETERS,
+    LossConfig,
+    RunConfig,
+    apply_overrides,
+    as_values,
+    validate,
+)
+from trec_twotower.config.yaml_io import parse_yaml
+from trec_twotower.data.loading.batch import Batch
+from trec_twotower.data.loading.loader import TrainBatches
 from trec_twotower.errors import ConfigError
 from trec_twotower.model.losses import LOSSES, Pairs
 from trec_twotower.model.two_tower import TwoTower, relations_of
-from trec_twotower.optimizer import RunOptimizer
-from trec_twotower.run import Run
-from trec_twotower.same_run import check_same_run, config_hash
 from trec_twotower.training.loop import build_model, towers, train
-from trec_twotower.yaml_files import parse_yaml
+from trec_twotower.training.optimizer import RunOptimizer
+from trec_twotower.training.run_dir import Run
 
 pytestmark = pytest.mark.filterwarnings(*SAID_BY_TORCHREC)
 GIVEN = {"column": "shown", "labels": "grades"}

@@ -11,15 +11,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from trec_twotower.config import DataConfig, LearnedTemperature, LossConfig, validate
+from trec_twotower.config.run_config import DataConfig, LearnedTemperature, LossConfig, validate
+from trec_twotower.config.schema import FeatureSpec, Schema, TableSpec
 from trec_twotower.data.dataset import Dataset
-from trec_twotower.data.features import Sources
-from trec_twotower.data.interactions import TrainBatches
-from trec_twotower.data.negatives import count_items
+from trec_twotower.data.feature_dataset import Sources
+from trec_twotower.data.loading.loader import TrainBatches
+from trec_twotower.data.negatives.samplers import count_items
 from trec_twotower.model.losses import LOSSES, Pairs, Relations
 from trec_twotower.model.temperature import Temperature
 from trec_twotower.model.two_tower import relations_of
-from trec_twotower.schema import FeatureSpec, Schema, TableSpec
 
 softmax, bce = LOSSES["softmax"], LOSSES["bce"]
 

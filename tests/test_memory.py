@@ -11,7 +11,7 @@ import pytest
 PROGRAM = """
 import resource
 import numpy as np
-from trec_twotower.memory import keep_freed
+from trec_twotower.distributed.host_memory import keep_freed
 
 print(keep_freed())
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

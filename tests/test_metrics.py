@@ -6,9 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trec_twotower.config import METRICS
-from trec_twotower.data.lists import Lists
-from trec_twotower.metrics import (
+from trec_twotower.config.run_config import METRICS
+from trec_twotower.evaluation.metrics import (
     DRAWN_TOGETHER,
     Hits,
     MetricSums,
@@ -20,6 +19,7 @@ from trec_twotower.metrics import (
     ranking_metrics,
     resampled_sums,
 )
+from trec_twotower.ops.ragged import Lists
 
 
 def metrics_written_out(ranked, positives, k):
@@ -187,7 +187,7 @@ def lists_written_out(ranked, k, count, vectors):
 
 
 def test_what_lists_are_like_equals_the_definitions_written_out(monkeypatch):
-    monkeypatch.setattr("trec_twotower.metrics.MAX_CELLS", 200)  # several blocks
+    monkeypatch.setattr("trec_twotower.evaluation.metrics.MAX_CELLS", 200)  # several blocks
     rng = np.random.default_rng(5)
     count_I, item_ID = rng.integers(0, 50, size=40), rng.normal(size=(40, 6)).astype(np.float32)
     item_ID[7] = 0  # an item without a direction
@@ -276,7 +276,7 @@ def test_repeats_are_the_later_ones():
 
 
 def test_blocks_cover_every_user_once_and_bound_their_cells(monkeypatch):
-    monkeypatch.setattr("trec_twotower.metrics.MAX_CELLS", 500)
+    monkeypatch.setattr("trec_twotower.evaluation.metrics.MAX_CELLS", 500)
     lengths = np.random.default_rng(2).integers(0, 1000, size=300)
     lengths[5] = 100_000
     blocks = list(blocks_by_length(lengths, extra=10))
@@ -294,7 +294,7 @@ def test_popularity_leaves_out_what_each_user_has_seen():
 
 
 def test_popularity_equals_a_loop_over_users(monkeypatch):
-    monkeypatch.setattr("trec_twotower.metrics.MAX_CELLS", 1000)  # many blocks
+    monkeypatch.setattr("trec_twotower.evaluation.metrics.MAX_CELLS", 1000)  # many blocks
     rng = np.random.default_rng(3)
     count_I = rng.integers(0, 20, size=150)
     seen = [rng.integers(0, 150, size=size).tolist() for size in (0, 3, 150, 40, 400, 10, 10, 75)]

@@ -13,16 +13,16 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from tests.ranks.launch import SAID_BY_TORCHREC
 from tests.ranks.worlds import EVENTS, ITEMS, MIXED, PLANS, event_config, tables
-from trec_twotower.config import LossConfig, ModelConfig, TowerConfig
-from trec_twotower.data.batch import make_batch
-from trec_twotower.data.lists import Lists
-from trec_twotower.data.transforms import Columns, bucket
-from trec_twotower.distributed import Ranks
+from trec_twotower.config.run_config import LossConfig, ModelConfig, TowerConfig
+from trec_twotower.config.schema import FeatureSpec, Schema, TableSpec
+from trec_twotower.data.features.transform import Columns, bucket
+from trec_twotower.data.loading.batch import make_batch
+from trec_twotower.distributed.ranks import Ranks
 from trec_twotower.errors import ConfigError
-from trec_twotower.model.embedding import FILL_CELLS, Pooled, build_tables, fill_tables, tower_inputs
+from trec_twotower.model.embeddings import FILL_CELLS, Pooled, build_tables, fill_tables, tower_inputs
 from trec_twotower.model.tower import Tower
 from trec_twotower.model.two_tower import TwoTower
-from trec_twotower.schema import FeatureSpec, Schema, TableSpec
+from trec_twotower.ops.ragged import Lists
 from trec_twotower.training.loop import build_model, towers
 
 pytestmark = pytest.mark.filterwarnings(*SAID_BY_TORCHREC)

@@ -15,17 +15,24 @@ import pytest
 import torch
 
 from tests.ranks.worlds import event_config
-from trec_twotower.config import DataConfig, HardestConfig, LossConfig, validate
-from trec_twotower.data.batch import Batch
+from trec_twotower.config.run_config import DataConfig, HardestConfig, LossConfig, validate
+from trec_twotower.config.schema import FeatureSpec, Schema, TableSpec
+from trec_twotower.config.yaml_io import parse_yaml
 from trec_twotower.data.dataset import Dataset
-from trec_twotower.data.features import Sources
-from trec_twotower.data.hashing import fingerprints
-from trec_twotower.data.interactions import TrainBatches
-from trec_twotower.data.lists import Lists
-from trec_twotower.data.negatives import ByPopularity, Evenly, OfTheSameCategory, Refreshed, count_items, drawn_from
+from trec_twotower.data.feature_dataset import Sources
+from trec_twotower.data.loading.batch import Batch
+from trec_twotower.data.loading.loader import TrainBatches
+from trec_twotower.data.negatives.samplers import (
+    ByPopularity,
+    Evenly,
+    OfTheSameCategory,
+    Refreshed,
+    count_items,
+    drawn_from,
+)
 from trec_twotower.errors import ConfigError, DataError
-from trec_twotower.schema import FeatureSpec, Schema, TableSpec
-from trec_twotower.yaml_files import parse_yaml
+from trec_twotower.ops.hashing import fingerprints
+from trec_twotower.ops.ragged import Lists
 
 NUM_ITEMS, NUM_USERS, NUM_ROWS = 60, 90, 900
 ITEMS = [1000 + 7 * n for n in np.random.default_rng(5).permutation(NUM_ITEMS).tolist()]

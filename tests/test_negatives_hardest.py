@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from tests.test_losses import CASES, KINDS, assert_equal, block_of
-from trec_twotower.config import SELECTIVE
+from trec_twotower.config.run_config import SELECTIVE
 from trec_twotower.model.losses import LOSSES, Hardest, Pairs, Relations
 
 SELECTING = [kind for kind in KINDS if KINDS[kind][0] in SELECTIVE]

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from trec_twotower.data.hashing import hash_to_bucket
-from trec_twotower.model.frequency import RATE, Frequency
+from trec_twotower.model.cross_batch_memory import ItemQueue
 from trec_twotower.model.losses import LOSSES, Pairs, Relations
-from trec_twotower.model.queue import ItemQueue
+from trec_twotower.model.streaming_log_q import RATE, Frequency
+from trec_twotower.ops.hashing import hash_to_bucket
 
 NUM_ITEMS, DIM = 40, 3
 CPU = torch.device("cpu")

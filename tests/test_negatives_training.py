@@ -16,15 +16,15 @@ from tests import test_stream as streaming
 from tests.ranks.launch import SAID_BY_TORCHREC
 from tests.ranks.states import whole_state
 from tests.ranks.worlds import MIXED, NUM_ITEMS, event_config, negatives, user_config
-from trec_twotower import refresh as refreshing
-from trec_twotower.config import LossConfig, RunConfig, as_values, validate
+from trec_twotower.config.run_config import LossConfig, RunConfig, as_values, validate
+from trec_twotower.config.yaml_io import to_yaml
 from trec_twotower.errors import ConfigError, DataError
-from trec_twotower.index import neighbours as nearness
-from trec_twotower.index.neighbours import neighbours
-from trec_twotower.model import frequency
-from trec_twotower.run import Run
+from trec_twotower.index import item_neighbors as nearness
+from trec_twotower.index.item_neighbors import neighbours
+from trec_twotower.model import streaming_log_q as frequency
+from trec_twotower.training import hard_negatives as refreshing
 from trec_twotower.training import loop as training
-from trec_twotower.yaml_files import to_yaml
+from trec_twotower.training.run_dir import Run
 
 pytestmark = [pytest.mark.filterwarnings(said) for said in SAID_BY_TORCHREC]
 REFRESH = {"every": 3, "ranks": [2, 8], "count": 2}

@@ -11,13 +11,13 @@ import torch
 
 from tests.ranks.launch import SAID_BY_TORCHREC
 from tests.ranks.worlds import MIXED, event_config
-from trec_twotower.config import RunConfig, validate
-from trec_twotower.data.batch import make_batch
-from trec_twotower.data.lists import Lists
-from trec_twotower.data.transforms import Columns
+from trec_twotower.config.run_config import RunConfig, validate
+from trec_twotower.data.features.transform import Columns
+from trec_twotower.data.loading.batch import make_batch
 from trec_twotower.errors import ConfigError
-from trec_twotower.optimizer import RunOptimizer, check_optimizer, rate_share
+from trec_twotower.ops.ragged import Lists
 from trec_twotower.training.loop import build_model, towers
+from trec_twotower.training.optimizer import RunOptimizer, check_optimizer, rate_share
 
 pytestmark = pytest.mark.filterwarnings(*SAID_BY_TORCHREC)
 BUCKETS, DIM, SHARD_COLUMNS = 6, 8, 4

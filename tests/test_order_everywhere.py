@@ -6,11 +6,11 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from trec_twotower.config import DataConfig, LossConfig
+from trec_twotower.config.run_config import DataConfig, LossConfig
+from trec_twotower.config.schema import FeatureSpec, Schema, TableSpec
 from trec_twotower.data.dataset import Dataset
-from trec_twotower.data.features import Sources
-from trec_twotower.data.interactions import TrainBatches
-from trec_twotower.schema import FeatureSpec, Schema, TableSpec
+from trec_twotower.data.feature_dataset import Sources
+from trec_twotower.data.loading.loader import TrainBatches
 
 ROWS, BATCH, STEPS = 61, 8, 12  # a step of 5 rows ends the epoch of 8 steps; then half of the next
 ROW = TableSpec(buckets=1000, dim=4, hashing="modulo")  # a row's user_id is its own bucket

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trec_twotower.data.examples import Examples, RowItems
-from trec_twotower.data.lists import Lists
-from trec_twotower.data.packed import Buffers, Layout, Packed, Packer, take
-from trec_twotower.data.transforms import Columns
+from trec_twotower.data.features.transform import Columns
+from trec_twotower.data.loading.examples import Examples, RowItems
+from trec_twotower.data.loading.step_buckets import Buffers, Layout, Packed, Packer, take
+from trec_twotower.ops.ragged import Lists
 
 # A row: id, list of ids, weighted words, two numbers, positives, history, weight, user's key.
 ROWS = st.lists(

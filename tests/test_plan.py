@@ -14,15 +14,16 @@ import pytest
 
 from tests.ranks.launch import SAID_BY_TORCHREC, torchrun
 from tests.ranks.worlds import event_config, tables, user_config
-from trec_twotower.config import RunConfig, validate
+from trec_twotower.config.run_config import RunConfig, validate
 from trec_twotower.data.dataset import Dataset
-from trec_twotower.data.features import Sources
-from trec_twotower.data.interactions import TrainBatches
-from trec_twotower.data.negatives import count_items
+from trec_twotower.data.feature_dataset import Sources
+from trec_twotower.data.loading.loader import TrainBatches
+from trec_twotower.data.negatives.samplers import count_items
+from trec_twotower.distributed.host_memory import host_bytes
 from trec_twotower.errors import ConfigError
-from trec_twotower.memory import host_bytes
-from trec_twotower.optimizer import fuse_table_updates
-from trec_twotower.plan import (
+from trec_twotower.training.optimizer import fuse_table_updates
+from trec_twotower.training.sharding import TablePlacement
+from trec_twotower.training.sharding_plan import (
     OnlyTables,
     ShardBytes,
     StepSize,
@@ -32,7 +33,6 @@ from trec_twotower.plan import (
     num_dense_weights,
     step_size,
 )
-from trec_twotower.sharding import TablePlacement
 
 pytestmark = pytest.mark.filterwarnings(*SAID_BY_TORCHREC)
 LARGE = Path(__file__).resolve().parent.parent / "configs/large.yaml"

@@ -10,14 +10,14 @@ import pyarrow as pa
 import pytest
 import torch
 
-from trec_twotower.config import DataConfig, LossConfig, NegativesConfig
-from trec_twotower.data import order, reader
+from trec_twotower.config.run_config import DataConfig, LossConfig, NegativesConfig
+from trec_twotower.config.schema import FeatureSpec, Schema, TableSpec
 from trec_twotower.data.dataset import Dataset, RowGroup, Split
-from trec_twotower.data.features import Sources
-from trec_twotower.data.interactions import TrainBatches
-from trec_twotower.data.order import Interleaving, Window, windows_of
+from trec_twotower.data.feature_dataset import Sources
+from trec_twotower.data.loading import order, reader
+from trec_twotower.data.loading.loader import TrainBatches
+from trec_twotower.data.loading.order import Interleaving, Window, windows_of
 from trec_twotower.errors import DataError
-from trec_twotower.schema import FeatureSpec, Schema, TableSpec
 
 ITEM = TableSpec(buckets=64, dim=4)
 USERS = (

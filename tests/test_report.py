@@ -13,8 +13,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from trec_twotower.report import _in_turn, principal_plane
-from trec_twotower.serve import Retriever
+from trec_twotower.evaluation.report import _in_turn, principal_plane
+from trec_twotower.serving.retriever import Retriever
 
 VOID = {"meta", "br"}
 
@@ -207,7 +207,7 @@ def test_points_of_a_curve_take_turns(monkeypatch):
         clock[0] += seconds * (1 + len(calls) // 2)
         return name
 
-    monkeypatch.setattr("trec_twotower.report.time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    monkeypatch.setattr("trec_twotower.evaluation.report.time", SimpleNamespace(perf_counter=lambda: clock[0]))
     found, seconds = _in_turn({name: lambda name=name: work(name, 1.0) for name in ("one", "other")})
     assert found == {"one": "one", "other": "other"} and calls == ["one", "other"] * (len(calls) // 2)
     assert 0.6 < seconds["one"] / seconds["other"] < 1.4

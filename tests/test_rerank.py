@@ -3,9 +3,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trec_twotower.data.lists import Lists
 from trec_twotower.errors import ConfigError
-from trec_twotower.rerank import Rules, apply_rules
+from trec_twotower.ops.ragged import Lists
+from trec_twotower.serving.business_rules import Rules, apply_rules
 
 
 def shown(score, item_row, k, rules):

@@ -7,8 +7,8 @@ import math
 import numpy as np
 import pytest
 
-from trec_twotower.data.lists import Lists
-from trec_twotower.sampled import Negatives, sampled_metrics
+from trec_twotower.evaluation.sampled_metrics import Negatives, sampled_metrics
+from trec_twotower.ops.ragged import Lists
 
 
 def test_a_negative_is_of_the_positives_own_part_and_neither_seen_nor_to_find():

@@ -13,13 +13,13 @@ import xxhash
 from pydantic import ValidationError
 from torch import nn
 
-from trec_twotower.config import LossConfig, ModelConfig
-from trec_twotower.data.hashing import mix
-from trec_twotower.distributed import Ranks
+from trec_twotower.config.run_config import LossConfig, ModelConfig
+from trec_twotower.config.schema import FeatureSpec, Schema, TableSpec, key
+from trec_twotower.distributed.ranks import Ranks
 from trec_twotower.errors import ConfigError, DataError
 from trec_twotower.model.tower import encoder_name
 from trec_twotower.model.two_tower import TwoTower
-from trec_twotower.schema import FeatureSpec, Schema, TableSpec, key
+from trec_twotower.ops.hashing import mix
 
 ITEM = TableSpec(buckets=100, dim=8)
 HISTORY = FeatureSpec(name="history", kind="bag", table="item")

@@ -13,18 +13,18 @@ import torch
 
 from tests.ranks.launch import SAID_BY_TORCHREC
 from tests.sequences import NUM_ITEMS, RESUMED, TOWERS, USERS, steps_config, write_steps
-from trec_twotower.data.batch import make_batch
+from trec_twotower.config.schema import ENCODER_PARAMETERS, FeatureSpec, Schema, TableSpec
 from trec_twotower.data.dataset import Dataset
-from trec_twotower.data.features import Sources
-from trec_twotower.data.transforms import Columns, transform
+from trec_twotower.data.feature_dataset import Sources
+from trec_twotower.data.features.transform import Columns, transform
+from trec_twotower.data.loading.batch import make_batch
 from trec_twotower.errors import ConfigError, DataError
-from trec_twotower.export import read_export
 from trec_twotower.index import build_index
-from trec_twotower.run import Run
-from trec_twotower.schema import ENCODER_PARAMETERS, FeatureSpec, Schema, TableSpec
-from trec_twotower.serve import Retriever
+from trec_twotower.inference.export import read_export
+from trec_twotower.serving.retriever import Retriever
 from trec_twotower.serving.user_state import state_table
 from trec_twotower.training.loop import build_model, towers
+from trec_twotower.training.run_dir import Run
 
 pytestmark = [pytest.mark.filterwarnings(each) for each in SAID_BY_TORCHREC]
 TABLE = TableSpec(buckets=64, dim=4, hashing="modulo")

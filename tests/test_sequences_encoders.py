@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trec_twotower.config import validate
-from trec_twotower.data.batch import Listed
+from trec_twotower.config.run_config import validate
+from trec_twotower.config.schema import ENCODER_PARAMETERS, EncoderSpec, FeatureSpec
+from trec_twotower.data.loading.batch import Listed
 from trec_twotower.errors import ConfigError
-from trec_twotower.model.sequence import (
+from trec_twotower.model.sequence_encoders import (
     ENCODERS,
     Dropout,
     Heads,
@@ -22,7 +23,6 @@ from trec_twotower.model.sequence import (
     SequenceInput,
     turned,
 )
-from trec_twotower.schema import ENCODER_PARAMETERS, EncoderSpec, FeatureSpec
 
 DIM, LONGEST = 8, 12
 CASES: dict[str, dict[str, Any]] = {

@@ -12,13 +12,13 @@ import pyarrow as pa
 import pytest
 
 from trec_twotower.errors import ConfigError, DataError
-from trec_twotower.serve import in_words
+from trec_twotower.serving.retriever import in_words
 
 
 @pytest.fixture
 def retriever(shop):
-    from trec_twotower.distributed import start_ranks
-    from trec_twotower.serve import Retriever
+    from trec_twotower.distributed.ranks import start_ranks
+    from trec_twotower.serving.retriever import Retriever
 
     with start_ranks() as ranks:
         yield Retriever.open(shop.run, ranks)
@@ -51,10 +51,10 @@ def test_what_a_user_took_is_not_shown_where_the_catalogue_lacks_some_of_it(
     retriever, shop, shop_tables, write_dataset, tmp_path
 ):
     """The history of a user of test/, and of one who is given as a state, holds an item that was withdrawn."""
-    from trec_twotower.config import load_config
+    from trec_twotower.config.run_config import load_config
     from trec_twotower.data.dataset import Dataset
-    from trec_twotower.data.interactions import Sources
-    from trec_twotower.serve import Retriever
+    from trec_twotower.data.loading.loader import Sources
+    from trec_twotower.serving.retriever import Retriever
 
     test = shop_tables["test"]
     row = {**next(row for row in test.to_pylist() if row["user_id"] == "user-1")}
@@ -72,11 +72,11 @@ def test_what_a_user_took_is_not_shown_where_the_catalogue_lacks_some_of_it(
 
 def test_rules_look_on_until_they_have_found_as_many_as_were_asked_for():
     """The best 300 of 400 items are of one group, of which one item is shown; the others are in none."""
-    from trec_twotower.config import IndexConfig
-    from trec_twotower.data.lists import Lists
+    from trec_twotower.config.run_config import IndexConfig
     from trec_twotower.index import build_index
-    from trec_twotower.rerank import Rules
-    from trec_twotower.serve import Retriever
+    from trec_twotower.ops.ragged import Lists
+    from trec_twotower.serving.business_rules import Rules
+    from trec_twotower.serving.retriever import Retriever
 
     item_ID = np.stack([np.arange(400, 0, -1), np.ones(400)], 1).astype(np.float32)
     user_BD = np.array([[1.0, 0.0]], np.float32)
@@ -102,9 +102,10 @@ def test_a_user_who_saw_nearly_all_gets_a_shorter_list(retriever):
 
 def test_a_mapped_index_serves_the_same(retriever, shop, monkeypatch):
     """And is what `serve --mapped` takes, after a reload too."""
-    from trec_twotower import cli, server
+    from trec_twotower import cli
     from trec_twotower.index import ItemIndex
-    from trec_twotower.serve import Retriever
+    from trec_twotower.serving import http_api as server
+    from trec_twotower.serving.retriever import Retriever
 
     asked = []
     load = ItemIndex.load.__func__
@@ -129,7 +130,7 @@ def test_a_forked_process_is_told_to_spawn(what, retriever, shop, shop_tables):
     """The threads of torch are not forked, so that its first answer would never come."""
     import multiprocessing
 
-    from trec_twotower.encoder import Encoder
+    from trec_twotower.inference.tower_encoder import Encoder
 
     encoder = Encoder.of(retriever.loaded.run, retriever.loaded.sources)
     fork = multiprocessing.get_context("fork")
@@ -217,7 +218,7 @@ def test_what_is_no_list_of_states_is_refused(retriever, states, message):
 
 
 def test_numbers_of_numpy_and_steps_are_accepted(retriever, shop):
-    from trec_twotower.serve import Retriever
+    from trec_twotower.serving.retriever import Retriever
 
     expected = retriever.recommend(["user-1"], k=3)
     assert retriever.recommend(["user-1"], k=np.int64(3), history_shown=np.int32(5)) == expected
@@ -237,8 +238,8 @@ def test_users_may_be_given_in_any_collection(retriever):
 
 
 def test_a_retriever_whose_ranks_have_ended_says_so(shop):
-    from trec_twotower.distributed import start_ranks
-    from trec_twotower.serve import Retriever
+    from trec_twotower.distributed.ranks import start_ranks
+    from trec_twotower.serving.retriever import Retriever
 
     with start_ranks() as ranks:
         retriever = Retriever.open(shop.run, ranks)
@@ -252,9 +253,9 @@ def test_a_retriever_whose_ranks_have_ended_says_so(shop):
 
 def test_the_newest_row_of_a_user_counts(shop, shop_tables, write_dataset, tmp_path):
     """test/ before valid/ before train/, and there the last row."""
-    from trec_twotower.config import load_config
+    from trec_twotower.config.run_config import load_config
     from trec_twotower.data.dataset import Dataset
-    from trec_twotower.data.interactions import Sources
+    from trec_twotower.data.loading.loader import Sources
     from trec_twotower.serving.user_state import find_user
 
     config = load_config(shop.config)
@@ -300,9 +301,9 @@ def nobody(shop_tables: dict[str, pa.Table]) -> pa.Table:
 
 
 def test_a_split_without_a_column_of_the_towers_is_named(shop, shop_tables, write_dataset, tmp_path):
-    from trec_twotower.config import load_config
+    from trec_twotower.config.run_config import load_config
     from trec_twotower.data.dataset import Dataset
-    from trec_twotower.data.interactions import Sources
+    from trec_twotower.data.loading.loader import Sources
     from trec_twotower.serving.user_state import find_user
 
     tables = {**shop_tables, "test": shop_tables["test"].drop_columns(["history_weight"])}

@@ -22,9 +22,9 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from trec_twotower import server
-from trec_twotower.serve import Retriever
-from trec_twotower.server import MAX_USERS, Measured, Server, Service
+from trec_twotower.serving import http_api as server
+from trec_twotower.serving.http_api import MAX_USERS, Measured, Server, Service
+from trec_twotower.serving.retriever import Retriever
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def served(shop, tmp_path_factory) -> Iterator[Served]:
 
 @pytest.fixture(scope="module")
 def retriever(shop):
-    from trec_twotower.serve import Retriever
+    from trec_twotower.serving.retriever import Retriever
 
     return Retriever.alone(shop.run)
 
@@ -94,8 +94,8 @@ def ids(answer: dict[str, Any]) -> list[str]:
 
 
 def test_it_answers_as_the_retriever_in_a_process_group_does(served, retriever, shop):
-    from trec_twotower.distributed import start_ranks
-    from trec_twotower.serve import Retriever
+    from trec_twotower.distributed.ranks import start_ranks
+    from trec_twotower.serving.retriever import Retriever
 
     answers = served.recommend(users=["user-1", "user-2"], k=7, history=2)
     with start_ranks() as ranks:
@@ -316,7 +316,7 @@ def test_metrics_count_what_took_so_long_and_name_no_path_but_ours(served, servi
 
 
 def test_numbers_that_json_has_no_word_for_are_told_as_null():
-    from trec_twotower.server import _json
+    from trec_twotower.serving.http_api import _json
 
     about = {"rating": float("nan"), "sizes": [1.5, float("inf")], "maker": {"since": -float("inf")}, "price": 2.5}
     text, _ = _json({"answers": [about], "day": date(2026, 1, 2)})

@@ -11,11 +11,11 @@ import torch.distributed as dist
 
 from tests.ranks.launch import SAID_BY_TORCHREC
 from tests.ranks.worlds import MIXED, PLANS, TABLES, event_config, tables
-from trec_twotower.distributed import Ranks
+from trec_twotower.distributed.ranks import Ranks
 from trec_twotower.errors import ConfigError
 from trec_twotower.model.two_tower import TwoTower
-from trec_twotower.optimizer import fuse_table_updates
-from trec_twotower.sharding import RankMemory, TablePlacement, make_plan, placements, shard_columns
+from trec_twotower.training.optimizer import fuse_table_updates
+from trec_twotower.training.sharding import RankMemory, TablePlacement, make_plan, placements, shard_columns
 
 pytestmark = pytest.mark.filterwarnings(*SAID_BY_TORCHREC)
 SIZES = {name: (spec["buckets"], spec["dim"]) for name, spec in tables("auto").items()}

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from tests.ranks.launch import torchrun
-from trec_twotower.distributed import _shared_memory
+from trec_twotower.distributed.ranks import _shared_memory
 from trec_twotower.errors import ConfigError
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="Linux alone has the memory that is shared")

@@ -22,8 +22,8 @@ from hypothesis import strategies as st
 from trec_twotower.data.sources import SOURCES, gowalla, id_lines, prepare
 from trec_twotower.data.sources.id_lines import check_published, read_id_lines
 from trec_twotower.data.sources.options import read_options
-from trec_twotower.data.sources.synthetic import GLOBAL_SHARE, MAIN_SHARE, SECOND_SHARE, Options, World
-from trec_twotower.data.sources.synthetic_words import COUNTRIES, KINDS
+from trec_twotower.data.sources.synthetic_world.words import COUNTRIES, KINDS
+from trec_twotower.data.sources.synthetic_world.world import GLOBAL_SHARE, MAIN_SHARE, SECOND_SHARE, Options, World
 from trec_twotower.data.sources.writer import DatasetWriter, list_column
 from trec_twotower.errors import ConfigError, DataError
 

@@ -13,10 +13,10 @@ import torch
 
 from tests.ranks.launch import SAID_BY_TORCHREC
 from tests.ranks.worlds import EVENTS, ITEM_IDS, USERS
-from trec_twotower.config import RunConfig, SpectralStart, as_values, validate
+from trec_twotower.config.run_config import RunConfig, SpectralStart, as_values, validate
 from trec_twotower.errors import ConfigError, DataError
-from trec_twotower.spectral import Taken, spectral_tables, spread
 from trec_twotower.training.loop import towers, train
+from trec_twotower.training.spectral_initialization import Taken, spectral_tables, spread
 
 pytestmark = pytest.mark.filterwarnings(*SAID_BY_TORCHREC)
 
@@ -62,7 +62,7 @@ def test_the_spread_is_that_of_all_scores_at_once(pooling, rng, lone_rank, monke
     history, item = (torch.from_numpy(rng.normal(0.2, 1, (25, 6)).astype(np.float32)) for _ in range(2))
     pooled = matrix / np.maximum(matrix.sum(1, keepdims=True), 1) ** {"sum": 0, "mean": 1, "sqrtn": 0.5}[pooling]
     expected = (pooled @ history.double().numpy() @ item.double().numpy().T).std()
-    monkeypatch.setattr("trec_twotower.spectral.BLOCK_ROWS", 7)
+    monkeypatch.setattr("trec_twotower.training.spectral_initialization.BLOCK_ROWS", 7)
     assert spread(taken_of(matrix), history, item, pooling, lone_rank) == pytest.approx(expected, rel=1e-5)
 
 
@@ -70,7 +70,7 @@ def test_users_in_blocks_are_users_at_once(rng, lone_rank, monkeypatch):
     taken = taken_of((rng.random((50, 30)) < 0.2).astype(float))
     start = SpectralStart(history="history")
     whole = spectral_tables(taken, 6, start, 0, lone_rank)
-    monkeypatch.setattr("trec_twotower.spectral.BLOCK_ROWS", 7)
+    monkeypatch.setattr("trec_twotower.training.spectral_initialization.BLOCK_ROWS", 7)
     parts = spectral_tables(taken, 6, start, 0, lone_rank)
     assert torch.allclose(whole[0] @ whole[1].T, parts[0] @ parts[1].T, atol=1e-5)
 
@@ -116,10 +116,10 @@ def config(dataset: Path, run_dir: Path, **changed: Any) -> RunConfig:
 
 
 def test_without_an_epoch_it_is_a_recommender_and_training_goes_on_from_it(write_dataset, tmp_path, lone_rank, capsys):
-    from trec_twotower.encode import encode_everywhere
-    from trec_twotower.evaluate import Evaluator
-    from trec_twotower.export import load_model
-    from trec_twotower.run import Run
+    from trec_twotower.evaluation.evaluator import Evaluator
+    from trec_twotower.inference.export import load_model
+    from trec_twotower.model.encode import encode_everywhere
+    from trec_twotower.training.run_dir import Run
 
     wanted = config(clusters(write_dataset, tmp_path / "data"), tmp_path / "run")
     train(wanted, lone_rank)
@@ -173,10 +173,10 @@ def beside(dataset: Path, run_dir: Path, **changed: Any) -> RunConfig:
 
 def test_at_the_end_it_stands_beside_what_was_trained(write_dataset, tmp_path, lone_rank, capsys):
     """Trained columns as without it, its own as it makes them, scaled; cut short between the two, the same again."""
-    from trec_twotower.encode import encode_everywhere
-    from trec_twotower.evaluate import Evaluator
-    from trec_twotower.export import load_model
-    from trec_twotower.run import Run
+    from trec_twotower.evaluation.evaluator import Evaluator
+    from trec_twotower.inference.export import load_model
+    from trec_twotower.model.encode import encode_everywhere
+    from trec_twotower.training.run_dir import Run
 
     wanted = beside(clusters(write_dataset, tmp_path / "data"), tmp_path / "run")
     train(wanted, lone_rank)
@@ -232,7 +232,7 @@ def test_at_the_end_it_stands_beside_what_was_trained(write_dataset, tmp_path, l
     ],
 )
 def test_names_of_no_feature_are_said_before_anything_is_trained(wrong, message, write_dataset, tmp_path, lone_rank):
-    from trec_twotower.plan import describe_plan
+    from trec_twotower.training.sharding_plan import describe_plan
 
     start = {"epochs": 1, "start": {**wrong, "at": "end"}}
     named = beside(clusters(write_dataset, tmp_path / "data"), tmp_path / "run", train=start)
@@ -244,7 +244,7 @@ def test_names_of_no_feature_are_said_before_anything_is_trained(wrong, message,
 
 
 def test_its_plan_has_all_tables_but_steps_of_what_is_trained(write_dataset, tmp_path):
-    from trec_twotower.plan import describe_plan
+    from trec_twotower.training.sharding_plan import describe_plan
 
     said = describe_plan(beside(clusters(write_dataset, tmp_path / "data"), tmp_path / "run"), 2)
     tables, _, sent = said.partition("What a rank sends")

@@ -15,14 +15,14 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from trec_twotower.config import RunConfig, validate
-from trec_twotower.data import stream as streaming
+from trec_twotower.config.run_config import RunConfig, validate
 from trec_twotower.data.dataset import RowGroup
-from trec_twotower.data.order import Interleaving, windows_of
-from trec_twotower.data.stream import Stream
-from trec_twotower.distributed import Ranks
+from trec_twotower.data.loading import streaming
+from trec_twotower.data.loading.order import Interleaving, windows_of
+from trec_twotower.data.loading.streaming import Stream
+from trec_twotower.distributed.ranks import Ranks
 from trec_twotower.errors import ConfigError, DataError
-from trec_twotower.run import Run
+from trec_twotower.training.run_dir import Run
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 ITEMS = [f"i{number:02d}" for number in range(12)]
@@ -346,7 +346,7 @@ def test_items_that_come_are_known_from_the_next_generation_on(folder):
 
 def test_a_mapped_catalogue_knows_in_which_order_its_files_came(folder, monkeypatch):
     """Another run on the same files, which takes them by name, has other rows, though the cache folder is one."""
-    monkeypatch.setattr("trec_twotower.data.catalogue.MAPPED_CELLS", 0)
+    monkeypatch.setattr("trec_twotower.data.item_table.MAPPED_CELLS", 0)
     cache = {"cache": folder.parent / "cache"}
     stream = stream_of(folder, **cache)
     while_reading(

@@ -14,12 +14,12 @@ import pytest
 
 from tests.ranks.launch import SAID_BY_TORCHREC
 from tests.test_stream import GROWN, config_of, expected, folder, items, publish, rows  # noqa: F401 - a fixture
-from trec_twotower.config import RunConfig, as_values
-from trec_twotower.data import stream as streaming
+from trec_twotower.config.run_config import RunConfig, as_values
+from trec_twotower.config.yaml_io import to_yaml
+from trec_twotower.data.loading import streaming
 from trec_twotower.errors import DataError
-from trec_twotower.run import Run
 from trec_twotower.training.loop import Progress, train
-from trec_twotower.yaml_files import to_yaml
+from trec_twotower.training.run_dir import Run
 
 pytestmark = pytest.mark.filterwarnings(*SAID_BY_TORCHREC)
 

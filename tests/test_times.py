@@ -10,9 +10,9 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from trec_twotower.data.transforms import transform
+from trec_twotower.config.schema import FeatureSpec, TableSpec
+from trec_twotower.data.features.transform import transform
 from trec_twotower.errors import DataError
-from trec_twotower.schema import FeatureSpec, TableSpec
 
 TABLE = {"item": TableSpec(buckets=9, dim=4)}
 DAYS = (0, 1, 4)

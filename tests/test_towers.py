@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trec_twotower.config import ExpertsConfig, GatingConfig, TowerConfig, TrainConfig
-from trec_twotower.distributed import Ranks
-from trec_twotower.model.parts import Crosses, Experts, FeatureDropout, FeatureGates, Missing, ShortLong, Unit
+from trec_twotower.config.run_config import ExpertsConfig, GatingConfig, TowerConfig, TrainConfig
+from trec_twotower.distributed.ranks import Ranks
 from trec_twotower.model.tower import Tower, encoder_name
+from trec_twotower.model.tower_layers import Crosses, Experts, FeatureDropout, FeatureGates, Missing, ShortLong, Unit
 
 WIDTHS = (2, 3, 2)
 ALONE = Ranks(0, 1, torch.device("cpu"))  # in no process group

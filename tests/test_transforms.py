@@ -13,14 +13,12 @@ import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trec_twotower.data.catalogue import check_side
+from trec_twotower.config.schema import FeatureSpec, TableSpec
 from trec_twotower.data.dataset import Split
-from trec_twotower.data.hashing import mix
-from trec_twotower.data.lists import Lists
-from trec_twotower.data.numbers import learn_statistics as learn_of_values
-from trec_twotower.data.numbers import normalise as normalise_values
-from trec_twotower.data.numbers import number_values
-from trec_twotower.data.transforms import (
+from trec_twotower.data.features.numeric import learn_statistics as learn_of_values
+from trec_twotower.data.features.numeric import normalise as normalise_values
+from trec_twotower.data.features.numeric import number_values
+from trec_twotower.data.features.transform import (
     Columns,
     Statistics,
     bag,
@@ -32,8 +30,10 @@ from trec_twotower.data.transforms import (
     put_pooling_divisor,
     transform,
 )
+from trec_twotower.data.item_table import check_side
 from trec_twotower.errors import DataError
-from trec_twotower.schema import FeatureSpec, TableSpec
+from trec_twotower.ops.hashing import mix
+from trec_twotower.ops.ragged import Lists
 
 MIX = TableSpec(buckets=50, dim=4, seed=3)
 MODULO = TableSpec(buckets=50, dim=4, hashing="modulo")

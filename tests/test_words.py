@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.shop import SHOP_CONFIG
-from trec_twotower.data.words import EXACT, exact_array, python_rows, python_value, python_values
+from trec_twotower.storage.arrow_values import EXACT, exact_array, python_rows, python_value, python_values
 
 NOVEMBER = datetime(2023, 11, 14, 22, 13, 20, tzinfo=UTC)
 BYTES = st.binary(max_size=4) | st.text(max_size=4).map(str.encode)

@@ -6,22 +6,22 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # the same names for type checkers and editors
-    from trec_twotower.config import RunConfig as RunConfig
-    from trec_twotower.config import load_config as load_config
-    from trec_twotower.data.catalogue import Catalogue as Catalogue
+    from trec_twotower.config.run_config import RunConfig as RunConfig
+    from trec_twotower.config.run_config import load_config as load_config
+    from trec_twotower.config.schema import FeatureSpec as FeatureSpec
+    from trec_twotower.config.schema import Schema as Schema
+    from trec_twotower.config.schema import TableSpec as TableSpec
     from trec_twotower.data.dataset import Dataset as Dataset
-    from trec_twotower.data.hashing import hash_to_bucket as hash_to_bucket
-    from trec_twotower.distributed import Ranks as Ranks
-    from trec_twotower.distributed import start_ranks as start_ranks
-    from trec_twotower.encoder import Encoder as Encoder
+    from trec_twotower.data.item_table import Catalogue as Catalogue
+    from trec_twotower.distributed.ranks import Ranks as Ranks
+    from trec_twotower.distributed.ranks import start_ranks as start_ranks
     from trec_twotower.errors import ConfigError as ConfigError
     from trec_twotower.errors import DataError as DataError
     from trec_twotower.index import ItemIndex as ItemIndex
+    from trec_twotower.inference.tower_encoder import Encoder as Encoder
     from trec_twotower.model.two_tower import TwoTower as TwoTower
-    from trec_twotower.schema import FeatureSpec as FeatureSpec
-    from trec_twotower.schema import Schema as Schema
-    from trec_twotower.schema import TableSpec as TableSpec
-    from trec_twotower.serve import Retriever as Retriever
+    from trec_twotower.ops.hashing import hash_to_bucket as hash_to_bucket
+    from trec_twotower.serving.retriever import Retriever as Retriever
     from trec_twotower.training.loop import train as train
 
 __version__ = "0.1.0"
@@ -29,22 +29,22 @@ __version__ = "0.1.0"
 # Each name and its module, imported at first use, so that `import trec_twotower` does not load torch. No name may be
 # that of a submodule: importing the submodule would replace it.
 _MODULE_OF = {
-    "Catalogue": "data.catalogue",
+    "Catalogue": "data.item_table",
     "ConfigError": "errors",
     "DataError": "errors",
     "Dataset": "data.dataset",
-    "Encoder": "encoder",
-    "FeatureSpec": "schema",
+    "Encoder": "inference.tower_encoder",
+    "FeatureSpec": "config.schema",
     "ItemIndex": "index",
-    "Ranks": "distributed",
-    "Retriever": "serve",
-    "RunConfig": "config",
-    "Schema": "schema",
-    "TableSpec": "schema",
+    "Ranks": "distributed.ranks",
+    "Retriever": "serving.retriever",
+    "RunConfig": "config.run_config",
+    "Schema": "config.schema",
+    "TableSpec": "config.schema",
     "TwoTower": "model.two_tower",
-    "hash_to_bucket": "data.hashing",
-    "load_config": "config",
-    "start_ranks": "distributed",
+    "hash_to_bucket": "ops.hashing",
+    "load_config": "config.run_config",
+    "start_ranks": "distributed.ranks",
     "train": "training.loop",
 }
 __all__ = sorted([*_MODULE_OF, "__version__"])

@@ -11,8 +11,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from trec_twotower.cli_output import code_for_launcher, is_unread, leave, prepare_output, print_once
-from trec_twotower.cli_parser import ON_RANKS, SUBCOMMANDS, CallError, build_parser
+from trec_twotower.commands.output import code_for_launcher, is_unread, leave, prepare_output, print_once
+from trec_twotower.commands.parser import ON_RANKS, SUBCOMMANDS, CallError, build_parser
 from trec_twotower.errors import ConfigError, DataError, LostRanks, Stopped, TrainingError, nearest
 
 MAX_PLANNED_RANKS = 4096  # more, and the planner does not come back
@@ -58,7 +58,7 @@ def _run(words: list[str], name: str, *, is_own_process: bool) -> int:
     except KeyboardInterrupt:
         return _interrupted(name)
     except RuntimeError as error:
-        from trec_twotower.heartbeat import cause_of, is_lost
+        from trec_twotower.distributed.watchdog import cause_of, is_lost
 
         if _num_ranks() < 2 or not is_lost(error):
             raise
@@ -115,7 +115,7 @@ def _num_ranks() -> int:
 
 def _ranks(config: Any | None = None, *, trains: bool = False) -> Any:
     """The ranks of this job, by a run's config. That it was trained on GPUs binds nobody but the training."""
-    from trec_twotower.distributed import start_ranks
+    from trec_twotower.distributed.ranks import start_ranks
 
     if config is None:
         return start_ranks()
@@ -126,7 +126,7 @@ def _ranks(config: Any | None = None, *, trains: bool = False) -> Any:
 
 def _prepare(options: argparse.Namespace) -> int:
     from trec_twotower.data.sources import parse_options, prepare
-    from trec_twotower.data.sources.summary import describe
+    from trec_twotower.data.sources.event_logs.summary import describe
 
     overrides = parse_options(options.source, options.overrides)
     made = prepare(options.source, options.out, overrides, overwrite=options.overwrite)
@@ -138,7 +138,7 @@ def _prepare(options: argparse.Namespace) -> int:
 
 def _config(options: argparse.Namespace) -> Any:
     """The config that a command was given, with its overrides."""
-    from trec_twotower.config import load_config
+    from trec_twotower.config.run_config import load_config
 
     config = load_config(options.config, options.overrides)
     if config.index.factory is not None:  # better refused now than when a run of days is to be indexed
@@ -152,11 +152,11 @@ def _train(options: argparse.Namespace) -> int:
     config = _config(options)
     _quiet()
     if options.init_from is not None:  # before the run folder is made
-        from trec_twotower.run import Run
+        from trec_twotower.training.run_dir import Run
 
         Run.open(options.init_from)
     with _ranks(config, trains=True) as ranks:
-        from trec_twotower.evaluate import Evaluator
+        from trec_twotower.evaluation.evaluator import Evaluator
         from trec_twotower.training.loop import train
 
         def evaluator(sources: Any) -> Any:
@@ -166,14 +166,14 @@ def _train(options: argparse.Namespace) -> int:
 
         search: Any = None
         if config.loss.negatives.refresh is not None:
-            from trec_twotower.index.neighbours import neighbours as search
+            from trec_twotower.index.item_neighbors import neighbours as search
 
         train(config, ranks, evaluator, options.init_from, search)
     return 0
 
 
 def _export(options: argparse.Namespace) -> int:
-    from trec_twotower.run import Run
+    from trec_twotower.training.run_dir import Run
 
     run = Run.open(options.run_dir)
     _quiet()
@@ -182,8 +182,8 @@ def _export(options: argparse.Namespace) -> int:
     if options.encoder:
         return _export_encoder(run, options.checkpoint)
     with _ranks(run.config) as ranks:
-        from trec_twotower.export import export, load_model
-        from trec_twotower.files import read_json
+        from trec_twotower.inference.export import export, load_model
+        from trec_twotower.storage.atomic import read_json
 
         folder = export(load_model(run, ranks, options.checkpoint), ranks, columns=options.columns, users=options.users)
         if ranks.is_first:
@@ -201,9 +201,9 @@ def _export_encoder(run: Any, checkpoint: str) -> int:
         raise ConfigError("--encoder puts all tables into one folder, which one process does: leave out the launcher.")
     import torch
 
-    from trec_twotower.artefacts import sole_writer
-    from trec_twotower.distributed import Ranks
-    from trec_twotower.encoder import Encoder
+    from trec_twotower.distributed.ranks import Ranks
+    from trec_twotower.inference.tower_encoder import Encoder
+    from trec_twotower.storage.artifacts import sole_writer
 
     folder = run.folder / "encoder"
     with sole_writer(folder):
@@ -216,11 +216,11 @@ def _export_encoder(run: Any, checkpoint: str) -> int:
 
 
 def _index(options: argparse.Namespace) -> int:
-    from trec_twotower.artefacts import sole_writer
-    from trec_twotower.config import with_index_settings
-    from trec_twotower.export import open_export
+    from trec_twotower.config.run_config import with_index_settings
     from trec_twotower.index import build_index
-    from trec_twotower.run import Run
+    from trec_twotower.inference.export import open_export
+    from trec_twotower.storage.artifacts import sole_writer
+    from trec_twotower.training.run_dir import Run
 
     run = Run.open(options.run_dir)
     settings = with_index_settings(run.config, options.overrides)
@@ -243,12 +243,12 @@ def _index(options: argparse.Namespace) -> int:
 
 
 def _evaluate(options: argparse.Namespace) -> int:
-    from trec_twotower.run import Run
+    from trec_twotower.training.run_dir import Run
 
     run = Run.open(options.run_dir)
     _quiet()
     with _ranks(run.config) as ranks:
-        from trec_twotower.evaluate import evaluate_run
+        from trec_twotower.evaluation.evaluator import evaluate_run
 
         table = evaluate_run(
             run,
@@ -262,7 +262,7 @@ def _evaluate(options: argparse.Namespace) -> int:
             sampled_same=options.same,
         )
         if ranks.is_first:
-            from trec_twotower.serve import printable
+            from trec_twotower.serving.retriever import printable
 
             print("\n".join(map(printable, table.split("\n"))))  # values of the slices' columns are in it
     return 0
@@ -279,7 +279,7 @@ def _recommend(options: argparse.Namespace) -> int:
         where.setdefault(column, []).append(value)
     _quiet()
     with _ranks() as ranks:
-        from trec_twotower.serve import Retriever, in_words, printable
+        from trec_twotower.serving.retriever import Retriever, in_words, printable
 
         retriever = Retriever.open(options.run_dir, ranks, options.checkpoint)
         allowed = retriever.allow(where=where, without=options.without) if where or options.without else None
@@ -303,7 +303,7 @@ def _serve(options: argparse.Namespace) -> int:
     if not 0 <= options.reload_s < math.inf:
         raise ConfigError(f"--reload-s is {options.reload_s:g}: give seconds, 0 or more.")
     _quiet()
-    from trec_twotower.server import serve
+    from trec_twotower.serving.http_api import serve
 
     serve(
         options.run_dir,
@@ -318,11 +318,11 @@ def _serve(options: argparse.Namespace) -> int:
 
 
 def _report(options: argparse.Namespace) -> int:
-    from trec_twotower.run import Run
+    from trec_twotower.training.run_dir import Run
 
     run = Run.open(options.run_dir)
     _quiet()
-    from trec_twotower.report import write_report
+    from trec_twotower.evaluation.report import write_report
 
     print(write_report(run, options.colour))
     return 0
@@ -335,7 +335,7 @@ def _plan(options: argparse.Namespace) -> int:
     if options.gpu_gb is not None and not options.gpu_gb > 0:
         raise ConfigError(f"--gpu-gb is {options.gpu_gb}: give the memory of a GPU in GB, such as 80.")
     _quiet()
-    from trec_twotower.plan import describe_plan
+    from trec_twotower.training.sharding_plan import describe_plan
 
     print(describe_plan(config, options.ranks, options.gpu_gb))
     return 0
@@ -344,10 +344,10 @@ def _plan(options: argparse.Namespace) -> int:
 def _features(options: argparse.Namespace) -> int:
     config = _config(options)
     _quiet()
-    from trec_twotower.data.cache_folder import CacheFolder
-    from trec_twotower.data.coverage import describe_coverage
     from trec_twotower.data.dataset import Dataset
-    from trec_twotower.data.features import Sources
+    from trec_twotower.data.feature_dataset import Sources
+    from trec_twotower.data.feature_report import describe_coverage
+    from trec_twotower.storage.cache_dir import CacheFolder
 
     dataset, cache = Dataset.of(config.data), CacheFolder.of(config.data)
     print(describe_coverage(Sources(dataset, config.feature_schema, config.data.rows, cache=cache)))
@@ -389,7 +389,7 @@ def _launch(options: argparse.Namespace) -> int:
 
 
 def _quiet() -> None:
-    from trec_twotower.distributed import quiet_libraries
+    from trec_twotower.distributed.ranks import quiet_libraries
 
     quiet_libraries()
 

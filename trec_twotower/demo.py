@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 from trec_twotower.errors import ConfigError
-from trec_twotower.files import read_json
+from trec_twotower.storage.atomic import read_json
 from trec_twotower.storage.package_files import package_file
 
 CONFIG = package_file("configs/demo.yaml")

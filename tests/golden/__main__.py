@@ -11,7 +11,7 @@ os.environ["TREC_TWOTOWER_PRECISION"] = "fp32"
 
 from tests.golden.curves import KEPT, curves
 from tests.ranks.worlds import write_world
-from trec_twotower.distributed import start_ranks
+from trec_twotower.distributed.ranks import start_ranks
 
 with tempfile.TemporaryDirectory() as temporary, start_ranks() as ranks:
     place = Path(temporary)

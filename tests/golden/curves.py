@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 
 from tests.ranks.worlds import MIXED, event_config, negatives, user_config
-from trec_twotower.config import RunConfig
-from trec_twotower.distributed import Ranks
+from trec_twotower.config.run_config import RunConfig
+from trec_twotower.distributed.ranks import Ranks
 from trec_twotower.training import loop as training
 
 KEPT = Path(__file__).parent / "losses.json"

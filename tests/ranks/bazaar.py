@@ -119,7 +119,7 @@ def write_bazaar(folder: Path) -> Path:
 
 def bazaar_config(folder: Path, run_dir: Path, **changes: Any) -> Any:
     """A run over all kinds of features."""
-    from trec_twotower.config import RunConfig, validate
+    from trec_twotower.config.run_config import RunConfig, validate
 
     values: dict[str, Any] = {
         "data": {"dataset": folder, "batch_size": 16, "shuffle_rows": 60},
@@ -139,9 +139,9 @@ def bazaar_config(folder: Path, run_dir: Path, **changes: Any) -> Any:
 
 def work(world: Path, out: Path, ranks: Any) -> dict[str, Any]:
     """One epoch, the second after a resume, and the export: the losses by step and every item's and user's vector."""
-    from trec_twotower.export import export, load_model, read_export
-    from trec_twotower.run import Run
+    from trec_twotower.inference.export import export, load_model, read_export
     from trec_twotower.training import loop as training
+    from trec_twotower.training.run_dir import Run
 
     for epochs in (1, 2):
         training.train(bazaar_config(world, out, epochs=epochs), ranks)
@@ -162,7 +162,7 @@ def losses_of(run: Path) -> list[float]:
 
 def main() -> None:
     from trec_twotower.cli import _quiet
-    from trec_twotower.distributed import start_ranks
+    from trec_twotower.distributed.ranks import start_ranks
 
     _quiet()
     os.fsync = lambda _: None  # these runs outlive no power cut

@@ -24,20 +24,20 @@ _quiet()
 
 from tests.ranks.states import whole_optimizer_state, whole_state  # noqa: E402
 from tests.ranks.worlds import LOSSES, MIXED, PLANS, event_config, negatives, tables, user_config  # noqa: E402
-from trec_twotower import encode as encoding  # noqa: E402
-from trec_twotower.checkpoint import Checkpoints  # noqa: E402
-from trec_twotower.config import RunConfig, SpectralStart  # noqa: E402
+from trec_twotower.config.run_config import RunConfig, SpectralStart  # noqa: E402
+from trec_twotower.config.schema import Schema  # noqa: E402
 from trec_twotower.data.dataset import Dataset  # noqa: E402
-from trec_twotower.data.features import Sources  # noqa: E402
-from trec_twotower.data.transforms import Columns  # noqa: E402
-from trec_twotower.distributed import Ranks, start_ranks  # noqa: E402
+from trec_twotower.data.feature_dataset import Sources  # noqa: E402
+from trec_twotower.data.features.transform import Columns  # noqa: E402
+from trec_twotower.distributed.ranks import Ranks, start_ranks  # noqa: E402
 from trec_twotower.errors import DataError, TrainingError  # noqa: E402
+from trec_twotower.model import encode as encoding  # noqa: E402
 from trec_twotower.model.two_tower import TwoTower  # noqa: E402
-from trec_twotower.optimizer import RunOptimizer  # noqa: E402
-from trec_twotower.schema import Schema  # noqa: E402
-from trec_twotower.sharding import make_plan, placements  # noqa: E402
-from trec_twotower.spectral import Taken, spectral_tables, spread  # noqa: E402
 from trec_twotower.training import loop as training  # noqa: E402
+from trec_twotower.training.checkpoint import Checkpoints  # noqa: E402
+from trec_twotower.training.optimizer import RunOptimizer  # noqa: E402
+from trec_twotower.training.sharding import make_plan, placements  # noqa: E402
+from trec_twotower.training.spectral_initialization import Taken, spectral_tables, spread  # noqa: E402
 
 warnings.filterwarnings("error", module=r"trec_twotower(\.|$)")
 

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from trec_twotower.distributed import Ranks, start_ranks
+from trec_twotower.distributed.ranks import Ranks, start_ranks
 
 SIZES = (0, 1, 7, 1_000, 50_000, 700_001)  # of rows; the last makes the memory grow, and sums be made in parts
 

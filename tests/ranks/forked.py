@@ -198,11 +198,11 @@ def get_ready() -> None:
     import torch.distributed.optim
     import torch.utils.tensorboard
 
-    import trec_twotower.evaluate
-    import trec_twotower.export
+    import trec_twotower.evaluation.evaluator
     import trec_twotower.index
+    import trec_twotower.inference.export
     import trec_twotower.training.loop
-    from trec_twotower.data.kernels import shuffle
+    from trec_twotower.ops.kernels import shuffle
 
     shuffle(np.arange(2, dtype=np.int32), np.uint64(0))  # numba prepares itself at its first kernel
     threads = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]

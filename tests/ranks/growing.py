@@ -20,7 +20,7 @@ from trec_twotower.cli import _quiet, main
 
 _quiet()
 
-from trec_twotower.data import stream  # noqa: E402
+from trec_twotower.data.loading import streaming as stream  # noqa: E402
 from trec_twotower.model.two_tower import TwoTower  # noqa: E402
 from trec_twotower.training.loop import Progress  # noqa: E402
 

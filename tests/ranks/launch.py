@@ -24,7 +24,7 @@ def torchrun(
     num_ranks: int, module: str, *arguments: str | Path, timeout_s: float = 120, **environ: str
 ) -> tuple[int, str]:
     """Run `-m module` on some ranks of this machine; gives the exit code, and what all of them said."""
-    command = [sys.executable, "-m", "trec_twotower.torchrun", "--standalone", "--local-addr=127.0.0.1"]
+    command = [sys.executable, "-m", "trec_twotower.distributed.launcher", "--standalone", "--local-addr=127.0.0.1"]
     command += [f"--nproc-per-node={num_ranks}", "-m", module, *map(str, arguments)]
     settings = {"OMP_NUM_THREADS": "1", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "5", **FATAL_BOUNDS}
     process = subprocess.Popen(

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch.distributed as dist
 
-from trec_twotower.distributed import start_ranks
+from trec_twotower.distributed.ranks import start_ranks
 
 
 def main() -> None:

@@ -19,16 +19,16 @@ from trec_twotower.cli import _quiet
 _quiet()
 
 from tests.ranks.worlds import user_config  # noqa: E402
-from trec_twotower.config import RunConfig  # noqa: E402
-from trec_twotower.data.batch import make_batch  # noqa: E402
-from trec_twotower.data.lists import Lists  # noqa: E402
-from trec_twotower.data.transforms import Columns  # noqa: E402
-from trec_twotower.distributed import Ranks, start_ranks  # noqa: E402
-from trec_twotower.memory import resident_bytes  # noqa: E402
-from trec_twotower.optimizer import RunOptimizer, fuse_table_updates  # noqa: E402
-from trec_twotower.plan import OnlyTables, StepSize, bytes_of, exchange, exchange_of_towers  # noqa: E402
-from trec_twotower.sharding import placements  # noqa: E402
+from trec_twotower.config.run_config import RunConfig  # noqa: E402
+from trec_twotower.data.features.transform import Columns  # noqa: E402
+from trec_twotower.data.loading.batch import make_batch  # noqa: E402
+from trec_twotower.distributed.host_memory import resident_bytes  # noqa: E402
+from trec_twotower.distributed.ranks import Ranks, start_ranks  # noqa: E402
+from trec_twotower.ops.ragged import Lists  # noqa: E402
 from trec_twotower.training.loop import build_model, towers  # noqa: E402
+from trec_twotower.training.optimizer import RunOptimizer, fuse_table_updates  # noqa: E402
+from trec_twotower.training.sharding import placements  # noqa: E402
+from trec_twotower.training.sharding_plan import OnlyTables, StepSize, bytes_of, exchange, exchange_of_towers  # noqa: E402
 
 Kinds = dict[str, tuple[str, str]]  # table: sharding and dtype
 

@@ -20,13 +20,13 @@ _quiet()
 
 from tests.ranks.states import whole_state  # noqa: E402
 from tests.sequences import DRAWN, RESUMED, SGD, TOGETHER, TOWERS, USERS, steps_config  # noqa: E402
-from trec_twotower.config import RunConfig  # noqa: E402
-from trec_twotower.distributed import Ranks, start_ranks  # noqa: E402
-from trec_twotower.encode import encode_everywhere  # noqa: E402
-from trec_twotower.export import export, load_model  # noqa: E402
-from trec_twotower.run import Run  # noqa: E402
-from trec_twotower.schema import ENCODER_PARAMETERS  # noqa: E402
+from trec_twotower.config.run_config import RunConfig  # noqa: E402
+from trec_twotower.config.schema import ENCODER_PARAMETERS  # noqa: E402
+from trec_twotower.distributed.ranks import Ranks, start_ranks  # noqa: E402
+from trec_twotower.inference.export import export, load_model  # noqa: E402
+from trec_twotower.model.encode import encode_everywhere  # noqa: E402
 from trec_twotower.training import loop as training  # noqa: E402
+from trec_twotower.training.run_dir import Run  # noqa: E402
 
 warnings.filterwarnings("error", module=r"trec_twotower(\.|$)")
 os.fsync = lambda _: None

@@ -8,8 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from trec_twotower.distributed import Ranks
-from trec_twotower.optimizer import RunOptimizer
+from trec_twotower.distributed.ranks import Ranks
+from trec_twotower.training.optimizer import RunOptimizer
 
 Piece = tuple[tuple[int, ...], Tensor]  # where it begins, and what it holds
 

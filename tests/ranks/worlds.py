@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from trec_twotower.config import RunConfig, validate
+from trec_twotower.config.run_config import RunConfig, validate
 
 NUM_ITEMS, NUM_EVENTS, NUM_USERS = 29, 45, 23
 PLANS = ("table_wise", "row_wise", "column_wise", "data_parallel", "table_row_wise")

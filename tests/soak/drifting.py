@@ -18,9 +18,9 @@ import pyarrow.parquet as pq
 from tests.soak.jobs import Job, in_child
 from tests.soak.scenarios import Soak, Tally
 from tests.soak.world import config, write_config
-from trec_twotower.config import RunConfig, as_values, validate
+from trec_twotower.config.run_config import RunConfig, as_values, validate
+from trec_twotower.config.yaml_io import to_yaml
 from trec_twotower.data.parquet_files import footer_digest
-from trec_twotower.yaml_files import to_yaml
 
 FINE = ""  # it is read, and every loss is finite
 CHUNK = 100  # cases in one process, so that one that crashes is told from the others
@@ -341,10 +341,10 @@ def _read_cases(folder: Path, cases: Sequence[tuple[str, int]]) -> list[str]:
     """What came of each case: nothing where every loss was finite, what the error said, or what else went wrong."""
     import torch
 
-    from trec_twotower.distributed import start_ranks
+    from trec_twotower.distributed.ranks import start_ranks
     from trec_twotower.errors import ConfigError, DataError
-    from trec_twotower.run import Run
     from trec_twotower.training.loop import build_model, passes_of
+    from trec_twotower.training.run_dir import Run
 
     warnings.simplefilter("ignore")
     found = []

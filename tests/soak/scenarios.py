@@ -19,7 +19,7 @@ from typing import Any
 from tests.ranks.worlds import MIXED
 from tests.soak.jobs import Ended, History, Job, difference, in_child, last_sign, newest_files
 from tests.soak.world import NUM_STEPS, SAVE_EVERY, config, write_config, write_world
-from trec_twotower.faults import POINTS
+from trec_twotower.storage.fault_point import POINTS
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 TORCHRUN_S = 9.0  # that an undisturbed one takes, most of it imports
@@ -200,8 +200,8 @@ def _newest_step(run_dir: Path) -> int:
 
 def _check_all_whole(run_dir: Path, tally: Tally) -> None:
     """Whatever has a manifest after a kill is what the manifest says."""
-    from trec_twotower.artefacts import SealedFolder
-    from trec_twotower.checkpoint import FORMAT
+    from trec_twotower.storage.artifacts import SealedFolder
+    from trec_twotower.training.checkpoint import FORMAT
 
     for path in run_dir.glob("checkpoints/step-*"):
         if (path / "manifest.json").is_file():
@@ -420,7 +420,7 @@ def _torchrun(
     made = config(run.soak.world, run.run_dir, **run.parts)
     write_config(attempt / "config.yaml", made)
     out = attempt / "said.txt"
-    command = [sys.executable, "-m", "trec_twotower.torchrun", "--standalone", "--local-addr=127.0.0.1"]
+    command = [sys.executable, "-m", "trec_twotower.distributed.launcher", "--standalone", "--local-addr=127.0.0.1"]
     command += ["--nproc-per-node=2", "--max-restarts=2", "-m", "tests.soak.rank", "train"]
     settings = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "5"}  # as torchrun.sh has
     # To a file and not to a pipe, which ranks that outlive their launcher would keep open.

@@ -51,8 +51,8 @@ def _checkpoint_reader(soak: Soak, run_dir: Path) -> Read:
 
     def read(folder: Path) -> Any:
         from tests.ranks.states import whole_state
-        from trec_twotower.checkpoint import Checkpoints
-        from trec_twotower.distributed import start_ranks
+        from trec_twotower.distributed.ranks import start_ranks
+        from trec_twotower.training.checkpoint import Checkpoints
         from trec_twotower.training.loop import build_model
 
         warnings.simplefilter("ignore")
@@ -68,7 +68,7 @@ def _checkpoint_reader(soak: Soak, run_dir: Path) -> Read:
 
 
 def _read_export(folder: Path) -> Any:
-    from trec_twotower.export import read_export
+    from trec_twotower.inference.export import read_export
 
     found = read_export(folder)
     return found.item_ids.to_pylist(), found.item_ID.tobytes(), found.user_ids.to_pylist(), found.user_QD.tobytes()
@@ -87,7 +87,7 @@ def _read_index(folder: Path) -> Any:
 def _read_dataset(folder: Path) -> Any:
     """All its tables, and what training takes from it: the declared columns, hashed."""
     from trec_twotower.data.dataset import ITEM_ID, Dataset
-    from trec_twotower.data.features import Sources
+    from trec_twotower.data.feature_dataset import Sources
 
     sources = Sources(Dataset(folder), config(folder, folder).feature_schema, "event")
     splits = [sources.dataset.split(name) for name in ("train", "items", "test")]
@@ -235,10 +235,10 @@ def malicious_pickles(soak: Soak) -> Tally:
 
 def _take_poison(soak: Soak, folder: Path, place: str, kind: str, trap: Path) -> str:
     """The error that the stage raises which reads this place."""
-    from trec_twotower.distributed import start_ranks
+    from trec_twotower.distributed.ranks import start_ranks
     from trec_twotower.errors import ConfigError, DataError
-    from trec_twotower.files import seal
-    from trec_twotower.run import Run as TrainedRun
+    from trec_twotower.storage.atomic import seal
+    from trec_twotower.training.run_dir import Run as TrainedRun
 
     what, _, name = place.partition("/")
     run = folder / "run"

@@ -10,9 +10,9 @@ import pyarrow as pa
 
 from tests.ranks.worlds import MIXED, tables
 from tests.soak.jobs import ROW_UNIT
-from trec_twotower.config import RunConfig, as_values, validate
+from trec_twotower.config.run_config import RunConfig, as_values, validate
+from trec_twotower.config.yaml_io import to_yaml
 from trec_twotower.data.sources.writer import DatasetWriter
-from trec_twotower.yaml_files import to_yaml
 
 NUM_ROWS, NUM_ITEMS, EPOCHS, BATCH = 60, 29, 4, 13  # 5 steps an epoch, the last of 8 rows
 NUM_STEPS = 5 * EPOCHS

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from trec_twotower.data.hashing import is_text
+from trec_twotower.ops.hashing import is_text
 
 
 def is_list(kind: pa.DataType) -> bool:

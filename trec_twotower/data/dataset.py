@@ -15,9 +15,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from trec_twotower.config import DataConfig
+from trec_twotower.config.run_config import DataConfig
+from trec_twotower.config.schema import HISTORY
+from trec_twotower.config.yaml_io import read_yaml
 from trec_twotower.data.arrow_types import holds_null_alone, is_list, is_wider, plain_column, plain_type, widest
-from trec_twotower.data.hashing import is_id
 from trec_twotower.data.parquet_files import (
     UNREADABLE,
     encoded_texts,
@@ -31,8 +32,7 @@ from trec_twotower.data.parquet_files import (
     size_of,
 )
 from trec_twotower.errors import ConfigError, DataError, nearest
-from trec_twotower.schema import HISTORY
-from trec_twotower.yaml_files import read_yaml
+from trec_twotower.ops.hashing import is_id
 
 USER_ID, ITEM_ID, POSITIVES = "user_id", "item_id", "positives"
 DESCRIPTION = "dataset.yaml"

@@ -8,12 +8,12 @@ from typing import Literal
 import numpy as np
 import pyarrow as pa
 
+from trec_twotower.config.schema import HISTORY
 from trec_twotower.data.dataset import ITEM_ID, POSITIVES, SERVING, USER_ID
-from trec_twotower.data.features import Sources
-from trec_twotower.data.lists import Lists
-from trec_twotower.data.transforms import Columns, one_chunk
+from trec_twotower.data.feature_dataset import Sources
+from trec_twotower.data.features.transform import Columns, one_chunk
 from trec_twotower.errors import DataError
-from trec_twotower.schema import HISTORY
+from trec_twotower.ops.ragged import Lists
 
 
 @dataclass(frozen=True)

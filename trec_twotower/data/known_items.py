@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from trec_twotower.data.catalogue import Catalogue
-from trec_twotower.data.probing import KeyTable
-from trec_twotower.data.words import python_value
+from trec_twotower.data.item_table import Catalogue
 from trec_twotower.errors import DataError
-from trec_twotower.files import write_file
+from trec_twotower.ops.key_table import KeyTable
+from trec_twotower.storage.arrow_values import python_value
+from trec_twotower.storage.atomic import write_file
 
 ANOTHER_RUN = "train into another run_dir (--init-from RUN begins with this run's weights)."
 

@@ -11,8 +11,8 @@ import numpy as np
 import pyarrow as pa
 
 from trec_twotower.data.arrow_types import as_list, is_list
-from trec_twotower.data.hashing import id_keys, is_text, mix_array
-from trec_twotower.data.times import counted
+from trec_twotower.data.features.datetime_parts import counted
+from trec_twotower.ops.hashing import id_keys, is_text, mix_array
 
 NOTHING = np.uint64(0x6E6F7468696E67)  # the digest of null, and of a list without elements
 LARGEST_INTEGER = 2.0**53  # below it a floating-point number without fraction is digested as an integer

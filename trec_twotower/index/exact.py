@@ -13,11 +13,11 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 import torch
 
-from trec_twotower.data.lists import Lists
 from trec_twotower.errors import ConfigError
+from trec_twotower.evaluation.metrics import blocks_by_length, find_repeats, first_kept
 from trec_twotower.index.faiss_backend import BLAS_BATCH, Answer, Device, inner_products, knn
 from trec_twotower.index.matrix import as_vectors, check_same_dim, norms
-from trec_twotower.metrics import blocks_by_length, find_repeats, first_kept
+from trec_twotower.ops.ragged import Lists
 
 SPARE = 8  # candidates fetched beyond k, to see whether the k-th best ties with the next
 MORE = 4  # times as many are fetched while it does

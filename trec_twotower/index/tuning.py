@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from trec_twotower.config import IndexConfig
-from trec_twotower.data.lists import Lists
+from trec_twotower.config.run_config import IndexConfig
 from trec_twotower.errors import ConfigError
 from trec_twotower.index.exact import RunningBest
 from trec_twotower.index.faiss_backend import Answer
 from trec_twotower.index.searcher import SearchEffort, Searcher
+from trec_twotower.ops.ragged import Lists
 
 SAFE = 0.1  # share of the allowed misses that is left unused, since other users lose a little more
 FACTORS = (1, 2, 4, 8, 16)  # of k: the neighbours that searches are tuned for

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from trec_twotower.config import TowerConfig, TrainConfig
-from trec_twotower.data.batch import Listed
-from trec_twotower.distributed import Ranks
-from trec_twotower.model.parts import (
+from trec_twotower.config.run_config import TowerConfig, TrainConfig
+from trec_twotower.data.loading.batch import Listed
+from trec_twotower.distributed.ranks import Ranks
+from trec_twotower.model.tower_layers import (
     AlignedLinear,
     Crosses,
     Experts,

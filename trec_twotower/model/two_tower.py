@@ -11,23 +11,23 @@ import torch
 from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import KeyedTensor
 
-from trec_twotower.config import InterestsConfig, LearnedTemperature, LossConfig, ModelConfig
-from trec_twotower.data.batch import Batch, Listed
-from trec_twotower.distributed import Ranks
-from trec_twotower.model.embedding import Pooled, build_lists, build_tables, pooled_by_hand, tower_input, tower_inputs
-from trec_twotower.model.frequency import Frequency
-from trec_twotower.model.gate import gate
-from trec_twotower.model.inputs import build_input
-from trec_twotower.model.interests import attended, gaussian_item, gaussian_user, likeness, uses
+from trec_twotower.config.run_config import InterestsConfig, LearnedTemperature, LossConfig, ModelConfig
+from trec_twotower.config.schema import Schema, Side, key, part_of
+from trec_twotower.data.loading.batch import Batch, Listed
+from trec_twotower.distributed.ranks import Ranks
+from trec_twotower.model.cross_batch_memory import ItemQueue
+from trec_twotower.model.embeddings import Pooled, build_lists, build_tables, pooled_by_hand, tower_input, tower_inputs
+from trec_twotower.model.feature_encoders import build_input
+from trec_twotower.model.finite_check import gate
 from trec_twotower.model.losses import LOSSES, Hardest, Pairs, Relations
-from trec_twotower.model.losses.regularisers import alignment, nearness, squared_lengths
-from trec_twotower.model.parts import row_means
-from trec_twotower.model.queue import ItemQueue
-from trec_twotower.model.sequence import SequenceInput
+from trec_twotower.model.losses.regularizers import alignment, nearness, squared_lengths
+from trec_twotower.model.multi_interest import attended, gaussian_item, gaussian_user, likeness, uses
+from trec_twotower.model.sequence_encoders import SequenceInput
+from trec_twotower.model.step_diagnostics import Histogram, Watch
+from trec_twotower.model.streaming_log_q import Frequency
 from trec_twotower.model.temperature import Temperature
 from trec_twotower.model.tower import Tower, encoder_name
-from trec_twotower.model.watch import Histogram, Watch
-from trec_twotower.schema import Schema, Side, key, part_of
+from trec_twotower.model.tower_layers import row_means
 
 SIDES: tuple[Side, Side] = ("user", "item")
 

@@ -14,17 +14,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from trec_twotower.data.catalogue import find_id
+from trec_twotower.config.schema import HISTORY, FeatureSpec
 from trec_twotower.data.dataset import ITEM_ID, POSITIVES, SERVING, USER_ID, Split
-from trec_twotower.data.features import Sources
-from trec_twotower.data.hashing import is_id, is_text
-from trec_twotower.data.lists import Lists, side_by_side
-from trec_twotower.data.numbers import is_number
-from trec_twotower.data.times import PER_SECOND, counted, is_time
-from trec_twotower.data.transforms import Columns, key_lists, one_chunk
-from trec_twotower.data.words import python_value
+from trec_twotower.data.feature_dataset import Sources
+from trec_twotower.data.features.datetime_parts import PER_SECOND, counted, is_time
+from trec_twotower.data.features.numeric import is_number
+from trec_twotower.data.features.transform import Columns, key_lists, one_chunk
+from trec_twotower.data.item_table import find_id
 from trec_twotower.errors import ConfigError, DataError, nearest
-from trec_twotower.schema import HISTORY, FeatureSpec
+from trec_twotower.ops.hashing import is_id, is_text
+from trec_twotower.ops.ragged import Lists, side_by_side
+from trec_twotower.storage.arrow_values import python_value
 
 TIMESTAMP = "timestamp"  # the time of a row's event, as `prepare` writes it
 MAX_SHOWN = 100  # characters of an unknown id in a message

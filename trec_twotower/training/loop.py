@@ -14,38 +14,38 @@ import numpy as np
 import torch
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
-from trec_twotower.checkpoint import Checkpoints, versions
-from trec_twotower.collapse_guard import CollapseGuard, Finding, HasBaseline, baseline_name
-from trec_twotower.config import TRAINED, RunConfig
-from trec_twotower.cpu_updates import quicken_updates
-from trec_twotower.data.batch import Batch
-from trec_twotower.data.coverage import OwnItems
-from trec_twotower.data.features import Sources
-from trec_twotower.data.hashing import mix
-from trec_twotower.data.interactions import TrainBatches
-from trec_twotower.data.stream import Epochs, Passes, Stream
-from trec_twotower.distributed import Ranks
+from trec_twotower.config.compatibility import binding, config_hash
+from trec_twotower.config.run_config import TRAINED, RunConfig
+from trec_twotower.data.feature_dataset import Sources
+from trec_twotower.data.feature_report import OwnItems
+from trec_twotower.data.loading.batch import Batch
+from trec_twotower.data.loading.loader import TrainBatches
+from trec_twotower.data.loading.streaming import Epochs, Passes, Stream
+from trec_twotower.distributed.host_memory import peak_resident_bytes, resident_bytes
+from trec_twotower.distributed.ranks import Ranks
+from trec_twotower.distributed.signals import STOPPING, StopSignals
+from trec_twotower.distributed.watchdog import Heartbeat
 from trec_twotower.errors import ConfigError, Stopped, TrainingError
-from trec_twotower.failures import DIVERGED, Attempts, dead_vectors, dead_weights, describe_step, suspects
-from trec_twotower.faults import fault_point
-from trec_twotower.files import MANIFEST, read_json, write_json
-from trec_twotower.heartbeat import Heartbeat
-from trec_twotower.lock import RunLock
-from trec_twotower.memory import peak_resident_bytes, resident_bytes
-from trec_twotower.model.embedding import fill_tables
-from trec_twotower.model.gate import NotFinite
+from trec_twotower.model.cpu.embedding_update import quicken_updates
+from trec_twotower.model.embeddings import fill_tables
+from trec_twotower.model.finite_check import NotFinite
+from trec_twotower.model.step_diagnostics import Histogram
 from trec_twotower.model.two_tower import TwoTower
-from trec_twotower.model.watch import Histogram
-from trec_twotower.optimizer import RunOptimizer, check_optimizer, fuse_table_updates
-from trec_twotower.pipeline import Steps, Trace
-from trec_twotower.preemption import STOPPING, StopSignals
-from trec_twotower.refresh import Neighbours, Refresh
-from trec_twotower.run import OWN_ITEMS, STATUS, Run, RunLog
-from trec_twotower.same_run import binding, config_hash
-from trec_twotower.sharding import placements, shard
-from trec_twotower.spectral import check_start, start_spectral
-from trec_twotower.warm_start import Report, begin_with
-from trec_twotower.weight_meaning import Meaning
+from trec_twotower.ops.hashing import mix
+from trec_twotower.storage.atomic import MANIFEST, read_json, write_json
+from trec_twotower.storage.fault_point import fault_point
+from trec_twotower.storage.lock import RunLock
+from trec_twotower.training.checkpoint import Checkpoints, versions
+from trec_twotower.training.collapse_guard import CollapseGuard, Finding, HasBaseline, baseline_name
+from trec_twotower.training.crash_guard import DIVERGED, Attempts, dead_vectors, dead_weights, describe_step, suspects
+from trec_twotower.training.hard_negatives import Neighbours, Refresh
+from trec_twotower.training.optimizer import RunOptimizer, check_optimizer, fuse_table_updates
+from trec_twotower.training.pipeline import Steps, Trace
+from trec_twotower.training.run_dir import OWN_ITEMS, STATUS, Run, RunLog
+from trec_twotower.training.sharding import placements, shard
+from trec_twotower.training.spectral_initialization import check_start, start_spectral
+from trec_twotower.training.warm_start import Report, begin_with
+from trec_twotower.training.weight_meaning import Meaning
 
 Evaluate = Callable[[TwoTower], dict[str, float]]
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trec_twotower.errors import ConfigError, nearest
-from trec_twotower.files import naming_a_full_disk
+from trec_twotower.storage.atomic import naming_a_full_disk
 
 if TYPE_CHECKING:
     from trec_twotower.data.sources.options import SourceOptions
@@ -44,7 +44,7 @@ class Source:
 SOURCES: dict[str, Source] = {
     source.name: source
     for source in (
-        Source("synthetic", "synthetic", "a generated world whose best reachable recall is known"),
+        Source("synthetic", "synthetic_world.world", "a generated world whose best reachable recall is known"),
         Source("gowalla", "gowalla", "train.txt and test.txt, a line = `user item item ...`, no order"),
         Source("amazon-beauty", "amazon_beauty", "one file of item sequences in time order, with attributes"),
         Source("amazon-reviews", "amazon_reviews", "Amazon Reviews 2023: reviews and metadata as JSON lines, any size"),

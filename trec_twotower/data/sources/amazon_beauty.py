@@ -15,11 +15,11 @@ import numpy as np
 import pyarrow as pa
 from pydantic import Field, PositiveInt
 
-from trec_twotower.data.lists import offsets_of
 from trec_twotower.data.sources.id_lines import IdLines, Published, check_published, read_id_lines
 from trec_twotower.data.sources.options import FolderOptions
 from trec_twotower.data.sources.writer import DatasetWriter, list_column
 from trec_twotower.errors import DataError
+from trec_twotower.ops.ragged import offsets_of
 
 # The 5-core of S3-Rec, by the sha256 of the sequences and of the attributes.
 PUBLISHED: Published = {

@@ -53,7 +53,9 @@ from typing import Any, Literal
 import duckdb
 from pydantic import Field
 
-from trec_twotower.data.sources.event_files import (
+from trec_twotower.data.sources.event_logs.event_log import Moment, write_log
+from trec_twotower.data.sources.ratings import RatingOptions, load_ratings
+from trec_twotower.data.sources.tables.event_files import (
     FILE_OF_ROW,
     LATEST_US,
     Files,
@@ -63,9 +65,7 @@ from trec_twotower.data.sources.event_files import (
     sql_name,
     to_microseconds,
 )
-from trec_twotower.data.sources.event_log import Moment, write_log
-from trec_twotower.data.sources.ratings import RatingOptions, load_ratings
-from trec_twotower.data.sources.raw_text import check_zipped, open_unzipped
+from trec_twotower.data.sources.tables.raw_text import check_zipped, open_unzipped
 from trec_twotower.data.sources.writer import DatasetWriter
 from trec_twotower.errors import DataError, nearest
 

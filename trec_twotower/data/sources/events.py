@@ -7,7 +7,10 @@ from typing import Any
 
 import duckdb
 
-from trec_twotower.data.sources.event_files import (
+from trec_twotower.data.sources.event_logs.event_log import Fault, refuse_faults, write_log
+from trec_twotower.data.sources.event_logs.options import IN_FILES, Options
+from trec_twotower.data.sources.event_logs.splits import ORDER
+from trec_twotower.data.sources.tables.event_files import (
     LATEST_S,
     LATEST_US,
     Files,
@@ -16,11 +19,8 @@ from trec_twotower.data.sources.event_files import (
     fetch_rows,
     sql_name,
 )
-from trec_twotower.data.sources.event_log import Fault, refuse_faults, write_log
-from trec_twotower.data.sources.event_options import IN_FILES, Options
-from trec_twotower.data.sources.event_splits import ORDER
-from trec_twotower.data.sources.id_columns import as_id, id_column, joint_id_type
-from trec_twotower.data.sources.table_columns import (
+from trec_twotower.data.sources.tables.id_columns import as_id, id_column, joint_id_type
+from trec_twotower.data.sources.tables.table_columns import (
     Column,
     NumberColumn,
     as_kind,
@@ -28,10 +28,10 @@ from trec_twotower.data.sources.table_columns import (
     feature_column,
     order_column,
 )
-from trec_twotower.data.sources.table_files import TableFiles, open_table
-from trec_twotower.data.sources.table_options import TABLES, TableName
-from trec_twotower.data.sources.time_columns import TimeColumn
-from trec_twotower.data.sources.typed_tables import TypedTable, new_column, no_column, type_table
+from trec_twotower.data.sources.tables.table_files import TableFiles, open_table
+from trec_twotower.data.sources.tables.table_options import TABLES, TableName
+from trec_twotower.data.sources.tables.time_columns import TimeColumn
+from trec_twotower.data.sources.tables.typed_tables import TypedTable, new_column, no_column, type_table
 from trec_twotower.data.sources.writer import DatasetWriter
 from trec_twotower.errors import ConfigError, DataError
 

@@ -23,14 +23,7 @@ from typing import Any, Literal
 import duckdb
 from pydantic import Field
 
-from trec_twotower.data.sources.csv_files import CsvLayout
-from trec_twotower.data.sources.event_files import (
-    Files,
-    explained,
-    fetch_row,
-    fetch_rows,
-)
-from trec_twotower.data.sources.event_log import write_log
+from trec_twotower.data.sources.event_logs.event_log import write_log
 from trec_twotower.data.sources.ratings import (
     RatingOptions,
     find_file,
@@ -39,6 +32,13 @@ from trec_twotower.data.sources.ratings import (
     refuse_doubles,
     top_tags,
     whole_number,
+)
+from trec_twotower.data.sources.tables.csv_files import CsvLayout
+from trec_twotower.data.sources.tables.event_files import (
+    Files,
+    explained,
+    fetch_row,
+    fetch_rows,
 )
 from trec_twotower.data.sources.writer import DatasetWriter
 from trec_twotower.errors import DataError, nearest

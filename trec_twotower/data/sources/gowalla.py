@@ -12,11 +12,11 @@ import numpy as np
 import pyarrow as pa
 from pydantic import Field
 
-from trec_twotower.data.lists import offsets_of
 from trec_twotower.data.sources.id_lines import IdLines, Published, check_published, read_id_lines
 from trec_twotower.data.sources.options import FolderOptions
 from trec_twotower.data.sources.writer import DatasetWriter, list_column
 from trec_twotower.errors import DataError
+from trec_twotower.ops.ragged import offsets_of
 
 # The split of LightGCN, by the sha256 of train.txt and test.txt.
 PUBLISHED: Published = {

@@ -27,18 +27,7 @@ from typing import Any
 import duckdb
 from pydantic import Field
 
-from trec_twotower.data.sources.csv_files import CsvLayout
-from trec_twotower.data.sources.event_files import (
-    LATEST_US,
-    Files,
-    explained,
-    fetch_row,
-    fetch_rows,
-    sql_name,
-    sql_text,
-    to_microseconds,
-)
-from trec_twotower.data.sources.event_log import write_log
+from trec_twotower.data.sources.event_logs.event_log import write_log
 from trec_twotower.data.sources.ratings import (
     RatingOptions,
     find_file,
@@ -48,7 +37,18 @@ from trec_twotower.data.sources.ratings import (
     top_tags,
     whole_number,
 )
-from trec_twotower.data.sources.table_columns import note
+from trec_twotower.data.sources.tables.csv_files import CsvLayout
+from trec_twotower.data.sources.tables.event_files import (
+    LATEST_US,
+    Files,
+    explained,
+    fetch_row,
+    fetch_rows,
+    sql_name,
+    sql_text,
+    to_microseconds,
+)
+from trec_twotower.data.sources.tables.table_columns import note
 from trec_twotower.data.sources.writer import DatasetWriter
 from trec_twotower.errors import DataError
 

@@ -9,8 +9,10 @@ from typing import Literal
 
 import duckdb
 
-from trec_twotower.data.sources.csv_files import CsvFiles, CsvLayout
-from trec_twotower.data.sources.event_files import (
+from trec_twotower.data.sources.event_logs.event_log import Fault, LogOptions, refuse_faults
+from trec_twotower.data.sources.options import FolderOptions
+from trec_twotower.data.sources.tables.csv_files import CsvFiles, CsvLayout
+from trec_twotower.data.sources.tables.event_files import (
     Files,
     explained,
     fetch_row,
@@ -18,9 +20,7 @@ from trec_twotower.data.sources.event_files import (
     scratch_dir_of,
     sql_name,
 )
-from trec_twotower.data.sources.event_log import Fault, LogOptions, refuse_faults
-from trec_twotower.data.sources.options import FolderOptions
-from trec_twotower.data.sources.table_columns import note
+from trec_twotower.data.sources.tables.table_columns import note
 from trec_twotower.errors import ConfigError, DataError, nearest
 
 

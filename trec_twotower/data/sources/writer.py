@@ -25,10 +25,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
+from trec_twotower.config.yaml_io import parse_yaml
 from trec_twotower.data.dataset import SERVING, digest_of_description
 from trec_twotower.data.parquet_files import footer_digest
 from trec_twotower.errors import ConfigError
-from trec_twotower.yaml_files import parse_yaml
 
 FORMAT = 1
 MANIFEST = "dataset.yaml"

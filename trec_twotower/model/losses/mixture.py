@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from trec_twotower.model.losses.blocks import Precision
-from trec_twotower.model.losses.contrastive import softmax
+from trec_twotower.model.losses.chunked import Precision
 from trec_twotower.model.losses.pointwise import bce
 from trec_twotower.model.losses.relations import Relations
+from trec_twotower.model.losses.softmax import softmax
 
 
 def softmax_bce(

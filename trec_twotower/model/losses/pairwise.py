@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from trec_twotower.model.losses.blocks import (
+from trec_twotower.model.losses.chunked import (
     Block,
     Precision,
     Slopes,

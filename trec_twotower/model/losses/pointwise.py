@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trec_twotower.model.losses.blocks import (
+from trec_twotower.model.losses.chunked import (
     Block,
     Precision,
     Slopes,

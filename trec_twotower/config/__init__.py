@@ -1,0 +1,1 @@
+"""Every setting, one file per section, and how a config is loaded."""

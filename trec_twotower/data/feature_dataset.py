@@ -1,0 +1,362 @@
+"""A dataset seen through a schema: where each feature comes from, checked, and the catalogue."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from copy import copy
+from dataclasses import replace
+from typing import Protocol
+
+import numpy as np
+import pyarrow as pa
+
+from trec_twotower.config.schema import HISTORY, FeatureSpec, Schema, Side
+from trec_twotower.data.arrow_types import is_list
+from trec_twotower.data.dataset import ITEM_ID, POSITIVES, USER_ID, Dataset, Split
+from trec_twotower.data.features.numeric import Statistics, learn_statistics
+from trec_twotower.data.features.transform import Columns, numeric, one_chunk, transform
+from trec_twotower.data.features.vocabulary import make_vocabulary
+from trec_twotower.data.item_table import Catalogue, check_side
+from trec_twotower.errors import ConfigError, DataError, nearest
+from trec_twotower.ops.hashing import is_id, is_text
+from trec_twotower.ops.ragged import Lists
+from trec_twotower.storage.arrow_values import python_value
+from trec_twotower.storage.cache_dir import CacheFolder
+
+
+class Counter(Protocol):
+    """Counts something of every item in the pass over the training rows that counts how often each was taken."""
+
+    @property
+    def columns(self) -> Sequence[str]:
+        """That it reads."""
+
+    def count(self, table: pa.Table, where: str, positives: Lists) -> np.ndarray:
+        """(I,) float64: of some rows, whose positives (catalogue rows) are these."""
+
+
+class Sources:
+    """A dataset seen through a schema: where each feature comes from, checked; catalogue and users, hashed.
+
+    With `cache`, large ones are kept there and mapped by all processes of a host; without, they are in memory.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        schema: Schema,
+        rows: str,
+        statistics: Mapping[str, Statistics] | None = None,
+        cache: CacheFolder | None = None,
+    ) -> None:
+        self.dataset = dataset = dataset.by(rows)
+        self.schema = schema
+        self.rows = rows
+        self.cache = cache
+        self.context, self.static = self._placed()
+        check_side(list(schema.item), dataset.items)
+        self._check_targets()
+        self._check_types(dataset.train)
+        self.statistics = dict(statistics) if statistics is not None else self.learn()
+        self.catalogue = Catalogue(
+            dataset.items, ITEM_ID, list(schema.item), schema.tables, self._statistics_of("item"), cache
+        )
+        self.users = None
+        if self.static:
+            assert dataset.users is not None
+            user = self._statistics_of("user")
+            self.users = Catalogue(dataset.users, USER_ID, self.static, schema.tables, user, cache)
+        self._check_signs(dataset.train)
+
+    def _statistics_of(self, side: Side) -> dict[str, Statistics]:
+        learning = (feature.name for feature in self.schema.features(side) if feature.learns)
+        return {name: self.statistics[f"{side}:{name}"] for name in learning}
+
+    def _placed(self) -> tuple[list[FeatureSpec], list[FeatureSpec]]:
+        """The user features that stand in the rows, and those that stand in users/."""
+        train, users = self.dataset.train, self.dataset.users
+        context, static = [], []
+        for feature in self.schema.user:
+            if self._is_drawn(feature.reads) or train.has(feature.reads):
+                context.append(feature)
+                if not self._is_drawn(feature.reads):
+                    check_side([feature], train)
+                elif feature.kind != "bag" or feature.weights or feature.times:
+                    raise ConfigError(
+                        f"user feature {feature.name!r} reads {HISTORY!r}, which is drawn here: make it a bag without "
+                        "weights or times."
+                    )
+            elif users is not None and users.has(feature.reads) and feature.reads != USER_ID:
+                if feature.kind == "sequence":
+                    raise ConfigError(
+                        f"user feature {feature.name!r} is a sequence, but its column {feature.reads!r} stands in "
+                        f"{users.folder}, which does not change from row to row: write it into {train.folder}."
+                    )
+                static.append(feature)
+                check_side([feature], users)
+            else:
+                known = [*train.columns, *(users.columns if users is not None else [])]
+                raise ConfigError(
+                    f"user feature {feature.name!r} reads column {feature.reads!r}, which neither {train.folder} nor "
+                    f"users/ has{nearest(feature.reads, known)}: correct the config, or write the column."
+                )
+        return context, static
+
+    def lists_of_items(self) -> list[list[str]]:
+        """The columns of train/ whose lists may hold the item that a row asks for, each with those beside it.
+
+        They are `history`, and what features of the rows with the item id's own table read.
+        """
+        history = [HISTORY] if self.dataset.train.has(HISTORY) else []
+        found = []
+        for column in dict.fromkeys([*history, *(each.reads for each in self._of_items if each in self.context)]):
+            reading = [each for each in self.context if each.reads == column]
+            named = {name for each in reading for name in (each.weights, each.times, each.actions) if name is not None}
+            found.append([column, *sorted(named)])
+        return found
+
+    @property
+    def _of_items(self) -> list[FeatureSpec]:
+        """The users' lists of items, as far as tables tell."""
+        ids = {each.table_name for each in self.schema.item if each.kind == "id" and each.reads == ITEM_ID}
+        return [each for each in self.schema.user if each.kind in ("bag", "sequence") and each.table_name in ids]
+
+    def check_lists_of_items(self) -> None:
+        """Raises ConfigError for such a feature of users/, whose list is the same in all of a user's rows."""
+        for feature in self._of_items:
+            if feature in self.static:
+                assert self.dataset.users is not None
+                raise ConfigError(
+                    f"data.own_item is not keep, but user feature {feature.name!r} reads lists of items in "
+                    f"{self.dataset.users.folder}, one list for all of a user's rows, in which the item of each cannot "
+                    f"be looked for: write column {feature.reads!r} into {self.dataset.train.folder}, or set "
+                    "data.own_item: keep."
+                )
+
+    def _is_drawn(self, column: str) -> bool:
+        """With a row per user the history is a part of the row's own positives."""
+        return self.rows == "user" and column == HISTORY
+
+    def _check_targets(self) -> None:
+        train = self.dataset.train
+        wanted, other = (POSITIVES, "event") if self.rows == "user" else (ITEM_ID, "user")
+        if not train.has(wanted):
+            beside = " (or train_users/ beside it, as `prepare ... rows=both` does)" if self.rows == "user" else ""
+            raise ConfigError(
+                f"data.rows is {self.rows!r}, which needs the column {wanted!r} in {train.folder}, but its columns are "
+                f"{', '.join(train.columns)}: set data.rows: {other}, or write {wanted!r}{beside}."
+            )
+
+    def check_ids(self, split: Split) -> None:
+        """Raise DataError where ids of `split` have a type that makes them other ids than those of other parts."""
+        self._check_types(split)
+        self._check_signs(split)
+
+    def _id_columns(self) -> list[tuple[str, Split, str]]:
+        """Return columns of ids, each with the part and the column whose ids they are."""
+        items, users = self.dataset.items, self.dataset.users
+        of_items = (ITEM_ID, POSITIVES, HISTORY, *(each.reads for each in self._of_items))
+        pairs = [(column, items, ITEM_ID) for column in dict.fromkeys(of_items)]
+        return [*pairs, *([(USER_ID, users, USER_ID)] if users is not None and self.static else [])]
+
+    def _check_signs(self, split: Split) -> None:
+        """Raise DataError where 2^63 and above in one part have the 64 bits of negative integers in another."""
+        for column, other, name in self._id_columns():
+            catalogue = self.catalogue if name == ITEM_ID else self.users
+            if column not in split.columns or catalogue is None:
+                continue
+            kind, wanted = split.columns[column], other.columns[name]
+            kind = kind.value_type if is_list(kind) else kind
+            if not (pa.types.is_integer(kind) and pa.types.is_uint64(kind) != pa.types.is_uint64(wanted)):
+                continue
+            if (catalogue.keys < 0).any():
+                some = "2^63 or more" if pa.types.is_uint64(wanted) else "negative"
+                raise DataError(
+                    f"{split.folder}: column {column!r} is {kind}, but {name!r} in {other.folder} is {wanted} and some "
+                    f"of its ids are {some}, which are other ids in {kind}: write both with one type."
+                )
+
+    def _check_types(self, split: Split) -> None:
+        """Raise DataError where `split` has as text what others have as integers: nothing would be the same id."""
+        train = self.dataset.train
+        for column, other, name in [*self._id_columns(), *((each, train, each) for each in self.user_columns())]:
+            if column not in split.columns or name not in other.columns:
+                continue
+            kind, wanted = split.columns[column], other.columns[name]
+            if {_is_of_text(kind), _is_of_text(wanted)} == {True, False}:
+                raise DataError(
+                    f"{split.folder}: column {column!r} is {kind}, but {name!r} in {other.folder} is {wanted}, and "
+                    "text is never the same id as a number: write both with one type."
+                )
+
+    def learn(self) -> dict[str, Statistics]:
+        """What features learn of their columns: one pass over those of train, users/ and items/."""
+        found = {}
+        places: list[tuple[str, list[FeatureSpec], Split | None]] = [
+            ("item", list(self.schema.item), self.dataset.items),
+            ("user", self.context, self.dataset.train),
+            ("user", self.static, self.dataset.users),
+        ]
+        for side, features, split in places:
+            for feature in features:
+                if not feature.learns or split is None:
+                    continue
+                groups = split.tables(feature.all_columns)
+                if feature.vocabulary is not None:
+                    columns = (one_chunk(table[feature.reads]) for _, table in groups)
+                    learned = make_vocabulary(feature, split.columns[feature.reads], columns)
+                else:
+                    learned = learn_statistics(
+                        feature, (numeric(feature, table, str(group)) for group, table in groups)
+                    )
+                found[f"{side}:{feature.name}"] = learned
+        return found
+
+    def over(self, dataset: Dataset) -> Sources:
+        """The same catalogue and users beside other training rows, whose columns agree with those checked here."""
+        other = copy(self)
+        other.dataset = dataset
+        return other
+
+    def user_columns(self) -> list[str]:
+        """The columns of a row that user_features reads."""
+        return sorted({USER_ID, *(column for feature in self.context for column in feature.all_columns)})
+
+    def user_features(
+        self, table: pa.Table, where: str, given: Mapping[str, Lists] | None = None, *, uncut: bool = False
+    ) -> Columns:
+        """The features of the users of these rows: from the row itself, and from users/ by user_id.
+
+        `given` has 64-bit keys for columns that are made rather than read; `uncut` leaves those longer than max_length.
+        """
+        columns = self._of_rows(table, where, given, uncut=uncut)
+        if self.users is None:
+            return columns
+        ids = one_chunk(table[USER_ID])
+        rows = self.users.rows_of(ids, f"{where}, column {USER_ID!r}")
+        if (rows < 0).any():
+            first = int(np.flatnonzero(rows < 0)[0])
+            raise DataError(
+                f"{where}: user {python_value(ids, first)!r} is not in {self.users.split.folder} "
+                f"({int((rows < 0).sum()):,} rows name such users): write a row for each user there."
+            )
+        return columns.beside(self.users.columns.take(rows))
+
+    def state_features(self, table: pa.Table, where: str, given: Mapping[str, Lists] | None = None) -> Columns:
+        """The features of one user at this moment, whom users/ need not know: of one row, as `state_table` makes it.
+
+        A column of users/ that stands in the row counts before what users/ says of the user; for one who is not there,
+        or has no id, the others are null.
+        """
+        columns = self._of_rows(table, where, given)
+        if self.users is None:
+            return columns
+        ids, users = one_chunk(table[USER_ID]), self.users
+        row = -1 if ids.null_count else int(users.rows_of(ids, f"{where}, column {USER_ID!r}")[0])
+        told = {name: table[name] for name in self.static_columns() if name in table.column_names}
+        anew = [each for each in self.static if row < 0 or not told.keys().isdisjoint(each.all_columns)]
+        if row >= 0:
+            columns = columns.beside(users.columns.take(np.array([row])))
+        if not anew:
+            return columns
+        others = sorted({name for each in anew for name in each.all_columns} - told.keys())
+        kinds = users.split.columns
+        if row < 0:
+            kept = pa.table({name: pa.nulls(1, kinds[name]) for name in others})
+        else:
+            kept = users.row(row, others) if others else pa.table({})
+        whole = pa.table({**told, **{name: kept[name] for name in others}})
+        made = transform(anew, self.schema.tables, self._statistics_of("user"), whole, where)
+        return columns.beside(made)
+
+    def static_columns(self) -> list[str]:
+        """The columns of users/ that user_features reads, but for those that it reads of the row itself."""
+        of_rows = self.user_columns()
+        return sorted({name for each in self.static for name in each.all_columns if name not in of_rows})
+
+    def _of_rows(
+        self, table: pa.Table, where: str, given: Mapping[str, Lists] | None, *, uncut: bool = False
+    ) -> Columns:
+        """The features that stand in the rows themselves."""
+        return self.with_items(self._transformed(self.context, table, where, given, uncut=uncut))
+
+    def history_features(self, table: pa.Table, where: str) -> Columns:
+        """Return the features that read the column `history` of these rows."""
+        return self._transformed([each for each in self.context if each.reads == HISTORY], table, where)
+
+    def _transformed(
+        self,
+        features: Sequence[FeatureSpec],
+        table: pa.Table,
+        where: str,
+        given: Mapping[str, Lists] | None = None,
+        *,
+        uncut: bool = False,
+    ) -> Columns:
+        tables, statistics = self.schema.tables, self._statistics_of("user")
+        find = self.catalogue.rows_of_keys if self.steps_have_attributes else None
+        return transform(features, tables, statistics, table, where, given, uncut=uncut, item_rows=find)
+
+    @property
+    def steps_have_attributes(self) -> bool:
+        return any(feature.attributes for feature in self.schema.sequences)
+
+    def with_items(self, columns: Columns) -> Columns:
+        """Users' columns beside the catalogue that their steps' attributes stand in."""
+        return replace(columns, items=self.catalogue.columns) if self.steps_have_attributes else columns
+
+    def item_rows(self, ids: pa.Array, where: str) -> np.ndarray:
+        """The catalogue row of each item; an unknown item is a DataError."""
+        rows = self.catalogue.rows_of(ids, where)
+        if (rows < 0).any():
+            first = int(np.flatnonzero(rows < 0)[0])
+            raise self.unknown(python_value(ids, first), int((rows < 0).sum()), where)
+        return rows
+
+    def unknown(self, item: object, count: int, where: str) -> DataError:
+        """What to say of an item that is in no catalogue."""
+        return DataError(
+            f"{where}: item {item!r} is not in the catalogue {self.dataset.items.folder} ({count:,} entries name such "
+            "items): add it there, or leave these rows out."
+        )
+
+    def item_row_lists(self, lists: pa.Array, where: str, *, known_only: bool = False) -> Lists:
+        """Catalogue rows of lists of items; with `known_only`, items outside the catalogue are left out."""
+        rows = self.catalogue.rows_of_lists(lists, where)
+        unknown = rows.values < 0
+        if unknown.any():
+            if known_only:
+                return rows.where(~unknown)
+            row = int(rows.rows[unknown][0])
+            item = python_value(lists.flatten().drop_null(), int(unknown.argmax()))
+            raise self.unknown(item, int(unknown.sum()), f"{where}, row {row:,}")
+        return rows
+
+    def positives(self, table: pa.Table, where: str) -> Lists:
+        """What the rows of a table took: catalogue rows."""
+        column = POSITIVES if self.rows == "user" else ITEM_ID
+        array, where = one_chunk(table[column]), f"{where}, column {column!r}"
+        if self.rows == "user":
+            return self.item_row_lists(array, where)
+        return Lists.singles(self.item_rows(array, where))
+
+    def item_counts(self, counters: Sequence[Counter] = ()) -> np.ndarray:
+        """How often each item of the catalogue was taken in train: (I,) int64.
+
+        With `counters` (1 + counters, I) float64, and behind that what each of them counted.
+        """
+        columns = {POSITIVES if self.rows == "user" else ITEM_ID, *(name for each in counters for name in each.columns)}
+        taken_I = np.zeros(len(self.catalogue), np.int64)
+        others = [np.zeros(len(self.catalogue)) for _ in counters]
+        for group, table in self.dataset.train.tables(sorted(columns)):
+            positives = self.positives(table, str(group))
+            taken_I += np.bincount(positives.values, minlength=len(taken_I))
+            for counter, other_I in zip(counters, others, strict=True):
+                other_I += counter.count(table, str(group), positives)
+        return np.stack([taken_I.astype(np.float64), *others]) if counters else taken_I
+
+
+def _is_of_text(kind: pa.DataType) -> bool | None:
+    """Whether ids, or lists of ids, are text; None where the column holds neither text nor integers."""
+    kind = kind.value_type if is_list(kind) else kind
+    return is_text(kind) if is_id(kind) else None

@@ -1,0 +1,201 @@
+"""How well tables fit the data: what is null, unknown or new in each column, and which ids share a row."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+
+from trec_twotower.config.schema import HISTORY, FeatureSpec, Side
+from trec_twotower.data.dataset import ITEM_ID, POSITIVES, Split
+from trec_twotower.data.feature_dataset import Sources
+from trec_twotower.data.features.text import text_keys
+from trec_twotower.data.features.transform import bucket, cross_keys, hashings, key_lists, one_chunk
+from trec_twotower.data.features.vocabulary import UNKNOWN_ROW, in_vocabulary
+from trec_twotower.ops.hashing import id_keys
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """One feature in one pass over the data; shares are None where the question makes no sense."""
+
+    side: Side
+    name: str
+    kind: str
+    null: float  # of the rows
+    distinct: int | None = None  # ids, or words of a text
+    buckets: int | None = None
+    used: float | None = None  # of the buckets
+    collided: float | None = None  # of the distinct ids: those that share every row of theirs with another
+    unknown: float | None = None  # of the values: those that a vocabulary lacks
+    new: float | None = None  # of the values elsewhere (valid/, test/; items that no one took): not seen in training
+
+
+def coverage(sources: Sources) -> list[Coverage]:
+    """All features, in one pass a feature; memory grows with the distinct ids of one."""
+    dataset = sources.dataset
+    elsewhere: list[Part] = [(dataset.split(name), None) for name in ("valid", "test") if dataset.has(name)]
+    taken_I = sources.item_counts() > 0
+    found = []
+    for feature in sources.context:
+        found.append(_of(sources, "user", feature, [(dataset.train, None)], elsewhere))
+    for feature in sources.static:
+        assert dataset.users is not None
+        found.append(_of(sources, "user", feature, [(dataset.users, None)], []))
+    for feature in sources.schema.item:
+        found.append(_of(sources, "item", feature, [(dataset.items, taken_I)], [(dataset.items, ~taken_I)]))
+    return found
+
+
+@dataclass(frozen=True)
+class OwnItems:
+    """How often the lists of training rows hold the item that the row asks for."""
+
+    rows: int  # that have such a list
+    elements: int  # of all lists together
+    columns: list[str]  # of the lists that were looked through
+
+    @property
+    def in_words(self) -> str:
+        """What `data.own_item: drop` does with them."""
+        return (
+            f"data.own_item: drop leaves {self.elements:,} elements out of {', '.join(self.columns)}, in {self.rows:,} "
+            "rows of train/ that ask for the same item"
+        )
+
+
+def own_items(sources: Sources) -> OwnItems | None:
+    """Counts them in a pass over train/; None where a row has no item of its own, or no lists."""
+    if sources.rows == "user":
+        return None
+    columns = [each[0] for each in sources.lists_of_items()]
+    if not columns:
+        return None
+    rows = elements = 0
+    for group, table in sources.dataset.train.tables([*columns, ITEM_ID]):
+        own = id_keys(one_chunk(table[ITEM_ID]), str(group))
+        has_own = np.zeros(len(table), bool)
+        for column in columns:
+            lists = key_lists(one_chunk(table[column]), str(group))
+            is_own = lists.values == own[lists.rows]
+            has_own[lists.rows[is_own]] = True
+            elements += int(is_own.sum())
+        rows += int(has_own.sum())
+    return OwnItems(rows, elements, columns)
+
+
+Part = tuple[Split, np.ndarray | None]  # of a split: which rows (bool), or all
+
+
+def _of(
+    sources: Sources,
+    side: Side,
+    feature: FeatureSpec,
+    trained: Iterable[Part],
+    elsewhere: Iterable[Part],
+) -> Coverage:
+    rows = nulls = values = unknown = strangers = others = 0
+    known = np.empty(0, np.int64)
+    is_hashed = feature.kind in ("id", "category", "bag", "sequence", "cross", "text") and not feature.is_tokens
+    for table, where in _tables(sources, feature, trained):
+        array = one_chunk(table[table.column_names[0]])
+        rows, nulls = rows + len(array), nulls + array.null_count * (feature.kind != "cross")
+        if is_hashed:
+            keys = _keys(feature, table, where)
+            known = np.union1d(known, keys)
+            values += len(keys)
+            unknown += _num_unknown(sources, side, feature, array, where)
+    null = nulls / max(rows, 1)
+    if not is_hashed:
+        return Coverage(side, feature.name, feature.kind, null)
+    for table, where in _tables(sources, feature, elsewhere):
+        keys = _keys(feature, table, where)
+        others, strangers = others + len(keys), strangers + int((~np.isin(keys, known)).sum())
+    spec = sources.schema.table_of(feature)
+    used, collided = _collisions(feature, sources, known)
+    return Coverage(
+        side,
+        feature.name,
+        feature.kind,
+        null,
+        len(known),
+        spec.buckets,
+        used,
+        collided,
+        unknown / max(values, 1) if feature.vocabulary is not None else None,
+        strangers / others if others else None,
+    )
+
+
+def _tables(sources: Sources, feature: FeatureSpec, parts: Iterable[Part]) -> Iterator[tuple[pa.Table, str]]:
+    """The feature's columns, its own first, row group by row group."""
+    for split, mask in parts:
+        columns = list(feature.columns or (feature.reads,))
+        if sources.rows == "user" and columns == [HISTORY] and split.name == "train":
+            columns = [POSITIVES]  # of which a part is drawn as history
+        if not all(split.has(column) for column in columns):
+            continue
+        for group, table in split.tables(columns):
+            if mask is not None:
+                table = table.filter(pa.array(mask[group.first_row : group.first_row + group.num_rows]))
+            yield table.select(columns), str(group)
+
+
+def _keys(feature: FeatureSpec, table: pa.Table, where: str) -> np.ndarray:
+    """The 64-bit keys of all values of some rows."""
+    arrays = [one_chunk(column) for column in table.columns]
+    match feature.kind:
+        case "bag" | "sequence":
+            return key_lists(arrays[0], where).values
+        case "text":
+            return text_keys(feature, arrays[0]).values
+        case "cross":
+            return cross_keys((array, where) for array in arrays)
+    return id_keys(arrays[0].drop_null(), where)
+
+
+def _num_unknown(sources: Sources, side: Side, feature: FeatureSpec, array: pa.Array, where: str) -> int:
+    if feature.vocabulary is None:
+        return 0
+    return int((in_vocabulary(array, sources.statistics[f"{side}:{feature.name}"], where) == UNKNOWN_ROW).sum())
+
+
+def _collisions(feature: FeatureSpec, sources: Sources, keys: np.ndarray) -> tuple[float | None, float | None]:
+    """The share of buckets that distinct keys fall into, and that of the keys which are not alone in theirs."""
+    if feature.vocabulary is not None:
+        return None, None
+    spec = sources.schema.table_of(feature)
+    if feature.kind == "category" and spec.buckets > 1:  # the first row is null's
+        spec = spec.model_copy(update={"buckets": spec.buckets - 1})
+    rows = np.stack([bucket(each, keys) for _, each in hashings(feature, spec)], axis=1)
+    _, place, counts = np.unique(rows, axis=0, return_inverse=True, return_counts=True)
+    collided = float((counts[place.reshape(-1)] > 1).mean()) if len(keys) else 0.0
+    return len(np.unique(rows)) / spec.buckets, collided
+
+
+def describe_coverage(sources: Sources) -> str:
+    """The coverage of all features as a table, and what to make of it."""
+    lines = [
+        f"{'feature':<28} {'kind':<9} {'null':>7} {'distinct':>11} {'rows':>11} {'used':>7} {'collided':>9} "
+        f"{'unknown':>8} {'new':>7}"
+    ]
+    for each in coverage(sources):
+        counts = [f"{value:,}" if value is not None else "-" for value in (each.distinct, each.buckets)]
+        shares = [f"{v:.2%}" if v is not None else "-" for v in (each.null, each.used, each.collided, each.unknown)]
+        new = f"{each.new:.2%}" if each.new is not None else "-"
+        lines.append(
+            f"{each.side + ' ' + each.name:<28} {each.kind:<9} {shares[0]:>7} {counts[0]:>11} {counts[1]:>11} "
+            f"{shares[1]:>7} {shares[2]:>9} {shares[3]:>8} {new:>7}"
+        )
+    lines += [
+        "null: of the rows. distinct: ids of what is trained on. used: table rows that they fall into. collided: ids",
+        "that share all their table rows with another. unknown: values that the vocabulary lacks. new: values of",
+        "valid/ and test/, or of items that no one took in train/, that training never sees.",
+    ]
+    if (own := own_items(sources)) is not None:
+        mend = "" if not own.rows else ": unless things are taken again and again, set data.own_item: drop"
+        share, where = own.rows / max(sources.dataset.train.num_rows, 1), " or ".join(own.columns)
+        lines.append(f"{share:.2%} of the rows of train/ have the item that they ask for in their {where}{mend}.")
+    return "\n".join(lines)

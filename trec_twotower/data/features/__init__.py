@@ -1,0 +1,1 @@
+"""How each kind of feature becomes ids or numbers."""

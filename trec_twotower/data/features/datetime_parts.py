@@ -1,0 +1,104 @@
+"""Points in time: where they fall in the day, the week and the year, and how long ago they were."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from trec_twotower.config.schema import FeatureSpec
+from trec_twotower.data.features.numeric import clipped, is_number
+from trec_twotower.errors import DataError
+
+PER_SECOND = {"s": 1, "ms": 1_000, "us": 1_000_000, "ns": 1_000_000_000}
+DAY_S = 86_400
+LAST_S = int(datetime(9999, 12, 31, tzinfo=UTC).timestamp())
+NULL_PART = 0  # of a time's table: the row that null owns
+
+
+def is_time(kind: pa.DataType) -> bool:
+    """Whether a column of this type can hold points in time."""
+    return pa.types.is_timestamp(kind) or pa.types.is_date(kind) or (is_number(kind) and not pa.types.is_boolean(kind))
+
+
+def counted(array: pa.Array) -> tuple[pa.Array, str]:
+    """Timestamps as integers and the unit that these count: of nanoseconds microseconds, the rest is left out.
+
+    float64 holds microseconds of our time exactly and nanoseconds nearly, so that one instant in two columns of
+    different units would seem to be two.
+    """
+    unit = array.type.unit
+    if unit == "ns":
+        unit, array = "us", array.cast(pa.timestamp("us", array.type.tz), safe=False)
+    return array.cast(pa.int64()), unit
+
+
+def seconds(
+    feature: FeatureSpec, array: pa.Array, where: str, row_of: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return seconds since 1970 in UTC (float64), and which values are missing.
+
+    Numbers are in the feature's `unit`; timestamps without a zone are in UTC. `row_of` has the row of each value where
+    the values are elements of lists. Raises DataError for times that are no dates of the years up to
+    9999, as those of another unit are.
+    """
+    missing = array.is_null().to_numpy(zero_copy_only=False)
+    if pa.types.is_date(array.type):
+        array = array.cast(pa.timestamp("ms"))
+    unit: str = feature.unit
+    if is_stamp := pa.types.is_timestamp(array.type):
+        array, unit = counted(array)
+    if pa.types.is_integer(array.type):
+        value = array.fill_null(0).to_numpy(zero_copy_only=False) / PER_SECOND[unit]
+    else:
+        value = array.cast(pa.float64(), safe=False).fill_null(0.0).to_numpy(zero_copy_only=False) / PER_SECOND[unit]
+    odd = ~(np.abs(value) <= LAST_S)
+    if odd.any():
+        first = int(np.flatnonzero(odd)[0])
+        row = first if row_of is None else int(row_of[first])
+        fixes = ["write null for a missing time"] if row_of is None else ["leave such elements out"]
+        fixes += [] if is_stamp else [f"set `unit` (now {unit}) of feature {feature.name!r} to the unit of its numbers"]
+        raise DataError(
+            f"{where}: {int(odd.sum()):,} of {len(value):,} times are no dates of the years up to 9999, the first "
+            f"({array[first].as_py()}) in row {row:,}: {', or '.join(fixes)}."
+        )
+    return value, missing
+
+
+def parts(feature: FeatureSpec, array: pa.Array, where: str) -> np.ndarray:
+    """The hour, weekday (Monday first), hour of the week or month of each time in the feature's zone, from 1 on.
+
+    Null is 0.
+    """
+    value, missing = seconds(feature, array, where)
+    local = np.floor(value).astype(np.int64)
+    if feature.zone != "UTC":
+        utc = pa.array(local).cast(pa.timestamp("s", "UTC"))
+        local = pc.local_timestamp(utc.cast(pa.timestamp("s", feature.zone))).cast(pa.int64()).to_numpy()
+    hour, weekday = local // 3600 % 24, (local // DAY_S + 3) % 7  # 1970 began on a Thursday
+    if feature.part == "month":
+        part = local.astype("datetime64[s]").astype("datetime64[M]").astype(np.int64) % 12
+    else:
+        part = {"hour": hour, "weekday": weekday, "hour_of_week": 24 * weekday + hour}[str(feature.part)]
+    return np.where(missing, NULL_PART, part + 1).astype(np.int32)
+
+
+def ages(feature: FeatureSpec, array: pa.Array, until: pa.Array | None, where: str) -> tuple[np.ndarray, np.ndarray]:
+    """Days (float64, clipped) from each time to that in `until`, or else to the date `at`; and which are missing."""
+    since, missing = seconds(feature, array, where)
+    if until is None:
+        assert feature.at is not None
+        end: np.ndarray | float = instant(feature.at).timestamp()
+    else:
+        end, unknown = seconds(feature, until, f"{where}, until column {feature.until!r}")
+        missing = missing | unknown
+    days = np.where(missing, 0.0, (end - since) / DAY_S)
+    return clipped(feature, days), missing
+
+
+def instant(text: str) -> datetime:
+    """A date or time in ISO form; without zone it is in UTC. Raises ValueError where it is none."""
+    found = datetime.fromisoformat(text)
+    return found if found.tzinfo is not None else found.replace(tzinfo=UTC)

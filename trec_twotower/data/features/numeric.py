@@ -1,0 +1,191 @@
+"""Numbers: what is learned of a column before training, and what a tower gets of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import pyarrow as pa
+
+from trec_twotower.config.schema import FeatureSpec
+from trec_twotower.errors import DataError
+from trec_twotower.ops.hashing import id_keys, uniform
+from trec_twotower.ops.ragged import Lists
+from trec_twotower.storage.arrow_values import exact_array
+
+LARGEST = float(np.finfo(np.float32).max)
+QUANTILES = 129  # points of the distribution that `normalise: quantile` keeps
+SAMPLE = 1 << 18  # values that quantiles are taken from; all there are, where they are no more
+_SAMPLED = 0x7175  # keeps these random numbers apart from others
+NULL_BIN = 0
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What a feature needs to know of its column; learned once, when the run begins, and saved with it."""
+
+    mean: float = 0.0
+    std: float = 1.0
+    low: float = 0.0
+    high: float = 1.0
+    points: tuple[float, ...] = ()  # rising: quantiles at equal steps, or where bins begin
+    words: tuple[int | str, ...] = ()  # of a vocabulary, in the order of their rows
+
+    def __post_init__(self) -> None:
+        for name in ("points", "words"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))  # JSON knows lists only
+
+    @cached_property
+    def rows_of_words(self) -> tuple[np.ndarray, np.ndarray]:
+        """The 64-bit keys of all words, rising, and the place of each among `words`."""
+        keys = id_keys(exact_array(self.words), "the vocabulary")
+        order = np.argsort(keys)
+        return keys[order], order
+
+
+def number_values(feature: FeatureSpec, array: pa.Array, where: str) -> tuple[np.ndarray, np.ndarray]:
+    """A number column in float64, clipped, and which rows are missing."""
+    if not is_number(array.type):
+        raise DataError(
+            f"{where}: is {array.type}, but feature {feature.name!r} is a number: cast it, or make it a category."
+        )
+    missing = array.is_null().to_numpy(zero_copy_only=False)
+    value = array.cast(pa.float64(), safe=False).fill_null(0.0).to_numpy(zero_copy_only=False)
+    odd = ~(np.abs(value) <= LARGEST)
+    if odd.any():
+        if feature.nan == "error":
+            row = int(np.flatnonzero(odd)[0])
+            raise DataError(
+                f"{where}: {int(odd.sum()):,} of {len(array):,} numbers are NaN, infinite or beyond float32, the first "
+                f"({value[row]}) in row {row:,}: write null for a missing number, or set nan: missing for feature "
+                f"{feature.name!r}."
+            )
+        missing = missing | odd
+        value = np.where(odd, 0.0, value)
+    return clipped(feature, value), missing
+
+
+def clipped(feature: FeatureSpec, value: np.ndarray) -> np.ndarray:
+    return value if feature.clip is None else np.clip(value, *feature.clip)
+
+
+def is_number(kind: pa.DataType) -> bool:
+    tests = (pa.types.is_integer, pa.types.is_floating, pa.types.is_boolean, pa.types.is_decimal)
+    return any(test(kind) for test in tests)
+
+
+def normalise(feature: FeatureSpec, value: np.ndarray, missing: np.ndarray, statistics: Statistics) -> np.ndarray:
+    """(rows, 2) float32: the normalised value (0 where missing, or that of `default`), and whether it is missing."""
+    filled = missing if feature.default is None else np.zeros_like(missing)
+    if feature.default is not None:
+        value = np.where(missing, clipped(feature, np.array(feature.default)), value)
+    if feature.normalise == "zscore":
+        value = (value - statistics.mean) / (statistics.std or 1.0)
+    elif feature.normalise == "minmax":
+        value = (value - statistics.low) / ((statistics.high - statistics.low) or 1.0)
+    elif feature.normalise == "log1p":
+        value = np.sign(value) * np.log1p(np.abs(value))
+    elif feature.normalise == "quantile":
+        value = share_below(value, statistics.points)
+    out = np.empty((len(value), 2), np.float32)
+    out[:, 0] = np.where(filled, 0.0, value)
+    out[:, 1] = missing
+    return out
+
+
+def share_below(value: np.ndarray, quantiles: tuple[float, ...]) -> np.ndarray:
+    """The share of the learned values that lie below each value, between the quantiles along a line.
+
+    Of a value that many have, those are counted half: their share lies in the middle of theirs.
+    """
+    if len(quantiles) < 2 or quantiles[0] == quantiles[-1]:
+        return np.full(len(value), 0.5)
+    level = np.linspace(0.0, 1.0, len(quantiles))
+    distinct, place = np.unique(quantiles, return_inverse=True)
+    middle = np.bincount(place, weights=level) / np.bincount(place)
+    return np.interp(value, distinct, middle)
+
+
+def binned(feature: FeatureSpec, value: np.ndarray, missing: np.ndarray, statistics: Statistics) -> Lists:
+    """The bin of each number as rows of the feature's table, of which the first is null's.
+
+    The bin of a value is how many of the points it has reached. If soft, the points have rows themselves, and a value
+    between two of them takes both with weights that sum to one (as in piecewise linear encoding, Gorishniy et al.
+    2022).
+    """
+    points = np.array(feature.bins if isinstance(feature.bins, tuple) else statistics.points, np.float64)
+    if not feature.soft:
+        row = np.searchsorted(points, value, side="right") + 1
+        return Lists.singles(np.where(missing, NULL_BIN, row).astype(np.int32))
+    if len(points) < 2:  # all values are alike
+        below, share = np.zeros(len(value), np.int64), np.zeros(len(value))
+        above = below
+    else:
+        below = np.clip(np.searchsorted(points, value, side="right") - 1, 0, len(points) - 2)
+        share = np.clip((value - points[below]) / (points[below + 1] - points[below]), 0.0, 1.0)
+        above = below + 1
+    rows = np.where(missing[:, None], NULL_BIN, np.stack([below, above], axis=1) + 1)
+    weights = np.stack([1.0 - share, share], axis=1)
+    weights[missing] = (1.0, 0.0)
+    offsets = 2 * np.arange(len(value) + 1)
+    return Lists(offsets, rows.astype(np.int32).reshape(-1), weights.astype(np.float32).reshape(-1))
+
+
+def learn_statistics(feature: FeatureSpec, parts: Iterable[tuple[np.ndarray, np.ndarray]]) -> Statistics:
+    """Mean, standard deviation, range and quantiles of a number over all rows that have it, in one pass.
+
+    A part is some rows' values, and which of them are missing. Quantiles beyond SAMPLE rows are those of a sample of
+    so many, the same whatever the parts.
+    """
+    count, mean, squares, low, high = 0, 0.0, 0.0, math.inf, -math.inf
+    sample = _Sample() if _num_points(feature) else None
+    for value, missing in parts:
+        value = value[~missing]
+        if not value.size:
+            continue
+        if sample is not None:
+            sample.add(value, count)
+        # Squares about the mean, joined as in Chan, Golub and LeVeque 1983: times in seconds leave no digit otherwise.
+        away = float(value.mean()) - mean
+        squares += float(np.square(value - value.mean()).sum()) + away**2 * count * value.size / (count + value.size)
+        count += value.size
+        mean += away * value.size / count
+        low, high = min(low, float(value.min())), max(high, float(value.max()))
+    if not count:
+        return Statistics()
+    points = () if sample is None else _points(feature, sample.values)
+    return Statistics(mean, math.sqrt(squares / count) or 1.0, low, high, points)
+
+
+def _num_points(feature: FeatureSpec) -> int:
+    """How many quantiles, least and most among them, a feature asks for."""
+    if isinstance(feature.bins, int):
+        return feature.bins if feature.soft else feature.bins + 1
+    return QUANTILES if feature.normalise == "quantile" else 0
+
+
+def _points(feature: FeatureSpec, values: np.ndarray) -> tuple[float, ...]:
+    quantiles = np.quantile(values, np.linspace(0.0, 1.0, _num_points(feature)))
+    if feature.bins is None:
+        return tuple(quantiles.tolist())
+    return tuple(np.unique(quantiles if feature.soft else quantiles[1:-1]).tolist())
+
+
+class _Sample:
+    """The values of SAMPLE rows that a hash of the row's number chooses: those with the least."""
+
+    def __init__(self) -> None:
+        self.values = np.empty(0)
+        self._draw = np.empty(0)
+
+    def add(self, values: np.ndarray, first: int) -> None:
+        """Take up the values of the rows `first` and following."""
+        draw = uniform(_SAMPLED, np.arange(first, first + len(values)))
+        values, draw = np.concatenate([self.values, values]), np.concatenate([self._draw, draw])
+        if len(values) > SAMPLE:
+            kept = np.argpartition(draw, SAMPLE)[:SAMPLE]
+            values, draw = values[kept], draw[kept]
+        self.values, self._draw = values, draw

@@ -1,0 +1,178 @@
+"""Text: words and parts of words as hashed bags, and the tokens of a language model."""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+import unicodedata
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import xxhash
+
+from trec_twotower.config.schema import FeatureSpec
+from trec_twotower.errors import ConfigError
+from trec_twotower.ops.hashing import mix_array
+from trec_twotower.ops.ragged import Lists, offsets_of, side_by_side
+from trec_twotower.storage.arrow_values import python_values
+
+WORD = re.compile(r"\w+")
+# Kinds of models whose first place is the one behind the padding's number.
+COUNTS_FROM_PADDING = frozenset({"roberta", "xlm-roberta", "camembert", "mpnet", "xlm-roberta-xl", "longformer"})
+MAX_TOKENS = 64  # of a text, where max_length does not say
+_borrowed = threading.Lock()  # a tokenizer serves one thread at a time
+
+
+def words_of(text: str) -> list[str]:
+    """A text's words: runs of letters, digits and underscores, in compatibility form (NFKC) and without case."""
+    return WORD.findall(unicodedata.normalize("NFKC", text).casefold())
+
+
+def parts_of_word(word: str, least: int, most: int) -> list[str]:
+    """All runs of so many characters of `<word>`, whose ends the marks show (as in Bojanowski et al. 2017)."""
+    marked = f"<{word}>"
+    return [
+        marked[start : start + length] for length in range(least, most + 1) for start in range(len(marked) - length + 1)
+    ]
+
+
+def text_keys(feature: FeatureSpec, array: pa.Array) -> Lists:
+    """The 64-bit keys of each text's runs of words, then of its words' parts; of null none.
+
+    A word's key is that of a string id; a run's is mixed of its words' as in a cross; a part's is that of `#` and it,
+    which is no word. The first `max_length` words count.
+    """
+    encoded = array if pa.types.is_dictionary(array.type) else array.dictionary_encode()
+    texts = [words_of(text or "")[: feature.max_length] for text in python_values(encoded.dictionary)]
+    number: dict[str, int] = {}
+    flat = np.array([number.setdefault(word, len(number)) for text in texts for word in text], np.int64)
+    words = Lists(offsets_of([len(text) for text in texts]), flat)
+    key_W = _keys(number)
+    found = [_runs(words, key_W, length) for length in range(1, feature.words + 1)]
+    if feature.characters is not None:
+        parts = [[f"#{part}" for part in parts_of_word(word, *feature.characters)] for word in number]
+        lists = Lists(offsets_of([len(each) for each in parts]), _keys(part for each in parts for part in each))
+        taken = lists.take(flat)
+        found.append(Lists(taken.offsets[words.offsets], taken.values))
+    keys = found[0]
+    for other in found[1:]:
+        keys = side_by_side(keys, other)
+    keys = Lists.concat([keys, Lists(np.zeros(2, np.int64), keys.values[:0])])  # the last row is null's
+    return keys.take(encoded.indices.fill_null(len(texts)).to_numpy(zero_copy_only=False).astype(np.int64))
+
+
+def _keys(words: Any) -> np.ndarray:
+    return np.array([xxhash.xxh3_64_intdigest(word.encode()) for word in words], np.uint64).view(np.int64)
+
+
+def _runs(words: Lists, key_W: np.ndarray, length: int) -> Lists:
+    """The keys of all runs of `length` words of each text."""
+    key = key_W[words.values]
+    if length == 1:
+        return Lists(words.offsets, key)
+    counts = np.maximum(words.lengths - (length - 1), 0).astype(np.int64)
+    offsets = offsets_of(counts)
+    first = np.repeat(words.offsets[:-1] - offsets[:-1], counts) + np.arange(offsets[-1])
+    state = mix_array(key[first].view(np.uint64))
+    for place in range(1, length):
+        state = mix_array(key[first + place].view(np.uint64) ^ state)
+    return Lists(offsets, state.view(np.int64))
+
+
+# What a language model reads
+
+
+def check_folder(feature: FeatureSpec) -> None:
+    """Raises ConfigError where a feature's folder holds no Hugging Face model, or none that can do what is asked."""
+    folder = Path(str(feature.folder))
+    try:
+        about = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        kind = about["model_type"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise ConfigError(
+            f"feature {feature.name!r} has folder: {folder}, which is no Hugging Face model (no config.json with a "
+            "model_type): name a folder that save_pretrained wrote, or git clone one."
+        ) from None
+    if not any(folder.glob("*.safetensors")):
+        raise ConfigError(
+            f"feature {feature.name!r}: {folder} has no *.safetensors: other weights run code when they are read, so "
+            "save the model again with a transformers that writes them."
+        )
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "vocab.txt")):
+        raise ConfigError(
+            f"feature {feature.name!r}: {folder} has a {kind} but no tokenizer: save it there, too "
+            "(tokenizer.save_pretrained)."
+        )
+    layers = about.get("num_hidden_layers") or about.get("n_layer") or about.get("n_layers")
+    if isinstance(feature.tune, int) and isinstance(layers, int) and feature.tune > layers:
+        raise ConfigError(
+            f"feature {feature.name!r} has tune: {feature.tune}, but the model in {folder} has {layers} layers: take "
+            "fewer, or all."
+        )
+    inner = [name for name in PARTS_OF_MODELS if isinstance(about.get(name), dict)]
+    if about.get("is_encoder_decoder") or inner:
+        found = f"is made of parts ({', '.join(inner)})" if inner else "is an encoder with a decoder"
+        raise ConfigError(
+            f"feature {feature.name!r}: the {kind} in {folder} {found}, which does not read a text into a vector by "
+            "itself: take a plain encoder (bert, distilbert, roberta, mpnet and the like, such as MiniLM), or have the "
+            "vectors made beforehand (kind vector)."
+        )
+    length, most = feature.max_length or MAX_TOKENS, _most_tokens(about)
+    if most is not None and length > most:
+        given = f"max_length: {length}" if feature.max_length else f"no max_length, so {length} tokens"
+        raise ConfigError(
+            f"feature {feature.name!r} has {given}, but the {kind} in {folder} has places for {most} tokens: set "
+            f"max_length to {most} or less."
+        )
+
+
+PARTS_OF_MODELS = ("text_config", "vision_config", "audio_config", "encoder", "decoder")  # in the config of one of them
+
+
+def _most_tokens(about: dict[str, Any]) -> int | None:
+    """How many tokens a model has places for, by its config.json; None where that does not say."""
+    found = (about.get(name) for name in ("max_position_embeddings", "n_positions"))
+    places = next((each for each in found if isinstance(each, int) and each > 0), None)
+    padding = about.get("pad_token_id")
+    if places is not None and about["model_type"] in COUNTS_FROM_PADDING and isinstance(padding, int):
+        return places - padding - 1
+    return places
+
+
+def transformers() -> Any:
+    """The library of that name; raises ConfigError where it is not installed."""
+    try:
+        import transformers as library
+
+        library.utils.logging.disable_progress_bar()
+    except ImportError:
+        raise ConfigError(
+            "A text feature with `folder` needs transformers, which is not installed: pip install 'trec-twotower[text]'"
+        ) from None
+    return library
+
+
+@lru_cache(maxsize=8)
+def _tokenizer(folder: str) -> Any:
+    try:
+        return transformers().AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{folder} has no tokenizer that transformers can read: {error}") from None
+
+
+def tokens(feature: FeatureSpec, array: pa.Array) -> Lists:
+    """The first `max_length` tokens of each text, with the marks that its model wants (int32); of null none."""
+    encoded = array if pa.types.is_dictionary(array.type) else array.dictionary_encode()
+    texts = [text or "" for text in python_values(encoded.dictionary)]
+    found: list[list[int]] = []
+    if texts:
+        with _borrowed:
+            tokenizer = _tokenizer(str(feature.folder))
+            found = tokenizer(texts, truncation=True, max_length=feature.max_length or MAX_TOKENS)["input_ids"]
+    lists = Lists.from_lists([*found, []])
+    taken = lists.take(encoded.indices.fill_null(len(texts)).to_numpy(zero_copy_only=False).astype(np.int64))
+    return Lists(taken.offsets, taken.values.astype(np.int32))

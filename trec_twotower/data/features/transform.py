@@ -1,0 +1,466 @@
+"""From Arrow columns to what the towers take: hashed ids in lists, and normalised numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+
+from trec_twotower.config.schema import FeatureSpec, Kind, TableSpec, hash_parts, part_of
+from trec_twotower.data.arrow_types import as_list, is_list
+from trec_twotower.data.features.datetime_parts import DAY_S, ages, is_time, parts, seconds
+from trec_twotower.data.features.embeddings import is_vector, vectors
+from trec_twotower.data.features.numeric import Statistics, binned, is_number, normalise, number_values
+from trec_twotower.data.features.text import text_keys, tokens
+from trec_twotower.data.features.vocabulary import in_vocabulary
+from trec_twotower.errors import DataError
+from trec_twotower.ops.hashing import bucket_type, hash_to_bucket, id_keys, is_id, is_text, mix_array, modulo_bucket
+from trec_twotower.ops.kernels import put_divisors
+from trec_twotower.ops.ragged import Lists
+
+NULL_KEY = np.int64(0x4E554C4C2D4B4559)  # stands for null in a cross
+GAP_BUCKETS = 40  # of the time between two steps: 0 where there is none before, then by powers of two
+NULL_BUCKET = 0  # of a category's table: the row that null owns
+SECOND_HASH = 0x5ECD  # what sets the seed of a table's second hash apart from that of its first
+
+
+@dataclass(frozen=True)
+class Columns:
+    """The features of some rows of one side, ready for a batch.
+
+    `sparse[f]` holds the buckets (int32) of feature f; `numbers[f]` has num_numbers columns: of a number its normalised
+    value, and 1 where it is missing. Of a table with two hashes, `sparse[f@2]` holds the buckets of the second; of
+    text that a model reads, `sparse[f]` its tokens. What stands beside the steps of a sequence is there as
+    `sparse[f@gap]`, `sparse[f@action]` and `sparse[f@row]`, lists as long: buckets, and rows of the catalogue, whose
+    features `items` has.
+    """
+
+    num_rows: int
+    sparse: Mapping[str, Lists]
+    numbers: Mapping[str, np.ndarray]  # float32 (rows, num_numbers)
+    items: Columns | None = None  # where steps have attributes: the features of the whole catalogue
+    # Memory that begins with the values of all bags, in the order of the schema's keys, and has room behind them: a
+    # batch, of which there may be one, puts the other side's there instead of copying all.
+    joined: np.ndarray | None = None
+
+    def take(self, rows: np.ndarray) -> Columns:
+        return Columns(
+            len(rows),
+            {name: lists.take(rows) for name, lists in self.sparse.items()},
+            {name: take_numbers(number, rows) for name, number in self.numbers.items()},
+            self.items,
+        )
+
+    def slice(self, start: int, stop: int) -> Columns:
+        """Rows start .. stop - 1, without a copy."""
+        return Columns(
+            stop - start,
+            {name: lists.slice(start, stop) for name, lists in self.sparse.items()},
+            {name: number[start:stop] for name, number in self.numbers.items()},
+            self.items,
+        )
+
+    def beside(self, other: Columns) -> Columns:
+        """The features of both, for the same rows."""
+        assert self.num_rows == other.num_rows
+        return Columns(
+            self.num_rows,
+            {**self.sparse, **other.sparse},
+            {**self.numbers, **other.numbers},
+            self.items or other.items,
+        )
+
+    @staticmethod
+    def concat(parts: Sequence[Columns]) -> Columns:
+        if len(parts) == 1:
+            return parts[0]
+        first = parts[0]
+        return Columns(
+            sum(part.num_rows for part in parts),
+            {name: Lists.concat([part.sparse[name] for part in parts]) for name in first.sparse},
+            {name: np.concatenate([part.numbers[name] for part in parts]) for name in first.numbers},
+            parts[-1].items,
+        )
+
+
+def take_numbers(number: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Rows of a (rows, N) float32 array; pairs are moved as one 64-bit word each."""
+    if number.shape[1] != 2:
+        return number[rows]
+    words = np.ascontiguousarray(number).reshape(-1).view(np.int64)
+    return words[rows].view(np.float32).reshape(-1, 2)
+
+
+def transform(
+    features: Iterable[FeatureSpec],
+    tables: Mapping[str, TableSpec],
+    statistics: Mapping[str, Statistics],
+    table: pa.Table,
+    where: str,
+    given: Mapping[str, Lists] | None = None,
+    *,
+    uncut: bool = False,
+    item_rows: Callable[[np.ndarray], np.ndarray] | None = None,
+) -> Columns:
+    """The features of every row of an Arrow table; raises DataError naming `where`, the column and the row.
+
+    `given` has lists of 64-bit keys for columns that are made rather than read, such as a drawn half of a history;
+    `uncut` leaves those longer than max_length. `item_rows` finds the catalogue rows of keys, for sequences whose steps
+    have attributes.
+    """
+    sparse, numbers = {}, {}
+    for feature in features:
+        place = f"{where}, column {feature.reads!r}"
+        if given is not None and feature.reads in given:
+            keys = given[feature.reads] if uncut else given[feature.reads].newest(feature.max_length)
+            for part, spec in hashings(feature, tables[feature.table_name]):
+                sparse[part] = Lists(keys.offsets, bucket(spec, keys.values), keys.weights)
+            continue
+        if feature.kind == "vector":
+            numbers[feature.name] = vectors(feature, one_chunk(table[feature.reads]), place)
+            continue
+        if feature.is_tokens:
+            sparse[feature.name] = tokens(feature, one_chunk(table[feature.reads]))
+            continue
+        if feature.is_numeric:
+            number = numeric(feature, table, where)
+            if feature.is_sparse:
+                sparse[feature.name] = binned(feature, *number, statistics[feature.name])
+            else:
+                numbers[feature.name] = normalise(feature, *number, statistics[feature.name])
+            continue
+        spec = tables[feature.table_name]
+        if feature.kind == "sequence":
+            sparse |= sequence(feature, spec, one_chunk(table[feature.reads]), table, place, item_rows)
+        elif feature.vocabulary is not None:
+            rows = in_vocabulary(one_chunk(table[feature.reads]), statistics[feature.name], place)
+            sparse[feature.name] = Lists.singles(rows)
+        else:
+            for part, each in hashings(feature, spec):
+                sparse[part] = looked_up(feature, each, table, where)
+    return Columns(table.num_rows, sparse, numbers)
+
+
+def hashings(feature: FeatureSpec, spec: TableSpec) -> list[tuple[str, TableSpec]]:
+    """The names of a feature's buckets, each with the table as its hash sees it."""
+    second = spec.model_copy(update={"seed": spec.seed ^ SECOND_HASH})
+    return list(zip(hash_parts(feature.name, spec), (spec, second), strict=False))
+
+
+def looked_up(feature: FeatureSpec, spec: TableSpec, table: pa.Table, where: str) -> Lists:
+    """The table rows that each row of an Arrow table looks up for a feature."""
+    array, place = one_chunk(table[feature.reads]), f"{where}, column {feature.reads!r}"
+    match feature.kind:
+        case "time":
+            return Lists.singles(parts(feature, array, place))
+        case "cross":
+            assert feature.columns is not None
+            crossed = ((one_chunk(table[column]), f"{where}, column {column!r}") for column in feature.columns)
+            return Lists.singles(bucket(spec, cross_keys(crossed)))
+        case "bag":
+            weights = one_chunk(table[feature.weights]) if feature.weights else None
+            return bag(feature, spec, array, weights, place, table)
+        case "text":
+            keys = text_keys(feature, array)
+            return Lists(keys.offsets, bucket(spec, keys.values))
+        case "category":
+            return Lists.singles(category(spec, array, place))
+    return Lists.singles(buckets(spec, array, place))
+
+
+def numeric(feature: FeatureSpec, table: pa.Table, where: str) -> tuple[np.ndarray, np.ndarray]:
+    """The number that a feature makes of each row (float64), and which are missing."""
+    array, place = one_chunk(table[feature.reads]), f"{where}, column {feature.reads!r}"
+    if feature.kind == "number":
+        return number_values(feature, array, place)
+    return ages(feature, array, one_chunk(table[feature.until]) if feature.until else None, place)
+
+
+def cross_keys(columns: Iterable[tuple[pa.Array, str]]) -> np.ndarray:
+    """One 64-bit key of what all columns, each with its place, say in a row; null is a value like others.
+
+    The order of the columns counts: a key is the mix of a column's own key and what the ones before it gave.
+    """
+    state: np.ndarray | None = None
+    for array, where in columns:
+        keys = np.full(len(array), NULL_KEY)
+        keys[array.is_valid().to_numpy(zero_copy_only=False)] = id_keys(array.drop_null(), where)
+        state = mix_array(keys.view(np.uint64) if state is None else keys.view(np.uint64) ^ state)
+    assert state is not None
+    return state.view(np.int64)
+
+
+def bucket(spec: TableSpec, keys: np.ndarray) -> np.ndarray:
+    """The table row of each 64-bit key."""
+    if spec.hashing == "modulo":
+        return modulo_bucket(keys, spec.buckets)
+    return hash_to_bucket(keys, spec.buckets, spec.seed)
+
+
+def buckets(spec: TableSpec, ids: pa.Array, where: str) -> np.ndarray:
+    """The table row of each id of a column without nulls; a dictionary's values are hashed once each."""
+    if pa.types.is_dictionary(ids.type) and not ids.null_count:
+        return bucket(spec, id_keys(ids.dictionary, where)).take(ids.indices.to_numpy(zero_copy_only=False))
+    return bucket(spec, id_keys(ids, where))
+
+
+def category(spec: TableSpec, array: pa.Array, where: str) -> np.ndarray:
+    """Buckets 1..; null has bucket 0 to itself (if the table has more than one row)."""
+    if spec.buckets == 1:
+        return np.zeros(len(array), np.int32)
+    rest = spec.model_copy(update={"buckets": spec.buckets - 1})
+    kind = bucket_type(spec.buckets)
+    if not array.null_count:
+        return buckets(rest, array, where).astype(kind, copy=False) + kind(1)
+    valid = array.is_valid().to_numpy(zero_copy_only=False)
+    out = np.full(len(array), NULL_BUCKET, kind)
+    out[valid] = buckets(rest, array.drop_null(), where).astype(kind, copy=False) + kind(1)
+    return out
+
+
+def bag(
+    feature: FeatureSpec,
+    spec: TableSpec,
+    array: pa.Array,
+    weights: pa.Array | None,
+    where: str,
+    beside_it: pa.Table | None = None,
+) -> Lists:
+    """Hashed lists, cut to the newest `max_length`, null elements dropped; times are among the columns beside it."""
+    hashed = _element_lists(array, where, lambda ids: buckets(spec, ids, where))
+    if weights is not None:
+        hashed = with_weights(hashed, array, weights, where, str(feature.weights))
+    if feature.half_life_days is not None:
+        assert beside_it is not None
+        hashed = with_decay(feature, hashed, array, beside_it, where)
+    return hashed.newest(feature.max_length)
+
+
+def with_decay(feature: FeatureSpec, lists: Lists, ids: pa.Array, table: pa.Table, where: str) -> Lists:
+    """`lists`, which were made of `ids`, whose weights are halved for each half life that has passed since.
+
+    Until the newest element of the row, or until the time in `until` where the row has one.
+    """
+    assert feature.times is not None and feature.half_life_days is not None
+    times = one_chunk(table[feature.times])
+    check_times(feature.times, times.type, where)
+    time_s, _ = rising_seconds(feature, beside(ids, times, where, feature.times), lists, where)
+    end_s = np.zeros(len(lists))
+    has_any = lists.lengths > 0
+    end_s[has_any] = time_s[lists.offsets[1:][has_any] - 1]
+    if feature.until is not None:
+        until_s, missing = seconds(feature, one_chunk(table[feature.until]), f"{where}, until column {feature.until!r}")
+        if (early := np.flatnonzero(has_any & ~missing & (until_s < end_s))).size:
+            raise DataError(
+                f"{where}, row {early[0]:,}: a time in {feature.times!r} lies after {feature.until!r} ({early.size:,} "
+                "rows are so): what had not happened yet must not be known, leave those elements out."
+            )
+        end_s = np.where(missing, end_s, until_s)
+    age_days = (np.repeat(end_s, lists.lengths) - time_s) / DAY_S
+    weight = np.exp2(-age_days / feature.half_life_days).astype(np.float32)
+    return Lists(lists.offsets, lists.values, weight if lists.weights is None else weight * lists.weights)
+
+
+def sequence(
+    feature: FeatureSpec,
+    spec: TableSpec,
+    ids: pa.Array,
+    table: pa.Table,
+    where: str,
+    item_rows: Callable[[np.ndarray], np.ndarray] | None,
+) -> dict[str, Lists]:
+    """Hashed lists and what stands beside their steps, cut to the newest `max_length`, null elements dropped."""
+    name = feature.name
+    keys = key_lists(ids, where)
+    found = {name: Lists(keys.offsets, bucket(spec, keys.values))}
+    if feature.attributes:
+        assert item_rows is not None
+        found[part_of(name, "row")] = Lists(keys.offsets, item_rows(keys.values))
+    if feature.times:
+        times = one_chunk(table[feature.times])
+        check_times(feature.times, times.type, where)
+        gaps = gap_buckets(feature, beside(ids, times, where, feature.times), keys, where)
+        found[part_of(name, "gap")] = Lists(keys.offsets, gaps)
+    if feature.actions:
+        actions = one_chunk(table[feature.actions])
+        check_actions(feature.actions, actions.type, where)
+        actions = beside(ids, actions, where, feature.actions)
+        of_actions = TableSpec(buckets=feature.action_buckets, dim=1)
+        found[part_of(name, "action")] = Lists(keys.offsets, category(of_actions, actions, where))
+    return {part: lists.newest(feature.max_length) for part, lists in found.items()}
+
+
+def gap_buckets(feature: FeatureSpec, times: pa.Array, steps: Lists, where: str) -> np.ndarray:
+    """The bucket of each step's distance in seconds from the step before it: 1 + log2(1 + seconds), 0 for the first."""
+    value, is_first = rising_seconds(feature, times, steps, where)
+    gap = np.where(is_first, 0.0, np.diff(value, prepend=value[:1]))
+    of_gap = np.minimum(1 + np.log2(1 + gap), GAP_BUCKETS - 1).astype(np.int32)
+    return np.where(is_first, 0, of_gap).astype(np.int32)
+
+
+def rising_seconds(feature: FeatureSpec, times: pa.Array, steps: Lists, where: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return the time of each step in seconds (float64), and which steps are the first of their row.
+
+    Raises DataError where the times of a row fall, are null, or are no dates in the feature's `unit`.
+    """
+    column = feature.times
+    if times.null_count:
+        raise DataError(f"{where}: the times in {column!r} hold null for an id: write the time of every step.")
+    value, _ = seconds(feature, times, f"{where}, times {column!r}", steps.rows)
+    is_first = np.zeros(len(value), bool)
+    is_first[steps.offsets[:-1][steps.lengths > 0]] = True
+    rises = is_first | (np.diff(value, prepend=value[:1]) >= 0)
+    if not rises.all():
+        row = int(steps.rows[~rises][0])
+        raise DataError(
+            f"{where}, row {row:,}: the times in {column!r} fall, but lists are oldest first: sort each list by time."
+        )
+    return value, is_first
+
+
+def key_lists(array: pa.Array, where: str) -> Lists:
+    """The 64-bit keys of a column of lists of ids; null lists are empty, null elements are dropped."""
+    return _element_lists(array, where, lambda ids: id_keys(ids, where))
+
+
+def _element_lists(array: pa.Array, where: str, of_ids: Callable[[pa.Array], np.ndarray]) -> Lists:
+    """What `of_ids` makes of the elements of a column of lists of ids, less the null ones."""
+    if not is_id_list(array.type):
+        raise DataError(f"{where}: is {array.type}, but a list of integers or strings is needed.")
+    if array.null_count:
+        array = array.fill_null(pa.scalar([], type=array.type))
+    elements = array.flatten()
+    offsets = _offsets(array)
+    if not elements.null_count:
+        return Lists(offsets, of_ids(elements))
+    valid = elements.is_valid().to_numpy(zero_copy_only=False)
+    kept = np.concatenate([[0], np.cumsum(valid)])
+    return Lists(kept[offsets].astype(np.int64), of_ids(elements.drop_null()))
+
+
+def is_id_list(kind: pa.DataType) -> bool:
+    return is_list(kind) and is_id(kind.value_type)
+
+
+def _offsets(array: pa.Array) -> np.ndarray:
+    offsets = array.offsets.to_numpy(zero_copy_only=False).astype(np.int64)
+    return offsets - offsets[0]
+
+
+def with_weights(
+    lists: Lists, ids: pa.Array, weights: pa.Array, where: str, column: str, what: str = "weight"
+) -> Lists:
+    """`lists`, which were made of `ids`, with the numbers that stand beside these in another column, `column`."""
+    check_weights(column, weights.type, where)
+    flat = beside(ids, weights, where, column, what)
+    values = flat.cast(pa.float32(), safe=False).to_numpy(zero_copy_only=False)
+    is_odd = ~np.isfinite(values)
+    if is_odd.any():
+        row = int(lists.rows[is_odd][0])
+        raise DataError(
+            f"{where}, row {row:,}: the {what}s in {column!r} hold null, NaN or infinity: write finite numbers."
+        )
+    return Lists(lists.offsets, lists.values, values)
+
+
+def beside(ids: pa.Array, other: pa.Array, where: str, column: str, what: str = "value") -> pa.Array:
+    """The elements of lists that stand beside lists of ids, in another column, less those beside null ids."""
+    other = as_list(other)
+    other = other.fill_null(pa.scalar([], type=other.type)) if other.null_count else other
+    wanted = _offsets(ids.fill_null(pa.scalar([], type=ids.type)) if ids.null_count else ids)
+    found = _offsets(other)
+    if not np.array_equal(wanted, found):
+        row = int(np.flatnonzero(np.diff(wanted) != np.diff(found))[0])
+        raise DataError(
+            f"{where}, row {row:,}: {np.diff(wanted)[row]} ids but {np.diff(found)[row]} {what}s in {column!r}: "
+            f"write one {what} an id."
+        )
+    flat, values = ids.flatten(), other.flatten()
+    return values.filter(flat.is_valid()) if flat.null_count else values
+
+
+def divides(feature: FeatureSpec) -> bool:
+    """Whether the feature's pooled sums are divided by anything."""
+    return (feature.is_pooled and feature.pooling != "sum") or feature.scale != 1.0
+
+
+def put_pooling_divisor(feature: FeatureSpec, lists: Lists, out: np.ndarray) -> None:
+    """Into `out` what the sum of a row's vectors is divided by: 1, the sum of weights, or the root of that of squares.
+
+    And by 1 / scale; rows of `out` behind those of the lists stay as they are.
+
+    Tables pool by SUM alone, because TorchRec's MEAN divides by counts where weights are meant, and divides other
+    tables' outputs beside row-wise sharding.
+    """
+    scale, is_root = np.float32(feature.scale), feature.pooling == "sqrtn"
+    if not feature.is_pooled or feature.pooling == "sum":
+        out[: len(lists)] = 1 / scale
+        return
+    if lists.weights is None:
+        put_divisors(lists.offsets, is_root, scale, out)
+        return
+    weights = lists.weights.astype(np.float64)
+    if is_root:
+        weights = weights**2
+    total = np.add.reduceat(np.append(weights, 0.0), lists.offsets[:-1]) if len(lists) else np.empty(0)
+    total[lists.lengths == 0] = 1.0
+    total = np.sqrt(total) if is_root else total
+    out[: len(lists)] = np.where(np.abs(total) > 1e-12, total, 1.0).astype(np.float32) / scale
+
+
+def one_chunk(column: pa.ChunkedArray) -> pa.Array:
+    return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
+
+
+def check_weights(column: str, kind: pa.DataType, where: str) -> None:
+    """Raises DataError when a column's type cannot be a bag's weights."""
+    if not (is_list(kind) and is_number(kind.value_type)):
+        raise DataError(f"{where}: its weights, column {column!r}, are {kind}, not a list of numbers: cast them.")
+
+
+def check_time(feature: FeatureSpec, kind: pa.DataType, where: str) -> None:
+    """Raises DataError when a column's type cannot be the time until which ages are counted."""
+    if not is_time(kind):
+        raise DataError(
+            f"{where}: column {feature.until!r} is {kind}, but feature {feature.name!r} counts ages until it: "
+            "timestamps, dates or numbers are needed."
+        )
+
+
+def check_times(column: str, kind: pa.DataType, where: str) -> None:
+    """Raises DataError when a column's type cannot be the times of steps."""
+    if not (is_list(kind) and is_time(kind.value_type)):
+        raise DataError(
+            f"{where}: its times, column {column!r}, are {kind}, not a list of timestamps, dates or numbers."
+        )
+
+
+def check_actions(column: str, kind: pa.DataType, where: str) -> None:
+    """Raises DataError when a column's type cannot be the actions of steps."""
+    if not is_id_list(kind):
+        raise DataError(f"{where}: its actions, column {column!r}, are {kind}, not a list of integers or strings.")
+
+
+NEEDED: dict[Kind, tuple[str, Callable[[pa.DataType], bool]]] = {
+    "id": ("integers or strings", is_id),
+    "category": ("integers or strings", is_id),
+    "bag": ("lists of integers or strings", is_id_list),
+    "sequence": ("lists of integers or strings", is_id_list),
+    "number": ("numbers", is_number),
+    "cross": ("integers or strings", is_id),
+    "time": ("timestamps, dates or numbers", is_time),
+    "text": ("strings", is_text),
+    "vector": ("lists of floating-point numbers", is_vector),
+}
+
+
+def check_kind(feature: FeatureSpec, kind: pa.DataType, where: str, column: str | None = None) -> None:
+    """Raises DataError when a column's type cannot be this kind of feature, before anything is read."""
+    needed, fits = NEEDED[feature.kind]
+    if not fits(kind):
+        raise DataError(
+            f"{where}: column {column or feature.reads!r} is {kind}, but feature {feature.name!r} of kind "
+            f"{feature.kind!r} needs {needed}: write the column so, or change the kind."
+        )

@@ -1,0 +1,1 @@
+"""From Parquet row groups to training batches."""

@@ -1,0 +1,116 @@
+"""The order of an epoch: a function of (seed, epoch, global row), the same for any ranks and any reader threads.
+
+Row groups are put in random order and joined into windows of about `shuffle_rows` rows; a window's rows come in random
+order. That order is drawn in two steps, which together are a uniform permutation: each unit of a window (a row group,
+or several small ones) is permuted by itself, and the units are interleaved at random. So units are read and hashed
+apart, in any number of threads, and a step takes a run of each unit's order; within it, rows stand as in the files.
+
+Rows of different row groups may come anywhere in the epoch. Two neighbours in a file share a window, where they land as
+if drawn independently: a third of its rows apart on average, and never further than all of them. Memory is that of two
+windows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
+
+import numpy as np
+
+from trec_twotower.data.dataset import RowGroup
+from trec_twotower.ops.hashing import mix
+from trec_twotower.ops.kernels import count_before, shuffle
+
+UNIT_ROWS = 1 << 16  # row groups are joined until a unit has so many
+_WINDOWS, _UNITS, _PLACES = 0x6F72, 0x6F73, 0x6F74  # streams of random numbers that must not meet
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Row groups that are read and permuted together."""
+
+    epoch: int
+    groups: tuple[RowGroup, ...]
+    num_rows: int
+    first: int = 0  # its first row among those of its window, counted through the units in order
+    window_rows: int = 0
+
+    def order(self, seed: int) -> np.ndarray:
+        """Which of the unit's rows (counted through its groups in order) comes first, second and so on; int32."""
+        rows = np.arange(self.num_rows, dtype=np.int32)
+        shuffle(rows, _stream(_UNITS, seed, self.epoch, self.groups[0].first_row))
+        return rows
+
+
+@dataclass(frozen=True)
+class Window:
+    """Units whose rows are interleaved; they take the places first .. first + num_rows - 1 of the epoch."""
+
+    epoch: int
+    number: int
+    units: tuple[Unit, ...]
+    first: int
+    num_rows: int
+
+    @property
+    def end(self) -> int:
+        return self.first + self.num_rows
+
+    @property
+    def groups(self) -> tuple[RowGroup, ...]:
+        return tuple(group for unit in self.units for group in unit.groups)
+
+
+@dataclass(frozen=True)
+class Interleaving:
+    """Which unit's next row comes at each place of a window."""
+
+    unit_at: np.ndarray  # uint16, by place
+    num_units: int
+
+    @classmethod
+    def of(cls, window: Window, seed: int) -> Interleaving:
+        unit_at = np.repeat(np.arange(len(window.units), dtype=np.uint16), [unit.num_rows for unit in window.units])
+        shuffle(unit_at, _stream(_PLACES, seed, window.epoch, window.number))
+        return cls(unit_at, len(window.units))
+
+    def before(self, places: Sequence[int] | np.ndarray) -> np.ndarray:
+        """How many rows of each unit come before each of these rising places: (places, units), int64."""
+        counts = np.zeros((len(places), self.num_units), np.int64)
+        count_before(self.unit_at, np.asarray(places, np.int64), counts)
+        return counts
+
+
+def windows_of(groups: Sequence[RowGroup], shuffle_rows: int, seed: int, epoch: int) -> list[Window]:
+    """An epoch's windows in order; the last one may be smaller, and one is larger where a row group is."""
+    windows: list[Window] = []
+    units: list[Unit] = []
+    waiting: list[RowGroup] = []
+    first = 0
+    order = np.arange(len(groups))
+    shuffle(order, _stream(_WINDOWS, seed, epoch, 0))
+    for position, number in enumerate(order.tolist()):
+        waiting.append(groups[number])
+        unit_rows = sum(group.num_rows for group in waiting)
+        window_rows = unit_rows + sum(unit.num_rows for unit in units)
+        is_last = position == len(order) - 1
+        if unit_rows >= UNIT_ROWS or window_rows >= shuffle_rows or is_last:
+            units.append(Unit(epoch, tuple(waiting), unit_rows))
+            waiting = []
+        if window_rows >= shuffle_rows or is_last:
+            starts = accumulate((unit.num_rows for unit in units), initial=0)  # one more than units: the end
+            units = [
+                replace(unit, first=start, window_rows=window_rows) for unit, start in zip(units, starts, strict=False)
+            ]
+            windows.append(Window(epoch, len(windows), tuple(units), first, window_rows))
+            first, units = first + window_rows, []
+    return windows
+
+
+def _stream(*parts: int) -> np.uint64:
+    """Where the random numbers of one purpose start."""
+    state = 0
+    for part in parts:
+        state = mix(state ^ part)
+    return np.uint64(state)

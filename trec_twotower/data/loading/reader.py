@@ -1,0 +1,311 @@
+"""Row groups to hashed, permuted rows: what a rank holds of a unit, ready to be cut into batches.
+
+A rank owns an equal run of each window's rows, in the order of the files: it decodes the row groups those lie in, and
+hashes no others' rows. Of the rest it reads the items alone, because all ranks share a step's candidates. Which rows a
+step takes does not depend on who owns them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import pairwise
+
+import numpy as np
+import pyarrow as pa
+
+from trec_twotower.config.run_config import DataConfig, LossConfig
+from trec_twotower.config.schema import HISTORY, hash_parts
+from trec_twotower.data.dataset import ITEM_ID, POSITIVES, USER_ID, RowGroup
+from trec_twotower.data.feature_dataset import Sources
+from trec_twotower.data.features.numeric import is_number
+from trec_twotower.data.features.transform import beside, key_lists, one_chunk
+from trec_twotower.data.loading.examples import Examples, RowItems
+from trec_twotower.data.loading.order import Unit
+from trec_twotower.data.loading.row_cache import Cache
+from trec_twotower.data.loading.step_buckets import Buffers, Packed, Packer
+from trec_twotower.data.negatives.mined import MOST_WEIGHT, check_given, given_columns, read_given
+from trec_twotower.distributed.host_memory import keep_freed
+from trec_twotower.errors import DataError
+from trec_twotower.ops.hashing import fingerprints, id_keys, uniform
+from trec_twotower.ops.kernels import mark_heaps
+from trec_twotower.ops.ragged import Lists
+
+WEIGHT = "weight"
+BLOCK_ROWS = 1 << 17  # decoded and hashed at a time: less would have its pages zeroed anew each time
+_INPUT = 0x696E  # keeps these random numbers apart from others of the same seed
+
+
+@dataclass(frozen=True)
+class UnitRows:
+    """This rank's rows of a unit, and the items of everybody's, with a heap for each step.
+
+    A heap's rows stand as in the files, and this rank's are a run of them.
+    """
+
+    mine: Packed
+    items: Packed | None = None  # of all ranks' rows; None: all are this rank's
+    rows_per_rank: np.ndarray | None = None  # (heaps, ranks)
+
+    def num_rows(self, heap: int) -> list[int]:
+        """The rows of each rank in a heap."""
+        if self.rows_per_rank is not None:
+            return self.rows_per_rank[heap].tolist()
+        return [self.mine.heap_rows[heap]]
+
+
+class UnitReader:
+    """Reads units of the training rows for one rank."""
+
+    def __init__(self, sources: Sources, data: DataConfig, loss: LossConfig, rank: int, num_ranks: int) -> None:
+        self.sources = sources
+        self.data = data
+        self.loss = loss
+        self.rank, self.num_ranks = rank, num_ranks
+        train = sources.dataset.train
+        self.is_by_user = data.rows == "user"
+        self.masks_history = loss.mask_history and train.has(HISTORY) and not self.is_by_user
+        self.drawn = [feature for feature in sources.context if self.is_by_user and feature.reads == HISTORY]
+        self.given = loss.given
+        if self.given is not None:
+            check_given(train, self.given)
+        mined = loss.negatives.mined
+        self.keeps_user_key = loss.known is not None or (mined is not None and mined.key == USER_ID)
+        self.own_lists = []
+        if data.own_item != "keep":
+            sources.check_lists_of_items()
+            self.own_lists = sources.lists_of_items()
+        self._buffers = Buffers()
+        keep_freed()
+        self.cache = Cache.open(data, sources, self._settings) if data.cache is not None else None
+
+    @property
+    def _settings(self) -> dict[str, object]:
+        """What of the loss decides which columns are kept."""
+        given = None if self.given is None else self.given.model_dump(exclude={"shared"})
+        kept = {"masks_history": self.loss.mask_history, "keeps_user_key": self.keeps_user_key}
+        own = "keep" if self.data.own_item == "keep" else [self.data.own_item, *self.own_lists]
+        return {**kept, "given": given, "own_item": own}
+
+    def read(self, unit: Unit, cuts: np.ndarray) -> UnitRows:
+        """Decode and hash; the costly part, free of the interpreter's lock most of the time.
+
+        Each step takes a run of the unit's order, which is cut at these places; the first is 0, the last its end.
+        """
+        num_heaps = len(cuts) - 1
+        heap_of = np.empty(unit.num_rows, np.int32)
+        mark_heaps(unit.order(self.data.seed), cuts, heap_of)
+        if self.num_ranks == 1:
+            return UnitRows(self._packed(_parts(unit, 0, unit.num_rows), heap_of, num_heaps, unit.epoch))
+        # Where each rank's rows of the window begin and end, counted in this unit.
+        bounds = unit.window_rows * np.arange(self.num_ranks + 1) // self.num_ranks - unit.first
+        bounds = np.clip(bounds, 0, unit.num_rows)
+        low, high = bounds[self.rank : self.rank + 2].tolist()
+        items = Packer(heap_of, num_heaps, Buffers())
+        self._add_items(items, _parts(unit, 0, low), unit.epoch)
+        mine = self._packed(_parts(unit, low, high), heap_of[low:high], num_heaps, unit.epoch, items)
+        self._add_items(items, _parts(unit, high, unit.num_rows), unit.epoch)
+        owned = [np.bincount(heap_of[start:stop], minlength=num_heaps) for start, stop in pairwise(bounds.tolist())]
+        return UnitRows(mine, items.finish(), np.stack(owned, axis=1))
+
+    def _packed(
+        self,
+        parts: list[tuple[RowGroup, int, int]],
+        heap_of: np.ndarray,
+        num_heaps: int,
+        epoch: int,
+        items: Packer | None = None,
+    ) -> Packed:
+        """These rows of row groups, whose heaps `heap_of` has; what every rank knows of them goes into `items`, too."""
+        packer = Packer(heap_of, num_heaps, self._buffers)
+        for group, start, stop in parts:
+            kept = self._kept(group)
+            blocks = self._blocks(group, start, stop) if kept is None else [(start, kept.slice(start, stop))]
+            for row, rows in blocks:
+                drawn = self._drawn(rows, group.first_row + row, epoch)
+                packer.add(drawn)
+                if items is not None:
+                    items.add(drawn.items)
+        if not parts:
+            packer.add(self._nothing)
+        return packer.finish()
+
+    def _add_items(self, items: Packer, parts: list[tuple[RowGroup, int, int]], epoch: int) -> None:
+        for part in parts:
+            items.add(self._items(*part, epoch))
+
+    @cached_property
+    def _nothing(self) -> Examples:
+        """No rows, with all their columns: what a rank holds of a unit that others own."""
+        group = self.sources.dataset.train.row_groups[0]
+        table = self.sources.dataset.train.read(group, self._columns(), dictionaries=True).slice(0, 0)
+        return self._drawn(self._hash(table, str(group)), 0, 0)
+
+    def _kept(self, group: RowGroup) -> Examples | None:
+        """The whole row group from the cache, and into it where it is not there yet; None: there is no cache."""
+        if self.cache is None:
+            return None
+        kept = self.cache.get(group)
+        if kept is None:
+            kept = Examples.concat([rows for _, rows in self._blocks(group, 0, group.num_rows)])
+            self.cache.put(group, kept)
+        return kept
+
+    def _blocks(self, group: RowGroup, start: int, stop: int) -> Iterator[tuple[int, Examples]]:
+        """Rows start .. stop - 1 of a row group, hashed, some at a time; each with the first one's row."""
+        row, train = 0, self.sources.dataset.train
+        for table in train.blocks(group, self._columns(), BLOCK_ROWS, dictionaries=True):
+            first, last = max(start - row, 0), min(stop - row, len(table))
+            if first < last:
+                try:
+                    rows = self._hash(table.slice(first, last - first), str(group))
+                except DataError:
+                    if last - first < group.num_rows:  # say it of the whole row group, as rows are counted there
+                        self._hash(train.read(group, self._columns(), dictionaries=True), str(group))
+                    raise
+                yield row + first, rows
+            row += len(table)
+
+    def _columns(self) -> list[str]:
+        train = self.sources.dataset.train
+        columns = set(self.sources.user_columns()) - {feature.reads for feature in self.drawn}
+        columns |= set(self._item_columns())
+        columns |= {column for each in self.own_lists for column in each}
+        columns |= ({HISTORY} if self.masks_history else set()) | ({WEIGHT} if train.has(WEIGHT) else set())
+        return sorted(columns)
+
+    def _item_columns(self) -> list[str]:
+        """Those that RowItems are made of."""
+        columns = {POSITIVES} if self.is_by_user else {ITEM_ID}
+        columns |= set(given_columns(self.given)) if self.given is not None else set()
+        return sorted(columns | ({USER_ID} if self.keeps_user_key else set()))
+
+    def _hash(self, table: pa.Table, where: str) -> Examples:
+        """What does not depend on the epoch; drawn features hold all of a row's items yet."""
+        for columns in self.own_lists:
+            table = without_own(table, columns, where, refuses=self.data.own_item == "refuse")
+        positives = self.sources.positives(table, where)
+        given, history = None, None
+        if self.is_by_user:
+            given = {HISTORY: key_lists(one_chunk(table[POSITIVES]), where)}
+        if self.masks_history:
+            keys = key_lists(one_chunk(table[HISTORY]), f"{where}, column {HISTORY!r}")
+            history = Lists(keys.offsets, fingerprints(keys.values))
+        user = self.sources.user_features(table, where, given, uncut=self.is_by_user)
+        own, own_weight, user_key = self._own(table, where)
+        return Examples(user, positives, None, history, self._weights(table, where), own, own_weight, user_key)
+
+    def _own(self, table: pa.Table, where: str) -> tuple[Lists | None, Lists | None, np.ndarray | None]:
+        """Given items, their weights and users' keys, each where the loss asks for it."""
+        items = weight = user_key = None
+        if self.given is not None:
+            items, weight = read_given(self.sources, self.loss, table, where)
+        if self.keeps_user_key:
+            user_key = id_keys(one_chunk(table[USER_ID]), f"{where}, column {USER_ID!r}")
+        return items, weight, user_key
+
+    def _drawn(self, rows: Examples, first_row: int, epoch: int) -> Examples:
+        """With a row per user: part of the items becomes input, the rest stay positives; anew each epoch."""
+        if not self.is_by_user:
+            return rows
+        items = rows.positives
+        # By the item and not by its place in the list: an item that stands there twice falls on one side.
+        draw = uniform(_INPUT, self.data.seed, epoch, first_row + items.rows, items.values)
+        is_input = draw_inputs(items, draw, self.data.input_share)
+        sparse = dict(rows.user.sparse)
+        for feature in self.drawn:
+            for name in hash_parts(feature.name, self.sources.schema.table_of(feature)):
+                sparse[name] = sparse[name].where(is_input).newest(feature.max_length)
+        user = replace(rows.user, sparse=sparse)
+        known = items if self.loss.mask_history else None
+        return replace(rows, user=user, positives=items.where(~is_input), known=known)
+
+    def _items(self, group: RowGroup, start: int, stop: int, epoch: int) -> RowItems:
+        """The items of another rank's rows."""
+        kept = self.cache.get(group) if self.cache is not None else None
+        if kept is not None:
+            items = kept.slice(start, stop).items
+        else:
+            whole = self.sources.dataset.train.read(group, self._item_columns(), dictionaries=True)
+            table = whole.slice(start, stop - start)
+            given, _, user_key = self._own(table, _place(group, start))
+            items = RowItems(self.sources.positives(table, _place(group, start)), given, user_key)
+        if not self.is_by_user:
+            return items
+        positives = items.positives
+        draw = uniform(_INPUT, self.data.seed, epoch, group.first_row + start + positives.rows, positives.values)
+        return replace(items, positives=positives.where(~draw_inputs(positives, draw, self.data.input_share)))
+
+    def _weights(self, table: pa.Table, where: str) -> np.ndarray | None:
+        if WEIGHT not in table.column_names:
+            return None
+        array = one_chunk(table[WEIGHT])
+        if not is_number(array.type):
+            raise DataError(
+                f"{where}: column {WEIGHT!r} is {array.type}, but is read as what each row weighs in the loss: write "
+                "numbers, or rename it."
+            )
+        weight = array.cast(pa.float32(), safe=False).to_numpy(zero_copy_only=False)
+        bad = np.flatnonzero(~((weight >= 0) & (weight <= MOST_WEIGHT)))
+        if bad.size:
+            raise DataError(
+                f"{where}, column {WEIGHT!r}, row {bad[0]:,}: {array[bad[0]].as_py()}: row weights are at least 0 "
+                f"and at most {MOST_WEIGHT:g}, since squared gradients of larger ones overflow. Divide all weights by "
+                "their mean."
+            )
+        return weight
+
+
+def _place(group: RowGroup, start: int) -> str:
+    """Where a row that an error names is counted from."""
+    return f"{group} (from row {start:,})" if start else str(group)
+
+
+def _parts(unit: Unit, low: int, high: int) -> list[tuple[RowGroup, int, int]]:
+    """The row groups that hold the unit's rows low .. high - 1, with the rows of each."""
+    parts, first = [], 0
+    for group in unit.groups:
+        start, stop = max(low - first, 0), min(high - first, group.num_rows)
+        if start < stop:
+            parts.append((group, start, stop))
+        first += group.num_rows
+    return parts
+
+
+def without_own(table: pa.Table, columns: list[str], where: str, *, refuses: bool) -> pa.Table:
+    """Rows whose list lacks the item that the row asks for: it is left out of all these columns, or a DataError.
+
+    The first column is of the ids, and the others stand beside it.
+    """
+    history = one_chunk(table[columns[0]])
+    history = history.fill_null(pa.scalar([], history.type))
+    ids, row = history.flatten(), history.value_parent_indices().to_numpy()
+    is_id = ids.is_valid().to_numpy(zero_copy_only=False)
+    is_own = np.zeros(len(ids), bool)
+    is_own[is_id] = id_keys(ids.drop_null(), where) == id_keys(one_chunk(table[ITEM_ID]), where)[row[is_id]]
+    if not is_own.any():
+        return table
+    if refuses:
+        raise DataError(
+            f"{where}, row {row[is_own.argmax()]:,}: its {columns[0]} holds the item that it asks for "
+            f"({len(np.unique(row[is_own])):,} rows of this part are so): write what was known before the event, or "
+            "set data.own_item: drop (keep, where things are taken again)."
+        )
+    offsets = np.concatenate([[0], np.cumsum(~is_own)])[history.offsets.to_numpy() - history.offsets[0].as_py()]
+    for name in columns:
+        lists = one_chunk(table[name])
+        beside(history, lists, where, name)  # raises where they are not as long
+        left = pa.LargeListArray.from_arrays(pa.array(offsets), lists.flatten().filter(pa.array(~is_own)))
+        table = table.set_column(table.column_names.index(name), name, left)
+    return table
+
+
+def draw_inputs(lists: Lists, draw: np.ndarray, share: float) -> np.ndarray:
+    """Which values of each row are input (bool): those drawn below `share`, but at least one stays a target."""
+    is_input = draw < share
+    targets = np.bincount(lists.rows[~is_input], minlength=len(lists))
+    for row in np.flatnonzero((targets == 0) & (lists.lengths > 0)):
+        low, high = lists.offsets[row], lists.offsets[row + 1]
+        is_input[low:high] = draw[low:high] < draw[low:high].max()
+    return is_input

@@ -1,0 +1,156 @@
+"""Hashed rows on disk, as memory-mapped Arrow files: what the second epoch reads in place of Parquet.
+
+A folder's name is the fingerprint of everything that its content depends on: the data, and how the config reads them. A
+row group is one file, written whole under another name and then renamed, so that any number of ranks may write at once.
+Its last eight bytes are the XXH3-64 of all before them.
+"""
+
+from __future__ import annotations
+
+import io
+import mmap
+import os
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import xxhash
+
+from trec_twotower.config.run_config import DataConfig
+from trec_twotower.data.dataset import PARTS_OF_ROWS, RowGroup
+from trec_twotower.data.feature_dataset import Sources
+from trec_twotower.data.loading.examples import Examples
+from trec_twotower.data.loading.step_buckets import WEIGHTS, Layout, assembled, parts_of
+from trec_twotower.ops.ragged import Lists
+from trec_twotower.storage.cache_dir import CacheFolder, changed, size_of
+
+FORMAT = 4
+DIGEST_BYTES = 8
+
+
+class Cache:
+    """The hashed row groups of one way of reading one dataset."""
+
+    def __init__(self, folder: Path, limit_bytes: int, groups: list[RowGroup]) -> None:
+        self.folder = folder
+        self.limit_bytes = limit_bytes
+        self._number = {(group.path, group.number): number for number, group in enumerate(groups)}
+        self._verified: set[tuple[int, int]] = set()  # files, by inode and time of their last change
+
+    @classmethod
+    def open(cls, data: DataConfig, sources: Sources, settings: Mapping[str, object]) -> Cache:
+        """The cache's folder, marked as used; of other fingerprints, the longest unused go until all fit `cache_gb`.
+
+        `settings` are what else decides which columns are kept, and how.
+        """
+        kept = sources.cache or CacheFolder.of(data)
+        groups = sources.dataset.train.row_groups
+        facts = {
+            "format": FORMAT,
+            "dataset": sources.dataset.fingerprint,
+            # The rows of the catalogue and of users/ are in there, too.
+            "changed": [
+                (str(path), path.stat().st_size, changed(path))
+                for part in (*PARTS_OF_ROWS, "items", "users")
+                for path in sources.dataset.paths(part)
+            ],
+            "rows": data.rows,
+            **settings,
+            "features": [feature.model_dump() for feature in sources.schema.user],
+            "tables": {
+                name: (spec.buckets, spec.hashing, spec.seed, spec.hashes)
+                for name, spec in sources.schema.tables.items()
+            },
+            "statistics": {name: asdict(values) for name, values in sources.statistics.items()},
+        }
+        folder = kept.place(facts)
+        folder.mkdir(parents=True, exist_ok=True)
+        return cls(folder, kept.use(folder), groups)
+
+    def path(self, group: RowGroup) -> Path:
+        return self.folder / f"{self._number[group.path, group.number]:08d}.arrow"
+
+    def get(self, group: RowGroup) -> Examples | None:
+        """The row group's rows, mapped and not read; None where they are not cached.
+
+        The first time that this process meets a file it reads all of it, to compare the checksum; a damaged file is
+        taken away.
+        """
+        path = self.path(group)
+        try:
+            with path.open("rb") as file:
+                about = os.fstat(file.fileno())
+                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError):  # an empty file cannot be mapped
+            path.unlink(missing_ok=True)
+            return None
+        content = pa.py_buffer(mapped).slice(0, max(len(mapped) - DIGEST_BYTES, 0))
+        version = (about.st_ino, about.st_mtime_ns)
+        if version not in self._verified:
+            if xxhash.xxh3_64_digest(content) != mapped[len(content) :]:
+                path.unlink(missing_ok=True)
+                return None
+            self._verified.add(version)
+        return _from_arrow(pa.ipc.open_file(pa.BufferReader(content)).get_batch(0))
+
+    def put(self, group: RowGroup, rows: Examples) -> None:
+        """Keep a row group's rows, unless the cache is full or the disk is."""
+        path = self.path(group)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}-{id(rows)}")
+        batch = _to_arrow(rows)
+        if size_of(self.folder) + batch.nbytes > self.limit_bytes:
+            return
+        try:
+            with _DigestedFile(io.FileIO(temporary, "w")) as file:
+                with pa.ipc.new_file(file, batch.schema) as writer:
+                    writer.write_batch(batch)
+                file.write(file.digest.digest())
+            os.replace(temporary, path)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+
+
+class _DigestedFile(io.BufferedWriter):
+    """A file that knows the checksum of what was written to it."""
+
+    def __init__(self, raw: io.FileIO) -> None:
+        super().__init__(raw)
+        self.digest = xxhash.xxh3_64()
+
+    def write(self, data: Any) -> int:
+        self.digest.update(data)
+        return super().write(data)
+
+
+def _to_arrow(rows: Examples) -> pa.RecordBatch:
+    """A column a field; what they make together says the schema's metadata."""
+    layout, columns = Layout.of(rows), {}
+    for field, (name, part) in zip(layout.fields, parts_of(rows), strict=True):
+        values = pa.array((part.values if isinstance(part, Lists) else part).reshape(-1))
+        if not field.count:
+            if part.weights is not None:
+                values = pa.StructArray.from_arrays([values, pa.array(part.weights)], ["value", "weight"])
+            values = pa.LargeListArray.from_arrays(pa.array(part.offsets), values)
+        elif field.count > 1:
+            values = pa.FixedSizeListArray.from_arrays(values, field.count)
+        columns[name] = values
+    schema = pa.schema([(name, values.type) for name, values in columns.items()], {"layout": layout.to_json()})
+    return pa.record_batch(list(columns.values()), schema=schema)
+
+
+def _from_arrow(batch: pa.RecordBatch) -> Examples:
+    layout = Layout.from_json(batch.schema.metadata[b"layout"].decode())
+    values, offsets = {}, []
+    for field, column in zip(layout.fields, batch.columns, strict=True):
+        if not field.count:
+            offsets.append(column.offsets.to_numpy())
+        flat = column if field.count == 1 else column.values
+        if field.weight is not None:
+            values[field.name + WEIGHTS] = flat.field("weight").to_numpy()
+            flat = flat.field("value")
+        values[field.name] = flat.to_numpy()
+    return assembled(layout, batch.num_rows, values, offsets)

@@ -1,0 +1,177 @@
+"""The candidates of a step, and how its rows relate to them: what they took, know, and name themselves."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
+
+import numpy as np
+
+from trec_twotower.config.run_config import LossConfig
+from trec_twotower.data.dataset import USER_ID
+from trec_twotower.data.feature_dataset import Sources
+from trec_twotower.data.loading.batch import Candidates, Targets
+from trec_twotower.data.loading.examples import Examples
+from trec_twotower.data.negatives.mined import KeyedLists
+from trec_twotower.data.negatives.samplers import Negatives, StepItems
+from trec_twotower.ops.hashing import fingerprints, mix_array
+from trec_twotower.ops.kernels import find_columns, mark_distinct
+from trec_twotower.ops.key_table import pairs_by_fingerprint
+from trec_twotower.ops.ragged import Lists, distinct
+
+WORDS_AN_ITEM = 32  # words of bits that are gone through for an item: by then sorting is as fast
+
+
+class CandidateSets:
+    """Makes the candidates of any step of a run, in any thread."""
+
+    def __init__(
+        self, sources: Sources, loss: LossConfig, negatives: Negatives, num_ranks: int, *, masks_history: bool
+    ) -> None:
+        self.loss = loss
+        self.negatives = negatives
+        self.num_ranks = num_ranks
+        self.num_items = len(sources.catalogue)
+        self.keeps_list = loss.negatives.queue > 0
+        self.keeps_key = self.keeps_list or loss.log_q_estimate == "streaming"
+        self.catalogue_keys = sources.catalogue.keys
+        self.fingerprint_I = fingerprints(self.catalogue_keys) if masks_history else None
+        self.known: KeyedLists | None = None
+        if loss.known is not None:
+            self.known = KeyedLists.read(loss.known, USER_ID, "item_ids", sources, "loss.known", skips_unknown=True)
+        self._scratch = threading.local()
+
+    def of(self, items: StepItems, mine: Examples, my_places: Callable[[], np.ndarray]) -> tuple[Candidates, Targets]:
+        """The candidates of a step, the same on all ranks, and the pairs of this rank's rows with them.
+
+        `my_places` says where this rank's rows stand among those of all ranks; it is asked only where that matters.
+        """
+        lists = [source.of(items) for source in self.negatives.lists]
+        item_row, is_negative, column_I = self._set(items, lists)
+        try:
+            edges = [len(item_row) * rank // self.num_ranks for rank in range(self.num_ranks + 1)]
+            exact = self.loss.log_q_estimate == "exact"
+            candidates = Candidates(
+                item_row,
+                self.negatives.log_I[item_row] if exact else None,
+                is_negative,
+                tuple(stop - start for start, stop in pairwise(edges)),
+                self._key(item_row) if self.keeps_key else None,
+            )
+            own = [each.take(my_places()) for each in lists]
+            return candidates, self._targets(mine, own, item_row, column_I)
+        finally:
+            column_I[item_row] = -1
+
+    def _set(self, items: StepItems, lists: Sequence[Lists]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The candidates, which of them stand against all rows, and each catalogue row's place among them."""
+        shared = [items.taken] if self.loss.negatives.in_batch else []
+        shared += [sampler.draw(items.step, items.taken) for sampler in self.negatives.samplers]
+        others = [] if self.loss.negatives.in_batch else [items.taken]
+        for source, brought in zip(self.negatives.lists, lists, strict=True):
+            is_refused = None if brought.weights is None else brought.weights <= 0
+            if not source.shared:
+                others.append(brought.values)
+            elif is_refused is None:
+                shared.append(brought.values)
+            else:
+                shared.append(brought.values[is_refused])
+                others.append(brought.values[~is_refused])
+        item_row, column_I = self._distinct(_joined([*shared, *others]))
+        if not others:
+            return item_row, np.ones(len(item_row), bool), column_I
+        is_negative = np.zeros(len(item_row), bool)
+        for part in shared:
+            is_negative[column_I[part]] = True
+        return item_row, is_negative, column_I
+
+    def _targets(self, mine: Examples, own: Sequence[Lists], item_row: np.ndarray, column_I: np.ndarray) -> Targets:
+        """The pairs of this rank's rows; `own` are the items that they bring themselves, by source."""
+        positives = mine.positives
+        row, column = positives.rows, column_I[positives.values]
+        weight = np.ones(len(row), np.float32)
+        if not positives.is_single:
+            lengths = np.maximum(positives.lengths, 1).astype(np.float32)
+            weight = np.repeat(lengths**-self.loss.positive_power, positives.lengths)
+        if mine.weight is not None:
+            weight = weight * mine.weight[row]
+        known = [(row, column), *self._known(mine, item_row, column_I)]
+        known_row, known_column = (_joined(parts) for parts in zip(*known, strict=True))
+        given = self._given(mine, own, column_I) if own else (None,) * 4
+        listed = self._listed(mine, own) if self.keeps_list else (None, None)
+        return Targets(row, column, weight, known_row, known_column, *given, *listed)
+
+    def _known(
+        self, mine: Examples, item_row: np.ndarray, column_I: np.ndarray
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Pairs of rows and candidates that are no negatives of theirs, beside the positives."""
+        if mine.known is not None:
+            column = column_I[mine.known.values]
+            is_candidate = column >= 0
+            yield mine.known.rows[is_candidate], column[is_candidate]
+        if mine.history is not None:
+            assert self.fingerprint_I is not None
+            yield pairs_by_fingerprint(mine.history, self.fingerprint_I[item_row])
+        if self.known is not None:
+            lists, list_of_row = self.known.lists, self._list_of_row(mine)
+            longest = lists.lengths[list_of_row[list_of_row >= 0]].sum()
+            row, column = (np.empty(longest + 1, np.int64) for _ in range(2))  # the last place is for no pair
+            count = find_columns(lists.offsets, lists.values, list_of_row, column_I, row, column)
+            yield row[:count], column[:count]
+
+    def _given(self, mine: Examples, own: Sequence[Lists], column_I: np.ndarray) -> tuple[np.ndarray, ...]:
+        """The pairs that rows bring themselves: rows, columns, labels and weights."""
+        label = [np.zeros(len(each.values), np.float32) if each.weights is None else each.weights for each in own]
+        weight = [np.ones(len(each.values), np.float32) for each in own]
+        if mine.given_weight is not None:  # of the column that rows name, which is the first source
+            weight[0] = mine.given_weight.values
+        column = [column_I[each.values] for each in own]
+        return tuple(map(np.concatenate, ([each.rows for each in own], column, label, weight)))
+
+    def _listed(self, mine: Examples, own: Sequence[Lists]) -> tuple[np.ndarray, np.ndarray]:
+        """Rows, and keys of all items that are no negatives of theirs from elsewhere, candidates or not."""
+        lists = [each for each in (mine.positives, mine.known, *own) if each is not None]
+        pairs = [(each.rows, self._key(each.values)) for each in lists]
+        if mine.history is not None:
+            pairs.append((mine.history.rows, ~mine.history.values.astype(np.int64)))  # a fingerprint: see ItemQueue
+        if self.known is not None:
+            list_of_row = self._list_of_row(mine)
+            has_list = np.flatnonzero(list_of_row >= 0)
+            listed = self.known.lists.take(list_of_row[has_list])
+            pairs.append((has_list[listed.rows], self._key(listed.values)))
+        row, key = zip(*pairs, strict=True)
+        return np.concatenate(row), np.concatenate(key)
+
+    def _list_of_row(self, mine: Examples) -> np.ndarray:
+        """Which list of `known` is each row's, -1: it has none."""
+        assert self.known is not None and mine.user_key is not None
+        return self.known.rows_of(mine.user_key)
+
+    def _key(self, item_row: np.ndarray) -> np.ndarray:
+        """What tells items apart in all steps, and is the same when the catalogue has grown: 63 bits of their mix.
+
+        The low 32 of them are the item's fingerprint.
+        """
+        return (mix_array(self.catalogue_keys[item_row]) & np.uint64((1 << 63) - 1)).view(np.int64)
+
+    def _distinct(self, item_rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Each catalogue row once, rising; and its place among them, or -1: this thread's array, to be wiped after use.
+
+        By bits where they are few for what is asked, else by sorting.
+        """
+        if not hasattr(self._scratch, "column_I"):
+            self._scratch.column_I = np.full(self.num_items, -1, np.int64)
+            self._scratch.bits = np.zeros(-(-self.num_items // 64), np.uint64)
+        column_I: np.ndarray = self._scratch.column_I
+        if len(self._scratch.bits) > WORDS_AN_ITEM * len(item_rows):
+            item_row = distinct(item_rows.astype(np.int32)).astype(np.int64)  # sorts twice as fast
+            column_I[item_row] = np.arange(len(item_row))
+            return item_row, column_I
+        out = np.empty(min(len(item_rows), self.num_items), np.int64)
+        count = mark_distinct(item_rows, self._scratch.bits, out, column_I)
+        return out[:count], column_I
+
+
+def _joined(parts: Sequence[np.ndarray]) -> np.ndarray:
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)

@@ -1,0 +1,153 @@
+"""Lists of items beside the positives: in a column of the training rows, or in a file, by item or user."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from trec_twotower.config.run_config import GRADUAL, GivenConfig, LossConfig
+from trec_twotower.data.arrow_types import plain_table, plain_type
+from trec_twotower.data.dataset import ITEM_ID, USER_ID, Split
+from trec_twotower.data.feature_dataset import Sources
+from trec_twotower.data.features.transform import check_weights, is_id_list, key_lists, one_chunk, with_weights
+from trec_twotower.data.parquet_files import UNREADABLE
+from trec_twotower.errors import ConfigError, DataError, nearest
+from trec_twotower.ops.hashing import id_keys, is_id, is_text
+from trec_twotower.ops.key_table import KeyTable
+from trec_twotower.ops.ragged import Lists
+from trec_twotower.storage.arrow_values import python_value
+
+MOST_WEIGHT = 1e15  # in the loss: the square of a gradient of 1e19 is beyond float32
+
+
+def check_given(train: Split, given: GivenConfig) -> None:
+    """Raises ConfigError or DataError where a column of `given` is missing from train/ or of the wrong type."""
+    kind = train.require(given.column, "loss.given.column names")
+    if not is_id_list(kind):
+        raise DataError(
+            f"{train.folder}: column {given.column!r}, which loss.given.column names, is {kind}, but lists of integers "
+            "or strings are needed: cast it."
+        )
+    for setting, name in (("labels", given.labels), ("weights", given.weights)):
+        if name is not None:
+            kind = train.require(name, f"loss.given.{setting} names")
+            check_weights(name, kind, f"{train.folder}, column {given.column!r}")
+
+
+def given_columns(given: GivenConfig) -> list[str]:
+    return [name for name in (given.column, given.labels, given.weights) if name is not None]
+
+
+def read_given(sources: Sources, loss: LossConfig, table: pa.Table, where: str) -> tuple[Lists, Lists | None]:
+    """The items that the rows of a table name beside their positives, and how much each of them weighs.
+
+    Catalogue rows, with the labels as weights where there are some, and lists of float32 as long. Items outside the
+    catalogue are left out, or a DataError, as `loss.given.unknown` says.
+    """
+    given = loss.given
+    assert given is not None
+    ids, place = one_chunk(table[given.column]), f"{where}, column {given.column!r}"
+    keys = key_lists(ids, place)
+    items = Lists(keys.offsets, sources.catalogue.rows_of_keys(keys.values))
+    if given.labels is not None:
+        items = with_weights(items, ids, one_chunk(table[given.labels]), place, given.labels, "label")
+        assert items.weights is not None
+        if loss.kind in GRADUAL and (is_outside := (items.weights < 0) | (items.weights > 1)).any():
+            row, label = int(items.rows[is_outside][0]), items.weights[is_outside][0]
+            raise DataError(
+                f"{place}, row {row:,}: {given.labels!r} has the label {label:g}, but loss.kind {loss.kind} takes "
+                "labels from 0 to 1: divide them by the highest, or choose another kind."
+            )
+    weights = None
+    if given.weights is not None:
+        weights = with_weights(items, ids, one_chunk(table[given.weights]), place, given.weights).weights
+        assert weights is not None
+        if (bad := (weights < 0) | (weights > MOST_WEIGHT)).any():
+            row, weight = int(items.rows[bad][0]), weights[bad][0]
+            raise DataError(
+                f"{place}, row {row:,}: {given.weights!r} has the weight {weight:g}: write weights from 0 to "
+                f"{MOST_WEIGHT:g}."
+            )
+    is_known = items.values >= 0
+    if not is_known.all():
+        if given.unknown == "error":
+            raise _unknown(sources, items, ids, place, "loss.given.unknown")
+        items, weights = items.where(is_known), None if weights is None else weights[is_known]
+    return items, None if weights is None else Lists(items.offsets, weights)
+
+
+def _unknown(sources: Sources, items: Lists, ids: pa.Array, place: str, setting: str) -> DataError:
+    is_unknown = items.values < 0
+    row = int(items.rows[is_unknown][0])
+    item = python_value(ids.flatten().drop_null(), int(is_unknown.argmax()))
+    error = sources.unknown(item, int(is_unknown.sum()), f"{place}, row {row:,}")
+    return DataError(f"{error} ({setting}: skip leaves out such items alone.)")
+
+
+class KeyedLists:
+    """Items by the 64-bit key of an item or a user: a Parquet file, read whole."""
+
+    def __init__(self, keys: np.ndarray, lists: Lists, slots: np.ndarray) -> None:
+        self.lists = lists  # catalogue rows, int32
+        self._table = KeyTable(keys, slots)
+
+    @classmethod
+    def read(
+        cls, path: Path, key: str, items: str, sources: Sources, setting: str, *, skips_unknown: bool
+    ) -> KeyedLists:
+        """The column `items` by the column `key` (user_id or item_id); `setting` is what names the file in the config.
+
+        Raises ConfigError where the file or a column is missing, DataError where the content cannot be used.
+        """
+        if not path.is_file():
+            near = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
+            raise ConfigError(f"{setting} is {path}, which is no file{nearest(path.name, near)}.")
+        try:
+            file = pq.ParquetFile(path, page_checksum_verification=True)
+            kinds = {field.name: plain_type(field.type) for field in file.schema_arrow}
+            for name in (key, items):
+                if name not in kinds:
+                    raise ConfigError(
+                        f"{path}, which {setting} names, has no column {name!r}{nearest(name, kinds)}: it needs "
+                        f"{key!r} and {items!r}."
+                    )
+            table = plain_table(file.read([key, items]), [key, items])
+        except UNREADABLE as error:
+            raise DataError(f"{path} cannot be read as Parquet: {error}") from None
+        if not is_id_list(kinds[items]):
+            raise DataError(f"{path}: column {items!r} is {kinds[items]}, but lists of integers or strings are needed.")
+        train = sources.dataset.train if key == USER_ID else sources.dataset.items
+        _check_alike(f"{path}, column {key!r}", kinds[key], f"{train.folder}", train.columns[key])
+        catalogue = sources.dataset.items
+        _check_alike(
+            f"{path}, column {items!r}", kinds[items].value_type, f"{catalogue.folder}", catalogue.columns[ITEM_ID]
+        )
+        keys = id_keys(one_chunk(table[key]), f"{path}, column {key!r}").astype(np.int64)
+        ids, place = one_chunk(table[items]), f"{path}, column {items!r}"
+        lists = sources.catalogue.rows_of_lists(ids, place)
+        if (lists.values < 0).any():
+            if not skips_unknown:
+                raise _unknown(sources, lists, ids, place, setting.rpartition(".")[0] + ".unknown")
+            lists = lists.where(lists.values >= 0)
+        slots = np.zeros(KeyTable.num_slots(len(keys)), np.int32)
+        doubles = KeyTable(keys, slots).insert(0, len(keys))
+        if len(doubles):
+            first, second = doubles[0].tolist()
+            name = python_value(table[key], second)
+            raise DataError(
+                f"{path}: {key} {name!r} stands in rows {first:,} and {second:,}: keep one row with all its items."
+            )
+        return cls(keys, Lists(lists.offsets, lists.values.astype(np.int32)), slots)
+
+    def rows_of(self, keys: np.ndarray) -> np.ndarray:
+        """The list of each key, -1 where it has none."""
+        return self._table.find(keys)
+
+
+def _check_alike(here: str, kind: pa.DataType, there: str, other: pa.DataType) -> None:
+    """Text and integers never meet: raises DataError."""
+    if not is_id(kind) or is_text(kind) != is_text(other):
+        raise DataError(f"{here} is {kind}, but the ids of {there} are {other}: write them alike.")

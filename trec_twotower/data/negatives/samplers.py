@@ -1,0 +1,460 @@
+"""Where the items that a user did not take come from, and how likely each of them is to stand against a row.
+
+A step's candidates are one set. Samplers bring items that stand against all rows; lists bring some against the row that
+names them, and, where they are shared, against the others. Each says how often a step brings every item, as -log of the
+chance that it does not; those add up over sources, which are drawn apart from each other. The log of what remains is
+log q. A new sampler is a class here, an entry in SAMPLERS, a word of NegativesConfig, and a test.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from trec_twotower.config.run_config import (
+    DataConfig,
+    GivenConfig,
+    LossConfig,
+    MinedConfig,
+    NegativesConfig,
+    RefreshConfig,
+)
+from trec_twotower.data.dataset import ITEM_ID, USER_ID
+from trec_twotower.data.feature_dataset import Counter, Sources
+from trec_twotower.data.features.transform import one_chunk
+from trec_twotower.data.loading.examples import RowItems
+from trec_twotower.data.negatives.mined import KeyedLists, check_given, given_columns, read_given
+from trec_twotower.errors import ConfigError
+from trec_twotower.ops.hashing import id_keys, mix, uniform
+from trec_twotower.ops.kernels import draw_from_lists
+from trec_twotower.ops.ragged import Lists, distinct, offsets_of
+
+# Keep these draws apart from others of the same seed.
+_SAMPLED, _SAME_POSITIVE, _SAME_ITEM, _MINED, _REFRESHED = 0x6E6567, 0x73616D, 0x73616E, 0x6D696E, 0x726566
+_POPULAR = 0x706F70
+
+
+@dataclass(frozen=True)
+class StepItems:
+    """The items of a step's rows, those of all ranks, in an order that does not depend on how many these are."""
+
+    step: int
+    rows: RowItems
+
+    @property
+    def taken(self) -> np.ndarray:
+        return self.rows.positives.values
+
+    @property
+    def positives(self) -> Lists:
+        return self.rows.positives
+
+    @property
+    def given(self) -> Lists:
+        assert self.rows.given is not None
+        return self.rows.given
+
+    @property
+    def user_key(self) -> np.ndarray:
+        assert self.rows.user_key is not None
+        return self.rows.user_key
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known of the items and the steps when the sources of negatives are made."""
+
+    num_items: int
+    taken_I: np.ndarray  # how often each was taken
+    batch_size: int
+    seed: int
+    catalogue_values: Callable[[str], np.ndarray]  # the bucket of every item in a feature of one id a row
+
+
+# ---------------------------------------------------------------- against all rows
+
+
+class Sampler(ABC):
+    """Brings items that stand against all rows of a step that do not know them."""
+
+    expected_I: np.ndarray  # float64: -log of the chance that a step does not bring an item
+
+    @abstractmethod
+    def draw(self, step: int, taken: np.ndarray) -> np.ndarray:
+        """Catalogue rows, the same on all ranks; `taken` are the step's positives."""
+
+
+class Everything(Sampler):
+    """The whole catalogue, in every step."""
+
+    def __init__(self, num_items: int) -> None:
+        self.num_items = num_items
+        self.expected_I = np.full(num_items, np.inf)
+
+    def draw(self, step: int, taken: np.ndarray) -> np.ndarray:
+        return np.arange(self.num_items)
+
+
+class Evenly(Sampler):
+    """So many draws from the catalogue, every item as likely as any other."""
+
+    def __init__(self, count: int, num_items: int, seed: int) -> None:
+        self.count, self.num_items, self.seed = count, num_items, seed
+        self.expected_I = np.full(num_items, -count * _log_of_missing(1 / num_items))
+
+    def draw(self, step: int, taken: np.ndarray) -> np.ndarray:
+        draw = uniform(_SAMPLED, self.seed, step, np.arange(self.count))
+        return (draw * self.num_items).astype(np.int64)
+
+
+class ByPopularity(Sampler):
+    """So many draws, an item that was taken n times in proportion to n ** power; one that never was as if once."""
+
+    def __init__(self, count: int, power: float, taken_I: np.ndarray, seed: int, kind: int = _SAMPLED) -> None:
+        """`kind` keeps the draws apart from others of the same seed."""
+        self.count, self.seed, self.kind = count, seed, kind
+        weight_I = np.maximum(taken_I, 1).astype(np.float64) ** power
+        self.cumulative_I = np.cumsum(weight_I / weight_I.sum())
+        self.expected_I = -count * _log_of_missing(weight_I / weight_I.sum())
+
+    def draw(self, step: int, taken: np.ndarray) -> np.ndarray:
+        draw = uniform(self.kind, self.seed, step, np.arange(self.count)) * self.cumulative_I[-1]
+        return np.searchsorted(self.cumulative_I, draw, side="right")
+
+
+class OfTheSameCategory(Sampler):
+    """So many draws from the step's positives, each of which brings any item of its category.
+
+    A category is a bucket of the feature: two that share one are one here.
+    """
+
+    def __init__(self, count: int, category_I: np.ndarray, taken_I: np.ndarray, seed: int) -> None:
+        self.count, self.seed = count, seed
+        _, self.category_I, size_K = np.unique(category_I, return_inverse=True, return_counts=True)
+        self.offset_K = offsets_of(size_K)
+        self.item_I = np.argsort(self.category_I, kind="stable")
+        share_K = np.bincount(self.category_I, taken_I) / max(taken_I.sum(), 1)
+        self.expected_I = -count * _log_of_missing((share_K / size_K)[self.category_I])
+
+    def draw(self, step: int, taken: np.ndarray) -> np.ndarray:
+        if not len(taken):
+            return taken
+        number = np.arange(self.count)
+        positive = taken[(uniform(_SAME_POSITIVE, self.seed, step, number) * len(taken)).astype(np.int64)]
+        category = self.category_I[positive]
+        low, size = self.offset_K[category], np.diff(self.offset_K)[category]
+        return self.item_I[low + (uniform(_SAME_ITEM, self.seed, step, number) * size).astype(np.int64)]
+
+
+def _sampled(config: NegativesConfig, facts: Facts) -> Sampler | None:
+    if config.sampled == "all":
+        return Everything(facts.num_items)
+    if not config.sampled:
+        return None
+    count = _at_most_all("sampled", config.sampled, facts.num_items)
+    if config.power:
+        return ByPopularity(count, config.power, facts.taken_I, facts.seed)
+    return Evenly(count, facts.num_items, facts.seed)
+
+
+def _popular(config: NegativesConfig, facts: Facts) -> Sampler | None:
+    if config.popular is None:
+        return None
+    count = _at_most_all("popular.count", config.popular.count, facts.num_items)
+    return ByPopularity(count, config.popular.power, facts.taken_I, facts.seed, _POPULAR)
+
+
+def _at_most_all(name: str, count: int, num_items: int) -> int:
+    """Return `count`, or the number of items where that is less; then the first rank warns."""
+    if count > num_items and os.environ.get("RANK", "0") == "0":
+        warnings.warn(
+            f"loss.negatives.{name} is {count:,}, but the catalogue has {num_items:,} items: {num_items:,} are drawn "
+            "per step. Set it to that or less (or sampled to all).",
+            stacklevel=2,
+        )
+    return min(count, num_items)
+
+
+def _same(config: NegativesConfig, facts: Facts) -> Sampler | None:
+    if config.same is None:
+        return None
+    return OfTheSameCategory(config.same.count, facts.catalogue_values(config.same.feature), facts.taken_I, facts.seed)
+
+
+SAMPLERS: dict[str, Callable[[NegativesConfig, Facts], Sampler | None]] = {
+    "sampled": _sampled,
+    "popular": _popular,
+    "same": _same,
+}
+
+
+# ---------------------------------------------------------------- against the row that names them
+
+
+class RowLists(ABC):
+    """Brings items against the rows that name them; where they are shared, against the other rows as well."""
+
+    shared: bool
+    expected_I: np.ndarray  # as a sampler's
+
+    @abstractmethod
+    def of(self, items: StepItems) -> Lists:
+        """The items of every row of a step, with their labels as weights; without any, the rows refused them all."""
+
+
+class Given(RowLists):
+    """What a column of the training rows names; see GivenConfig."""
+
+    def __init__(self, config: GivenConfig, share_I: np.ndarray, facts: Facts) -> None:
+        """`share_I`: of how many of the training rows each item is refused."""
+        self.shared = config.shared
+        self.expected_I = -facts.batch_size * _log_of_missing(share_I)
+
+    def of(self, items: StepItems) -> Lists:
+        return items.given
+
+
+class Mined(RowLists):
+    """Draws from the lists of a file; see MinedConfig."""
+
+    def __init__(self, config: MinedConfig, lists: KeyedLists, share_I: np.ndarray, sources: Sources, facts: Facts):
+        """`share_I`: in how many of the training rows each item is drawn, if `config.key` is user_id; else keys'."""
+        self.config, self.lists, self.seed = config, lists, facts.seed
+        self.shared = config.shared
+        self.list_of_item: np.ndarray | None = None
+        if config.key == ITEM_ID:
+            self.list_of_item = lists.rows_of(sources.catalogue.keys)
+            share_I = drawn_share(lists.lists, self.list_of_item, share_I, config.count)
+        self.expected_I = -facts.batch_size * _log_of_missing(share_I)
+
+    def of(self, items: StepItems) -> Lists:
+        if self.list_of_item is not None:
+            positives = items.positives
+            list_rows = Lists(positives.offsets, self.list_of_item[positives.values])
+        else:
+            list_rows = Lists.singles(self.lists.rows_of(items.user_key))
+        return drawn_from(list_rows, self.lists.lists, self.config.count, _MINED, self.seed, items.step)
+
+
+class Refreshed(RowLists):
+    """Draws from lists by item that are made while the model is trained; see RefreshConfig."""
+
+    def __init__(
+        self, config: RefreshConfig, lists: Lists, list_of_item: np.ndarray, key_share_I: np.ndarray, facts: Facts
+    ) -> None:
+        """`list_of_item`: which of `lists` is an item's, -1: it has none."""
+        self.config, self.lists, self.seed = config, lists, facts.seed
+        self.shared = config.shared
+        self.list_of_item = list_of_item
+        share_I = drawn_share(lists, list_of_item, key_share_I, config.count)
+        self.expected_I = -facts.batch_size * _log_of_missing(share_I)
+
+    def of(self, items: StepItems) -> Lists:
+        positives = items.positives
+        list_rows = Lists(positives.offsets, self.list_of_item[positives.values])
+        return drawn_from(list_rows, self.lists, self.config.count, _REFRESHED, self.seed, items.step)
+
+
+def drawn_from(list_rows: Lists, lists: Lists, count: int, *seeds: int) -> Lists:
+    """For each row `count` draws from one of its lists (rows of `lists`, -1: none), which is drawn evenly before."""
+    state = 0
+    for seed in seeds:
+        state = mix(state ^ seed)
+    offsets, out = np.empty(len(list_rows) + 1, np.int64), np.empty(len(list_rows) * count, np.int64)
+    total = draw_from_lists(
+        list_rows.offsets, list_rows.values, lists.offsets, lists.values, count, np.uint64(state), offsets, out
+    )
+    return Lists(offsets, out[:total])
+
+
+def drawn_share(lists: Lists, list_of_item: np.ndarray, key_share_I: np.ndarray, count: int) -> np.ndarray:
+    """(I,): the chance that a row draws each item, if the list it draws from is item k's with chance key_share_I[k]."""
+    has_list = list_of_item >= 0
+    share_L = np.bincount(list_of_item[has_list], key_share_I[has_list], minlength=len(lists))
+    return share_of_lists(lists, share_L, count, len(list_of_item))
+
+
+def share_of_lists(lists: Lists, share_L: np.ndarray, count: int, num_items: int) -> np.ndarray:
+    """(I,): the sum over lists of their share, times the chance that `count` even draws from one bring each item.
+
+    What stands twice in a list is taken for two.
+    """
+    chance_L = -np.expm1(count * _log_of_missing(1 / np.maximum(lists.lengths, 1)))
+    return np.bincount(lists.values, np.repeat(share_L * chance_L, lists.lengths), minlength=num_items)
+
+
+# ---------------------------------------------------------------- counted in one pass over the training rows
+
+
+class _RefusedItems:
+    """Of how many rows each item is refused."""
+
+    def __init__(self, sources: Sources, loss: LossConfig, given: GivenConfig) -> None:
+        self.sources, self.loss = sources, loss
+        self.columns = given_columns(given)
+
+    def count(self, table: pa.Table, where: str, positives: Lists) -> np.ndarray:
+        items, _ = read_given(self.sources, self.loss, table, where)
+        if items.weights is not None:
+            items = items.where(items.weights <= 0)
+        num_items = len(self.sources.catalogue)
+        once = distinct(items.rows * num_items + items.values)  # what stands twice in a row
+        return np.bincount(once % num_items, minlength=num_items).astype(np.float64)
+
+
+class _UsersItems:
+    """In how many rows each item is drawn from the user's list."""
+
+    def __init__(self, sources: Sources, lists: KeyedLists, count: int) -> None:
+        self.sources, self.lists, self.draws = sources, lists, count
+        self.columns = [USER_ID]
+
+    def count(self, table: pa.Table, where: str, positives: Lists) -> np.ndarray:
+        list_of_row = self.lists.rows_of(id_keys(one_chunk(table[USER_ID]), where))
+        rows_L = np.bincount(list_of_row[list_of_row >= 0], minlength=len(self.lists.lists)).astype(np.float64)
+        return share_of_lists(self.lists.lists, rows_L, self.draws, len(self.sources.catalogue))
+
+
+class _EvenOverRows:
+    """How often each item is the one that is drawn evenly from a row's positives."""
+
+    columns: Sequence[str] = ()
+
+    def __init__(self, num_items: int) -> None:
+        self.num_items = num_items
+
+    def count(self, table: pa.Table, where: str, positives: Lists) -> np.ndarray:
+        share = 1 / np.repeat(positives.lengths, positives.lengths)
+        return np.bincount(positives.values, share, minlength=self.num_items)
+
+
+def counted(loss: LossConfig, rows: str) -> list[str]:
+    """What has to be counted beside how often an item was taken."""
+    mined = loss.negatives.mined
+    by_item = loss.negatives.refresh is not None or (mined is not None and mined.key == ITEM_ID)
+    wanted = {
+        "given": loss.given is not None,
+        "mined": mined is not None and mined.key == USER_ID,
+        "key": by_item and rows == "user",
+    }
+    return [word for word, is_wanted in wanted.items() if is_wanted]
+
+
+def count_items(sources: Sources, loss: LossConfig) -> np.ndarray:
+    """How often each item was taken in train, (I,); in further rows what else the loss's negatives need counted."""
+    counters: list[Counter] = []
+    for word in counted(loss, sources.rows):
+        if word == "given":
+            assert loss.given is not None
+            check_given(sources.dataset.train, loss.given)
+            counters.append(_RefusedItems(sources, loss, loss.given))
+        elif word == "mined":
+            mined = loss.negatives.mined
+            assert mined is not None
+            counters.append(_UsersItems(sources, read_mined(sources, mined), mined.count))
+        else:
+            counters.append(_EvenOverRows(len(sources.catalogue)))
+    return sources.item_counts(counters)
+
+
+def read_mined(sources: Sources, mined: MinedConfig) -> KeyedLists:
+    return KeyedLists.read(
+        mined.file, mined.key, "negatives", sources, "loss.negatives.mined.file", skips_unknown=mined.unknown == "skip"
+    )
+
+
+# ---------------------------------------------------------------- all of it
+
+
+class Negatives:
+    """All sources of negatives of a config, and log q of every item.
+
+    The candidates that stand against all rows are a set: item i is among them with probability
+
+        1 - exp(-(draws p_i + sum over the other sources of expected_i))
+
+    where a step draws `draws` positives, item i being one with probability p_i (Poisson approximation), if those count.
+    Taking its log from the logits makes the softmax over the set an estimate of the softmax over the catalogue (Yi et
+    al. 2019, with inclusion probabilities in place of frequencies).
+    """
+
+    def __init__(
+        self, sources: Sources, data: DataConfig, loss: LossConfig, count_NI: np.ndarray, counted_rows: int
+    ) -> None:
+        """`count_NI` is what count_items counted in so many rows."""
+        self.loss = loss
+        taken_I, *others = np.atleast_2d(count_NI)
+        num_items = len(sources.catalogue)
+        words = counted(loss, sources.rows)
+        assert len(others) == len(words), f"{len(others)} counts beside those of positives, not {words}"
+        share = {word: count_I / counted_rows for word, count_I in zip(words, others, strict=True)}
+        self.facts = facts = Facts(
+            num_items, taken_I, data.batch_size, data.seed, lambda name: sources.catalogue.columns.sparse[name].values
+        )
+        is_by_user = data.rows == "user"
+        draws = taken_I.sum() / counted_rows * (1 - data.input_share if is_by_user else 1) * data.batch_size
+        self._once = draws / max(taken_I.sum(), 1)  # positives that a step draws of an item, for each time it was taken
+        self._key_share_I = share.get("key", taken_I / counted_rows)
+        refresh = loss.negatives.refresh
+        if refresh is not None and refresh.ranks[0] >= num_items:
+            raise ConfigError(
+                f"loss.negatives.refresh.ranks begins with {refresh.ranks[0]:,}, but the catalogue has only "
+                f"{num_items - 1:,} items beside each: name nearer ones."
+            )
+        made = (make(loss.negatives, facts) for make in SAMPLERS.values())
+        self.samplers = [sampler for sampler in made if sampler is not None]
+        self._lists: list[RowLists] = []
+        if loss.given is not None:
+            self._lists.append(Given(loss.given, share["given"], facts))
+        if (mined := loss.negatives.mined) is not None:
+            share_I = share.get("mined", self._key_share_I)
+            self._lists.append(Mined(mined, read_mined(sources, mined), share_I, sources, facts))
+        self.lists = list(self._lists)
+        self.log_I = self._log()
+        self._check_queue()
+
+    def refresh(self, lists: Lists, list_of_item: np.ndarray) -> None:
+        """Let rows draw from these lists from now on, in place of those before."""
+        config = self.loss.negatives.refresh
+        assert config is not None
+        self.lists = [*self._lists, Refreshed(config, lists, list_of_item, self._key_share_I, self.facts)]
+        self.log_I = self._log()
+
+    def _check_queue(self) -> None:
+        """Raises ConfigError where the queue has no room for the candidates of one step."""
+        size = self.loss.negatives.queue
+        if size and size < (mean := float(-np.expm1(-self._expected()).sum())):
+            raise ConfigError(
+                f"loss.negatives.queue is {size:,}, but a step has some {mean:,.0f} candidates that would be kept: "
+                f"make room for those of several steps (such as {round(8 * mean):,}), or take queue out."
+            )
+
+    def _expected(self) -> np.ndarray:
+        """-log of the chance that an item is not among the candidates that stand against all rows: (I,)."""
+        taken_I = self.facts.taken_I
+        expected_I = taken_I * self._once if self.loss.negatives.in_batch else np.zeros(len(taken_I))
+        sources = [sampler.expected_I for sampler in self.samplers]
+        sources += [lists.expected_I for lists in self.lists if lists.shared]
+        for of_source_I in sources:
+            expected_I = expected_I + of_source_I
+        return expected_I
+
+    def _log(self) -> np.ndarray:
+        """Log of the chance that an item is among the candidates that stand against all rows: (I,) float32."""
+        expected_I = self._expected()
+        # A positive needs a finite correction even where its chance is nil, as with a count of 0.
+        expected_I = np.where(expected_I > 0, expected_I, self._once or 1.0)
+        return np.log(-np.expm1(-expected_I)).astype(np.float32)
+
+
+def _log_of_missing(chance: Any) -> Any:
+    """log(1 - chance), of chances that may exceed 1 by rounding."""
+    with np.errstate(divide="ignore"):
+        return np.log1p(-np.minimum(chance, 1.0))

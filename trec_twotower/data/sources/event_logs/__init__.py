@@ -1,0 +1,1 @@
+"""An event log as a dataset: histories, splits, summaries."""

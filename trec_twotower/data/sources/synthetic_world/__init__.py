@@ -1,0 +1,1 @@
+"""A generated world whose best ranking is known."""

@@ -1,0 +1,361 @@
+"""The type of each column of a table, by a scan of all its rows.
+
+Parquet and JSON declare types, which are kept. In CSV nobody does: there a column is what all of its values are.
+
+    integer   every value is spelled as an int64 is: no leading zero, plus sign, blank, hexadecimal or decimal point
+    number    every value is a decimal number, and no two spellings are of one number (1.10 beside 1.1 is text)
+    text      else; ids are integers or text, never numbers
+
+So no two values become one, whatever row they are in. The option `types` declares another type.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from trec_twotower.data.sources.tables.column_sql import (
+    COMMA_NUMBER,
+    DECIMALS,
+    FLOATS,
+    FRACTION,
+    INTEGERS,
+    NULL_WORDS,
+    NUMBER,
+    WHOLE_FLOAT,
+    WIDE_INTEGERS,
+    as_text,
+    boolean_of,
+    integer_of,
+    is_integer,
+    is_number_type,
+    is_time_type,
+    number_of,
+    text_of,
+    time_of,
+)
+from trec_twotower.data.sources.tables.event_files import sql_name, sql_text
+from trec_twotower.data.sources.tables.table_options import TableOptions, is_time_format
+from trec_twotower.errors import ConfigError, DataError, nearest
+
+# Types that models do not read, and what they become. Quoted names of fields stay.
+_ODD_TYPES = re.compile(r'"NULL"(?=[\[\],)]|$)|("(?:[^"]|"")*")|\b(?:DECIMAL\(\d+,\d+\)|U?HUGEINT|UUID)(?=[\[\],)]|$)')
+
+
+def note(message: str) -> None:
+    """Print how something was read that could have been read in another way."""
+    print(f"note: {message}", file=sys.stderr, flush=True)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """All rows of a table: `count` those that meet an SQL condition, `refuse` is the error that names the first.
+
+    `refuse` gets a column, the condition, the number of rows that meet it, and the reason.
+    """
+
+    count: Callable[[str], int]
+    refuse: Callable[[str, str, int, str], DataError]
+
+
+@dataclass(frozen=True)
+class Typed:
+    """A column's type, and the SQL expression that gives it.
+
+    `microseconds` is the SQL expression of a typed time in whole microseconds since 1970.
+    """
+
+    type: str
+    expression: str
+    microseconds: str = ""
+    fits: frozenset[str] = frozenset()  # of ids: the integer types that hold all of them
+    is_declared: bool = False  # of ids: whether the files or the option `types` say what they are
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column as the files have it: `kind` is its DuckDB type there, `where` names its files.
+
+    A subclass is a way of giving it a type: `aggregates` are what has to be known of all rows, `typed` decides.
+    """
+
+    name: str
+    kind: str
+    where: str
+    options: TableOptions
+    role: str = "column"  # the option that names it
+    is_undeclared: bool = False
+
+    @property
+    def sql(self) -> str:
+        """The column in SQL, null where it has a null word."""
+        name = sql_name(self.name)
+        if self.kind != "VARCHAR" or not self.options.null:
+            return name
+        words = ", ".join(map(sql_text, self.options.null))
+        return f"CASE WHEN {name} NOT IN ({words}) THEN {name} END"
+
+    @property
+    def spelling(self) -> str | None:
+        """SQL: how a value is spelled, as one word; None where the type does not depend on it."""
+        return None
+
+    @property
+    def spelling_name(self) -> str:
+        """The SQL name of `spelling` among the rows that `aggregates` are of: DuckDB makes it once for all of them."""
+        return sql_name(f"spelling of {self.name}")
+
+    def aggregates(self) -> dict[str, str]:
+        """SQL aggregates over all rows, by the name under which `typed` gets their values."""
+        return {}
+
+    def typed(self, found: dict[str, Any], rows: Rows) -> Typed:
+        """The type of the column; DataError where its values do not allow one."""
+        raise NotImplementedError
+
+    def refusal(self, why: str) -> DataError:
+        return DataError(f"{self.where}: column {self.name!r} is {self.kind}, but {why}.")
+
+
+class PlainColumn(Column):
+    """A column of a declared type that is kept, but for types that models do not read."""
+
+    def typed(self, found: dict[str, Any], rows: Rows) -> Typed:
+        kind = _ODD_TYPES.sub(_readable, self.kind)
+        return Typed(kind, self.sql if kind == self.kind else f"CAST({self.sql} AS {kind})")
+
+
+def _readable(found: re.Match[str]) -> str:
+    if found[1]:
+        return found[1]
+    return "DOUBLE" if found[0].startswith(("DECIMAL", "HUGE", "UHUGE")) else "VARCHAR"
+
+
+class DeclaredColumn(Column):
+    """A column of the type that the option `types`, or its use as a weight or a rating, declares."""
+
+    declared: ClassVar[str | None] = None
+
+    @property
+    def type(self) -> str:
+        return self.declared or self.options.types[self.name]
+
+    def _value(self) -> tuple[str, str]:
+        """The DuckDB type, and the SQL expression: NULL where a value is not of it."""
+        name, kind, type = self.sql, self.kind, self.type
+        if type == "text":
+            return "VARCHAR", name if kind == "VARCHAR" else text_of(name, kind)
+        if type == "time" or is_time_format(type):
+            if is_time_type(kind):
+                return kind, name
+            if kind == "VARCHAR" or (is_time_format(type) and kind in INTEGERS):
+                return (
+                    "TIMESTAMP",
+                    f"CAST({time_of(as_text(name, kind), None if type == 'time' else type)} AS TIMESTAMP)",
+                )
+        if type == "number":
+            if is_number_type(kind) or kind == "BOOLEAN":
+                return "DOUBLE", f"CAST({name} AS DOUBLE)"
+            if kind == "VARCHAR":
+                return "DOUBLE", number_of(name, self.options.decimal)
+        if type == "integer":
+            if kind in INTEGERS - WIDE_INTEGERS:
+                return kind, name
+            if is_number_type(kind) or kind == "BOOLEAN":
+                return "BIGINT", f"CASE WHEN {name} = try_cast({name} AS BIGINT) THEN try_cast({name} AS BIGINT) END"
+            if kind == "VARCHAR":
+                return "BIGINT", integer_of(name)
+        if type == "boolean":
+            if kind == "BOOLEAN":
+                return kind, name
+            if kind == "VARCHAR" or kind in INTEGERS:
+                return "BOOLEAN", boolean_of(as_text(name, kind))
+        raise self.refusal(f"{self._source}, which cannot be read from that type")
+
+    @property
+    def _source(self) -> str:
+        return f"a {self.role} is a number" if self.declared else f"types.{self.name}={self.type} is asked for"
+
+    def aggregates(self) -> dict[str, str]:
+        return {"bad": f"count(*) FILTER ({self._is_bad})"}
+
+    @property
+    def _is_bad(self) -> str:
+        return f"{self._present} AND ({self._value()[1]}) IS NULL"
+
+    @property
+    def _present(self) -> str:
+        return f"({self.sql}) IS NOT NULL" + (f" AND NOT isnan({self.sql})" if self.kind in FLOATS else "")
+
+    def typed(self, found: dict[str, Any], rows: Rows) -> Typed:
+        if found["bad"]:
+            comma = ", or decimal=comma if its comma is a decimal point" if self.type == "number" else ""
+            why = f"{self._source}, and this is none: fix it, or say null=WORD if it means a missing value{comma}"
+            raise rows.refuse(self.name, self._is_bad, found["bad"], why)
+        return Typed(*self._value())
+
+
+class NumberColumn(DeclaredColumn):
+    """The weight or the rating of events."""
+
+    declared = "number"
+
+
+class FeatureColumn(Column):
+    """A column of CSV: integers, numbers or text, by all of its values."""
+
+    is_noted: ClassVar[bool] = True
+
+    @property
+    def spelling(self) -> str:
+        """Decimals have their number of places in the word."""
+        text = self.sql
+        places = f"(length({text}) - strpos({text}, '.'))"
+        shortest = f"contains({text}, 'e') AND CAST(try_cast({text} AS DOUBLE) AS VARCHAR) = {text}"
+        spellings = {
+            is_integer(text): "'integer'",
+            _matches(text, WHOLE_FLOAT): "'whole'",
+            f"length({text}) <= 17 AND {_matches(text, FRACTION)}": f"concat('fraction ', {places})",
+            f"length({text}) <= 17 AND {_matches(text, DECIMALS)}": f"concat('padded ', {places})",
+            f"length({text}) = 18 AND {_matches(text, FRACTION)}": "'fraction'",
+            shortest: "'fraction'",
+            _matches(f"trim({text})", NUMBER): "'number'",
+            _matches(f"trim({text})", COMMA_NUMBER): "'comma'",
+            "true": "'text'",
+        }
+        numbers = f"CASE {' '.join(f'WHEN {condition} THEN {word}' for condition, word in spellings.items())} END"
+        words = ", ".join(map(sql_text, NULL_WORDS))
+        return (
+            f"CASE WHEN regexp_matches({text}, '^\\s*[-+]?\\.?[0-9]') THEN {numbers} "
+            f"WHEN {text} IN ({words}) THEN 'null' WHEN {text} IS NOT NULL THEN 'text' END"
+        )
+
+    def aggregates(self) -> dict[str, str]:
+        return {
+            "spellings": f"histogram({self.spelling_name})",
+            "odd": f"min({self.sql}) FILTER ({self.spelling_name} IN ('comma', 'null', 'text'))",
+        }
+
+    def typed(self, found: dict[str, Any], rows: Rows) -> Typed:
+        spellings: dict[str, int] = found["spellings"] or {}
+        kinds = {word.split(" ")[0] for word in spellings}
+        if not kinds:
+            return Typed("VARCHAR", self.sql)
+        if kinds == {"integer"}:
+            return Typed("BIGINT", f"CAST({self.sql} AS BIGINT)")
+        # So that no two values are one number: as many places everywhere, or no zero at the end that need not be.
+        places = {
+            word.replace("whole", "padded 1").removeprefix("padded").removeprefix("fraction") for word in spellings
+        }
+        has_equal_places = kinds <= {"whole", "fraction", "padded"} and len(places) == 1 and places != {""}
+        if has_equal_places or kinds in ({"fraction"}, {"integer", "fraction"}, {"whole"}, {"whole", "fraction"}):
+            return Typed("DOUBLE", f"CAST({self.sql} AS DOUBLE)")
+        if self.is_noted:
+            self._note(kinds, found["odd"], spellings)
+        return Typed("VARCHAR", self.sql)
+
+    def _note(self, kinds: set[str], odd: str, spellings: dict[str, int]) -> None:
+        """Report a column of numbers that is read as text."""
+        named = f"{self.where}: column {self.name!r}"
+        others = kinds - {"integer", "whole", "fraction", "padded", "number"}
+        if not others:
+            note(
+                f"{named} spells numbers in several ways (such as 1.10 and 1.1, 007 or 1E5), so that it is read as "
+                f"text: types.{self.name}=number reads numbers."
+            )
+        elif others == {"null"} and others != kinds:
+            note(
+                f"{named} is read as text, because {spellings['null']:,} of its values are no numbers, such as "
+                f"{odd!r}: null={odd!r} reads that word as null."
+            )
+        elif others == {"comma"}:
+            note(
+                f"{named} is read as text, because of commas such as in {odd!r}: types.{self.name}=number with "
+                "decimal=comma reads numbers."
+            )
+
+
+def _matches(text: str, pattern: str) -> str:
+    return f"regexp_full_match({text}, {sql_text(pattern)})"
+
+
+class FilterColumn(FeatureColumn):
+    """A column of CSV that only the condition `where` may use."""
+
+    is_noted = False
+
+
+class OrderColumn(FeatureColumn):
+    """The column that orders events of equal time: text of CSV is reported, since 10 comes before 9 in it."""
+
+    is_noted = False
+
+    @property
+    def spelling(self) -> str:
+        return super().spelling if self.is_undeclared else "NULL"
+
+    def aggregates(self) -> dict[str, str]:
+        return super().aggregates() if self.is_undeclared else {}
+
+    def typed(self, found: dict[str, Any], rows: Rows) -> Typed:
+        if not self.is_undeclared:
+            return Typed(self.kind, self.sql)
+        typed = super().typed(found, rows)
+        if typed.type == "VARCHAR":
+            note(f"{self.where}: {self.name!r} is text, and orders events character by character: types= says other.")
+        return typed
+
+
+class ListColumn(Column):
+    """Text that is a list: values between separators, as the option `lists` says. Integers if all of them are."""
+
+    @property
+    def _parts(self) -> str:
+        separator = self.options.lists[self.name]
+        return f"list_filter(string_split({self.sql}, {sql_text(separator)}), lambda part: part <> '')"
+
+    def aggregates(self) -> dict[str, str]:
+        if self.kind != "VARCHAR":
+            raise self.refusal(f"lists.{self.name}={self.options.lists[self.name]} separates text: leave it out")
+        has_text = f"len(list_filter({self._parts}, lambda part: NOT {is_integer('part')})) > 0"
+        return {"texts": f"count(*) FILTER ({has_text})", "parts": f"sum(len({self._parts}))"}
+
+    def typed(self, found: dict[str, Any], rows: Rows) -> Typed:
+        if found["texts"] or not found["parts"] or self.options.types.get(self.name) == "text":
+            return Typed("VARCHAR[]", self._parts)
+        return Typed("BIGINT[]", f"CAST({self._parts} AS BIGINT[])")
+
+
+def feature_column(column: Column, *, is_noted: bool = True) -> Column:
+    """The way in which a feature, or a column that only `where` may use, gets its type."""
+    name, options = column.name, column.options
+    kind: type[Column] = PlainColumn
+    if name in options.lists:
+        kind = ListColumn
+    elif name in options.types:
+        kind = DeclaredColumn
+    elif column.is_undeclared:
+        kind = FeatureColumn if is_noted else FilterColumn
+    return as_kind(column, kind)
+
+
+def order_column(column: Column) -> Column:
+    """The way in which the column gets its type that orders events; DataError where its values have no order."""
+    if column.kind.endswith("]") or column.kind.startswith(("STRUCT", "MAP", "UNION", "JSON", "BLOB", "BIT")):
+        raise column.refusal("an order is given by numbers, text or times: cast it")
+    return feature_column(column) if column.name in column.options.types else as_kind(column, OrderColumn)
+
+
+def as_kind(column: Column, kind: type[Column]) -> Column:
+    return kind(column.name, column.kind, column.where, column.options, column.role, column.is_undeclared)
+
+
+def check_names(options: TableOptions, known: Sequence[str]) -> None:
+    """ConfigError where `types` or `lists` name a column that no file has."""
+    for option in ("types", "lists"):
+        for name in getattr(options, option):
+            if name not in known:
+                raise ConfigError(f"{option} names a column {name!r}, which no file has{nearest(name, known)}.")

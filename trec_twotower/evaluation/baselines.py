@@ -1,0 +1,196 @@
+"""What a model should beat: items that were taken together, and two towers in closed form."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch.nn import functional
+
+from trec_twotower.config.run_config import SpectralStart
+from trec_twotower.distributed.ranks import Ranks
+from trec_twotower.evaluation.metrics import popularity_ranking
+from trec_twotower.index import ExactItems, exact_search
+from trec_twotower.ops.kernels import kernel
+from trec_twotower.ops.ragged import Lists, offsets_of, side_by_side
+from trec_twotower.training.spectral_initialization import Taken, spectral_tables
+
+MOST_NEIGHBOURS = 100  # of an item
+MOST_TAKEN = 1000  # items of a user: one who took more says little of what goes together
+KEPT_CELLS = 1 << 27  # neighbours of all items
+
+
+@dataclass(frozen=True)
+class ItemToItem:
+    """Each item's nearest by the cosine of who took them (Sarwar et al. 2001): |both| / sqrt(|one| |other|)."""
+
+    neighbour_IN: np.ndarray  # int32 item rows, nearest first; -1 where there are no more
+    likeness_IN: np.ndarray  # float32
+    count_I: np.ndarray
+
+    @classmethod
+    def of(cls, taken: Taken, count_I: np.ndarray, ranks: Ranks) -> ItemToItem:
+        """From the pairs of all ranks, each of which finds the neighbours of its share of the items.
+
+        `count_I` orders what is left where an item has too few neighbours.
+        """
+        pairs = ranks.collect((taken.user_P, taken.item_P, taken.num_users))
+        first_user = offsets_of([num_users for _, _, num_users in pairs])
+        user_P = np.concatenate([user + first for (user, _, _), first in zip(pairs, first_user, strict=False)])
+        item_P = np.concatenate([item for _, item, _ in pairs])
+        of_user = offsets_of(np.bincount(user_P, minlength=int(first_user[-1])))
+        of_item = offsets_of(np.bincount(item_P, minlength=taken.num_items))
+        by_item = user_P[np.argsort(item_P, kind="stable")]
+        mine = ranks.share(taken.num_items)
+        most = max(1, min(MOST_NEIGHBOURS, KEPT_CELLS // taken.num_items))
+        neighbour = np.full((mine.stop - mine.start, most), -1, np.int32)
+        likeness = np.zeros(neighbour.shape, np.float32)
+        _find_neighbours(of_user, item_P, of_item, by_item, mine.start, MOST_TAKEN, neighbour, likeness)
+        parts = ranks.collect((neighbour, likeness))
+        return cls(np.concatenate([part[0] for part in parts]), np.concatenate([part[1] for part in parts]), count_I)
+
+    def rankings(self, history: Lists, k: int, excluded: Lists | None = None) -> np.ndarray:
+        """Return (users, k) item rows by the summed likeness to the items of the user's history; ties go by item row.
+
+        Items on `excluded`, by default those of the history, are left out. After the items that are like any of the
+        history come the most popular of the rest; -1 where items run out.
+        """
+        seen, excluded = history.distinct(), history if excluded is None else excluded
+        ranked = np.full((len(seen), k), -1, np.int64)
+        _rank(seen.offsets, seen.values, excluded.offsets, excluded.values, self.neighbour_IN, self.likeness_IN,
+              len(self.count_I), ranked)  # fmt: skip
+        found = ranked >= 0
+        short = np.flatnonzero(~found[:, -1])
+        if len(short):
+            taken = Lists(offsets_of(found[short].sum(axis=1)), ranked[short][found[short]])
+            rest = popularity_ranking(self.count_I, side_by_side(excluded.take(short), taken), k)
+            for row, more in zip(short, rest, strict=True):
+                begun = int(found[row].sum())
+                ranked[row, begun:] = more[: k - begun]
+        return ranked
+
+
+@dataclass(frozen=True)
+class SpectralTowers:
+    """The two towers of spectral.py, untrained: a user is the sum over what he took, scored by the inner product."""
+
+    history_ID: np.ndarray
+    item_ID: np.ndarray
+    count_I: np.ndarray
+
+    @classmethod
+    def of(cls, taken: Taken, dim: int, count_I: np.ndarray, ranks: Ranks) -> SpectralTowers:
+        """From the pairs of all ranks, at `dim` or what the matrix has; all ranks call together and get the same."""
+        num_users = int(ranks.sum(np.array([taken.num_users]))[0])
+        dim = min(dim, num_users, taken.num_items)
+        start = SpectralStart(history="all that a user took")
+        history, item = spectral_tables(taken, dim, start, 0, ranks)
+        return cls(history.cpu().numpy(), item.cpu().numpy(), count_I)
+
+    def users(self, seen: Lists) -> np.ndarray:
+        """(users, D) float32; zero for those who took nothing."""
+        seen = seen.distinct()
+        bags = (torch.from_numpy(part) for part in (seen.values, self.history_ID, seen.offsets[:-1]))
+        return functional.embedding_bag(*bags, mode="sum").numpy()
+
+    def rankings(self, history: Lists, k: int, excluded: Lists | None = None) -> np.ndarray:
+        """Return (users, k) item rows without those on `excluded`, by default the history.
+
+        Users without a known item in their history get the most popular items.
+        """
+        excluded = history if excluded is None else excluded
+        user_BD = self.users(history)
+        _, ranked = exact_search(ExactItems(self.item_ID), user_BD, k, excluded)
+        lost = np.flatnonzero(~user_BD.any(axis=1))
+        ranked[lost] = popularity_ranking(self.count_I, excluded.take(lost), k)
+        return ranked
+
+
+def popularity_vectors(count_I: np.ndarray, num_users: int) -> tuple[np.ndarray, np.ndarray]:
+    """Items (I, 1) and users (B, 1) whose inner products are how often the items were taken."""
+    return np.asarray(count_I, np.float32)[:, None], np.ones((num_users, 1), np.float32)
+
+
+@kernel
+def _find_neighbours(
+    of_user: np.ndarray,
+    items: np.ndarray,
+    of_item: np.ndarray,
+    users: np.ndarray,
+    first: int,
+    most_taken: int,
+    neighbour: np.ndarray,
+    likeness: np.ndarray,
+) -> None:
+    """Fills a row for each item from `first` on; `items` by user and `users` by item."""
+    num_items = of_item.size - 1
+    both = np.zeros(num_items)
+    met = np.empty(num_items, np.int64)
+    for row in range(neighbour.shape[0]):
+        item = first + row
+        num_met = 0
+        for place in range(of_item[item], of_item[item + 1]):
+            user = users[place]
+            if of_user[user + 1] - of_user[user] > most_taken:
+                continue
+            for other_place in range(of_user[user], of_user[user + 1]):
+                other = items[other_place]
+                if other == item:
+                    continue
+                if both[other] == 0:
+                    met[num_met] = other
+                    num_met += 1
+                both[other] += 1
+        others = np.sort(met[:num_met])
+        value = np.empty(num_met)
+        for i in range(num_met):
+            other = others[i]
+            num_one, num_other = of_item[item + 1] - of_item[item], of_item[other + 1] - of_item[other]
+            value[i] = both[other] / np.sqrt(float(num_one) * float(num_other))
+            both[other] = 0
+        order = np.argsort(-value, kind="mergesort")
+        for i in range(min(num_met, neighbour.shape[1])):
+            neighbour[row, i] = others[order[i]]
+            likeness[row, i] = value[order[i]]
+
+
+@kernel
+def _rank(
+    offsets: np.ndarray,
+    seen: np.ndarray,
+    excluded_offsets: np.ndarray,
+    excluded: np.ndarray,
+    neighbour: np.ndarray,
+    likeness: np.ndarray,
+    num_items: int,
+    ranked: np.ndarray,
+) -> None:
+    score = np.zeros(num_items)
+    is_met = np.zeros(num_items, np.bool_)
+    met = np.empty(num_items, np.int64)
+    for user in range(ranked.shape[0]):
+        num_met = 0
+        for place in range(offsets[user], offsets[user + 1]):
+            for i in range(neighbour.shape[1]):
+                other = neighbour[seen[place], i]
+                if other < 0:
+                    break
+                if not is_met[other]:
+                    is_met[other] = True
+                    met[num_met] = other
+                    num_met += 1
+                score[other] += likeness[seen[place], i]
+        for place in range(excluded_offsets[user], excluded_offsets[user + 1]):
+            is_met[excluded[place]] = False  # not to be listed
+        others = np.sort(met[:num_met])
+        order = np.argsort(-score[others], kind="mergesort")
+        listed = 0
+        for i in order:
+            other = others[i]
+            if is_met[other] and listed < ranked.shape[1]:
+                ranked[user, listed] = other
+                listed += 1
+        for i in range(num_met):
+            score[met[i]] = 0
+            is_met[met[i]] = False

@@ -1,0 +1,171 @@
+"""A tower as a torch.export program: tensors to vectors without this package, in C++ or through AOTInductor."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from trec_twotower.config.schema import Schema, Side, hash_parts, key, part_of
+from trec_twotower.data.features.transform import GAP_BUCKETS, Columns
+from trec_twotower.data.loading.batch import Listed, make_batch
+from trec_twotower.model.embeddings import pooled_by_hand, table_parameters
+from trec_twotower.model.two_tower import TwoTower, item_vectors, made_by_layers, put_together, user_vectors
+from trec_twotower.ops.ragged import Lists, offsets_of
+
+ROWS = 5  # of the batch that is traced; any other number runs
+TOKENS = 8  # of a made-up vocabulary
+CHECKED = (1, 2, 9)  # rows of the batches on which the program is compared with the model
+
+
+class ProgramError(RuntimeError):
+    """Why there is no program of a tower."""
+
+
+class Program(nn.Module):
+    """One side's tables and tower. `forward` takes the tensors of `program_inputs` by name, gives vectors:
+
+    KEY/values   int64, the table rows of all rows' ids below each other; KEY is such as user:history
+    KEY/length   int64, how many of them each row has (of a sequence's items and their attributes: each distinct item)
+    KEY/weight   float32, one an id, where the feature has weights
+    KEY/place    of a sequence: int64, which of the distinct items each step is; KEY/length is then the rows'.
+                 Of text that a language model reads: its tokens
+    KEY/gap, KEY/action, KEY/divisor   of a sequence and its attributes, where it has them
+    divisor      float32 (rows, features with a table): what each feature's pooled sum is divided by
+    number       float32 (rows, numbers): normalised values and their indicators
+    """
+
+    def __init__(self, model: TwoTower, side: Side) -> None:
+        super().__init__()
+        self.schema, self.side, self.gaussian = model.schema, side, model.gaussian
+        self.table_of = {each.key: each.feature.table_name for each in model.schema.lookups if each.side == side}
+        self.bags = list(self.table_of)
+        self.table_of |= {name: table for name, table in model.schema.listed_keys if _is_of(name, side)}
+        self.tokens = [key(side, feature) for feature in model.schema.layered(side) if feature.is_tokens]
+        weights = table_parameters(model)
+        self.tables = nn.ParameterDict({name: weights[name] for name in sorted(set(self.table_of.values()))})
+        self.tower = copy.copy(model.user_tower if side == "user" else model.item_tower)
+        self.tower.note_length = None
+
+    def forward(self, inputs: dict[str, Tensor]) -> Tensor:
+        def listed(name: str) -> Listed:
+            return Listed(**{field: inputs.get(f"{name}/{field}") for field in _FIELDS})
+
+        vectors = {
+            name: F.embedding(inputs[f"{name}/values"], self.tables[table]).float()
+            for name, table in self.table_of.items()
+        }
+        pooled = {name: pooled_by_hand(vectors.pop(name), listed(name)) for name in self.bags}
+        by_hand = {name: listed(name) for name in (*vectors, *self.tokens)}
+        pooled |= put_together(self.schema, self.tower, by_hand, vectors)
+        pooled |= made_by_layers(self.schema, self.side, self.tower, by_hand, inputs["number"])
+        vectors_of = user_vectors if self.side == "user" else item_vectors
+        return vectors_of(self.schema, self.tower, pooled, inputs["divisor"], inputs["number"], self.gaussian)
+
+
+_FIELDS = ("length", "weight", "divisor", "place", "gap", "action")
+
+
+def program_inputs(schema: Schema, side: Side, columns: Columns) -> dict[str, Tensor]:
+    """The tensors that a side's program takes for these rows."""
+    batch = make_batch(schema, columns, None) if side == "user" else make_batch(schema, None, columns)
+    divisor, number = batch.user_divisor_BF, batch.user_number_BN
+    if side == "item":
+        divisor, number = batch.item_divisor_SF, batch.item_number_SN
+    found = {"divisor": divisor, "number": number}
+    for name in batch.sparse.keys():  # noqa: SIM118 - torchrec's, no dict
+        if _is_of(name, side):
+            bags = batch.sparse[name]
+            found |= {f"{name}/values": bags.values().long(), f"{name}/length": bags.lengths().long()}
+            if schema.is_weighted:
+                found[f"{name}/weight"] = bags.weights()
+    for name, _ in schema.listed_keys:
+        if not _is_of(name, side):
+            continue
+        assert batch.sequences is not None
+        found[f"{name}/values"] = batch.sequences[name].values().long()
+    for name, listed in batch.listed.items():
+        if _is_of(name, side):
+            found |= {f"{name}/{field}": value for field, value in vars(listed).items() if value is not None}
+    return found
+
+
+def export_program(model: TwoTower, side: Side) -> Any:
+    """The torch.export.ExportedProgram of a side, for any number of rows; ProgramError where torch cannot have it.
+
+    It is compared with the model on batches of other sizes: a size that tracing took for fixed would show.
+    """
+    program = Program(model, side).eval()
+    schema, rng = model.schema, np.random.default_rng(0)
+    inputs = program_inputs(schema, side, made_up(schema, side, ROWS, rng))
+    dynamic = {name: {0: torch.export.Dim.AUTO} for name in inputs}
+    try:
+        with torch.no_grad(), _silence():
+            exported = torch.export.export(program, (inputs,), dynamic_shapes=(dynamic,), strict=False)
+            for rows in CHECKED:
+                other = program_inputs(schema, side, made_up(schema, side, rows, rng))
+                found, expected = exported.module()(other), program(other)
+                if not torch.allclose(found, expected, atol=1e-4, rtol=1e-4):
+                    raise ProgramError(f"the program of the {side} tower differs from it for {rows} rows")
+    except ProgramError:
+        raise
+    except Exception as error:  # torch raises of many kinds; what stops it is a part that depends on numbers
+        first = str(error).strip().splitlines()[0] if str(error).strip() else ""
+        raise ProgramError(f"torch.export cannot have the {side} tower: {type(error).__name__}: {first}") from error
+    return exported
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """Keep torch from printing the graph of what it cannot export, and from warning of what it can."""
+    loud = logging.getLogger("torch.fx.experimental.symbolic_shapes")
+    level, nowhere = loud.level, io.StringIO()
+    loud.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        loud.setLevel(level)
+
+
+def made_up(schema: Schema, side: Side, rows: int, rng: np.random.Generator) -> Columns:
+    """Features of rows that nobody has: of each list some elements, of a row now and then none."""
+    sparse, numbers = {}, {}
+    items = None
+    for feature in schema.features(side):
+        if feature.num_numbers:
+            numbers[feature.name] = rng.normal(size=(rows, feature.num_numbers)).astype(np.float32)
+            continue
+        most = min(feature.max_length or 4, 6) if feature.is_list or feature.is_tokens else 1
+        lengths = rng.integers(0, most + 1, rows) if most > 1 else np.ones(rows, np.int64)
+        lengths[0] = most
+        offsets = offsets_of(lengths)
+        top, names = TOKENS, [feature.name]
+        if feature.is_sparse:
+            table = schema.table_of(feature)
+            top, names = table.buckets, hash_parts(feature.name, table)
+        weights = rng.random(offsets[-1]).astype(np.float32) if feature.is_weighted else None
+        for name in names:
+            values = rng.integers(0, top, offsets[-1]).astype(np.int32)
+            sparse[name] = Lists(offsets, values, weights, most == 1)
+        if feature.kind != "sequence":
+            continue
+        for part, top in (("gap", GAP_BUCKETS), ("action", feature.action_buckets), ("row", ROWS)):
+            sparse[part_of(feature.name, part)] = Lists(offsets, rng.integers(0, top, offsets[-1]).astype(np.int32))
+        if feature.attributes:
+            items = made_up(schema, "item", ROWS, rng)
+    return Columns(rows, sparse, numbers, items)
+
+
+def _is_of(name: str, side: Side) -> bool:
+    return name.startswith(f"{side}:")

@@ -1,0 +1,1 @@
+"""Kernels that exist for CPUs only."""

@@ -1,0 +1,424 @@
+"""The matrix of B rows by C candidates, walked in blocks of rows and never held whole.
+
+A loss says what a block of rows costs and how that changes with each logit (a `Rule`); here the logits are made, cells
+that are no negatives taken out, and the rule's slopes turned into gradients by two further products. All of it happens
+in the forward pass, so nothing of a block outlives it: memory is O(B + C + pairs + block).
+
+Of users with several vectors, (B, M, D), a logit is the highest by any of them, exactly as they are searched for, and
+its slope goes to that one: M times the products.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from trec_twotower.model.cpu.bf16_padding import STEP, filled_up, narrowed, whole_steps
+from trec_twotower.model.cpu.loss_kernels import add_products, are_ours, dots
+from trec_twotower.model.losses.relations import Hardest, Pairs, Relations, cells_of
+
+Precision = Literal["fp32", "bf16", "bf16_logits"]
+
+# Cells of the matrix at a time. On CPU 2 MiB of float32, so that a block is still in the cache when it is read again,
+# but not so few rows that products of theirs are slow, and twice as many where products are of bfloat16, since oneDNN
+# arranges the candidates anew for each; on a GPU enough to keep it busy.
+BLOCK_CELLS = {"cpu": 1 << 19, "cuda": 1 << 26}
+BLOCK_ROWS = 96
+WHOLE_LINES = 16  # float32 in a cache line: products on CPUs are a tenth slower where rows begin within one
+
+
+@dataclass
+class Block:
+    """Some rows: the logits of all their negatives, and their pairs. A rule may overwrite the logits.
+
+    W: the candidates and, on CPUs, some columns behind them that are nobody's negatives.
+    """
+
+    logit_bW: Tensor  # -inf where a cell is no negative
+    offset_W: Tensor | None  # what the rule is to add to the logits, if it said that it would
+    weight_bW: Tensor | None  # of each negative, for rules that weight; None: 1 each
+    total_weight_b: Tensor  # of a row's negatives
+    row_p: Tensor  # of the block, rising
+    logit_p: Tensor
+    weight_p: Tensor
+    label_p: Tensor
+
+    def mean_factor(self) -> Tensor:
+        """(b,): 1 / the total weight of a row's negatives; 1 for a row without."""
+        return 1 / self.total_weight_b.where(self.total_weight_b > 0, 1.0)
+
+    def per_row(self, value_p: Tensor) -> Tensor:
+        """(b,): the sum over each row's pairs."""
+        return torch.zeros_like(self.total_weight_b).index_add_(0, self.row_p, value_p)
+
+
+@dataclass
+class Slopes:
+    """What a block costs, and its derivatives with respect to the logits."""
+
+    loss: Tensor  # scalar
+    cell_bW: Tensor  # but for a factor of the row, and 0 where a cell is no negative
+    factor_b: Tensor
+    pair_p: Tensor
+
+
+Rule = Callable[[Block], Slopes]
+
+
+def scaled(user_BD: Tensor, item_CD: Tensor, temperature: float | Tensor = 1.0) -> tuple[Tensor, Tensor]:
+    """Vectors whose products are logits, in float32 at least; a temperature that is a tensor gets its gradient."""
+    wide = torch.float64 if user_BD.dtype == torch.float64 else torch.float32
+    return user_BD.to(wide) / temperature, item_CD.to(wide)
+
+
+def met(user_BD: Tensor, item_CD: Tensor, pairs: Pairs) -> tuple[Tensor, Pairs]:
+    """One vector a row, and the pairs: of users with several, all vectors, and each pair's of the highest product."""
+    if user_BD.ndim == 2:
+        return user_BD, pairs
+    best_P = _best(user_BD.detach(), item_CD.detach(), pairs.row_P, pairs.column_P)
+    return user_BD.flatten(0, 1), replace(pairs, row_P=pairs.row_P * user_BD.shape[1] + best_P)
+
+
+def pair_logits(user_BD: Tensor, item_CD: Tensor, pairs: Pairs) -> Tensor:
+    """(P,): the products of the vectors of each pair, without keeping P vectors."""
+    user_BD, pairs = met(user_BD, item_CD, pairs)
+    with torch.autocast(user_BD.device.type, enabled=False):
+        return _PairLogits.apply(user_BD, item_CD, pairs.row_P, pairs.column_P)
+
+
+def in_blocks(
+    user_BD: Tensor,
+    item_CD: Tensor,
+    relations: Relations,
+    rule: Rule,
+    *,
+    pairs: Pairs | None = None,
+    logit_P: Tensor | None = None,
+    given_apart: bool = False,
+    adds_offset: bool = False,
+    weights: bool = False,
+    precision: Precision = "fp32",
+) -> Tensor:
+    """The sum over blocks of what `rule` makes of them; a scalar with gradients for the vectors and `logit_P`.
+
+    The rule sees the logits u . v - log q of each row's negatives, and the row's `pairs` (default: the positives, with
+    logits corrected alike). Row i's negatives are the columns in `is_negative_C` and what it refused, but no pair it
+    knows; with `given_apart` no given pair either, whatever its label. A rule that reads all logits once more anyway
+    may say `adds_offset`: then -log q may be in `Block.offset_W` and not in the logits. With `weights` the logits are
+    u . v, and `Block.weight_bW` has 1 / q and the weight of negatives that are not among the hardest; a rule without
+    gets that weight as its log, added to the logits. With precision bf16 the
+    gradients' products are made of bfloat16 numbers (relative error some 1e-3); logits and sums stay as they are. With
+    bf16_logits the negatives' logits are made of such numbers, too, and rounded to them before log q is taken off.
+    """
+    has_own_pairs = pairs is None and user_BD.ndim == 2  # their gradients are made here, too
+    with torch.autocast(user_BD.device.type, enabled=False):
+        if pairs is None:
+            pairs = relations.positive
+            if has_own_pairs:
+                logit_P = dots(user_BD.detach(), pairs.row_P, item_CD.detach(), pairs.column_P)
+            else:
+                logit_P = pair_logits(user_BD, item_CD, pairs)
+            logit_P = logit_P if weights else relations.corrected(logit_P, pairs)
+        assert logit_P is not None
+        order_P = None if _is_rising(pairs.row_P) else torch.argsort(pairs.row_P, stable=True)
+        parts = [pairs.row_P, pairs.column_P, logit_P, pairs.weights(logit_P).detach(), pairs.labels(logit_P).detach()]
+        row_P, column_P, logit_P, weight_P, label_P = parts if order_P is None else [part[order_P] for part in parts]
+        step = WHOLE_LINES if precision == "fp32" else STEP
+        width = whole_steps(item_CD.shape[0], user_BD.device, step)
+        negatives = _Negatives.of(user_BD.detach(), item_CD.detach(), relations, given_apart, width, weights)
+        return _InBlocks.apply(
+            user_BD,
+            item_CD,
+            logit_P,
+            (row_P, column_P if has_own_pairs else None, weight_P, label_P),
+            negatives,
+            rule,
+            adds_offset,
+            precision,
+            relations.push_C,
+        )
+
+
+def row_log_sum_exp(value_P: Tensor, row_P: Tensor, num_rows: int) -> Tensor:
+    """(rows,): log of the sum of exp over each row's pairs; 0 for a row without."""
+    peak = value_P.new_full((num_rows,), float("-inf"))
+    peak = peak.scatter_reduce(0, row_P, value_P.detach(), "amax")
+    peak = peak.where(peak > float("-inf"), 0.0)
+    total = torch.zeros_like(peak).index_add(0, row_P, (value_P - peak[row_P]).exp())
+    return peak + total.where(total > 0, 1.0).log()
+
+
+def softplus_sum(value_bC: Tensor, weight_bC: Tensor | None = None) -> Tensor:
+    """(b,): the (weighted) sums over rows of log(1 + exp(value)), of values of any size, with one block of scratch."""
+    scratch_bC = value_bC.abs().neg_().exp_().log1p_()
+    total_b = weighted_sum(scratch_bC, weight_bC)
+    return total_b + weighted_sum(torch.clamp(value_bC, min=0, out=scratch_bC), weight_bC)
+
+
+def weighted_sum(value_bC: Tensor, weight_bC: Tensor | None) -> Tensor:
+    """(b,): the sums over rows of weight * value; without weights, of the values."""
+    return value_bC.sum(1) if weight_bC is None else torch.linalg.vecdot(value_bC, weight_bC)
+
+
+def rows_a_block(num_columns: int, device: torch.device, is_narrow: bool) -> int:
+    cells = BLOCK_CELLS["cpu"] << is_narrow if device.type == "cpu" else BLOCK_CELLS["cuda"]
+    return max(BLOCK_ROWS, cells // max(num_columns, 1))
+
+
+@dataclass(frozen=True)
+class _Negatives:
+    """Which cells are negatives: columns by their offset, and cells by number (row * W + column), rising, distinct.
+
+    The W columns of the matrix are the candidates and, on CPUs, some behind them that are nobody's negatives.
+    """
+
+    offset_W: Tensor  # -log q, and -inf for columns that are not everybody's negatives
+    shut: Tensor  # cells of negative columns that are none
+    opened: Tensor  # cells of other columns that are some
+    opened_logit: Tensor
+    opened_best: Tensor  # which of a row's vectors that is of
+    num_negatives_B: Tensor
+    hardest: Hardest | None
+    weight_W: Tensor | None  # for a rule that weights: of each column, 0 where it is not everybody's negative
+
+    @classmethod
+    def of(
+        cls, user_BD: Tensor, item_CD: Tensor, relations: Relations, given_apart: bool, width: int, weights: bool
+    ) -> _Negatives:
+        num_rows, num_columns = user_BD.shape[0], item_CD.shape[0]
+        given, is_negative_C = relations.given, relations.is_negative_C
+        offset_C = item_CD.new_zeros(num_columns) if relations.log_q_C is None else -relations.log_q_C
+        shut = cells_of(relations.known, width)
+        opened = shut[:0]
+        if given is not None:
+            cell_G = cells_of(given, width)
+            shut = torch.cat([shut, cell_G if given_apart else cell_G[~given.is_refused()]])
+            if is_negative_C is not None and not given_apart:
+                opened = _distinct(cell_G[given.is_refused() & ~is_negative_C[given.column_P]])
+                opened = opened[~torch.isin(opened, shut)]
+        shut = _distinct(shut)
+        num_negatives = num_columns
+        if is_negative_C is not None:
+            offset_C = offset_C.where(is_negative_C, float("-inf"))
+            shut = shut[is_negative_C[shut % max(width, 1)]]
+            num_negatives = int(is_negative_C.sum())
+        num_negatives_B = torch.full((num_rows,), num_negatives, device=user_BD.device)
+        for cells, change in ((shut, -1), (opened, 1)):
+            if len(cells):
+                num_negatives_B += change * torch.bincount(cells // width, minlength=num_rows)
+        row, column = opened // max(width, 1), opened % max(width, 1)
+        user_BMD = user_BD if user_BD.ndim == 3 else user_BD[:, None]
+        opened_best = _best(user_BMD, item_CD, row, column)
+        opened_logit = dots(user_BMD.flatten(0, 1), row * user_BMD.shape[1] + opened_best, item_CD, column)
+        num_negatives_B = num_negatives_B.to(user_BD.dtype)
+        offset_W = item_CD.new_full((width,), float("-inf"))
+        offset_W[:num_columns] = offset_C
+        hardest = relations.hardest
+        if hardest is not None and hardest.count >= num_columns:
+            hardest = None
+        weight_W = None
+        if weights:
+            if hardest is not None or relations.log_q_C is not None:
+                weight_W = offset_W.exp()
+            offset_W = offset_W.clamp(max=0).where(offset_W.isneginf(), 0.0)
+        return cls(offset_W, shut, opened, opened_logit, opened_best, num_negatives_B, hardest, weight_W)
+
+    def lower_the_others(self, logit_bW: Tensor) -> None:
+        """Add the log of their weight to the logits of all but a row's hardest negatives, in place."""
+        assert self.hardest is not None
+        # Compared without log q: with it, the rarest items would be the hardest as long as scores are close together.
+        score_bW = logit_bW - self.offset_W.where(self.offset_W.isfinite(), 0.0)
+        place_bK = score_bW.topk(self.hardest.count, dim=1, sorted=False).indices
+        top_bK = logit_bW.gather(1, place_bK)
+        logit_bW.add_(math.log(self.hardest.others)).scatter_(1, place_bK, top_bK)
+
+    def weights(self, room_bW: Tensor, logit_bW: Tensor) -> Tensor:
+        """The weights of a block's negatives, made in `room_bW`; 0 where a cell is none."""
+        assert self.weight_W is not None
+        weight_bW = room_bW.copy_(self.weight_W.where(self.weight_W > 0, 1.0))  # 1 is for what is opened
+        weight_bW.masked_fill_(logit_bW.isneginf(), 0.0)
+        if self.hardest is not None:
+            place_bK = logit_bW.topk(self.hardest.count, dim=1, sorted=False).indices
+            top_bK = weight_bW.gather(1, place_bK)
+            weight_bW.mul_(self.hardest.others).scatter_(1, place_bK, top_bK)
+        return weight_bW
+
+
+class _InBlocks(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        user_BD: Tensor,
+        item_CD: Tensor,
+        logit_P: Tensor,
+        pairs: tuple[Tensor, Tensor | None, Tensor, Tensor],
+        negatives: _Negatives,
+        rule: Rule,
+        adds_offset: bool,
+        precision: Precision,
+        push_C: Tensor | None,
+    ) -> Tensor:
+        row_P, column_P, weight_P, label_P = pairs
+        num_rows, num_columns = user_BD.shape[0], item_CD.shape[0]
+        width = len(negatives.offset_W)
+        narrow = user_BD.dtype if precision == "fp32" else torch.bfloat16
+        size = rows_a_block(width, user_BD.device, narrow != user_BD.dtype)
+        size = -(-num_rows // -(-num_rows // size)) if num_rows else size  # blocks of like size
+        edges = torch.arange(0, num_rows + size, size, device=user_BD.device).clamp_(max=num_rows)
+        edges_P = torch.searchsorted(row_P.contiguous(), edges).tolist()
+        edges_shut = torch.searchsorted(negatives.shut, edges * width).tolist()
+        edges_opened = torch.searchsorted(negatives.opened, edges * width).tolist()
+        cells = max(size * width, 1)
+        row_p, shut, opened = row_P % size, negatives.shut % cells, negatives.opened % cells  # within their blocks
+
+        room = user_BD.new_empty(min(size, num_rows), width)  # one block, used again and again
+        # What is opened has its offset already, and the hardest and the best of several are known only with it.
+        is_late = adds_offset and negatives.hardest is None and user_BD.ndim == 2 and not len(negatives.opened)
+        is_late = is_late and are_ours(room)  # torch would take a pass of its own
+        late_W, early_W = (negatives.offset_W, None) if is_late else (None, negatives.offset_W)
+        item_WD = filled_up(item_CD, width)
+        narrow_WD = item_WD if narrow == item_CD.dtype else narrowed(item_CD, width)
+        loss = user_BD.new_zeros(())
+        user_BMD = user_BD if user_BD.ndim == 3 else user_BD[:, None]
+        num_vectors = user_BMD.shape[1]
+        grad_user_BMD = torch.empty_like(user_BMD) if num_columns else torch.zeros_like(user_BMD)
+        grad_item_DW = torch.zeros_like(item_WD.T, memory_format=torch.contiguous_format)
+        grad_logit_P = torch.zeros_like(logit_P)
+        several = _Several(room) if num_vectors > 1 else None
+        weight_room = None if negatives.weight_W is None else torch.empty_like(room)
+        narrow_room = None if narrow == room.dtype else torch.empty_like(room, dtype=narrow)
+        for number, start in enumerate(range(0, num_rows if num_columns else 0, size)):
+            stop = min(start + size, num_rows)
+            mine = slice(edges_P[number], edges_P[number + 1])
+            part_bMD = user_BMD[start:stop]
+            logit_bW = room[: stop - start]
+            if precision == "bf16_logits":
+                assert narrow_room is not None
+                torch.mm(part_bMD[:, 0].to(narrow), narrow_WD.T, out=narrow_room[: stop - start])
+                logit_bW.copy_(narrow_room[: stop - start])
+                if early_W is not None:
+                    logit_bW += early_W
+            elif early_W is None:
+                torch.mm(part_bMD[:, 0], item_WD.T, out=logit_bW)
+            else:
+                torch.addmm(early_W, part_bMD[:, 0], item_WD.T, out=logit_bW)
+            if several is not None:
+                several.raise_to_best(logit_bW, negatives.offset_W, part_bMD, item_WD)
+            cell = logit_bW.view(-1)
+            cell.index_fill_(0, shut[edges_shut[number] : edges_shut[number + 1]], float("-inf"))
+            if len(opened):
+                part = slice(edges_opened[number], edges_opened[number + 1])
+                cell.index_copy_(0, opened[part], negatives.opened_logit[part])
+                if several is not None:
+                    several.best_bW.view(-1).index_copy_(0, opened[part], negatives.opened_best[part].to(torch.int8))
+            weight_bW, total_weight_b = None, negatives.num_negatives_B[start:stop]
+            if weight_room is not None:
+                weight_bW = negatives.weights(weight_room[: stop - start], logit_bW)
+                total_weight_b = weight_bW.sum(1)
+            elif negatives.hardest is not None:
+                negatives.lower_the_others(logit_bW)
+            slopes = rule(
+                Block(
+                    logit_bW,
+                    late_W,
+                    weight_bW,
+                    total_weight_b,
+                    row_p[mine],
+                    logit_P[mine],
+                    weight_P[mine],
+                    label_P[mine],
+                )
+            )
+            loss += slopes.loss
+            grad_logit_P[mine] = slopes.pair_p
+            factor_b1 = slopes.factor_b[:, None]
+            for vector in range(num_vectors):
+                cell_bW = slopes.cell_bW if several is None else several.of(vector, slopes.cell_bW)
+                if narrow_room is not None:
+                    cell_bW = narrow_room[: stop - start].copy_(cell_bW)
+                weighted_Db = (factor_b1 * part_bMD[:, vector]).to(narrow).T
+                # (D, W), since this product is faster than its transpose.
+                if narrow == user_BD.dtype:
+                    made_bD = torch.mm(cell_bW, narrow_WD, out=grad_user_BMD[start:stop, vector])
+                    grad_item_DW.addmm_(weighted_Db, cell_bW)
+                else:
+                    made_bD = grad_user_BMD[start:stop, vector].copy_(cell_bW @ narrow_WD)
+                    grad_item_DW += weighted_Db @ cell_bW
+                made_bD *= factor_b1
+        del room, narrow_room, several, weight_room
+        grad_user_BD, grad_item_CD = grad_user_BMD.view_as(user_BD), grad_item_DW[:, :num_columns].T.contiguous()
+        if push_C is not None:
+            grad_item_CD *= push_C[:, None]
+        if column_P is not None:
+            add_products(grad_user_BD, row_P, grad_logit_P, item_CD, column_P)
+            add_products(grad_item_CD, column_P, grad_logit_P, user_BD, row_P)
+        ctx.save_for_backward(grad_user_BD, grad_item_CD, grad_logit_P)
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        return *(made * gradients[0] for made in ctx.saved_tensors), None, None, None, None, None, None
+
+
+class _Several:
+    """A block of users with several vectors: which of them each cell's logit is of."""
+
+    def __init__(self, room: Tensor) -> None:
+        self._room, self._best = torch.empty_like(room), torch.empty_like(room, dtype=torch.int8)
+        self.best_bW = self._best
+
+    def raise_to_best(self, logit_bW: Tensor, offset_W: Tensor, part_bMD: Tensor, item_WD: Tensor) -> None:
+        """Raise the first vectors' logits to those of the vectors that score higher."""
+        rows, num_vectors = part_bMD.shape[:2]
+        self.best_bW = self._best[:rows].zero_()
+        for vector in range(1, num_vectors):
+            other_bW = torch.addmm(offset_W, part_bMD[:, vector], item_WD.T, out=self._room[:rows])
+            self.best_bW.masked_fill_(other_bW > logit_bW, vector)
+            torch.maximum(logit_bW, other_bW, out=logit_bW)
+
+    def of(self, vector: int, cell_bW: Tensor) -> Tensor:
+        """The cells that are one vector's, the others 0."""
+        return torch.mul(cell_bW, self.best_bW == vector, out=self._room[: len(cell_bW)])
+
+
+class _PairLogits(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, user_BD: Tensor, item_CD: Tensor, row_P: Tensor, column_P: Tensor) -> Tensor:
+        ctx.save_for_backward(user_BD, item_CD, row_P, column_P)
+        return dots(user_BD, row_P, item_CD, column_P)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        user_BD, item_CD, row_P, column_P = ctx.saved_tensors
+        grad_user_BD, grad_item_CD = torch.zeros_like(user_BD), torch.zeros_like(item_CD)
+        add_products(grad_user_BD, row_P, gradients[0], item_CD, column_P)
+        add_products(grad_item_CD, column_P, gradients[0], user_BD, row_P)
+        return grad_user_BD, grad_item_CD, None, None
+
+
+def _best(user_BMD: Tensor, item_CD: Tensor, row_P: Tensor, column_P: Tensor) -> Tensor:
+    """(P,): which of the row's vectors has the highest product with the item."""
+    num_vectors = user_BMD.shape[1]
+    if num_vectors == 1:
+        return torch.zeros_like(row_P)
+    all_ND = user_BMD.flatten(0, 1)
+    each = [dots(all_ND, row_P * num_vectors + vector, item_CD, column_P) for vector in range(num_vectors)]
+    return torch.stack(each).argmax(0)
+
+
+def _distinct(values: Tensor) -> Tensor:
+    """Rising, each once."""
+    is_done = len(values) < 2 or bool((values[1:] > values[:-1]).all())
+    return values if is_done else torch.unique(values)
+
+
+def _is_rising(values: Tensor) -> bool:
+    return len(values) < 2 or bool((values[1:] >= values[:-1]).all())

@@ -1,0 +1,45 @@
+"""What may be added to a loss to shape the vectors themselves."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from trec_twotower.model.losses.chunked import Block, Slopes, in_blocks, met, pair_logits, scaled
+from trec_twotower.model.losses.relations import Pairs, Relations
+
+
+def squared_lengths(vector_ND: Tensor) -> Tensor:
+    """(N,)."""
+    return torch.linalg.vecdot(vector_ND, vector_ND)
+
+
+def alignment(user_BD: Tensor, item_CD: Tensor, positive: Pairs) -> Tensor:
+    """The weighted sum over positives of the squared distance of their vectors (Wang and Isola 2020, alpha = 2)."""
+    user_BD, item_CD = scaled(user_BD, item_CD)
+    user_BD, positive = met(user_BD, item_CD, positive)
+    product_P = pair_logits(user_BD, item_CD, positive)
+    square_P = squared_lengths(user_BD)[positive.row_P] + squared_lengths(item_CD)[positive.column_P]
+    return (positive.weights(product_P) * (square_P - 2 * product_P)).sum()
+
+
+def nearness(vector_ND: Tensor, first: int, num_rows: int) -> Tensor:
+    """The sum over i = first .. first + num_rows - 1 and all j but i of exp(-2 |x_i - x_j|²), for vectors of length 1.
+
+    Its log, when divided by the number of pairs, is the uniformity of Wang and Isola (2020) with t = 2. Made in blocks;
+    rows are a part of all so that ranks may each take theirs.
+    """
+    # |x_i - x_j|² is 2 - 2 x_i . x_j, also in the gradient: what changes lengths is lost in normalising.
+    part_BD, vector_ND = scaled(4 * vector_ND[first : first + num_rows], vector_ND)
+    row_B = torch.arange(num_rows, device=vector_ND.device)
+    relations = Relations(
+        positive=Pairs(row_B[:0], row_B[:0]),
+        known=Pairs(row_B, row_B + first),
+        log_q_C=vector_ND.new_full((vector_ND.shape[0],), 4.0),
+    )
+
+    def rule(block: Block) -> Slopes:
+        cell_bW = block.logit_bW.exp_()
+        return Slopes(cell_bW.sum(), cell_bW, torch.ones_like(block.total_weight_b), block.logit_p)
+
+    return in_blocks(part_BD, vector_ND, relations, rule)

@@ -1,0 +1,96 @@
+"""Losses with the log of a sum of exponentials over each row's negatives."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from trec_twotower.model.cpu.loss_kernels import exponentiate
+from trec_twotower.model.losses.chunked import Block, Precision, Slopes, in_blocks, row_log_sum_exp, scaled
+from trec_twotower.model.losses.relations import Relations
+
+
+def softmax(
+    user_BD: Tensor,
+    item_CD: Tensor,
+    relations: Relations,
+    *,
+    temperature: float | Tensor = 1.0,
+    precision: Precision = "fp32",
+) -> Tensor:
+    """The weighted sum over positives of -log softmax of the positive among itself and its row's negatives, in nats.
+
+    With logits l_ij = u_i . v_j / temperature - log q_j, positive p of row i and column j costs
+
+        weight_p * (log(exp(l_ij) + sum over negatives n of row i of exp(l_in)) - l_ij)
+
+    so that several positives of a row do not stand against each other. InfoNCE (van den Oord et al. 2018); the
+    correction logQ is that of Bengio and Senecal (2008) and Yi et al. (2019).
+    """
+    user_BD, item_CD = scaled(user_BD, item_CD, temperature)
+    return in_blocks(user_BD, item_CD, relations, _softmax, adds_offset=True, precision=precision)
+
+
+def _softmax(block: Block) -> Slopes:
+    total_b, log_total_b = _exponentials(block)
+    # With L = log(sum over the row's negatives of exp(l)), positive p costs log(1 + exp(L - l_p)): only the negatives
+    # are shifted together, so positives far apart do not push each other out of range.
+    margin_p = log_total_b[block.row_p] - block.logit_p
+    missed_p = block.weight_p * torch.sigmoid(margin_p)  # what the softmax gives to negatives
+    return Slopes(
+        loss=-torch.dot(block.weight_p, F.logsigmoid(-margin_p)),
+        cell_bW=block.logit_bW,
+        factor_b=block.per_row(missed_p) / total_b.clamp(min=1.0),
+        pair_p=-missed_p,
+    )
+
+
+def bsl(
+    user_BD: Tensor,
+    item_CD: Tensor,
+    relations: Relations,
+    *,
+    temperature: float | Tensor = 1.0,
+    temperature_ratio: float = 1.0,
+    precision: Precision = "fp32",
+) -> Tensor:
+    """Bilateral softmax: the log of an expected exponential on the positives' side as well, in nats.
+
+    A row of positives p with weights w_p, which sum to W, and negatives n costs
+
+        W * (log(sum over n of exp(l_n)) - r * log(sum over p of w_p / W * exp(l_p / r)))
+
+    with the logits of `softmax` and r = `temperature_ratio`, the positives' temperature in units of the negatives'. The
+    larger r is, the less do positives with low logits count, which may be noise. Rows without negatives cost nothing. A
+    row with one positive does not depend on r: it is the softmax with the positive left out of the denominator.
+    Wu et al. 2023, "BSL: Understanding and Improving Softmax Loss for Recommendation", divided by their tau_2.
+    """
+
+    def rule(block: Block) -> Slopes:
+        total_b, log_total_b = _exponentials(block)
+        weight_b = block.per_row(block.weight_p) * (block.total_weight_b > 0)
+        value_p = block.logit_p / temperature_ratio + block.weight_p.log()
+        log_sum_b = row_log_sum_exp(value_p, block.row_p, len(total_b))
+        is_counted_b = weight_b > 0
+        positive_b = temperature_ratio * (log_sum_b - weight_b.where(is_counted_b, 1.0).log())
+        negative_b = log_total_b.where(is_counted_b, 0.0)
+        share_p = (value_p - log_sum_b[block.row_p]).exp()
+        return Slopes(
+            loss=(weight_b * (negative_b - positive_b)).sum(),
+            cell_bW=block.logit_bW,
+            factor_b=weight_b / total_b.clamp(min=1.0),
+            pair_p=-weight_b[block.row_p] * share_p,
+        )
+
+    user_BD, item_CD = scaled(user_BD, item_CD, temperature)
+    return in_blocks(user_BD, item_CD, relations, rule, adds_offset=True, precision=precision)
+
+
+def _exponentials(block: Block) -> tuple[Tensor, Tensor]:
+    """Turn each row into exp(logit - its maximum); returns the rows' sums, and the logs of their unshifted sums.
+
+    A sum is at least 1, the largest logit's own part, and 0 where a row has no negatives.
+    """
+    total_b, peak_b = exponentiate(block.logit_bW, block.offset_W)
+    return total_b, peak_b + total_b.log()

@@ -1,0 +1,296 @@
+"""What a tower may do with its features before its layers: each a module of (B, E), the features side by side.
+
+`widths` are the features' in their order; where there are numbers, the last is of all of them together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from trec_twotower.config.run_config import ExpertsConfig, GatingConfig
+from trec_twotower.distributed.ranks import Ranks
+from trec_twotower.model.cpu.bf16_padding import narrowed, whole_steps
+
+CACHE_LINE = 16  # float32 numbers
+SHORTEST = 1e-12  # as F.normalize has it
+
+
+def aligned(like: Tensor, rows: int, columns: int) -> Tensor:
+    """(rows, columns) without values, of `like`'s type, whose rows begin whole cache lines apart.
+
+    MKL takes 1.5 to 1.8 times as long for rows of 322 numbers that lie end to end as for those of 320.
+    """
+    return like.new_empty(rows, -(-columns // CACHE_LINE) * CACHE_LINE)[:, :columns]
+
+
+def unit(vector_BD: Tensor) -> Tensor:
+    """Each row divided by its length; rows shorter than SHORTEST by that. `F.normalize`, in fewer passes backward."""
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return F.normalize(vector_BD, dim=1)
+    return _Unit.apply(vector_BD)
+
+
+class _Unit(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, vector_BD: Tensor) -> Tensor:
+        length_B1 = torch.linalg.vector_norm(vector_BD, dim=1, keepdim=True).clamp_(min=SHORTEST)
+        unit_BD = vector_BD / length_B1
+        ctx.save_for_backward(unit_BD, length_B1)
+        return unit_BD
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        unit_BD, length_B1 = ctx.saved_tensors
+        along_B1 = torch.linalg.vecdot(unit_BD, gradients[0])[:, None] * (length_B1 > SHORTEST)
+        return torch.addcmul(gradients[0], unit_BD, along_B1, value=-1).div_(length_B1)
+
+
+class AlignedLinear(nn.Linear):
+    """A linear layer of any number of inputs, whose gradient is `aligned`; of bfloat16 numbers on CPU see narrow.py."""
+
+    def forward(self, feature_BE: Tensor) -> Tensor:
+        kind = feature_BE.device.type
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return super().forward(feature_BE)
+        if torch.is_autocast_enabled(kind):
+            is_ours = kind == "cpu" and torch.get_autocast_dtype(kind) == torch.bfloat16
+            return _NarrowLinear.apply(feature_BE, self.weight, self.bias) if is_ours else super().forward(feature_BE)
+        if feature_BE.dtype != self.weight.dtype:
+            return super().forward(feature_BE)
+        return _AlignedLinear.apply(feature_BE, self.weight, self.bias)
+
+
+class _AlignedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, feature_BE: Tensor, weight_HE: Tensor, bias_H: Tensor) -> Tensor:
+        ctx.save_for_backward(feature_BE, weight_HE)
+        return F.linear(feature_BE, weight_HE, bias_H)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient_BH,) = gradients
+        feature_BE, weight_HE = ctx.saved_tensors
+        of_feature = None
+        if ctx.needs_input_grad[0]:
+            of_feature = torch.mm(gradient_BH, weight_HE, out=aligned(gradient_BH, *feature_BE.shape))
+        return of_feature, gradient_BH.T @ feature_BE, gradient_BH.sum(0)
+
+
+class _NarrowLinear(torch.autograd.Function):
+    """What autocast makes of a linear layer, with as many rows as `whole_steps` says."""
+
+    @staticmethod
+    def forward(ctx: Any, feature_BE: Tensor, weight_HE: Tensor, bias_H: Tensor) -> Tensor:
+        num_rows = whole_steps(len(feature_BE), feature_BE.device)
+        narrow_BE, narrow_HE = narrowed(feature_BE, num_rows), weight_HE.bfloat16()
+        ctx.save_for_backward(narrow_BE, narrow_HE)
+        ctx.kinds = feature_BE.dtype, weight_HE.dtype
+        with torch.autocast(feature_BE.device.type, enabled=False):
+            return torch.addmm(bias_H.bfloat16(), narrow_BE, narrow_HE.T)[: len(feature_BE)]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient_BH,) = gradients
+        narrow_BE, narrow_HE = ctx.saved_tensors
+        of_feature, of_weight = ctx.kinds
+        narrow_BH, of_input = narrowed(gradient_BH, len(narrow_BE)), None
+        if ctx.needs_input_grad[0]:
+            of_input = (narrow_BH @ narrow_HE)[: len(gradient_BH)].to(of_feature)
+        return of_input, (narrow_BH.T @ narrow_BE).to(of_weight), gradient_BH.sum(0, dtype=of_weight)
+
+
+class Summed(nn.Module):
+    """The sum of features, each as wide as the others."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.count = count
+
+    def forward(self, feature_BE: Tensor) -> Tensor:
+        return feature_BE.unflatten(1, (self.count, -1)).sum(1) if self.count > 1 else feature_BE
+
+
+class FeatureDropout(nn.Module):
+    """In training zero for some features of some rows, whole: the tower learns to do without them (DropoutNet).
+
+    Nothing is scaled up: a feature that is missing later is zero, too.
+    """
+
+    rate_F: Tensor
+
+    def __init__(self, widths: Sequence[int], rates: Sequence[float]) -> None:
+        super().__init__()
+        self.register_buffer("rate_F", torch.tensor(rates), persistent=False)
+        self.widths = list(widths)
+
+    def forward(self, feature_BE: Tensor) -> Tensor:
+        if not self.training:
+            return feature_BE
+        draw_BF = torch.rand(len(feature_BE), len(self.widths), device=feature_BE.device)
+        return feature_BE * _spread((draw_BF >= self.rate_F).to(feature_BE.dtype), self.widths)
+
+
+class Missing(nn.Module):
+    """A learned vector in place of a feature that is zero: dropped, an empty list, an id that no row has trained.
+
+    It is added, so that the gradient still reaches the feature: the row of an id that starts at zero leaves it so.
+    """
+
+    def __init__(self, widths: Sequence[int], places: Sequence[int]) -> None:
+        super().__init__()
+        self.widths, self.places = list(widths), list(places)
+        self.vector_E = nn.Parameter(torch.zeros(sum(widths[place] for place in places)))
+
+    def forward(self, feature_BE: Tensor) -> Tensor:
+        parts = list(feature_BE.split(self.widths, dim=1))
+        for place, vector in zip(self.places, self.vector_E.split([self.widths[n] for n in self.places]), strict=True):
+            is_zero_B1 = ~parts[place].detach().any(dim=1, keepdim=True)
+            parts[place] = parts[place] + is_zero_B1 * vector
+        return torch.cat(parts, dim=1)
+
+
+class FeatureGates(nn.Module):
+    """Each feature times a weight between 0 and 2 that is made of all of them (squeeze and excitation; FiBiNET).
+
+    With `by`, of those features alone: a context that says which of the others to believe. All weights start at 1.
+    """
+
+    def __init__(self, widths: Sequence[int], config: GatingConfig, by: Sequence[int]) -> None:
+        super().__init__()
+        self.widths, self.by = list(widths), list(by)
+        inward = sum(widths[number] for number in by) if by else len(widths)
+        hidden = max(len(widths) // config.reduction, 1)
+        self.squeeze, self.excite = nn.Linear(inward, hidden), nn.Linear(hidden, len(widths))
+        nn.init.zeros_(self.excite.weight)
+        nn.init.zeros_(self.excite.bias)
+
+    def forward(self, feature_BE: Tensor) -> Tensor:
+        parts = feature_BE.split(self.widths, dim=1)
+        if self.by:
+            told = torch.cat([parts[number] for number in self.by], dim=1)
+        else:
+            told = torch.stack([part.mean(1) for part in parts], dim=1)
+        weight_BF = 2 * torch.sigmoid(self.excite(F.relu(self.squeeze(told))))
+        return feature_BE * _spread(weight_BF, self.widths)
+
+
+class Unit(nn.Module):
+    """Some features, together, divided by their length; rows in which they are zero stay so."""
+
+    def __init__(self, widths: Sequence[int], places: Sequence[int]) -> None:
+        super().__init__()
+        self.widths, self.is_unit = list(widths), [number in places for number in range(len(widths))]
+
+    def forward(self, feature_BE: Tensor) -> Tensor:
+        if all(self.is_unit):
+            return F.normalize(feature_BE, dim=1)
+        parts = feature_BE.split(self.widths, dim=1)
+        chosen = torch.cat([part for part, is_unit in zip(parts, self.is_unit, strict=True) if is_unit], dim=1)
+        length_B1 = torch.linalg.vector_norm(chosen, dim=1, keepdim=True).clamp(min=1e-12)
+        scaled = [part / length_B1 if is_unit else part for part, is_unit in zip(parts, self.is_unit, strict=True)]
+        return torch.cat(scaled, dim=1)
+
+
+class Crosses(nn.Module):
+    """x0 * (W x + b) + x, so many times over: products of features, of one degree more each (DCN-v2, Wang 2021)."""
+
+    def __init__(self, width: int, count: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(count))
+
+    def forward(self, feature_BE: Tensor) -> Tensor:
+        crossed_BE = feature_BE
+        for layer in self.layers:
+            crossed_BE = feature_BE * layer(crossed_BE) + crossed_BE
+        return crossed_BE
+
+
+class ShortLong(nn.Module):
+    """g * short + (1 - g) * long, number by number, g from 0 to 1 and made of all features (SDM, Lv et al. 2019).
+
+    `short` are the features of what a user does now; all others are long. Each part has a linear layer to `dim`.
+    """
+
+    def __init__(self, widths: Sequence[int], short: Sequence[int], dim: int) -> None:
+        super().__init__()
+        self.widths, self.is_short = list(widths), [number in short for number in range(len(widths))]
+        of_short = sum(widths[number] for number in short)
+        self.short, self.long = nn.Linear(of_short, dim), nn.Linear(sum(widths) - of_short, dim)
+        self.gate = nn.Linear(sum(widths), dim)
+        self.gate_B: Tensor | None = None  # of this rank's last batch, the mean over numbers
+
+    def forward(self, feature_BE: Tensor) -> Tensor:
+        parts = list(zip(feature_BE.split(self.widths, dim=1), self.is_short, strict=True))
+        short_BD = self.short(torch.cat([part for part, is_short in parts if is_short], dim=1))
+        long_BD = self.long(torch.cat([part for part, is_short in parts if not is_short], dim=1))
+        gate_BD = torch.sigmoid(self.gate(feature_BE))
+        self.gate_B = gate_BD.detach().mean(1)
+        return gate_BD * short_BD + (1 - gate_BD) * long_BD
+
+    def figures(self, ranks: Ranks) -> dict[str, float]:
+        """The mean gate of the last batch of all ranks, which call together."""
+        return row_means(["gate"], None if self.gate_B is None else self.gate_B[:, None], ranks)
+
+
+class Experts(nn.Module):
+    """A mean of layers of their own, weighted by what a router makes of the row; with `top`, of its best few alone.
+
+    For the few (Shazeer et al. 2017) `penalty` asks that experts be used alike: K sum_e f_e P_e, where f_e is the
+    share of rows whose best expert is e and P_e the mean of its weights (Fedus et al. 2021); 1 where all are alike.
+    """
+
+    def __init__(self, width: int, config: ExpertsConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.router = nn.Linear(width, config.count)
+        self.experts = nn.ModuleList(
+            nn.Sequential(nn.Linear(width, config.width), nn.ReLU()) for _ in range(config.count)
+        )
+        self.weight_BK: Tensor | None = None  # of the last batch, all experts' before `top` ...
+        self.used_BK: Tensor | None = None  # ... and with it: what each expert's layer counted for
+
+    def forward(self, feature_BE: Tensor) -> Tensor:
+        logit_BK = self.router(feature_BE)
+        self.weight_BK = weight_BK = logit_BK.softmax(1)
+        if self.config.top is not None:
+            least_B1 = logit_BK.topk(self.config.top, dim=1).values[:, -1:]
+            weight_BK = logit_BK.masked_fill(logit_BK < least_B1, float("-inf")).softmax(1)
+        self.used_BK = weight_BK.detach()
+        each_BKW = torch.stack([expert(feature_BE) for expert in self.experts], dim=1)
+        return (weight_BK[..., None] * each_BKW).sum(1)
+
+    def penalty(self, ranks: Ranks) -> Tensor:
+        """Of the last batch of all ranks, scaled so that the mean over ranks is the whole; all ranks call together."""
+        assert self.weight_BK is not None
+        count = self.config.count
+        best_K = torch.bincount(self.weight_BK.argmax(1), minlength=count)
+        used_K = torch.from_numpy(ranks.sum(best_K.cpu().numpy())).to(self.weight_BK)
+        rows = used_K.sum().clamp(min=1)
+        share = ranks.num_ranks / rows
+        return self.config.balance * count * (used_K / rows * self.weight_BK.sum(0)).sum() * share
+
+    def figures(self, ranks: Ranks) -> dict[str, float]:
+        """Each expert's mean weight in the last batch of all ranks, which call together; `top` leaves others at 0."""
+        return row_means([f"expert_{number}" for number in range(self.config.count)], self.used_BK, ranks)
+
+
+def row_means(names: Sequence[str], value_BK: Tensor | None, ranks: Ranks) -> dict[str, float]:
+    """The mean of each column over the rows of all ranks; nothing where there are no rows."""
+    mine_K = np.zeros(len(names)) if value_BK is None else value_BK.double().sum(0).cpu().numpy()
+    rows, *sums = ranks.sum(np.array([0 if value_BK is None else len(value_BK), *mine_K])).tolist()
+    return {name: value / rows for name, value in zip(names, sums, strict=True)} if rows else {}
+
+
+def _spread(value_BF: Tensor, widths: Sequence[int]) -> Tensor:
+    """(B, E): one number a feature, for each of the feature's columns."""
+    return torch.cat([value_BF[:, number, None].expand(-1, width) for number, width in enumerate(widths)], dim=1)

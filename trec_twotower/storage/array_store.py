@@ -1,0 +1,177 @@
+"""Named arrays that are written piece by piece: into memory, or into files that all processes of a host map.
+
+A folder of mapped arrays is written under another name, flushed and renamed. Its manifest has every array's type, size
+and XXH3-64; what differs from it when it is opened is not used. Nothing is ever written to a file that others map.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import mmap
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import xxhash
+
+from trec_twotower.storage.artifacts import new_folder
+from trec_twotower.storage.atomic import MANIFEST, read_json, write_json
+from trec_twotower.storage.cache_dir import CacheFolder
+
+FORMAT = 1
+BLOCK_BYTES = 1 << 22  # read at a time
+VERIFIED_BYTES = 1 << 30  # of a file; of a larger one, so much in blocks spread evenly over it
+
+
+class ArrayWriter(ABC):
+    """Takes arrays: those of known length as a whole, to be filled in place, and others by appending."""
+
+    @abstractmethod
+    def reserve(self, name: str, dtype: type[np.generic], length: int) -> np.ndarray:
+        """A new array of zeros."""
+
+    @abstractmethod
+    def append(self, name: str, part: np.ndarray) -> None:
+        """Put `part` behind what `name` holds; all parts are of one type."""
+
+
+class InMemory(ArrayWriter):
+    """Arrays of this process alone."""
+
+    def __init__(self) -> None:
+        self._parts: dict[str, list[np.ndarray]] = {}
+
+    def reserve(self, name: str, dtype: type[np.generic], length: int) -> np.ndarray:
+        array = np.zeros(length, dtype)
+        self._parts[name] = [array]
+        return array
+
+    def append(self, name: str, part: np.ndarray) -> None:
+        self._parts.setdefault(name, []).append(part)
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        return {name: parts[0] if len(parts) == 1 else np.concatenate(parts) for name, parts in self._parts.items()}
+
+
+class OnDisk(ArrayWriter):
+    """Arrays in files of a folder; raises OSError when the disk, or `limit_bytes`, is full."""
+
+    def __init__(self, folder: Path, limit_bytes: int) -> None:
+        self.folder = folder
+        self.limit_bytes = limit_bytes
+        self._num_bytes = 0
+        self._dtypes: dict[str, np.dtype] = {}
+        self._files: dict[str, BinaryIO] = {}
+
+    def reserve(self, name: str, dtype: type[np.generic], length: int) -> np.ndarray:
+        num_bytes = length * np.dtype(dtype).itemsize
+        self._grow(num_bytes)
+        with self._path(name, np.dtype(dtype)).open("w+b") as file:
+            # Room on the disk beforehand: a full disk would otherwise end the process when a mapped page is written.
+            os.posix_fallocate(file.fileno(), 0, num_bytes)
+            return np.frombuffer(mmap.mmap(file.fileno(), num_bytes), dtype)
+
+    def append(self, name: str, part: np.ndarray) -> None:
+        if name not in self._files:
+            self._files[name] = self._path(name, part.dtype).open("wb")
+        assert part.dtype == self._dtypes[name], f"{name}: {part.dtype} behind {self._dtypes[name]}"
+        self._grow(part.nbytes)
+        self._files[name].write(np.ascontiguousarray(part).data)
+
+    def close(self) -> None:
+        for file in self._files.values():
+            file.close()
+
+    def finish(self) -> None:
+        """Write the manifest, without which the files are nothing."""
+        self.close()
+        arrays = {}
+        for name, dtype in self._dtypes.items():
+            path = self._path(name, dtype)
+            arrays[name] = {"file": path.name, "dtype": dtype.str, "bytes": path.stat().st_size, "xxh3": _digest(path)}
+        write_json(self.folder / MANIFEST, {"arrays": arrays, "xxh3": _own_digest(arrays)})
+
+    def _path(self, name: str, dtype: np.dtype) -> Path:
+        """The file's name is a number: those of features may hold anything."""
+        self._dtypes.setdefault(name, dtype)
+        return self.folder / f"{list(self._dtypes).index(name):04d}.bin"
+
+    def _grow(self, num_bytes: int) -> None:
+        self._num_bytes += num_bytes
+        if self._num_bytes > self.limit_bytes:
+            raise OSError(errno.EFBIG, f"it would hold more than {self.limit_bytes / 1e9:g} GB (data.cache_gb)")
+
+
+def mapped_arrays(
+    cache: CacheFolder, facts: Mapping[str, Any], fill: Callable[[ArrayWriter], None]
+) -> dict[str, np.ndarray]:
+    """What `fill` writes from these facts, mapped; of all processes that ask for it, one makes it and the others wait.
+
+    Raises OSError where the cache folder cannot hold it.
+    """
+    folder = cache.place(facts)
+    found = open_arrays(folder)
+    if found is None:
+        with cache.alone():
+            found = open_arrays(folder) or _made(cache, folder, fill)
+    cache.use(folder)
+    return found
+
+
+def _made(cache: CacheFolder, folder: Path, fill: Callable[[ArrayWriter], None]) -> dict[str, np.ndarray]:
+    with new_folder(folder) as temporary:
+        writer = OnDisk(temporary, cache.limit_bytes)
+        try:
+            fill(writer)
+            writer.finish()
+        finally:
+            writer.close()
+    found = open_arrays(folder)
+    if found is None:
+        raise OSError(errno.EIO, f"{folder} does not give back what was written to it")
+    return found
+
+
+def open_arrays(folder: Path) -> dict[str, np.ndarray] | None:
+    """The arrays of a folder that OnDisk filled, mapped and read-only; None where it is not there or damaged."""
+    try:
+        manifest = read_json(folder / MANIFEST)
+        if manifest["xxh3"] != _own_digest(manifest["arrays"]):
+            return None
+        return {name: _mapped(folder, about) for name, about in manifest["arrays"].items()}
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _mapped(folder: Path, about: dict[str, Any]) -> np.ndarray:
+    """A file's content; raises ValueError where it is not what was written."""
+    path = folder / about["file"]
+    with path.open("rb") as file:
+        # The length first: to read a mapped page behind a file's end kills the process.
+        if os.fstat(file.fileno()).st_size != about["bytes"] or _digest(path) != about["xxh3"]:
+            raise ValueError(f"{path} is not what was written")
+        if not about["bytes"]:
+            return np.empty(0, about["dtype"])
+        return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), about["dtype"])
+
+
+def _digest(path: Path) -> str:
+    """XXH3-64 of a file, or of blocks of it (see VERIFIED_BYTES); read, not mapped, so that a bad disk is an error."""
+    digest = xxhash.xxh3_64()
+    block = memoryview(bytearray(BLOCK_BYTES))
+    with path.open("rb", buffering=0) as file:
+        num_blocks = -(-os.fstat(file.fileno()).st_size // BLOCK_BYTES)
+        wanted = min(num_blocks, VERIFIED_BYTES // BLOCK_BYTES)
+        for number in range(wanted):
+            if wanted < num_blocks:
+                file.seek(number * (num_blocks - 1) // (wanted - 1) * BLOCK_BYTES)
+            digest.update(block[: file.readinto(block)])
+    return digest.hexdigest()
+
+
+def _own_digest(arrays: dict[str, Any]) -> str:
+    return xxhash.xxh3_64_hexdigest(json.dumps([FORMAT, arrays], sort_keys=True).encode())

@@ -1,0 +1,382 @@
+"""Sealed folders: published in one step, verified, and read as they were verified whatever replaces them.
+
+An artefact (export, index, encoder, checkpoint) is a folder with a manifest. It is written under a temporary name next
+to its place, flushed, and renamed. A reader opens all files of a folder before it verifies any: what it reads later is
+what it verified, also after another process has published a newer folder under the same name.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import glob
+import hashlib
+import os
+import resource
+import shutil
+import threading
+import time
+import weakref
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from trec_twotower.errors import ConfigError, DataError
+from trec_twotower.storage.atomic import (
+    FORMAT,
+    MANIFEST,
+    MAX_JSON_BYTES,
+    is_signed,
+    naming_a_full_disk,
+    parse_json,
+    sync,
+)
+from trec_twotower.storage.fault_point import fault_point
+from trec_twotower.storage.lock import FolderLock
+
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of renameat2(2)
+_NO_EXCHANGE = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM)
+_SPARE_FILES = 256  # descriptors that stay free for everything but the files of one folder
+_RETRIES = 50  # of a reader that finds a folder being replaced
+_RETRY_S = 0.02
+
+
+# ------------------------------------------------------------ writing
+
+
+class NewFolder:
+    """A folder that is written under a temporary name and becomes `path` in one step, in place of an older one.
+
+    From `begin` to `end` no other process writes `path`.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._writer = sole_writer(path)
+        self._temporary: Path | None = None
+
+    def begin(self) -> Path:
+        """Return the empty temporary folder; raises ConfigError if `path` is a file or another process writes it."""
+        if self.path.exists() and not self.path.is_dir():
+            raise ConfigError(f"{self.path} is a file, but a folder is to be written there: move it away.")
+        self._writer.__enter__()
+        self._temporary = temporary = _beside(self.path, "tmp")
+        _live.add(temporary)
+        temporary.mkdir()
+        return temporary
+
+    def publish(self) -> None:
+        """Give the folder its name. The older folder is complete until then, and removed afterwards."""
+        assert self._temporary is not None
+        publish_folder(self._temporary, self.path)
+
+    def end(self) -> None:
+        """Remove what was not published."""
+        if self._temporary is not None:
+            shutil.rmtree(self._temporary, ignore_errors=True)
+            _live.discard(self._temporary)
+            self._temporary = None
+            self._writer.__exit__(None, None, None)
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A folder to write into that becomes `path`, in place of an older one, when the block ends without an error."""
+    new = NewFolder(path)
+    try:
+        temporary = new.begin()
+        with naming_a_full_disk(path, temporary):
+            yield temporary
+            new.publish()
+    finally:
+        new.end()
+
+
+_live: set[Path] = set()  # temporary folders that this process is writing
+_writers: dict[Path, tuple[FolderLock, int]] = {}  # locks that this process holds, and how many blocks need them
+_guard = threading.Lock()
+
+
+@contextmanager
+def sole_writer(path: Path) -> Iterator[None]:
+    """Keep other processes from writing `path` during the block; raises ConfigError naming the one that does.
+
+    What a process that was killed left is put in order first: an older folder that it had renamed aside gets its name
+    back, and temporary folders are removed. Blocks of one process may be nested.
+    """
+    path = path.absolute()
+    with _guard:
+        if path not in _writers:
+            name = path.with_name(f".{path.name}.lock")
+            lock = FolderLock(name, f"{path} is being written", "wait for it or end it, and try again.")
+            lock.acquire()
+            try:
+                recover(path)
+            except BaseException:
+                lock.release()
+                raise
+            _writers[path] = lock, 0
+        lock, blocks = _writers[path]
+        _writers[path] = lock, blocks + 1
+    try:
+        yield
+    finally:
+        with _guard:
+            lock, blocks = _writers.pop(path)
+            if blocks > 1:
+                _writers[path] = lock, blocks - 1
+            else:
+                lock.release()
+
+
+def recover(path: Path) -> None:
+    """Finish what a killed writer of `path` left, which nobody may be writing."""
+    aside = sorted(_left(path, "old"), key=lambda each: each.lstat().st_mtime)
+    if aside and not path.exists():
+        os.replace(aside.pop(), path)
+        sync(path.parent)
+    for leftover in (*aside, *_left(path, "tmp")):
+        if leftover not in _live:
+            with suppress(OSError):  # it is in nobody's way, and the next writer tries again
+                remove_folder(leftover)
+
+
+def publish_folder(temporary: Path, path: Path) -> None:
+    """Rename a complete folder to its place; an older one there is removed only then."""
+    for inside in (*temporary.rglob("*"), temporary):
+        sync(inside)
+    fault_point("publish:written")
+    old = temporary
+    if not path.exists():
+        os.replace(temporary, path)
+    elif path.is_symlink() or not _exchange(temporary, path):  # of a link the target stays as it is
+        old = _beside(path, "old")
+        os.replace(path, old)
+        fault_point("publish:aside")
+        os.replace(temporary, path)
+    sync(path.parent)
+    fault_point("publish:named")
+    with suppress(OSError):  # `recover` tries again
+        remove_folder(old)
+
+
+def remove_folder(path: Path) -> None:
+    """Remove a folder, or a link to one, whose target stays as it is."""
+    if path.is_symlink():
+        path.unlink()
+    else:
+        shutil.rmtree(path)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Exchange two names in one step; False where the kernel or the file system cannot."""
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if rename is None:
+        return False
+    if rename(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in _NO_EXCHANGE:
+        return False
+    raise OSError(code, os.strerror(code), str(one), None, str(other))
+
+
+def _beside(path: Path, what: str) -> Path:
+    """A new name next to `path`: another process of this number, in another container, has another time."""
+    return path.with_name(f".{path.name}.{what}-{os.getpid()}-{time.time_ns()}")
+
+
+def _left(path: Path, what: str) -> list[Path]:
+    """The names of `_beside` that exist."""
+    return list(path.parent.glob(f".{glob.escape(path.name)}.{what}-*"))
+
+
+# ------------------------------------------------------------ reading
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a manifest says, and the digest of its bytes."""
+
+    facts: dict[str, Any]
+    sha256: str
+
+
+class SealedFolder:
+    """A sealed folder with all its files open, so that they stay readable after it was replaced or removed."""
+
+    def __init__(self, folder: Path, manifest: Manifest, files: Mapping[str, int], mend: str) -> None:
+        self.folder = folder
+        self.manifest = manifest.facts
+        self.sha256 = manifest.sha256  # of the manifest's bytes: names this content and no other
+        self.mend = mend
+        self._files = files  # names and file descriptors
+        self.close = weakref.finalize(self, _close, list(files.values()))
+
+    @classmethod
+    def open(cls, folder: Path, mend: str, *, format: int = FORMAT, verified: bool = True) -> Self:
+        """Open a folder that `seal` has sealed, and verify every byte if `verified`.
+
+        Raises FileNotFoundError where there is no folder or no manifest in it, DataError, which ends in `mend`, for a
+        file that is missing, damaged or outside the folder.
+        """
+        sealed = cls._opened(folder, mend, format)
+        if verified:
+            for name in sealed.names:
+                sealed.verify(name)
+        return sealed
+
+    @classmethod
+    def _opened(cls, folder: Path, mend: str, format: int) -> Self:
+        for _ in range(_RETRIES):
+            try:
+                handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+            except FileNotFoundError:
+                if not _left(folder, "old"):
+                    raise
+                _recover_if_abandoned(folder)
+                time.sleep(_RETRY_S)
+                continue
+            try:
+                found = _open_files(folder, handle, mend, format)
+                return cls(folder, *found, mend)
+            except (DataError, FileNotFoundError):
+                if _is_same_folder(folder, handle):
+                    raise
+                time.sleep(_RETRY_S)  # it was replaced while it was opened
+            finally:
+                os.close(handle)
+        raise DataError(f"{folder} was replaced {_RETRIES} times while it was opened: {mend}")
+
+    @property
+    def names(self) -> list[str]:
+        """The files that the manifest lists, without the manifest itself."""
+        return sorted(self._files)
+
+    def path(self, name: str) -> Path:
+        """A path that leads to the file as it was opened, whatever has its name now."""
+        return Path(f"/proc/self/fd/{self.descriptor(name)}")
+
+    def descriptor(self, name: str) -> int:
+        """The open file descriptor of a file."""
+        if name not in self._files:
+            raise DataError(f"{self.folder / MANIFEST} does not list {name!r}: {self.mend}")
+        return self._files[name]
+
+    def num_bytes(self, name: str) -> int:
+        """The size of a file."""
+        return os.fstat(self.descriptor(name)).st_size
+
+    def verify(self, name: str) -> None:
+        """Raise DataError unless a file is as the manifest says."""
+        path, expected = self.folder / name, self.manifest["files"][name]
+        self.verify_size(name)
+        with open(self.path(name), "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        if digest != expected["sha256"]:
+            raise DataError(f"{path} is damaged (sha256 {digest[:12]}, was {expected['sha256'][:12]}): {self.mend}")
+
+    def verify_size(self, name: str) -> None:
+        """Raise DataError unless a file has as many bytes as the manifest says."""
+        expected = self.manifest["files"][name]["bytes"]
+        if (found := self.num_bytes(name)) != expected:
+            raise DataError(f"{self.folder / name} has {found:,} bytes, {expected:,} were written: {self.mend}")
+
+
+def open_sealed(folder: Path, mend: str) -> SealedFolder:
+    """A sealed folder, every byte verified; raises DataError where there is none or it is damaged."""
+    try:
+        return SealedFolder.open(folder, mend)
+    except FileNotFoundError:
+        raise DataError(f"{folder / MANIFEST} is missing: {mend}") from None
+
+
+def read_manifest(folder: Path, mend: str, format: int = FORMAT) -> dict[str, Any]:
+    """The manifest of a sealed folder, verified; the files are neither opened nor read."""
+    try:
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except FileNotFoundError:
+        raise DataError(f"{folder / MANIFEST} is missing: {mend}") from None
+    try:
+        return _manifest_in(folder, handle, mend, format).facts
+    except FileNotFoundError:
+        raise DataError(f"{folder / MANIFEST} is missing: {mend}") from None
+    finally:
+        os.close(handle)
+
+
+def _open_files(folder: Path, handle: int, mend: str, format: int) -> tuple[Manifest, dict[str, int]]:
+    """The manifest of the folder that `handle` is open on, and a descriptor of each of its files."""
+    manifest = _manifest_in(folder, handle, mend, format)
+    _allow_files(len(manifest.facts["files"]))
+    files: dict[str, int] = {}
+    try:
+        for name in manifest.facts["files"]:
+            try:
+                files[name] = os.open(name, os.O_RDONLY, dir_fd=handle)
+            except FileNotFoundError:
+                raise DataError(f"{folder / name} is missing, though the manifest lists it: {mend}") from None
+    except BaseException:
+        _close(list(files.values()))
+        raise
+    return manifest, files
+
+
+def _manifest_in(folder: Path, handle: int, mend: str, format: int) -> Manifest:
+    path = folder / MANIFEST
+    with open(os.open(MANIFEST, os.O_RDONLY, dir_fd=handle), "rb") as file:
+        content = file.read(MAX_JSON_BYTES + 1)
+    manifest = parse_json(content, path, mend)
+    if not is_signed(manifest):
+        raise DataError(f"{path} is damaged (its own sha256 differs): {mend}")
+    if manifest.get("format") != format:
+        raise DataError(
+            f"{path} is of format {manifest.get('format')}, but this version reads {format}: use the version that "
+            f"wrote it, or {mend}"
+        )
+    files = manifest.get("files")
+    if not isinstance(files, dict) or not all(map(_is_digest, files.values())):
+        raise DataError(f"{path} does not list its files with their bytes and sha256: {mend}")
+    for name in files:
+        if not _stays_inside(folder, name):
+            raise DataError(f"{path} lists {name!r}, which is not in its folder: do not trust it; {mend}")
+    return Manifest(manifest, hashlib.sha256(content).hexdigest())
+
+
+def _recover_if_abandoned(path: Path) -> None:
+    """Give a folder back its name where its writer was killed between two renames."""
+    with suppress(ConfigError, OSError), sole_writer(path):  # a writer that lives, or a folder that is read-only
+        pass
+
+
+def _is_same_folder(folder: Path, handle: int) -> bool:
+    with suppress(FileNotFoundError):
+        return os.path.samestat(folder.stat(), os.fstat(handle))
+    return False
+
+
+def _allow_files(count: int) -> None:
+    """Raise this process's limit of open files where `count` more would not fit."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = len(os.listdir("/proc/self/fd")) + count + _SPARE_FILES
+    if wanted > soft != resource.RLIM_INFINITY:
+        limit = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, limit), hard))
+
+
+def _close(descriptors: list[int]) -> None:
+    for descriptor in descriptors:
+        os.close(descriptor)
+
+
+def _is_digest(value: Any) -> bool:
+    return isinstance(value, dict) and type(value.get("bytes")) is int and isinstance(value.get("sha256"), str)
+
+
+def _stays_inside(folder: Path, name: str) -> bool:
+    """Whether folder / name is a place inside, also where a part of it is a link."""
+    if not name or "\0" in name or Path(name).is_absolute() or ".." in Path(name).parts:
+        return False
+    return (folder / name).resolve().is_relative_to(folder.resolve())

@@ -1,0 +1,284 @@
+"""A closed form of who took what, as the first weights of two tables.
+
+With R the matrix of users and items (train alone), n_u and d_i its row and column sums:
+
+    N = D_u^-user_power R D_i^-item_power  ~  U diag(s) V^T      at rank k, the tables' dim
+    history table   A_i = d_i^-history_power (s / s_1)^spectrum_power * V_i
+    item table      B_i = d_i^length_power V_i
+
+A user is the sum of A over what he has taken, and scores items by the dot product with B, whose length carries how
+popular an item is. With all powers .5, length_power 0 and spectrum_power 1 this is the usual PureSVD of the normalised
+matrix. The decomposition is randomised (Halko, Martinsson, Tropp 2011, with power iterations) on the items' side, which
+every rank holds whole; the users' rows are spread over the ranks and are met in blocks, so that a rank needs the pairs
+of its users and some matrices of (items, k + oversampling).
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from trec_twotower.config.run_config import SpectralStart
+from trec_twotower.config.schema import FeatureSpec, Pooling, Schema, Side
+from trec_twotower.data.dataset import ITEM_ID, POSITIVES, USER_ID
+from trec_twotower.data.feature_dataset import Sources
+from trec_twotower.data.features.transform import one_chunk
+from trec_twotower.distributed.ranks import Ranks
+from trec_twotower.errors import ConfigError, DataError
+from trec_twotower.model.embeddings import table_shards
+from trec_twotower.ops.hashing import id_keys
+from trec_twotower.ops.ragged import offsets_of
+
+BLOCK_ROWS = 1 << 16  # users whose products are held at a time
+
+
+@dataclass(frozen=True)
+class Taken:
+    """Who took what, each pair once: users 0 .. num_users - 1 of this rank, in rising order, and catalogue rows."""
+
+    user_P: np.ndarray
+    item_P: np.ndarray
+    num_users: int
+    num_items: int
+
+    @classmethod
+    def read(cls, sources: Sources, ranks: Ranks) -> Taken:
+        """This rank's share of the users in train/.
+
+        With a row a user the ranks share the row groups; with a row an event each keeps the users whose id falls to it.
+        """
+        train, users, items = sources.dataset.train, [], []
+        by_event = sources.rows == "event"
+        num_users = 0
+        for number, (group, table) in enumerate(train.tables([USER_ID, ITEM_ID] if by_event else [POSITIVES])):
+            if by_event:
+                key = id_keys(one_chunk(table[USER_ID]), str(group))
+                is_mine = _hashed(key) % np.uint64(ranks.num_ranks) == ranks.rank
+                table = table.filter(pa.array(is_mine))
+                users.append(key[is_mine])
+                items.append(sources.positives(table, str(group)).values)
+            elif number % ranks.num_ranks == ranks.rank:
+                positives = sources.positives(table, str(group))
+                users.append(positives.rows + num_users)
+                items.append(positives.values)
+                num_users += len(positives)
+        user, item = (np.concatenate([np.empty(0, np.int64), *parts]).astype(np.int64) for parts in (users, items))
+        if by_event:
+            distinct, user = np.unique(user, return_inverse=True)
+            num_users = len(distinct)
+        num_items = len(sources.catalogue)
+        pairs = np.unique(user * num_items + item)
+        return cls(pairs // num_items, pairs % num_items, num_users, num_items)
+
+    def blocks(self) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
+        """Users (counted from the block's first), items and the number of users, so many users at a time."""
+        for first in range(0, self.num_users, BLOCK_ROWS):
+            last = min(first + BLOCK_ROWS, self.num_users)
+            low, high = np.searchsorted(self.user_P, [first, last])
+            yield self.user_P[low:high] - first, self.item_P[low:high], last - first
+
+
+def spectral_tables(taken: Taken, dim: int, start: SpectralStart, seed: int, ranks: Ranks) -> tuple[Tensor, Tensor]:
+    """(A, B), each (I, dim) float32, the same on all ranks, which call this together.
+
+    Raises DataError where the catalogue or the users are too few for the rank `dim`.
+    """
+    wide = dim + start.oversampling
+    num_users, num_items = int(ranks.sum(np.array([taken.num_users]))[0]), taken.num_items
+    if min(num_users, num_items) < dim:
+        raise DataError(
+            f"train.start is spectral at the tables' dim {dim}, but a matrix of {num_users:,} users and {num_items:,} "
+            "items has no such rank: lower dim."
+        )
+    wide = min(wide, num_users, num_items)
+    weight_U = np.bincount(taken.user_P, minlength=taken.num_users).astype(np.float32)
+    count_I = ranks.sum(np.bincount(taken.item_P, minlength=num_items)).astype(np.float32)
+    scale_U = np.maximum(weight_U, 1) ** -start.user_power
+    scale_I = np.maximum(count_I, 1) ** -start.item_power
+    blocks = [
+        _Block.of(scale_U[first : first + count, None], scale_I, user, item, count, num_items, ranks.device)
+        for first, (user, item, count) in zip(range(0, taken.num_users, BLOCK_ROWS), taken.blocks(), strict=True)
+    ]
+
+    def squared(basis_IK: Tensor) -> Tensor:
+        """N^T N times a basis."""
+        product_IK = torch.zeros_like(basis_IK)
+        for block in blocks:
+            product_IK += block.of_items @ (block.of_users @ basis_IK)
+        return _summed(product_IK, ranks)
+
+    noise = torch.randn(num_items, wide, generator=torch.Generator().manual_seed(seed)).to(ranks.device)
+    basis_IK = noise
+    for _ in range(start.iterations + 1):
+        basis_IK = _shared(torch.linalg.qr(squared(basis_IK))[0], ranks)
+    gram_KK = torch.zeros(wide, wide, dtype=torch.float64, device=ranks.device)
+    for block in blocks:
+        product_UK = block.of_users @ basis_IK
+        gram_KK += (product_UK.T @ product_UK).double()
+    values, vectors = torch.linalg.eigh(_summed(gram_KK, ranks))
+    strength_D = values.flip(0)[:dim].clamp(min=0).sqrt().float()
+    vector_ID = basis_IK @ vectors.flip(1)[:, :dim].float()
+
+    count = torch.from_numpy(count_I).to(ranks.device)
+    is_taken = (count > 0).float()[:, None]  # an item that nobody took has no place: zero
+    count = count.clamp(min=1)[:, None]
+    relative_D = strength_D / strength_D[0].clamp(min=1e-30)
+    history_ID = vector_ID * count**-start.history_power * relative_D**start.spectrum_power * is_taken
+    item_ID = vector_ID * count**start.length_power * is_taken
+    return _shared(history_ID, ranks), _shared(item_ID, ranks)
+
+
+def spread(taken: Taken, history_ID: Tensor, item_ID: Tensor, pooling: Pooling, ranks: Ranks) -> float:
+    """The standard deviation of all users' scores of all items; all ranks call together.
+
+    A user's vector is pooled of all he has taken. Of the users u and items v the mean of (u . v)^2 is the sum of the
+    products of E[u u^T] and E[v v^T], number by number, so that no score is computed.
+    """
+    dim = history_ID.shape[1]
+    power = {"mean": 1.0, "sqrtn": 0.5, "sum": 0.0}[pooling]
+    gram_DD, total_D = torch.zeros(dim, dim, dtype=torch.float64), torch.zeros(dim, dtype=torch.float64)
+    for user, item, count in taken.blocks():
+        scale = np.maximum(np.bincount(user, minlength=count), 1).astype(np.float32) ** -power
+        of_users = _sparse(user, item, scale[user], (count, taken.num_items)).to(history_ID.device)
+        user_UD = of_users @ history_ID
+        gram_DD += (user_UD.T @ user_UD).cpu()
+        total_D += user_UD.sum(0).cpu()
+    num_users = float(ranks.sum(np.array([taken.num_users]))[0])
+    user_DD, user_D = (torch.from_numpy(ranks.sum(each.numpy())) / num_users for each in (gram_DD, total_D))
+    item_DD = (item_ID.T @ item_ID).double().cpu() / len(item_ID)
+    mean = float(user_D @ item_ID.double().mean(0).cpu())
+    return max(float((user_DD * item_DD).sum()) - mean**2, 0.0) ** 0.5
+
+
+def start_spectral(
+    model: nn.Module, schema: Schema, start: SpectralStart, sources: Sources, seed: int, ranks: Ranks
+) -> None:
+    """Give the two tables their closed form, in place; all ranks call together.
+
+    Items that fall on one table row have their mean there; rows of no item become zero.
+    """
+    check_start(schema, start)
+    history, item = _feature(schema, "user", start.history), _feature(schema, "item", start.item)
+    taken = ranks.together(lambda: Taken.read(sources, ranks))
+    history_ID, item_ID = spectral_tables(taken, schema.table_of(history).dim, start, seed, ranks)
+    if start.spread is not None:
+        history_ID *= start.spread / max(spread(taken, history_ID, item_ID, history.pooling, ranks), 1e-30)
+    ids = sources.catalogue.ids
+    wanted = {}
+    for feature, vector_ID in zip((history, item), (history_ID, item_ID), strict=True):
+        alone = feature.model_copy(update={"kind": "id", "max_length": None, "weights": None})
+        row_I = alone.hash(ids, schema.tables[feature.table_name] if feature.table else None).to_numpy()
+        wanted[feature.table_name] = torch.from_numpy(row_I.astype(np.int64)).to(ranks.device), vector_ID
+    with torch.no_grad():
+        for name, weights, (first_row, first_column) in table_shards(model):
+            if name not in wanted:
+                continue
+            row_I, vector_ID = wanted[name]
+            rows, columns = weights.shape
+            is_here = (row_I >= first_row) & (row_I < first_row + rows)
+            place = (row_I[is_here] - first_row).to(weights.device)
+            value = vector_ID[is_here, first_column : first_column + columns].to(weights.device)
+            share = torch.bincount(place, minlength=rows).clamp(min=1).to(value.dtype)
+            weights.zero_()
+            weights.index_add_(0, place, (value / share[place, None]).to(weights.dtype))
+
+
+def check_start(schema: Schema, start: SpectralStart) -> None:
+    """Raises ConfigError where the features that train.start names cannot hold a closed form."""
+    history, item = _feature(schema, "user", start.history), _feature(schema, "item", start.item)
+    if history.kind not in ("bag", "id") or item.kind != "id":
+        raise ConfigError(
+            f"train.start names the user feature {history.name!r} of kind {history.kind} and the item feature "
+            f"{item.name!r} of kind {item.kind}: it needs the bag of the items that a user took, and the item's id."
+        )
+    if history.table_name == item.table_name:
+        raise ConfigError(
+            f"train.start gives {history.name!r} and {item.name!r} different weights, but both look up table "
+            f"{item.table_name!r}: give each a table."
+        )
+    one, other = schema.table_of(history).dim, schema.table_of(item).dim
+    for feature in (history, item):
+        if schema.table_of(feature).hashes == 2:
+            raise ConfigError(
+                f"train.start fills a row for each id, but table {feature.table_name!r} has hashes: 2: set it to 1."
+            )
+    if one != other:
+        raise ConfigError(
+            f"train.start needs tables of one dim, but {history.table_name!r} has {one} and {item.table_name!r} "
+            f"{other}: make them equal."
+        )
+
+
+def _feature(schema: Schema, side: Side, name: str) -> FeatureSpec:
+    found = [feature for feature in schema.sparse(side) if feature.name == name]
+    if not found:
+        known = ", ".join(feature.name for feature in schema.sparse(side)) or "none"
+        setting = "history" if side == "user" else "item"
+        raise ConfigError(f"train.start.{setting} is {name!r}, but the {side} features with tables are: {known}.")
+    return found[0]
+
+
+@dataclass(frozen=True)
+class _Block:
+    """The normalised matrix of some users, by user and by item."""
+
+    of_users: Tensor  # sparse (U, I)
+    of_items: Tensor  # sparse (I, U)
+
+    @classmethod
+    def of(
+        cls,
+        scale_U1: np.ndarray,
+        scale_I: np.ndarray,
+        user: np.ndarray,
+        item: np.ndarray,
+        num_users: int,
+        num_items: int,
+        device: torch.device,
+    ) -> _Block:
+        value = scale_U1[user, 0] * scale_I[item]
+        by_item = np.argsort(item, kind="stable")
+        return cls(
+            _sparse(user, item, value, (num_users, num_items)).to(device),
+            _sparse(item[by_item], user[by_item], value[by_item], (num_items, num_users)).to(device),
+        )
+
+
+def _sparse(row: np.ndarray, column: np.ndarray, value: np.ndarray, shape: tuple[int, int]) -> Tensor:
+    """Of entries in rising order of rows."""
+    ends = offsets_of(np.bincount(row, minlength=shape[0]))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Sparse (CSR tensor support is in beta|invariant checks)", UserWarning)
+        return torch.sparse_csr_tensor(
+            torch.from_numpy(ends.astype(np.int64)),
+            torch.from_numpy(column),
+            torch.from_numpy(value),
+            shape,
+            check_invariants=False,
+        )
+
+
+def _hashed(key: np.ndarray) -> np.ndarray:
+    """Spread ids evenly, as neighbours may be of one kind."""
+    return (key.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(32)
+
+
+def _summed(value: Tensor, ranks: Ranks) -> Tensor:
+    if ranks.num_ranks > 1:
+        dist.all_reduce(value)
+    return value
+
+
+def _shared(value: Tensor, ranks: Ranks) -> Tensor:
+    """The first rank's: the last bits of a decomposition may differ between machines."""
+    if ranks.num_ranks > 1:
+        value = value.contiguous()
+        dist.broadcast(value, 0)
+    return value
