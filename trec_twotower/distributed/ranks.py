@@ -8,7 +8,6 @@ import os
 import pickle
 import re
 import signal
-import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -22,7 +21,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from trec_twotower.distributed import shared_memory
 from trec_twotower.distributed.signals import end_with_launcher
 from trec_twotower.errors import ConfigError
 from trec_twotower.storage.fault_point import fault_point
@@ -41,14 +39,12 @@ class Ranks:
         device: torch.device,
         timeout_s: float = 300,
         store: dist.Store | None = None,
-        group: dist.ProcessGroup | None = None,
     ) -> None:
         self.rank = rank
         self.num_ranks = num_ranks
         self.device = device
         self.timeout_s = timeout_s  # for a collective, once the first step is done
         self.store = store  # where the ranks found each other
-        self.group = group  # for what every step exchanges; None: the default one
         self._has_ended = False  # the process group of `start_ranks` is gone
 
     def end(self) -> None:
@@ -119,8 +115,6 @@ class Ranks:
     def is_under_way(self) -> None:
         """The first step is done: from here on a collective may take `timeout_s` and no longer."""
         _set_timeout(timedelta(seconds=self.timeout_s))
-        if isinstance(self.group, shared_memory.SharedMemoryGroup):
-            self.group.exchange.set_timeout(self.timeout_s)
 
     def new_group(self) -> dist.ProcessGroup:
         """A group of all ranks for messages between CPUs that run beside others'."""
@@ -137,14 +131,14 @@ class Ranks:
         total = torch.from_numpy(np.asarray(values, dtype=np.float64).copy())
         if self.num_ranks > 1:
             total = total.to(self.device)
-            dist.all_reduce(total, group=self.group)
+            dist.all_reduce(total)
         return total.cpu().numpy()
 
     def mean(self, value: Tensor) -> float:
         """A scalar's mean over ranks."""
         total = value.detach().clone()
         if self.num_ranks > 1:
-            dist.all_reduce(total, group=self.group)
+            dist.all_reduce(total)
         return float(total) / self.num_ranks
 
     def sizes(self, count: int) -> list[int]:
@@ -153,7 +147,7 @@ class Ranks:
             return [count]
         mine = torch.tensor([count], device=self.device)
         everyone = [torch.empty_like(mine) for _ in range(self.num_ranks)]
-        dist.all_gather(everyone, mine, group=self.group)
+        dist.all_gather(everyone, mine)
         return [int(size) for size in everyone]
 
     def gather(self, rows: Tensor, sizes: list[int]) -> Tensor:
@@ -165,7 +159,7 @@ class Ranks:
             return rows
         longest = max(sizes)
         padded = torch.nn.functional.pad(rows, [0, 0] * (rows.dim() - 1) + [0, longest - rows.shape[0]])
-        everyone = _AllGather.apply(padded, self.num_ranks, self.group)
+        everyone = _AllGather.apply(padded, self.num_ranks)
         if all(size == longest for size in sizes):
             return everyone
         return torch.cat([everyone[rank * longest : rank * longest + size] for rank, size in enumerate(sizes)])
@@ -196,18 +190,18 @@ class _AllGather(torch.autograd.Function):
     """all_gather whose backward adds up the gradients that all ranks have for a rank's rows."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, num_ranks: int, group: dist.ProcessGroup | None) -> Tensor:
-        ctx.num_ranks, ctx.group = num_ranks, group
+    def forward(ctx: Any, rows: Tensor, num_ranks: int) -> Tensor:
+        ctx.num_ranks = num_ranks
         everyone = rows.new_empty(num_ranks * rows.shape[0], *rows.shape[1:])
-        dist.all_gather(list(everyone.chunk(num_ranks)), rows.contiguous(), group=group)
+        dist.all_gather(list(everyone.chunk(num_ranks)), rows.contiguous())
         return everyone
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         [gradient] = gradients
         mine = gradient.new_empty(gradient.shape[0] // ctx.num_ranks, *gradient.shape[1:])
-        dist.reduce_scatter(mine, list(gradient.contiguous().chunk(ctx.num_ranks)), group=ctx.group)
-        return mine, None, None
+        dist.reduce_scatter(mine, list(gradient.contiguous().chunk(ctx.num_ranks)))
+        return mine, None
 
 
 # What torchrec says through the root logger of tables that are not sharded, and of starts without torchrun.
@@ -358,9 +352,8 @@ def start_ranks(
     has_failed = True
     ranks: Ranks | None = None
     try:
-        group = _shared_memory(num_ranks, place, first_timeout_s)
         fault_point("start:joined")
-        ranks = Ranks(rank, num_ranks, place, timeout_s, store, group)
+        ranks = Ranks(rank, num_ranks, place, timeout_s, store)
         yield ranks
         has_failed = False
     finally:
@@ -370,27 +363,6 @@ def start_ranks(
         # it would wait for them, and the error with it. The end of the process takes them down as well.
         if not (has_failed and num_ranks > 1 and place.type == "cuda"):
             dist.destroy_process_group()
-
-
-def _shared_memory(num_ranks: int, device: torch.device, timeout_s: int) -> dist.ProcessGroup | None:
-    """A group of ranks that all compute on the CPUs of one Linux machine; None where they do not, or may not.
-
-    TREC_TWOTOWER_EXCHANGE=gloo in the environment says that they may not.
-    """
-    is_one_machine = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) == num_ranks
-    if num_ranks == 1 or not is_one_machine or device.type == "cuda" or sys.platform != "linux":
-        return None
-    word = os.environ.get("TREC_TWOTOWER_EXCHANGE")
-    if word not in (None, "gloo"):
-        raise ConfigError(f"TREC_TWOTOWER_EXCHANGE is {word!r}: set it to gloo, or unset it.")
-    is_refused = word == "gloo"
-    try:
-        shared_memory.check()
-    except OSError:
-        is_refused = True
-    refusals = torch.tensor(int(is_refused))
-    dist.all_reduce(refusals)
-    return None if refusals else shared_memory.new_group(timeout_s)
 
 
 def _set_timeout(timeout: timedelta) -> None:

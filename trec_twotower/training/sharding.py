@@ -220,7 +220,7 @@ def placements(plan: ShardingPlan) -> list[TablePlacement]:
 def shard(model: nn.Module, schema: Schema, ranks: Ranks, batch_size: int) -> DistributedModelParallel:
     """The model with its tables spread over the ranks and its other weights kept equal on all."""
     plan = make_plan(model, schema, ranks.num_ranks, ranks.device, batch_size)
-    group = ranks.group or dist.group.WORLD
+    group = dist.group.WORLD
     assert group is not None
     return DistributedModelParallel(
         model,
