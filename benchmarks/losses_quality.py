@@ -129,7 +129,7 @@ class Bench:
 
     def trained(self, name: str, seed: int) -> dict[str, Any]:
         """Figures of one run, which is removed."""
-        from trec_twotower.config.run_config import load_config
+        from trec_twotower.config.loading import load_config
         from trec_twotower.evaluation.evaluator import Evaluator, evaluate_run
         from trec_twotower.index.item_neighbors import neighbours
         from trec_twotower.training.loop import train

@@ -13,7 +13,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 
-from trec_twotower.config.schema import FeatureSpec, Schema, TableSpec
+from trec_twotower.config.feature_spec import FeatureSpec
+from trec_twotower.config.model import TableSpec
+from trec_twotower.config.schema import Schema
 from trec_twotower.data.arrow_types import plain_array, plain_type
 from trec_twotower.data.dataset import Dataset
 from trec_twotower.data.feature_dataset import Sources

@@ -13,8 +13,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.ranks.launch import SAID_BY_TORCHREC
-from trec_twotower.config.run_config import RunConfig, as_values, load_config
-from trec_twotower.config.yaml_io import to_yaml
+from trec_twotower.config.base import as_values
+from trec_twotower.config.loading import load_config, to_yaml
+from trec_twotower.config.run_config import RunConfig
 from trec_twotower.data.sources import prepare
 from trec_twotower.distributed.ranks import Ranks
 from trec_twotower.evaluation.evaluator import Evaluator

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.shop import Call, Shop
-from trec_twotower.config.schema import FeatureSpec
+from trec_twotower.config.feature_spec import FeatureSpec
 from trec_twotower.data.dataset import Split
 from trec_twotower.data.features.numeric import Statistics
 from trec_twotower.data.item_table import Catalogue

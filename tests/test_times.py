@@ -10,7 +10,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from trec_twotower.config.schema import FeatureSpec, TableSpec
+from trec_twotower.config.feature_spec import FeatureSpec
+from trec_twotower.config.model import TableSpec
 from trec_twotower.data.features.transform import transform
 from trec_twotower.errors import DataError
 

@@ -12,7 +12,8 @@ import pyarrow as pa
 import pytest
 
 from tests.test_features_serving import same
-from trec_twotower.config.schema import FeatureSpec, Schema
+from trec_twotower.config.feature_spec import FeatureSpec
+from trec_twotower.config.schema import Schema
 from trec_twotower.data.dataset import Dataset
 from trec_twotower.data.feature_dataset import Sources
 from trec_twotower.serving.user_state import newest_state, with_interactions

@@ -14,8 +14,9 @@ import torch
 
 from tests.ranks.launch import SAID_BY_TORCHREC
 from tests.ranks.states import whole_state
-from trec_twotower.config.run_config import RunConfig, as_values, validate
-from trec_twotower.config.yaml_io import to_yaml
+from trec_twotower.config.base import as_values, validate
+from trec_twotower.config.loading import to_yaml
+from trec_twotower.config.run_config import RunConfig
 from trec_twotower.errors import ConfigError
 from trec_twotower.inference.export import LoadedModel, load_model
 from trec_twotower.model.encode import encode
