@@ -147,14 +147,14 @@ def test_a_resumed_run_knows_what_was_reported_and_what_was_found_last(config_of
 
 def test_a_message_names_what_was_measured_what_was_expected_and_what_to_change(config_of):
     changed = config_of(
-        "loss.negatives.queue=4096", "loss.negatives.hardest=32", "loss.log_q=0.5", "train.optimizer.lr=7"
+        "loss.negatives.cross_batch_memory=4096", "loss.negatives.top_k=32", "loss.log_q=0.5", "train.optimizer.lr=7"
     )
     [found] = CollapseGuard(changed).validated(BAD[BELOW_POPULARITY], is_pass_end=True)
     assert found.message == (
         "warning: validation recall@10 is 0.1900, below the 0.2000 of ranking all items by popularity. A model that "
         "learns is above popularity after its first pass over the data. Change one of: loss.log_q to its default 1.0 "
-        "(now 0.5); loss.negatives.queue to its default 0 (now 4096); loss.negatives.hardest to its default null (now "
-        "{'count': 32, 'others': 0.1}); train.optimizer.lr and dense_lr to less (now 7 and 0.001); train.epochs to "
+        "(now 0.5); loss.negatives.cross_batch_memory to its default 0 (now 4096); loss.negatives.top_k to its default "
+        "null (now {'count': 32, 'others': 0.1}); train.optimizer.lr and dense_lr to less (now 7 and 0.001); train.epochs to "
         "more (now 2) (docs/losses.md)."
     )
     ccl = config_of("loss.kind=ccl", "loss.temperature=null")

@@ -473,7 +473,7 @@ OTHER = {
 ROOM = ("model.dim=10", "loss.negatives.sampled=5")
 NEEDS = {  # what else a setting asks for
     "evaluate.sampled_same": ("evaluate.sampled=100",),
-    "loss.negatives.hardest.count": ("loss.negatives.hardest={count: 9}",),
+    "loss.negatives.top_k.count": ("loss.negatives.top_k={count: 9}",),
     "model.user_tower.wide": ("tables.item.dim=12", "model.dim=12"),
     "tables.item.shard_columns": ("tables.item.sharding=column_wise",),
     "tables.item.cache_share": ("tables.item.kernel=fused_uvm_caching",),

@@ -126,7 +126,7 @@ def test_without_an_epoch_it_is_a_recommender_and_training_goes_on_from_it(write
     wanted = config(clusters(write_dataset, tmp_path / "data"), tmp_path / "run")
     train(wanted, lone_rank)
     *_, last = capsys.readouterr().out.splitlines()
-    assert last == f"the weights are the closed form of train.start; train.epochs is 0: {tmp_path / 'run'}"
+    assert last == f"the weights are the closed form of train.spectral; train.epochs is 0: {tmp_path / 'run'}"
     loaded = load_model(Run.open(tmp_path / "run"), lone_rank)
     model, sources = loaded.model, loaded.sources
     evaluator = Evaluator.of(sources, "test", wanted.evaluate, lone_rank)

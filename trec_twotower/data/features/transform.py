@@ -501,10 +501,10 @@ def hash_column(feature: FeatureSpec, array: pa.Array, table: TableSpec | None =
     if spec.hashes == 2:
         raise ConfigError(f"feature {feature.name!r} has two rows per id, but this returns one: set hashes to 1.")
     where = f"the column given for feature {feature.name!r}"
-    check_kind(feature, array.type, where)
+    rows = plain_table(pa.table({feature.source_column: array}), [feature.source_column])
+    check_kind(feature, rows.schema.types[0], where)
     ids_alone = {"weights": None, "times": None, "half_life_days": None, "actions": None, "attributes": ()}
     settings = {name: value for name, value in ids_alone.items() if name in type(feature).model_fields}
-    rows = pa.table({feature.source_column: array})
     columns = transform([feature.model_copy(update=settings)], {feature.table_name: spec}, {}, rows, where)
     found = columns.sparse[feature.name]
     if found.is_single:
