@@ -26,7 +26,7 @@ from trec_twotower.config.features import (
 )
 from trec_twotower.config.model import TableSpec
 from trec_twotower.config.schema import bucket_names, sub_name
-from trec_twotower.data.arrow_types import as_list, is_list
+from trec_twotower.data.arrow_types import as_list, is_list, plain_table
 from trec_twotower.data.features.datetime_parts import DAY_S, ages, is_time, parts, seconds
 from trec_twotower.data.features.embeddings import is_vector, vectors
 from trec_twotower.data.features.numeric import Statistics, binned, is_number, normalize, number_values
