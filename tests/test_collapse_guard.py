@@ -154,8 +154,8 @@ def test_a_message_names_what_was_measured_what_was_expected_and_what_to_change(
         "warning: validation recall@10 is 0.1900, below the 0.2000 of ranking all items by popularity. A model that "
         "learns is above popularity after its first pass over the data. Change one of: loss.log_q to its default 1.0 "
         "(now 0.5); loss.negatives.cross_batch_memory to its default 0 (now 4096); loss.negatives.top_k to its default "
-        "null (now {'count': 32, 'others': 0.1}); train.optimizer.lr and dense_lr to less (now 7 and 0.001); train.epochs "
-        "to more (now 2) (docs/losses.md)."
+        "null (now {'count': 32, 'others': 0.1}); train.optimizer.lr and dense_lr to less (now 7 and 0.001); "
+        "train.epochs to more (now 2) (docs/losses.md)."
     )
     ccl = config_of("loss.kind=ccl", "loss.temperature=null")
     [found] = CollapseGuard(ccl).validated(BAD[ITEM_COSINE], is_pass_end=True)

@@ -205,7 +205,7 @@ def test_the_model_gives_its_loss_the_batch_and_the_config(kind, world, worlds, 
     batch = given_pairs(batch) if given else batch
     model = towers(build_model(config, lone_rank))
     users, items = model.encode_users(batch), model.encode_items(batch)
-    related = relations_of(batch, config.loss.log_q)
+    related = relations_of(batch, config.loss.log_q_strength)
     expected = LOSSES[kind](users, items, related, **config.loss.parameters) / batch.num_rows_of_all_ranks
     found = model(batch)
     assert found.item() == pytest.approx(expected.item(), rel=1e-6)
