@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.ranks.bazaar import WORDS, write_model
-from trec_twotower.config.base import validate
+from trec_twotower.config.base import as_values, validate
 from trec_twotower.config.feature_spec import FeatureSpec
 from trec_twotower.config.features import build_feature
 from trec_twotower.config.model import TableSpec
@@ -294,7 +294,7 @@ def test_a_tower_that_a_language_model_reads_for_runs_as_a_program(model):
         {
             "data": {"dataset": "none"},
             "user": [{"name": "history", "kind": "bag", "buckets": 16, "dim": 4}],
-            "item": [{**read_by(model).model_dump(exclude_defaults=True), "max_length": 8}],
+            "item": [{**as_values(read_by(model)), "max_length": 8}],
             "model": {"dim": 4},
         },
         "the test's config",

@@ -403,7 +403,7 @@ def test_history_that_is_not_masked_is_not_known(sources, rows_of):
 
 def test_the_keys_are_in_the_order_of_the_schema(sources):
     expected = ["user:row", "user:history", "user:user_id", "item:tags", "item:item_id"]
-    assert SCHEMA.keys() == expected
+    assert SCHEMA.layout.pooled_keys == expected
     for rows in ("event", "user"):
         for batch in epoch_of(batches_of(sources[rows], (1, 2))):
             assert batch.sparse.keys() == expected
