@@ -658,7 +658,7 @@ def changed(number: int, **values: object) -> list[dict]:
         (LOG, {"item": "score"}, ["'score' is DOUBLE", "whole numbers or text", "cast"]),
         (LOG, {"min_user_events": 9}, ["No event is left of 10", "min_user_events = 9", "lower"]),
         (LOG, {"min_history": 4}, ["No train row is left", "min_history = 4", "lower"]),
-        (LOG, {"min_history": 2}, ["No train row is left"]),  # what came in the same second is not earlier
+        (LOG, {"min_history": 3}, ["No train row is left"]),  # what came in the same second is not earlier
         (
             LOG,
             {"split": "time", "valid_from": 20, "test_from": 30},
