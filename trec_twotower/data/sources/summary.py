@@ -82,7 +82,8 @@ def _warnings(counts: dict[str, int], options: dict[str, Any]) -> Iterator[str]:
     left_out, kept = counts.get("repeats_left_out", 0), counts.get("interactions", 0)
     if left_out > MANY * kept:
         yield (
-            f"{_share(left_out, kept)} of the events are repeats of held-out items, and are not trained on. split=time trains on all events before one time, hold_out=any on all but each user's last two."
+            f"{_share(left_out, kept)} of the events are repeats of held-out items, and are not trained on. "
+            "split=time trains on all events before one time, hold_out=any on all but each user's last two."
         )
 
 
