@@ -85,7 +85,8 @@ def generate(folder: Path, options: argparse.Namespace) -> None:
 
 
 def config_of(folder: Path, options: argparse.Namespace) -> Any:
-    from trec_twotower.config.run_config import RunConfig, validate
+    from trec_twotower.config.base import validate
+    from trec_twotower.config.run_config import RunConfig
 
     item: list[dict[str, Any]] = [{"name": "item_id", "kind": "id", "table": "item"}]
     for number in range(options.categories):

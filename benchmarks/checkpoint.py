@@ -42,7 +42,7 @@ class Job:
     """A model with its optimizer, checkpoints and rows, as a run has them."""
 
     def __init__(self, folder: Path, rows: int, dim: int, ranks: Any) -> None:
-        from trec_twotower.config.run_config import validate
+        from trec_twotower.config.base import validate
         from trec_twotower.training.checkpoint import Checkpoints
         from trec_twotower.training.loop import build_model
         from trec_twotower.training.optimizer import RunOptimizer

@@ -112,7 +112,7 @@ def ceilings(folder: Path, quick: bool) -> Figures:
 def job(folder: Path, *, batch: int = 4096, dim: int = 64, users: int = 1_000_000, kernel: str = "fused",
         precision: str = "fp32") -> tuple[Any, Any, list[Any]]:  # fmt: skip
     """A model, its optimizer, and some batches on the device."""
-    from trec_twotower.config.run_config import validate
+    from trec_twotower.config.base import validate
     from trec_twotower.training.loop import build_model
     from trec_twotower.training.optimizer import RunOptimizer
 
@@ -188,7 +188,7 @@ def tables(folder: Path, quick: bool) -> Figures:
     schema = model.module.schema
     distinct: dict[str, list[Any]] = {}
     ids = bags = 0
-    for (_, feature), jagged in zip(schema.sparse_pairs, batch.sparse.to_dict().values(), strict=True):
+    for (_, feature), jagged in zip(schema.layout.table_pairs, batch.sparse.to_dict().values(), strict=True):
         ids += jagged.values().numel()
         bags += jagged.lengths().numel()
         distinct.setdefault(feature.table_name, []).append(jagged.values())
@@ -228,8 +228,8 @@ def towers(folder: Path, quick: bool) -> Figures:
 
 def overlap(folder: Path, quick: bool) -> Figures:
     """The training loop itself, with its reader, in a process of its own."""
-    from trec_twotower.config.run_config import as_values
-    from trec_twotower.config.yaml_io import to_yaml
+    from trec_twotower.config.base import as_values
+    from trec_twotower.config.loading import to_yaml
 
     with tempfile.TemporaryDirectory() as temporary:
         path, out = Path(temporary) / "gpu.yaml", Path(temporary) / "run"

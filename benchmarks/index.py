@@ -41,7 +41,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from machine import headline, write_figures
 
-from trec_twotower.config.run_config import IndexConfig
+from trec_twotower.config.evaluation import IndexConfig
 from trec_twotower.distributed.host_memory import give_back
 from trec_twotower.index import ExactItems, ItemIndex, build_index, exact_search
 from trec_twotower.inference.export import VectorFiles, read_export

@@ -101,7 +101,8 @@ def generate(folder: Path, num_rows: int) -> None:
 
 def config_of(folder: Path, *, masked: bool = False, **data: Any) -> Any:
     """The config that reads all of the log."""
-    from trec_twotower.config.run_config import RunConfig, validate
+    from trec_twotower.config.base import validate
+    from trec_twotower.config.run_config import RunConfig
 
     values = {
         "data": {"dataset": str(folder), "batch_size": 4096, **data},
@@ -123,7 +124,7 @@ def config_of(folder: Path, *, masked: bool = False, **data: Any) -> Any:
             {"name": "item_id", "kind": "id", "table": "item"},
             {"name": "category", "kind": "category", "table": "category"},
             {"name": "tags", "kind": "bag", "table": "tag"},
-            {"name": "price", "kind": "number", "normalise": "log1p"},
+            {"name": "price", "kind": "number", "normalize": "log1p"},
         ],
         "model": {"dim": 64, "user_tower": {"mlp": [128]}, "item_tower": {"mlp": [128]}},
         "loss": {"negatives": {"in_batch": True, "sampled": 0}, "mask_history": masked},
@@ -352,8 +353,8 @@ def measure(folder: Path, options: argparse.Namespace, parts: list[str]) -> dict
 
 
 def waiting(folder: Path, gowalla: Path | None) -> dict[str, float]:
-    from trec_twotower.config.run_config import as_values
-    from trec_twotower.config.yaml_io import to_yaml
+    from trec_twotower.config.base import as_values
+    from trec_twotower.config.loading import to_yaml
 
     figures = {}
     with tempfile.TemporaryDirectory() as temporary:

@@ -37,7 +37,7 @@ MINED = (50, 100)  # which neighbours of an item
 FIGURES = ("recall", "last_valid_recall", "item_cosine", "user_item_cosine")
 EVALUATE = ("evaluate.best=recall@10", "evaluate.item_to_item=false", "evaluate.svd=0", "evaluate.bootstrap=0",
             "evaluate.slices=[]")  # fmt: skip
-GIVEN = "loss.given={column: shown, labels: clicked}"
+GIVEN = "loss.impressions={column: shown, labels: clicked}"
 
 
 def kind(name: str, *more: str) -> tuple[str, ...]:
@@ -67,17 +67,17 @@ CONTENDERS: dict[str, tuple[str, ...]] = {
     "sampled all": (negatives(in_batch=False, sampled="all"),),
     "sampled 512 by power .75": (negatives(sampled=512, power=0.75),),
     "popular 512": (negatives(sampled=512, popular={"count": 512}),),
-    "same category 512": (negatives(sampled=512, same={"feature": "category", "count": 512}),),
+    "same category 512": (negatives(sampled=512, same_category={"feature": "category", "count": 512}),),
     "given": (GIVEN,),
     "mined 2": ("loss.negatives.mined={file: {mined}, count: 2}",),
     "refresh 2": ("loss.negatives.refresh={every: {refresh}, count: 2}",),
-    "queue 4096": ("loss.negatives.queue=4096",),
-    "queue 16384": ("loss.negatives.queue=16384",),
-    "hardest 32": ("loss.negatives.hardest=32",),
-    "ccl, queue 16384": kind("ccl", "loss.negatives.queue=16384"),
-    "ccl, hardest 32": kind("ccl", "loss.negatives.hardest=32"),
-    "bpr, hardest 32": kind("bpr", "loss.negatives.hardest=32"),
-    "margin, hardest 32": kind("margin", "loss.negatives.hardest=32"),
+    "queue 4096": ("loss.negatives.cross_batch_memory=4096",),
+    "queue 16384": ("loss.negatives.cross_batch_memory=16384",),
+    "hardest 32": ("loss.negatives.top_k=32",),
+    "ccl, queue 16384": kind("ccl", "loss.negatives.cross_batch_memory=16384"),
+    "ccl, hardest 32": kind("ccl", "loss.negatives.top_k=32"),
+    "bpr, hardest 32": kind("bpr", "loss.negatives.top_k=32"),
+    "margin, hardest 32": kind("margin", "loss.negatives.top_k=32"),
 }
 
 
@@ -129,7 +129,7 @@ class Bench:
 
     def trained(self, name: str, seed: int) -> dict[str, Any]:
         """Figures of one run, which is removed."""
-        from trec_twotower.config.run_config import load_config
+        from trec_twotower.config.loading import load_config
         from trec_twotower.evaluation.evaluator import Evaluator, evaluate_run
         from trec_twotower.index.item_neighbors import neighbours
         from trec_twotower.training.loop import train
@@ -141,7 +141,7 @@ class Bench:
         steps = pq.ParquetDataset(self.data / "train").read(columns=[]).num_rows // whole.data.batch_size
         filled = {"{mined}": str(self.place / "mined.parquet"), "{refresh}": str(steps * whole.train.epochs // 10)}
         changes = [_filled(each, filled) for each in CONTENDERS[name]]
-        if any("loss.given" in each for each in changes):
+        if any("loss.impressions" in each for each in changes):
             changes.append(f"data.dataset={self.place / 'lists'}")
         config = load_config(self.config, [*usual, *EVALUATE, *changes, *self.more])
 

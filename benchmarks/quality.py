@@ -97,14 +97,15 @@ class Bench:
     """What a contender needs: the prepared split and a judge."""
 
     def __init__(self, place: Path, split: Split, ranks: Any, rankings: Path | None, seeds: list[int]) -> None:
-        from trec_twotower.config.run_config import EvaluateConfig
-        from trec_twotower.config.schema import FeatureSpec, Schema
+        from trec_twotower.config.evaluation import EvaluateConfig
+        from trec_twotower.config.features import build_feature
+        from trec_twotower.config.schema import Schema
         from trec_twotower.data.dataset import Dataset
         from trec_twotower.data.feature_dataset import Sources
         from trec_twotower.data.held_out import HeldOut
 
         self.place, self.split, self.ranks, self.rankings, self.seeds = place, split, ranks, rankings, seeds
-        item = FeatureSpec(name="item_id", kind="id", buckets=1 << 17, dim=4)
+        item = build_feature(name="item_id", kind="id", buckets=1 << 17, dim=4)
         dataset = Dataset(place / "data")
         rows = "user" if dataset.train.has("positives") else "event"
         self.sources = Sources(dataset, Schema({"item_id": _table(item)}, (), (item,)), rows)
@@ -136,7 +137,7 @@ class Bench:
 
 
 def _table(feature: Any) -> Any:
-    from trec_twotower.config.schema import TableSpec
+    from trec_twotower.config.model import TableSpec
 
     return TableSpec(buckets=feature.buckets, dim=feature.dim)
 
@@ -159,10 +160,10 @@ def pure_svd(dim: int) -> Callable[[Bench], dict[str, float]]:
     """The usual singular vectors of the normalised matrix, users folded in by what they took."""
 
     def fitted(bench: Bench) -> dict[str, float]:
-        from trec_twotower.config.run_config import SpectralStart
+        from trec_twotower.config.training import SpectralConfig
         from trec_twotower.training.spectral_initialization import Taken, spectral_tables
 
-        usual = SpectralStart(
+        usual = SpectralConfig(
             history="history", user_power=0.5, item_power=0.5, history_power=0.5, length_power=0.5, spectrum_power=0
         )
         began = time.process_time()
@@ -175,12 +176,12 @@ def pure_svd(dim: int) -> Callable[[Bench], dict[str, float]]:
 
 def gf_cf(bench: Bench) -> dict[str, float]:
     """GF-CF (Shen et al. 2021): the item-item filter of the normalised matrix beside its 256 strongest directions."""
-    from trec_twotower.config.run_config import SpectralStart
+    from trec_twotower.config.training import SpectralConfig
     from trec_twotower.training.spectral_initialization import Taken, _sparse, spectral_tables
 
     began = time.process_time()
     taken = Taken.read(bench.sources, bench.ranks)
-    usual = SpectralStart(
+    usual = SpectralConfig(
         history="history", user_power=0.5, item_power=0.5, history_power=0.5, length_power=0.5, spectrum_power=0
     )
     history_ID, item_ID = spectral_tables(taken, 256, usual, 0, bench.ranks)
@@ -220,7 +221,7 @@ def of_config(name: str, *overrides: str) -> Callable[[Bench], dict[str, float]]
         return {**means, **spreads}
 
     def once(bench: Bench, seed: int) -> dict[str, float]:
-        from trec_twotower.config.run_config import load_config
+        from trec_twotower.config.loading import load_config
         from trec_twotower.evaluation.evaluator import Evaluator, exactly, through
         from trec_twotower.index import ItemIndex
         from trec_twotower.inference.export import export, load_model
@@ -264,7 +265,8 @@ SPLITS = {
             "GF-CF": gf_cf,
             "closed form, dim 256": of_config(
                 "gowalla_spectral", "tables.history.dim=256", "tables.item.dim=256", "model.dim=256",
-                "train.start.history_power=0.4", "train.start.length_power=0.4", "train.start.spectrum_power=0",
+                "train.spectral.history_power=0.4", "train.spectral.length_power=0.4",
+                "train.spectral.spectrum_power=0",
             ),
             "fast: gowalla_spectral.yaml": of_config("gowalla_spectral"),
             "closed form, dim 1024": of_config(

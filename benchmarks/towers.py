@@ -67,19 +67,25 @@ CONTENDERS: dict[str, dict[str, Any]] = {
     "self_attention by attention": {**encoder("self_attention"), "loss": {"interests": {"score": "attention"}}},
     "gaussian user": {"model": {"user_vector": "gaussian"}},
     "history and recent": {"recent": {"encoder": {"kind": "heads"}}},
-    "short and long": {"recent": {"encoder": {"kind": "heads"}}, "model": {"user_tower": {"short": ["recent"]}}},
+    "short and long": {"recent": {"encoder": {"kind": "heads"}}, "model": {"user_tower": {"short_term": ["recent"]}}},
     "mlp": {"model": {"user_tower": {"mlp": [128]}, "item_tower": {"mlp": [128]}}},
     "gating": {"model": {"item_tower": {"gating": {}}}},
     "crosses": {"model": {"item_tower": {"crosses": 2}}},
     "experts": {"model": {"item_tower": {"experts": {"count": 4, "width": 64}}}},
-    "experts, best 2": {"model": {"item_tower": {"experts": {"count": 4, "width": 64, "top": 2}}}},
+    "experts, best 2": {"model": {"item_tower": {"experts": {"count": 4, "width": 64, "top_k": 2}}}},
     "id of its own": {"id_scale": DIM**-0.5},
     "id of its own, from zero": {"id_scale": 0},
-    "id drop": {"id_scale": 0, "model": {"item_tower": {"drop": {"item_id": 0.3}, "missing": ["item_id"]}}},
+    "id drop": {
+        "id_scale": 0,
+        "model": {"item_tower": {"feature_dropout": {"item_id": 0.3}, "missing_vectors": ["item_id"]}},
+    },
 }
 CONTENDERS |= {
     "user id": {"user_scale": DIM**-0.5},
-    "user id drop": {"user_scale": 0, "model": {"user_tower": {"drop": {"user_id": 0.3}, "missing": ["user_id"]}}},
+    "user id drop": {
+        "user_scale": 0,
+        "model": {"user_tower": {"feature_dropout": {"user_id": 0.3}, "missing_vectors": ["user_id"]}},
+    },
 }
 COLD_USERS = ("plain", "user id", "user id drop")
 COLD = ("plain", "id of its own", "id of its own, from zero", "id drop")
@@ -131,7 +137,8 @@ def prepare(world: str, folder: Path, data: Path | None) -> None:
 
 
 def config_of(dataset: Path, world: str, changes: Mapping[str, Any], run_dir: Path, epochs: int) -> Any:
-    from trec_twotower.config.run_config import RunConfig, validate
+    from trec_twotower.config.base import validate
+    from trec_twotower.config.run_config import RunConfig
 
     about = ["category", "tags"] if world == "planted" else ["attributes"]
     kinds = {"category": "category", "tags": "bag", "attributes": "bag"}

@@ -56,7 +56,7 @@ Step = Callable[[int], None]
 
 def ours(folder: Path, num_batches: int, precision: str = "auto") -> Step:
     """Steps of the training loop on batches made beforehand."""
-    from trec_twotower.config.run_config import validate
+    from trec_twotower.config.base import validate
     from trec_twotower.data.loading.batch import Batch
     from trec_twotower.training.loop import build_model
     from trec_twotower.training.optimizer import RunOptimizer
@@ -98,7 +98,7 @@ def torchrec_naive(folder: Path, num_batches: int) -> Step:
         def __init__(self) -> None:
             super().__init__()
             self.tables, self.lists = build_tables(schema), None
-            self.user, self.item = mlp(schema.width("user")), mlp(schema.width("item"))
+            self.user, self.item = mlp(schema.layout.input_width("user")), mlp(schema.layout.input_width("item"))
 
         def forward(self, sparse: Any, user_number: Any, item_number: Any) -> Any:
             pooled = self.tables(sparse).to_dict()
@@ -133,8 +133,8 @@ def plain_torch(folder: Path, num_batches: int) -> Step:
         name: torch.nn.EmbeddingBag(spec.buckets, spec.dim, mode="sum", sparse=True, include_last_offset=True)
         for name, spec in schema.tables.items()
     })  # fmt: skip
-    table_of = {f"{side}:{feature.name}": feature.table_name for side, feature in schema.sparse_pairs}
-    user_tower, item_tower = mlp(schema.width("user")), mlp(schema.width("item"))
+    table_of = {f"{side}:{feature.name}": feature.table_name for side, feature in schema.layout.table_pairs}
+    user_tower, item_tower = mlp(schema.layout.input_width("user")), mlp(schema.layout.input_width("item"))
     sparse = torch.optim.Adagrad(tables.parameters(), lr=0.05)
     dense = torch.optim.Adam([*user_tower.parameters(), *item_tower.parameters()], lr=1e-3)
     made = [an_item_a_row(batch) for batch in batches_of(folder, threads=0).since(0, num_batches)]
@@ -211,7 +211,7 @@ def tfrs_step(interpreter: Path, folder: Path, place: Path, num_batches: int) ->
         files.mkdir()
         facts = {
             "tables": [(name, spec.buckets, spec.dim) for name, spec in schema.tables.items()],
-            "keys": [(f"{side}:{feature.name}", feature.table_name) for side, feature in schema.sparse_pairs],
+            "keys": [(f"{side}:{feature.name}", feature.table_name) for side, feature in schema.layout.table_pairs],
             "hidden": HIDDEN,
             "dim": DIM,
         }
@@ -345,12 +345,12 @@ def floor(folder: Path) -> dict[str, float]:
     schema = config.feature_schema
     batch = next(batches_of(folder, threads=0).since(0, 1))
     rows, candidates = len(batch.user_number_BN), len(batch.item_number_SN)
-    width = {side: schema.width(side) for side in ("user", "item")}
+    width = {side: schema.layout.input_width(side) for side in ("user", "item")}
     tower = 6 * (rows * (width["user"] * HIDDEN + HIDDEN * DIM) + candidates * (width["item"] * HIDDEN + HIDDEN * DIM))
     products = tower + 6 * rows * candidates * DIM
     tables = 0.0
     used: dict[str, list[Any]] = {}
-    for (_, feature), jagged in zip(schema.sparse_pairs, batch.sparse.to_dict().values(), strict=True):
+    for (_, feature), jagged in zip(schema.layout.table_pairs, batch.sparse.to_dict().values(), strict=True):
         used.setdefault(feature.table_name, []).append((jagged.values().long(), jagged.offsets().long()))
     for name, lookups in used.items():
         weight = torch.randn(schema.tables[name].buckets, DIM)
@@ -410,8 +410,8 @@ def on_one_core(words: list[str], *, tuned: bool) -> dict[str, float]:
 
 def ranks_rate(folder: Path, num_ranks: int, place: Path, batch: int) -> float:
     """Rows per second of `train` in its steady state, a core a rank; a line of its log is of 81,920 rows."""
-    from trec_twotower.config.run_config import as_values
-    from trec_twotower.config.yaml_io import to_yaml
+    from trec_twotower.config.base import as_values
+    from trec_twotower.config.loading import to_yaml
 
     path, out = place / "training.yaml", place / f"ranks-{num_ranks}-{time.monotonic_ns()}"
     path.write_text(to_yaml(as_values(config_of(folder, batch_size=batch))))

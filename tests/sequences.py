@@ -9,20 +9,21 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from trec_twotower.config.run_config import RunConfig, validate
+from trec_twotower.config.base import validate
+from trec_twotower.config.run_config import RunConfig
 
 NUM_ITEMS, NUM_ROWS = 23, 90
 LISTS = {"history": pa.list_(pa.int64()), "when": pa.list_(pa.int64()), "did": pa.list_(pa.string())}
 TOWERS: dict[str, dict[str, Any]] = {
     "sum": {"combine": "sum"},
-    "short": {"short": ["history"]},
+    "short": {"short_term": ["history"]},
     "gating": {"gating": {"reduction": 1}, "mlp": [8]},
     "gating by": {"gating": {"by": ["liked"]}},
     "crosses": {"crosses": 2},
     "experts": {"experts": {"count": 3, "width": 8}},
-    "experts of few": {"experts": {"count": 3, "width": 8, "top": 1, "balance": 0.5}},
-    "missing": {"missing": ["history", "liked"]},
-    "all": {"crosses": 1, "short": ["history"], "gating": {}, "experts": {"count": 2, "width": 8}, "mlp": [8]},
+    "experts of few": {"experts": {"count": 3, "width": 8, "top_k": 1, "balance": 0.5}},
+    "missing": {"missing_vectors": ["history", "liked"]},
+    "all": {"crosses": 1, "short_term": ["history"], "gating": {}, "experts": {"count": 2, "width": 8}, "mlp": [8]},
 }
 
 
@@ -32,7 +33,10 @@ USERS: dict[str, dict[str, Any]] = {  # whose vectors are more than a point
         "history": {"encoder": {"kind": "routing", "interests": 3}},
         "loss": {"interests": {"score": "attention", "diversity": 0.5}, "negatives": {"sampled": 8}},
     },
-    "queue": {"history": {"encoder": {"kind": "self_attention"}}, "loss": {"negatives": {"sampled": 8, "queue": 80}}},
+    "queue": {
+        "history": {"encoder": {"kind": "self_attention"}},
+        "loss": {"negatives": {"sampled": 8, "cross_batch_memory": 80}},
+    },
     "gaussian": {"model": {"dim": 8, "user_vector": "gaussian"}},
 }
 
@@ -49,10 +53,10 @@ TOGETHER: dict[str, Any] = {
     ],
     "model": {
         "dim": 8,
-        "user_tower": {"wide": ["history", "levels"], "short": ["several"], "crosses": 1, "experts": {"count": 3,
-                       "width": 8, "top": 2}},
-        "item_tower": {"wide": ["item_id"], "gating": {"by": ["tags"]}, "missing": ["tags"], "experts": {"count": 2,
-                       "width": 8}},
+        "user_tower": {"wide": ["history", "levels"], "short_term": ["several"], "crosses": 1, "experts": {"count": 3,
+                       "width": 8, "top_k": 2}},
+        "item_tower": {"wide": ["item_id"], "gating": {"by": ["tags"]}, "missing_vectors": ["tags"],
+                       "experts": {"count": 2, "width": 8}},
     },
 }  # fmt: skip
 # The same with what each rank draws for itself in training: two ranks are not one then, but each goes on as it was.
@@ -65,8 +69,17 @@ DRAWN: dict[str, Any] = {
     ],
     "model": {
         "dim": 8,
-        "user_tower": {**TOGETHER["model"]["user_tower"], "dropout": 0.1, "drop": {"near": 0.3}, "missing": ["near"]},
-        "item_tower": {**TOGETHER["model"]["item_tower"], "drop": {"item_id": 0.3}, "missing": ["item_id", "tags"]},
+        "user_tower": {
+            **TOGETHER["model"]["user_tower"],
+            "dropout": 0.1,
+            "feature_dropout": {"near": 0.3},
+            "missing_vectors": ["near"],
+        },
+        "item_tower": {
+            **TOGETHER["model"]["item_tower"],
+            "feature_dropout": {"item_id": 0.3},
+            "missing_vectors": ["item_id", "tags"],
+        },
     },
 }
 

@@ -96,7 +96,7 @@ item:
   - {name: item_id, kind: id, table: item}
   - {name: colour, kind: category, buckets: 16, dim: 4}
   - {name: tags, kind: bag, buckets: 64, dim: 4}
-  - {name: price, kind: number, normalise: log1p}
+  - {name: price, kind: number, normalize: log1p}
 model: {dim: 8}
 loss: {negatives: {in_batch: true, sampled: all}}
 train: {epochs: 2, optimizer: {lr: 0.1}}

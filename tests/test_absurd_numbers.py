@@ -13,9 +13,9 @@ FEATURES: dict[str, Any] = {
     "user": [{"name": "history", "kind": "bag", "table": "item", "weights": "w", "pooling": "sum"}],
     "item": [
         {"name": "item_id", "kind": "id", "table": "item"},
-        {"name": "size", "kind": "number", "normalise": "none"},
+        {"name": "size", "kind": "number", "normalize": "none"},
         {"name": "image", "kind": "vector", "size": 2},
-        {"name": "price", "kind": "number", "normalise": "none"},
+        {"name": "price", "kind": "number", "normalize": "none"},
     ],
 }
 

@@ -13,11 +13,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 
-from trec_twotower.config.schema import FeatureSpec, Schema, TableSpec
+from trec_twotower.config.feature_spec import FeatureSpec
+from trec_twotower.config.features import build_feature
+from trec_twotower.config.model import TableSpec
+from trec_twotower.config.schema import Schema
 from trec_twotower.data.arrow_types import plain_array, plain_type
 from trec_twotower.data.dataset import Dataset
 from trec_twotower.data.feature_dataset import Sources
-from trec_twotower.data.features.transform import transform
+from trec_twotower.data.features.transform import hash_column, transform
 from trec_twotower.data.held_out import HeldOut
 from trec_twotower.errors import ConfigError, DataError
 from trec_twotower.evaluation.slices import column_of, parts_of
@@ -74,20 +77,20 @@ FAMILIES: dict[str, tuple[list[Any], list[pa.DataType]]] = {
 }  # fmt: skip
 OWN = {"buckets": 1000, "dim": 4}
 KINDS: dict[str, tuple[FeatureSpec, set[str]]] = {  # a feature of each kind, and the families that fit it
-    "id": (FeatureSpec(name="x", kind="id", **OWN), {"text", "integer"}),
-    "category": (FeatureSpec(name="x", kind="category", **OWN), {"text", "integer"}),
-    "vocabulary": (FeatureSpec(name="x", kind="category", vocabulary="learned", **OWN), {"text", "integer"}),
-    "cross": (FeatureSpec(name="both", kind="cross", columns=("x", "item_id"), **OWN), {"text", "integer"}),
-    "bag": (FeatureSpec(name="x", kind="bag", **OWN),
+    "id": (build_feature(name="x", kind="id", **OWN), {"text", "integer"}),
+    "category": (build_feature(name="x", kind="category", **OWN), {"text", "integer"}),
+    "vocabulary": (build_feature(name="x", kind="category", vocabulary="learned", **OWN), {"text", "integer"}),
+    "cross": (build_feature(name="both", kind="cross", columns=("x", "item_id"), **OWN), {"text", "integer"}),
+    "bag": (build_feature(name="x", kind="bag", **OWN),
             {"texts", "integers", "pairs of integers", "pairs of texts"}),
-    "number": (FeatureSpec(name="x", kind="number", normalise="none"), {"integer", "bool", "float", "decimal"}),
-    "bins": (FeatureSpec(name="x", kind="number", bins=(0.0, 1.0), dim=4), {"integer", "bool", "float", "decimal"}),
-    "hour": (FeatureSpec(name="x", kind="time", part="hour", dim=4),
+    "number": (build_feature(name="x", kind="number", normalize="none"), {"integer", "bool", "float", "decimal"}),
+    "bins": (build_feature(name="x", kind="number", bins=(0.0, 1.0), dim=4), {"integer", "bool", "float", "decimal"}),
+    "hour": (build_feature(name="x", kind="time", part="hour", dim=4),
              {"integer", "float", "decimal", "timestamp", "date"}),
-    "age": (FeatureSpec(name="x", kind="time", part="age", at="2025-01-01", normalise="none"),
+    "age": (build_feature(name="x", kind="time", part="age", at="2025-01-01", normalize="none"),
             {"integer", "float", "decimal", "timestamp", "date"}),
-    "text": (FeatureSpec(name="x", kind="text", **OWN), {"text"}),
-    "vector": (FeatureSpec(name="x", kind="vector", size=2), {"pairs of floats"}),
+    "text": (build_feature(name="x", kind="text", **OWN), {"text"}),
+    "vector": (build_feature(name="x", kind="vector", size=2), {"pairs of floats"}),
 }  # fmt: skip
 
 
@@ -103,7 +106,7 @@ def sources(write_dataset, folder, array: pa.Array, feature: FeatureSpec) -> Sou
     if not folder.is_dir():
         write_dataset(folder, train=pa.table({"user_id": ids, "item_id": ids}), items=pa.table(
             {"item_id": ids, "x": array}))  # fmt: skip
-    user = FeatureSpec(name="user_id", kind="id", buckets=9, dim=4)
+    user = build_feature(name="user_id", kind="id", buckets=9, dim=4)
     return Sources(Dataset(folder), Schema.build({}, (user,), (feature,)), "event")
 
 
@@ -164,8 +167,8 @@ def test_ids_of_any_type_find_each_other(write_dataset, tmp_path, kind):
             items=pa.table({"item_id": pa.array(ids[::-1], of_items)}),
         )  # fmt: skip
         table = TableSpec(buckets=100, dim=4)
-        user = FeatureSpec(name="history", kind="bag", table="item")
-        item = FeatureSpec(name="item_id", kind="id", table="item")
+        user = build_feature(name="history", kind="bag", table="item")
+        item = build_feature(name="item_id", kind="id", table="item")
         made = Sources(Dataset(folder), Schema.build({"item": table}, (user,), (item,)), "event")
         assert made.item_counts().tolist() == [1, 1, 1]
         held_out = HeldOut.read(made, "valid")
@@ -179,7 +182,7 @@ def test_ids_that_differ_in_sign_alone_are_not_taken_for_each_other(write_datase
     """-1 as int64 and 2^64 - 1 as uint64 have the same 64 bits, and so the same table row."""
     signed, unsigned = pa.array([-1, 5], pa.int64()), pa.array([2**64 - 1, 5], pa.uint64())
     items, rows = (signed, unsigned) if is_signed_catalogue else (unsigned, signed)
-    user, item = FeatureSpec(name="user_id", kind="id", **OWN), FeatureSpec(name="item_id", kind="id", **OWN)
+    user, item = build_feature(name="user_id", kind="id", **OWN), build_feature(name="item_id", kind="id", **OWN)
     schema = Schema.build({}, (user,), (item,))
 
     def read(name: str, ids: pa.Array, catalogue: pa.Array) -> Sources:
@@ -209,7 +212,7 @@ def test_columns_next_to_lists_of_ids_may_have_any_type(write_dataset, tmp_path,
     [cells], kinds = BESIDE[name]
     parts = {"weights": {"kind": "bag"}, "times": {"kind": "sequence", "max_length": 5}}
     parts["actions"] = parts["times"]
-    feature = FeatureSpec(name="history", table="item", **parts[name], **{name: "x"})
+    feature = build_feature(name="history", table="item", **parts[name], **{name: "x"})
     expected = None
     for number, kind in enumerate(kinds):
         inner = kind.value_type
@@ -217,7 +220,7 @@ def test_columns_next_to_lists_of_ids_may_have_any_type(write_dataset, tmp_path,
         x = pa.array([None, [cast(cell) for cell in cells]], kind)
         train = pa.table({"user_id": [1, 2], "item_id": [5, 6], "history": pa.array([None, [5, 6]]), "x": x})
         folder = write_dataset(tmp_path / str(number), train=train, items=pa.table({"item_id": [5, 6]}))
-        item = FeatureSpec(name="item_id", kind="id", table="item")
+        item = build_feature(name="item_id", kind="id", table="item")
         made = Sources(
             Dataset(folder), Schema.build({"item": TableSpec(buckets=9, dim=4)}, (feature,), (item,)), "event"
         )
@@ -246,9 +249,9 @@ def test_a_part_where_nobody_has_a_history_yet_is_read(write_dataset, tmp_path, 
                         "country": pa.nulls(2)}),
         items=pa.table({"item_id": ["a", "b"]}),
     )  # fmt: skip
-    user = (FeatureSpec(name="history", kind="bag", table="item"), FeatureSpec(name="age", kind="number"),
-            FeatureSpec(name="country", kind="category", **OWN))  # fmt: skip
-    item = FeatureSpec(name="item_id", kind="id", table="item")
+    user = (build_feature(name="history", kind="bag", table="item"), build_feature(name="age", kind="number"),
+            build_feature(name="country", kind="category", **OWN))  # fmt: skip
+    item = build_feature(name="item_id", kind="id", table="item")
     made = Sources(Dataset(folder), Schema.build({"item": TableSpec(buckets=9, dim=4)}, user, (item,)), "event")
     held_out = HeldOut.read(made, "valid")
     assert held_out.user.sparse["history"].values.tolist() == [] and held_out.seen.values.tolist() == []
@@ -263,7 +266,7 @@ def test_a_part_with_positives_of_no_type_has_nothing_to_evaluate(write_dataset,
         valid=pa.table({"user_id": [1], "positives": pa.array([[]])}),
         items=pa.table({"item_id": [7]}),
     )
-    user, item = FeatureSpec(name="user_id", kind="id", **OWN), FeatureSpec(name="item_id", kind="id", **OWN)
+    user, item = build_feature(name="user_id", kind="id", **OWN), build_feature(name="item_id", kind="id", **OWN)
     with pytest.raises(DataError, match=f"{folder}/valid: no row has anything to find"):
         HeldOut.read(Sources(Dataset(folder), Schema.build({}, (user,), (item,)), "event"), "valid")
 
@@ -311,8 +314,8 @@ def test_plain_arrays_hold_the_same_values_also_in_slices():
     ids=lambda array: str(array.type),
 )
 def test_offline_hashing_reads_types_that_parquet_cannot_hold(array):
-    feature = FeatureSpec(name="x", kind="category", **OWN)
-    assert feature.hash(array).to_pylist() == feature.hash(pa.array(["a", "a", "b"])).to_pylist()
+    feature = build_feature(name="x", kind="category", **OWN)
+    assert hash_column(feature, array).to_pylist() == hash_column(feature, pa.array(["a", "a", "b"])).to_pylist()
 
 
 # Names
@@ -322,13 +325,13 @@ def test_features_read_the_column_of_exactly_their_name(write_dataset, tmp_path)
     ids = pa.array([1, 2])
     items = pa.table({"item_id": ids, "brand": ["a", "b"], "Brand": ["c", "d"], "BRAND": ["e", "f"]})
     folder = write_dataset(tmp_path / "data", train=pa.table({"user_id": ids, "item_id": ids}), items=items)
-    user = FeatureSpec(name="user_id", kind="id", **OWN)
+    user = build_feature(name="user_id", kind="id", **OWN)
     for name in ("brand", "Brand", "BRAND"):
-        feature = FeatureSpec(name="f", kind="category", column=name, **OWN)
+        feature = build_feature(name="f", kind="category", column=name, **OWN)
         found = Sources(Dataset(folder), Schema.build({}, (user,), (feature,)), "event").catalogue.columns
         expected = transform([feature], {"f": feature.own_table}, {}, items.select([name]), "here")
         assert found.sparse["f"].values.tolist() == expected.sparse["f"].values.tolist()
-    feature = FeatureSpec(name="f", kind="category", column="bRand", **OWN)
+    feature = build_feature(name="f", kind="category", column="bRand", **OWN)
     with pytest.raises(ConfigError, match=r"has no column 'bRand'.*nearest"):
         Sources(Dataset(folder), Schema.build({}, (user,), (feature,)), "event")
 
@@ -357,7 +360,7 @@ def test_columns_that_nothing_learns_from_are_shown_filtered_and_exported(write_
     for number, array in enumerate(arrays):
         if array.type == pa.list_(pa.null(), 0):  # pyarrow writes it, and cannot read it again
             continue
-        feature = FeatureSpec(name="item_id", kind="id", **OWN)
+        feature = build_feature(name="item_id", kind="id", **OWN)
         made = sources(write_dataset, tmp_path / str(number), array, feature)
         split = made.dataset.items
         words = [row["x"] for row in made.catalogue.words(np.array([5, 0, 3]))]

@@ -19,8 +19,10 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from trec_twotower.config.run_config import load_config
-from trec_twotower.config.schema import FeatureSpec, Schema, TableSpec
+from trec_twotower.config.features import build_feature
+from trec_twotower.config.loading import load_config
+from trec_twotower.config.model import TableSpec
+from trec_twotower.config.schema import Schema
 from trec_twotower.data import item_table as catalogue_module
 from trec_twotower.data.dataset import Dataset, Split
 from trec_twotower.data.feature_dataset import Sources
@@ -43,11 +45,11 @@ TABLES = {
     "near": TableSpec(buckets=70, dim=4, hashing="modulo"),
 }
 FEATURES = [
-    FeatureSpec(name="item_id", kind="id", table="item"),
-    FeatureSpec(name="colour", kind="category", table="colour"),
-    FeatureSpec(name="tags/values:near", kind="bag", column="tags", table="tags", max_length=3),
-    FeatureSpec(name="near", kind="bag", table="near", weights="near_weight"),
-    FeatureSpec(name="price", kind="number", normalise="zscore"),
+    build_feature(name="item_id", kind="id", table="item"),
+    build_feature(name="colour", kind="category", table="colour"),
+    build_feature(name="tags/values:near", kind="bag", column="tags", table="tags", max_length=3),
+    build_feature(name="near", kind="bag", table="near", weights="near_weight"),
+    build_feature(name="price", kind="number", normalize="zscore"),
 ]
 STATISTICS = {"price": Statistics(3.0, 2.0)}
 NUM_ITEMS = 60
@@ -385,7 +387,9 @@ from pathlib import Path
 from trec_twotower.data import item_table as module
 from trec_twotower.storage.cache_dir import CacheFolder
 from trec_twotower.data.dataset import Split
-from trec_twotower.config.schema import FeatureSpec, TableSpec
+from trec_twotower.config.feature_spec import FeatureSpec
+from trec_twotower.config.features import build_feature
+from trec_twotower.config.model import TableSpec
 
 module.MAPPED_CELLS = 0
 write, times = module._Hashing.write, []
@@ -394,7 +398,7 @@ print("ready", flush=True)
 sys.stdin.readline()
 items = module.Catalogue(
     Split(Path(sys.argv[1]) / "items", "items"), "item_id",
-    [FeatureSpec(name="item_id", kind="id", table="item")], {"item": TableSpec(buckets=1000, dim=2)}, {},
+    [build_feature(name="item_id", kind="id", table="item")], {"item": TableSpec(buckets=1000, dim=2)}, {},
     CacheFolder(Path(sys.argv[2]), 10**9),
 )
 print(times, items.columns.sparse["item_id"].values.sum(), flush=True)
@@ -573,7 +577,7 @@ def test_users_are_mapped_beside_the_items(tmp_path, write_dataset, rng, cache, 
     users = pa.table({"user_id": [5, 6, 7], "age": [20.0, None, 40.0]})
     train = pa.table({"user_id": [7, 6, 5], "item_id": items["item_id"].take([2, 0, 41])})
     folder = write_dataset(tmp_path / "d", items=items, users=users, train=train)
-    user = (FeatureSpec(name="user_id", kind="id", table="item"), FeatureSpec(name="age", kind="number"))
+    user = (build_feature(name="user_id", kind="id", table="item"), build_feature(name="age", kind="number"))
     schema = Schema.build(TABLES, user, tuple(FEATURES))
     for _ in range(2):
         sources = Sources(Dataset(folder), schema, "event", cache=CacheFolder(cache.root, 10**9))

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from trec_twotower.config.run_config import IndexConfig
+from trec_twotower.config.evaluation import IndexConfig
 from trec_twotower.errors import ConfigError, DataError
 from trec_twotower.index import ItemIndex, build_index
 from trec_twotower.index.aligned_index import CatalogueIndex, aligned

@@ -20,9 +20,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tests.ranks.launch import SAID_BY_TORCHREC
 from tests.ranks.states import whole_optimizer_state, whole_state
 from tests.ranks.worlds import MIXED, TABLES, event_config, user_config
-from trec_twotower.config.compatibility import binding, config_hash
-from trec_twotower.config.run_config import RunConfig, as_values
-from trec_twotower.config.yaml_io import to_yaml
+from trec_twotower.config.base import as_values
+from trec_twotower.config.loading import to_yaml
+from trec_twotower.config.run_config import RunConfig, config_hash
 from trec_twotower.data.dataset import Dataset
 from trec_twotower.data.loading.loader import TrainBatches
 from trec_twotower.distributed.ranks import Ranks
@@ -513,7 +513,7 @@ def test_a_checkpoint_of_another_config_is_refused_with_the_fields_that_differ(
     folder = train_here(event_config(small_world, tmp_path / "run", train={"epochs": 1}))
     other = event_config(small_world, tmp_path / "other", model={"user_tower": {"dropout": 0.5}}, data={"seed": 3})
     model, optimizer = built(other, lone_rank)
-    checkpoints = Checkpoints(folder / "checkpoints", lone_rank, settings=binding(other))
+    checkpoints = Checkpoints(folder / "checkpoints", lone_rank, config=other)
     with pytest.raises(ConfigError) as raised:
         checkpoints.load(checkpoints.complete()[-1], model, optimizer)
     for said in ("data.seed was 0, now 3", "model.user_tower.dropout was 0.0, now 0.5", f"--init-from {folder}"):

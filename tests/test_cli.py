@@ -103,7 +103,7 @@ def test_the_version_is_printed(cli):
 
 @pytest.mark.parametrize("name", ["demo", "demo.yaml", "configs/demo.yaml"])
 def test_a_shipped_config_is_opened_by_its_name(tmp_path, monkeypatch, name):
-    from trec_twotower.config.run_config import load_config
+    from trec_twotower.config.loading import load_config
 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "demo").mkdir()  # a folder of that name is no config
@@ -152,7 +152,7 @@ def test_who_interrupts_is_told_what_the_same_command_would_do(cli, shop, monkey
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("trec_twotower.config.run_config.load_config", interrupted)
+    monkeypatch.setattr("trec_twotower.config.loading.load_config", interrupted)
     said = cli(command, shop.config)
     assert said.code == 130 and said.mistake.strip().endswith(f": interrupted; the same command {then}."), said.err
 
@@ -243,7 +243,7 @@ def test_help_loads_neither_faiss_nor_torch():
             ["index.factory=FooBar"],
             ["index.factory 'FooBar' is no index of dim 8 to FAISS (could not parse", "such as IVF1024,SQfp16"],
         ),
-        (["item.price.dim=6", "item.price.bins=3", "item.price.normalise=zscore"], ["'price'", "dim 6", "4 or 8"]),
+        (["item.price.dim=6", "item.price.bins=3", "item.price.normalize=zscore"], ["'price'", "dim 6", "4 or 8"]),
         # what only the data can tell
         (["user.history.column=histori"], ["'histori'", "nearest: 'history'"]),
         (["item.price.column=cost"], ["'cost'", "has no column"]),

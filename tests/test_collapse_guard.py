@@ -13,8 +13,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.ranks.launch import SAID_BY_TORCHREC
-from trec_twotower.config.run_config import RunConfig, as_values, load_config
-from trec_twotower.config.yaml_io import to_yaml
+from trec_twotower.config.base import as_values
+from trec_twotower.config.loading import load_config, to_yaml
+from trec_twotower.config.run_config import RunConfig
 from trec_twotower.data.sources import prepare
 from trec_twotower.distributed.ranks import Ranks
 from trec_twotower.evaluation.evaluator import Evaluator
@@ -146,15 +147,15 @@ def test_a_resumed_run_knows_what_was_reported_and_what_was_found_last(config_of
 
 def test_a_message_names_what_was_measured_what_was_expected_and_what_to_change(config_of):
     changed = config_of(
-        "loss.negatives.queue=4096", "loss.negatives.hardest=32", "loss.log_q=0.5", "train.optimizer.lr=7"
+        "loss.negatives.cross_batch_memory=4096", "loss.negatives.top_k=32", "loss.log_q=0.5", "train.optimizer.lr=7"
     )
     [found] = CollapseGuard(changed).validated(BAD[BELOW_POPULARITY], is_pass_end=True)
     assert found.message == (
         "warning: validation recall@10 is 0.1900, below the 0.2000 of ranking all items by popularity. A model that "
         "learns is above popularity after its first pass over the data. Change one of: loss.log_q to its default 1.0 "
-        "(now 0.5); loss.negatives.queue to its default 0 (now 4096); loss.negatives.hardest to its default null (now "
-        "{'count': 32, 'others': 0.1}); train.optimizer.lr and dense_lr to less (now 7 and 0.001); train.epochs to "
-        "more (now 2) (docs/losses.md)."
+        "(now 0.5); loss.negatives.cross_batch_memory to its default 0 (now 4096); loss.negatives.top_k to its default "
+        "null (now {'count': 32, 'others': 0.1}); train.optimizer.lr and dense_lr to less (now 7 and 0.001); "
+        "train.epochs to more (now 2) (docs/losses.md)."
     )
     ccl = config_of("loss.kind=ccl", "loss.temperature=null")
     [found] = CollapseGuard(ccl).validated(BAD[ITEM_COSINE], is_pass_end=True)

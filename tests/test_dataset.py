@@ -13,7 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from trec_twotower.config.schema import FeatureSpec, TableSpec
+from trec_twotower.config.features import build_feature
+from trec_twotower.config.model import TableSpec
 from trec_twotower.data.dataset import Dataset, Split
 from trec_twotower.data.features.transform import Statistics
 from trec_twotower.data.item_table import Catalogue, find_id
@@ -356,7 +357,7 @@ def test_a_folder_may_describe_itself_or_not(dataset_dir):
 # The catalogue
 
 TABLES = {"item": TableSpec(buckets=1000, dim=2, hashing="modulo")}
-ITEM_ID = FeatureSpec(name="item_id", kind="id", table="item")
+ITEM_ID = build_feature(name="item_id", kind="id", table="item")
 
 
 def catalogue(folder, *features, **statistics) -> Catalogue:
@@ -392,7 +393,7 @@ def test_extreme_ids_are_found(tmp_path, write_dataset):
 
 def test_features_stand_beside_their_ids(tmp_path, write_dataset):
     table = pa.table({"item_id": [7, 5, 6], "price": [1.0, None, 3.0]})
-    price = FeatureSpec(name="price", kind="number", normalise="none")
+    price = build_feature(name="price", kind="number", normalize="none")
     folder = write_dataset(tmp_path / "d", row_group_size=2, items=table)
     items = catalogue(folder, ITEM_ID, price, price=Statistics())
     assert items.columns.sparse["item_id"].values.tolist() == [7, 5, 6]
@@ -417,7 +418,7 @@ def test_a_null_id_is_named_with_its_row(tmp_path, write_dataset):
 def test_a_bad_feature_names_file_group_and_row(tmp_path, write_dataset):
     table = pa.table({"item_id": [5, 6, 7, 8], "price": [1.0, 2.0, 3.0, float("nan")]})
     folder = write_dataset(tmp_path / "d", row_group_size=2, items=[table[:1], table[1:]])
-    price = FeatureSpec(name="price", kind="number")
+    price = build_feature(name="price", kind="number")
     with pytest.raises(DataError, match=r"part-1\.parquet, row group 1, column 'price': 1 of 1 .* in row 0"):
         catalogue(folder, price, price=Statistics())
 

@@ -13,7 +13,7 @@ from trec_twotower import doctor
 from trec_twotower.doctor import Finding, Imported
 
 ROOT = Path(__file__).resolve().parent.parent
-OTHERS = {name: "1.0.3" if name == "torchmetrics" else "2.5.0" for name in doctor.OTHERS}
+OTHERS = {doctor.normalized(name): "1.0.3" if name == "torchmetrics" else "2.5.0" for name in doctor.OTHERS}
 CPU_SET = {
     "torch": "2.13.0+cpu",
     "fbgemm-gpu-cpu": "1.8.0",

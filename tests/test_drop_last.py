@@ -10,9 +10,12 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from tests.kinds import build_loss
 from tests.test_reader import ITEM, NUM_ITEMS, rows_of
-from trec_twotower.config.run_config import DataConfig, LossConfig
-from trec_twotower.config.schema import FeatureSpec, Schema, TableSpec
+from trec_twotower.config.data import DataConfig
+from trec_twotower.config.features import build_feature
+from trec_twotower.config.model import TableSpec
+from trec_twotower.config.schema import Schema
 from trec_twotower.data.dataset import Dataset
 from trec_twotower.data.feature_dataset import Sources
 from trec_twotower.data.loading.loader import TrainBatches
@@ -20,8 +23,8 @@ from trec_twotower.errors import ConfigError
 
 NUM_ROWS, BATCH = 58, 11  # five batches and a rest of 3
 # So large a table that a bucket is the id itself: a batch can be read back.
-USER = (FeatureSpec(name="row", kind="id", table="row"),)
-ITEMS = (FeatureSpec(name="item_id", kind="id", table="item"),)
+USER = (build_feature(name="row", kind="id", table="row"),)
+ITEMS = (build_feature(name="item_id", kind="id", table="item"),)
 SCHEMA = Schema.build({"row": TableSpec(buckets=1 << 20, dim=4, hashing="modulo"), "item": ITEM}, USER, ITEMS)
 
 
@@ -36,7 +39,7 @@ def batches_of(folder: Path, share: tuple[int, int] = (0, 1), **data: Any) -> Tr
     settings = {"batch_size": BATCH, "shuffle_rows": 20, "drop_last": True} | data
     config = DataConfig(dataset=folder, **settings)
     sources = Sources(Dataset(config.dataset), SCHEMA, config.rows)
-    return TrainBatches(sources, config, LossConfig(), sources.item_counts(), share)
+    return TrainBatches(sources, config, build_loss(), sources.item_counts(), share)
 
 
 def rows_in(batch: Any) -> list[int]:

@@ -160,9 +160,10 @@ run_dir: run
 def test_steps_with_attributes_gaps_and_actions_are_those_of_the_dataset(shop_tables, write_dataset, tmp_path):
     """The encoder has no catalogue but what the steps need of it; items that it lacks are in the histories, too."""
     import torch
-    import yaml
 
-    from trec_twotower.config.run_config import RunConfig, as_values, validate
+    from trec_twotower.config.base import as_values, validate
+    from trec_twotower.config.loading import parse_yaml
+    from trec_twotower.config.run_config import RunConfig
     from trec_twotower.data.dataset import Dataset
     from trec_twotower.data.feature_dataset import Sources
     from trec_twotower.distributed.ranks import Ranks
@@ -185,7 +186,7 @@ def test_steps_with_attributes_gaps_and_actions_are_those_of_the_dataset(shop_ta
 
     parts = {name: longer(shop_tables[name]) for name in ("train", "test")}
     dataset = write_dataset(tmp_path / "shop", **parts, items=shop_tables["items"])
-    config = validate(RunConfig, yaml.safe_load(STEPS.replace("DATASET", str(dataset))), "the test's config")
+    config = validate(RunConfig, parse_yaml(STEPS.replace("DATASET", str(dataset)), "STEPS"), "the test's config")
     sources = Sources(Dataset(dataset), config.feature_schema, "event")
     torch.manual_seed(0)
     model = _plain_model(config).eval()

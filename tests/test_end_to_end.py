@@ -15,9 +15,9 @@ import pyarrow as pa
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import pytest
-import yaml
 
-from trec_twotower.config.run_config import METRICS
+from trec_twotower.config.evaluation import METRICS
+from trec_twotower.config.loading import read_yaml
 
 CONFIG = Path(__file__).resolve().parent.parent / "configs/demo.yaml"
 KS = (10, 20)
@@ -130,7 +130,7 @@ def world(tmp_path_factory, cli, on_ranks, on_forked_ranks) -> Trained:
 @pytest.mark.timeout(400)
 def test_two_ranks_learn_the_world(world):
     """Measured: 0.80 of the recall that the world allows and 2.7 times that of popularity, over several seeds."""
-    best = yaml.safe_load((world.dataset / "dataset.yaml").read_text())["best_reachable"]["recall@10"]
+    best = read_yaml(world.dataset / "dataset.yaml")["best_reachable"]["recall@10"]
     reached = world.metrics["two towers, exact search"]["recall@10"]
     assert 0.7 * best <= reached <= best + 0.02, f"{reached:.4f} of {best:.4f}"
     assert reached >= 2.5 * world.metrics["popularity"]["recall@10"]
@@ -216,7 +216,7 @@ def test_the_run_folder_tells_what_happened(world):
     assert (evaluation["split"], evaluation["users"], evaluation["step"]) == ("test", 3001, best["step"])
     versions = {json.loads((run / name / "manifest.json").read_text())["model_version"] for name in ("export", "index")}
     assert versions == {evaluation["model_version"]}
-    saved = yaml.safe_load((run / "config.yaml").read_text())
+    saved = read_yaml(run / "config.yaml")
     assert saved["loss"]["temperature"] == 0.15 and saved["data"]["dataset"] == str(world.dataset)
 
 

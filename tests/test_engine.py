@@ -16,7 +16,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tests.golden.curves import KEPT, curves
 from tests.ranks.launch import SAID_BY_TORCHREC
 from tests.ranks.worlds import event_config
-from trec_twotower.config.schema import FeatureSpec, Schema, TableSpec
+from trec_twotower.config.features import build_feature
+from trec_twotower.config.model import TableSpec
+from trec_twotower.config.schema import Schema
 from trec_twotower.distributed.ranks import Ranks
 from trec_twotower.errors import ConfigError
 from trec_twotower.model import step_diagnostics as watching
@@ -331,9 +333,9 @@ def test_unit_vectors_have_the_gradient_of_normalised_ones(rng):
     vector = torch.from_numpy(rng.normal(size=(6, 5)))
     vector[2], vector[3] = 0, 1e-14
     slope, found = torch.from_numpy(rng.normal(size=(6, 5))), []
-    for normalise in (unit, torch.nn.functional.normalize):
+    for normalize in (unit, torch.nn.functional.normalize):
         given = vector.clone().requires_grad_()
-        made = normalise(given)
+        made = normalize(given)
         (made * slope).sum().backward()
         found.append((made.detach(), given.grad))
     assert torch.equal(found[0][0], found[1][0])
@@ -343,9 +345,9 @@ def test_unit_vectors_have_the_gradient_of_normalised_ones(rng):
 
 def test_tower_inputs_have_the_gradient_of_their_parts_divided_and_joined():
     """Rows beyond a side's own get none, and neither do keys of a side that is not asked for."""
-    bags = [FeatureSpec(name=name, kind="bag", table="t", pooling=how) for name, how in (("a", "mean"), ("b", "sum"))]
+    bags = [build_feature(name=name, kind="bag", table="t", pooling=how) for name, how in (("a", "mean"), ("b", "sum"))]
     tables = {"t": TableSpec(buckets=5, dim=2, sharding="data_parallel")}
-    schema = Schema.build(tables, bags, (FeatureSpec(name="c", kind="id", table="t"),))
+    schema = Schema.build(tables, bags, (build_feature(name="c", kind="id", table="t"),))
     source, other = (torch.randn(4, width, dtype=torch.float64, requires_grad=True) for width in (4, 2))
     divisor_BF = torch.tensor([[2.0, 1.0], [3.0, 1.0], [1.0, 1.0]], dtype=torch.float64)
     number_BN, item_divisor, item_number = torch.randn(3, 1).double(), torch.ones(2, 1).double(), torch.empty(2, 0)

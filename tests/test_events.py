@@ -18,11 +18,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import xxhash
-import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trec_twotower.config.run_config import load_config
+from trec_twotower.config.loading import load_config, read_yaml
 from trec_twotower.data.dataset import Dataset
 from trec_twotower.data.sources import events, prepare
 from trec_twotower.data.sources.event_logs import splits as event_splits
@@ -138,7 +137,7 @@ def test_the_last_new_item_is_test_the_one_before_valid_and_ties_do_not_see_each
         "valid_rows": 2,
         "test_rows": 2,
     }
-    assert manifest == yaml.safe_load((out / "dataset.yaml").read_text())
+    assert manifest == read_yaml(out / "dataset.yaml")
 
 
 def test_any_event_may_be_held_out_by_request(tmp_path):

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.shop import SHOP_CONFIG, Shop
-from trec_twotower.config.run_config import EvaluateConfig
+from trec_twotower.config.evaluation import EvaluateConfig
 from trec_twotower.data.features.transform import Columns
 from trec_twotower.data.held_out import HeldOut
 from trec_twotower.evaluation.baselines import ItemToItem, SpectralTowers

@@ -18,8 +18,8 @@ from tests.ranks.launch import ROOT, SAID_BY_TORCHREC
 from tests.ranks.states import whole_state
 from tests.ranks.worlds import EVENTS, event_config
 from trec_twotower import cli
-from trec_twotower.config.run_config import as_values
-from trec_twotower.config.yaml_io import to_yaml
+from trec_twotower.config.base import as_values
+from trec_twotower.config.loading import to_yaml
 from trec_twotower.data.loading.loader import TrainBatches
 from trec_twotower.demo import usual_ranks
 from trec_twotower.distributed.ranks import start_ranks

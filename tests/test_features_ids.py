@@ -16,17 +16,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from tests.kinds import build_loss
 from tests.ranks.launch import SAID_BY_TORCHREC
 from tests.sequences import steps_config, write_steps
-from trec_twotower.config.run_config import DataConfig, LossConfig, RunConfig, load_config, validate
-from trec_twotower.config.schema import FeatureSpec, Schema, TableSpec, auto_dim
-from trec_twotower.config.yaml_io import read_yaml
+from trec_twotower.config.base import validate
+from trec_twotower.config.data import DataConfig
+from trec_twotower.config.feature_spec import FeatureSpec
+from trec_twotower.config.features import build_feature
+from trec_twotower.config.loading import load_config, read_yaml
+from trec_twotower.config.model import TableSpec, auto_dim
+from trec_twotower.config.run_config import RunConfig
+from trec_twotower.config.schema import Schema
 from trec_twotower.data.dataset import Dataset
 from trec_twotower.data.feature_dataset import Sources
 from trec_twotower.data.feature_report import OwnItems, coverage, describe_coverage, own_items
+from trec_twotower.data.features.external_files import check_files
 from trec_twotower.data.features.numeric import Statistics
-from trec_twotower.data.features.transform import transform
-from trec_twotower.data.features.vocabulary import in_vocabulary, make_vocabulary, read_words
+from trec_twotower.data.features.transform import hash_column, transform
+from trec_twotower.data.features.vocabulary import in_vocabulary, make_vocabulary, read_words, words_of_file
 from trec_twotower.data.loading.batch import make_batch
 from trec_twotower.data.loading.reader import UnitReader, without_own
 from trec_twotower.errors import ConfigError, DataError
@@ -37,7 +44,7 @@ from trec_twotower.training.loop import train
 
 
 def brand(**changes) -> FeatureSpec:
-    return FeatureSpec(
+    return build_feature(
         **{"name": "brand", "kind": "category", "vocabulary": "learned", "buckets": 5, "dim": 4} | changes
     )
 
@@ -80,7 +87,7 @@ def test_a_vocabulary_of_integers(tmp_path):
     assert make_vocabulary(feature, column.type, []).words == (7, -3)
     assert make_vocabulary(feature, pa.string(), []).words == ("7", "-3")
     path.unlink()
-    assert FeatureSpec(**feature.model_dump()) == feature  # a run that is opened again needs no file
+    assert build_feature(**feature.model_dump()) == feature  # a run that is opened again needs no file
     path.write_text("7\nseven\n")
     with pytest.raises(ConfigError, match="is not of integers, but column 'brand' is int64"):
         make_vocabulary(feature, column.type, [])
@@ -91,16 +98,19 @@ def test_a_vocabulary_of_integers(tmp_path):
     [
         (None, "cannot be read ("),
         ("a\nb\na\n", "has 'a' in lines 1 and 3: keep one"),
-        ("", "is empty: write a word a line"),
-        ("a\n\nb\n", "has nothing in line 2"),
+        ("", "is empty: write one word per line"),
+        ("a\n\nb\n", "is empty in line 2"),
     ],
 )
 def test_a_file_that_is_no_vocabulary_is_refused_with_the_config(content, message, tmp_path):
     path = tmp_path / "brands.txt"
     if content is not None:
         path.write_text(content)
-    with pytest.raises(ValidationError, match=re.escape(message)):
-        brand(vocabulary=str(path), buckets=None)
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        words_of_file(brand(vocabulary=str(path), buckets=9))
+    if content is None:
+        with pytest.raises(ConfigError, match=re.escape(message)):
+            brand(vocabulary=str(path), buckets=None)
 
 
 def test_a_file_with_more_words_than_rows_is_refused(tmp_path):
@@ -118,7 +128,7 @@ def test_a_dim_by_rule_is_six_fourth_roots_in_fours():
     assert all(auto_dim(buckets) % 4 == 0 for buckets in range(1, 500))
     assert all(one <= other for one, other in pairwise(auto_dim(buckets) for buckets in range(1, 500)))
     assert TableSpec(buckets=10_000, dim="auto").dim == 60
-    assert FeatureSpec(name="f", kind="id", buckets=10_000, dim="auto").own_table.dim == 60
+    assert build_feature(name="f", kind="id", buckets=10_000, dim="auto").own_table.dim == 60
 
 
 # Two hashes
@@ -127,13 +137,20 @@ def test_a_dim_by_rule_is_six_fourth_roots_in_fours():
 def test_two_hashes_are_two_rows_of_one_table():
     """A batch has both, and the tower gets their sum."""
     table = TableSpec(buckets=50, dim=4, hashes=2)
-    tags = FeatureSpec(name="tags", kind="bag", table="t", weights="shares", max_length=2)
-    item = FeatureSpec(name="item", kind="id", table="t")
+    tags = build_feature(name="tags", kind="bag", table="t", weights="shares", max_length=2)
+    item = build_feature(name="item", kind="id", table="t")
     rows = pa.table(
         {"tags": pa.array([[1, 2, 3], [], [2]]), "shares": pa.array([[1.0, 2, 3], [], [4]]), "item": [7, 8, 9]}
     )
     schema = Schema.build({"t": table}, (tags, item), (item,))
-    assert schema.keys() == ["user:tags", "user:tags@2", "user:item", "user:item@2", "item:item", "item:item@2"]
+    assert schema.layout.pooled_keys == [
+        "user:tags",
+        "user:tags@2",
+        "user:item",
+        "user:item@2",
+        "item:item",
+        "item:item@2",
+    ]
     columns = transform(schema.user, schema.tables, {}, rows, "here")
     for name in ("tags", "item"):
         one, two = columns.sparse[name], columns.sparse[f"{name}@2"]
@@ -142,7 +159,7 @@ def test_two_hashes_are_two_rows_of_one_table():
     batch = make_batch(schema, columns)
     weight = torch.randn(50, 2, generator=torch.Generator().manual_seed(0))
     pooled = {}
-    for name in schema.keys()[:4]:
+    for name in schema.layout.pooled_keys[:4]:
         lists = columns.sparse[name.removeprefix("user:")]
         sums = [
             sum(weight[bucket] * (1 if lists.weights is None else float(lists.weights[place]))
@@ -170,8 +187,8 @@ def test_two_hashes_keep_ids_apart_that_one_would_confuse(tmp_path, write_datase
     )
     shares = {}
     for hashes in (1, 2):
-        feature = FeatureSpec(name="item_id", kind="id", buckets=500, dim=4, hashes=hashes)
-        user = FeatureSpec(name="user_id", kind="id", buckets=9, dim=4)
+        feature = build_feature(name="item_id", kind="id", buckets=500, dim=4, hashes=hashes)
+        user = build_feature(name="user_id", kind="id", buckets=9, dim=4)
         of_item = coverage(Sources(Dataset(folder), Schema.build({}, (user,), (feature,)), "event"))[1]
         assert (of_item.distinct, of_item.buckets, of_item.null) == (1000, 500, 0.0)
         shares[hashes] = of_item.collided
@@ -184,7 +201,7 @@ def test_two_hashes_keep_ids_apart_that_one_would_confuse(tmp_path, write_datase
 @settings(max_examples=40)
 @given(st.lists(st.tuples(st.lists(st.integers(0, 10**6), max_size=4).map(sorted), st.none() | st.integers(0, 10**6))))
 def test_an_element_weighs_half_for_every_half_life(rows):
-    feature = FeatureSpec(name="tags", kind="bag", table="t", times="when", until="now", half_life_days=2.0)
+    feature = build_feature(name="tags", kind="bag", table="t", times="when", until="now", half_life_days=2.0)
     table = pa.table(
         {
             "tags": pa.array([list(range(len(times))) for times, _ in rows], pa.list_(pa.int64())),
@@ -202,7 +219,7 @@ def test_an_element_weighs_half_for_every_half_life(rows):
 
 def faded(**columns) -> Schema:
     columns = {"tags": [[1, 2]], "when": [[3, 4]], "now": [5]} | columns
-    feature = FeatureSpec(name="tags", kind="bag", table="t", times="when", until="now", half_life_days=2.0)
+    feature = build_feature(name="tags", kind="bag", table="t", times="when", until="now", half_life_days=2.0)
     return transform([feature], {"t": TableSpec(buckets=9, dim=2)}, {}, pa.table(columns), "here")
 
 
@@ -218,31 +235,40 @@ def test_times_that_fall_or_lie_ahead_are_refused():
 @pytest.mark.parametrize(
     ("feature", "message"),
     [
-        ({"kind": "bag", "table": "t", "times": "when"}, "whose elements weigh less as they grow older needs both"),
-        ({"kind": "bag", "table": "t", "half_life_days": 2}, "needs both"),
-        ({"kind": "bag", "table": "t", "until": "now"}, "but no `times` to look back on"),
-        ({"kind": "id", "table": "t", "hashes": 2}, "and has hashes, which is a table's of its own"),
-        ({"kind": "category", "table": "t", "vocabulary": "learned"}, "and has vocabulary, which is a table's of its"),
-        ({"kind": "category", "buckets": 9, "dim": 2, "min_count": 2}, "has min_count, which is for vocabulary"),
-        ({"kind": "category", "buckets": 2, "dim": 2, "vocabulary": "learned"}, "it needs 3 buckets or more"),
-        ({"kind": "category", "buckets": 10**6, "dim": 2, "vocabulary": "learned"}, "but a run keeps 500,000 words"),
-        ({"kind": "category", "dim": "auto"}, "dim: auto goes by `buckets`"),
+        ({"kind": "bag", "table": "t", "times": "when"}, "weights that decay with age need times and half_life_days"),
+        ({"kind": "bag", "table": "t", "half_life_days": 2}, "need times and half_life_days"),
+        ({"kind": "bag", "table": "t", "until": "now"}, "and until: now: weights that decay"),
+        ({"kind": "id", "table": "t", "hashes": 2}, "has hashes: 2, a setting of its table: set it under tables.t"),
+        (
+            {"kind": "category", "table": "t", "vocabulary": "learned"},
+            "of kind 'category' with vocabulary, which has no table: remove it",
+        ),
+        ({"kind": "category", "buckets": 9, "dim": 2, "min_count": 2}, "of kind 'category', which has no min_count"),
+        (
+            {"kind": "category", "buckets": 2, "dim": 2, "vocabulary": "learned"},
+            "'buckets' is 2: input should be greater than 2",
+        ),
+        (
+            {"kind": "category", "buckets": 10**6, "dim": 2, "vocabulary": "learned"},
+            "'buckets' is 1000000: input should be less than or equal to 500000",
+        ),
+        ({"kind": "category", "dim": "auto"}, "has dim: auto, which is computed from `buckets`"),
     ],
 )
 def test_settings_that_clash_are_refused(feature, message):
-    with pytest.raises(ValidationError, match=re.escape(message)):
-        FeatureSpec(name="f", **feature)
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        build_feature(name="f", **feature)
 
 
 def test_tables_that_hash_twice_and_cannot_are_refused():
-    with pytest.raises(ValidationError, match="hashes is 2 with hashing: modulo"):
+    with pytest.raises(ValidationError, match="has hashes: 2, but hashing: modulo"):
         TableSpec(buckets=9, dim=4, hashes=2, hashing="modulo")
-    steps = FeatureSpec(name="steps", kind="sequence", table="t", max_length=3)
-    item = FeatureSpec(name="item_id", kind="id", table="t")
+    steps = build_feature(name="steps", kind="sequence", table="t", max_length=3)
+    item = build_feature(name="item_id", kind="id", table="t")
     with pytest.raises(ConfigError, match="Table 't' has hashes: 2, but a sequence looks it up"):
         Schema.build({"t": TableSpec(buckets=9, dim=4, hashes=2)}, (steps,), (item,))
-    with pytest.raises(ConfigError, match="has two rows an id, but this gives one"):
-        item.hash(pa.array([1]), TableSpec(buckets=9, dim=4, hashes=2))
+    with pytest.raises(ConfigError, match="has two rows per id, but this returns one"):
+        hash_column(item, pa.array([1]), TableSpec(buckets=9, dim=4, hashes=2))
 
 
 def test_a_vocabulary_is_read_with_a_config_that_is_given_and_not_with_a_saved_one(tmp_path):
@@ -257,7 +283,7 @@ def test_a_vocabulary_is_read_with_a_config_that_is_given_and_not_with_a_saved_o
         item = "{name: item_id, kind: id, buckets: 9, dim: 4}"
         config.write_text(f"data: {{dataset: d}}\nuser: [{feature}]\nitem: [{item}]\n")
         try:
-            load_config(config)
+            check_files(load_config(config))
         except ConfigError as error:
             return str(error)
         return None
@@ -283,13 +309,13 @@ def leaky(tmp_path, write_dataset) -> Path:
     return write_dataset(tmp_path / "d", items=pa.table({"item_id": ["a", "b", "c"]}), train=train, test=test)
 
 
-HISTORY = FeatureSpec(name="history", kind="bag", buckets=1000, dim=4, weights="share")
+HISTORY = build_feature(name="history", kind="bag", buckets=1000, dim=4, weights="share")
 
 
 def test_what_the_data_hold_is_told_by_feature(leaky):
-    item = FeatureSpec(name="item_id", kind="id", buckets=1000, dim=4)
+    item = build_feature(name="item_id", kind="id", buckets=1000, dim=4)
     schema = Schema.build(
-        {}, (HISTORY, brand(buckets=3), FeatureSpec(name="user_id", kind="id", buckets=1, dim=4)), (item,)
+        {}, (HISTORY, brand(buckets=3), build_feature(name="user_id", kind="id", buckets=1, dim=4)), (item,)
     )
     sources = Sources(Dataset(leaky), schema, "event")
     history, of_brand, user, of_item = coverage(sources)
@@ -300,7 +326,11 @@ def test_what_the_data_hold_is_told_by_feature(leaky):
     assert (of_item.distinct, of_item.new) == (2, 1.0)  # c was never taken
     assert own_items(sources) == OwnItems(1, 2, ["history"])
     said = describe_coverage(sources)
-    assert "user brand" in said and "33.33% of the rows of train/ have the item" in said and "own_item: drop" in said
+    assert (
+        "user brand" in said
+        and "33.33% of the rows of train/ have the item" in said
+        and "target_in_history: drop" in said
+    )
 
 
 def test_a_history_without_the_rows_own_item(leaky):
@@ -312,19 +342,19 @@ def test_a_history_without_the_rows_own_item(leaky):
         without_own(table, ["history", "share"], "here", refuses=True)
 
 
-@pytest.mark.parametrize(("own_item", "lengths"), [("keep", [1, 3, 0]), ("drop", [1, 1, 0])])
-def test_own_items_are_left_out_where_rows_are_read(leaky, own_item, lengths):
-    schema = Schema.build({}, (HISTORY,), (FeatureSpec(name="item_id", kind="id", buckets=9, dim=4),))
+@pytest.mark.parametrize(("target_in_history", "lengths"), [("keep", [1, 3, 0]), ("drop", [1, 1, 0])])
+def test_own_items_are_left_out_where_rows_are_read(leaky, target_in_history, lengths):
+    schema = Schema.build({}, (HISTORY,), (build_feature(name="item_id", kind="id", buckets=9, dim=4),))
     sources = Sources(Dataset(leaky), schema, "event")
-    data = DataConfig(dataset=leaky, own_item=own_item)
-    reader = UnitReader(sources, data, LossConfig(mask_history=False), 0, 1)
+    data = DataConfig(dataset=leaky, target_in_history=target_in_history)
+    reader = UnitReader(sources, data, build_loss(mask_history=False), 0, 1)
     [group] = sources.dataset.train.row_groups
     assert next(reader._blocks(group, 0, 3))[1].user.sparse["history"].lengths.tolist() == lengths
-    refusing = UnitReader(sources, data.model_copy(update={"own_item": "refuse"}), LossConfig(), 0, 1)
+    refusing = UnitReader(sources, data.model_copy(update={"target_in_history": "error"}), build_loss(), 0, 1)
     with pytest.raises(DataError, match="its history holds the item that it asks for"):
         next(refusing._blocks(group, 0, 3))
-    with pytest.raises(ValidationError, match="a history is drawn apart from what is asked for"):
-        DataConfig(dataset="d", rows="user", own_item="drop")
+    with pytest.raises(ValidationError, match="the history never holds a target"):
+        DataConfig(dataset="d", rows="user", target_in_history="drop")
 
 
 def test_every_list_of_items_is_looked_through_for_the_rows_own(tmp_path, write_dataset):
@@ -342,18 +372,20 @@ def test_every_list_of_items_is_looked_through_for_the_rows_own(tmp_path, write_
     users = pa.table({"user_id": [1, 2], "liked": [["a"], ["b"]]})
     items = pa.table({"item_id": ["a", "b", "c"]})
     dataset = Dataset(write_dataset(tmp_path / "d", train=train, users=users, items=items))
-    clicks = FeatureSpec(name="clicks", kind="sequence", table="item", max_length=3, times="when")
-    tags = FeatureSpec(name="tags", kind="bag", buckets=9, dim=4)
-    liked = FeatureSpec(name="liked", kind="bag", table="item")
-    tables, item = {"item": TableSpec(buckets=64, dim=4)}, FeatureSpec(name="item_id", kind="id", table="item")
+    clicks = build_feature(name="clicks", kind="sequence", table="item", max_length=3, times="when")
+    tags = build_feature(name="tags", kind="bag", buckets=9, dim=4)
+    liked = build_feature(name="liked", kind="bag", table="item")
+    tables, item = {"item": TableSpec(buckets=64, dim=4)}, build_feature(name="item_id", kind="id", table="item")
     sources = Sources(dataset, Schema.build(tables, (clicks, tags), (item,)), "event")
     [group] = dataset.train.row_groups
 
-    def reader(own_item: str, sources: Sources = sources) -> UnitReader:
-        return UnitReader(sources, DataConfig(dataset=dataset.folder, own_item=own_item), LossConfig(), 0, 1)
+    def reader(target_in_history: str, sources: Sources = sources) -> UnitReader:
+        return UnitReader(
+            sources, DataConfig(dataset=dataset.folder, target_in_history=target_in_history), build_loss(), 0, 1
+        )
 
     kept, left = (next(reader(word)._blocks(group, 0, 3))[1] for word in ("keep", "drop"))
-    expected = clicks.hash(pa.array([["b"], ["c"], ["a"]]), tables["item"]).to_pylist()
+    expected = hash_column(clicks, pa.array([["b"], ["c"], ["a"]]), tables["item"]).to_pylist()
     sparse = left.user.sparse
     assert [part.tolist() for part in np.split(sparse["clicks"].values, sparse["clicks"].offsets[1:-1])] == expected
     assert sparse["clicks@gap"].lengths.tolist() == [1, 1, 1]
@@ -362,10 +394,10 @@ def test_every_list_of_items_is_looked_through_for_the_rows_own(tmp_path, write_
     found = own_items(sources)
     assert found == OwnItems(rows=2, elements=4, columns=["history", "clicks"])
     assert found.in_words.startswith(
-        "data.own_item: drop leaves 4 elements out of history, clicks, in 2 rows of train/"
+        "data.target_in_history: drop leaves 4 elements out of history, clicks, in 2 rows of train/"
     )
     with pytest.raises(DataError, match="row 0: its history holds the item that it asks for"):
-        next(reader("refuse")._blocks(group, 0, 3))
+        next(reader("error")._blocks(group, 0, 3))
     with pytest.raises(DataError, match=r"row 0: its clicks holds the item that it asks for \(2 rows"):
         without_own(dataset.train.table(["item_id", "clicks", "when"]), ["clicks", "when"], "here", refuses=True)
     with_liked = Sources(dataset, Schema.build(tables, (clicks, tags, liked), (item,)), "event")
@@ -384,7 +416,7 @@ def test_a_run_says_how_many_elements_it_left_out(tmp_path, lone_rank, capsys):
     elements, having = sum(counts), sum(map(bool, counts))
     assert elements > having > 3
     for epochs in (1, 2):
-        config = {"data": {"own_item": "drop"}, "train": {"epochs": epochs}}
+        config = {"data": {"target_in_history": "drop"}, "train": {"epochs": epochs}}
         train(steps_config(world, tmp_path / "run", **config), lone_rank)
         assert f"drop leaves {elements} elements out of history, in {having} rows" in capsys.readouterr().out
     status = json.loads((tmp_path / "run" / "status.json").read_text())
@@ -397,8 +429,8 @@ def test_collisions_are_those_of_the_rows_that_are_looked_up(tmp_path, write_dat
     items = pa.table({"item_id": list(range(40)), "colour": words})
     train = pa.table({"user_id": [1] * 40, "item_id": list(range(40))})
     folder = write_dataset(tmp_path / "d", items=items, train=train)
-    colour = FeatureSpec(name="colour", kind="category", buckets=30, dim=4)
-    user = FeatureSpec(name="user_id", kind="id", buckets=9, dim=4)
+    colour = build_feature(name="colour", kind="category", buckets=30, dim=4)
+    user = build_feature(name="user_id", kind="id", buckets=9, dim=4)
     sources = Sources(Dataset(folder), Schema.build({}, (user,), (colour,)), "event")
     row = transform([colour], {"colour": colour.own_table}, {}, items, "here").sparse["colour"].values
     shared = sum(np.count_nonzero(row == each) > 1 for each in row)
@@ -411,10 +443,10 @@ def test_a_drawn_history_is_the_same_items_by_both_hashes(tmp_path, write_datase
     train = pa.table({"user_id": [1, 2], "positives": [items[:20], items[10:]]})
     folder = write_dataset(tmp_path / "d", items=pa.table({"item_id": items}), train=train)
     table = TableSpec(buckets=1 << 20, dim=4, hashes=2)
-    history = FeatureSpec(name="history", kind="bag", table="t")
-    item = FeatureSpec(name="item_id", kind="id", table="t")
+    history = build_feature(name="history", kind="bag", table="t")
+    item = build_feature(name="item_id", kind="id", table="t")
     sources = Sources(Dataset(folder), Schema.build({"t": table}, (history,), (item,)), "user")
-    reader = UnitReader(sources, DataConfig(dataset=folder, rows="user"), LossConfig(), 0, 1)
+    reader = UnitReader(sources, DataConfig(dataset=folder, rows="user"), build_loss(), 0, 1)
     [group] = sources.dataset.train.row_groups
     rows = reader._drawn(next(reader._blocks(group, 0, 2))[1], 0, 0)
     of_item = sources.catalogue.columns.sparse

@@ -9,27 +9,30 @@ import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pydantic import ValidationError
 
-from trec_twotower.config.schema import FeatureSpec, Schema, TableSpec
+from trec_twotower.config.feature_spec import FeatureSpec
+from trec_twotower.config.features import build_feature
+from trec_twotower.config.model import TableSpec
+from trec_twotower.config.schema import Schema
 from trec_twotower.data.features import numeric as numbers
 from trec_twotower.data.features.numeric import Statistics, learn_statistics, number_values
+from trec_twotower.errors import ConfigError
 from trec_twotower.ops.ragged import Lists
 
-ID = FeatureSpec(name="item_id", kind="id", buckets=8, dim=4)
+ID = build_feature(name="item_id", kind="id", buckets=8, dim=4)
 VALUES = st.lists(st.none() | st.integers(-20, 20).map(float), min_size=1, max_size=40)
 
 
 def number(**changes) -> FeatureSpec:
-    return FeatureSpec(**{"name": "price", "kind": "number"} | changes)
+    return build_feature(**{"name": "price", "kind": "number"} | changes)
 
 
 def learned(feature: FeatureSpec, *parts: list[float | None]) -> Statistics:
     return learn_statistics(feature, (number_values(feature, pa.array(part, pa.float64()), "here") for part in parts))
 
 
-def normalise(feature: FeatureSpec, array: pa.Array, statistics: Statistics) -> np.ndarray:
-    return numbers.normalise(feature, *number_values(feature, array, "here"), statistics)
+def normalize(feature: FeatureSpec, array: pa.Array, statistics: Statistics) -> np.ndarray:
+    return numbers.normalize(feature, *number_values(feature, array, "here"), statistics)
 
 
 def binned(feature: FeatureSpec, array: pa.Array, statistics: Statistics) -> Lists:
@@ -43,8 +46,8 @@ def binned(feature: FeatureSpec, array: pa.Array, statistics: Statistics) -> Lis
 def test_a_number_by_quantile_is_the_share_of_the_learned_values_below_it(values, asked):
     """Each learned value's mid-rank, where there are as few as points: values that are equal count half."""
     known = sorted(value for value in values if value is not None)
-    feature = number(normalise="quantile")
-    found = normalise(feature, pa.array(asked, pa.float64()), learned(feature, values))
+    feature = number(normalize="quantile")
+    found = normalize(feature, pa.array(asked, pa.float64()), learned(feature, values))
     for value, (share, is_missing) in zip(asked, found.tolist(), strict=True):
         assert is_missing == (value is None)
         if value is None:
@@ -68,9 +71,9 @@ def test_a_number_by_quantile_is_the_share_of_the_learned_values_below_it(values
 
 def test_a_skewed_column_becomes_even_by_quantile(rng):
     values = rng.lognormal(0.0, 3.0, 5000)
-    feature = number(normalise="quantile")
+    feature = number(normalize="quantile")
     statistics = learned(feature, values[:2000].tolist(), values[2000:].tolist())
-    found = normalise(feature, pa.array(values), statistics)[:, 0]
+    found = normalize(feature, pa.array(values), statistics)[:, 0]
     exact = np.argsort(np.argsort(values)) / (len(values) - 1)
     assert np.abs(found - exact).max() < 0.01
 
@@ -78,7 +81,7 @@ def test_a_skewed_column_becomes_even_by_quantile(rng):
 def test_quantiles_of_more_rows_than_are_kept_are_those_of_a_sample_that_no_part_decides(monkeypatch, rng):
     monkeypatch.setattr(numbers, "SAMPLE", 400)
     values = rng.permutation(4000).astype(float).tolist()
-    feature = number(normalise="quantile")
+    feature = number(normalize="quantile")
     first = learned(feature, values)
     assert first == learned(feature, values[:7], values[7:1500], [None] * 3, values[1500:])
     assert np.abs(np.array(first.points) / 3999 - np.linspace(0, 1, len(first.points))).max() < 0.1
@@ -94,11 +97,11 @@ def test_clipped_numbers_are_clipped_before_anything_is_learned_of_them(values, 
         value = value if low is None else max(value, low)
         return value if high is None else min(value, high)
 
-    feature = number(clip=(low, high), normalise="none")
+    feature = number(clip=(low, high), normalize="none")
     known = [cut(value) for value in values if value is not None]
     statistics = learned(feature, values)
     assert (statistics.low, statistics.high) == ((min(known), max(known)) if known else (0, 1))
-    found = normalise(feature, pa.array(values, pa.float64()), statistics).tolist()
+    found = normalize(feature, pa.array(values, pa.float64()), statistics).tolist()
     assert found == [[0, 1] if value is None else [cut(value), 0] for value in values]
 
 
@@ -152,25 +155,25 @@ def test_a_soft_bin_lies_between_its_neighbours_in_proportion(values, points):
 def test_bins_are_a_table_and_no_numbers():
     age, price = number(name="age", bins=4, dim=8), number(name="price", bins=4, dim=12, soft=True)
     schema = Schema.build({}, (age,), (ID, price))
-    assert schema.keys() == ["user:age", "item:item_id", "item:price"]
-    assert (schema.width("user"), schema.width("item")) == (8, 4 + 12)
-    assert schema.is_weighted and not Schema.build({}, (age,), (ID,)).is_weighted
+    assert schema.layout.pooled_keys == ["user:age", "item:item_id", "item:price"]
+    assert (schema.layout.input_width("user"), schema.layout.input_width("item")) == (8, 4 + 12)
+    assert schema.layout.is_weighted and not Schema.build({}, (age,), (ID,)).layout.is_weighted
     assert {name: table.buckets for name, table in schema.tables.items()} == {"age": 5, "item_id": 8, "price": 5}
 
 
 @pytest.mark.parametrize(
     ("feature", "message"),
     [
-        ({"bins": 4}, "a number with `bins` looks up rows of `dim`"),
-        ({"dim": 4}, "a number with `bins` looks up rows of `dim`"),
-        ({"soft": True}, "a number with `bins` looks up rows of `dim`"),
-        ({"bins": [], "dim": 4}, "write rising values, at least one"),
-        ({"bins": [1, 1], "dim": 4}, "write rising values, at least one"),
-        ({"bins": [1], "dim": 4, "soft": True}, "name two values or more"),
-        ({"bins": 4, "dim": 4, "normalise": "minmax"}, "normalise: minmax makes no difference"),
-        ({"clip": [3, 1]}, "clip [3.0, 1.0]: write the least first"),
+        ({"bins": 4}, "has bins or frequencies, but no dim"),
+        ({"dim": 4}, "has dim, but no bins or frequencies"),
+        ({"soft": True}, "has soft, but no bins"),
+        ({"bins": [], "dim": 4}, "write ascending values, at least one"),
+        ({"bins": [1, 1], "dim": 4}, "write ascending values, at least one"),
+        ({"bins": [1], "dim": 4, "soft": True}, "give two values or more"),
+        ({"bins": 4, "dim": 4, "normalize": "minmax"}, "normalize: minmax makes no difference"),
+        ({"clip": [3, 1]}, "'clip' is [3, 1]: write the least value first"),
     ],
 )
 def test_settings_of_a_number_that_clash_are_refused(feature, message):
-    with pytest.raises(ValidationError, match=re.escape(message)):
+    with pytest.raises(ConfigError, match=re.escape(message)):
         number(**feature)

@@ -14,8 +14,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trec_twotower.config.run_config import DataConfig, LossConfig
-from trec_twotower.config.schema import SETTINGS, FeatureSpec, Schema, TableSpec
+from tests.kinds import FEATURE_KINDS, build_loss
+from trec_twotower.config.data import DataConfig
+from trec_twotower.config.features import build_feature
+from trec_twotower.config.model import TableSpec
+from trec_twotower.config.schema import Schema
 from trec_twotower.data.dataset import Dataset
 from trec_twotower.data.feature_dataset import Sources
 from trec_twotower.data.features.numeric import Statistics
@@ -28,7 +31,7 @@ ITEMS = [f"item-{number}" for number in range(6)]
 TABLES = {"item": TableSpec(buckets=64, dim=4), "twice": TableSpec(buckets=32, dim=4, hashes=2)}
 OF_STEPS = {"times": "history_times", "actions": "history_actions", "attributes": ("colour",)}
 USER = tuple(
-    FeatureSpec(**feature)
+    build_feature(**feature)
     for feature in (
         {"name": "user_id", "kind": "id", "table": "twice"},
         {"name": "country", "kind": "category", "buckets": 9, "dim": 4},
@@ -37,29 +40,29 @@ USER = tuple(
         {"name": "recent", "column": "history", "kind": "bag", "buckets": 16, "dim": 4, "times": "history_times",
          "until": "timestamp", "half_life_days": 3.0},
         {"name": "steps", "column": "history", "kind": "sequence", "table": "item", "max_length": 2, **OF_STEPS},
-        {"name": "spent", "kind": "number", "normalise": "quantile", "nan": "missing", "default": 1.0},
+        {"name": "spent", "kind": "number", "normalize": "quantile", "nan": "missing", "default": 1.0},
         {"name": "bins", "column": "spent", "kind": "number", "bins": 3, "soft": True, "dim": 4, "nan": "missing"},
         {"name": "spent_waves", "column": "spent", "kind": "number", "frequencies": 2, "dim": 4, "nan": "missing"},
         {"name": "pair", "kind": "cross", "columns": ("country", "device"), "buckets": 50, "dim": 4},
         {"name": "hour", "column": "timestamp", "kind": "time", "part": "hour", "zone": "Europe/Oslo", "dim": 4},
-        {"name": "since", "column": "last", "kind": "time", "part": "age", "until": "timestamp", "normalise": "log1p"},
+        {"name": "since", "column": "last", "kind": "time", "part": "age", "until": "timestamp", "normalize": "log1p"},
         {"name": "query", "kind": "text", "buckets": 99, "dim": 4, "words": 2, "characters": (2, 3), "max_length": 3},
         {"name": "taste", "kind": "vector", "size": 2, "dim": 4, "unit_length": True, "nan": "missing"},
     )
 )  # fmt: skip
 STATIC = tuple(
-    FeatureSpec(**feature)
+    build_feature(**feature)
     for feature in (
         {"name": "city", "kind": "category", "vocabulary": "learned", "buckets": 4, "dim": 4},
-        {"name": "age", "kind": "number", "normalise": "quantile"},
+        {"name": "age", "kind": "number", "normalize": "quantile"},
         {"name": "likes", "kind": "bag", "table": "twice", "pooling": "sum"},
         {"name": "where_and_how", "kind": "cross", "columns": ("city", "plan"), "buckets": 50, "dim": 4},
         {"name": "face", "kind": "vector", "size": 2, "dim": 4},
     )
 )
-LEARNED = [f"user:{feature.name}" for feature in (*USER, *STATIC) if feature.learns]
+LEARNED = [f"user:{feature.name}" for feature in (*USER, *STATIC) if feature.learns_from_data]
 COLOUR = {"name": "colour", "kind": "category", "buckets": 9, "dim": 4}
-ITEM = tuple(FeatureSpec(**each) for each in ({"name": "item_id", "kind": "id", "table": "item"}, COLOUR))
+ITEM = tuple(build_feature(**each) for each in ({"name": "item_id", "kind": "id", "table": "item"}, COLOUR))
 SCHEMA = Schema.build(TABLES, USER, ITEM)
 WITH_STATIC = Schema.build(TABLES, (*USER, *STATIC), ITEM)
 OF_USERS = {
@@ -89,7 +92,7 @@ TYPES = {
 
 
 def test_all_kinds_are_here():
-    assert {feature.kind for feature in USER} == set(SETTINGS)
+    assert {feature.kind for feature in USER} == set(FEATURE_KINDS)
 
 
 @st.composite
@@ -164,7 +167,7 @@ def test_a_row_that_is_trained_on_is_the_same_user_served(folder, rows):
     """Statistics and vocabularies are learned from the rows; serving takes them as the run has kept them."""
     rewrite(folder, train=(rows, TYPES))
     trained = Sources(Dataset(folder), SCHEMA, "event")
-    reader = UnitReader(trained, DataConfig(dataset=folder), LossConfig(), 0, 1)
+    reader = UnitReader(trained, DataConfig(dataset=folder), build_loss(), 0, 1)
     [group] = trained.dataset.train.row_groups
     read = next(reader._blocks(group, 0, len(rows)))[1].user
     assert set(read.sparse) | set(read.numbers) >= {feature.name for feature in USER}
@@ -206,7 +209,7 @@ def test_what_users_says_of_a_user_may_be_given_or_is_looked_up(folder, rows, ab
 
 
 def read_as_trained(sources: Sources, number: int) -> Columns:
-    reader = UnitReader(sources, DataConfig(dataset=sources.dataset.folder), LossConfig(), 0, 1)
+    reader = UnitReader(sources, DataConfig(dataset=sources.dataset.folder), build_loss(), 0, 1)
     [group] = sources.dataset.train.row_groups
     return next(reader._blocks(group, 0, group.num_rows))[1].user.take(np.array([number]))
 

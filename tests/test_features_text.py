@@ -14,13 +14,16 @@ import torch
 import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
-from pydantic import ValidationError
 
 from tests.ranks.bazaar import WORDS, write_model
-from trec_twotower.config.run_config import RunConfig, validate
-from trec_twotower.config.schema import FeatureSpec, Schema, TableSpec
-from trec_twotower.data.features.text import _most_tokens, text_keys, tokens
-from trec_twotower.data.features.transform import Columns, check_kind, put_pooling_divisor, transform
+from trec_twotower.config.base import validate
+from trec_twotower.config.feature_spec import FeatureSpec
+from trec_twotower.config.features import build_feature
+from trec_twotower.config.model import TableSpec
+from trec_twotower.config.run_config import RunConfig
+from trec_twotower.config.schema import Schema
+from trec_twotower.data.features.text import _most_tokens, check_folder, text_keys, tokens
+from trec_twotower.data.features.transform import Columns, check_kind, hash_column, put_pooling_divisor, transform
 from trec_twotower.data.loading.batch import Listed
 from trec_twotower.distributed.ranks import Ranks
 from trec_twotower.errors import ConfigError, DataError
@@ -30,7 +33,7 @@ from trec_twotower.model.encode import encode
 from trec_twotower.model.feature_encoders import TextInput
 from trec_twotower.ops.hashing import mix
 
-TITLE = FeatureSpec(name="title", kind="text", table="t")
+TITLE = build_feature(name="title", kind="text", table="t")
 LETTERS = st.text(st.sampled_from("aB ß_9,é中\u0301ﬁ-"), max_size=12)
 
 
@@ -71,7 +74,7 @@ def slow_keys(text: str | None, words: int, characters: tuple[int, int] | None, 
 )
 def test_text_is_its_words_their_runs_and_their_parts(texts, words, characters, most, is_encoded):
     characters = characters or (None if words else (2, 2))
-    feature = FeatureSpec(name="title", kind="text", table="t", words=words, characters=characters, max_length=most)
+    feature = build_feature(name="title", kind="text", table="t", words=words, characters=characters, max_length=most)
     array = pa.array(["left out", *texts], pa.string()).slice(1)
     found = text_keys(feature, array.dictionary_encode() if is_encoded else array)
     for row, text in enumerate(texts):
@@ -87,8 +90,10 @@ def test_text_is_pooled_as_a_bag():
     divisor = np.empty(3, np.float32)
     put_pooling_divisor(TITLE, found, divisor)
     assert divisor.tolist() == [2, 1, 1]  # the mean
-    as_id = FeatureSpec(name="title", kind="id", table="t").hash(pa.array(["red"]), spec)
-    assert TITLE.hash(pa.array(["RED!"]), spec).to_pylist() == [as_id.to_pylist()]  # a word is as an id of its name
+    as_id = hash_column(build_feature(name="title", kind="id", table="t"), pa.array(["red"]), spec)
+    assert hash_column(TITLE, pa.array(["RED!"]), spec).to_pylist() == [
+        as_id.to_pylist()
+    ]  # a word is as an id of its name
     with pytest.raises(DataError, match="feature 'title' of kind 'text' needs strings"):
         check_kind(TITLE, pa.int64(), "here")
 
@@ -102,7 +107,9 @@ def model(tmp_path_factory) -> Path:
 
 
 def read_by(model: Path, **changes) -> FeatureSpec:
-    return FeatureSpec(**{"name": "title", "kind": "text", "folder": str(model), "dim": 4, "max_length": 16} | changes)
+    return build_feature(
+        **{"name": "title", "kind": "text", "folder": str(model), "dim": 4, "max_length": 16} | changes
+    )
 
 
 def listed(feature: FeatureSpec, texts: list[str | None]) -> Listed:
@@ -189,8 +196,8 @@ def test_no_text_leaves_every_weight_with_a_gradient_of_zero(model):
 
 def test_a_folder_that_holds_no_model_is_refused(tmp_path, model):
     def refusal(**changes) -> str:
-        with pytest.raises(ValidationError) as refused:
-            read_by(tmp_path, **changes)
+        with pytest.raises(ConfigError) as refused:
+            check_folder(read_by(tmp_path, **changes))
         return str(refused.value)
 
     assert f"has folder: {tmp_path}, which is no Hugging Face model" in refusal()
@@ -221,10 +228,10 @@ def test_models_that_cannot_read_so_much_or_at_all_are_refused_with_the_config(t
     getattr(transformers, kind)(**sizes).save_pretrained(tmp_path)
     for name in ("model.safetensors", "vocab.txt"):
         (tmp_path / name).touch()
-    with pytest.raises(ValidationError, match=said):
-        read_by(tmp_path, max_length=max_length)
+    with pytest.raises(ConfigError, match=said):
+        check_folder(read_by(tmp_path, max_length=max_length))
     if sizes:
-        read_by(tmp_path, max_length=16)
+        check_folder(read_by(tmp_path, max_length=16))
 
 
 @pytest.mark.parametrize("kind", ["Bert", "Roberta"])
@@ -259,22 +266,24 @@ def test_a_model_that_makes_no_vectors_of_tokens_is_refused_as_it_is_read(tmp_pa
     ("feature", "message"),
     [
         ({}, "needs `table`"),
-        ({"table": "t", "words": 0}, "has words: 0 and characters: None: name one of them"),
-        ({"table": "t", "characters": [4, 3]}, "of characters the least first"),
-        ({"table": "t", "tune": "all"}, "but no `folder` of a model"),
-        ({"folder": "nowhere"}, "give the `dim` that its vectors are projected to"),
-        ({"folder": "nowhere", "dim": 4, "buckets": 9}, "and none of table, buckets"),
-        ({"folder": "nowhere", "dim": 4}, "which is no Hugging Face model"),
+        ({"table": "t", "words": 0}, "has words: 0 and no characters: set one of them"),
+        ({"table": "t", "characters": [4, 3]}, "'characters' is [4, 3]: write the least length first"),
+        ({"table": "t", "tune": "all"}, "is of kind 'text', which has no tune: remove it"),
+        ({"folder": "nowhere"}, "'dim' is missing"),
+        (
+            {"folder": "nowhere", "dim": 4, "buckets": 9},
+            "is of kind 'text' with folder, which has no buckets: remove it",
+        ),
     ],
 )
 def test_settings_that_clash_are_refused(feature, message):
-    with pytest.raises(ValidationError, match=re.escape(message)):
-        FeatureSpec(name="f", kind="text", **feature)
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        build_feature(name="f", kind="text", **feature)
 
 
 def test_a_model_reads_items_alone(model):
-    item_id = FeatureSpec(name="item_id", kind="id", table="t")
-    with pytest.raises(ConfigError, match="user feature 'title' is text read by a model, which is for items"):
+    item_id = build_feature(name="item_id", kind="id", table="t")
+    with pytest.raises(ConfigError, match="user feature 'title' is text for a language model, which is for items"):
         Schema.build({"t": TableSpec(buckets=9, dim=4)}, (read_by(model),), (item_id,))
 
 

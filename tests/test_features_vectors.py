@@ -11,16 +11,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pydantic import ValidationError
 
-from trec_twotower.config.schema import FeatureSpec, Schema, TableSpec
+from trec_twotower.config.features import build_feature
+from trec_twotower.config.model import TableSpec
+from trec_twotower.config.schema import Schema
 from trec_twotower.data.features.embeddings import vectors
-from trec_twotower.data.features.numeric import Statistics, normalise
+from trec_twotower.data.features.numeric import Statistics, normalize
 from trec_twotower.data.features.transform import check_kind, transform
-from trec_twotower.errors import DataError
+from trec_twotower.errors import ConfigError, DataError
 from trec_twotower.model.feature_encoders import VectorInput, WavesInput
 
-IMAGE = FeatureSpec(name="image", kind="vector", size=3, dim=4)
+IMAGE = build_feature(name="image", kind="vector", size=3, dim=4)
 NUMBERS = st.floats(-1e6, 1e6, width=32)
 ROWS = st.lists(st.none() | st.tuples(NUMBERS, NUMBERS, NUMBERS), max_size=5)
 TYPES = [pa.list_(pa.float32()), pa.large_list(pa.float64()), pa.list_(pa.float64(), 3)]
@@ -76,17 +77,17 @@ def test_missing_vectors_are_learned_and_others_projected():
 
 
 def test_vectors_stand_between_bags_and_plain_numbers():
-    age, price = (FeatureSpec(name=name, kind="number") for name in ("age", "price"))
-    brand = FeatureSpec(name="brand", kind="category", table="t")
+    age, price = (build_feature(name=name, kind="number") for name in ("age", "price"))
+    brand = build_feature(name="brand", kind="category", table="t")
     schema = Schema.build({"t": TableSpec(buckets=9, dim=8)}, (brand,), (age, IMAGE, brand, price))
-    assert schema.widths("item") == (8, 4, 4) and schema.width("item") == 16
-    assert schema.parts("item") == ["brand", "image", "age"]
-    assert [schema.place("item", name) for name in ("brand", "image", "age", "price")] == [0, 1, 2, 2]
-    assert schema.dense("item") == [IMAGE, age, price]
+    assert schema.layout.part_widths("item") == (8, 4, 4) and schema.layout.input_width("item") == 16
+    assert schema.layout.part_names("item") == ["brand", "image", "age"]
+    assert [schema.layout.part_index("item", name) for name in ("brand", "image", "age", "price")] == [0, 1, 2, 2]
+    assert schema.layout.float_features("item") == [IMAGE, age, price]
 
 
 def test_waves_equal_the_formula_written_out():
-    waves = WavesInput(FeatureSpec(name="age", kind="number", frequencies=2, dim=3))
+    waves = WavesInput(build_feature(name="age", kind="number", frequencies=2, dim=3))
     for value, missing in ((0.7, 0.0), (0.0, 1.0)):
         angles = [2 * math.pi * frequency * value for frequency in waves.frequency.tolist()]
         told = torch.tensor([value, missing, *map(math.sin, angles), *map(math.cos, angles)])
@@ -96,13 +97,13 @@ def test_waves_equal_the_formula_written_out():
 
 @pytest.mark.parametrize(("kind", "there"), [("zscore", (8 - 3) / 2), ("log1p", math.log(9)), ("none", 8.0)])
 def test_a_default_stands_for_null_and_null_still_shows(kind, there):
-    feature = FeatureSpec(name="age", kind="number", normalise=kind, default=9.0, clip=(0, 8))
-    found = normalise(feature, np.array([8.0, 0.0]), np.array([False, True]), Statistics(mean=3.0, std=2.0))
+    feature = build_feature(name="age", kind="number", normalize=kind, default=9.0, clip=(0, 8))
+    found = normalize(feature, np.array([8.0, 0.0]), np.array([False, True]), Statistics(mean=3.0, std=2.0))
     np.testing.assert_allclose(found, [[there, 0], [there, 1]], rtol=1e-6)
 
 
 def test_a_default_is_found_by_transform():
-    feature = FeatureSpec(name="age", kind="number", normalise="none", default=5.0)
+    feature = build_feature(name="age", kind="number", normalize="none", default=5.0)
     columns = transform([feature], {}, {"age": Statistics()}, pa.table({"age": pa.array([None, 2.0])}), "here")
     assert columns.numbers["age"].tolist() == [[5, 1], [2, 0]]
 
@@ -110,14 +111,14 @@ def test_a_default_is_found_by_transform():
 @pytest.mark.parametrize(
     ("feature", "message"),
     [
-        ({"kind": "vector"}, "say its `size`"),
+        ({"kind": "vector"}, "'size' is missing"),
         ({"kind": "vector", "size": 0}, "greater than 0"),
-        ({"kind": "number", "size": 3}, "has no size: remove that"),
-        ({"kind": "number", "frequencies": 4}, "waves need the `dim`"),
-        ({"kind": "number", "frequencies": 4, "dim": 4, "bins": 3}, "and no bins"),
-        ({"kind": "number", "default": 4, "dim": 4, "bins": 3}, "has bins, of which null owns one: remove default"),
+        ({"kind": "number", "size": 3}, "has no size: remove it"),
+        ({"kind": "number", "frequencies": 4}, "has bins or frequencies, but no dim"),
+        ({"kind": "number", "frequencies": 4, "dim": 4, "bins": 3}, "has bins and frequencies: keep one of them"),
+        ({"kind": "number", "default": 4, "dim": 4, "bins": 3}, "has bins, of which null has one: remove default"),
     ],
 )
 def test_settings_that_clash_are_refused(feature, message):
-    with pytest.raises(ValidationError, match=re.escape(message)):
-        FeatureSpec(name="f", **feature)
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        build_feature(name="f", **feature)

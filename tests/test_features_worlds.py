@@ -58,7 +58,8 @@ def right(topics, lone_rank) -> Any:
     def measure(
         user: list[dict[str, Any]], item: list[dict[str, Any]], tables: dict[str, Any] | None = None, **model: Any
     ) -> float:
-        from trec_twotower.config.run_config import RunConfig, validate
+        from trec_twotower.config.base import validate
+        from trec_twotower.config.run_config import RunConfig
         from trec_twotower.inference.export import load_model
         from trec_twotower.model.encode import encode
         from trec_twotower.training.loop import train

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from trec_twotower.config.run_config import IndexConfig
+from trec_twotower.config.evaluation import IndexConfig
 from trec_twotower.errors import ConfigError, DataError
 from trec_twotower.index import ExactItems, ItemIndex, build_index, exact, exact_search, faiss, gpu, kinds
 from trec_twotower.index import item_index as search

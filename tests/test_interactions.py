@@ -16,8 +16,12 @@ import pytest
 import torch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from trec_twotower.config.run_config import DataConfig, LossConfig, NegativesConfig
-from trec_twotower.config.schema import FeatureSpec, Schema, TableSpec
+from tests.kinds import build_loss
+from trec_twotower.config.data import DataConfig
+from trec_twotower.config.features import build_feature
+from trec_twotower.config.losses import LossConfig, NegativesConfig
+from trec_twotower.config.model import TableSpec
+from trec_twotower.config.schema import Schema
 from trec_twotower.data.dataset import Dataset
 from trec_twotower.data.feature_dataset import Sources
 from trec_twotower.data.features.transform import Statistics
@@ -33,13 +37,13 @@ ID = TableSpec(buckets=1 << 20, dim=4, hashing="modulo")
 ITEMS = [1000 + 7 * n for n in np.random.default_rng(5).permutation(60).tolist()]
 USERS = [50 + 3 * n for n in range(40)]
 
-ROW = FeatureSpec(name="row", kind="id", table="id")  # the global row: who is who in a batch
-USER = FeatureSpec(name="user_id", kind="id", table="id")
-HISTORY = FeatureSpec(name="history", kind="bag", table="id", max_length=3, pooling="sum")
-AGE = FeatureSpec(name="age", kind="number", normalise="none")
-ITEM = FeatureSpec(name="item_id", kind="id", table="id")
-TAGS = FeatureSpec(name="tags", kind="bag", table="id", pooling="mean")
-PRICE = FeatureSpec(name="price", kind="number", normalise="none")
+ROW = build_feature(name="row", kind="id", table="id")  # the global row: who is who in a batch
+USER = build_feature(name="user_id", kind="id", table="id")
+HISTORY = build_feature(name="history", kind="bag", table="id", max_length=3, pooling="sum")
+AGE = build_feature(name="age", kind="number", normalize="none")
+ITEM = build_feature(name="item_id", kind="id", table="id")
+TAGS = build_feature(name="tags", kind="bag", table="id", pooling="mean")
+PRICE = build_feature(name="price", kind="number", normalize="none")
 SCHEMA = Schema.build({"id": ID}, (ROW, HISTORY, USER, AGE), (TAGS, ITEM, PRICE))
 
 
@@ -103,7 +107,7 @@ def batches_of(source: Sources, share=(0, 1), *, loss: LossConfig | None = None,
     """The batches of one rank; small windows, so that an epoch has several."""
     settings = {"rows": source.rows, "batch_size": 10, "shuffle_rows": 20} | data
     config = DataConfig(dataset=source.dataset.folder, **settings)
-    return TrainBatches(source, config, loss or LossConfig(), source.item_counts(), share)
+    return TrainBatches(source, config, loss or build_loss(), source.item_counts(), share)
 
 
 def epoch_of(made: TrainBatches, epoch: int = 0) -> list[Batch]:
@@ -213,7 +217,7 @@ def test_an_epoch_takes_every_row_once(sources, rows_of, rows):
 @pytest.mark.parametrize("num_ranks", [2, 3, 4])
 def test_the_ranks_together_take_what_one_would(sources, rows, num_ranks):
     """Rows, items and weights of a step in one order, for any number of ranks; no rank has steps of its own."""
-    loss = LossConfig(negatives=NegativesConfig(sampled=7))
+    loss = build_loss(negatives=NegativesConfig(sampled=7))
     alone = epoch_of(batches_of(sources[rows], loss=loss, batch_size=9))
     ranks = [epoch_of(batches_of(sources[rows], (r, num_ranks), loss=loss, batch_size=9)) for r in range(num_ranks)]
     assert {len(batches) for batches in ranks} == {len(alone)}
@@ -240,7 +244,7 @@ def test_a_rank_without_a_row_still_takes_the_step(sources):
 
 @BOTH
 def test_a_run_resumes_at_any_step(sources, rows):
-    made = batches_of(sources[rows], batch_size=9, loss=LossConfig(negatives=NegativesConfig(sampled=7)))
+    made = batches_of(sources[rows], batch_size=9, loss=build_loss(negatives=NegativesConfig(sampled=7)))
     end = 2 * made.steps_per_epoch + 2
     whole = list(made.since(0, end))
     assert len(whole) == end
@@ -330,7 +334,7 @@ def test_a_batch_holds_its_values_where_they_were_taken_to(sources, monkeypatch)
 
 def test_candidates_carry_the_features_of_their_items(sources):
     items = {row["item_id"]: row for row in items_table().to_pylist()}
-    loss = LossConfig(negatives=NegativesConfig(sampled=20))
+    loss = build_loss(negatives=NegativesConfig(sampled=20))
     for batch in epoch_of(batches_of(sources["event"], loss=loss)):
         features = features_of(batch)
         for place, item in enumerate(items_of([batch])):
@@ -344,7 +348,7 @@ def test_candidates_carry_the_features_of_their_items(sources):
 def test_candidates_are_the_positives_and_the_sample_each_once_in_the_order_of_the_catalogue(sources, rows):
     source = sources[rows]
     for in_batch in (True, False):
-        loss = LossConfig(negatives=NegativesConfig(in_batch=in_batch, sampled=15), log_q=0.5)
+        loss = build_loss(negatives=NegativesConfig(in_batch=in_batch, sampled=15), log_q=0.5)
         made = batches_of(source, loss=loss)
         for step, batch in enumerate(epoch_of(made)):
             places = [ITEMS.index(item) for item in items_of([batch])]
@@ -364,7 +368,7 @@ def test_the_correction_counts_positives_a_step_by_hand(sources, rows_of, rows):
         assert sources[rows].item_counts().sum() == sum(len(told["positives"] or []) for told in rows_of[rows])
     counts = sources[rows].item_counts()
     assert {item: count for item, count in zip(ITEMS, counts.tolist(), strict=True) if count} == taken
-    made = batches_of(sources[rows], loss=LossConfig(log_q=0.5, negatives=NegativesConfig(sampled=6)), input_share=0.3)
+    made = batches_of(sources[rows], loss=build_loss(log_q=0.5, negatives=NegativesConfig(sampled=6)), input_share=0.3)
     # Positives a step: 10 rows of one each, or of their mean number less the three tenths that are input.
     draws = 10.0 if rows == "event" else 10 * sum(taken.values()) / 40 * 0.7
     for row, item in enumerate(ITEMS):
@@ -376,7 +380,7 @@ def test_the_correction_counts_positives_a_step_by_hand(sources, rows_of, rows):
 @BOTH
 def test_items_are_candidates_as_often_as_the_correction_says(sources, rows):
     """Over many epochs; without repetition inside an epoch the formula is a little low, hence the allowance."""
-    loss = LossConfig(negatives=NegativesConfig(sampled=6))
+    loss = build_loss(negatives=NegativesConfig(sampled=6))
     made = batches_of(sources[rows], loss=loss, batch_size=2, shuffle_rows=1000)
     seen, steps = np.zeros(60), 12 * made.steps_per_epoch
     for batch in made.since(0, steps):
@@ -388,7 +392,7 @@ def test_items_are_candidates_as_often_as_the_correction_says(sources, rows):
 
 
 def test_history_that_is_not_masked_is_not_known(sources, rows_of):
-    loss = LossConfig(mask_history=False)
+    loss = build_loss(mask_history=False)
     for batch in epoch_of(batches_of(sources["event"], loss=loss)):
         for row in rows_in([batch]):
             assert row.known == {rows_of["event"][row.row]["item_id"]}
@@ -410,7 +414,7 @@ def test_weights_of_a_bag_stand_beside_its_ids_and_ones_beside_all_others(tmp_pa
     tags = [[7, 8], [], [9]]
     items = pa.table({"item_id": [1, 2, 3], "tags": tags, "w": [[0.5, 2.0], [], [4.0]]})
     train = pa.table({"user_id": [70, 80, 90], "item_id": [3, 1, 2]})
-    weighted = FeatureSpec(name="tags", kind="bag", table="id", weights="w")
+    weighted = build_feature(name="tags", kind="bag", table="id", weights="w")
     schema = Schema.build({"id": ID}, (USER,), (weighted, ITEM))
     source = Sources(Dataset(write_dataset(tmp_path / "d", items=items, train=train)), schema, "event")
     (batch,) = epoch_of(batches_of(source, batch_size=3))
@@ -498,7 +502,7 @@ def test_an_item_that_stands_twice_falls_on_one_side(tmp_path, write_dataset):
 
 @pytest.mark.parametrize("power", [0.0, 0.5, 1.0])
 def test_a_row_of_n_positives_weighs_n_to_the_power(sources, power):
-    for batch in epoch_of(batches_of(sources["user"], loss=LossConfig(positive_power=power))):
+    for batch in epoch_of(batches_of(sources["user"], loss=build_loss(positive_power=power))):
         for row in rows_in([batch]):
             assert all(weight == pytest.approx(len(row.positives) ** -power) for _, weight in row.positives)
 
@@ -555,13 +559,13 @@ def tiny(tmp_path, write_dataset):
 
 
 def test_a_user_feature_that_no_column_has_names_the_nearest(tiny):
-    feature = FeatureSpec(name="usr_id", kind="id", table="id")
+    feature = build_feature(name="usr_id", kind="id", table="id")
     with pytest.raises(ConfigError, match=r"reads column 'usr_id', which neither .* has \(nearest: 'user_id'\)"):
         tiny(user=[feature])
 
 
 def test_an_item_feature_that_no_column_has_names_the_nearest(tiny):
-    feature = FeatureSpec(name="itm_id", kind="id", table="id")
+    feature = build_feature(name="itm_id", kind="id", table="id")
     with pytest.raises(ConfigError, match=r"no column 'itm_id', which feature 'itm_id' reads \(nearest: 'item_id'\)"):
         tiny(item=[feature])
 
@@ -578,8 +582,8 @@ def test_rows_must_be_of_the_kind_that_is_set(tiny):
 def test_a_history_that_is_drawn_is_a_bag_without_weights(tiny):
     train = pa.table({"user_id": [1], "positives": [[10]]})
     for feature in (
-        FeatureSpec(name="history", kind="category", table="id"),
-        FeatureSpec(name="history", kind="bag", table="id", weights="w"),
+        build_feature(name="history", kind="category", table="id"),
+        build_feature(name="history", kind="bag", table="id", weights="w"),
     ):
         with pytest.raises(ConfigError, match=r"reads 'history', which is drawn here: make it a bag without weights"):
             tiny(user=[feature], rows="user", train=train)
@@ -623,9 +627,9 @@ def test_ids_that_are_text_here_and_numbers_there_are_refused(tmp_path, write_da
         "users": {"user_id": [1, 2], "age": [1.0, 2.0]},
     }
     tables = {part: pa.table({**columns, **parts.get(part, {})}) for part, columns in tables.items()}
-    user = (FeatureSpec(name="shop", kind="category", buckets=8, dim=4), AGE)
+    user = (build_feature(name="shop", kind="category", buckets=8, dim=4), AGE)
     schema = Schema.build(
-        {"id": TableSpec(buckets=8, dim=4)}, user, (FeatureSpec(name="item_id", kind="id", table="id"),)
+        {"id": TableSpec(buckets=8, dim=4)}, user, (build_feature(name="item_id", kind="id", table="id"),)
     )
     with pytest.raises(DataError, match=said):
         HeldOut.read(Sources(Dataset(write_dataset(tmp_path / "d", **tables)), schema, "event"), "test")
@@ -669,7 +673,7 @@ def test_weights_may_be_integers_of_any_size(tiny):
 
 
 def test_numbers_are_learned_from_train_items_and_users_together(tiny):
-    age, price, fame = (FeatureSpec(name=name, kind="number") for name in ("age", "price", "fame"))
+    age, price, fame = (build_feature(name=name, kind="number") for name in ("age", "price", "fame"))
     source = tiny(
         user=[age, fame],
         item=[ITEM, price],
@@ -831,5 +835,5 @@ def test_batches_are_pinned_where_that_is_asked_for(monkeypatch, sources, is_pin
     monkeypatch.setattr(Batch, "pin_memory", lambda self: pinned.append(self) or self)
     data = DataConfig(dataset=sources["event"].dataset.folder, batch_size=10)
     counts = sources["event"].item_counts()
-    batches = TrainBatches(sources["event"], data, LossConfig(), counts, (0, 1), pin_memory=is_pinned)
+    batches = TrainBatches(sources["event"], data, build_loss(), counts, (0, 1), pin_memory=is_pinned)
     assert [any(batch is each for each in pinned) for batch in batches.since(0, 2)] == [is_pinned] * 2

@@ -17,8 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tests.sequences import steps_config
-from trec_twotower.config.run_config import IndexConfig
-from trec_twotower.config.schema import EncoderSpec, Schema
+from trec_twotower.config.evaluation import IndexConfig
+from trec_twotower.config.model import build_encoder
+from trec_twotower.config.schema import Schema
 from trec_twotower.errors import ConfigError
 from trec_twotower.index import build_index, exact_search
 from trec_twotower.inference.export import VECTORS, VectorFiles, _write
@@ -229,7 +230,7 @@ def recall_of_two(kind: str, dim: int = 4, steps: int = 150, seed: int = 0, **se
     either = torch.randint(2, (USERS, 1), generator=generator)
     target = (pair.gather(1, either) * ITEMS_EACH + torch.randint(ITEMS_EACH, (USERS, 1), generator=generator))[:, 0]
     torch.manual_seed(seed)
-    encoder = ENCODERS[kind](EncoderSpec(kind=kind, **settings), dim, STEPS)
+    encoder = ENCODERS[kind](build_encoder(kind=kind, **settings), dim, STEPS)
     table, layer = nn.Parameter(torch.randn(CLUSTERS * ITEMS_EACH, dim)), nn.Linear(dim, dim)
     optimizer = torch.optim.Adam([*encoder.parameters(), *layer.parameters(), table], lr=0.1)
     half = USERS // 2
@@ -311,13 +312,13 @@ def test_a_variance_solves_a_world_of_opposites():
             "but model.user_tower has project: false",
         ),
         ({"model": {"user_vector": "gaussian"}, "loss": {"kind": "ccl"}}, "is gaussian, but loss.kind is ccl"),
-        ({"index": {"factory": "LSH"}, **SEVERAL}, "'LSH' counts bits instead of scores.*4 vectors of a user"),
+        ({"index": {"factory": "LSH"}, **SEVERAL}, "'LSH' counts bits instead of scores.*4 vectors per user"),
         (
             {"index": {"factory": "L2norm,Flat"}, "model": {"similarity": "dot"}, **SEVERAL},
-            "divides each vector's scores by its own length.*leave factory out",
+            "divides each vector's scores by its own length.*remove factory",
         ),
-        ({"model": {"item_tower": {"missing": ["item_id"]}}}, "starts within.*set tables.item.init_scale: 0"),
-        ({"model": {"item_tower": {"missing": ["itemid"]}}}, "names the feature 'itemid'.*item_id"),
+        ({"model": {"item_tower": {"missing_vectors": ["item_id"]}}}, "starts within.*set tables.item.init_scale: 0"),
+        ({"model": {"item_tower": {"missing_vectors": ["itemid"]}}}, "names the feature 'itemid'.*item_id"),
         ({"model": {"user_tower": {"experts": {"count": 0, "width": 4}}}}, "experts.count' is 0: input should be gr"),
     ],
 )

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.shop import Call, Shop
-from trec_twotower.config.schema import FeatureSpec
+from trec_twotower.config.features import build_feature
 from trec_twotower.data.dataset import Split
 from trec_twotower.data.features.numeric import Statistics
 from trec_twotower.data.item_table import Catalogue
@@ -24,11 +24,11 @@ from trec_twotower.data.value_digests import value_digests
 from trec_twotower.errors import DataError
 
 FEATURES = [
-    FeatureSpec(name="item_id", kind="id", buckets=50, dim=4),
-    FeatureSpec(name="brand", kind="category", buckets=50, dim=4),
-    FeatureSpec(name="tags", kind="bag", buckets=50, dim=4),
-    FeatureSpec(name="price", kind="number"),
-    FeatureSpec(name="image", kind="vector", size=2),
+    build_feature(name="item_id", kind="id", buckets=50, dim=4),
+    build_feature(name="brand", kind="category", buckets=50, dim=4),
+    build_feature(name="tags", kind="bag", buckets=50, dim=4),
+    build_feature(name="price", kind="number"),
+    build_feature(name="image", kind="vector", size=2),
 ]
 ITEMS = pa.table(
     {

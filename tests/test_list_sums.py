@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from trec_twotower.config.schema import FeatureSpec
+from trec_twotower.config.features import build_feature
 from trec_twotower.model.cpu.head_sums import applies_to, head_sums
 from trec_twotower.model.sequence_encoders import SequenceInput
 from trec_twotower.ops import kernels
@@ -75,7 +75,7 @@ def test_heads_make_the_same_either_way(monkeypatch):
     from trec_twotower.data.loading.batch import Listed
 
     vector_UD, place_N, length_B, _ = lists()
-    feature = FeatureSpec(
+    feature = build_feature(
         name="history", kind="sequence", buckets=9, dim=DIM, max_length=5, encoder={"kind": "heads", "heads": HEADS}
     )
     part = SequenceInput(feature, DIM).eval()

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from trec_twotower.config.run_config import CORRECTED
+from tests.kinds import WITH_LOG_Q
 from trec_twotower.model.losses import LOSSES, Hardest, Pairs, Relations
 from trec_twotower.model.losses import chunked as blocks
 from trec_twotower.model.losses.regularizers import alignment, nearness, squared_lengths
@@ -580,7 +580,7 @@ def test_bf16_logits_are_near(kind):
     user_BD, item_CD = unit(200, 5, 1), unit(300, 5, 2)
     row = torch.arange(200)
     log_q_C = torch.linspace(-3, 0, 300)
-    relations = Relations(Pairs(row, row), Pairs(row, row), log_q_C=log_q_C if name in CORRECTED else None)
+    relations = Relations(Pairs(row, row), Pairs(row, row), log_q_C=log_q_C if name in WITH_LOG_Q else None)
     losses, gradients = [], []
     for precision in ("fp32", "bf16_logits"):
         loss = LOSSES[name](user_BD, item_CD, relations, precision=precision, **heat, **parameters)

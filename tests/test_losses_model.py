@@ -5,26 +5,20 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from tests.kinds import LOSS_PARAMETERS, WITH_LOG_Q
 from tests.ranks.launch import SAID_BY_TORCHREC
 from tests.ranks.worlds import event_config, user_config
-from trec_twotower.config.compatibility import check_same_run, config_hash
-from trec_twotower.config.run_config import (
-    CORRECTED,
-    LOSS_PARAMETERS,
-    LossConfig,
-    RunConfig,
-    apply_overrides,
-    as_values,
-    validate,
-)
-from trec_twotower.config.yaml_io import parse_yaml
+from trec_twotower.config.base import as_values, validate
+from trec_twotower.config.loading import apply_overrides, parse_yaml
+from trec_twotower.config.losses import LossConfig
+from trec_twotower.config.run_config import RunConfig, check_same_run, config_hash
 from trec_twotower.data.loading.batch import Batch
 from trec_twotower.data.loading.loader import TrainBatches
 from trec_twotower.errors import ConfigError
@@ -48,7 +42,7 @@ def small(*overrides: str) -> RunConfig:
 
 
 def of_kind(kind: str, *overrides: str) -> RunConfig:
-    extra = [f"loss.given={json.dumps(GIVEN)}"] if kind == "listwise" else []
+    extra = [f"loss.impressions={json.dumps(GIVEN)}"] if kind == "listwise" else []
     return small(f"loss.kind={kind}", *extra, *overrides)
 
 
@@ -56,7 +50,7 @@ def of_kind(kind: str, *overrides: str) -> RunConfig:
 
 
 def test_every_loss_has_its_word_its_parameters_and_its_function():
-    assert set(get_args(LossConfig.model_fields["kind"].annotation)) == set(LOSSES) == set(LOSS_PARAMETERS)
+    assert {member.title() for member in LossConfig.members()} == set(LOSSES) == set(LOSS_PARAMETERS)
 
 
 @pytest.mark.parametrize("kind", LOSSES)
@@ -64,9 +58,7 @@ def test_a_loss_has_its_own_defaults_and_none_of_the_others(kind):
     """And a config that was saved with them is the same config."""
     config = of_kind(kind)
     assert config.loss.parameters == LOSS_PARAMETERS[kind]
-    for name in {name for told in LOSS_PARAMETERS.values() for name in told} - set(LOSS_PARAMETERS[kind]):
-        assert getattr(config.loss, name) is None
-    assert config.loss.log_q == (1.0 if kind in CORRECTED else 0.0)
+    assert config.loss.log_q_strength == (1.0 if kind in WITH_LOG_Q else 0.0)
     assert validate(RunConfig, json.loads(json.dumps(as_values(config))), "saved") == config
 
 
@@ -92,7 +84,7 @@ def test_a_parameter_reaches_its_loss_and_binds_the_run(kind, name):
 
 def test_the_kind_and_what_is_given_bind_the_run():
     assert len({config_hash(of_kind(kind)) for kind in LOSSES}) == len(LOSSES)
-    shared = [small(f"loss.given={{column: shown, shared: {word}}}") for word in ("true", "false")]
+    shared = [small(f"loss.impressions={{column: shown, shared: {word}}}") for word in ("true", "false")]
     assert len({config_hash(config) for config in (small(), *shared)}) == 3
 
 
@@ -103,14 +95,14 @@ def test_the_kind_and_what_is_given_bind_the_run():
 def test_a_parameter_of_another_loss_is_refused_with_its_mend(kind, name):
     with pytest.raises(ConfigError) as caught:
         of_kind(kind, f"loss.{name}={OTHER_VALUE[name]}")
-    assert f"loss.{name} is set, but loss.kind {kind} has no {name} (it belongs to " in str(caught.value)
+    assert f"'loss' is of kind {kind!r}, which has no {name}: remove it." in str(caught.value)
     assert of_kind(kind, f"loss.{name}=null").loss.kind == kind  # what the message says
 
 
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["loss.kind=sofmax"], "'loss.kind' is 'sofmax': input should be 'softmax', 'bce'"),
+        (["loss.kind=sofmax"], "'loss.kind' is 'sofmax', which is not a kind (nearest: 'softmax')."),
         (["loss.temperature=0"], "'loss.temperature' is 0: input should be greater than 0"),
         (["loss.temperature=-1"], "'loss.temperature' is -1"),
         (["loss.temperature=.nan"], "'loss.temperature' is nan: input should be a finite number"),
@@ -126,18 +118,27 @@ def test_a_parameter_of_another_loss_is_refused_with_its_mend(kind, name):
         (["loss.kind=softmax_bce", "loss.softmax_share=-0.1"], "'loss.softmax_share' is -0.1"),
         (["loss.kind=bce", "loss.negative_weight=0"], "'loss.negative_weight' is 0"),
         (["loss.kind=bsl", "loss.temperature_ratio=0"], "'loss.temperature_ratio' is 0"),
-        (["loss.kind=ccl", "loss.margin=1"], "no cosine is above 1, so no negative would ever count in ccl"),
+        (["loss.kind=ccl", "loss.margin=1"], "'loss.margin' is 1: input should be less than 1"),
         (["loss.kind=ccl", "loss.margin=-2"], "'loss.margin' is -2"),
-        (["loss.kind=margin", "loss.margin=0"], "equal vectors would cost nothing"),
-        (["loss.kind=ccl", "model.similarity=dot"], "loss.kind ccl is defined for vectors of length 1"),
-        (["loss.regularise.uniformity=1", "model.similarity=dot"], "loss.regularise.uniformity is defined for vectors"),
-        (["loss.regularise.alignment=1", "model.similarity=dot"], "loss.regularise.alignment is defined for vectors"),
-        (["loss.regularise.norm=-1"], "'loss.regularise.norm' is -1"),
-        (["loss.kind=ccl", "loss.log_q=0.5"], "loss.log_q is 0.5, but loss.kind ccl takes no correction"),
-        (["loss.kind=listwise"], "loss.given names no column of labels"),
-        (["loss.kind=listwise", "loss.given={column: shown}"], "loss.given names no column of labels"),
-        (["loss.given={}"], "'loss.given.column' is missing"),
-        (["loss.negatives.in_batch=false"], "nothing is left to tell a positive from"),
+        (["loss.kind=margin", "loss.margin=0"], "'loss.margin' is 0: input should be greater than 0"),
+        (["loss.kind=ccl", "model.similarity=dot"], "loss.kind is ccl, which needs"),
+        (
+            ["loss.regularization.uniformity=1", "model.similarity=dot"],
+            "loss.regularization.uniformity is set, which needs",
+        ),
+        (
+            ["loss.regularization.alignment=1", "model.similarity=dot"],
+            "loss.regularization.alignment is set, which needs",
+        ),
+        (["loss.regularization.norm=-1"], "'loss.regularization.norm' is -1"),
+        (["loss.kind=ccl", "loss.log_q=0.5"], "'loss' is of kind 'ccl', which has no log_q: remove it."),
+        (["loss.kind=listwise"], "set loss.impressions.column and loss.impressions.labels"),
+        (
+            ["loss.kind=listwise", "loss.impressions={column: shown}"],
+            "set loss.impressions.column and loss.impressions.labels",
+        ),
+        (["loss.impressions={}"], "'loss.impressions.column' is missing"),
+        (["loss.negatives.in_batch=false"], "so there are no negatives"),
         (["data.batch_size=1"], "in-batch negatives need at least 2 rows"),
         (["data.batch_size=1", "loss.kind=ccl"], "in-batch negatives need at least 2 rows"),
     ],
@@ -153,7 +154,7 @@ def test_what_a_row_is_given_is_enough_to_tell_from():
     """Without other rows or samples; and a graded list needs no negatives at all."""
     alone = ["data.batch_size=1", "loss.negatives.in_batch=false"]
     assert of_kind("listwise", *alone).data.batch_size == 1
-    assert small(*alone, "loss.given={column: shown}").loss.given.shared
+    assert small(*alone, "loss.impressions={column: shown}").loss.impressions.shared
 
 
 # The model
@@ -199,12 +200,12 @@ def test_the_model_gives_its_loss_the_batch_and_the_config(kind, world, worlds, 
     if kind == "ccl":
         # Some negatives of this small dataset are above the margin, and do not push as hard as the positives pull.
         parameters |= {"margin": -0.5, "negative_weight": 0.5}
-    given = {"given": GIVEN} if kind in ("listwise", "bce") else {}
+    given = {"impressions": GIVEN} if kind in ("listwise", "bce") else {}
     config = with_loss(config, kind=kind, **parameters, **given)
     batch = given_pairs(batch) if given else batch
     model = towers(build_model(config, lone_rank))
     users, items = model.encode_users(batch), model.encode_items(batch)
-    related = relations_of(batch, config.loss.log_q)
+    related = relations_of(batch, config.loss.log_q_strength)
     expected = LOSSES[kind](users, items, related, **config.loss.parameters) / batch.num_rows_of_all_ranks
     found = model(batch)
     assert found.item() == pytest.approx(expected.item(), rel=1e-6)
@@ -233,8 +234,8 @@ def test_the_strength_of_log_q_is_a_factor_of_the_batchs(kind, worlds, lone_rank
 
 def test_a_batch_without_the_pairs_that_the_config_wants_is_no_batch(worlds, lone_rank):
     config, batch = worlds["event"]
-    model = towers(build_model(with_loss(config, given=GIVEN), lone_rank))
-    with pytest.raises(AssertionError, match=r"loss\.given is set"):
+    model = towers(build_model(with_loss(config, impressions=GIVEN), lone_rank))
+    with pytest.raises(AssertionError, match=r"loss\.impressions is set"):
         model(batch)
 
 
@@ -257,7 +258,9 @@ def written_out(user_BD: Tensor, item_CD: Tensor, positive: Pairs) -> dict[str, 
 def test_a_regulariser_adds_its_weight_times_itself(name, worlds, lone_rank):
     """To the loss and to the gradient of every layer."""
     config, batch = worlds["user"]
-    models = [towers(build_model(with_loss(config, **extra), lone_rank)) for extra in ({}, {"regularise": {name: 0.7}})]
+    models = [
+        towers(build_model(with_loss(config, **extra), lone_rank)) for extra in ({}, {"regularization": {name: 0.7}})
+    ]
     plain, more = (model(batch) for model in models)
     users, items = models[1].encode_users(batch), models[1].encode_items(batch)
     added = 0.7 * written_out(users, items, relations_of(batch).positive)[name]
@@ -280,7 +283,7 @@ LEARNED = {"learned": True, "start": 0.2, "low": 0.05, "high": 0.5}
 def test_the_temperature_has_a_gradient_and_exactly_one_optimizer(kind, worlds, lone_rank):
     """That of the finite difference; and Adam, which decays no weights, is what moves it."""
     config, batch = worlds["event"]
-    given = {"given": GIVEN} if kind == "listwise" else {}
+    given = {"impressions": GIVEN} if kind == "listwise" else {}
     config = with_loss(config, kind=kind, temperature=LEARNED, **given)
     batch = given_pairs(batch) if given else batch
     model = build_model(config, lone_rank)

@@ -11,8 +11,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from trec_twotower.config.run_config import DataConfig, LearnedTemperature, LossConfig, validate
-from trec_twotower.config.schema import FeatureSpec, Schema, TableSpec
+from tests.kinds import build_loss
+from trec_twotower.config.data import DataConfig
+from trec_twotower.config.features import build_feature
+from trec_twotower.config.losses import LearnedTemperature
+from trec_twotower.config.model import TableSpec
+from trec_twotower.config.schema import Schema
 from trec_twotower.data.dataset import Dataset
 from trec_twotower.data.feature_dataset import Sources
 from trec_twotower.data.loading.loader import TrainBatches
@@ -148,7 +152,7 @@ def popularity_world(tmp_path_factory, write_dataset) -> tuple[Sources, Tensor]:
         items=pa.table({"item_id": np.arange(num_items)}),
     )
     table = TableSpec(buckets=num_items, dim=4, hashing="modulo")
-    user, item_id = (FeatureSpec(name=name, kind="id", table="t") for name in ("user_id", "item_id"))
+    user, item_id = (build_feature(name=name, kind="id", table="t") for name in ("user_id", "item_id"))
     share_I = torch.from_numpy(np.bincount(item) / len(item))
     return Sources(Dataset(folder), Schema.build({"t": table}, (user,), (item_id,)), "event"), share_I.log()
 
@@ -171,7 +175,7 @@ def test_the_batches_own_corrections_let_scores_be_the_logs_of_popularity(popula
     slopes that were seen lie within .01 of 1.
     """
     sources, log_share_I = popularity_world
-    loss = validate(LossConfig, {**case, "temperature": 1.0}, "here")
+    loss = build_loss(**{**case, "temperature": 1.0})
     data = DataConfig(dataset=str(sources.dataset.folder), batch_size=16, shuffle_rows=20_000, threads=0)
     batches = TrainBatches(sources, data, loss, count_items(sources, loss), (0, 1))
     num_steps = 1500

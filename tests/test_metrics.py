@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trec_twotower.config.run_config import METRICS
+from trec_twotower.config.evaluation import METRICS
 from trec_twotower.evaluation.metrics import (
     DRAWN_TOGETHER,
     Hits,

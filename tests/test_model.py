@@ -11,10 +11,12 @@ import torch
 import xxhash
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
+from tests.kinds import build_loss
 from tests.ranks.launch import SAID_BY_TORCHREC
 from tests.ranks.worlds import EVENTS, ITEMS, MIXED, PLANS, event_config, tables
-from trec_twotower.config.run_config import LossConfig, ModelConfig, TowerConfig
-from trec_twotower.config.schema import FeatureSpec, Schema, TableSpec
+from trec_twotower.config.features import build_feature
+from trec_twotower.config.model import ModelConfig, TableSpec, TowerConfig
+from trec_twotower.config.schema import Schema
 from trec_twotower.data.features.transform import Columns, bucket
 from trec_twotower.data.loading.batch import make_batch
 from trec_twotower.distributed.ranks import Ranks
@@ -43,7 +45,7 @@ def bucket_of(value: int | str, buckets: int) -> int:
 
 
 def one_table(buckets: int, dim: int, **settings: Any) -> Schema:
-    features = FeatureSpec(name="bag", kind="bag", table="t"), FeatureSpec(name="id", kind="id", table="t")
+    features = build_feature(name="bag", kind="bag", table="t"), build_feature(name="id", kind="id", table="t")
     return Schema.build({"t": TableSpec(buckets=buckets, dim=dim, **settings)}, features[:1], features[1:])
 
 
@@ -85,7 +87,7 @@ def test_first_weights_are_the_formula_cell_by_cell(monkeypatch):
 def test_no_row_repeats_another():
     """Over all tables and seeds: one seed must not give equal tables equal rows."""
     specs = {name: TableSpec(buckets=1000, dim=4) for name in ("a", "b")}
-    features = [FeatureSpec(name=name, kind="id", table=name) for name in specs]
+    features = [build_feature(name=name, kind="id", table=name) for name in specs]
     schema = Schema.build(specs, (features[0],), (features[1],))
     rows = [row for seed in (0, 1) for table in filled(schema, seed).values() for row in map(tuple, table.tolist())]
     assert len(rows) == len(set(rows)) == 4000
@@ -126,7 +128,7 @@ def numbers_by_hand(feature: dict[str, Any], row: dict[str, Any], rows: list[dic
     value = row[feature["name"]]
     if value is None:
         return [0.0, 1.0]
-    if feature.get("normalise") == "log1p":
+    if feature.get("normalize") == "log1p":
         return [math.log1p(value), 0.0]
     known = [other[feature["name"]] for other in rows if other[feature["name"]] is not None]
     return [(value - np.mean(known)) / np.std(known), 0.0]
@@ -170,11 +172,11 @@ def test_tower_input_divides_the_rows_it_has_and_no_more():
 
 def columns(schema: Schema, side: Any, *, ids: list[list[int]]) -> Columns:
     """Rows whose every sparse feature has the given table rows."""
-    names = [feature.name for feature in schema.sparse(side)]
+    names = [feature.name for feature in schema.layout.table_features(side)]
     return Columns(
         len(ids),
         {name: Lists.from_lists(ids) for name in names},
-        {feature.name: np.zeros((len(ids), 2), np.float32) for feature in schema.numbers(side)},
+        {feature.name: np.zeros((len(ids), 2), np.float32) for feature in schema.layout.plain_numbers(side)},
     )
 
 
@@ -210,9 +212,9 @@ def test_a_tower_may_sum_its_features():
 def test_another_order_of_keys_is_refused():
     """A sharded collection remembers the first order of keys it sees and would mix up columns in silence."""
     specs = {name: TableSpec(buckets=4, dim=4) for name in ("a", "b")}
-    features = [FeatureSpec(name=name, kind="id", table=name) for name in specs]
+    features = [build_feature(name=name, kind="id", table=name) for name in specs]
     schema = Schema.build(specs, (features[0],), (features[1],))
-    model = TwoTower(schema, ModelConfig(dim=4), LossConfig(), Ranks(0, 1, torch.device("cpu")))
+    model = TwoTower(schema, ModelConfig(dim=4), build_loss(), Ranks(0, 1, torch.device("cpu")))
     batch = make_batch(schema, columns(schema, "user", ids=[[1]]), columns(schema, "item", ids=[[2]]))
     assert batch.sparse.keys() == ["user:a", "item:b"]
     batch.sparse = KeyedJaggedTensor(

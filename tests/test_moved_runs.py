@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.shop import SHOP_CONFIG, Call
-from trec_twotower.config.run_config import load_config
+from trec_twotower.config.loading import load_config
 from trec_twotower.data.loading.streaming import STREAM
 from trec_twotower.storage.atomic import read_json
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import math
 import re
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +13,14 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from tests.kinds import build_loss
 from tests.ranks.worlds import event_config
-from trec_twotower.config.run_config import DataConfig, HardestConfig, LossConfig, validate
-from trec_twotower.config.schema import FeatureSpec, Schema, TableSpec
-from trec_twotower.config.yaml_io import parse_yaml
+from trec_twotower.config.data import DataConfig
+from trec_twotower.config.features import build_feature
+from trec_twotower.config.loading import parse_yaml
+from trec_twotower.config.losses import LossConfig, TopKConfig
+from trec_twotower.config.model import TableSpec
+from trec_twotower.config.schema import Schema
 from trec_twotower.data.dataset import Dataset
 from trec_twotower.data.feature_dataset import Sources
 from trec_twotower.data.loading.batch import Batch
@@ -38,9 +41,9 @@ NUM_ITEMS, NUM_USERS, NUM_ROWS = 60, 90, 900
 ITEMS = [1000 + 7 * n for n in np.random.default_rng(5).permutation(NUM_ITEMS).tolist()]
 NOTHING = np.empty(0, np.int64)
 ID = TableSpec(buckets=1 << 20, dim=4, hashing="modulo")  # so large that a bucket is the id itself
-ROW = FeatureSpec(name="row", kind="id", table="id")
-ITEM = FeatureSpec(name="item_id", kind="id", table="id")
-SHELF = FeatureSpec(name="shelf", kind="category", table="id")
+ROW = build_feature(name="row", kind="id", table="id")
+ITEM = build_feature(name="item_id", kind="id", table="id")
+SHELF = build_feature(name="shelf", kind="category", table="id")
 SCHEMA = Schema.build({"id": ID}, (ROW,), (ITEM, SHELF))
 
 
@@ -211,20 +214,20 @@ CASES = {
     "popular beside the batch": {"negatives": {"sampled": 25, "power": 1.0}},
     "even and popular": {"negatives": ONLY | {"sampled": 15, "popular": {"count": 25, "power": 1.0}}},
     "two powers beside the batch": {"negatives": {"sampled": 9, "power": 0.5, "popular": {"count": 12}}},
-    "same": {"negatives": ONLY | {"same": {"feature": "shelf", "count": 25}}},
-    "given": {"negatives": ONLY, "given": SHOWN},
-    "given with labels": {"negatives": ONLY, "given": GRADED},
-    "given to the own row": {"negatives": {"sampled": 20}, "given": SHOWN | {"shared": False}},
+    "same": {"negatives": ONLY | {"same_category": {"feature": "shelf", "count": 25}}},
+    "given": {"negatives": ONLY, "impressions": SHOWN},
+    "given with labels": {"negatives": ONLY, "impressions": GRADED},
+    "given to the own row": {"negatives": {"sampled": 20}, "impressions": SHOWN | {"shared": False}},
     "mined by item": {"negatives": ONLY | {"mined": {"file": "by_item.parquet", "count": 2}}},
     "mined by user": {"negatives": ONLY | {"mined": {"file": "by_user.parquet", "key": "user_id", "count": 2}}},
     "refreshed": {"negatives": ONLY | {"sampled": 1, "refresh": {"every": 10**6, "count": 2}}},
     "all together": {
-        "given": GRADED,
+        "impressions": GRADED,
         "negatives": {
             "sampled": 5,
             "power": 0.5,
             "popular": {"count": 4, "power": 0.9},
-            "same": {"feature": "shelf", "count": 6},
+            "same_category": {"feature": "shelf", "count": 6},
             "mined": {"file": "by_item.parquet", "count": 1},
         },
     },
@@ -236,7 +239,7 @@ def in_world(world, case: dict) -> LossConfig:
     mined = case.get("negatives", {}).get("mined")
     if mined:
         case["negatives"]["mined"] = mined | {"file": str(world.parent / mined["file"])}
-    return validate(LossConfig, case, "a test")
+    return build_loss(**case)
 
 
 @pytest.mark.parametrize("rows", ["event", "user"])
@@ -274,7 +277,7 @@ def test_items_stand_against_all_rows_as_often_as_log_q_says(world, name, rows):
 @pytest.mark.parametrize("rows", ["event", "user"])
 def test_a_row_refuses_what_its_column_says_with_labels_and_weights(world, told, rows):
     """Every element of every list, in its order, null lists and elements left out, doubles kept."""
-    made = batches_of(world, in_world(world, {"given": GRADED}), rows=rows)
+    made = batches_of(world, in_world(world, {"impressions": GRADED}), rows=rows)
     found = {}
     for batch in made.since(0, made.steps_per_epoch):
         found |= dict(zip(rows_of(batch), given_of(batch, candidates_of([batch])), strict=True))
@@ -286,7 +289,7 @@ def test_a_row_refuses_what_its_column_says_with_labels_and_weights(world, told,
 
 
 def test_without_labels_and_weights_a_row_refuses_all_alike(world, told):
-    made = batches_of(world, in_world(world, {"given": SHOWN}))
+    made = batches_of(world, in_world(world, {"impressions": SHOWN}))
     for batch in made.since(0, 10):
         for number, given in zip(rows_of(batch), given_of(batch, candidates_of([batch])), strict=True):
             assert given == [(item, 0, 1) for item in told[number]["shown"] or [] if item is not None]
@@ -298,7 +301,7 @@ def test_candidates_are_what_rows_took_and_name_and_those_stand_against_all_that
     world, told, shared, in_batch
 ):
     """With labels, what some row refused stands against all, but what all that name it took does not."""
-    case = {"given": GRADED | {"shared": shared}, "negatives": {"in_batch": in_batch, "sampled": 3}}
+    case = {"impressions": GRADED | {"shared": shared}, "negatives": {"in_batch": in_batch, "sampled": 3}}
     made = batches_of(world, in_world(world, case))
     for step, batch in enumerate(made.since(0, 20)):
         rows = [told[number] for number in rows_of(batch)]
@@ -318,8 +321,8 @@ def test_what_a_row_names_and_took_is_known_to_it(tmp_path, write_dataset):
     """So no loss counts it as its negative; against the other rows it may stand."""
     train = pa.table({"user_id": [1, 2], "row": [0, 1], "item_id": ITEMS[:2], "shown": [ITEMS[:3], [ITEMS[2]]]})
     items = pa.table({"item_id": ITEMS, "shelf": [0] * NUM_ITEMS})
-    made = batches_of(write_dataset(tmp_path / "d", items=items, train=train), in_world(tmp_path, {"given": SHOWN}),
-                      batch_size=2)  # fmt: skip
+    folder = write_dataset(tmp_path / "d", items=items, train=train)
+    made = batches_of(folder, in_world(tmp_path, {"impressions": SHOWN}), batch_size=2)
     [batch] = made.since(0, 1)
     known = set(zip(batch.known_row_M.tolist(), batch.known_column_M.tolist(), strict=True))
     first = rows_of(batch).index(0)
@@ -329,7 +332,7 @@ def test_what_a_row_names_and_took_is_known_to_it(tmp_path, write_dataset):
 
 
 LISTED = {
-    "given": {"given": GRADED},
+    "given": {"impressions": GRADED},
     "mined by item": {"negatives": {"mined": {"file": "by_item.parquet", "count": 3}}},
     "mined by user": {"negatives": {"mined": {"file": "by_user.parquet", "key": "user_id", "count": 3}}},
     "all": CASES["all together"] | {"known": "known.parquet"},
@@ -367,7 +370,7 @@ def test_ranks_threads_and_caches_change_no_pair(world, tmp_path, name, rows):
 def test_a_cache_of_other_given_columns_is_another(world, tmp_path):
     cached = {"cache": tmp_path / "cache"}
     for number, given in enumerate((None, SHOWN, GRADED, GRADED | {"shared": False}), 1):
-        loss = in_world(world, {"given": given} if given else {})
+        loss = in_world(world, {"impressions": given} if given else {})
         list(batches_of(world, loss, **cached).since(0, 3))
         assert len(list((tmp_path / "cache").glob("*/"))) == min(number, 3)  # shared changes no row
 
@@ -437,34 +440,38 @@ def tiny(tmp_path, write_dataset):
         items = pa.table({"item_id": [10, 20, 30], "shelf": [0, 0, 1]})
         number = len(list(tmp_path.glob("d*")))
         folder = write_dataset(tmp_path / f"d{number}", row_group_size=2, items=items, train=train)
-        return batches_of(folder, validate(LossConfig, case, "a test"), batch_size=2)
+        return batches_of(folder, build_loss(**case), batch_size=2)
 
     return make
 
 
 def test_a_column_that_train_lacks_is_told_with_the_nearest(tiny):
     shown = [[30], None, [20]]
-    with pytest.raises(ConfigError, match=r"no column 'showm', which loss\.given\.column names \(nearest: 'shown'\)"):
-        tiny({"given": {"column": "showm"}}, shown=shown)
-    with pytest.raises(ConfigError, match=r"no column 'label', which loss\.given\.labels names \(nearest: 'labels'\)"):
-        tiny({"given": {"column": "shown", "labels": "label"}}, shown=shown, labels=[[1], None, [0]])
-    with pytest.raises(DataError, match=r"column 'row', which loss\.given\.column names, is int64, but lists"):
-        tiny({"given": {"column": "row"}})
+    with pytest.raises(
+        ConfigError, match=r"no column 'showm', which loss\.impressions\.column names \(nearest: 'shown'\)"
+    ):
+        tiny({"impressions": {"column": "showm"}}, shown=shown)
+    with pytest.raises(
+        ConfigError, match=r"no column 'label', which loss\.impressions\.labels names \(nearest: 'labels'\)"
+    ):
+        tiny({"impressions": {"column": "shown", "labels": "label"}}, shown=shown, labels=[[1], None, [0]])
+    with pytest.raises(DataError, match=r"column 'row', which loss\.impressions\.column names, is int64, but lists"):
+        tiny({"impressions": {"column": "row"}})
     with pytest.raises(DataError, match=r"its weights, column 'row', are int64, not a list of numbers"):
-        tiny({"given": {"column": "shown", "weights": "row"}}, shown=shown)
+        tiny({"impressions": {"column": "shown", "weights": "row"}}, shown=shown)
 
 
 def test_labels_and_weights_stand_beside_every_item(tiny):
     shown = [[30], None, [20, 10]]
     with pytest.raises(DataError, match=r"row group 1, column 'shown', row 0: 2 ids but 1 labels in 'labels'"):
-        tiny({"given": {"column": "shown", "labels": "labels"}}, shown=shown, labels=[[1], None, [0]])
+        tiny({"impressions": {"column": "shown", "labels": "labels"}}, shown=shown, labels=[[1], None, [0]])
     for weight in (-1.0, 1e16):
         said = re.escape(f"row group 1, column 'shown', row 0: 'w' has the weight {weight:g}: write weights from 0 to")
         with pytest.raises(DataError, match=said):
-            tiny({"given": {"column": "shown", "weights": "w"}}, shown=shown, w=[[1.0], None, [0.0, weight]])
+            tiny({"impressions": {"column": "shown", "weights": "w"}}, shown=shown, w=[[1.0], None, [0.0, weight]])
     for what in ("label", "weight"):
         with pytest.raises(DataError, match=rf"row group 1, column 'shown', row 0: the {what}s in 'w' hold null, NaN"):
-            tiny({"given": {"column": "shown", f"{what}s": "w"}}, shown=shown, w=[[1.0], None, [0.0, math.nan]])
+            tiny({"impressions": {"column": "shown", f"{what}s": "w"}}, shown=shown, w=[[1.0], None, [0.0, math.nan]])
 
 
 @pytest.mark.parametrize("kind", ["bce", "softmax_bce", "softmax", "bpr"])
@@ -472,7 +479,7 @@ def test_labels_and_weights_stand_beside_every_item(tiny):
 def test_labels_beyond_0_and_1_are_refused_where_the_loss_would_have_no_least_value(tiny, kind, label):
     """bce adds (1 - y) * softplus(l), which falls without end for y > 1; others ask only what is above 0."""
     columns = {"shown": [[30], None, [20, 10]], "y": [[0.5], None, [1.0, label]]}
-    case = {"kind": kind, "given": {"column": "shown", "labels": "y"}}
+    case = {"kind": kind, "impressions": {"column": "shown", "labels": "y"}}
     if kind in ("softmax", "bpr"):
         assert len(list(tiny(case, **columns).since(0, 2))) == 2
         return
@@ -488,10 +495,10 @@ def test_an_unknown_item_is_named_with_its_place_or_left_out_when_that_is_asked_
     with pytest.raises(
         DataError,
         match=r"part-0\.parquet, row group 1, column 'shown', row 0: item 99 is not in the catalogue .* \(2 "
-        r"entries name such items\).*loss\.given\.unknown: skip",
+        r"entries name such items\).*loss\.impressions\.unknown: skip",
     ):
-        tiny({"given": given}, **columns)
-    made = tiny({"given": given | {"unknown": "skip"}}, **columns)
+        tiny({"impressions": given}, **columns)
+    made = tiny({"impressions": given | {"unknown": "skip"}}, **columns)
     found = {}
     for batch in made.since(0, 2):
         found |= dict(zip(rows_of(batch), given_of(batch, candidates_of([batch])), strict=True))
@@ -503,11 +510,12 @@ def test_a_queue_without_room_for_a_step_is_refused_before_it(tiny):
     chance = [1 - math.exp(-4 / 3) * (2 / 3) ** 3, 1 - math.exp(-2 / 3) * (2 / 3) ** 3, 1 - (2 / 3) ** 3]
     mean = sum(chance)
     assert 2 < mean < 3
-    assert tiny({"negatives": {"sampled": 3, "queue": 3}}).candidates.keeps_list
+    assert tiny({"negatives": {"sampled": 3, "cross_batch_memory": 3}}).candidates.keeps_list
     with pytest.raises(
-        ConfigError, match=rf"queue is 2, but a step has some {mean:.0f} candidates .* \(such as {8 * mean:.0f}\)"
+        ConfigError,
+        match=rf"cross_batch_memory is 2, but a step has some {mean:.0f} candidates .* \(such as {8 * mean:.0f}\)",
     ):
-        tiny({"negatives": {"sampled": 3, "queue": 2}})
+        tiny({"negatives": {"sampled": 3, "cross_batch_memory": 2}})
 
 
 def test_even_and_popular_draws_are_independent_of_each_other(world):
@@ -533,8 +541,8 @@ def test_items_that_share_a_fingerprint_are_two_to_the_queue_and_to_streaming_fr
     twins = order[place : place + 2].tolist()
     train = pa.table({"user_id": [1, 2], "row": [0, 1], "item_id": twins, "history": [[7], [7]]})
     folder = write_dataset(tmp_path / "d", train=train, items=pa.table({"item_id": [*twins, 7], "shelf": [0, 0, 1]}))
-    for case in ({"negatives": {"queue": 9}}, {"log_q_estimate": "streaming"}):
-        [batch] = batches_of(folder, validate(LossConfig, case, "a test"), batch_size=2).since(0, 1)
+    for case in ({"negatives": {"cross_batch_memory": 9}}, {"log_q_estimate": "streaming"}):
+        [batch] = batches_of(folder, build_loss(**case), batch_size=2).since(0, 1)
         key = batch.item_key_C.numpy()
         assert len(set(key.tolist())) == 2 and (key >= 0).all()
         assert set((key % 2**32).tolist()) == {int(of_keys[twins[0]])}
@@ -605,43 +613,51 @@ def test_unknown_items_of_a_file_are_left_out_where_that_is_asked_for_and_of_kno
 
 
 def test_settings_that_do_not_fit_together_are_refused():
-    refused = partial(validate, LossConfig, origin="a test")
-    beside = {"same": {"feature": "shelf", "count": 1}, "queue": 5, "power": 0.5,
+    def refused(values: dict) -> None:
+        build_loss(**values)
+
+    beside = {"same_category": {"feature": "shelf", "count": 1}, "cross_batch_memory": 5, "power": 0.5,
               "refresh": {"every": 1, "count": 1}, "mined": {"file": "f", "count": 1}}  # fmt: skip
     for name, value in beside.items():
-        with pytest.raises(
-            ConfigError, match=rf"sampled is all, so every item is a candidate already: take {name} out"
-        ):
+        with pytest.raises(ConfigError, match=rf"sampled is all, so every item is a candidate already: remove {name}"):
             refused({"negatives": {"sampled": "all", name: value}})
-    with pytest.raises(ConfigError, match=r"power is 0\.75, but nothing is drawn by it: set loss\.negatives\.sampled"):
+    with pytest.raises(
+        ConfigError, match=r"power is 0\.75, but nothing is sampled by it: set loss\.negatives\.sampled"
+    ):
         refused({"negatives": {"power": 0.75}})
-    with pytest.raises(ConfigError, match=r"refresh\.ranks is \[9, 3\]: name the nearest first"):
-        refused({"negatives": {"refresh": {"every": 1, "count": 1, "ranks": [9, 3]}}})
-    with pytest.raises(ConfigError, match=r"hardest is set, but loss\.kind bce weighs all negatives"):
-        refused({"kind": "bce", "negatives": {"hardest": 3}})
-    with pytest.raises(ConfigError, match=r"hardest\.others is 0: items that are not among the hardest would only be"):
-        refused({"negatives": {"hardest": {"count": 3, "others": 0}}})
+    with pytest.raises(ConfigError, match=r"refresh\.neighbor_range is \[9, 3\]: name the nearest first"):
+        refused({"negatives": {"refresh": {"every": 1, "count": 1, "neighbor_range": [9, 3]}}})
+    with pytest.raises(ConfigError, match=r"top_k is set, but loss\.kind bce uses all negatives"):
+        refused({"kind": "bce", "negatives": {"top_k": 3}})
+    with pytest.raises(ConfigError, match=r"top_k\.others is 0: items that are not among the hardest would only be"):
+        refused({"negatives": {"top_k": {"count": 3, "others": 0}}})
     for value in (True, [3]):
-        with pytest.raises(ConfigError, match=r"hardest is .*: set it to a number of negatives, such as 32, or to"):
-            refused({"negatives": {"hardest": value}})
-    assert validate(LossConfig, {"negatives": {"hardest": 3}}, "here").negatives.hardest == HardestConfig(count=3)
+        with pytest.raises(ConfigError, match=r"top_k is .*: set it to a number of negatives, such as 32, or to"):
+            refused({"negatives": {"top_k": value}})
+    assert build_loss(negatives={"top_k": 3}).negatives.top_k == TopKConfig(count=3)
     with pytest.raises(ConfigError, match=r"log_q_estimate is streaming, but loss\.log_q is 0"):
-        refused({"kind": "ccl", "log_q_estimate": "streaming"})
-    with pytest.raises(ConfigError, match=r"in_batch: false and sampled: 0, so nothing is left"):
-        refused({"negatives": {"in_batch": False, "queue": 100}})
-    with pytest.raises(ConfigError, match=r"listwise, which looks at a row's own list alone, but .* has queue"):
-        refused({"kind": "listwise", "given": GRADED, "negatives": {"sampled": 5, "queue": 9}})
+        refused({"log_q": 0, "log_q_estimate": "streaming"})
+    with pytest.raises(ConfigError, match=r"in_batch: false and sampled: 0, so there are no negatives"):
+        refused({"negatives": {"in_batch": False, "cross_batch_memory": 100}})
+    with pytest.raises(ConfigError, match=r"listwise, which uses a row's own list .* has cross_batch_memory"):
+        refused({"kind": "listwise", "impressions": GRADED, "negatives": {"sampled": 5, "cross_batch_memory": 9}})
 
 
 @pytest.mark.parametrize(
     ("feature", "found"),
-    [("tags", "is a bag"), ("price", "is a number"), ("brnd", r"is none of `item` \(nearest: 'brand'\)")],
+    [
+        ("tags", "is of kind bag"),
+        ("price", "is of kind number"),
+        ("brnd", r"is not under `item` \(nearest: 'brand'\)"),
+    ],
 )
 def test_the_same_category_needs_a_feature_of_one_id_a_row(small_world, tmp_path, feature, found):
-    same = {"negatives": {"same": {"feature": feature, "count": 4}}}
-    with pytest.raises(ConfigError, match=rf"same\.feature is '{feature}', which {found}: name an item feature"):
+    same = {"negatives": {"same_category": {"feature": feature, "count": 4}}}
+    with pytest.raises(
+        ConfigError, match=rf"same_category\.feature is '{feature}', which {found}: name an item feature"
+    ):
         event_config(small_world, tmp_path, loss=same)
-    assert event_config(small_world, tmp_path, loss={"negatives": {"same": {"feature": "brand", "count": 4}}})
+    assert event_config(small_world, tmp_path, loss={"negatives": {"same_category": {"feature": "brand", "count": 4}}})
 
 
 def test_the_page_on_negatives_shows_configs_that_hold():
@@ -649,4 +665,4 @@ def test_the_page_on_negatives_shows_configs_that_hold():
     shown = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
     assert len(shown) == 11
     for text in shown:
-        validate(LossConfig, parse_yaml(text, "docs/negatives.md")["loss"], "docs/negatives.md")
+        build_loss(**parse_yaml(text, "docs/negatives.md")["loss"])

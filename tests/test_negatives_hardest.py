@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from tests.kinds import WITH_HARDEST
 from tests.test_losses import CASES, KINDS, assert_equal, block_of
-from trec_twotower.config.run_config import SELECTIVE
 from trec_twotower.model.losses import LOSSES, Hardest, Pairs, Relations
 
-SELECTING = [kind for kind in KINDS if KINDS[kind][0] in SELECTIVE]
+SELECTING = [kind for kind in KINDS if KINDS[kind][0] in WITH_HARDEST]
 SIMPLE = ("one positive a row", "corrections", "no negative is left", "no column is a negative", "no rows")
 
 
@@ -38,7 +38,7 @@ def test_kernels_that_add_log_q_later_find_the_same_negatives(kind):
         assert_equal(kind, CASES[name], 0.5, 2e-4, dtype=torch.float32, hardest=Hardest(2, 0.1))
 
 
-@pytest.mark.parametrize("kind", SELECTIVE)
+@pytest.mark.parametrize("kind", WITH_HARDEST)
 def test_more_than_there_are_is_all(kind):
     case = CASES["given, drawn, narrow"]
     user_BD, item_CD = case.vectors()
@@ -50,7 +50,7 @@ def test_more_than_there_are_is_all(kind):
             torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("kind", SELECTIVE)
+@pytest.mark.parametrize("kind", WITH_HARDEST)
 def test_a_negative_that_is_not_among_the_hardest_is_pushed_away_too(kind):
     """Left alone, it would only ever be pulled: by the rows that it is a positive of."""
     rng = np.random.default_rng(0)

@@ -13,11 +13,13 @@ import pytest
 import torch
 
 from tests import test_stream as streaming
+from tests.kinds import build_loss
 from tests.ranks.launch import SAID_BY_TORCHREC
 from tests.ranks.states import whole_state
 from tests.ranks.worlds import MIXED, NUM_ITEMS, event_config, negatives, user_config
-from trec_twotower.config.run_config import LossConfig, RunConfig, as_values, validate
-from trec_twotower.config.yaml_io import to_yaml
+from trec_twotower.config.base import as_values
+from trec_twotower.config.loading import to_yaml
+from trec_twotower.config.run_config import RunConfig
 from trec_twotower.errors import ConfigError, DataError
 from trec_twotower.index import item_neighbors as nearness
 from trec_twotower.index.item_neighbors import neighbours
@@ -27,7 +29,7 @@ from trec_twotower.training import loop as training
 from trec_twotower.training.run_dir import Run
 
 pytestmark = [pytest.mark.filterwarnings(said) for said in SAID_BY_TORCHREC]
-REFRESH = {"every": 3, "ranks": [2, 8], "count": 2}
+REFRESH = {"every": 3, "neighbor_range": [2, 8], "count": 2}
 
 
 @pytest.fixture(autouse=True)
@@ -231,7 +233,7 @@ def test_two_ranks_find_the_same_neighbours_and_resume(small_world, tmp_path, lo
 
 
 def test_a_row_per_user_draws_neighbours_of_its_positives(small_world, tmp_path, lone_rank):
-    loss = {"negatives": {"refresh": {"every": 2, "ranks": [1, 3], "count": 3}, "in_batch": True}}
+    loss = {"negatives": {"refresh": {"every": 2, "neighbor_range": [1, 3], "count": 3}, "in_batch": True}}
     losses, _ = train(user_config(small_world, tmp_path / "run", loss=loss), lone_rank)
     assert len(losses) == 9 and np.isfinite(losses).all()
 
@@ -242,7 +244,7 @@ def test_a_row_per_user_draws_neighbours_of_its_positives(small_world, tmp_path,
 def test_refreshing_without_a_search_or_with_too_few_items_is_refused(small_world, tmp_path, lone_rank):
     with pytest.raises(ConfigError, match=r"refresh needs a search for neighbours: give train\(\) that of the index"):
         training.train(config_of(small_world, tmp_path / "run"), lone_rank)
-    loss = {"negatives": {"refresh": {"every": 2, "ranks": [29, 40], "count": 3}}}
+    loss = {"negatives": {"refresh": {"every": 2, "neighbor_range": [29, 40], "count": 3}}}
     with pytest.raises(ConfigError, match=r"ranks begins with 29, but the catalogue has only 28 items beside each"):
         train(event_config(small_world, tmp_path / "other", loss=loss), lone_rank)
 
@@ -263,10 +265,10 @@ def test_what_rows_refuse_is_counted_on_as_files_come(tmp_path):
     shown = pa.array([["i03", "i04"], None, ["i03"], ["i03", "i03"]] * 3, pa.list_(pa.string()))
     streaming.publish(folder, "items/part-0.parquet", streaming.items(*streaming.ITEMS))
     streaming.publish(folder, "train/a.parquet", streaming.rows(0, 12, shown=shown))
-    loss = {"given": {"column": "shown"}, "known": tmp_path / "known.parquet"}
+    loss = {"impressions": {"column": "shown"}, "known": tmp_path / "known.parquet"}
     pq.write_table(pa.table({"user_id": [3], "item_ids": [["new", "i05"]]}), tmp_path / "known.parquet")
     config = streaming.config_of(folder)
-    config = config.model_copy(update={"loss": validate(LossConfig, loss, "a test")})
+    config = config.model_copy(update={"loss": build_loss(**loss)})
     stream = streaming.stream_by(config)
 
     def come() -> None:

@@ -6,8 +6,11 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from trec_twotower.config.run_config import DataConfig, LossConfig
-from trec_twotower.config.schema import FeatureSpec, Schema, TableSpec
+from tests.kinds import build_loss
+from trec_twotower.config.data import DataConfig
+from trec_twotower.config.features import build_feature
+from trec_twotower.config.model import TableSpec
+from trec_twotower.config.schema import Schema
 from trec_twotower.data.dataset import Dataset
 from trec_twotower.data.feature_dataset import Sources
 from trec_twotower.data.loading.loader import TrainBatches
@@ -16,8 +19,8 @@ ROWS, BATCH, STEPS = 61, 8, 12  # a step of 5 rows ends the epoch of 8 steps; th
 ROW = TableSpec(buckets=1000, dim=4, hashing="modulo")  # a row's user_id is its own bucket
 SCHEMA = Schema.build(
     {"user": ROW},
-    (FeatureSpec(name="user_id", kind="id", table="user"), FeatureSpec(name="words", kind="bag", buckets=9, dim=4)),
-    (FeatureSpec(name="item_id", kind="id", buckets=50, dim=4),),
+    (build_feature(name="user_id", kind="id", table="user"), build_feature(name="words", kind="bag", buckets=9, dim=4)),
+    (build_feature(name="item_id", kind="id", buckets=50, dim=4),),
 )
 
 
@@ -43,7 +46,7 @@ def steps_of(folder, rank: int, num_ranks: int, threads: int) -> list[list[int]]
     sources = Sources(dataset, SCHEMA, "event")
     data = DataConfig(dataset=str(folder), batch_size=BATCH, shuffle_rows=20, threads=threads, seed=3)
     counts = np.ones(len(sources.catalogue), np.int64)
-    batches = TrainBatches(sources, data, LossConfig(), counts, (rank, num_ranks))
+    batches = TrainBatches(sources, data, build_loss(), counts, (rank, num_ranks))
     found = []
     for batch in batches.since(0, STEPS):
         users = batch.sparse["user:user_id"]

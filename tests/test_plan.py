@@ -14,7 +14,8 @@ import pytest
 
 from tests.ranks.launch import SAID_BY_TORCHREC, torchrun
 from tests.ranks.worlds import event_config, tables, user_config
-from trec_twotower.config.run_config import RunConfig, validate
+from trec_twotower.config.base import validate
+from trec_twotower.config.run_config import RunConfig
 from trec_twotower.data.dataset import Dataset
 from trec_twotower.data.feature_dataset import Sources
 from trec_twotower.data.loading.loader import TrainBatches
@@ -178,7 +179,7 @@ def test_the_towers_gradients_are_those_of_all_their_weights(tmp_path):
     """user: 8 wide to 10 to 6; item: 8 and 8 wide to 9 to 6; a temperature. With biases; by hand."""
     config = user_config(tmp_path, tmp_path / "r", loss={"temperature": {"learned": True, "start": 0.2}})
     schema = config.feature_schema
-    sizes = [(*schema.widths("user"), 10), (*schema.widths("item"), 9)]
+    sizes = [(*schema.layout.part_widths("user"), 10), (*schema.layout.part_widths("item"), 9)]
     weights = sum((sum(widths) + 1) * hidden + (hidden + 1) * 6 for *widths, hidden in sizes) + 1
     found = exchange_of_towers(config, StepSize(0, {}, False, 0.0), 4)["(towers)"]
     assert num_dense_weights(config) == weights
@@ -216,9 +217,9 @@ def test_a_step_is_as_large_as_the_plan_says(write_dataset, tmp_path, rows):
                  {"name": "shelf", "kind": "category", "buckets": 99, "dim": 4},
                  {"name": "tags", "kind": "bag", "buckets": 99, "dim": 4}],
         "loss": {
-            "given": {"column": "shown"},
+            "impressions": {"column": "shown"},
             "negatives": {"sampled": 50, "popular": {"count": 20, "power": 0.0},
-                          "same": {"feature": "shelf", "count": 30},
+                          "same_category": {"feature": "shelf", "count": 30},
                           "mined": {"file": tmp_path / "mined.parquet", "count": 1}},
         },
     }, "here")  # fmt: skip
@@ -232,7 +233,7 @@ def test_a_step_is_as_large_as_the_plan_says(write_dataset, tmp_path, rows):
     ]
     candidates = np.mean([sum(batch.item_sizes) for batch in batches])
     assert step.candidates == pytest.approx(candidates, rel=0.02)
-    for name in config.feature_schema.keys():  # noqa: SIM118
+    for name in config.feature_schema.layout.pooled_keys:
         ids = np.mean([batch.sparse[name].values().numel() for batch in batches])
         # With a row per user a batch's histories are the half that chance draws.
         assert step.ids[name] == pytest.approx(ids, rel=0.05), name

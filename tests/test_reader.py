@@ -10,8 +10,12 @@ import pyarrow as pa
 import pytest
 import torch
 
-from trec_twotower.config.run_config import DataConfig, LossConfig, NegativesConfig
-from trec_twotower.config.schema import FeatureSpec, Schema, TableSpec
+from tests.kinds import build_loss
+from trec_twotower.config.data import DataConfig
+from trec_twotower.config.features import build_feature
+from trec_twotower.config.losses import NegativesConfig
+from trec_twotower.config.model import TableSpec
+from trec_twotower.config.schema import Schema
 from trec_twotower.data.dataset import Dataset, RowGroup, Split
 from trec_twotower.data.feature_dataset import Sources
 from trec_twotower.data.loading import order, reader
@@ -21,12 +25,12 @@ from trec_twotower.errors import DataError
 
 ITEM = TableSpec(buckets=64, dim=4)
 USERS = (
-    FeatureSpec(name="history", kind="bag", table="item", max_length=4),
-    FeatureSpec(name="country", kind="category", buckets=9, dim=4),
-    FeatureSpec(name="words", kind="bag", buckets=50, dim=4, weights="shares"),
-    FeatureSpec(name="age", kind="number"),
+    build_feature(name="history", kind="bag", table="item", max_length=4),
+    build_feature(name="country", kind="category", buckets=9, dim=4),
+    build_feature(name="words", kind="bag", buckets=50, dim=4, weights="shares"),
+    build_feature(name="age", kind="number"),
 )
-ITEMS = (FeatureSpec(name="item_id", kind="id", table="item"), FeatureSpec(name="price", kind="number"))
+ITEMS = (build_feature(name="item_id", kind="id", table="item"), build_feature(name="price", kind="number"))
 SCHEMA = Schema.build({"item": ITEM}, USERS, ITEMS)
 NUM_ITEMS = 40
 
@@ -61,7 +65,7 @@ def batches_of(folder, share=(0, 1), **data) -> TrainBatches:
     settings = {"rows": "event", "batch_size": 11, "shuffle_rows": 30} | data
     config = DataConfig(dataset=folder, **settings)
     sources = Sources(Dataset(config.dataset), SCHEMA, config.rows)
-    loss = LossConfig(negatives=NegativesConfig(sampled=5))
+    loss = build_loss(negatives=NegativesConfig(sampled=5))
     return TrainBatches(sources, config, loss, sources.item_counts(), share)
 
 
@@ -286,7 +290,7 @@ def test_an_error_counts_rows_from_the_row_group_on_however_it_was_read(
     )
     sources = Sources(Dataset(folder), SCHEMA, "event", statistics.statistics)
     data = DataConfig(dataset=folder, batch_size=11, threads=2)
-    batches = TrainBatches(sources, data, LossConfig(), sources.item_counts(), (0, 1))
+    batches = TrainBatches(sources, data, build_loss(), sources.item_counts(), (0, 1))
     with pytest.raises(DataError, match=r"part-0\.parquet, row group 1, column 'age': 1 of 16 .* in row 13: "):
         list(batches.since(0, 4))
 

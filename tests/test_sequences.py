@@ -11,12 +11,16 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from tests.kinds import ENCODER_PARAMETERS
 from tests.ranks.launch import SAID_BY_TORCHREC
 from tests.sequences import NUM_ITEMS, RESUMED, TOWERS, USERS, steps_config, write_steps
-from trec_twotower.config.schema import ENCODER_PARAMETERS, FeatureSpec, Schema, TableSpec
+from trec_twotower.config.feature_spec import FeatureSpec
+from trec_twotower.config.features import build_feature
+from trec_twotower.config.model import TableSpec
+from trec_twotower.config.schema import Schema
 from trec_twotower.data.dataset import Dataset
 from trec_twotower.data.feature_dataset import Sources
-from trec_twotower.data.features.transform import Columns, transform
+from trec_twotower.data.features.transform import Columns, hash_column, transform
 from trec_twotower.data.loading.batch import make_batch
 from trec_twotower.errors import ConfigError, DataError
 from trec_twotower.index import build_index
@@ -40,7 +44,7 @@ def world(tmp_path_factory) -> Path:
 
 
 def history(**parts: Any) -> FeatureSpec:
-    return FeatureSpec(**{"name": "history", "kind": "sequence", "table": "item", "max_length": 3, **parts})
+    return build_feature(**{"name": "history", "kind": "sequence", "table": "item", "max_length": 3, **parts})
 
 
 def columns_of(table: pa.Table, feature: FeatureSpec) -> Columns:
@@ -101,7 +105,7 @@ def test_an_instant_is_not_after_itself_in_another_unit(unit, until_unit):
     times = pa.array((at_us * per_us[unit])[:, None].tolist(), pa.list_(pa.timestamp(unit)))
     now = pa.array(at_us * per_us[until_unit], pa.timestamp(until_unit))
     rows = pa.table({"history": pa.array([[1]] * len(at_us), pa.list_(pa.int64())), "when": times, "now": now})
-    bag = FeatureSpec(name="history", kind="bag", table="item", times="when", half_life_days=7.0, until="now")
+    bag = build_feature(name="history", kind="bag", table="item", times="when", half_life_days=7.0, until="now")
     assert (columns_of(rows, bag).sparse["history"].weights == 1.0).all()
 
 
@@ -122,7 +126,7 @@ def test_odd_lists_beside_the_steps_are_refused(columns, parts, said):
 
 def test_hash_gives_the_rows_of_a_sequence_as_of_a_bag():
     array = pa.array([[1, 2, 3, 4], None], pa.list_(pa.int64()))
-    assert history().hash(array, TABLE).to_pylist() == [[2, 3, 4], []]
+    assert hash_column(history(), array, TABLE).to_pylist() == [[2, 3, 4], []]
 
 
 # What cannot be
@@ -131,11 +135,11 @@ def test_hash_gives_the_rows_of_a_sequence_as_of_a_bag():
 @pytest.mark.parametrize(
     ("parts", "said"),
     [
-        ({"history": {"max_length": None}}, "needs max_length"),
+        ({"history": {"max_length": None}}, "history.max_length. is missing"),
         ({"history": {"weights": "when"}}, "is of kind 'sequence', which has no weights"),
-        ({"history": {"attributes": ["tag"]}}, "attribute 'tag', which is none of `item`.*'tags'"),
+        ({"history": {"attributes": ["tag"]}}, "attribute 'tag', which is not under `item`.*'tags'"),
         ({"history": {"attributes": ["shade"]}}, "adds 'shade', whose vectors have 4 numbers, to its own of 8"),
-        ({"history": {"encoder": {"kind": "heads", "heads": 3}}}, "into 3 heads: take a divisor"),
+        ({"history": {"encoder": {"kind": "heads", "heads": 3}}}, "into 3 heads: choose a divisor"),
         ({"history": {"encoder": {"kind": "transformer", "heads": 8, "positions": "rotary"}}}, "8 heads of 1: choose"),
         ({"tables": {"history_delta": {"buckets": 40, "dim": 8}}}, "'history_delta'"),
         ({"tables": {"item": {"buckets": 40, "dim": 8, "sharding": "data_parallel"}}}, "is data_parallel, but a seq"),
@@ -149,12 +153,12 @@ def test_mistakes_are_told_before_anything_is_read(parts, said, world, tmp_path)
 
 def test_only_sequences_have_what_belongs_to_steps():
     with pytest.raises(ValueError, match="'bag', which has no actions, delta"):
-        FeatureSpec(name="history", kind="bag", table="item", actions="what", delta=True)
+        build_feature(name="history", kind="bag", table="item", actions="what", delta=True)
 
 
 def test_a_sequence_of_users_or_of_drawn_halves_is_refused(world, tmp_path):
-    feature = FeatureSpec(name="past", kind="sequence", table="item", max_length=3, column="history")
-    item = FeatureSpec(name="item_id", kind="id", table="item")
+    feature = build_feature(name="past", kind="sequence", table="item", max_length=3, column="history")
+    item = build_feature(name="item_id", kind="id", table="item")
     schema = Schema.build({"item": TABLE}, (feature,), (item,))
     for part in ("train", "items"):
         (tmp_path / part).mkdir()
@@ -164,7 +168,7 @@ def test_a_sequence_of_users_or_of_drawn_halves_is_refused(world, tmp_path):
         Sources(Dataset(tmp_path), schema, "user")
     (tmp_path / "users").mkdir()
     pq.write_table(pa.table({"user_id": [1], "history": [[1]]}), tmp_path / "users/a.parquet")
-    with pytest.raises(ConfigError, match="is a sequence, but its column 'history' stands in"):
+    with pytest.raises(ConfigError, match="is a sequence, but its column 'history' is in"):
         Sources(Dataset(tmp_path), schema, "event")
 
 
@@ -201,10 +205,10 @@ def test_what_enters_the_tower_equals_the_sum_written_out(kind, world, tmp_path,
             vector = weights["item"][bucket] + weights["history_delta"][bucket]
             if item < NUM_ITEMS:
                 tags = [int(item % 5), int(item % 3)] if item % 4 else []
-                tag = item_feature["tags"].hash(pa.array([tags], pa.list_(pa.int64())), schema.tables["tag"])
+                tag = hash_column(item_feature["tags"], pa.array([tags], pa.list_(pa.int64())), schema.tables["tag"])
                 for at in tag.to_pylist()[0]:
                     vector = vector + 2.0 * weights["tag"][at] / len(tags) ** 0.5
-                colour = item_feature["colour"].hash(pa.array([item % 4]), schema.tables["tag"]).to_pylist()[0]
+                colour = hash_column(item_feature["colour"], pa.array([item % 4]), schema.tables["tag"]).to_pylist()[0]
                 vector = vector + weights["tag"][colour]
             gap = plain(columns.sparse["history@gap"])[row][step]
             action = plain(columns.sparse["history@action"])[row][step]

@@ -9,8 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trec_twotower.config.run_config import validate
-from trec_twotower.config.schema import ENCODER_PARAMETERS, EncoderSpec, FeatureSpec
+from tests.kinds import ENCODER_PARAMETERS
+from trec_twotower.config.feature_spec import FeatureSpec
+from trec_twotower.config.features import build_feature
+from trec_twotower.config.model import EncoderSpec, build_encoder
 from trec_twotower.data.loading.batch import Listed
 from trec_twotower.errors import ConfigError
 from trec_twotower.model.sequence_encoders import (
@@ -44,7 +46,7 @@ LENGTHS = [3, 0, LONGEST, 1, 7]
 def encoder(request) -> SequenceEncoder:
     """With weights that are no longer those of the start, where some are zero."""
     torch.manual_seed(1)
-    spec = EncoderSpec(**CASES[request.param])
+    spec = build_encoder(**CASES[request.param])
     made = ENCODERS[spec.kind](spec, DIM, LONGEST)
     with torch.no_grad():
         for weight in made.parameters():
@@ -124,7 +126,7 @@ def test_no_rows_and_no_steps_still_reach_every_weight(encoder):
 def test_heads_equal_the_formula_written_out():
     """softmax over a row's ages of w[h, age], part by part, then h + W h."""
     torch.manual_seed(0)
-    heads = Heads(EncoderSpec(kind="heads", heads=4), DIM, LONGEST)
+    heads = Heads(build_encoder(kind="heads", heads=4), DIM, LONGEST)
     with torch.no_grad():
         heads.log_weight_AH += torch.randn(LONGEST, 4)
         heads.mix.weight += torch.randn(DIM, DIM)
@@ -142,7 +144,7 @@ def test_heads_equal_the_formula_written_out():
 
 def test_heads_start_from_short_to_long_memory_with_nothing_mixed():
     """Rates from `fastest` to `slowest` in equal ratios: the first head is nearly the newest step, the last a mean."""
-    heads = Heads(EncoderSpec(kind="heads", heads=4, fastest=8.0, slowest=0.001), DIM, LONGEST)
+    heads = Heads(build_encoder(kind="heads", heads=4, fastest=8.0, slowest=0.001), DIM, LONGEST)
     assert torch.allclose(-heads.log_weight_AH[1], torch.tensor([8.0, 0.4, 0.02, 0.001]), rtol=1e-5)
     assert torch.allclose(heads.log_weight_AH[5], 5 * heads.log_weight_AH[1])
     step_ND, length_B = steps_of([LONGEST])
@@ -154,7 +156,7 @@ def test_heads_start_from_short_to_long_memory_with_nothing_mixed():
 def test_a_causal_transformer_equals_torchs_own_layer():
     """Without places: pre-norm blocks, the newest step after a last normalisation."""
     torch.manual_seed(0)
-    spec = EncoderSpec(kind="transformer", heads=2)
+    spec = build_encoder(kind="transformer", heads=2)
     encoder = ENCODERS["transformer"](spec, DIM, LONGEST).eval()
     layer = torch.nn.TransformerEncoderLayer(
         DIM, 2, 4 * DIM, 0.0, activation="gelu", batch_first=True, norm_first=True
@@ -185,7 +187,7 @@ def test_a_rotary_transformer_equals_the_block_written_out(is_causal):
     """Each query and key as complex numbers, turned by place times rate; scores, softmax and means one by one."""
     torch.manual_seed(0)
     heads, width = 2, DIM // 2
-    spec = EncoderSpec(kind="transformer", heads=heads, positions="rotary", causal=is_causal)
+    spec = build_encoder(kind="transformer", heads=heads, positions="rotary", causal=is_causal)
     encoder = ENCODERS["transformer"](spec, DIM, LONGEST).eval()
     [block] = encoder.blocks
     for weight in encoder.parameters():
@@ -236,7 +238,7 @@ def test_products_of_turned_vectors_depend_on_distances_alone(rng, width):
 def test_routing_equals_capsules_written_out():
     """Steps choose among interests by softmax, interests are squashed sums, and steps choose again by agreement."""
     torch.manual_seed(0)
-    encoder = Routing(EncoderSpec(kind="routing", interests=3, iterations=2), DIM, LONGEST)
+    encoder = Routing(build_encoder(kind="routing", interests=3, iterations=2), DIM, LONGEST)
     step_ND, length_B = steps_of(LENGTHS)
     for row, part_LD in enumerate(step_ND.split(LENGTHS)):
         seen_LD = part_LD @ encoder.shared.weight.T
@@ -255,7 +257,7 @@ def test_routing_equals_capsules_written_out():
 
 def test_self_attention_equals_the_weighted_means_written_out():
     torch.manual_seed(0)
-    encoder = SelfAttention(EncoderSpec(kind="self_attention", interests=2), DIM, LONGEST)
+    encoder = SelfAttention(build_encoder(kind="self_attention", interests=2), DIM, LONGEST)
     with torch.no_grad():
         encoder.place_AD += torch.randn(LONGEST, DIM)
     step_ND, length_B = steps_of(LENGTHS)
@@ -290,14 +292,14 @@ def test_turned_products_depend_on_distances_alone():
 def test_segments_are_counted_from_the_newest_step():
     """Of seven steps by threes: one, three, three; the outer unit reads three states."""
     torch.manual_seed(0)
-    encoder = ENCODERS["hierarchical"](EncoderSpec(kind="hierarchical", segment=3), DIM, LONGEST)
+    encoder = ENCODERS["hierarchical"](build_encoder(kind="hierarchical", segment=3), DIM, LONGEST)
     step_ND, length_B = steps_of([7])
     states = torch.cat([encoder.within(part, torch.tensor([len(part)])) for part in step_ND.split([1, 3, 3])])
     assert close(encoder(step_ND, length_B), encoder.over(states, torch.tensor([3])))
 
 
 def test_a_convolution_sees_its_past_alone():
-    encoder = ENCODERS["cnn"](EncoderSpec(kind="cnn", layers=1, width=2), DIM, LONGEST)
+    encoder = ENCODERS["cnn"](build_encoder(kind="cnn", layers=1, width=2), DIM, LONGEST)
     step_ND, length_B = steps_of([4])
     [layer] = encoder.layers
     before_ND = torch.cat([torch.zeros(1, DIM), step_ND[:-1]])
@@ -329,9 +331,9 @@ def next_found(spec: EncoderSpec, items: int = 12, rows: int = 200, steps: int =
 
 def test_encoders_that_know_order_solve_a_world_of_the_newest_step():
     """The mean cannot tell which of six steps was the last."""
-    mean = next_found(EncoderSpec(kind="mean"))
+    mean = next_found(build_encoder(kind="mean"))
     found = {
-        kind: next_found(EncoderSpec(kind=kind)) for kind in ("heads", "gru", "cnn", "transformer", "hierarchical")
+        kind: next_found(build_encoder(kind=kind)) for kind in ("heads", "gru", "cnn", "transformer", "hierarchical")
     }
     assert all(each > mean + 0.4 for each in found.values()), (found, mean)
 
@@ -377,7 +379,7 @@ def test_attention_to_what_stands_beside_a_step_solves_a_world_of_marked_steps(b
 
     def found(kind: str, **marks: str) -> float:
         spec = {"name": "h", "kind": "sequence", "table": "t", "max_length": steps, "encoder": {"kind": kind}}
-        return told_apart(FeatureSpec(**spec, **marks), marked, target, items)
+        return told_apart(build_feature(**spec, **marks), marked, target, items)
 
     told, untold, mean = found("attention", **{beside: "marks"}), found("attention"), found("mean", **{beside: "marks"})
     assert max(untold, mean) < 0.35 and told > 0.9, (told, untold, mean)
@@ -386,8 +388,8 @@ def test_attention_to_what_stands_beside_a_step_solves_a_world_of_marked_steps(b
 @pytest.mark.parametrize(
     ("values", "said"),
     [
-        ({"kind": "mean", "heads": 2}, "encoder.heads is set, but encoder.kind mean has no heads"),
-        ({"kind": "gru", "segment": 2}, "it belongs to hierarchical"),
+        ({"kind": "mean", "heads": 2}, "is of kind .mean., which has no heads: remove it"),
+        ({"kind": "gru", "segment": 2}, "is of kind .gru., which has no segment: remove it"),
         ({"kind": "grn"}, "kind"),
         ({"kind": "routing", "interests": 1}, "'interests' is 1: input should be greater than or equal to 2"),
         ({"kind": "gru", "layer": 2}, "nearest: 'layers'"),
@@ -395,4 +397,4 @@ def test_attention_to_what_stands_beside_a_step_solves_a_world_of_marked_steps(b
 )
 def test_what_an_encoder_does_not_know_is_refused(values, said):
     with pytest.raises(ConfigError, match=said):
-        validate(EncoderSpec, values, "the test")
+        build_encoder(**values)

@@ -51,7 +51,7 @@ def test_what_a_user_took_is_not_shown_where_the_catalogue_lacks_some_of_it(
     retriever, shop, shop_tables, write_dataset, tmp_path
 ):
     """The history of a user of test/, and of one who is given as a state, holds an item that was withdrawn."""
-    from trec_twotower.config.run_config import load_config
+    from trec_twotower.config.loading import load_config
     from trec_twotower.data.dataset import Dataset
     from trec_twotower.data.loading.loader import Sources
     from trec_twotower.serving.retriever import Retriever
@@ -72,7 +72,7 @@ def test_what_a_user_took_is_not_shown_where_the_catalogue_lacks_some_of_it(
 
 def test_rules_look_on_until_they_have_found_as_many_as_were_asked_for():
     """The best 300 of 400 items are of one group, of which one item is shown; the others are in none."""
-    from trec_twotower.config.run_config import IndexConfig
+    from trec_twotower.config.evaluation import IndexConfig
     from trec_twotower.index import build_index
     from trec_twotower.ops.ragged import Lists
     from trec_twotower.serving.business_rules import Rules
@@ -253,7 +253,7 @@ def test_a_retriever_whose_ranks_have_ended_says_so(shop):
 
 def test_the_newest_row_of_a_user_counts(shop, shop_tables, write_dataset, tmp_path):
     """test/ before valid/ before train/, and there the last row."""
-    from trec_twotower.config.run_config import load_config
+    from trec_twotower.config.loading import load_config
     from trec_twotower.data.dataset import Dataset
     from trec_twotower.data.loading.loader import Sources
     from trec_twotower.serving.user_state import find_user
@@ -301,7 +301,7 @@ def nobody(shop_tables: dict[str, pa.Table]) -> pa.Table:
 
 
 def test_a_split_without_a_column_of_the_towers_is_named(shop, shop_tables, write_dataset, tmp_path):
-    from trec_twotower.config.run_config import load_config
+    from trec_twotower.config.loading import load_config
     from trec_twotower.data.dataset import Dataset
     from trec_twotower.data.loading.loader import Sources
     from trec_twotower.serving.user_state import find_user

@@ -297,10 +297,10 @@ def test_pins_serve_what_the_project_declares():
     pins = {name: setup_env.pins([path]) for name, path in files.items()}
 
     def names(requirements: list[str]) -> set[str]:
-        return {re.split(r"[<>=]", line)[0].lower() for line in requirements}
+        return {doctor.normalized(re.split(r"[<>=]", line)[0]) for line in requirements}
 
     extras = PROJECT["project"]["optional-dependencies"]
-    assert names(PROJECT["project"]["dependencies"]) == set(pins["base"]) - {"setuptools"} == set(doctor.OTHERS)
+    assert names(PROJECT["project"]["dependencies"]) == set(pins["base"]) - {"setuptools"} == names(list(doctor.OTHERS))
     assert {f"{n}=={v}" for n, v in pins["cpu"].items()} == set(extras["cpu"])
     assert {f"{n}=={v}" for n, v in {**pins["gpu"], **pins["torchrec"]}.items()} == set(extras["gpu"])
     assert set(pins["test"]) == names(extras["test"])

@@ -15,10 +15,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import xxhash
-import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from trec_twotower.config.loading import read_yaml
 from trec_twotower.data.sources import SOURCES, gowalla, id_lines, prepare
 from trec_twotower.data.sources.id_lines import check_published, read_id_lines
 from trec_twotower.data.sources.options import read_options
@@ -67,7 +67,7 @@ def default(tmp_path_factory) -> tuple[Path, dict]:
 
 
 def test_dataset_yaml_says_what_lies_in_the_folder(small):
-    manifest = yaml.safe_load((small / "dataset.yaml").read_text())
+    manifest = read_yaml(small / "dataset.yaml")
     assert list(manifest)[:5] == ["sha256", "format", "source", "options", "counts"]
     assert manifest["format"] == 1
     assert manifest["options"]["seed"] == 0
@@ -88,7 +88,7 @@ def test_dataset_yaml_says_what_lies_in_the_folder(small):
 
 def test_prepare_returns_what_it_wrote(default):
     out, manifest = default
-    assert manifest == yaml.safe_load((out / "dataset.yaml").read_text())
+    assert manifest == read_yaml(out / "dataset.yaml")
 
 
 def test_parts_and_row_groups_are_cut_at_their_limits(tmp_path):
@@ -340,7 +340,7 @@ def test_synthetic_history_is_what_came_before(small):
             latest[row["user_id"]] = row["timestamp"]
     for items in taken.values():
         assert len(items) == len(set(items)) >= 3
-    counts = yaml.safe_load((small / "dataset.yaml").read_text())["counts"]
+    counts = read_yaml(small / "dataset.yaml")["counts"]
     assert counts["interactions"] == sum(map(len, taken.values()))
     assert counts["users"] == len(taken) == SMALL["users"]
 
@@ -404,10 +404,7 @@ def test_features_tell_of_the_interests(default):
 
 
 def test_the_same_seed_gives_the_same_bytes_in_pieces_of_any_size(tmp_path, small):
-    assert (
-        prepare("synthetic", tmp_path / "again", SMALL)["files"]
-        == yaml.safe_load((small / "dataset.yaml").read_text())["files"]
-    )
+    assert prepare("synthetic", tmp_path / "again", SMALL)["files"] == read_yaml(small / "dataset.yaml")["files"]
     for rows_per_piece in (1, 997):
         users = 100 if rows_per_piece == 1 else SMALL["users"]
         options = SMALL | {"users": users}
@@ -521,7 +518,7 @@ def test_events_per_user_has_the_stated_mean():
 
 def test_best_reachable_is_what_ranking_everything_by_the_law_gives(small):
     """From the files and the dense matrix of probabilities; popularity likewise."""
-    manifest = yaml.safe_load((small / "dataset.yaml").read_text())
+    manifest = read_yaml(small / "dataset.yaml")
     world = World(Options(**SMALL))
     item_of = {item_id: item for item, item_id in enumerate(world.item_id.tolist())}
     test = {row["user_id"]: row for row in rows(small, "test")}

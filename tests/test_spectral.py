@@ -13,7 +13,9 @@ import torch
 
 from tests.ranks.launch import SAID_BY_TORCHREC
 from tests.ranks.worlds import EVENTS, ITEM_IDS, USERS
-from trec_twotower.config.run_config import RunConfig, SpectralStart, as_values, validate
+from trec_twotower.config.base import as_values, validate
+from trec_twotower.config.run_config import RunConfig
+from trec_twotower.config.training import SpectralConfig
 from trec_twotower.errors import ConfigError, DataError
 from trec_twotower.training.loop import towers, train
 from trec_twotower.training.spectral_initialization import Taken, spectral_tables, spread
@@ -26,7 +28,7 @@ def taken_of(matrix_UI: np.ndarray) -> Taken:
     return Taken(users, items, *matrix_UI.shape)
 
 
-def by_whole_decomposition(matrix_UI: np.ndarray, dim: int, start: SpectralStart) -> np.ndarray:
+def by_whole_decomposition(matrix_UI: np.ndarray, dim: int, start: SpectralConfig) -> np.ndarray:
     """A B^T in float64 by numpy's SVD of the dense matrix."""
     n_U, d_I = matrix_UI.sum(1), matrix_UI.sum(0)
     normal = np.maximum(n_U, 1)[:, None] ** -start.user_power * matrix_UI * np.maximum(d_I, 1) ** -start.item_power
@@ -48,7 +50,7 @@ def test_it_is_what_a_whole_decomposition_gives(powers, rng, lone_rank):
     matrix = (rng.random((70, 40)) < np.linspace(0.02, 0.5, 40)).astype(float)
     matrix[:, 3] = 0  # an item that nobody took
     matrix[5] = 0  # a user who took nothing
-    start = SpectralStart(history="history", **powers)
+    start = SpectralConfig(history="history", **powers)
     history, item = spectral_tables(taken_of(matrix), 9, start, 0, lone_rank)
     expected = by_whole_decomposition(matrix, 9, start)
     assert np.abs((history @ item.T).numpy() - expected).max() < 2e-4 * np.abs(expected).max()
@@ -68,7 +70,7 @@ def test_the_spread_is_that_of_all_scores_at_once(pooling, rng, lone_rank, monke
 
 def test_users_in_blocks_are_users_at_once(rng, lone_rank, monkeypatch):
     taken = taken_of((rng.random((50, 30)) < 0.2).astype(float))
-    start = SpectralStart(history="history")
+    start = SpectralConfig(history="history")
     whole = spectral_tables(taken, 6, start, 0, lone_rank)
     monkeypatch.setattr("trec_twotower.training.spectral_initialization.BLOCK_ROWS", 7)
     parts = spectral_tables(taken, 6, start, 0, lone_rank)
@@ -109,7 +111,7 @@ def config(dataset: Path, run_dir: Path, **changed: Any) -> RunConfig:
         "user": [{"name": "history", "kind": "bag", "table": "history", "pooling": "sum"}],
         "item": [{"name": "item_id", "kind": "id", "table": "item"}],
         "model": {"dim": 4, "similarity": "dot", "user_tower": {"project": False}, "item_tower": {"project": False}},
-        "train": {"epochs": 0, "start": {"history": "history"}},
+        "train": {"epochs": 0, "spectral": {"history": "history"}},
         "evaluate": {"k": [2], "best": "recall@2"},
     }
     return validate(RunConfig, {**values, **changed}, "here")
@@ -124,13 +126,13 @@ def test_without_an_epoch_it_is_a_recommender_and_training_goes_on_from_it(write
     wanted = config(clusters(write_dataset, tmp_path / "data"), tmp_path / "run")
     train(wanted, lone_rank)
     *_, last = capsys.readouterr().out.splitlines()
-    assert last == f"the weights are the closed form of train.start; train.epochs is 0: {tmp_path / 'run'}"
+    assert last == f"the weights are the closed form of train.spectral; train.epochs is 0: {tmp_path / 'run'}"
     loaded = load_model(Run.open(tmp_path / "run"), lone_rank)
     model, sources = loaded.model, loaded.sources
     evaluator = Evaluator.of(sources, "test", wanted.evaluate, lone_rank)
     assert evaluator(model)["recall@2"] == 1.0  # two of two, out of seventeen that were not seen
     item_ID = encode_everywhere(model, "item", sources.catalogue.columns, lone_rank)
-    _, item = spectral_tables(Taken.read(sources, lone_rank), 4, wanted.train.start, 0, lone_rank)
+    _, item = spectral_tables(Taken.read(sources, lone_rank), 4, wanted.train.spectral, 0, lone_rank)
     assert torch.allclose(item_ID, item)
 
     seen = []
@@ -142,19 +144,19 @@ def test_without_an_epoch_it_is_a_recommender_and_training_goes_on_from_it(write
 
         return of
 
-    more = config(tmp_path / "data", tmp_path / "run", train={"epochs": 2, "start": {"history": "history"}})
+    more = config(tmp_path / "data", tmp_path / "run", train={"epochs": 2, "spectral": {"history": "history"}})
     train(more, lone_rank, measure)
     out = capsys.readouterr().out
     assert "resumed at step 0 of 10" in out and "trained 10 steps" in out
     assert len(seen) == 2
-    other = config(tmp_path / "data", tmp_path / "run", train={"start": {"history": "history", "item_power": 1.0}})
-    with pytest.raises(ConfigError, match=r"train\.start\.item_power was 0\.4, now 1\.0"):
+    other = config(tmp_path / "data", tmp_path / "run", train={"spectral": {"history": "history", "item_power": 1.0}})
+    with pytest.raises(ConfigError, match=r"train\.spectral\.item_power was 0\.4, now 1\.0"):
         train(other, lone_rank)
 
 
 def beside(dataset: Path, run_dir: Path, **changed: Any) -> RunConfig:
     """The closed form, at the end, beside four columns that are trained under cosine."""
-    tower = {"project": False, "unit": ["own"]}
+    tower = {"project": False, "unit_length": ["own"]}
     values: dict[str, Any] = {
         "tables": {name: {"buckets": 128, "dim": 4, "hashing": "modulo"} for name in ("history", "item", "a", "b")},
         "user": [
@@ -166,7 +168,7 @@ def beside(dataset: Path, run_dir: Path, **changed: Any) -> RunConfig:
             {"name": "item_id", "kind": "id", "table": "item"},
         ],
         "model": {"dim": 8, "similarity": "dot", "user_tower": tower, "item_tower": tower},
-        "train": {"epochs": 3, "start": {"history": "history", "at": "end", "spread": 0.25}},
+        "train": {"epochs": 3, "spectral": {"history": "history", "when": "after_training", "score_std": 0.25}},
     }
     return config(dataset, run_dir, **{**values, **changed})
 
@@ -200,7 +202,7 @@ def test_at_the_end_it_stands_beside_what_was_trained(write_dataset, tmp_path, l
     taken = Taken.read(sources, lone_rank)
     matrix = np.zeros((taken.num_users, taken.num_items))
     matrix[taken.user_P, taken.item_P] = 1
-    start = wanted.train.start
+    start = wanted.train.spectral
     assert start is not None
     closed = by_whole_decomposition(matrix, 4, start)  # of an item in the history and one that is scored
     score = matrix / np.sqrt(3) @ closed
@@ -224,17 +226,17 @@ def test_at_the_end_it_stands_beside_what_was_trained(write_dataset, tmp_path, l
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"history": "clicks"}, "train.start.history is 'clicks', but the user features .* are: history, own"),
+        ({"history": "clicks"}, "train.spectral.history is 'clicks', but the user features .* are: history, own"),
         (
             {"history": "history", "item": "brand"},
-            "train.start.item is 'brand', but the item features .* are: own, item_id",
+            "train.spectral.item is 'brand', but the item features .* are: own, item_id",
         ),
     ],
 )
 def test_names_of_no_feature_are_said_before_anything_is_trained(wrong, message, write_dataset, tmp_path, lone_rank):
     from trec_twotower.training.sharding_plan import describe_plan
 
-    start = {"epochs": 1, "start": {**wrong, "at": "end"}}
+    start = {"epochs": 1, "spectral": {**wrong, "when": "after_training"}}
     named = beside(clusters(write_dataset, tmp_path / "data"), tmp_path / "run", train=start)
     with pytest.raises(ConfigError, match=message):
         train(named, lone_rank)
@@ -258,26 +260,37 @@ def test_its_plan_has_all_tables_but_steps_of_what_is_trained(write_dataset, tmp
         ({"similarity": "cosine"}, "model.similarity is cosine: set similarity: dot"),
         ({"user_tower": {"mlp": [8], "project": False}}, "model.user_tower has mlp"),
         ({"item_tower": {}}, "model.item_tower has project"),
-        ({"user_tower": {"project": False, "unit": ["history", "own"]}}, "names 'history' under drop, missing or unit"),
+        (
+            {"user_tower": {"project": False, "unit_length": ["history", "own"]}},
+            "names 'history' under feature_dropout, missing_vectors or unit_length",
+        ),
     ],
 )
 def test_what_would_come_between_the_two_parts_is_said(model, message, tmp_path):
-    tower = {"project": False, "unit": ["own"]}
+    tower = {"project": False, "unit_length": ["own"]}
     shown = {"dim": 8, "similarity": "dot", "user_tower": tower, "item_tower": tower, **model}
-    with pytest.raises(ConfigError, match=f"train.start.at is end, .*{message}"):
+    with pytest.raises(ConfigError, match=f"train.spectral.when is after_training, .*{message}"):
         beside(tmp_path / "data", tmp_path / "run", model=shown)
 
 
 def test_a_closed_form_alone_has_nothing_to_stand_beside(tmp_path):
     with pytest.raises(ConfigError, match="there is no other user feature to train"):
-        config(tmp_path / "data", tmp_path / "run", train={"start": {"history": "history", "at": "end"}})
+        config(
+            tmp_path / "data", tmp_path / "run", train={"spectral": {"history": "history", "when": "after_training"}}
+        )
 
 
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"start": {"history": "clicks"}}, "train.start.history is 'clicks', but the user features .* are: history"),
-        ({"start": {"history": "history", "item": "brand"}}, "train.start.item is 'brand', but the item features"),
+        (
+            {"spectral": {"history": "clicks"}},
+            "train.spectral.history is 'clicks', but the user features .* are: history",
+        ),
+        (
+            {"spectral": {"history": "history", "item": "brand"}},
+            "train.spectral.item is 'brand', but the item features",
+        ),
         ({"dims": (4, 8)}, "needs tables of one dim, but 'history' has 4 and 'item' 8"),
         ({"shared": True}, "both look up table 'item': give each a table"),
     ],
@@ -287,7 +300,7 @@ def test_what_cannot_hold_it_is_said_before_the_first_step(changed, message, wri
     dims = dict(zip(names, changed.get("dims", (4, 4)), strict=False))
     bag = {"name": "history", "kind": "bag", "table": names[0], "pooling": "sum"}
     tables = {name: {"buckets": 128, "dim": dim, "hashing": "modulo"} for name, dim in dims.items()}
-    start = {"epochs": 0, "start": changed.get("start", {"history": "history"})}
+    start = {"epochs": 0, "spectral": changed.get("spectral", {"history": "history"})}
     item_tower = {"project": len(set(dims.values())) > 1}
     model = {"dim": 4, "similarity": "dot", "user_tower": {"project": False}, "item_tower": item_tower}
     folder = clusters(write_dataset, tmp_path / "data")
@@ -298,4 +311,4 @@ def test_what_cannot_hold_it_is_said_before_the_first_step(changed, message, wri
 
 def test_a_rank_that_the_data_have_not_is_said(lone_rank):
     with pytest.raises(DataError, match="dim 9, but a matrix of 5 users and 30 items has no such rank"):
-        spectral_tables(taken_of(np.ones((5, 30))), 9, SpectralStart(history="history"), 0, lone_rank)
+        spectral_tables(taken_of(np.ones((5, 30))), 9, SpectralConfig(history="history"), 0, lone_rank)

@@ -15,7 +15,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from trec_twotower.config.run_config import RunConfig, validate
+from trec_twotower.config.base import validate
+from trec_twotower.config.run_config import RunConfig
 from trec_twotower.data.dataset import RowGroup
 from trec_twotower.data.loading import streaming
 from trec_twotower.data.loading.order import Interleaving, windows_of
@@ -78,7 +79,7 @@ def config_of(folder: Path, **data: Any) -> RunConfig:
         "tables": {"row": {"buckets": 1 << 12, "dim": 4, "hashing": "modulo"}, "item": {"buckets": 64, "dim": 4}},
         "user": [
             {"name": "row", "kind": "id", "table": "row"},
-            {"name": "age", "kind": "number", "normalise": "zscore"},
+            {"name": "age", "kind": "number", "normalize": "zscore"},
         ],
         "item": [{"name": "item_id", "kind": "id", "table": "item"}, {"name": "price", "kind": "number"}],
         "model": {"dim": 4},
@@ -430,7 +431,7 @@ def test_users_that_come_are_known_from_the_next_generation_on(folder):
     publish(folder, "users/part-0.parquet", pa.table({"user_id": [0, 1, 2, 3, 4], "height": [1.5, 2, 1, 1, 1]}))
     config = config_of(folder)
     config = config.model_copy(
-        update={"user": (*config.user, config.user[1].model_copy(update={"name": "height", "normalise": "none"}))}
+        update={"user": (*config.user, config.user[1].model_copy(update={"name": "height", "normalize": "none"}))}
     )
 
     def come() -> None:
@@ -571,5 +572,5 @@ def test_a_lost_or_broken_list_of_files_is_an_error(folder):
 def test_a_schedule_that_needs_the_last_step_is_refused(folder):
     values = config_of(folder).model_dump(mode="json")
     values["train"]["optimizer"]["schedule"] = "linear"
-    with pytest.raises(ConfigError, match=r"train\.optimizer\.schedule is 'linear', which needs to know the last step"):
+    with pytest.raises(ConfigError, match=r"train\.optimizer\.schedule is 'linear', which depends on the last step"):
         validate(RunConfig, values, "a test's config")

@@ -14,8 +14,9 @@ import pytest
 
 from tests.ranks.launch import SAID_BY_TORCHREC
 from tests.test_stream import GROWN, config_of, expected, folder, items, publish, rows  # noqa: F401 - a fixture
-from trec_twotower.config.run_config import RunConfig, as_values
-from trec_twotower.config.yaml_io import to_yaml
+from trec_twotower.config.base import as_values
+from trec_twotower.config.loading import to_yaml
+from trec_twotower.config.run_config import RunConfig
 from trec_twotower.data.loading import streaming
 from trec_twotower.errors import DataError
 from trec_twotower.training.loop import Progress, train

@@ -10,7 +10,9 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from trec_twotower.config.schema import FeatureSpec, TableSpec
+from trec_twotower.config.feature_spec import FeatureSpec
+from trec_twotower.config.features import build_feature
+from trec_twotower.config.model import TableSpec
 from trec_twotower.data.features.transform import transform
 from trec_twotower.errors import DataError
 
@@ -38,11 +40,11 @@ FORMS = {
 
 
 def bag(**parts) -> FeatureSpec:
-    return FeatureSpec(name="history", kind="bag", table="item", times="when", half_life_days=2.0, **parts)
+    return build_feature(name="history", kind="bag", table="item", times="when", half_life_days=2.0, **parts)
 
 
 def steps(**parts) -> FeatureSpec:
-    return FeatureSpec(name="history", kind="sequence", table="item", times="when", max_length=9, **parts)
+    return build_feature(name="history", kind="sequence", table="item", times="when", max_length=9, **parts)
 
 
 def transformed(feature: FeatureSpec, times: pa.Array, **columns: pa.Array):
@@ -99,7 +101,7 @@ def test_lists_that_hold_no_times_are_refused(times):
 @pytest.mark.parametrize("kind", ["bag", "sequence"])
 def test_a_unit_without_times_is_refused(kind):
     with pytest.raises(ValueError, match="has unit: ms, but no `times`"):
-        FeatureSpec(name="history", kind=kind, table="item", unit="ms", max_length=9)
+        build_feature(name="history", kind=kind, table="item", unit="ms", max_length=9)
 
 
 def test_a_date_of_a_list_is_its_midnight():

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trec_twotower.config.run_config import ExpertsConfig, GatingConfig, TowerConfig, TrainConfig
+from trec_twotower.config.model import ExpertsConfig, GatingConfig, TowerConfig
+from trec_twotower.config.training import TrainConfig
 from trec_twotower.distributed.ranks import Ranks
 from trec_twotower.model.tower import Tower, encoder_name
 from trec_twotower.model.tower_layers import Crosses, Experts, FeatureDropout, FeatureGates, Missing, ShortLong, Unit
@@ -128,7 +129,7 @@ def test_short_and_long_meet_by_a_gate(feature_BE):
 
 @pytest.mark.parametrize("top", [None, 1, 2])
 def test_experts_equal_the_weighted_mean_written_out(top, feature_BE):
-    part = Experts(7, ExpertsConfig(count=4, width=6, top=top))
+    part = Experts(7, ExpertsConfig(count=4, width=6, top_k=top))
     assert part.figures(ALONE) == {}
     used = torch.zeros(4)
     for row, logit_K in enumerate(part.router(feature_BE)):
@@ -141,7 +142,7 @@ def test_experts_equal_the_weighted_mean_written_out(top, feature_BE):
 
 
 def test_the_penalty_of_experts_is_least_where_they_are_used_alike():
-    part = Experts(2, ExpertsConfig(count=2, width=3, top=1, balance=1.0))
+    part = Experts(2, ExpertsConfig(count=2, width=3, top_k=1, balance=1.0))
     part.weight_BK = torch.tensor([[0.9, 0.1], [0.1, 0.9]])
     assert float(part.penalty(ALONE)) == pytest.approx(1.0)
     part.weight_BK = torch.tensor([[0.9, 0.1], [0.7, 0.3]])
@@ -149,7 +150,7 @@ def test_the_penalty_of_experts_is_least_where_they_are_used_alike():
 
 
 def test_a_tower_names_its_parts_figures(feature_BE):
-    config = TowerConfig(short=("b",), experts=ExpertsConfig(count=2, width=3), mlp=(4,))
+    config = TowerConfig(short_term=("b",), experts=ExpertsConfig(count=2, width=3), mlp=(4,))
     tower = Tower(WIDTHS, 5, config, is_unit=True, place={"b": 1}.__getitem__)
     assert tower(feature_BE).shape == (5, 5)
     assert set(tower.figures(ALONE)) == {"gate", "expert_0", "expert_1"}
@@ -210,7 +211,7 @@ def test_the_gate_solves_a_switch_of_regimes():
     features = torch.cat([F.one_hot(short, 6), F.one_hot(long, 6), 4 * F.one_hot(in_session, 2)], dim=1).float()
     target = torch.where(in_session == 1, short, long)
     plain = found(TowerConfig(), features, target, (6, 6, 2))
-    gated = found(TowerConfig(short=("0",)), features, target, (6, 6, 2))
+    gated = found(TowerConfig(short_term=("0",)), features, target, (6, 6, 2))
     assert gated > 0.95 and gated > plain + 0.2, (gated, plain)
 
 
@@ -235,7 +236,7 @@ def test_experts_solve_a_world_of_kinds_of_users(top):
     features = torch.cat([F.one_hot(kind, 4), F.one_hot(sign, 5)], dim=1).float()
     target = meaning[kind, sign]
     plain = found(TowerConfig(), features, target, (4, 5))
-    shared = found(TowerConfig(experts=ExpertsConfig(count=4, width=8, top=top)), features, target, (4, 5))
+    shared = found(TowerConfig(experts=ExpertsConfig(count=4, width=8, top_k=top)), features, target, (4, 5))
     assert shared > 0.9 and shared > plain + 0.2, (shared, plain)
 
 
@@ -273,6 +274,6 @@ def cold_and_warm(config: TowerConfig, id_scale: float) -> tuple[float, float]:
 def test_cold_items_are_found_by_what_is_said_of_them():
     """Ids from zero and dropped half of the time, against random ids that are always there; warm items lose nothing."""
     plain, plain_warm = cold_and_warm(TowerConfig(), 8**-0.5)
-    dropped, warm = cold_and_warm(TowerConfig(drop={"0": 0.5}, missing=("0",)), 0.0)
+    dropped, warm = cold_and_warm(TowerConfig(feature_dropout={"0": 0.5}, missing_vectors=("0",)), 0.0)
     assert dropped > plain + 0.1 and dropped > 0.9, (dropped, plain)
     assert warm > plain_warm - 0.03, (warm, plain_warm)

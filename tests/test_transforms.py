@@ -13,10 +13,12 @@ import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trec_twotower.config.schema import FeatureSpec, TableSpec
+from trec_twotower.config.feature_spec import FeatureSpec
+from trec_twotower.config.features import build_feature
+from trec_twotower.config.model import TableSpec
 from trec_twotower.data.dataset import Split
 from trec_twotower.data.features.numeric import learn_statistics as learn_of_values
-from trec_twotower.data.features.numeric import normalise as normalise_values
+from trec_twotower.data.features.numeric import normalize as normalise_values
 from trec_twotower.data.features.numeric import number_values
 from trec_twotower.data.features.transform import (
     Columns,
@@ -69,7 +71,7 @@ def plain_weights(lists: Lists) -> list[list]:
 
 
 def bag_of(**changes) -> FeatureSpec:
-    return FeatureSpec(**{"name": "tags", "kind": "bag", "table": "t"} | changes)
+    return build_feature(**{"name": "tags", "kind": "bag", "table": "t"} | changes)
 
 
 # Every way in which Arrow can hold the same lists
@@ -237,7 +239,7 @@ def test_weights_that_cancel_divide_by_one():
 
 
 def test_single_ids_are_not_divided():
-    feature = FeatureSpec(name="f", kind="id", table="t")
+    feature = build_feature(name="f", kind="id", table="t")
     assert divisors(feature, Lists.singles(np.arange(3))).tolist() == [1, 1, 1]
 
 
@@ -245,10 +247,10 @@ def test_single_ids_are_not_divided():
 
 
 def number(**changes) -> FeatureSpec:
-    return FeatureSpec(**{"name": "price", "kind": "number"} | changes)
+    return build_feature(**{"name": "price", "kind": "number"} | changes)
 
 
-def normalise(feature: FeatureSpec, array: pa.Array, statistics: Statistics, where: str) -> np.ndarray:
+def normalize(feature: FeatureSpec, array: pa.Array, statistics: Statistics, where: str) -> np.ndarray:
     return normalise_values(feature, *number_values(feature, array, where), statistics)
 
 
@@ -268,7 +270,7 @@ def learn_statistics(feature: FeatureSpec, arrays) -> Statistics:
 def test_numbers_are_normalised_and_null_is_zero_beside_its_indicator(kind, values):
     statistics = Statistics(mean=2.0, std=0.5, low=-3.0, high=4.0)
     array = pa.array([9.0, 4.0, None, 1.0, -3.0]).slice(1)
-    found = normalise(number(normalise=kind), array, statistics, "here")
+    found = normalize(number(normalize=kind), array, statistics, "here")
     assert found.dtype == np.float32
     np.testing.assert_allclose(found, np.stack([values, [0, 1, 0, 0]], axis=1), rtol=1e-6)
 
@@ -276,9 +278,9 @@ def test_numbers_are_normalised_and_null_is_zero_beside_its_indicator(kind, valu
 @pytest.mark.parametrize("kind", ["zscore", "minmax"])
 def test_a_number_that_is_the_same_everywhere_is_zero(kind):
     statistics = learn_statistics(number(), [(pa.array([7, 7, None]), "here")])
-    assert normalise(number(normalise=kind), pa.array([7]), statistics, "here").tolist() == [[0, 0]]
+    assert normalize(number(normalize=kind), pa.array([7]), statistics, "here").tolist() == [[0, 0]]
     nothing = learn_statistics(number(), [(pa.array([None, None], pa.int64()), "here")])
-    assert normalise(number(normalise=kind), pa.array([None], pa.int64()), nothing, "here").tolist() == [[0, 1]]
+    assert normalize(number(normalize=kind), pa.array([None], pa.int64()), nothing, "here").tolist() == [[0, 1]]
 
 
 @pytest.mark.parametrize(
@@ -292,7 +294,7 @@ def test_a_number_that_is_the_same_everywhere_is_zero(kind):
     ],
 )
 def test_every_numeric_type_is_a_number(array):
-    assert normalise(number(normalise="none"), array, Statistics(), "here").tolist() == [[1, 0], [0, 1], [0, 0]]
+    assert normalize(number(normalize="none"), array, Statistics(), "here").tolist() == [[1, 0], [0, 1], [0, 0]]
     check_kind(number(), array.type, "here")
 
 
@@ -300,11 +302,11 @@ def test_every_numeric_type_is_a_number(array):
 def test_what_float32_does_not_hold_is_named_or_taken_as_missing(odd):
     array = pa.array([1.0, None, odd, 2.0, odd])
     with pytest.raises(DataError, match=r"here: 2 of 5 numbers are NaN, infinite .* in row 2: .* nan: missing"):
-        normalise(number(), array, Statistics(), "here")
+        normalize(number(), array, Statistics(), "here")
     with pytest.raises(DataError, match=r"here: 2 of 5 numbers"):
         learn_statistics(number(), [(array, "here")])
-    lenient = number(nan="missing", normalise="none")
-    assert normalise(lenient, array, Statistics(), "here").tolist() == [[1, 0], [0, 1], [0, 1], [2, 0], [0, 1]]
+    lenient = number(nan="missing", normalize="none")
+    assert normalize(lenient, array, Statistics(), "here").tolist() == [[1, 0], [0, 1], [0, 1], [2, 0], [0, 1]]
     assert learn_statistics(lenient, [(array, "here")]) == Statistics(1.5, 0.5, 1.0, 2.0)
 
 
@@ -334,7 +336,7 @@ def test_statistics_keep_the_digits_of_large_numbers():
 @pytest.mark.parametrize("array", [pa.array(["1"]), pa.array([[1.0]]), pa.array(["1"]).dictionary_encode()])
 def test_what_is_no_number_is_refused(array):
     with pytest.raises(DataError, match=r"here: is .*, but feature 'price' is a number: cast it"):
-        normalise(number(), array, Statistics(), "here")
+        normalize(number(), array, Statistics(), "here")
 
 
 # Types are looked at before anything is read
@@ -353,7 +355,7 @@ def test_what_is_no_number_is_refused(array):
     ],
 )
 def test_a_column_of_the_wrong_type_is_refused(kind, column, needed):
-    feature = FeatureSpec(name="f", kind=kind, column="c", table=None if kind == "number" else "t")
+    feature = build_feature(name="f", kind=kind, column="c", table=None if kind == "number" else "t")
     message = f"here: column 'c' is {column}, but feature 'f' of kind '{kind}' needs {needed}:"
     with pytest.raises(DataError, match=re.escape(message)):
         check_kind(feature, column, "here")
@@ -369,10 +371,10 @@ def test_weights_of_the_wrong_type_are_refused_before_anything_is_read(tmp_path,
 # A table, whole
 
 FEATURES = [
-    FeatureSpec(name="item_id", kind="id", table="item"),
-    FeatureSpec(name="brand", kind="category", column="maker", table="brand"),
-    FeatureSpec(name="tags", kind="bag", table="item", weights="tag_weights", max_length=2, pooling="mean"),
-    FeatureSpec(name="price", kind="number", normalise="none"),
+    build_feature(name="item_id", kind="id", table="item"),
+    build_feature(name="brand", kind="category", column="maker", table="brand"),
+    build_feature(name="tags", kind="bag", table="item", weights="tag_weights", max_length=2, pooling="mean"),
+    build_feature(name="price", kind="number", normalize="none"),
 ]
 ITEM_TABLES = {"item": MODULO, "brand": TableSpec(buckets=11, dim=2, hashing="modulo")}
 TABLE = pa.table(

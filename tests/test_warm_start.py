@@ -14,8 +14,9 @@ import torch
 
 from tests.ranks.launch import SAID_BY_TORCHREC
 from tests.ranks.states import whole_state
-from trec_twotower.config.run_config import RunConfig, as_values, validate
-from trec_twotower.config.yaml_io import to_yaml
+from trec_twotower.config.base import as_values, validate
+from trec_twotower.config.loading import to_yaml
+from trec_twotower.config.run_config import RunConfig
 from trec_twotower.errors import ConfigError
 from trec_twotower.inference.export import LoadedModel, load_model
 from trec_twotower.model.encode import encode
@@ -71,7 +72,7 @@ ITEM = [
     {"name": "item_id", "kind": "id", "table": "item"},
     {"name": "brand", "kind": "category", "vocabulary": "learned", "buckets": 8, "dim": 4},
     {"name": "tags", "kind": "bag", "buckets": 16, "dim": 4},
-    {"name": "price", "kind": "number", "normalise": "log1p"},
+    {"name": "price", "kind": "number", "normalize": "log1p"},
     {"name": "weight", "kind": "number"},
 ]
 TABLES = {"item": {"buckets": 64, "dim": 4}}
@@ -140,13 +141,13 @@ PARTS: dict[str, dict[str, Any]] = {
     "one layer": {},
     "hidden layer": MLP,
     "averages": MLP,
-    "missing": {"missing": ["tags", "more"], **MLP},
+    "missing": {"missing_vectors": ["tags", "more"], **MLP},
     "gates": {"gating": {"reduction": 2}, **MLP},
     "gates by features": {"gating": {"reduction": 2, "by": ["tags", "price"]}, **MLP},
     "crosses": {"crosses": 2},
-    "short and long": {"short": ["brand", "tags"]},
+    "short and long": {"short_term": ["brand", "tags"]},
     "experts": {"experts": {"count": 3, "width": 5}, **MLP},
-    "experts behind short": {"short": ["tags"], "experts": {"count": 2, "width": 5}},
+    "experts behind short": {"short_term": ["tags"], "experts": {"count": 2, "width": 5}},
     "wide": {"wide": ["item_id"], **MLP},
 }
 

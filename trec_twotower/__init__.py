@@ -6,12 +6,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # the same names for type checkers and editors
+    from trec_twotower.config.feature_spec import FeatureSpec as FeatureSpec
+    from trec_twotower.config.features import build_feature as build_feature
+    from trec_twotower.config.loading import load_config as load_config
+    from trec_twotower.config.model import TableSpec as TableSpec
     from trec_twotower.config.run_config import RunConfig as RunConfig
-    from trec_twotower.config.run_config import load_config as load_config
-    from trec_twotower.config.schema import FeatureSpec as FeatureSpec
     from trec_twotower.config.schema import Schema as Schema
-    from trec_twotower.config.schema import TableSpec as TableSpec
     from trec_twotower.data.dataset import Dataset as Dataset
+    from trec_twotower.data.features.transform import hash_column as hash_column
     from trec_twotower.data.item_table import Catalogue as Catalogue
     from trec_twotower.distributed.ranks import Ranks as Ranks
     from trec_twotower.distributed.ranks import start_ranks as start_ranks
@@ -34,16 +36,18 @@ _MODULE_OF = {
     "DataError": "errors",
     "Dataset": "data.dataset",
     "Encoder": "inference.tower_encoder",
-    "FeatureSpec": "config.schema",
+    "FeatureSpec": "config.feature_spec",
     "ItemIndex": "index",
     "Ranks": "distributed.ranks",
     "Retriever": "serving.retriever",
     "RunConfig": "config.run_config",
     "Schema": "config.schema",
-    "TableSpec": "config.schema",
+    "TableSpec": "config.model",
     "TwoTower": "model.two_tower",
+    "build_feature": "config.features",
+    "hash_column": "data.features.transform",
     "hash_to_bucket": "ops.hashing",
-    "load_config": "config.run_config",
+    "load_config": "config.loading",
     "start_ranks": "distributed.ranks",
     "train": "training.loop",
 }

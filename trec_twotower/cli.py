@@ -138,9 +138,11 @@ def _prepare(options: argparse.Namespace) -> int:
 
 def _config(options: argparse.Namespace) -> Any:
     """The config that a command was given, with its overrides."""
-    from trec_twotower.config.run_config import load_config
+    from trec_twotower.config.loading import load_config
+    from trec_twotower.data.features.external_files import check_files
 
     config = load_config(options.config, options.overrides)
+    check_files(config)
     if config.index.factory is not None:  # better refused now than when a run of days is to be indexed
         from trec_twotower.index import check_factory
 
@@ -216,7 +218,7 @@ def _export_encoder(run: Any, checkpoint: str) -> int:
 
 
 def _index(options: argparse.Namespace) -> int:
-    from trec_twotower.config.run_config import with_index_settings
+    from trec_twotower.config.loading import with_index_settings
     from trec_twotower.index import build_index
     from trec_twotower.inference.export import open_export
     from trec_twotower.storage.artifacts import sole_writer

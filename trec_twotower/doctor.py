@@ -31,7 +31,7 @@ OTHERS = {  # all else that must be there, and which versions of it
     "duckdb": ">=2",
     "universal-pathlib": "",
     "pydantic": ">=2",
-    "pyyaml": "",
+    "ruamel.yaml": "",
     "xxhash": "",
     "filelock": "",
     "numba": "",
@@ -90,12 +90,17 @@ class Imported:
     facts: dict[str, Any] = field(default_factory=dict)
 
 
+def normalized(name: str) -> str:
+    """Return the name under which package indexes know a distribution, such as ruamel-yaml for ruamel.yaml."""
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
 def installed_versions() -> dict[str, str]:
     """Version by normalised name of every distribution this interpreter sees."""
     versions: dict[str, str] = {}
     for dist in importlib.metadata.distributions():
         try:  # what an interrupted pip left behind may lack its metadata
-            versions.setdefault(re.sub(r"[-_.]+", "-", dist.metadata["Name"]).lower(), str(dist.version))
+            versions.setdefault(normalized(dist.metadata["Name"]), str(dist.version))
         except Exception:
             continue
     return versions
@@ -156,7 +161,7 @@ class Installation:
         return next((s for s in SETS if _minor(s[0]) == _minor(self.version("torch"))), SETS[0])
 
     def version(self, package: str) -> str:
-        return self.versions.get(package, "")
+        return self.versions.get(normalized(package), "")
 
     def torch(self) -> Finding:
         version, facts = self.version("torch"), self.imports["torch"].facts

@@ -17,11 +17,11 @@ NUM_USERS, NUM_ITEMS, NUM_EVENTS = 24, 15, 90
 TABLES: dict[str, Any] = {"item": {"buckets": 64, "dim": 4}}
 USER: list[dict[str, Any]] = [
     {"name": "history", "kind": "bag", "table": "item"},
-    {"name": "spent", "kind": "number", "normalise": "quantile", "clip": [0, 80]},
+    {"name": "spent", "kind": "number", "normalize": "quantile", "clip": [0, 80]},
     {"name": "age", "kind": "number", "bins": 4, "dim": 4},
     {"name": "country_and_device", "kind": "cross", "columns": ["country", "device"], "buckets": 50, "dim": 4},
     {"name": "hour", "kind": "time", "column": "timestamp", "part": "hour", "zone": "Europe/Oslo", "dim": 4},
-    {"name": "since", "kind": "time", "column": "last", "part": "age", "until": "timestamp", "normalise": "log1p"},
+    {"name": "since", "kind": "time", "column": "last", "part": "age", "until": "timestamp", "normalize": "log1p"},
     {"name": "country", "kind": "category", "vocabulary": "learned", "buckets": 4, "dim": 4},
     {"name": "recent", "kind": "bag", "column": "history", "times": "history_times", "until": "timestamp",
      "half_life_days": 60, "buckets": 40, "dim": 4, "hashes": 2},
@@ -119,7 +119,8 @@ def write_bazaar(folder: Path) -> Path:
 
 def bazaar_config(folder: Path, run_dir: Path, **changes: Any) -> Any:
     """A run over all kinds of features."""
-    from trec_twotower.config.run_config import RunConfig, validate
+    from trec_twotower.config.base import validate
+    from trec_twotower.config.run_config import RunConfig
 
     values: dict[str, Any] = {
         "data": {"dataset": folder, "batch_size": 16, "shuffle_rows": 60},

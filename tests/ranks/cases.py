@@ -24,8 +24,9 @@ _quiet()
 
 from tests.ranks.states import whole_optimizer_state, whole_state  # noqa: E402
 from tests.ranks.worlds import LOSSES, MIXED, PLANS, event_config, negatives, tables, user_config  # noqa: E402
-from trec_twotower.config.run_config import RunConfig, SpectralStart  # noqa: E402
+from trec_twotower.config.run_config import RunConfig  # noqa: E402
 from trec_twotower.config.schema import Schema  # noqa: E402
+from trec_twotower.config.training import SpectralConfig  # noqa: E402
 from trec_twotower.data.dataset import Dataset  # noqa: E402
 from trec_twotower.data.feature_dataset import Sources  # noqa: E402
 from trec_twotower.data.features.transform import Columns  # noqa: E402
@@ -99,7 +100,7 @@ class Work:
             schema = event_config(self.world, self.out).feature_schema
             sources = Sources(Dataset(self.world / name), Schema(schema.tables, (), schema.item), rows)
             taken = Taken.read(sources, self.ranks)
-            history_ID, item_ID = spectral_tables(taken, 5, SpectralStart(history="history"), 7, self.ranks)
+            history_ID, item_ID = spectral_tables(taken, 5, SpectralConfig(history="history"), 7, self.ranks)
             pairs = self.ranks.collect(list(zip(taken.user_P.tolist(), taken.item_P.tolist(), strict=True)))
             self.results[f"spectral {name}"] = {
                 "spread": spread(taken, history_ID, item_ID, "sqrtn", self.ranks),

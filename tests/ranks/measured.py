@@ -143,7 +143,9 @@ def sent_by(config: RunConfig, ranks: Ranks) -> dict[str, tuple[float, float]]:
         pooled = model.tables(batch.sparse).values()
         sent.phase = "gradients"
         pooled.sum().backward()
-    step = StepSize(40, dict(zip(config.feature_schema.keys(), (120.0, 25.0, 50.0), strict=True)), False, 50.0)
+    step = StepSize(
+        40, dict(zip(config.feature_schema.layout.pooled_keys, (120.0, 25.0, 50.0), strict=True)), False, 50.0
+    )
     expected = exchange(config.feature_schema, placements(sharded.plan), step, ranks.num_ranks)
     measured = ranks.sum(np.array(list(sent.bytes.values()))) / ranks.num_ranks
     return {

@@ -18,10 +18,10 @@ from trec_twotower.cli import _quiet
 
 _quiet()
 
+from tests.kinds import ENCODER_PARAMETERS  # noqa: E402
 from tests.ranks.states import whole_state  # noqa: E402
 from tests.sequences import DRAWN, RESUMED, SGD, TOGETHER, TOWERS, USERS, steps_config  # noqa: E402
 from trec_twotower.config.run_config import RunConfig  # noqa: E402
-from trec_twotower.config.schema import ENCODER_PARAMETERS  # noqa: E402
 from trec_twotower.distributed.ranks import Ranks, start_ranks  # noqa: E402
 from trec_twotower.inference.export import export, load_model  # noqa: E402
 from trec_twotower.model.encode import encode_everywhere  # noqa: E402

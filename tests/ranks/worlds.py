@@ -10,7 +10,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from trec_twotower.config.run_config import RunConfig, validate
+from trec_twotower.config.base import validate
+from trec_twotower.config.run_config import RunConfig
 
 NUM_ITEMS, NUM_EVENTS, NUM_USERS = 29, 45, 23
 PLANS = ("table_wise", "row_wise", "column_wise", "data_parallel", "table_row_wise")
@@ -127,21 +128,21 @@ LOSSES: dict[str, dict[str, Any]] = {
     "ccl": {"kind": "ccl", "temperature": None, "margin": 0.1, "negative_weight": 10.0},
     "bpr": {"kind": "bpr"},
     "margin": {"kind": "margin", "temperature": None, "margin": 0.5},
-    "regularised": {"temperature": LEARNED, "regularise": {"norm": 0.1, "alignment": 0.2, "uniformity": 0.5}},
+    "regularised": {"temperature": LEARNED, "regularization": {"norm": 0.1, "alignment": 0.2, "uniformity": 0.5}},
 }
 
 
 def negatives(world: Path, key: str = "item_id") -> dict[str, Any]:
     """A loss section with all kinds of negatives at once."""
     return {
-        "given": {"column": "shown", "labels": "grade"},
+        "impressions": {"column": "shown", "labels": "grade"},
         "known": world / "item_ids-by-user_id.parquet",
         "negatives": {
             "sampled": 4,
             "power": 0.75,
-            "same": {"feature": "item_id" if key == "user_id" else "brand", "count": 3},
+            "same_category": {"feature": "item_id" if key == "user_id" else "brand", "count": 3},
             "mined": {"file": world / f"negatives-by-{key}.parquet", "key": key, "count": 2, "shared": False},
-            "queue": 70,
+            "cross_batch_memory": 70,
         },
     }
 
@@ -172,7 +173,7 @@ def event_config(world: Path, run_dir: Path, plan: str | Mapping[str, str] = "ta
                 {"name": "item_id", "kind": "id", "table": "item"},
                 {"name": "brand", "kind": "id", "table": "brand"},
                 {"name": "tags", "kind": "bag", "table": "tag", "pooling": "sum"},
-                {"name": "price", "kind": "number", "normalise": "log1p"},
+                {"name": "price", "kind": "number", "normalize": "log1p"},
             ],
         },
         run_dir,

@@ -18,8 +18,9 @@ import pyarrow.parquet as pq
 from tests.soak.jobs import Job, in_child
 from tests.soak.scenarios import Soak, Tally
 from tests.soak.world import config, write_config
-from trec_twotower.config.run_config import RunConfig, as_values, validate
-from trec_twotower.config.yaml_io import to_yaml
+from trec_twotower.config.base import as_values, validate
+from trec_twotower.config.loading import to_yaml
+from trec_twotower.config.run_config import RunConfig
 from trec_twotower.data.parquet_files import footer_digest
 
 FINE = ""  # it is read, and every loss is finite
@@ -326,7 +327,7 @@ def write(world: World, folder: Path) -> None:
 def config_of(world: World, dataset: Path, run_dir: Path) -> RunConfig:
     values = as_values(config(dataset, run_dir))
     number = next(feature for feature in values["user"] if feature["name"] == "number")
-    number |= {"normalise": "zscore", "nan": world.nan}
+    number |= {"normalize": "zscore", "nan": world.nan}
     return validate(RunConfig, values, "a case")
 
 

@@ -10,8 +10,9 @@ import pyarrow as pa
 
 from tests.ranks.worlds import MIXED, tables
 from tests.soak.jobs import ROW_UNIT
-from trec_twotower.config.run_config import RunConfig, as_values, validate
-from trec_twotower.config.yaml_io import to_yaml
+from trec_twotower.config.base import as_values, validate
+from trec_twotower.config.loading import to_yaml
+from trec_twotower.config.run_config import RunConfig
 from trec_twotower.data.sources.writer import DatasetWriter
 
 NUM_ROWS, NUM_ITEMS, EPOCHS, BATCH = 60, 29, 4, 13  # 5 steps an epoch, the last of 8 rows
@@ -49,7 +50,7 @@ def config(world: Path, run_dir: Path, plan: Any = MIXED, **parts: Any) -> RunCo
         "data": {"dataset": str(world), "batch_size": BATCH, "shuffle_rows": 20},
         "tables": {name: wanted[name] for name in ("item", "country", "brand")},
         "user": [
-            {"name": "number", "kind": "number", "normalise": "none"},
+            {"name": "number", "kind": "number", "normalize": "none"},
             {"name": "history", "kind": "bag", "table": "item"},
             {"name": "country", "kind": "category", "table": "country"},
         ],

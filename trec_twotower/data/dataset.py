@@ -15,9 +15,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from trec_twotower.config.run_config import DataConfig
-from trec_twotower.config.schema import HISTORY
-from trec_twotower.config.yaml_io import read_yaml
+from trec_twotower.config.data import DataConfig
+from trec_twotower.config.feature_spec import HISTORY
+from trec_twotower.config.loading import read_yaml
 from trec_twotower.data.arrow_types import holds_null_alone, is_list, is_wider, plain_column, plain_type, widest
 from trec_twotower.data.parquet_files import (
     UNREADABLE,

@@ -10,7 +10,10 @@ from typing import Protocol
 import numpy as np
 import pyarrow as pa
 
-from trec_twotower.config.schema import HISTORY, FeatureSpec, Schema, Side
+from trec_twotower.config.base import Side
+from trec_twotower.config.feature_spec import HISTORY, FeatureSpec, ItemListFeature
+from trec_twotower.config.features import BagFeature, IdFeature, NumericFeature, SequenceFeature, VocabularyFeature
+from trec_twotower.config.schema import Schema
 from trec_twotower.data.arrow_types import is_list
 from trec_twotower.data.dataset import ITEM_ID, POSITIVES, USER_ID, Dataset, Split
 from trec_twotower.data.features.numeric import Statistics, learn_statistics
@@ -69,7 +72,7 @@ class Sources:
         self._check_signs(dataset.train)
 
     def _statistics_of(self, side: Side) -> dict[str, Statistics]:
-        learning = (feature.name for feature in self.schema.features(side) if feature.learns)
+        learning = (feature.name for feature in self.schema.features(side) if feature.learns_from_data)
         return {name: self.statistics[f"{side}:{name}"] for name in learning}
 
     def _placed(self) -> tuple[list[FeatureSpec], list[FeatureSpec]]:
@@ -77,19 +80,19 @@ class Sources:
         train, users = self.dataset.train, self.dataset.users
         context, static = [], []
         for feature in self.schema.user:
-            if self._is_drawn(feature.reads) or train.has(feature.reads):
+            if self._is_drawn(feature.source_column) or train.has(feature.source_column):
                 context.append(feature)
-                if not self._is_drawn(feature.reads):
+                if not self._is_drawn(feature.source_column):
                     check_side([feature], train)
-                elif feature.kind != "bag" or feature.weights or feature.times:
+                elif not isinstance(feature, BagFeature) or feature.side_columns:
                     raise ConfigError(
                         f"user feature {feature.name!r} reads {HISTORY!r}, which is drawn here: make it a bag without "
                         "weights or times."
                     )
-            elif users is not None and users.has(feature.reads) and feature.reads != USER_ID:
-                if feature.kind == "sequence":
+            elif users is not None and users.has(feature.source_column) and feature.source_column != USER_ID:
+                if isinstance(feature, SequenceFeature):
                     raise ConfigError(
-                        f"user feature {feature.name!r} is a sequence, but its column {feature.reads!r} stands in "
+                        f"user feature {feature.name!r} is a sequence, but its column {feature.source_column!r} is in "
                         f"{users.folder}, which does not change from row to row: write it into {train.folder}."
                     )
                 static.append(feature)
@@ -97,8 +100,9 @@ class Sources:
             else:
                 known = [*train.columns, *(users.columns if users is not None else [])]
                 raise ConfigError(
-                    f"user feature {feature.name!r} reads column {feature.reads!r}, which neither {train.folder} nor "
-                    f"users/ has{nearest(feature.reads, known)}: correct the config, or write the column."
+                    f"user feature {feature.name!r} reads column {feature.source_column!r}, which neither "
+                    f"{train.folder} nor users/ has{nearest(feature.source_column, known)}: correct the config, or "
+                    "write the column."
                 )
         return context, static
 
@@ -109,17 +113,19 @@ class Sources:
         """
         history = [HISTORY] if self.dataset.train.has(HISTORY) else []
         found = []
-        for column in dict.fromkeys([*history, *(each.reads for each in self._of_items if each in self.context)]):
-            reading = [each for each in self.context if each.reads == column]
-            named = {name for each in reading for name in (each.weights, each.times, each.actions) if name is not None}
+        of_rows = [each.source_column for each in self._of_items if each in self.context]
+        for column in dict.fromkeys([*history, *of_rows]):
+            reading = [each for each in self.context if each.source_column == column]
+            named = {name for each in reading for role, name in each.side_columns.items() if role != "until"}
             found.append([column, *sorted(named)])
         return found
 
     @property
     def _of_items(self) -> list[FeatureSpec]:
         """The users' lists of items, as far as tables tell."""
-        ids = {each.table_name for each in self.schema.item if each.kind == "id" and each.reads == ITEM_ID}
-        return [each for each in self.schema.user if each.kind in ("bag", "sequence") and each.table_name in ids]
+        ids = [each for each in self.schema.item if isinstance(each, IdFeature) and each.source_column == ITEM_ID]
+        tables = {each.table_name for each in ids}
+        return [each for each in self.schema.user if isinstance(each, ItemListFeature) and each.table_name in tables]
 
     def check_lists_of_items(self) -> None:
         """Raises ConfigError for such a feature of users/, whose list is the same in all of a user's rows."""
@@ -127,10 +133,10 @@ class Sources:
             if feature in self.static:
                 assert self.dataset.users is not None
                 raise ConfigError(
-                    f"data.own_item is not keep, but user feature {feature.name!r} reads lists of items in "
+                    f"data.target_in_history is not keep, but user feature {feature.name!r} reads lists of items in "
                     f"{self.dataset.users.folder}, one list for all of a user's rows, in which the item of each cannot "
-                    f"be looked for: write column {feature.reads!r} into {self.dataset.train.folder}, or set "
-                    "data.own_item: keep."
+                    f"be looked for: write column {feature.source_column!r} into {self.dataset.train.folder}, or set "
+                    "data.target_in_history: keep."
                 )
 
     def _is_drawn(self, column: str) -> bool:
@@ -155,7 +161,7 @@ class Sources:
     def _id_columns(self) -> list[tuple[str, Split, str]]:
         """Return columns of ids, each with the part and the column whose ids they are."""
         items, users = self.dataset.items, self.dataset.users
-        of_items = (ITEM_ID, POSITIVES, HISTORY, *(each.reads for each in self._of_items))
+        of_items = (ITEM_ID, POSITIVES, HISTORY, *(each.source_column for each in self._of_items))
         pairs = [(column, items, ITEM_ID) for column in dict.fromkeys(of_items)]
         return [*pairs, *([(USER_ID, users, USER_ID)] if users is not None and self.static else [])]
 
@@ -199,13 +205,14 @@ class Sources:
         ]
         for side, features, split in places:
             for feature in features:
-                if not feature.learns or split is None:
+                if not feature.learns_from_data or split is None:
                     continue
-                groups = split.tables(feature.all_columns)
-                if feature.vocabulary is not None:
-                    columns = (one_chunk(table[feature.reads]) for _, table in groups)
-                    learned = make_vocabulary(feature, split.columns[feature.reads], columns)
+                groups = split.tables(feature.source_columns)
+                if isinstance(feature, VocabularyFeature):
+                    columns = (one_chunk(table[feature.source_column]) for _, table in groups)
+                    learned = make_vocabulary(feature, split.columns[feature.source_column], columns)
                 else:
+                    assert isinstance(feature, NumericFeature)
                     learned = learn_statistics(
                         feature, (numeric(feature, table, str(group)) for group, table in groups)
                     )
@@ -220,7 +227,7 @@ class Sources:
 
     def user_columns(self) -> list[str]:
         """The columns of a row that user_features reads."""
-        return sorted({USER_ID, *(column for feature in self.context for column in feature.all_columns)})
+        return sorted({USER_ID, *(column for feature in self.context for column in feature.source_columns)})
 
     def user_features(
         self, table: pa.Table, where: str, given: Mapping[str, Lists] | None = None, *, uncut: bool = False
@@ -254,12 +261,12 @@ class Sources:
         ids, users = one_chunk(table[USER_ID]), self.users
         row = -1 if ids.null_count else int(users.rows_of(ids, f"{where}, column {USER_ID!r}")[0])
         told = {name: table[name] for name in self.static_columns() if name in table.column_names}
-        anew = [each for each in self.static if row < 0 or not told.keys().isdisjoint(each.all_columns)]
+        anew = [each for each in self.static if row < 0 or not told.keys().isdisjoint(each.source_columns)]
         if row >= 0:
             columns = columns.beside(users.columns.take(np.array([row])))
         if not anew:
             return columns
-        others = sorted({name for each in anew for name in each.all_columns} - told.keys())
+        others = sorted({name for each in anew for name in each.source_columns} - told.keys())
         kinds = users.split.columns
         if row < 0:
             kept = pa.table({name: pa.nulls(1, kinds[name]) for name in others})
@@ -272,7 +279,7 @@ class Sources:
     def static_columns(self) -> list[str]:
         """The columns of users/ that user_features reads, but for those that it reads of the row itself."""
         of_rows = self.user_columns()
-        return sorted({name for each in self.static for name in each.all_columns if name not in of_rows})
+        return sorted({name for each in self.static for name in each.source_columns if name not in of_rows})
 
     def _of_rows(
         self, table: pa.Table, where: str, given: Mapping[str, Lists] | None, *, uncut: bool = False
@@ -282,7 +289,7 @@ class Sources:
 
     def history_features(self, table: pa.Table, where: str) -> Columns:
         """Return the features that read the column `history` of these rows."""
-        return self._transformed([each for each in self.context if each.reads == HISTORY], table, where)
+        return self._transformed([each for each in self.context if each.source_column == HISTORY], table, where)
 
     def _transformed(
         self,

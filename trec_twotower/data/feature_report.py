@@ -8,7 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from trec_twotower.config.schema import HISTORY, FeatureSpec, Side
+from trec_twotower.config.base import Side
+from trec_twotower.config.feature_spec import HISTORY, FeatureSpec, ItemListFeature, TableFeature
+from trec_twotower.config.features import CategoryFeature, CrossFeature, TextFeature, VocabularyFeature
 from trec_twotower.data.dataset import ITEM_ID, POSITIVES, Split
 from trec_twotower.data.feature_dataset import Sources
 from trec_twotower.data.features.text import text_keys
@@ -59,10 +61,10 @@ class OwnItems:
 
     @property
     def in_words(self) -> str:
-        """What `data.own_item: drop` does with them."""
+        """What `data.target_in_history: drop` does with them."""
         return (
-            f"data.own_item: drop leaves {self.elements:,} elements out of {', '.join(self.columns)}, in {self.rows:,} "
-            "rows of train/ that ask for the same item"
+            f"data.target_in_history: drop leaves {self.elements:,} elements out of {', '.join(self.columns)}, in "
+            f"{self.rows:,} rows of train/ that ask for the same item"
         )
 
 
@@ -98,10 +100,10 @@ def _of(
 ) -> Coverage:
     rows = nulls = values = unknown = strangers = others = 0
     known = np.empty(0, np.int64)
-    is_hashed = feature.kind in ("id", "category", "bag", "sequence", "cross", "text") and not feature.is_tokens
+    is_hashed = isinstance(feature, TableFeature | VocabularyFeature)
     for table, where in _tables(sources, feature, trained):
         array = one_chunk(table[table.column_names[0]])
-        rows, nulls = rows + len(array), nulls + array.null_count * (feature.kind != "cross")
+        rows, nulls = rows + len(array), nulls + array.null_count * (not isinstance(feature, CrossFeature))
         if is_hashed:
             keys = _keys(feature, table, where)
             known = np.union1d(known, keys)
@@ -124,7 +126,7 @@ def _of(
         spec.buckets,
         used,
         collided,
-        unknown / max(values, 1) if feature.vocabulary is not None else None,
+        unknown / max(values, 1) if isinstance(feature, VocabularyFeature) else None,
         strangers / others if others else None,
     )
 
@@ -132,7 +134,7 @@ def _of(
 def _tables(sources: Sources, feature: FeatureSpec, parts: Iterable[Part]) -> Iterator[tuple[pa.Table, str]]:
     """The feature's columns, its own first, row group by row group."""
     for split, mask in parts:
-        columns = list(feature.columns or (feature.reads,))
+        columns = list(feature.value_columns)
         if sources.rows == "user" and columns == [HISTORY] and split.name == "train":
             columns = [POSITIVES]  # of which a part is drawn as history
         if not all(split.has(column) for column in columns):
@@ -146,28 +148,28 @@ def _tables(sources: Sources, feature: FeatureSpec, parts: Iterable[Part]) -> It
 def _keys(feature: FeatureSpec, table: pa.Table, where: str) -> np.ndarray:
     """The 64-bit keys of all values of some rows."""
     arrays = [one_chunk(column) for column in table.columns]
-    match feature.kind:
-        case "bag" | "sequence":
+    match feature:
+        case ItemListFeature():
             return key_lists(arrays[0], where).values
-        case "text":
+        case TextFeature():
             return text_keys(feature, arrays[0]).values
-        case "cross":
+        case CrossFeature():
             return cross_keys((array, where) for array in arrays)
     return id_keys(arrays[0].drop_null(), where)
 
 
 def _num_unknown(sources: Sources, side: Side, feature: FeatureSpec, array: pa.Array, where: str) -> int:
-    if feature.vocabulary is None:
+    if not isinstance(feature, VocabularyFeature):
         return 0
     return int((in_vocabulary(array, sources.statistics[f"{side}:{feature.name}"], where) == UNKNOWN_ROW).sum())
 
 
 def _collisions(feature: FeatureSpec, sources: Sources, keys: np.ndarray) -> tuple[float | None, float | None]:
     """The share of buckets that distinct keys fall into, and that of the keys which are not alone in theirs."""
-    if feature.vocabulary is not None:
+    if isinstance(feature, VocabularyFeature):
         return None, None
     spec = sources.schema.table_of(feature)
-    if feature.kind == "category" and spec.buckets > 1:  # the first row is null's
+    if isinstance(feature, CategoryFeature) and spec.buckets > 1:  # the first row is null's
         spec = spec.model_copy(update={"buckets": spec.buckets - 1})
     rows = np.stack([bucket(each, keys) for _, each in hashings(feature, spec)], axis=1)
     _, place, counts = np.unique(rows, axis=0, return_inverse=True, return_counts=True)
@@ -195,7 +197,7 @@ def describe_coverage(sources: Sources) -> str:
         "valid/ and test/, or of items that no one took in train/, that training never sees.",
     ]
     if (own := own_items(sources)) is not None:
-        mend = "" if not own.rows else ": unless things are taken again and again, set data.own_item: drop"
+        mend = "" if not own.rows else ": unless things are taken again and again, set data.target_in_history: drop"
         share, where = own.rows / max(sources.dataset.train.num_rows, 1), " or ".join(own.columns)
         lines.append(f"{share:.2%} of the rows of train/ have the item that they ask for in their {where}{mend}.")
     return "\n".join(lines)

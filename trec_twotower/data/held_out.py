@@ -8,7 +8,7 @@ from typing import Literal
 import numpy as np
 import pyarrow as pa
 
-from trec_twotower.config.schema import HISTORY
+from trec_twotower.config.feature_spec import HISTORY
 from trec_twotower.data.dataset import ITEM_ID, POSITIVES, SERVING, USER_ID
 from trec_twotower.data.feature_dataset import Sources
 from trec_twotower.data.features.transform import Columns, one_chunk

@@ -15,7 +15,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from trec_twotower.config.schema import FeatureSpec, TableSpec, hash_parts
+from trec_twotower.config.feature_spec import FeatureSpec
+from trec_twotower.config.features import IdFeature, LanguageModelFeature
+from trec_twotower.config.model import TableSpec
+from trec_twotower.config.schema import bucket_names
 from trec_twotower.data.dataset import RowGroup, Split
 from trec_twotower.data.features.transform import (
     Columns,
@@ -167,8 +170,10 @@ class _Hashing:
         self.statistics = statistics
         self.id_kind = split.columns[id_column]
         # The hashed ids serve those features that are the id; hashing text is the costly part.
-        self.reuses_keys = all(feature.kind == "id" for feature in features if id_column in feature.all_columns)
-        reads = {column for feature in features for column in feature.all_columns}
+        self.reuses_keys = all(
+            isinstance(feature, IdFeature) for feature in features if id_column in feature.source_columns
+        )
+        reads = {column for feature in features for column in feature.source_columns}
         self.reads = sorted(reads - ({id_column} if self.reuses_keys else set()))
         self.digested = sorted(reads - {id_column})
         num_cells = sum(1 + max(feature.num_numbers - 2, 0) for feature in features)
@@ -177,9 +182,9 @@ class _Hashing:
     def facts(self) -> dict[str, Any]:
         """All that the arrays depend on."""
         paths = dict.fromkeys(group.path for group in self.split.row_groups)  # in the order of the rows
-        sparse = [feature for feature in self.features if feature.is_sparse]
+        sparse = [feature for feature in self.features if feature.looks_up_table]
         tables = {feature.table_name: self.tables[feature.table_name] for feature in sparse}
-        folders = [Path(feature.folder) for feature in self.features if feature.folder is not None]
+        folders = [Path(each.folder) for each in self.features if isinstance(each, LanguageModelFeature)]
         read = [path for folder in folders for path in sorted(folder.iterdir()) if path.is_file()]
         return {
             "format": FORMAT,
@@ -196,7 +201,7 @@ class _Hashing:
         num_rows = self.split.num_rows
         keys = arrays.reserve("keys", np.int64, num_rows)
         table = KeyTable(keys, arrays.reserve("slots", np.int32, KeyTable.num_slots(num_rows)))
-        has_singles = any(feature.is_sparse and not feature.is_list for feature in self.features)
+        has_singles = any(feature.looks_up_table and not feature.is_ragged for feature in self.features)
         counting = arrays.reserve("counting", np.int64, num_rows + 1) if has_singles else None
         ends: dict[str, int] = {}
         doubles = []
@@ -253,11 +258,11 @@ class _Hashing:
             if feature.num_numbers:
                 found[f"number:{feature.name}"] = columns.numbers[feature.name].reshape(-1)
                 continue
-            kind = np.int32 if feature.is_tokens else bucket_type(self.tables[feature.table_name].buckets)
+            kind = np.int32 if feature.has_tokens else bucket_type(self.tables[feature.table_name].buckets)
             for name in self._parts(feature):
                 lists = columns.sparse[name]
                 found[f"values:{name}"] = lists.values.astype(kind, copy=False)
-                if feature.is_list:
+                if feature.is_ragged:
                     found[f"offsets:{name}"] = lists.offsets
                     if lists.weights is not None:
                         found[f"weights:{name}"] = lists.weights
@@ -274,7 +279,7 @@ class _Hashing:
 
     def _parts(self, feature: FeatureSpec) -> list[str]:
         """The names of its lists."""
-        return [feature.name] if feature.is_tokens else hash_parts(feature.name, self.tables[feature.table_name])
+        return [feature.name] if feature.has_tokens else bucket_names(feature.name, self.tables[feature.table_name])
 
     def ids(self, arrays: Mapping[str, np.ndarray]) -> pa.Array:
         """Integers of the files' type, or large strings."""
@@ -292,7 +297,7 @@ class _Hashing:
                 numbers[feature.name] = arrays[f"number:{feature.name}"].reshape(-1, feature.num_numbers)
                 continue
             for name in self._parts(feature):
-                if feature.is_list:
+                if feature.is_ragged:
                     weights = arrays.get(f"weights:{name}")
                     sparse[name] = Lists(arrays[f"offsets:{name}"], arrays[f"values:{name}"], weights)
                 else:
@@ -321,19 +326,16 @@ def _ahead(work: Callable[[S], T], things: Iterable[S], threads: int) -> Iterato
 
 def check_side(features: list[FeatureSpec], split: Split) -> None:
     """Raises ConfigError or DataError where a feature's column is missing from `split` or of the wrong type."""
+    checks = {"weights": check_weights, "times": check_times, "actions": check_actions}
     for feature in features:
-        for name in feature.all_columns:
-            if name == feature.until:
-                check_time(feature, split.require(name, f"feature {feature.name!r} reads"), str(split.folder))
-            elif name not in (feature.weights, feature.times, feature.actions):
-                check_kind(feature, split.require(name, f"feature {feature.name!r} reads"), str(split.folder), name)
-        if feature.weights:
-            weights = split.require(feature.weights, f"feature {feature.name!r} takes its weights from")
-            check_weights(feature.weights, weights, f"{split.folder}, column {feature.reads!r}")
-        for column, check in ((feature.times, check_times), (feature.actions, check_actions)):
-            if column is not None:
-                of_steps = split.require(column, f"feature {feature.name!r} has beside its steps")
-                check(column, of_steps, f"{split.folder}, column {feature.reads!r}")
+        for name in feature.value_columns:
+            check_kind(feature, split.require(name, f"feature {feature.name!r} reads"), str(split.folder), name)
+        for role, name in feature.side_columns.items():
+            kind = split.require(name, f"feature {feature.name!r} reads as {role}")
+            if role == "until":
+                check_time(feature, name, kind, str(split.folder))
+            else:
+                checks[role](name, kind, f"{split.folder}, column {feature.source_column!r}")
 
 
 def find_id(ids: pa.Array, text: str) -> int | None:

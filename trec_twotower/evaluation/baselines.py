@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from trec_twotower.config.run_config import SpectralStart
+from trec_twotower.config.training import SpectralConfig
 from trec_twotower.distributed.ranks import Ranks
 from trec_twotower.evaluation.metrics import popularity_ranking
 from trec_twotower.index import ExactItems, exact_search
@@ -84,7 +84,7 @@ class SpectralTowers:
         """From the pairs of all ranks, at `dim` or what the matrix has; all ranks call together and get the same."""
         num_users = int(ranks.sum(np.array([taken.num_users]))[0])
         dim = min(dim, num_users, taken.num_items)
-        start = SpectralStart(history="all that a user took")
+        start = SpectralConfig(history="all that a user took")
         history, item = spectral_tables(taken, dim, start, 0, ranks)
         return cls(history.cpu().numpy(), item.cpu().numpy(), count_I)
 

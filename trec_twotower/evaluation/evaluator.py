@@ -12,7 +12,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from trec_twotower.config.run_config import METRICS, EvaluateConfig, validate
+from trec_twotower.config.base import validate
+from trec_twotower.config.evaluation import METRICS, EvaluateConfig
 from trec_twotower.data.dataset import SERVING
 from trec_twotower.data.feature_dataset import Sources
 from trec_twotower.data.held_out import HeldOut

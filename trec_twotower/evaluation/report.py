@@ -18,7 +18,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from matplotlib.figure import Figure
 
-from trec_twotower.config.schema import HISTORY
+from trec_twotower.config.feature_spec import HISTORY
+from trec_twotower.config.features import CategoryFeature, VocabularyFeature
 from trec_twotower.data.dataset import ITEM_ID, POSITIVES, SERVING, USER_ID, Split
 from trec_twotower.data.features.transform import one_chunk
 from trec_twotower.errors import ConfigError, DataError, nearest
@@ -431,7 +432,12 @@ def _coloured(run: Run, exported: Exported, colour: str | None) -> tuple[str, tu
     items = run.dataset().items
     if colour is None:
         colour = next(
-            (each.reads for each in run.config.item if each.kind == "category" and items.has(each.reads)), None
+            (
+                each.source_column
+                for each in run.config.item
+                if isinstance(each, CategoryFeature | VocabularyFeature) and items.has(each.source_column)
+            ),
+            None,
         )
     if colour is None:
         labels, part_I = parts_of(pa.array(_counts(run, exported)))

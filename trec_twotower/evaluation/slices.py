@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from trec_twotower.config.schema import Side
+from trec_twotower.config.base import Side
 from trec_twotower.data.dataset import ITEM_ID, USER_ID, Split
 from trec_twotower.data.feature_dataset import Sources
 from trec_twotower.data.features.transform import one_chunk

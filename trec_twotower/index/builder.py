@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from trec_twotower.config.run_config import IndexConfig, as_values
+from trec_twotower.config.base import as_values
+from trec_twotower.config.evaluation import IndexConfig
 from trec_twotower.distributed.host_memory import give_back
 from trec_twotower.errors import ConfigError, DataError
 from trec_twotower.index.exact import ROUNDING, RunningBest

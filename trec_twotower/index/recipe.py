@@ -6,7 +6,7 @@ import math
 import re
 from dataclasses import dataclass
 
-from trec_twotower.config.run_config import IndexConfig
+from trec_twotower.config.evaluation import IndexConfig
 from trec_twotower.errors import ConfigError
 
 EXACT_ITEMS = 16_384  # up to so many, scoring all of them is as fast as choosing which to score

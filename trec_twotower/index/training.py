@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from trec_twotower.config.run_config import IndexConfig
+from trec_twotower.config.evaluation import IndexConfig
 from trec_twotower.errors import ConfigError
 from trec_twotower.index.faiss_backend import Device, error_text, faiss, to_gpu, uses_gpu
 from trec_twotower.index.kinds import rank_share

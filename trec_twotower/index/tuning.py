@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from trec_twotower.config.run_config import IndexConfig
+from trec_twotower.config.evaluation import IndexConfig
 from trec_twotower.errors import ConfigError
 from trec_twotower.index.exact import RunningBest
 from trec_twotower.index.faiss_backend import Answer

@@ -12,8 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from trec_twotower.config.compatibility import binding
-from trec_twotower.config.schema import Side
+from trec_twotower.config.base import Side
 from trec_twotower.data.dataset import ITEM_ID, SERVING, USER_ID, Split
 from trec_twotower.data.feature_dataset import Sources
 from trec_twotower.data.features.transform import Columns
@@ -49,7 +48,7 @@ class LoadedModel:
 
 def load_model(run: Run, ranks: Ranks, which: str = "best") -> LoadedModel:
     """The towers of a run's checkpoint ("best", "newest" or a step), spread over these ranks."""
-    checkpoints = Checkpoints(run.folder / "checkpoints", ranks, settings=binding(run.config))
+    checkpoints = Checkpoints(run.folder / "checkpoints", ranks, config=run.config)
     checkpoints.choose(which)  # raises what it has to before the data are read
     sources = run.sources(ranks)
     sharded = build_model(run.config, ranks)

@@ -15,7 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trec_twotower.config.schema import Schema, Side, hash_parts, key, part_of
+from trec_twotower.config.base import Side
+from trec_twotower.config.features import SequenceFeature
+from trec_twotower.config.schema import Schema, bucket_names, lookup_key, sub_name
 from trec_twotower.data.features.transform import GAP_BUCKETS, Columns
 from trec_twotower.data.loading.batch import Listed, make_batch
 from trec_twotower.model.embeddings import pooled_by_hand, table_parameters
@@ -46,11 +48,12 @@ class Program(nn.Module):
 
     def __init__(self, model: TwoTower, side: Side) -> None:
         super().__init__()
+        layout = model.schema.layout
         self.schema, self.side, self.gaussian = model.schema, side, model.gaussian
-        self.table_of = {each.key: each.feature.table_name for each in model.schema.lookups if each.side == side}
+        self.table_of = {each.key: each.feature.table_name for each in layout.pooled_lookups if each.side == side}
         self.bags = list(self.table_of)
-        self.table_of |= {name: table for name, table in model.schema.listed_keys if _is_of(name, side)}
-        self.tokens = [key(side, feature) for feature in model.schema.layered(side) if feature.is_tokens]
+        self.table_of |= {name: table for name, table in layout.unpooled_keys.items() if _is_of(name, side)}
+        self.tokens = [lookup_key(side, feature) for feature in layout.layer_features(side) if feature.has_tokens]
         weights = table_parameters(model)
         self.tables = nn.ParameterDict({name: weights[name] for name in sorted(set(self.table_of.values()))})
         self.tower = copy.copy(model.user_tower if side == "user" else model.item_tower)
@@ -86,9 +89,9 @@ def program_inputs(schema: Schema, side: Side, columns: Columns) -> dict[str, Te
         if _is_of(name, side):
             bags = batch.sparse[name]
             found |= {f"{name}/values": bags.values().long(), f"{name}/length": bags.lengths().long()}
-            if schema.is_weighted:
+            if schema.layout.is_weighted:
                 found[f"{name}/weight"] = bags.weights()
-    for name, _ in schema.listed_keys:
+    for name in schema.layout.unpooled_keys:
         if not _is_of(name, side):
             continue
         assert batch.sequences is not None
@@ -146,22 +149,22 @@ def made_up(schema: Schema, side: Side, rows: int, rng: np.random.Generator) -> 
         if feature.num_numbers:
             numbers[feature.name] = rng.normal(size=(rows, feature.num_numbers)).astype(np.float32)
             continue
-        most = min(feature.max_length or 4, 6) if feature.is_list or feature.is_tokens else 1
+        most = min(feature.length_limit or 4, 6) if feature.is_ragged or feature.has_tokens else 1
         lengths = rng.integers(0, most + 1, rows) if most > 1 else np.ones(rows, np.int64)
         lengths[0] = most
         offsets = offsets_of(lengths)
         top, names = TOKENS, [feature.name]
-        if feature.is_sparse:
+        if feature.looks_up_table:
             table = schema.table_of(feature)
-            top, names = table.buckets, hash_parts(feature.name, table)
+            top, names = table.buckets, bucket_names(feature.name, table)
         weights = rng.random(offsets[-1]).astype(np.float32) if feature.is_weighted else None
         for name in names:
             values = rng.integers(0, top, offsets[-1]).astype(np.int32)
             sparse[name] = Lists(offsets, values, weights, most == 1)
-        if feature.kind != "sequence":
+        if not isinstance(feature, SequenceFeature):
             continue
         for part, top in (("gap", GAP_BUCKETS), ("action", feature.action_buckets), ("row", ROWS)):
-            sparse[part_of(feature.name, part)] = Lists(offsets, rng.integers(0, top, offsets[-1]).astype(np.int32))
+            sparse[sub_name(feature.name, part)] = Lists(offsets, rng.integers(0, top, offsets[-1]).astype(np.int32))
         if feature.attributes:
             items = made_up(schema, "item", ROWS, rng)
     return Columns(rows, sparse, numbers, items)

@@ -24,10 +24,11 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from trec_twotower.config.compatibility import binding
-from trec_twotower.config.run_config import RunConfig, as_values, validate
-from trec_twotower.config.schema import Schema, Side, TableSpec
-from trec_twotower.config.yaml_io import read_yaml, to_yaml
+from trec_twotower.config.base import Side, as_values, validate
+from trec_twotower.config.loading import read_yaml, to_yaml
+from trec_twotower.config.model import TableSpec
+from trec_twotower.config.run_config import RunConfig
+from trec_twotower.config.schema import Schema
 from trec_twotower.data.arrow_types import plain_table
 from trec_twotower.data.dataset import ITEM_ID, USER_ID
 from trec_twotower.data.feature_dataset import Sources
@@ -144,7 +145,7 @@ class Encoder:
     def columns(self, side: Side) -> list[str]:
         """The columns that rows of this side must have."""
         _check_side(side)
-        return sorted({column for feature in self.schema.features(side) for column in feature.all_columns})
+        return sorted({column for feature in self.schema.features(side) for column in feature.source_columns})
 
     def encode(self, side: Side, rows: pa.Table | pa.RecordBatch) -> np.ndarray:
         """(rows, dim) float32, of users with several vectors (rows, vectors, dim).
@@ -176,7 +177,7 @@ class Encoder:
         given = _table(rows)
         named = self.schema.features(side)
         for feature in named:
-            for name in feature.all_columns:
+            for name in feature.source_columns:
                 count = given.column_names.count(name)
                 if count != 1:
                     found = f"no column {name!r}" if not count else f"{count} columns named {name!r}"
@@ -186,10 +187,11 @@ class Encoder:
                     )
         table = plain_table(given, self.columns(side))
         for feature in named:
-            for name in feature.all_columns:
-                if name not in (feature.weights, feature.times, feature.actions, feature.until):
-                    check_kind(feature, table.schema.field(name).type, f"the {side} rows", name)
-        learned = {feature.name: self.statistics[f"{side}:{feature.name}"] for feature in named if feature.learns}
+            for name in feature.value_columns:
+                check_kind(feature, table.schema.field(name).type, f"the {side} rows", name)
+        learned = {
+            feature.name: self.statistics[f"{side}:{feature.name}"] for feature in named if feature.learns_from_data
+        }
         find = self._find if side == "user" else None
         columns = transform(named, self.schema.tables, learned, table, f"the {side} rows", item_rows=find)
         return columns if find is None else Columns(columns.num_rows, columns.sparse, columns.numbers, self._items)
@@ -222,9 +224,7 @@ def _table(rows: pa.Table | pa.RecordBatch) -> pa.Table:
 
 def load_whole(run: Run, sources: Sources, device: torch.device, which: str = "best") -> LoadedModel:
     """As export.load_model, but with whole tables on one device, and in no process group."""
-    checkpoints = Checkpoints(
-        run.folder / "checkpoints", Ranks(0, 1, torch.device("cpu")), settings=binding(run.config)
-    )
+    checkpoints = Checkpoints(run.folder / "checkpoints", Ranks(0, 1, torch.device("cpu")), config=run.config)
     model = _plain_model(run.config)
     manifest, version = checkpoints.load_chosen(which, model)
     return LoadedModel(run, sources, model.to(device).eval(), version, manifest["step"])

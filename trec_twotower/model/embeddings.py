@@ -19,7 +19,8 @@ from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torchrec.modules.embedding_configs import DataType, EmbeddingBagConfig, EmbeddingConfig, PoolingType
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 
-from trec_twotower.config.schema import Schema, Side, key, part_of
+from trec_twotower.config.base import Side
+from trec_twotower.config.schema import Schema, lookup_key, sub_name
 from trec_twotower.data.features.transform import divides
 from trec_twotower.data.loading.batch import Listed
 from trec_twotower.model.tower_layers import aligned
@@ -49,14 +50,14 @@ def build_tables(schema: Schema) -> EmbeddingBagCollection | None:
 
     Every one pools by SUM (see put_pooling_divisor in data/transforms.py).
     """
-    features: dict[str, list[str]] = {name: [] for name in schema.tables if name not in schema.listed}
-    for lookup in schema.lookups:
+    features: dict[str, list[str]] = {name: [] for name in schema.tables if name not in schema.unpooled_tables}
+    for lookup in schema.layout.pooled_lookups:
         features[lookup.feature.table_name].append(lookup.key)
     if not features:
         return None
     return EmbeddingBagCollection(
         device=torch.device("meta"),
-        is_weighted=schema.is_weighted,
+        is_weighted=schema.layout.is_weighted,
         tables=[
             EmbeddingBagConfig(
                 name=name,
@@ -74,7 +75,7 @@ def build_tables(schema: Schema) -> EmbeddingBagCollection | None:
 
 def build_lists(schema: Schema) -> EmbeddingCollection | None:
     """All tables whose rows are wanted one by one, without memory yet; None where there are none."""
-    if not schema.listed:
+    if not schema.unpooled_tables:
         return None
     return EmbeddingCollection(
         device=torch.device("meta"),
@@ -83,11 +84,11 @@ def build_lists(schema: Schema) -> EmbeddingCollection | None:
                 name=name,
                 num_embeddings=spec.buckets,
                 embedding_dim=spec.dim,
-                feature_names=[each for each, table in schema.listed_keys if table == name],
+                feature_names=[key for key, table in schema.layout.unpooled_keys.items() if table == name],
                 data_type=DataType.FP16 if spec.dtype == "fp16" else DataType.FP32,
             )
             for name, spec in schema.tables.items()
-            if name in schema.listed
+            if name in schema.unpooled_tables
         ],
     )
 
@@ -155,15 +156,15 @@ def tower_inputs(schema: Schema, pooled: Pooled, sides: Mapping[Side, tuple[Tens
     pieces: list[_Piece] = []
     for number, side in enumerate(sides):
         first = 0
-        for column, feature in enumerate([*schema.sparse(side), *schema.layered(side)]):
-            name = key(side, feature)
+        for column, feature in enumerate([*schema.layout.table_features(side), *schema.layout.layer_features(side)]):
+            name = lookup_key(side, feature)
             source, columns = pooled.places[name]
             after = first + columns.stop - columns.start
-            is_bag = column < len(schema.sparse(side))
+            is_bag = column < len(schema.layout.table_features(side))
             divisor = column if is_bag and divides(feature) else None
             pieces.append(_Piece(number, slice(first, after), source, columns, divisor))
             if is_bag and schema.table_of(feature).hashes == 2:
-                source, columns = pooled.places[part_of(name, "2")]
+                source, columns = pooled.places[sub_name(name, "2")]
                 pieces.append(_Piece(number, slice(first, after), source, columns, divisor, is_added=True))
             first = after
     made = _TowerInputs.apply(pieces, list(sides.values()), *pooled.sources)
@@ -177,14 +178,14 @@ def tower_input(schema: Schema, side: Side, pooled: Mapping[str, Tensor], diviso
     """
     rows = divisor.shape[0]
     bags = []
-    for column, feature in enumerate(schema.sparse(side)):
-        name = key(side, feature)
+    for column, feature in enumerate(schema.layout.table_features(side)):
+        name = lookup_key(side, feature)
         vector = pooled[name][:rows]
         if schema.table_of(feature).hashes == 2:
-            vector = vector + pooled[part_of(name, "2")][:rows]
+            vector = vector + pooled[sub_name(name, "2")][:rows]
         bags.append(vector / divisor[:, column : column + 1])
-    made = [pooled[key(side, feature)] for feature in schema.layered(side)]
-    behind = sum(feature.num_numbers for feature in schema.layered(side))
+    made = [pooled[lookup_key(side, feature)] for feature in schema.layout.layer_features(side)]
+    behind = sum(feature.num_numbers for feature in schema.layout.layer_features(side))
     return torch.cat([*bags, *made, number[:, behind:]], dim=1)
 
 

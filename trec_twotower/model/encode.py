@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trec_twotower.config.schema import Side
+from trec_twotower.config.base import Side
 from trec_twotower.data.features.transform import Columns
 from trec_twotower.data.loading.batch import make_batch
 from trec_twotower.distributed.ranks import Ranks

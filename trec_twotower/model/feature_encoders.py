@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trec_twotower.config.schema import FeatureSpec
+from trec_twotower.config.feature_spec import FeatureSpec
+from trec_twotower.config.features import LanguageModelFeature, NumericFeature, VectorFeature
 from trec_twotower.data.features.text import MAX_TOKENS, transformers
 from trec_twotower.data.loading.batch import Listed
 from trec_twotower.errors import ConfigError
@@ -22,19 +23,22 @@ START_SPREAD = 1.0  # standard deviation of the waves' first frequencies
 
 def build_input(feature: FeatureSpec) -> nn.Module:
     """The layers of a feature that has some: (rows, its numbers) or Listed tokens in, (rows, layers_width) out."""
-    if feature.kind == "vector":
-        return VectorInput(feature)
-    return TextInput(feature) if feature.is_tokens else WavesInput(feature)
+    match feature:
+        case VectorFeature():
+            return VectorInput(feature)
+        case LanguageModelFeature():
+            return TextInput(feature)
+    assert isinstance(feature, NumericFeature)
+    return WavesInput(feature)
 
 
 class VectorInput(nn.Module):
     """Vectors made elsewhere, projected where there is a `dim`; a learned vector stands for those that are missing."""
 
-    def __init__(self, feature: FeatureSpec) -> None:
+    def __init__(self, feature: VectorFeature) -> None:
         super().__init__()
-        assert feature.size is not None
         self.project = nn.Identity() if feature.dim is None else nn.Linear(feature.size, feature.dim)
-        self.missing = nn.Parameter(torch.zeros(feature.layers_width))
+        self.missing = nn.Parameter(torch.zeros(feature.dim or feature.size))
 
     def forward(self, number_BN: Tensor) -> Tensor:
         """The last of the numbers says whether the others are missing."""
@@ -47,7 +51,7 @@ class WavesInput(nn.Module):
     relu(W [x, sin 2πcx, cos 2πcx, is missing] + b) with frequencies c that start at random.
     """
 
-    def __init__(self, feature: FeatureSpec) -> None:
+    def __init__(self, feature: NumericFeature) -> None:
         super().__init__()
         assert feature.frequencies is not None and feature.dim is not None
         self.frequency = nn.Parameter(START_SPREAD * torch.randn(feature.frequencies))
@@ -66,14 +70,13 @@ class TextInput(nn.Module):
     stay: all the while if it is frozen, from one training step to the next if not.
     """
 
-    def __init__(self, feature: FeatureSpec) -> None:
+    def __init__(self, feature: LanguageModelFeature) -> None:
         super().__init__()
         self.model = _load(feature)
         self.most_tokens = feature.max_length or MAX_TOKENS
         self.is_frozen = feature.tune == "frozen"
         width = _try(self.model, feature)
         _tune(self.model, feature)
-        assert feature.dim is not None
         self.project = nn.Linear(width, feature.dim)
         self.missing = nn.Parameter(torch.zeros(feature.dim))
         self._place: dict[int, int] = {}  # of a text that is kept, by its hash
@@ -159,21 +162,19 @@ def _hashed(token_BL: Tensor, is_there_BL: Tensor) -> Tensor:
     return (mixed_BL * is_there_BL).sum(1)
 
 
-def _load(feature: FeatureSpec) -> Any:
+def _load(feature: LanguageModelFeature) -> Any:
     auto = transformers().AutoModel
     from safetensors import SafetensorError
 
     try:
-        return auto.from_pretrained(
-            str(feature.folder), local_files_only=True, use_safetensors=True, dtype=torch.float32
-        )
+        return auto.from_pretrained(feature.folder, local_files_only=True, use_safetensors=True, dtype=torch.float32)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ConfigError(
             f"feature {feature.name!r}: {feature.folder} has no model that transformers can read: {error}"
         ) from None
 
 
-def _try(model: Any, feature: FeatureSpec) -> int:
+def _try(model: Any, feature: LanguageModelFeature) -> int:
     """The width of what the model makes of a text of one token; raises ConfigError where it makes nothing of it."""
     one = torch.zeros(1, 1, dtype=torch.int64)
     try:
@@ -187,7 +188,7 @@ def _try(model: Any, feature: FeatureSpec) -> int:
         ) from None
 
 
-def _tune(model: Any, feature: FeatureSpec) -> None:
+def _tune(model: Any, feature: LanguageModelFeature) -> None:
     """Let those weights be trained that `tune` names, as far as they have a part in what the model makes."""
     model.eval()
     model.requires_grad_(feature.tune == "all")
@@ -205,7 +206,7 @@ def _tune(model: Any, feature: FeatureSpec) -> None:
         weight.grad = None
 
 
-def _layers(model: Any, feature: FeatureSpec) -> list[nn.Module]:
+def _layers(model: Any, feature: LanguageModelFeature) -> list[nn.Module]:
     """The model's layers, from the first to the last."""
 
     def lists() -> Iterator[nn.ModuleList]:

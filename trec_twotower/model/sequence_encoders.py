@@ -9,12 +9,25 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trec_twotower.config.schema import EncoderSpec, FeatureSpec
+from trec_twotower.config.features import SequenceFeature
+from trec_twotower.config.model import (
+    AttentionEncoderSpec,
+    CnnEncoderSpec,
+    GruEncoderSpec,
+    HeadsEncoderSpec,
+    HierarchicalEncoderSpec,
+    MeanEncoderSpec,
+    RoutingEncoderSpec,
+    SelfAttentionEncoderSpec,
+    TransformerEncoderSpec,
+    build_encoder,
+)
 from trec_twotower.data.features.transform import GAP_BUCKETS
 from trec_twotower.data.loading.batch import Listed
 from trec_twotower.model.cpu.head_sums import applies_to, head_sums
@@ -31,10 +44,9 @@ class SequenceEncoder(nn.Module, ABC):
 class SequenceInput(nn.Module):
     """One sequence feature: its steps' vectors put together, and encoded."""
 
-    def __init__(self, feature: FeatureSpec, dim: int) -> None:
+    def __init__(self, feature: SequenceFeature, dim: int) -> None:
         super().__init__()
-        spec = feature.encoding
-        assert feature.max_length is not None
+        spec = feature.encoder
         # They start at zero: what a gap or an action says is learned as a difference from saying nothing.
         self.gap = _zeros(GAP_BUCKETS, dim) if feature.times else None
         self.action = _zeros(feature.action_buckets, dim) if feature.actions else None
@@ -114,7 +126,7 @@ def newest(step_BLD: Tensor, length_B: Tensor) -> Tensor:
 class Mean(SequenceEncoder):
     """The mean of the steps; their order does not count."""
 
-    def __init__(self, spec: EncoderSpec, dim: int, max_length: int) -> None:
+    def __init__(self, spec: MeanEncoderSpec, dim: int, max_length: int) -> None:
         super().__init__()
 
     def forward(self, step_ND: Tensor, length_B: Tensor) -> Tensor:
@@ -130,9 +142,8 @@ class Heads(SequenceEncoder):
     rates go from `fastest` to `slowest` in equal ratios, from short memory to long. Then h + W h, W zero at the start.
     """
 
-    def __init__(self, spec: EncoderSpec, dim: int, max_length: int) -> None:
+    def __init__(self, spec: HeadsEncoderSpec, dim: int, max_length: int) -> None:
         super().__init__()
-        assert spec.heads is not None and spec.fastest is not None and spec.slowest is not None
         self.heads = spec.heads
         rate_H = torch.logspace(math.log10(spec.fastest), math.log10(spec.slowest), self.heads)
         self.log_weight_AH = nn.Parameter(-torch.arange(max_length)[:, None] * rate_H)
@@ -164,10 +175,10 @@ class Heads(SequenceEncoder):
 class Gru(SequenceEncoder):
     """The state of a gated recurrent unit after the newest step (Cho et al. 2014; GRU4Rec)."""
 
-    def __init__(self, spec: EncoderSpec, dim: int, max_length: int) -> None:
+    def __init__(self, spec: GruEncoderSpec, dim: int, max_length: int) -> None:
         super().__init__()
         self.max_length = max_length
-        self.gru = nn.GRU(dim, dim, spec.layers or 1, batch_first=True)
+        self.gru = nn.GRU(dim, dim, spec.layers, batch_first=True)
 
     def forward(self, step_ND: Tensor, length_B: Tensor) -> Tensor:
         step_BLD, _ = padded(step_ND, length_B, self.max_length)
@@ -180,10 +191,9 @@ class Cnn(SequenceEncoder):
     The result is the newest step's plus the mean of all, so that no step is out of sight.
     """
 
-    def __init__(self, spec: EncoderSpec, dim: int, max_length: int) -> None:
+    def __init__(self, spec: CnnEncoderSpec, dim: int, max_length: int) -> None:
         super().__init__()
         self.max_length = max_length
-        assert spec.layers is not None and spec.width is not None
         self.width = spec.width
         self.layers = nn.ModuleList(nn.Conv1d(dim, dim, self.width, dilation=2**n) for n in range(spec.layers))
 
@@ -204,11 +214,10 @@ class Transformer(SequenceEncoder):
     al. 2021). Causal: the newest step's output; otherwise the mean of all.
     """
 
-    def __init__(self, spec: EncoderSpec, dim: int, max_length: int) -> None:
+    def __init__(self, spec: TransformerEncoderSpec, dim: int, max_length: int) -> None:
         super().__init__()
         self.max_length = max_length
-        assert spec.layers is not None and spec.heads is not None
-        self.is_causal = bool(spec.causal)
+        self.is_causal = spec.causal
         self.is_rotary = spec.positions == "rotary"
         self.place = None if self.is_rotary else nn.Parameter(torch.randn(max_length, dim) * dim**-0.5)
         self.blocks = nn.ModuleList(_Block(dim, spec.heads, spec.dropout, self.is_rotary) for _ in range(spec.layers))
@@ -266,10 +275,9 @@ def turned(part: Tensor, order_L: Tensor) -> Tensor:
 class Attention(SequenceEncoder):
     """Weighted means, one a head, by how well each step answers a learned question; order does not count."""
 
-    def __init__(self, spec: EncoderSpec, dim: int, max_length: int) -> None:
+    def __init__(self, spec: AttentionEncoderSpec, dim: int, max_length: int) -> None:
         super().__init__()
         self.max_length = max_length
-        assert spec.heads is not None
         self.heads = spec.heads
         self.question = nn.Linear(dim, self.heads)
         self.value = nn.Linear(dim, dim)
@@ -287,12 +295,11 @@ class Attention(SequenceEncoder):
 class Hierarchical(SequenceEncoder):
     """A unit over each segment of steps (counted from the newest), and another encoder over the segments' states."""
 
-    def __init__(self, spec: EncoderSpec, dim: int, max_length: int) -> None:
+    def __init__(self, spec: HierarchicalEncoderSpec, dim: int, max_length: int) -> None:
         super().__init__()
-        assert spec.segment is not None and spec.over is not None
         self.segment = spec.segment
-        self.within = Gru(EncoderSpec(kind="gru"), dim, self.segment)
-        over = EncoderSpec(kind=spec.over, dropout=spec.dropout)
+        self.within = Gru(GruEncoderSpec(), dim, self.segment)
+        over = build_encoder(kind=spec.over, dropout=spec.dropout)
         self.over = ENCODERS[spec.over](over, dim, -(-max_length // self.segment))
 
     def forward(self, step_ND: Tensor, length_B: Tensor) -> Tensor:
@@ -315,10 +322,9 @@ class Routing(SequenceEncoder):
     is e_n . start_m with learned starts, so that a user's interests are the same each time, and in whatever order.
     """
 
-    def __init__(self, spec: EncoderSpec, dim: int, max_length: int) -> None:
+    def __init__(self, spec: RoutingEncoderSpec, dim: int, max_length: int) -> None:
         super().__init__()
         self.max_length = max_length
-        assert spec.interests is not None and spec.iterations is not None
         self.iterations = spec.iterations
         self.shared = nn.Linear(dim, dim, bias=False)
         self.start_MD = nn.Parameter(torch.randn(spec.interests, dim))
@@ -346,10 +352,9 @@ class SelfAttention(SequenceEncoder):
     Lin et al. 2017; as interests, and with places (counted from the newest step), ComiRec-SA, Cen et al. 2020.
     """
 
-    def __init__(self, spec: EncoderSpec, dim: int, max_length: int) -> None:
+    def __init__(self, spec: SelfAttentionEncoderSpec, dim: int, max_length: int) -> None:
         super().__init__()
         self.max_length = max_length
-        assert spec.interests is not None
         self.place_AD = nn.Parameter(torch.zeros(max_length, dim))
         self.inward = nn.Linear(dim, dim, bias=False)
         self.outward = nn.Linear(dim, spec.interests, bias=False)
@@ -365,7 +370,7 @@ class SelfAttention(SequenceEncoder):
         return weight_BLM.transpose(1, 2) @ step_BLD.to(weight_BLM.dtype)
 
 
-ENCODERS: dict[str, Callable[[EncoderSpec, int, int], SequenceEncoder]] = {
+ENCODERS: dict[str, Callable[[Any, int, int], SequenceEncoder]] = {
     "mean": Mean,
     "heads": Heads,
     "gru": Gru,

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from trec_twotower.config.run_config import LearnedTemperature
+from trec_twotower.config.losses import LearnedTemperature
 
 
 class Temperature(nn.Module):

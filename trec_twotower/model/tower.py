@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from trec_twotower.config.run_config import TowerConfig, TrainConfig
+from trec_twotower.config.model import TowerConfig
+from trec_twotower.config.training import TrainConfig
 from trec_twotower.data.loading.batch import Listed
 from trec_twotower.distributed.ranks import Ranks
 from trec_twotower.model.tower_layers import (
@@ -46,13 +47,13 @@ class Tower(nn.Module):
         super().__init__()
         self.is_unit = is_unit  # cosine similarity: the vectors have length 1
         layers: list[nn.Module] = [nn.Dropout(config.dropout)] if config.dropout else []
-        if config.drop:
-            by_place = {place(name): rate for name, rate in config.drop.items()}
+        if config.feature_dropout:
+            by_place = {place(name): rate for name, rate in config.feature_dropout.items()}
             layers.append(FeatureDropout(widths, [by_place.get(number, 0.0) for number in range(len(widths))]))
-        if config.missing:
-            layers.append(Missing(widths, sorted({place(name) for name in config.missing})))
-        if config.unit:
-            layers.append(Unit(widths, sorted({place(name) for name in config.unit})))
+        if config.missing_vectors:
+            layers.append(Missing(widths, sorted({place(name) for name in config.missing_vectors})))
+        if config.unit_length:
+            layers.append(Unit(widths, sorted({place(name) for name in config.unit_length})))
         if config.gating is not None:
             layers.append(FeatureGates(widths, config.gating, sorted({place(name) for name in config.gating.by})))
         if config.crosses:
@@ -60,12 +61,12 @@ class Tower(nn.Module):
         if config.combine == "sum":
             layers.append(Summed(len(widths)))
         width = widths[0] if config.combine == "sum" else sum(widths)
-        if config.short:
-            layers.append(ShortLong(widths, sorted({place(name) for name in config.short}), dim))
+        if config.short_term:
+            layers.append(ShortLong(widths, sorted({place(name) for name in config.short_term}), dim))
             width = dim
         if config.experts is not None:
             layers.append(Experts(width, config.experts))
-        width, *hidden_widths = config.widths(widths, dim)
+        width, *hidden_widths = config.layer_widths(widths, dim)
         for hidden in hidden_widths:
             layers += [AlignedLinear(width, hidden), nn.ReLU()]
             width = hidden
@@ -106,7 +107,7 @@ class Tower(nn.Module):
 
     def penalty(self, ranks: Ranks) -> Tensor | None:
         """What its experts add to the loss of the last batch; None where nothing. All ranks call together."""
-        added = [part.penalty(ranks) for part in self.layers if isinstance(part, Experts) and part.config.top]
+        added = [part.penalty(ranks) for part in self.layers if isinstance(part, Experts) and part.config.top_k]
         return added[0] if added else None
 
     def figures(self, ranks: Ranks) -> dict[str, float]:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from trec_twotower.config.run_config import ExpertsConfig, GatingConfig
+from trec_twotower.config.model import ExpertsConfig, GatingConfig
 from trec_twotower.distributed.ranks import Ranks
 from trec_twotower.model.cpu.bf16_padding import narrowed, whole_steps
 
@@ -218,7 +218,7 @@ class Crosses(nn.Module):
 class ShortLong(nn.Module):
     """g * short + (1 - g) * long, number by number, g from 0 to 1 and made of all features (SDM, Lv et al. 2019).
 
-    `short` are the features of what a user does now; all others are long. Each part has a linear layer to `dim`.
+    `short_term` are the features of what a user does now; all others are long. Each part has a linear layer to `dim`.
     """
 
     def __init__(self, widths: Sequence[int], short: Sequence[int], dim: int) -> None:
@@ -243,7 +243,7 @@ class ShortLong(nn.Module):
 
 
 class Experts(nn.Module):
-    """A mean of layers of their own, weighted by what a router makes of the row; with `top`, of its best few alone.
+    """A mean of layers of their own, weighted by what a router makes of the row; with `top_k`, of its best few alone.
 
     For the few (Shazeer et al. 2017) `penalty` asks that experts be used alike: K sum_e f_e P_e, where f_e is the
     share of rows whose best expert is e and P_e the mean of its weights (Fedus et al. 2021); 1 where all are alike.
@@ -256,14 +256,14 @@ class Experts(nn.Module):
         self.experts = nn.ModuleList(
             nn.Sequential(nn.Linear(width, config.width), nn.ReLU()) for _ in range(config.count)
         )
-        self.weight_BK: Tensor | None = None  # of the last batch, all experts' before `top` ...
+        self.weight_BK: Tensor | None = None  # of the last batch, all experts' before `top_k` ...
         self.used_BK: Tensor | None = None  # ... and with it: what each expert's layer counted for
 
     def forward(self, feature_BE: Tensor) -> Tensor:
         logit_BK = self.router(feature_BE)
         self.weight_BK = weight_BK = logit_BK.softmax(1)
-        if self.config.top is not None:
-            least_B1 = logit_BK.topk(self.config.top, dim=1).values[:, -1:]
+        if self.config.top_k is not None:
+            least_B1 = logit_BK.topk(self.config.top_k, dim=1).values[:, -1:]
             weight_BK = logit_BK.masked_fill(logit_BK < least_B1, float("-inf")).softmax(1)
         self.used_BK = weight_BK.detach()
         each_BKW = torch.stack([expert(feature_BE) for expert in self.experts], dim=1)
@@ -280,7 +280,7 @@ class Experts(nn.Module):
         return self.config.balance * count * (used_K / rows * self.weight_BK.sum(0)).sum() * share
 
     def figures(self, ranks: Ranks) -> dict[str, float]:
-        """Each expert's mean weight in the last batch of all ranks, which call together; `top` leaves others at 0."""
+        """Each expert's mean weight in the last batch of all ranks, which call together; `top_k` leaves others at 0."""
         return row_means([f"expert_{number}" for number in range(self.config.count)], self.used_BK, ranks)
 
 

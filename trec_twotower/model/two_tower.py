@@ -11,8 +11,11 @@ import torch
 from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import KeyedTensor
 
-from trec_twotower.config.run_config import InterestsConfig, LearnedTemperature, LossConfig, ModelConfig
-from trec_twotower.config.schema import Schema, Side, key, part_of
+from trec_twotower.config.base import Side
+from trec_twotower.config.features import SequenceFeature
+from trec_twotower.config.losses import InterestsConfig, LearnedTemperature, LossConfig
+from trec_twotower.config.model import ModelConfig
+from trec_twotower.config.schema import Schema, delta_key, lookup_key, sub_name
 from trec_twotower.data.loading.batch import Batch, Listed
 from trec_twotower.distributed.ranks import Ranks
 from trec_twotower.model.cross_batch_memory import ItemQueue
@@ -51,34 +54,36 @@ class TwoTower(nn.Module):
         sizes = (model.vector_dim, model.dim)  # a Gaussian user's tower makes a mean and a spread
         self.user_tower, self.item_tower = (
             Tower(
-                schema.widths(side),
+                schema.layout.part_widths(side),
                 dim,
                 config,
                 is_unit=is_unit and dim == model.dim,
-                place=partial(schema.place, side),
+                place=partial(schema.layout.part_index, side),
             )
             for side, dim, config in zip(SIDES, sizes, (model.user_tower, model.item_tower), strict=True)
         )
-        for feature in schema.sequences:
-            self.user_tower.encoders[encoder_name(feature.name)] = SequenceInput(feature, schema.table_of(feature).dim)
+        for sequence in schema.sequences:
+            encoder = SequenceInput(sequence, schema.table_of(sequence).dim)
+            self.user_tower.encoders[encoder_name(sequence.name)] = encoder
         self.vectors_per_user = schema.vectors_per_user  # M
         self.interests = loss.interests or InterestsConfig()
         self.interest_uses: Tensor | None = None  # of this rank's last logged batch
         for side in SIDES:
-            for feature in schema.layered(side):
+            for feature in schema.layout.layer_features(side):
                 self._tower(side).encoders[encoder_name(feature.name)] = build_input(feature)
         self.watch = Watch(is_unit=is_unit)
         self.user_tower.note_length = partial(self.watch.note_length, "user")
         self.item_tower.note_length = partial(self.watch.note_length, "item")
-        learned = loss.temperature if isinstance(loss.temperature, LearnedTemperature) else None
-        self.parameters_of_loss = dict(loss.parameters)
+        self.parameters_of_loss = loss.parameters
+        temperature = loss.parameters.get("temperature")
+        learned = temperature if isinstance(temperature, LearnedTemperature) else None
         if "precision" in self.parameters_of_loss:
             wanted = self.parameters_of_loss["precision"]
             self.parameters_of_loss["precision"] = wanted if wanted == "bf16_logits" else ranks.precision(wanted)
         self.temperature = None if learned is None else Temperature(learned, ranks.device)
-        self.frequency = Frequency(ranks.device) if loss.log_q_estimate == "streaming" else None
-        size = loss.negatives.queue
-        self.queue = ItemQueue(size, model.vector_dim, loss.log_q, ranks.device) if size else None
+        self.frequency = Frequency(ranks.device) if loss.streams_log_q else None
+        size = loss.negatives.cross_batch_memory
+        self.queue = ItemQueue(size, model.vector_dim, loss.log_q_strength, ranks.device) if size else None
 
     def encode_users(self, batch: Batch) -> Tensor:
         """(B, D); (B, M, D) where a user has several vectors."""
@@ -103,14 +108,16 @@ class TwoTower(nn.Module):
         inputs = self._inputs(batch, *SIDES)
         user_BD = self._vectors("user", inputs["user"])
         item_CD = self.ranks.gather(self._vectors("item", inputs["item"]), list(batch.item_sizes))
-        relations = relations_of(batch, self.loss.log_q)
-        assert relations.given is not None or self.loss.given is None, "loss.given is set, but the batch has no pairs"
+        relations = relations_of(batch, self.loss.log_q_strength)
+        assert relations.given is not None or self.loss.impressions is None, (
+            "loss.impressions is set, but the batch has none"
+        )
         log_p_C = batch.log_q_C
         if self.frequency is not None:
             assert batch.item_key_C is not None
             log_p_C = self.frequency(batch.item_key_C, batch.is_negative_C)
-            relations = replace(relations, log_q_C=self.loss.log_q * log_p_C)
-        if (hardest := self.loss.negatives.hardest) is not None:
+            relations = replace(relations, log_q_C=self.loss.log_q_strength * log_p_C)
+        if (hardest := self.loss.negatives.top_k) is not None:
             relations = replace(relations, hardest=Hardest(hardest.count, hardest.others))
         column_CD, among = item_CD, relations
         if self.queue is not None:
@@ -157,8 +164,8 @@ class TwoTower(nn.Module):
     def _regularised(
         self, user_BD: Tensor, item_CD: Tensor, batch: Batch, relations: Relations, share: float
     ) -> Tensor:
-        """What loss.regularise adds, scaled as the loss is."""
-        wanted = self.loss.regularise
+        """What loss.regularization adds, scaled as the loss is."""
+        wanted = self.loss.regularization
         added = user_BD.new_zeros(())
         if wanted.norm:
             length_B = squared_lengths(user_BD) if user_BD.ndim == 2 else squared_lengths(user_BD).mean(1)
@@ -222,13 +229,13 @@ class TwoTower(nn.Module):
             divisor, number = beside[side]
             for name, vector in made_by_layers(self.schema, side, self._tower(side), batch.listed, number).items():
                 pooled.add(vector, {name: vector.shape[1]})
-            behind = sum(feature.num_numbers for feature in self.schema.layered(side))
+            behind = sum(feature.num_numbers for feature in self.schema.layout.layer_features(side))
             wanted[side] = divisor, number[:, behind:]
         made = tower_inputs(self.schema, pooled, wanted)
         if several_BMD is not None and "user" in made:
-            assert self.schema.several is not None
-            place = self.schema.place("user", self.schema.several.name)
-            first = sum(self.schema.widths("user")[:place])
+            assert self.schema.multi_interest_feature is not None
+            place = self.schema.layout.part_index("user", self.schema.multi_interest_feature.name)
+            first = sum(self.schema.layout.part_widths("user")[:place])
             feature_BME = made["user"][:, None].repeat(1, several_BMD.shape[1], 1)
             # Each of its vectors meets the other features, in one and the same tower.
             feature_BME[:, :, first : first + several_BMD.shape[2]] = several_BMD
@@ -240,11 +247,12 @@ class TwoTower(nn.Module):
 
         Of one that makes several vectors of a user these are apart, and the first has its place.
         """
-        assert batch.sparse.keys() == self.schema.keys()
+        assert batch.sparse.keys() == self.schema.layout.pooled_keys
         bags: KeyedTensor | None = None if self.tables is None else self.tables(batch.sparse)
         vectors = {} if self.lists is None else self.lists(batch.sequences)
         looked_up = [] if bags is None else [bags.values()]
-        looked_up += [vectors[name].values() for name, _ in self.schema.listed_keys]
+        unpooled = list(self.schema.layout.unpooled_keys)
+        looked_up += [vectors[name].values() for name in unpooled]
         if torch.is_grad_enabled():
             weights = [*self.user_tower.parameters(), *self.item_tower.parameters()]
             looked_up = gate(looked_up, weights, self.ranks)
@@ -252,7 +260,7 @@ class TwoTower(nn.Module):
         if bags is not None:
             pooled.add(looked_up.pop(0), dict(zip(bags.keys(), bags.length_per_key(), strict=True)))
         if self.lists is not None:
-            found = {name: each.float() for (name, _), each in zip(self.schema.listed_keys, looked_up, strict=True)}
+            found = {name: each.float() for name, each in zip(unpooled, looked_up, strict=True)}
             for name, vector in put_together(self.schema, self.user_tower, batch.listed, found).items():
                 if vector.ndim == 3:
                     several_BMD, vector = vector, vector[:, 0]
@@ -265,19 +273,19 @@ def put_together(
 ) -> dict[str, Tensor]:
     """What is made of vectors that were looked up one by one: pooled bags, and the users' encoded sequences."""
     found = {}
-    for side, feature in schema.sparse_pairs:
-        name = key(side, feature)
+    for side, feature in schema.layout.table_pairs:
+        name = lookup_key(side, feature)
         if name not in vectors:
             continue
-        if feature.kind != "sequence":
+        if not isinstance(feature, SequenceFeature):
             found[name] = pooled_by_hand(vectors[name], listed[name])
             continue
         item_UD = vectors[name]
         if feature.delta:
-            item_UD = item_UD + vectors[part_of(name, "delta", "+")]
+            item_UD = item_UD + vectors[delta_key(name)]
         for attribute in feature.attributes:
-            at = listed[part_of(name, attribute)]
-            added = pooled_by_hand(vectors[part_of(name, attribute)], at)
+            at = listed[sub_name(name, attribute)]
+            added = pooled_by_hand(vectors[sub_name(name, attribute)], at)
             item_UD = item_UD + (added if at.divisor is None else added / at.divisor[:, None])
         found[name] = user_tower.encode(feature.name, item_UD, listed[name])
     return found
@@ -288,9 +296,9 @@ def made_by_layers(
 ) -> dict[str, Tensor]:
     """What the features' own layers make of their numbers or tokens, by key."""
     found, column = {}, 0
-    for feature in schema.layered(side):
-        name, behind = key(side, feature), column + feature.num_numbers
-        given = listed[name] if feature.is_tokens else number[:, column:behind]
+    for feature in schema.layout.layer_features(side):
+        name, behind = lookup_key(side, feature), column + feature.num_numbers
+        given = listed[name] if feature.has_tokens else number[:, column:behind]
         found[name] = tower.encode(feature.name, given)
         column = behind
     return found
@@ -308,11 +316,11 @@ def user_vectors(
     schema: Schema, tower: Tower, pooled: Mapping[str, Tensor], divisor: Tensor, number: Tensor, gaussian: Gaussian
 ) -> Tensor:
     """(B, D), or (B, M, D), of all that enters the users' tower."""
-    several = schema.several
+    several = schema.multi_interest_feature
     if several is None:
         raw_BD = tower(tower_input(schema, "user", pooled, divisor, number))
         return gaussian_user(raw_BD, is_unit=gaussian.is_unit) if gaussian.is_one else raw_BD
-    name = key("user", several)  # each of its vectors meets the other features, in one and the same tower
+    name = lookup_key("user", several)  # each of its vectors meets the other features, in one and the same tower
     each = [
         tower_input(schema, "user", {**pooled, name: part_BD}, divisor, number) for part_BD in pooled[name].unbind(1)
     ]

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from trec_twotower.config.schema import HISTORY, FeatureSpec
+from trec_twotower.config.feature_spec import HISTORY, FeatureSpec
 from trec_twotower.data.dataset import ITEM_ID, POSITIVES, SERVING, USER_ID, Split
 from trec_twotower.data.feature_dataset import Sources
 from trec_twotower.data.features.datetime_parts import PER_SECOND, counted, is_time
@@ -60,7 +60,7 @@ def newest_state(sources: Sources, user_id: Any) -> UserState:
         features = sources.user_features(row, where, given)
     else:
         features = sources.user_features(row, where)
-        of_history = [feature for feature in sources.context if feature.reads == HISTORY]
+        of_history = [feature for feature in sources.context if feature.source_column == HISTORY]
         if of_history:
             longer = with_interactions(row, positives, of_history)
             features = features.beside(sources.history_features(longer, where))
@@ -173,7 +173,9 @@ def with_interactions(row: pa.Table, ids: pa.Array, features: Sequence[FeatureSp
     length, longer = len(_elements(row[HISTORY])), _with_more(row, HISTORY, ids)
     done = {HISTORY}
     for feature in features:
-        for column, value_of in ((feature.times, _time), (feature.weights, _weight), (feature.actions, _action)):
+        columns = feature.side_columns
+        for role, value_of in (("times", _time), ("weights", _weight), ("actions", _action)):
+            column = columns.get(role)
             # A list of another length is refused by name where the features are made.
             if column is None or column in done or len(_elements(row[column])) != length:
                 continue
@@ -187,7 +189,7 @@ def _time(row: pa.Table, column: str, feature: FeatureSpec) -> pa.Array:
     times = _elements(row[column]).drop_null()
     newest = times.slice(max(len(times) - 1, 0))
     newest_s = _seconds(newest) if len(newest) else -np.inf
-    for name in (feature.until, *_own_names(column), TIMESTAMP):
+    for name in (feature.side_columns.get("until"), *_own_names(column), TIMESTAMP):
         own = None if name is None else _scalar(row, name)
         if own is None or not is_time(own.type):
             continue

@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from trec_twotower.config.run_config import DataConfig
+from trec_twotower.config.data import DataConfig
 from trec_twotower.errors import ConfigError
 
 

@@ -19,7 +19,7 @@ from torch import nn
 from torch.distributed.checkpoint import CheckpointException
 
 import trec_twotower
-from trec_twotower.config.compatibility import differences
+from trec_twotower.config.run_config import RunConfig, differences
 from trec_twotower.distributed.ranks import Ranks
 from trec_twotower.errors import ConfigError, DataError, TrainingError
 from trec_twotower.model.embeddings import table_in
@@ -38,7 +38,7 @@ CHOICES = 20  # of a checkpoint, where those chosen before were removed by the t
 class Checkpoints:
     """The folder checkpoints/ of a run: step-00000100/ and so on, of which some are kept.
 
-    With `settings` (same_run.binding), checkpoints that were trained under other ones are refused.
+    With `config`, checkpoints that were trained under other settings are refused.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class Checkpoints:
         folder: Path,
         ranks: Ranks,
         keep: int = 2,
-        settings: Mapping[str, Any] | None = None,
+        config: RunConfig | None = None,
         *,
         in_background: bool = False,
         check: Callable[[], None] = lambda: None,
@@ -55,7 +55,7 @@ class Checkpoints:
         self.folder = folder
         self.ranks = ranks
         self.keep = keep
-        self.settings = settings
+        self.config = config
         self.in_background = in_background
         self.check = check
         self._snapshot = Snapshot()
@@ -202,7 +202,7 @@ class Checkpoints:
 
     def _load(self, reader: TensorReader, model: nn.Module, optimizer: RunOptimizer | None) -> None:
         path, manifest = reader.path, reader.sealed.manifest
-        if self.settings is not None and (found := differences(manifest.get("settings", {}), self.settings)):
+        if self.config is not None and (found := differences(manifest.get("settings", {}), self.config)):
             raise ConfigError(
                 f"{path} was trained under another config: {found}. Restore the old settings, or begin another run "
                 f"with its weights: run_dir=... --init-from {self.folder.parent}"

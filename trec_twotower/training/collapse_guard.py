@@ -8,7 +8,8 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from trec_twotower.config.run_config import CORRECTED, LossConfig, RunConfig
+from trec_twotower.config.losses import LossConfig, SoftmaxLoss
+from trec_twotower.config.run_config import RunConfig
 
 ITEM_COSINE, USER_ITEM_COSINE, NEGATIVE_COSINE = "item_cosine", "user_item_cosine", "negative_cosine"
 BELOW_POPULARITY = "below_popularity"
@@ -22,7 +23,7 @@ MEANING = {
     NEGATIVE_COSINE: "the mean cosine of users and their negatives is {value:.3f}",
 }
 # Settings that a warning names where they differ from their defaults.
-SUSPECTS = ("kind", "temperature", "log_q", "negatives.in_batch", "negatives.queue", "negatives.hardest")
+SUSPECTS = ("kind", "temperature", "log_q", "negatives.in_batch", "negatives.cross_batch_memory", "negatives.top_k")
 
 
 @runtime_checkable
@@ -112,11 +113,10 @@ class CollapseGuard:
     def _changes(self) -> list[str]:
         """Return what may help, suspect settings of the loss first."""
         changes = []
-        loss, default = self.config.loss, LossConfig()
+        loss, default = self.config.loss, SoftmaxLoss()
         for name in SUSPECTS:
             value, usual = _setting(loss, name), _setting(default, name)
-            has_choice = value is not None and (name != "log_q" or loss.kind in CORRECTED)
-            if has_choice and value != usual:
+            if value is not None and value != usual:
                 shown = "null" if usual is None else usual
                 changes.append(f"loss.{name} to its default {shown} (now {_shown(value)})")
         optimizer, epochs = self.config.train.optimizer, self.config.train.epochs
@@ -150,9 +150,10 @@ def unit(vector_ND: np.ndarray) -> np.ndarray:
 
 
 def _setting(loss: LossConfig, name: str) -> Any:
+    """Return a setting of the loss; None where losses of its kind have none of that name."""
     value: Any = loss
     for part in name.split("."):
-        value = getattr(value, part)
+        value = getattr(value, part, None)
     return value
 
 

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from trec_twotower.config.schema import Schema, Side
+from trec_twotower.config.base import Side
+from trec_twotower.config.schema import Schema
 from trec_twotower.data.loading.batch import Batch
 from trec_twotower.data.loading.streaming import Passes
 from trec_twotower.distributed.ranks import Ranks
@@ -166,8 +167,8 @@ def suspects(schema: Schema, batch: Batch) -> list[str]:
     """
     values: list[tuple[str, Tensor | None]] = [
         ("row weights (column 'weight' of train/)", batch.positive_weight_P),
-        ("weights of loss.given", batch.given_weight_G),
-        ("labels of loss.given", batch.given_label_G),
+        ("weights of loss.impressions", batch.given_weight_G),
+        ("labels of loss.impressions", batch.given_label_G),
     ]
     for key in batch.sparse.keys():  # noqa: SIM118 - a list, not a dict
         side, _, name = key.partition(":")
@@ -175,7 +176,7 @@ def suspects(schema: Schema, batch: Batch) -> list[str]:
     sides: tuple[tuple[Side, Tensor], ...] = (("user", batch.user_number_BN), ("item", batch.item_number_SN))
     for side, numbers in sides:
         column = 0
-        for feature in schema.dense(side):
+        for feature in schema.layout.float_features(side):
             part = numbers[:, column : column + feature.num_numbers]
             values.append((f"numbers of the {side} feature {feature.name!r}", part))
             column += feature.num_numbers

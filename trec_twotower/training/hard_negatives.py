@@ -87,7 +87,7 @@ class Refresh:
 
     def _find(self, step: int, sources: Sources, taken_I: np.ndarray) -> None:
         began = time.perf_counter()
-        low, high = self.config.ranks
+        low, high = self.config.neighbor_range
         item_ID = encode_everywhere(self.model, "item", sources.catalogue.columns, self.ranks).float().cpu().numpy()
         items = np.argsort(-taken_I, kind="stable")[: min(MAX_ITEMS, int((taken_I > 0).sum()))]
         mine = items[self.ranks.share(len(items))]

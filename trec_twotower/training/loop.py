@@ -14,8 +14,7 @@ import numpy as np
 import torch
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
-from trec_twotower.config.compatibility import binding, config_hash
-from trec_twotower.config.run_config import TRAINED, RunConfig
+from trec_twotower.config.run_config import TRAINED, RunConfig, binding, config_hash
 from trec_twotower.data.feature_dataset import Sources
 from trec_twotower.data.feature_report import OwnItems
 from trec_twotower.data.loading.batch import Batch
@@ -60,8 +59,8 @@ def build_model(config: RunConfig, ranks: Ranks) -> DistributedModelParallel:
     for tower in (model.user_tower, model.item_tower):
         tower.trains_as(config.train, ranks)
     check_optimizer(config.train.optimizer, schema, ranks.device.type)
-    if config.train.start is not None:
-        check_start(schema, config.train.start)
+    if config.train.spectral is not None:
+        check_start(schema, config.train.spectral)
     fuse_table_updates(model, config.train.optimizer)
     sharded = shard(model, schema, ranks, config.data.batch_size // ranks.num_ranks + 1)
     quicken_updates(sharded)
@@ -97,8 +96,8 @@ def train(
             with StopSignals() as signals:
                 fault_point("start:locked")
                 if config.ends_in_closed_form:
-                    assert config.train.start is not None
-                    check_start(config.feature_schema, config.train.start)
+                    assert config.train.spectral is not None
+                    check_start(config.feature_schema, config.train.spectral)
                     ranks.once(lambda: _check_epochs(config))
                     before = config.without_closed_form
                     init_from = _train(before, ranks, evaluate, init_from, neighbours, heartbeat, signals, lock)
@@ -129,7 +128,7 @@ def _train(
         run.folder / "checkpoints",
         ranks,
         config.checkpoint.keep,
-        binding(config),
+        config,
         in_background=config.checkpoint.in_background,
         check=lock.check,
     )
@@ -137,9 +136,9 @@ def _train(
     progress = Progress(config, ranks, run, passes, checkpoints, heartbeat, signals, lock)
     is_new = checkpoints.newest() is None
     progress.resume(model, optimizer, init_from)
-    if config.train.start is not None and is_new and (init_from is None or config.ends_in_closed_form):
+    if config.train.spectral is not None and is_new and (init_from is None or config.ends_in_closed_form):
         heartbeat.doing = "its closed form"
-        start_spectral(model, config.feature_schema, config.train.start, sources, config.train.seed, ranks)
+        start_spectral(model, config.feature_schema, config.train.spectral, sources, config.train.seed, ranks)
     progress.own_items = ranks.once(run.own_items)
     if progress.own_items is not None:
         progress.say(progress.own_items.in_words)
@@ -577,9 +576,9 @@ class Progress:
         if self.config.ends_in_closed_form:  # its steps are those of the run in RUN/trained
             trained = read_json(self.run.folder / TRAINED / STATUS)
             step, train_s, evaluate_s = trained["step"], trained["train_s"], trained["evaluate_s"]
-            added = ", then added the closed form of train.start"
-        elif not step and self.config.train.start is not None:
-            return f"the weights are the closed form of train.start; train.epochs is 0: {self.run.folder}"
+            added = ", then added the closed form of train.spectral"
+        elif not step and self.config.train.spectral is not None:
+            return f"the weights are the closed form of train.spectral; train.epochs is 0: {self.run.folder}"
         times = f"{clock(train_s)} (and {clock(evaluate_s)} of evaluation)"
         return f"trained {step:,} steps in {times}{added}: {self.run.folder}"
 

@@ -13,8 +13,8 @@ from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backwa
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
 from torchrec.optim.optimizers import in_backward_optimizer_filter
 
-from trec_twotower.config.run_config import GPU_OPTIMIZERS, OptimizerConfig
 from trec_twotower.config.schema import Schema
+from trec_twotower.config.training import GPU_OPTIMIZERS, OptimizerConfig
 from trec_twotower.errors import ConfigError
 from trec_twotower.model.embeddings import table_parameters
 from trec_twotower.model.tower import Tower

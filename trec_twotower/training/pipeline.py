@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 
-from trec_twotower.config.run_config import TrainConfig
+from trec_twotower.config.training import TrainConfig
 from trec_twotower.data.loading.batch import Batch
 from trec_twotower.distributed.ranks import Ranks
 from trec_twotower.model.two_tower import TwoTower

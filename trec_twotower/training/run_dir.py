@@ -14,13 +14,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from trec_twotower.config.compatibility import check_same_run
-from trec_twotower.config.run_config import TRAINED, RunConfig, as_values, validate
-from trec_twotower.config.schema import LEARNED
-from trec_twotower.config.yaml_io import read_yaml, to_yaml
+from trec_twotower.config.base import as_values, validate
+from trec_twotower.config.loading import read_yaml, to_yaml
+from trec_twotower.config.run_config import TRAINED, RunConfig, check_same_run
 from trec_twotower.data.dataset import POSITIVES, Dataset
 from trec_twotower.data.feature_dataset import Sources
 from trec_twotower.data.feature_report import OwnItems, own_items
+from trec_twotower.data.features.external_files import external_files
 from trec_twotower.data.features.transform import Statistics
 from trec_twotower.data.known_items import KnownItems, KnownUsers
 from trec_twotower.data.loading.loader import TrainBatches
@@ -54,7 +54,7 @@ from trec_twotower.storage.lock import LOCK_FILES
 
 CONFIG, STATISTICS, STATUS = "config.yaml", "statistics.json", "status.json"
 KNOWN = "known_items.npz"
-OWN_ITEMS = "own_items"  # of STATISTICS and STATUS: what data.own_item: drop leaves out
+OWN_ITEMS = "own_items"  # of STATISTICS and STATUS: what data.target_in_history: drop leaves out
 LEARN_AGAIN = f"remove {STATISTICS}, and the next command learns from the data again."
 
 
@@ -144,7 +144,7 @@ class Run:
             write_counts(self.folder / COUNTS, count_NI)
             if generations is not None:
                 generations.write(self.folder / STREAM)
-            own = own_items(learned) if self.config.data.own_item == "drop" else None
+            own = own_items(learned) if self.config.data.target_in_history == "drop" else None
             facts: dict[str, Any] = {"fingerprint": first.fingerprint, "numbers": numbers, "files": self._digests()}
             facts |= {COUNTS: digest_of(self.folder / COUNTS), OWN_ITEMS: None if own is None else asdict(own)}
             facts |= {"described": first.described_fingerprint, **self._keep_known(learned)}
@@ -249,14 +249,11 @@ class Run:
         mined = self.config.loss.negatives.mined
         paths = [self.config.loss.known, None if mined is None else mined.file]
         for feature in (*self.config.user, *self.config.item):
-            if feature.vocabulary not in (None, LEARNED):
-                paths.append(Path(str(feature.vocabulary)))
-            if feature.folder is not None:
-                paths += sorted(Path(feature.folder).glob("*.*"))
+            paths += external_files(feature)
         return {str(path): sha256_of(path) for path in paths if path is not None and path.is_file()}
 
     def own_items(self) -> OwnItems | None:
-        """What `data.own_item: drop` leaves out of the rows that the run began with; None where it is not asked for."""
+        """What `data.target_in_history: drop` leaves out of the rows that the run began with; None without it."""
         found = read_signed(self.folder / STATISTICS, LEARN_AGAIN).get(OWN_ITEMS)
         return None if found is None else OwnItems(**found)
 

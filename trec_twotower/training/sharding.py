@@ -17,7 +17,8 @@ from torchrec.distributed.planner.storage_reservations import FixedPercentageSto
 from torchrec.distributed.planner.types import PlannerError
 from torchrec.distributed.types import CacheParams, ShardingEnv, ShardingPlan, ShardingType
 
-from trec_twotower.config.schema import Schema, TableSpec
+from trec_twotower.config.model import TableSpec
+from trec_twotower.config.schema import Schema
 from trec_twotower.distributed.host_memory import host_bytes
 from trec_twotower.distributed.ranks import Ranks
 from trec_twotower.errors import ConfigError

@@ -10,8 +10,11 @@ import pyarrow.parquet as pq
 import torch
 from torch import nn
 
+from trec_twotower.config.base import Side
+from trec_twotower.config.feature_spec import HISTORY, FeatureSpec, ItemListFeature
+from trec_twotower.config.features import TextFeature
 from trec_twotower.config.run_config import RunConfig
-from trec_twotower.config.schema import HISTORY, FeatureSpec, Schema, Side, key, part_of
+from trec_twotower.config.schema import Schema, delta_key, lookup_key, sub_name
 from trec_twotower.data.dataset import POSITIVES, TRAIN_USERS
 from trec_twotower.data.parquet_files import UNREADABLE, folder_of, parquet_files
 from trec_twotower.distributed.ranks import Ranks
@@ -59,8 +62,8 @@ def describe_plan(config: RunConfig, num_ranks: int, gpu_gb: float | None = None
     if gpu_gb is not None:
         memory = RankMemory(memory.host, int(gpu_gb * 1e9))
     check_optimizer(config.train.optimizer, schema, device.type)
-    if config.train.start is not None:
-        check_start(schema, config.train.start)
+    if config.train.spectral is not None:
+        check_start(schema, config.train.spectral)
     model = OnlyTables(schema)
     fuse_table_updates(model, config.train.optimizer)
     plan = make_plan(
@@ -163,7 +166,7 @@ def exchange(schema: Schema, shards: list[TablePlacement], step: StepSize, num_r
         lengths = step.rows * len(keys) * LENGTH_BYTES
         sums = step.rows * len(keys) * spec.dim * VALUE_BYTES
         parts = [shard for shard in shards if shard.table == table]
-        if table in schema.listed:
+        if table in schema.unpooled_tables:
             vectors = sum(step.ids[key] for key in keys) * spec.dim * VALUE_BYTES
             copies = len(parts) if parts[0].sharding == "column_wise" else 1
             found[table] = Exchange(away * copies * ids, away * vectors, away * vectors)
@@ -197,7 +200,7 @@ def exchange_of_towers(config: RunConfig, step: StepSize, num_ranks: int) -> dic
 
 def num_dense_weights(config: RunConfig) -> int:
     """Of the towers and a learned temperature: all that are trained and lie whole on every rank."""
-    negatives = config.loss.negatives.model_copy(update={"queue": 0})
+    negatives = config.loss.negatives.model_copy(update={"cross_batch_memory": 0})
     loss = config.loss.model_copy(update={"negatives": negatives})
     model = TwoTower(config.feature_schema, config.model, loss, Ranks(0, 1, torch.device("cpu")))
     tables = {weight for part in (model.tables, model.lists) if part is not None for weight in part.parameters()}
@@ -227,33 +230,33 @@ def step_size(config: RunConfig, num_ranks: int) -> tuple[StepSize, str]:
     catalogue = items.num_rows if items else float("inf")
     loss, negatives = config.loss, config.loss.negatives
     brought = 0.0 if negatives.sampled == "all" else float(negatives.sampled)
-    brought += sum(each.count for each in (negatives.popular, negatives.same) if each is not None)
+    brought += sum(each.count for each in (negatives.popular, negatives.same_category) if each is not None)
     brought += sum(each.count * data.batch_size for each in (negatives.mined, negatives.refresh) if each is not None)
-    if loss.given is not None:
-        brought += data.batch_size * ((train.mean_length(loss.given.column) if train else None) or ASSUMED_IDS)
+    if loss.impressions is not None:
+        brought += data.batch_size * ((train.mean_length(loss.impressions.column) if train else None) or ASSUMED_IDS)
     candidates = min(positives + brought, catalogue)
     if negatives.sampled == "all" and items:
         candidates = catalogue
     rows = {"user": data.batch_size / num_ranks, "item": candidates / num_ranks}
     ids = {
-        key(side, feature): rows[side] * _mean_ids(side, feature, config, train if side == "user" else items)
-        for side, feature in schema.sparse_pairs
+        lookup_key(side, feature): rows[side] * _mean_ids(side, feature, config, train if side == "user" else items)
+        for side, feature in schema.layout.table_pairs
     }
-    for lookup in schema.lookups:
-        ids.setdefault(lookup.key, ids[key(lookup.side, lookup.feature)])  # of a second hash
+    for lookup in schema.layout.pooled_lookups:
+        ids.setdefault(lookup.key, ids[lookup_key(lookup.side, lookup.feature)])  # of a second hash
     for feature in schema.sequences:  # every item of all steps once
-        name = key("user", feature)
+        name = lookup_key("user", feature)
         ids[name] = min(ids[name], catalogue)
-        ids[part_of(name, "delta", "+")] = ids[name]
+        ids[delta_key(name)] = ids[name]
         for attribute in (other for other in schema.item if other.name in feature.attributes):
-            ids[part_of(name, attribute.name)] = ids[name] * _mean_ids("item", attribute, config, items)
-    return StepSize(round(max(rows.values())), ids, schema.is_weighted, candidates), source
+            ids[sub_name(name, attribute.name)] = ids[name] * _mean_ids("item", attribute, config, items)
+    return StepSize(round(max(rows.values())), ids, schema.layout.is_weighted, candidates), source
 
 
 def _tables_of_keys(schema: Schema) -> dict[str, str]:
     """The table that each key of both collections looks up."""
-    bags = {lookup.key: lookup.feature.table_name for lookup in schema.lookups}
-    return {**bags, **dict(schema.listed_keys)}
+    bags = {lookup.key: lookup.feature.table_name for lookup in schema.layout.pooled_lookups}
+    return {**bags, **schema.layout.unpooled_keys}
 
 
 class _Footers:
@@ -283,16 +286,17 @@ class _Footers:
 
 
 def _mean_ids(side: Side, feature: FeatureSpec, config: RunConfig, footer: _Footers | None) -> float:
-    if feature.kind == "text":  # nothing says how many words a text has
+    if isinstance(feature, TextFeature):  # nothing tells how many words a text has
         runs = feature.words + (0 if feature.characters is None else ASSUMED_PARTS)
         return float(runs * min(feature.max_length or ASSUMED_WORDS, ASSUMED_WORDS))
-    if feature.kind not in ("bag", "sequence"):
-        return 2.0 if feature.soft else 1.0
-    if side == "user" and config.data.rows == "user" and feature.reads == HISTORY:  # a drawn part of the positives
+    if not isinstance(feature, ItemListFeature):
+        return 2.0 if feature.is_ragged else 1.0
+    is_by_user = side == "user" and config.data.rows == "user"
+    if is_by_user and feature.source_column == HISTORY:  # a drawn part of the positives
         taken = footer.mean_length(POSITIVES) if footer else None
         mean = None if taken is None else taken * config.data.input_share
     else:
-        mean = footer.mean_length(feature.reads) if footer else None
+        mean = footer.mean_length(feature.source_column) if footer else None
     if mean is None:
         mean = float(feature.max_length or ASSUMED_IDS)
     return min(mean, feature.max_length or mean)

@@ -25,11 +25,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from trec_twotower.config.run_config import SpectralStart
-from trec_twotower.config.schema import FeatureSpec, Pooling, Schema, Side
+from trec_twotower.config.base import Side
+from trec_twotower.config.feature_spec import FeatureSpec
+from trec_twotower.config.features import BagFeature, IdFeature
+from trec_twotower.config.model import Pooling
+from trec_twotower.config.schema import Schema
+from trec_twotower.config.training import SpectralConfig
 from trec_twotower.data.dataset import ITEM_ID, POSITIVES, USER_ID
 from trec_twotower.data.feature_dataset import Sources
-from trec_twotower.data.features.transform import one_chunk
+from trec_twotower.data.features.transform import buckets, one_chunk
 from trec_twotower.distributed.ranks import Ranks
 from trec_twotower.errors import ConfigError, DataError
 from trec_twotower.model.embeddings import table_shards
@@ -85,7 +89,7 @@ class Taken:
             yield self.user_P[low:high] - first, self.item_P[low:high], last - first
 
 
-def spectral_tables(taken: Taken, dim: int, start: SpectralStart, seed: int, ranks: Ranks) -> tuple[Tensor, Tensor]:
+def spectral_tables(taken: Taken, dim: int, start: SpectralConfig, seed: int, ranks: Ranks) -> tuple[Tensor, Tensor]:
     """(A, B), each (I, dim) float32, the same on all ranks, which call this together.
 
     Raises DataError where the catalogue or the users are too few for the rank `dim`.
@@ -94,8 +98,8 @@ def spectral_tables(taken: Taken, dim: int, start: SpectralStart, seed: int, ran
     num_users, num_items = int(ranks.sum(np.array([taken.num_users]))[0]), taken.num_items
     if min(num_users, num_items) < dim:
         raise DataError(
-            f"train.start is spectral at the tables' dim {dim}, but a matrix of {num_users:,} users and {num_items:,} "
-            "items has no such rank: lower dim."
+            f"train.spectral needs the rank of the tables' dim {dim}, but a matrix of {num_users:,} users and "
+            f"{num_items:,} items has no such rank: lower dim."
         )
     wide = min(wide, num_users, num_items)
     weight_U = np.bincount(taken.user_P, minlength=taken.num_users).astype(np.float32)
@@ -158,7 +162,7 @@ def spread(taken: Taken, history_ID: Tensor, item_ID: Tensor, pooling: Pooling, 
 
 
 def start_spectral(
-    model: nn.Module, schema: Schema, start: SpectralStart, sources: Sources, seed: int, ranks: Ranks
+    model: nn.Module, schema: Schema, start: SpectralConfig, sources: Sources, seed: int, ranks: Ranks
 ) -> None:
     """Give the two tables their closed form, in place; all ranks call together.
 
@@ -168,13 +172,13 @@ def start_spectral(
     history, item = _feature(schema, "user", start.history), _feature(schema, "item", start.item)
     taken = ranks.together(lambda: Taken.read(sources, ranks))
     history_ID, item_ID = spectral_tables(taken, schema.table_of(history).dim, start, seed, ranks)
-    if start.spread is not None:
-        history_ID *= start.spread / max(spread(taken, history_ID, item_ID, history.pooling, ranks), 1e-30)
+    if start.score_std is not None:
+        pooling = history.pooling if isinstance(history, BagFeature) else "mean"
+        history_ID *= start.score_std / max(spread(taken, history_ID, item_ID, pooling, ranks), 1e-30)
     ids = sources.catalogue.ids
     wanted = {}
     for feature, vector_ID in zip((history, item), (history_ID, item_ID), strict=True):
-        alone = feature.model_copy(update={"kind": "id", "max_length": None, "weights": None})
-        row_I = alone.hash(ids, schema.tables[feature.table_name] if feature.table else None).to_numpy()
+        row_I = buckets(schema.table_of(feature), ids, "the catalogue")
         wanted[feature.table_name] = torch.from_numpy(row_I.astype(np.int64)).to(ranks.device), vector_ID
     with torch.no_grad():
         for name, weights, (first_row, first_column) in table_shards(model):
@@ -190,38 +194,38 @@ def start_spectral(
             weights.index_add_(0, place, (value / share[place, None]).to(weights.dtype))
 
 
-def check_start(schema: Schema, start: SpectralStart) -> None:
-    """Raises ConfigError where the features that train.start names cannot hold a closed form."""
+def check_start(schema: Schema, start: SpectralConfig) -> None:
+    """Raises ConfigError where the features that train.spectral names cannot hold a closed form."""
     history, item = _feature(schema, "user", start.history), _feature(schema, "item", start.item)
-    if history.kind not in ("bag", "id") or item.kind != "id":
+    if not isinstance(history, BagFeature | IdFeature) or not isinstance(item, IdFeature):
         raise ConfigError(
-            f"train.start names the user feature {history.name!r} of kind {history.kind} and the item feature "
+            f"train.spectral names the user feature {history.name!r} of kind {history.kind} and the item feature "
             f"{item.name!r} of kind {item.kind}: it needs the bag of the items that a user took, and the item's id."
         )
     if history.table_name == item.table_name:
         raise ConfigError(
-            f"train.start gives {history.name!r} and {item.name!r} different weights, but both look up table "
+            f"train.spectral gives {history.name!r} and {item.name!r} different weights, but both look up table "
             f"{item.table_name!r}: give each a table."
         )
     one, other = schema.table_of(history).dim, schema.table_of(item).dim
     for feature in (history, item):
         if schema.table_of(feature).hashes == 2:
             raise ConfigError(
-                f"train.start fills a row for each id, but table {feature.table_name!r} has hashes: 2: set it to 1."
+                f"train.spectral fills a row for each id, but table {feature.table_name!r} has hashes: 2: set it to 1."
             )
     if one != other:
         raise ConfigError(
-            f"train.start needs tables of one dim, but {history.table_name!r} has {one} and {item.table_name!r} "
+            f"train.spectral needs tables of one dim, but {history.table_name!r} has {one} and {item.table_name!r} "
             f"{other}: make them equal."
         )
 
 
 def _feature(schema: Schema, side: Side, name: str) -> FeatureSpec:
-    found = [feature for feature in schema.sparse(side) if feature.name == name]
+    found = [feature for feature in schema.layout.table_features(side) if feature.name == name]
     if not found:
-        known = ", ".join(feature.name for feature in schema.sparse(side)) or "none"
+        known = ", ".join(feature.name for feature in schema.layout.table_features(side)) or "none"
         setting = "history" if side == "user" else "item"
-        raise ConfigError(f"train.start.{setting} is {name!r}, but the {side} features with tables are: {known}.")
+        raise ConfigError(f"train.spectral.{setting} is {name!r}, but the {side} features with tables are: {known}.")
     return found[0]
 
 

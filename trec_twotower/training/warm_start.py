@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from trec_twotower.data.features.vocabulary import FIRST_WORD, NULL_ROW, UNKNOWN_ROW
+from trec_twotower.config.features import RESERVED_ROWS
+from trec_twotower.data.features.vocabulary import NULL_ROW, UNKNOWN_ROW
 from trec_twotower.distributed.ranks import Ranks
 from trec_twotower.errors import ConfigError
 from trec_twotower.model.tower import Tower
@@ -83,8 +84,8 @@ def _source(new: Axis, old: Axis) -> np.ndarray | None:
     if isinstance(new, Bins) and isinstance(old, Bins):
         return _rows_of_bins(new, old)
     if isinstance(new, Words) and isinstance(old, Words):
-        place = {word: FIRST_WORD + number for number, word in enumerate(old.words)}
-        spare = [-1] * (new.num_rows - FIRST_WORD - len(new.words))
+        place = {word: RESERVED_ROWS + number for number, word in enumerate(old.words)}
+        spare = [-1] * (new.num_rows - RESERVED_ROWS - len(new.words))
         return np.array([NULL_ROW, UNKNOWN_ROW, *(place.get(word, -1) for word in new.words), *spare], np.int64)
     assert isinstance(new, Sequence) and isinstance(old, Sequence)
     position = {label: number for number, label in enumerate(old)}

@@ -14,14 +14,28 @@ from typing import Any
 import torch
 from torch import nn
 
-from trec_twotower.config.run_config import RunConfig, TowerConfig
-from trec_twotower.config.schema import FeatureSpec, Schema, Side, TableSpec
+from trec_twotower.config.base import Side
+from trec_twotower.config.feature_spec import FeatureSpec
+from trec_twotower.config.features import (
+    CategoryFeature,
+    CrossFeature,
+    LanguageModelFeature,
+    NumericFeature,
+    SequenceFeature,
+    TextFeature,
+    TimeFeature,
+    VectorFeature,
+    VocabularyFeature,
+)
+from trec_twotower.config.losses import LearnedTemperature
+from trec_twotower.config.model import TableSpec, TowerConfig
+from trec_twotower.config.run_config import RunConfig
+from trec_twotower.config.schema import Schema
 from trec_twotower.data.features.numeric import Statistics
 from trec_twotower.errors import ConfigError
 from trec_twotower.model.embeddings import table_in
 from trec_twotower.model.tower import Tower, average_of, encoder_name
 from trec_twotower.model.tower_layers import AlignedLinear, Crosses, Experts, FeatureGates, Missing, ShortLong, Summed
-from trec_twotower.model.two_tower import SIDES
 from trec_twotower.training.run_dir import STATISTICS, Run
 
 FORGOTTEN = ("frequency.", "queue.")  # what a run remembers of its own steps
@@ -93,24 +107,26 @@ class Meaning:
             if (table := table_in(name)) is not None and table in schema.tables:
                 found["table", table] = self._table(name, table, size, schema)
             elif name == "temperature.position":
-                limits = self.config.loss.temperature
-                bounds = {"low": getattr(limits, "low", None), "high": getattr(limits, "high", None)}
+                limits = self.config.loss.parameters.get("temperature")
+                bounds = {"low": limits.low, "high": limits.high} if isinstance(limits, LearnedTemperature) else {}
                 found[(name,)] = Weight(name, "the learned temperature", size, (), bounds)
             elif not name.startswith((*FORGOTTEN, "user_tower.", "item_tower.")):
                 found[(name,)] = Weight(name, name, size, (None,) * len(size))
-        for side, config in zip(SIDES, (self.config.model.user_tower, self.config.model.item_tower), strict=True):
+        for side, config in self.config.model.towers:
             found |= self._tower(side, config, schema, sizes)
         return found
 
     def _table(self, name: str, table: str, size: tuple[int, ...], schema: Schema) -> Weight:
         spec, label = schema.tables[table], f"table {table}"
-        readers = [(side, each) for side, each in schema.sparse_pairs if table in (each.table_name, _delta_of(each))]
+        readers = [
+            (side, each) for side, each in schema.layout.table_pairs if table in (each.table_name, _delta_of(each))
+        ]
         for side, feature in readers:
             learned = self.statistics.get(f"{side}:{feature.name}", Statistics())
-            if feature.vocabulary is not None:
+            if isinstance(feature, VocabularyFeature):
                 words = Words(learned.words, size[0])
                 return Weight(name, label, size, (words, None), rows=frozenset({"words of a vocabulary"}))
-            if feature.bins is not None:
+            if isinstance(feature, NumericFeature) and feature.bins is not None:
                 points = feature.bins if isinstance(feature.bins, tuple) else learned.points
                 bins = Bins(tuple(points), feature.soft, size[0])
                 return Weight(name, label, size, (bins, None), {"soft": feature.soft}, frozenset({"bins of numbers"}))
@@ -121,8 +137,8 @@ class Meaning:
         model = self.config.model
         dim = model.vector_dim if side == "user" else model.dim
         with torch.device("meta"):  # without memory: its parts are looked at, not used
-            place = {name: schema.place(side, name) for name in _names(config)}
-            tower = Tower(schema.widths(side), dim, config, is_unit=False, place=place.__getitem__)
+            place = {name: schema.layout.part_index(side, name) for name in config.named_features}
+            tower = Tower(schema.layout.part_widths(side), dim, config, is_unit=False, place=place.__getitem__)
         found: Layout = {}
         for index, role, rest, axes, settings in _TowerParts(config, schema, side).walk(tower):
             name = f"layers.{index}.{rest}"
@@ -159,20 +175,20 @@ class Meaning:
 
     def _encoding(self, feature: FeatureSpec) -> dict[str, Any]:
         """The settings of a feature's layers that change what their weights mean."""
-        if feature.kind == "sequence":
-            spec = feature.encoding.model_dump()
+        if isinstance(feature, SequenceFeature):
+            spec = feature.encoder.model_dump()
             return {f"encoder.{name}": value for name, value in spec.items() if name not in SIMILAR_ENCODERS}
-        if feature.is_tokens:
-            folder = Path(str(feature.folder))
+        if isinstance(feature, LanguageModelFeature):
+            folder = Path(feature.folder)
             digests = {Path(path).name: each for path, each in self.files.items() if Path(path).parent == folder}
             return {"language model": tuple(sorted(digests.items()))}
-        if feature.kind == "vector":
+        if isinstance(feature, VectorFeature):
             return {"unit_length": feature.unit_length}
-        return {"normalise": feature.normalise}
+        return {"normalize": feature.normalize} if isinstance(feature, NumericFeature) else {}
 
 
 def _delta_of(feature: FeatureSpec) -> str | None:
-    return feature.delta_table if feature.delta else None
+    return feature.delta_table if isinstance(feature, SequenceFeature) and feature.delta else None
 
 
 def _hashing(spec: TableSpec) -> dict[str, Any]:
@@ -181,22 +197,16 @@ def _hashing(spec: TableSpec) -> dict[str, Any]:
 
 def _rows_of(feature: FeatureSpec) -> str:
     """What a hashed row of a table stands for, as this feature reads it."""
-    match feature.kind:
-        case "category":
+    match feature:
+        case CategoryFeature():
             return "category (row 0 is null's)"
-        case "cross":
-            return f"cross of {', '.join(feature.columns or ())}"
-        case "text":
+        case CrossFeature():
+            return f"cross of {', '.join(feature.columns)}"
+        case TextFeature():
             return f"words: {feature.words}, characters: {feature.characters}"
-        case "time":
+        case TimeFeature():
             return f"{feature.part} in {feature.zone}"
     return "ids"
-
-
-def _names(config: TowerConfig) -> set[str]:
-    """All features that a tower's settings name."""
-    by = config.gating.by if config.gating is not None else ()
-    return {*config.drop, *(config.missing or ()), *config.unit, *by, *config.short, *config.wide}
 
 
 class _TowerParts:
@@ -226,7 +236,9 @@ class _TowerParts:
         """The role of a part, and the axes of its parameters."""
         match module:
             case Missing():
-                return "learned vectors of missing features", {"vector_E": (self._of(self.config.missing or ()),)}
+                return "learned vectors of missing features", {
+                    "vector_E": (self._of(self.config.missing_vectors or ()),)
+                }
             case FeatureGates():
                 return "gates of features", self._gates()
             case Crosses():
@@ -260,7 +272,7 @@ class _TowerParts:
         return inward | {"excite.weight": (self.parts, None), "excite.bias": (self.parts,)}
 
     def _short_long(self) -> dict[str, tuple[Axis, ...]]:
-        short = self._of(self.config.short)
+        short = self._of(self.config.short_term)
         rest = [label for label in self.whole if label not in set(short)]
         weights: dict[str, tuple[Axis, ...]] = {"short.weight": (None, short), "long.weight": (None, rest)}
         weights["gate.weight"] = (None, self.whole)
@@ -268,18 +280,19 @@ class _TowerParts:
 
     def _of(self, names: Sequence[str]) -> list[Hashable]:
         """What the columns of some features stand for, in their order among all."""
-        chosen = sorted({self.schema.place(self.side, name) for name in names})
+        chosen = sorted({self.schema.layout.part_index(self.side, name) for name in names})
         return [label for number in chosen for label in self.columns[number]]
 
 
 def _columns(schema: Schema, side: Side) -> list[list[Hashable]]:
-    """What each column of a tower's input stands for, by the places of `Schema.widths`."""
+    """What each column of a tower's input stands for, in the order of FeatureLayout.part_widths."""
     found: list[list[Hashable]] = []
-    for feature in schema.sparse(side):
+    for feature in schema.layout.table_features(side):
         found.append(_labels(feature, schema.table_of(feature).dim, "table"))
-    for feature in schema.layered(side):
-        found.append(_labels(feature, feature.layers_width, "layers"))
-    numbers = [label for each in schema.numbers(side) for label in _labels(each, each.num_numbers, each.normalise)]
+    for feature in schema.layout.layer_features(side):
+        found.append(_labels(feature, feature.layers_width or 0, "layers"))
+    numeric = [each for each in schema.layout.plain_numbers(side) if isinstance(each, NumericFeature)]
+    numbers = [label for each in numeric for label in _labels(each, each.num_numbers, each.normalize)]
     return [*found, numbers] if numbers else found
 
 
@@ -289,6 +302,8 @@ def _labels(feature: FeatureSpec, width: int, kind: str) -> list[Hashable]:
 
 def _of_parts(schema: Schema, side: Side) -> list[Hashable]:
     """What each of a tower's gates stands for: one feature, or all plain numbers."""
-    numbers = frozenset(feature.name for feature in schema.numbers(side))
-    named: list[Hashable] = [feature.name for feature in (*schema.sparse(side), *schema.layered(side))]
+    numbers = frozenset(feature.name for feature in schema.layout.plain_numbers(side))
+    named: list[Hashable] = [
+        feature.name for feature in (*schema.layout.table_features(side), *schema.layout.layer_features(side))
+    ]
     return [*named, numbers] if numbers else named

@@ -8,7 +8,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from trec_twotower.config.schema import FeatureSpec
+from trec_twotower.config.feature_spec import TimeUnit
+from trec_twotower.config.features import AgeFeature, TimeFeature
 from trec_twotower.data.features.numeric import clipped, is_number
 from trec_twotower.errors import DataError
 
@@ -36,30 +37,30 @@ def counted(array: pa.Array) -> tuple[pa.Array, str]:
 
 
 def seconds(
-    feature: FeatureSpec, array: pa.Array, where: str, row_of: np.ndarray | None = None
+    name: str, unit: TimeUnit, array: pa.Array, where: str, row_of: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return seconds since 1970 in UTC (float64), and which values are missing.
 
-    Numbers are in the feature's `unit`; timestamps without a zone are in UTC. `row_of` has the row of each value where
-    the values are elements of lists. Raises DataError for times that are no dates of the years up to
-    9999, as those of another unit are.
+    Numbers are in `unit`; timestamps without a zone are in UTC. `name` is the feature's, for messages. `row_of` has the
+    row of each value where the values are elements of lists. Raises DataError for times that are no dates of the years
+    up to 9999, as those of another unit are.
     """
     missing = array.is_null().to_numpy(zero_copy_only=False)
     if pa.types.is_date(array.type):
         array = array.cast(pa.timestamp("ms"))
-    unit: str = feature.unit
+    counts: str = unit
     if is_stamp := pa.types.is_timestamp(array.type):
-        array, unit = counted(array)
+        array, counts = counted(array)
     if pa.types.is_integer(array.type):
-        value = array.fill_null(0).to_numpy(zero_copy_only=False) / PER_SECOND[unit]
+        value = array.fill_null(0).to_numpy(zero_copy_only=False) / PER_SECOND[counts]
     else:
-        value = array.cast(pa.float64(), safe=False).fill_null(0.0).to_numpy(zero_copy_only=False) / PER_SECOND[unit]
+        value = array.cast(pa.float64(), safe=False).fill_null(0.0).to_numpy(zero_copy_only=False) / PER_SECOND[counts]
     odd = ~(np.abs(value) <= LAST_S)
     if odd.any():
         first = int(np.flatnonzero(odd)[0])
         row = first if row_of is None else int(row_of[first])
         fixes = ["write null for a missing time"] if row_of is None else ["leave such elements out"]
-        fixes += [] if is_stamp else [f"set `unit` (now {unit}) of feature {feature.name!r} to the unit of its numbers"]
+        fixes += [] if is_stamp else [f"set `unit` (now {counts}) of feature {name!r} to the unit of its numbers"]
         raise DataError(
             f"{where}: {int(odd.sum()):,} of {len(value):,} times are no dates of the years up to 9999, the first "
             f"({array[first].as_py()}) in row {row:,}: {', or '.join(fixes)}."
@@ -67,12 +68,12 @@ def seconds(
     return value, missing
 
 
-def parts(feature: FeatureSpec, array: pa.Array, where: str) -> np.ndarray:
+def parts(feature: TimeFeature, array: pa.Array, where: str) -> np.ndarray:
     """The hour, weekday (Monday first), hour of the week or month of each time in the feature's zone, from 1 on.
 
     Null is 0.
     """
-    value, missing = seconds(feature, array, where)
+    value, missing = seconds(feature.name, feature.unit, array, where)
     local = np.floor(value).astype(np.int64)
     if feature.zone != "UTC":
         utc = pa.array(local).cast(pa.timestamp("s", "UTC"))
@@ -81,18 +82,18 @@ def parts(feature: FeatureSpec, array: pa.Array, where: str) -> np.ndarray:
     if feature.part == "month":
         part = local.astype("datetime64[s]").astype("datetime64[M]").astype(np.int64) % 12
     else:
-        part = {"hour": hour, "weekday": weekday, "hour_of_week": 24 * weekday + hour}[str(feature.part)]
+        part = {"hour": hour, "weekday": weekday, "hour_of_week": 24 * weekday + hour}[feature.part]
     return np.where(missing, NULL_PART, part + 1).astype(np.int32)
 
 
-def ages(feature: FeatureSpec, array: pa.Array, until: pa.Array | None, where: str) -> tuple[np.ndarray, np.ndarray]:
+def ages(feature: AgeFeature, array: pa.Array, until: pa.Array | None, where: str) -> tuple[np.ndarray, np.ndarray]:
     """Days (float64, clipped) from each time to that in `until`, or else to the date `at`; and which are missing."""
-    since, missing = seconds(feature, array, where)
+    since, missing = seconds(feature.name, feature.unit, array, where)
     if until is None:
         assert feature.at is not None
         end: np.ndarray | float = instant(feature.at).timestamp()
     else:
-        end, unknown = seconds(feature, until, f"{where}, until column {feature.until!r}")
+        end, unknown = seconds(feature.name, feature.unit, until, f"{where}, until column {feature.until!r}")
         missing = missing | unknown
     days = np.where(missing, 0.0, (end - since) / DAY_S)
     return clipped(feature, days), missing

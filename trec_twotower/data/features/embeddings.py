@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pyarrow as pa
 
-from trec_twotower.config.schema import FeatureSpec
+from trec_twotower.config.features import VectorFeature
 from trec_twotower.errors import DataError
 
 
@@ -15,14 +15,13 @@ def is_vector(kind: pa.DataType) -> bool:
     return any(test(kind) for test in tests) and pa.types.is_floating(kind.value_type)
 
 
-def vectors(feature: FeatureSpec, array: pa.Array, where: str) -> np.ndarray:
+def vectors(feature: VectorFeature, array: pa.Array, where: str) -> np.ndarray:
     """(rows, size + 1) float32: each row's vector (zeros where it is missing), and whether it is missing.
 
     Raises DataError where a list has another length, or holds null, NaN or infinity (unless `nan: missing`, which
     takes the whole vector as missing).
     """
     size = feature.size
-    assert size is not None
     missing = array.is_null().to_numpy(zero_copy_only=False)
     out = np.zeros((len(array), size + 1), np.float32)
     given = array.drop_null() if missing.any() else array

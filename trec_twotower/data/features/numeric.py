@@ -10,14 +10,14 @@ from functools import cached_property
 import numpy as np
 import pyarrow as pa
 
-from trec_twotower.config.schema import FeatureSpec
+from trec_twotower.config.features import NumberFeature, NumericFeature
 from trec_twotower.errors import DataError
 from trec_twotower.ops.hashing import id_keys, uniform
 from trec_twotower.ops.ragged import Lists
 from trec_twotower.storage.arrow_values import exact_array
 
 LARGEST = float(np.finfo(np.float32).max)
-QUANTILES = 129  # points of the distribution that `normalise: quantile` keeps
+QUANTILES = 129  # points of the distribution that `normalize: quantile` keeps
 SAMPLE = 1 << 18  # values that quantiles are taken from; all there are, where they are no more
 _SAMPLED = 0x7175  # keeps these random numbers apart from others
 NULL_BIN = 0
@@ -46,7 +46,7 @@ class Statistics:
         return keys[order], order
 
 
-def number_values(feature: FeatureSpec, array: pa.Array, where: str) -> tuple[np.ndarray, np.ndarray]:
+def number_values(feature: NumberFeature, array: pa.Array, where: str) -> tuple[np.ndarray, np.ndarray]:
     """A number column in float64, clipped, and which rows are missing."""
     if not is_number(array.type):
         raise DataError(
@@ -68,7 +68,7 @@ def number_values(feature: FeatureSpec, array: pa.Array, where: str) -> tuple[np
     return clipped(feature, value), missing
 
 
-def clipped(feature: FeatureSpec, value: np.ndarray) -> np.ndarray:
+def clipped(feature: NumericFeature, value: np.ndarray) -> np.ndarray:
     return value if feature.clip is None else np.clip(value, *feature.clip)
 
 
@@ -77,18 +77,18 @@ def is_number(kind: pa.DataType) -> bool:
     return any(test(kind) for test in tests)
 
 
-def normalise(feature: FeatureSpec, value: np.ndarray, missing: np.ndarray, statistics: Statistics) -> np.ndarray:
+def normalize(feature: NumericFeature, value: np.ndarray, missing: np.ndarray, statistics: Statistics) -> np.ndarray:
     """(rows, 2) float32: the normalised value (0 where missing, or that of `default`), and whether it is missing."""
-    filled = missing if feature.default is None else np.zeros_like(missing)
-    if feature.default is not None:
-        value = np.where(missing, clipped(feature, np.array(feature.default)), value)
-    if feature.normalise == "zscore":
+    filled = missing if feature.fill_value is None else np.zeros_like(missing)
+    if feature.fill_value is not None:
+        value = np.where(missing, clipped(feature, np.array(feature.fill_value)), value)
+    if feature.normalize == "zscore":
         value = (value - statistics.mean) / (statistics.std or 1.0)
-    elif feature.normalise == "minmax":
+    elif feature.normalize == "minmax":
         value = (value - statistics.low) / ((statistics.high - statistics.low) or 1.0)
-    elif feature.normalise == "log1p":
+    elif feature.normalize == "log1p":
         value = np.sign(value) * np.log1p(np.abs(value))
-    elif feature.normalise == "quantile":
+    elif feature.normalize == "quantile":
         value = share_below(value, statistics.points)
     out = np.empty((len(value), 2), np.float32)
     out[:, 0] = np.where(filled, 0.0, value)
@@ -109,7 +109,7 @@ def share_below(value: np.ndarray, quantiles: tuple[float, ...]) -> np.ndarray:
     return np.interp(value, distinct, middle)
 
 
-def binned(feature: FeatureSpec, value: np.ndarray, missing: np.ndarray, statistics: Statistics) -> Lists:
+def binned(feature: NumericFeature, value: np.ndarray, missing: np.ndarray, statistics: Statistics) -> Lists:
     """The bin of each number as rows of the feature's table, of which the first is null's.
 
     The bin of a value is how many of the points it has reached. If soft, the points have rows themselves, and a value
@@ -134,7 +134,7 @@ def binned(feature: FeatureSpec, value: np.ndarray, missing: np.ndarray, statist
     return Lists(offsets, rows.astype(np.int32).reshape(-1), weights.astype(np.float32).reshape(-1))
 
 
-def learn_statistics(feature: FeatureSpec, parts: Iterable[tuple[np.ndarray, np.ndarray]]) -> Statistics:
+def learn_statistics(feature: NumericFeature, parts: Iterable[tuple[np.ndarray, np.ndarray]]) -> Statistics:
     """Mean, standard deviation, range and quantiles of a number over all rows that have it, in one pass.
 
     A part is some rows' values, and which of them are missing. Quantiles beyond SAMPLE rows are those of a sample of
@@ -160,14 +160,14 @@ def learn_statistics(feature: FeatureSpec, parts: Iterable[tuple[np.ndarray, np.
     return Statistics(mean, math.sqrt(squares / count) or 1.0, low, high, points)
 
 
-def _num_points(feature: FeatureSpec) -> int:
+def _num_points(feature: NumericFeature) -> int:
     """How many quantiles, least and most among them, a feature asks for."""
     if isinstance(feature.bins, int):
         return feature.bins if feature.soft else feature.bins + 1
-    return QUANTILES if feature.normalise == "quantile" else 0
+    return QUANTILES if feature.normalize == "quantile" else 0
 
 
-def _points(feature: FeatureSpec, values: np.ndarray) -> tuple[float, ...]:
+def _points(feature: NumericFeature, values: np.ndarray) -> tuple[float, ...]:
     quantiles = np.quantile(values, np.linspace(0.0, 1.0, _num_points(feature)))
     if feature.bins is None:
         return tuple(quantiles.tolist())

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import xxhash
 
-from trec_twotower.config.schema import FeatureSpec
+from trec_twotower.config.features import LanguageModelFeature, TextFeature
 from trec_twotower.errors import ConfigError
 from trec_twotower.ops.hashing import mix_array
 from trec_twotower.ops.ragged import Lists, offsets_of, side_by_side
@@ -40,7 +40,7 @@ def parts_of_word(word: str, least: int, most: int) -> list[str]:
     ]
 
 
-def text_keys(feature: FeatureSpec, array: pa.Array) -> Lists:
+def text_keys(feature: TextFeature, array: pa.Array) -> Lists:
     """The 64-bit keys of each text's runs of words, then of its words' parts; of null none.
 
     A word's key is that of a string id; a run's is mixed of its words' as in a cross; a part's is that of `#` and it,
@@ -86,9 +86,9 @@ def _runs(words: Lists, key_W: np.ndarray, length: int) -> Lists:
 # What a language model reads
 
 
-def check_folder(feature: FeatureSpec) -> None:
+def check_folder(feature: LanguageModelFeature) -> None:
     """Raises ConfigError where a feature's folder holds no Hugging Face model, or none that can do what is asked."""
-    folder = Path(str(feature.folder))
+    folder = Path(feature.folder)
     try:
         about = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         kind = about["model_type"]
@@ -164,14 +164,14 @@ def _tokenizer(folder: str) -> Any:
         raise ConfigError(f"{folder} has no tokenizer that transformers can read: {error}") from None
 
 
-def tokens(feature: FeatureSpec, array: pa.Array) -> Lists:
+def tokens(feature: LanguageModelFeature, array: pa.Array) -> Lists:
     """The first `max_length` tokens of each text, with the marks that its model wants (int32); of null none."""
     encoded = array if pa.types.is_dictionary(array.type) else array.dictionary_encode()
     texts = [text or "" for text in python_values(encoded.dictionary)]
     found: list[list[int]] = []
     if texts:
         with _borrowed:
-            tokenizer = _tokenizer(str(feature.folder))
+            tokenizer = _tokenizer(feature.folder)
             found = tokenizer(texts, truncation=True, max_length=feature.max_length or MAX_TOKENS)["input_ids"]
     lists = Lists.from_lists([*found, []])
     taken = lists.take(encoded.indices.fill_null(len(texts)).to_numpy(zero_copy_only=False).astype(np.int64))

@@ -8,14 +8,31 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from trec_twotower.config.schema import FeatureSpec, Kind, TableSpec, hash_parts, part_of
-from trec_twotower.data.arrow_types import as_list, is_list
+from trec_twotower.config.feature_spec import FeatureSpec, ItemListFeature
+from trec_twotower.config.features import (
+    AgeFeature,
+    BagFeature,
+    CategoryFeature,
+    CrossFeature,
+    IdFeature,
+    LanguageModelFeature,
+    NumberFeature,
+    NumericFeature,
+    SequenceFeature,
+    TextFeature,
+    TimeFeature,
+    VectorFeature,
+    VocabularyFeature,
+)
+from trec_twotower.config.model import TableSpec
+from trec_twotower.config.schema import bucket_names, sub_name
+from trec_twotower.data.arrow_types import as_list, is_list, plain_table
 from trec_twotower.data.features.datetime_parts import DAY_S, ages, is_time, parts, seconds
 from trec_twotower.data.features.embeddings import is_vector, vectors
-from trec_twotower.data.features.numeric import Statistics, binned, is_number, normalise, number_values
+from trec_twotower.data.features.numeric import Statistics, binned, is_number, normalize, number_values
 from trec_twotower.data.features.text import text_keys, tokens
 from trec_twotower.data.features.vocabulary import in_vocabulary
-from trec_twotower.errors import DataError
+from trec_twotower.errors import ConfigError, DataError
 from trec_twotower.ops.hashing import bucket_type, hash_to_bucket, id_keys, is_id, is_text, mix_array, modulo_bucket
 from trec_twotower.ops.kernels import put_divisors
 from trec_twotower.ops.ragged import Lists
@@ -112,69 +129,65 @@ def transform(
     """
     sparse, numbers = {}, {}
     for feature in features:
-        place = f"{where}, column {feature.reads!r}"
-        if given is not None and feature.reads in given:
-            keys = given[feature.reads] if uncut else given[feature.reads].newest(feature.max_length)
+        name, column = feature.name, feature.source_column
+        place = f"{where}, column {column!r}"
+        if given is not None and column in given:
+            keys = given[column] if uncut else given[column].newest(feature.length_limit)
             for part, spec in hashings(feature, tables[feature.table_name]):
                 sparse[part] = Lists(keys.offsets, bucket(spec, keys.values), keys.weights)
             continue
-        if feature.kind == "vector":
-            numbers[feature.name] = vectors(feature, one_chunk(table[feature.reads]), place)
-            continue
-        if feature.is_tokens:
-            sparse[feature.name] = tokens(feature, one_chunk(table[feature.reads]))
-            continue
-        if feature.is_numeric:
-            number = numeric(feature, table, where)
-            if feature.is_sparse:
-                sparse[feature.name] = binned(feature, *number, statistics[feature.name])
-            else:
-                numbers[feature.name] = normalise(feature, *number, statistics[feature.name])
-            continue
-        spec = tables[feature.table_name]
-        if feature.kind == "sequence":
-            sparse |= sequence(feature, spec, one_chunk(table[feature.reads]), table, place, item_rows)
-        elif feature.vocabulary is not None:
-            rows = in_vocabulary(one_chunk(table[feature.reads]), statistics[feature.name], place)
-            sparse[feature.name] = Lists.singles(rows)
-        else:
-            for part, each in hashings(feature, spec):
-                sparse[part] = looked_up(feature, each, table, where)
+        match feature:
+            case VectorFeature():
+                numbers[name] = vectors(feature, one_chunk(table[column]), place)
+            case LanguageModelFeature():
+                sparse[name] = tokens(feature, one_chunk(table[column]))
+            case NumericFeature() if feature.looks_up_table:
+                sparse[name] = binned(feature, *numeric(feature, table, where), statistics[name])
+            case NumericFeature():
+                numbers[name] = normalize(feature, *numeric(feature, table, where), statistics[name])
+            case SequenceFeature():
+                spec = tables[feature.table_name]
+                sparse |= sequence(feature, spec, one_chunk(table[column]), table, place, item_rows)
+            case VocabularyFeature():
+                sparse[name] = Lists.singles(in_vocabulary(one_chunk(table[column]), statistics[name], place))
+            case _:
+                for part, spec in hashings(feature, tables[feature.table_name]):
+                    sparse[part] = looked_up(feature, spec, table, where)
     return Columns(table.num_rows, sparse, numbers)
 
 
 def hashings(feature: FeatureSpec, spec: TableSpec) -> list[tuple[str, TableSpec]]:
     """The names of a feature's buckets, each with the table as its hash sees it."""
     second = spec.model_copy(update={"seed": spec.seed ^ SECOND_HASH})
-    return list(zip(hash_parts(feature.name, spec), (spec, second), strict=False))
+    return list(zip(bucket_names(feature.name, spec), (spec, second), strict=False))
 
 
 def looked_up(feature: FeatureSpec, spec: TableSpec, table: pa.Table, where: str) -> Lists:
     """The table rows that each row of an Arrow table looks up for a feature."""
-    array, place = one_chunk(table[feature.reads]), f"{where}, column {feature.reads!r}"
-    match feature.kind:
-        case "time":
+    array, place = one_chunk(table[feature.source_column]), f"{where}, column {feature.source_column!r}"
+    match feature:
+        case TimeFeature():
             return Lists.singles(parts(feature, array, place))
-        case "cross":
-            assert feature.columns is not None
+        case CrossFeature():
             crossed = ((one_chunk(table[column]), f"{where}, column {column!r}") for column in feature.columns)
             return Lists.singles(bucket(spec, cross_keys(crossed)))
-        case "bag":
+        case BagFeature():
             weights = one_chunk(table[feature.weights]) if feature.weights else None
             return bag(feature, spec, array, weights, place, table)
-        case "text":
+        case TextFeature():
             keys = text_keys(feature, array)
             return Lists(keys.offsets, bucket(spec, keys.values))
-        case "category":
+        case CategoryFeature():
             return Lists.singles(category(spec, array, place))
     return Lists.singles(buckets(spec, array, place))
 
 
-def numeric(feature: FeatureSpec, table: pa.Table, where: str) -> tuple[np.ndarray, np.ndarray]:
+def numeric(feature: NumericFeature, table: pa.Table, where: str) -> tuple[np.ndarray, np.ndarray]:
     """The number that a feature makes of each row (float64), and which are missing."""
-    array, place = one_chunk(table[feature.reads]), f"{where}, column {feature.reads!r}"
-    if feature.kind == "number":
+    array, place = one_chunk(table[feature.source_column]), f"{where}, column {feature.source_column!r}"
+    if isinstance(feature, NumberFeature):
         return number_values(feature, array, place)
+    assert isinstance(feature, AgeFeature)
     return ages(feature, array, one_chunk(table[feature.until]) if feature.until else None, place)
 
 
@@ -221,7 +234,7 @@ def category(spec: TableSpec, array: pa.Array, where: str) -> np.ndarray:
 
 
 def bag(
-    feature: FeatureSpec,
+    feature: BagFeature,
     spec: TableSpec,
     array: pa.Array,
     weights: pa.Array | None,
@@ -238,7 +251,7 @@ def bag(
     return hashed.newest(feature.max_length)
 
 
-def with_decay(feature: FeatureSpec, lists: Lists, ids: pa.Array, table: pa.Table, where: str) -> Lists:
+def with_decay(feature: BagFeature, lists: Lists, ids: pa.Array, table: pa.Table, where: str) -> Lists:
     """`lists`, which were made of `ids`, whose weights are halved for each half life that has passed since.
 
     Until the newest element of the row, or until the time in `until` where the row has one.
@@ -251,7 +264,8 @@ def with_decay(feature: FeatureSpec, lists: Lists, ids: pa.Array, table: pa.Tabl
     has_any = lists.lengths > 0
     end_s[has_any] = time_s[lists.offsets[1:][has_any] - 1]
     if feature.until is not None:
-        until_s, missing = seconds(feature, one_chunk(table[feature.until]), f"{where}, until column {feature.until!r}")
+        place = f"{where}, until column {feature.until!r}"
+        until_s, missing = seconds(feature.name, feature.unit, one_chunk(table[feature.until]), place)
         if (early := np.flatnonzero(has_any & ~missing & (until_s < end_s))).size:
             raise DataError(
                 f"{where}, row {early[0]:,}: a time in {feature.times!r} lies after {feature.until!r} ({early.size:,} "
@@ -264,7 +278,7 @@ def with_decay(feature: FeatureSpec, lists: Lists, ids: pa.Array, table: pa.Tabl
 
 
 def sequence(
-    feature: FeatureSpec,
+    feature: SequenceFeature,
     spec: TableSpec,
     ids: pa.Array,
     table: pa.Table,
@@ -277,22 +291,22 @@ def sequence(
     found = {name: Lists(keys.offsets, bucket(spec, keys.values))}
     if feature.attributes:
         assert item_rows is not None
-        found[part_of(name, "row")] = Lists(keys.offsets, item_rows(keys.values))
+        found[sub_name(name, "row")] = Lists(keys.offsets, item_rows(keys.values))
     if feature.times:
         times = one_chunk(table[feature.times])
         check_times(feature.times, times.type, where)
         gaps = gap_buckets(feature, beside(ids, times, where, feature.times), keys, where)
-        found[part_of(name, "gap")] = Lists(keys.offsets, gaps)
+        found[sub_name(name, "gap")] = Lists(keys.offsets, gaps)
     if feature.actions:
         actions = one_chunk(table[feature.actions])
         check_actions(feature.actions, actions.type, where)
         actions = beside(ids, actions, where, feature.actions)
         of_actions = TableSpec(buckets=feature.action_buckets, dim=1)
-        found[part_of(name, "action")] = Lists(keys.offsets, category(of_actions, actions, where))
+        found[sub_name(name, "action")] = Lists(keys.offsets, category(of_actions, actions, where))
     return {part: lists.newest(feature.max_length) for part, lists in found.items()}
 
 
-def gap_buckets(feature: FeatureSpec, times: pa.Array, steps: Lists, where: str) -> np.ndarray:
+def gap_buckets(feature: ItemListFeature, times: pa.Array, steps: Lists, where: str) -> np.ndarray:
     """The bucket of each step's distance in seconds from the step before it: 1 + log2(1 + seconds), 0 for the first."""
     value, is_first = rising_seconds(feature, times, steps, where)
     gap = np.where(is_first, 0.0, np.diff(value, prepend=value[:1]))
@@ -300,7 +314,9 @@ def gap_buckets(feature: FeatureSpec, times: pa.Array, steps: Lists, where: str)
     return np.where(is_first, 0, of_gap).astype(np.int32)
 
 
-def rising_seconds(feature: FeatureSpec, times: pa.Array, steps: Lists, where: str) -> tuple[np.ndarray, np.ndarray]:
+def rising_seconds(
+    feature: ItemListFeature, times: pa.Array, steps: Lists, where: str
+) -> tuple[np.ndarray, np.ndarray]:
     """Return the time of each step in seconds (float64), and which steps are the first of their row.
 
     Raises DataError where the times of a row fall, are null, or are no dates in the feature's `unit`.
@@ -308,7 +324,7 @@ def rising_seconds(feature: FeatureSpec, times: pa.Array, steps: Lists, where: s
     column = feature.times
     if times.null_count:
         raise DataError(f"{where}: the times in {column!r} hold null for an id: write the time of every step.")
-    value, _ = seconds(feature, times, f"{where}, times {column!r}", steps.rows)
+    value, _ = seconds(feature.name, feature.unit, times, f"{where}, times {column!r}", steps.rows)
     is_first = np.zeros(len(value), bool)
     is_first[steps.offsets[:-1][steps.lengths > 0]] = True
     rises = is_first | (np.diff(value, prepend=value[:1]) >= 0)
@@ -383,7 +399,7 @@ def beside(ids: pa.Array, other: pa.Array, where: str, column: str, what: str = 
 
 def divides(feature: FeatureSpec) -> bool:
     """Whether the feature's pooled sums are divided by anything."""
-    return (feature.is_pooled and feature.pooling != "sum") or feature.scale != 1.0
+    return feature.pooling_mode != "sum" or feature.output_scale != 1.0
 
 
 def put_pooling_divisor(feature: FeatureSpec, lists: Lists, out: np.ndarray) -> None:
@@ -394,8 +410,8 @@ def put_pooling_divisor(feature: FeatureSpec, lists: Lists, out: np.ndarray) -> 
     Tables pool by SUM alone, because TorchRec's MEAN divides by counts where weights are meant, and divides other
     tables' outputs beside row-wise sharding.
     """
-    scale, is_root = np.float32(feature.scale), feature.pooling == "sqrtn"
-    if not feature.is_pooled or feature.pooling == "sum":
+    scale, is_root = np.float32(feature.output_scale), feature.pooling_mode == "sqrtn"
+    if feature.pooling_mode == "sum":
         out[: len(lists)] = 1 / scale
         return
     if lists.weights is None:
@@ -420,11 +436,11 @@ def check_weights(column: str, kind: pa.DataType, where: str) -> None:
         raise DataError(f"{where}: its weights, column {column!r}, are {kind}, not a list of numbers: cast them.")
 
 
-def check_time(feature: FeatureSpec, kind: pa.DataType, where: str) -> None:
+def check_time(feature: FeatureSpec, column: str, kind: pa.DataType, where: str) -> None:
     """Raises DataError when a column's type cannot be the time until which ages are counted."""
     if not is_time(kind):
         raise DataError(
-            f"{where}: column {feature.until!r} is {kind}, but feature {feature.name!r} counts ages until it: "
+            f"{where}: column {column!r} is {kind}, but feature {feature.name!r} counts ages until it: "
             "timestamps, dates or numbers are needed."
         )
 
@@ -443,7 +459,7 @@ def check_actions(column: str, kind: pa.DataType, where: str) -> None:
         raise DataError(f"{where}: its actions, column {column!r}, are {kind}, not a list of integers or strings.")
 
 
-NEEDED: dict[Kind, tuple[str, Callable[[pa.DataType], bool]]] = {
+NEEDED: dict[str, tuple[str, Callable[[pa.DataType], bool]]] = {
     "id": ("integers or strings", is_id),
     "category": ("integers or strings", is_id),
     "bag": ("lists of integers or strings", is_id_list),
@@ -461,6 +477,36 @@ def check_kind(feature: FeatureSpec, kind: pa.DataType, where: str, column: str 
     needed, fits = NEEDED[feature.kind]
     if not fits(kind):
         raise DataError(
-            f"{where}: column {column or feature.reads!r} is {kind}, but feature {feature.name!r} of kind "
+            f"{where}: column {column or feature.source_column!r} is {kind}, but feature {feature.name!r} of kind "
             f"{feature.kind!r} needs {needed}: write the column so, or change the kind."
         )
+
+
+def hash_column(feature: FeatureSpec, array: pa.Array, table: TableSpec | None = None) -> pa.Array:
+    """Return the table rows that training looks up for a column: integers, or lists of them for a bag.
+
+    For offline jobs (Spark, Ray, DuckDB), which need neither torch nor a run. `table` is the declared table that the
+    feature names; a feature with a table of its own needs none. Null elements of a bag are dropped and long lists are
+    cut, as in training. Raises DataError where the column does not fit the kind.
+    """
+    if not isinstance(feature, IdFeature | CategoryFeature | ItemListFeature | TextFeature):
+        raise ConfigError(
+            f"feature {feature.name!r} is a {feature.kind}, whose column is not hashed by itself: choose an id, "
+            "category, bag, sequence or text."
+        )
+    spec = table or feature.own_table
+    if spec is None or (table is not None and feature.table is None):
+        wanted = f"names table {feature.table!r}: give its" if feature.table else "has a table of its own: give no"
+        raise ConfigError(f"feature {feature.name!r} {wanted} TableSpec.")
+    if spec.hashes == 2:
+        raise ConfigError(f"feature {feature.name!r} has two rows per id, but this returns one: set hashes to 1.")
+    where = f"the column given for feature {feature.name!r}"
+    rows = plain_table(pa.table({feature.source_column: array}), [feature.source_column])
+    check_kind(feature, rows.schema.types[0], where)
+    ids_alone = {"weights": None, "times": None, "half_life_days": None, "actions": None, "attributes": ()}
+    settings = {name: value for name, value in ids_alone.items() if name in type(feature).model_fields}
+    columns = transform([feature.model_copy(update=settings)], {feature.table_name: spec}, {}, rows, where)
+    found = columns.sparse[feature.name]
+    if found.is_single:
+        return pa.array(found.values)
+    return pa.LargeListArray.from_arrays(pa.array(found.offsets), pa.array(found.values))

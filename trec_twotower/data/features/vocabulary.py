@@ -3,67 +3,52 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from trec_twotower.config.schema import LEARNED, FeatureSpec
+from trec_twotower.config.features import LEARNED, RESERVED_ROWS, VocabularyFeature, read_words
 from trec_twotower.data.features.numeric import Statistics
 from trec_twotower.errors import ConfigError
 from trec_twotower.ops.hashing import id_keys
 from trec_twotower.storage.arrow_values import EXACT, python_values
 
-NULL_ROW, UNKNOWN_ROW, FIRST_WORD = 0, 1, 2  # of the feature's table
+NULL_ROW, UNKNOWN_ROW = 0, 1  # of the feature's table; the words follow
 
 
-def read_words(path: str) -> list[str]:
-    """The words of a file, one a line; raises ConfigError where there is no such file, or no words, or one twice."""
-    try:
-        text = Path(path).read_text(encoding="utf-8-sig")  # less the mark that some editors begin a file with
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            f"The vocabulary {path} cannot be read ({error}): name a UTF-8 file of a word a line."
-        ) from None
-    words = text.removesuffix("\n").split("\n") if text else []  # at line ends alone: a word may hold U+2028
-    _check(words, path)
-    return words
-
-
-def words_of_file(feature: FeatureSpec) -> list[Any]:
-    """The words of a feature's file; raises ConfigError as `read_words`, or where they are more than its buckets."""
-    assert feature.vocabulary is not None and feature.buckets is not None
-    words, room = read_words(feature.vocabulary), feature.buckets - FIRST_WORD
+def words_of_file(feature: VocabularyFeature) -> list[Any]:
+    """Return the words of a feature's file; raises ConfigError where they are unusable or more than its buckets."""
+    words, room = read_words(feature.vocabulary), feature.buckets - RESERVED_ROWS
+    _check_words(words, feature.vocabulary)
     if len(words) > room:
         raise ConfigError(
             f"The vocabulary {feature.vocabulary} has {len(words):,} words, but feature {feature.name!r} has rows for "
-            f"{room:,}: leave buckets out, or set them to {len(words) + FIRST_WORD:,}."
+            f"{room:,}: leave buckets out, or set them to {len(words) + RESERVED_ROWS:,}."
         )
     return words
 
 
-def _check(words: Sequence[Any], path: str) -> None:
+def _check_words(words: Sequence[Any], path: str) -> None:
     if not words:
-        raise ConfigError(f"The vocabulary {path} is empty: write a word a line.")
-    seen: dict[Any, int] = {}
+        raise ConfigError(f"The vocabulary {path} is empty: write one word per line.")
+    line_of: dict[Any, int] = {}
     for line, word in enumerate(words, 1):
         if word == "":
-            raise ConfigError(f"The vocabulary {path} has nothing in line {line:,}: write a word a line.")
-        if word in seen:
-            raise ConfigError(f"The vocabulary {path} has {word!r} in lines {seen[word]:,} and {line:,}: keep one.")
-        seen[word] = line
+            raise ConfigError(f"The vocabulary {path} is empty in line {line:,}: write one word per line.")
+        if word in line_of:
+            raise ConfigError(f"The vocabulary {path} has {word!r} in lines {line_of[word]:,} and {line:,}: keep one.")
+        line_of[word] = line
 
 
-def make_vocabulary(feature: FeatureSpec, kind: pa.DataType, columns: Iterable[pa.Array]) -> Statistics:
+def make_vocabulary(feature: VocabularyFeature, kind: pa.DataType, columns: Iterable[pa.Array]) -> Statistics:
     """The words of a feature in the order of their rows: its file's, or those of a column, the most frequent first.
 
     Of the column those count that stand in `min_count` rows or more, as many as there are buckets for; of equally
     frequent ones the lesser come first. `kind` is the column's type, in which a file's words are read.
     """
-    assert feature.vocabulary is not None and feature.buckets is not None
-    room = feature.buckets - FIRST_WORD
+    room = feature.buckets - RESERVED_ROWS
     if feature.vocabulary != LEARNED:
         words: list[Any] = words_of_file(feature)
         if pa.types.is_integer(kind):
@@ -71,10 +56,10 @@ def make_vocabulary(feature: FeatureSpec, kind: pa.DataType, columns: Iterable[p
                 words = [int(word) for word in words]
             except ValueError as error:
                 raise ConfigError(
-                    f"The vocabulary {feature.vocabulary} is not of integers, but column {feature.reads!r} is {kind} "
-                    f"({error}): correct one of them."
+                    f"The vocabulary {feature.vocabulary} is not of integers, but column {feature.source_column!r} is "
+                    f"{kind} ({error}): correct one of them."
                 ) from None
-            _check(words, feature.vocabulary)
+            _check_words(words, feature.vocabulary)
         return Statistics(words=tuple(words))
     counts: dict[Any, int] = {}
     for array in columns:
@@ -93,6 +78,6 @@ def in_vocabulary(array: pa.Array, statistics: Statistics, where: str) -> np.nda
     row = np.full(len(key), UNKNOWN_ROW)
     if len(known):
         place = np.minimum(np.searchsorted(known, key), len(known) - 1)
-        row = np.where(known[place] == key, number[place] + FIRST_WORD, UNKNOWN_ROW)
+        row = np.where(known[place] == key, number[place] + RESERVED_ROWS, UNKNOWN_ROW)
     out[array.is_valid().to_numpy(zero_copy_only=False)] = row
     return out

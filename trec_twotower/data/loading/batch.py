@@ -12,7 +12,10 @@ from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from torchrec.streamable import Pipelineable
 
-from trec_twotower.config.schema import FeatureSpec, Schema, Side, key, part_of
+from trec_twotower.config.base import Side
+from trec_twotower.config.feature_spec import FeatureSpec
+from trec_twotower.config.features import SequenceFeature
+from trec_twotower.config.schema import Schema, delta_key, lookup_key, sub_name
 from trec_twotower.data.features.transform import Columns, divides, put_pooling_divisor
 from trec_twotower.ops.kernels import put_lengths
 from trec_twotower.ops.ragged import Lists, weights_of
@@ -154,10 +157,10 @@ def make_batch(
     )
     if schema.sequences:
         batch.sequences, batch.listed = _sequences(schema, sides)
-    for feature in schema.layered("item"):
-        if feature.is_tokens:
+    for feature in schema.layout.layer_features("item"):
+        if feature.has_tokens:
             tokens = Lists.empty(0) if item is None else item.sparse[feature.name]
-            batch.listed[key("item", feature)] = Listed(_index(tokens.lengths), place=_index(tokens.values))
+            batch.listed[lookup_key("item", feature)] = Listed(_index(tokens.lengths), place=_index(tokens.values))
     if candidates is not None and targets is not None:
         batch.item_sizes = candidates.sizes
         batch.log_q_C = _tensor(candidates.log_q)
@@ -185,29 +188,29 @@ def _keyed_jagged(schema: Schema, sides: Sides, num_rows: int) -> tuple[KeyedJag
     """All keys' bags, and for each side what its pooled sums are divided by: float32 (its rows, features)."""
     divisors: dict[Side, np.ndarray] = {}
     for side, columns in sides.items():
-        features = schema.sparse(side)
+        features = schema.layout.table_features(side)
         divisors[side] = np.ones((0 if columns is None else columns.num_rows, len(features)), np.float32)
         for column, feature in enumerate(features):
             if columns is not None and divides(feature):
                 put_pooling_divisor(feature, columns.sparse[feature.name], divisors[side][:, column])
-    lengths = np.zeros((len(schema.lookups), num_rows), np.int32)
+    lengths = np.zeros((len(schema.layout.pooled_lookups), num_rows), np.int32)
     values: dict[Side, list[np.ndarray]] = {"user": [], "item": []}
     weights = [np.empty(0, np.float32)]
-    for length, lookup in zip(lengths, schema.lookups, strict=True):
+    for length, lookup in zip(lengths, schema.layout.pooled_lookups, strict=True):
         if (columns := sides[lookup.side]) is None:
             continue
-        bags = columns.sparse[lookup.part]
+        bags = columns.sparse[lookup.buckets]
         if bags.is_single:
             length[: len(bags)] = 1
         else:
             put_lengths(bags.offsets, length)
         values[lookup.side].append(bags.values)
-        if schema.is_weighted:
+        if schema.layout.is_weighted:
             weights.append(weights_of(bags))
     sparse = KeyedJaggedTensor(
-        keys=schema.keys(),
+        keys=schema.layout.pooled_keys,
         values=torch.from_numpy(_joined(values, sides["user"])),
-        weights=torch.from_numpy(np.concatenate(weights)) if schema.is_weighted else None,
+        weights=torch.from_numpy(np.concatenate(weights)) if schema.layout.is_weighted else None,
         lengths=torch.from_numpy(lengths.reshape(-1)),
         stride=num_rows,
     )
@@ -232,19 +235,19 @@ def _sequences(schema: Schema, sides: Sides) -> tuple[KeyedJaggedTensor, dict[st
     """
     values: dict[str, np.ndarray] = {}
     listed: dict[str, Listed] = {}
-    for side, feature in schema.sparse_pairs:
-        name, columns = key(side, feature), sides[side]
-        if feature.table_name not in schema.listed:
+    for side, feature in schema.layout.table_pairs:
+        name, columns = lookup_key(side, feature), sides[side]
+        if feature.table_name not in schema.unpooled_tables:
             continue
         bags = Lists.empty(0) if columns is None else columns.sparse[feature.name]
-        if feature.kind != "sequence":
+        if not isinstance(feature, SequenceFeature):
             if bags.is_single:
                 values[name], listed[name] = bags.values, Listed(weight=_tensor(bags.weights))
             else:
                 values[name], listed[name] = _distinct(bags)
             continue
         parts = {
-            part: np.empty(0, np.int64) if columns is None else columns.sparse[part_of(feature.name, part)].values
+            part: np.empty(0, np.int64) if columns is None else columns.sparse[sub_name(feature.name, part)].values
             for part, is_wanted in (("gap", feature.times), ("action", feature.actions), ("row", feature.attributes))
             if is_wanted
         }
@@ -262,19 +265,19 @@ def _sequences(schema: Schema, sides: Sides) -> tuple[KeyedJaggedTensor, dict[st
             action=_index(parts.get("action")),
         )
         if feature.delta:
-            values[part_of(name, "delta", "+")] = bucket_U
+            values[delta_key(name)] = bucket_U
         if feature.attributes:
             catalogue = None if columns is None else columns.items
             for attribute in feature.attributes:
                 of_item = next(other for other in schema.item if other.name == attribute)
                 found = _attributes(of_item, catalogue, row_U - 1)
-                at = part_of(name, attribute)
+                at = sub_name(name, attribute)
                 values[at], listed[at] = _distinct(found)
                 if divides(of_item):
                     divisor = np.empty(len(found), np.float32)
                     put_pooling_divisor(of_item, found, divisor)
                     listed[at].divisor = torch.from_numpy(divisor)
-    keys = [name for name, _ in schema.listed_keys]
+    keys = list(schema.layout.unpooled_keys)
     return KeyedJaggedTensor(
         keys=keys,
         values=torch.from_numpy(np.concatenate([values[name].astype(np.int64, copy=False) for name in keys])),
@@ -308,7 +311,7 @@ def _attributes(feature: FeatureSpec, catalogue: Columns | None, row_U: np.ndarr
 
 def _numbers(schema: Schema, side: Side, columns: Columns | None) -> np.ndarray:
     """(rows, all their columns) of the features without table."""
-    features = schema.dense(side)
+    features = schema.layout.float_features(side)
     if columns is None or not features:
         return np.empty(
             (0 if columns is None else columns.num_rows, sum(feature.num_numbers for feature in features)), np.float32

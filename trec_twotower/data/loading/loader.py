@@ -17,7 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from trec_twotower.config.run_config import DataConfig, LossConfig
+from trec_twotower.config.data import DataConfig
+from trec_twotower.config.losses import LossConfig
 from trec_twotower.data.feature_dataset import Sources
 from trec_twotower.data.loading.batch import Batch, make_batch
 from trec_twotower.data.loading.examples import Examples
@@ -80,7 +81,7 @@ class TrainBatches:
         self.pin_memory = pin_memory  # for copies to a GPU that do not wait
         self.lists_at: ListsAt | None = None
         schema = sources.schema
-        self._bags = [lookup.part for lookup in schema.lookups if lookup.side == "user"]
+        self._bags = [lookup.buckets for lookup in schema.layout.pooled_lookups if lookup.side == "user"]
         self._room = 0  # for the values of the items' bags: as many as a batch has had
 
     @property

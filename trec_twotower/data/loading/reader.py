@@ -15,8 +15,10 @@ from itertools import pairwise
 import numpy as np
 import pyarrow as pa
 
-from trec_twotower.config.run_config import DataConfig, LossConfig
-from trec_twotower.config.schema import HISTORY, hash_parts
+from trec_twotower.config.data import DataConfig
+from trec_twotower.config.feature_spec import HISTORY
+from trec_twotower.config.losses import LossConfig
+from trec_twotower.config.schema import bucket_names
 from trec_twotower.data.dataset import ITEM_ID, POSITIVES, USER_ID, RowGroup
 from trec_twotower.data.feature_dataset import Sources
 from trec_twotower.data.features.numeric import is_number
@@ -66,14 +68,14 @@ class UnitReader:
         train = sources.dataset.train
         self.is_by_user = data.rows == "user"
         self.masks_history = loss.mask_history and train.has(HISTORY) and not self.is_by_user
-        self.drawn = [feature for feature in sources.context if self.is_by_user and feature.reads == HISTORY]
-        self.given = loss.given
+        self.drawn = [feature for feature in sources.context if self.is_by_user and feature.source_column == HISTORY]
+        self.given = loss.impressions
         if self.given is not None:
             check_given(train, self.given)
         mined = loss.negatives.mined
         self.keeps_user_key = loss.known is not None or (mined is not None and mined.key == USER_ID)
         self.own_lists = []
-        if data.own_item != "keep":
+        if data.target_in_history != "keep":
             sources.check_lists_of_items()
             self.own_lists = sources.lists_of_items()
         self._buffers = Buffers()
@@ -85,8 +87,8 @@ class UnitReader:
         """What of the loss decides which columns are kept."""
         given = None if self.given is None else self.given.model_dump(exclude={"shared"})
         kept = {"masks_history": self.loss.mask_history, "keeps_user_key": self.keeps_user_key}
-        own = "keep" if self.data.own_item == "keep" else [self.data.own_item, *self.own_lists]
-        return {**kept, "given": given, "own_item": own}
+        own = "keep" if self.data.target_in_history == "keep" else [self.data.target_in_history, *self.own_lists]
+        return {**kept, "impressions": given, "target_in_history": own}
 
     def read(self, unit: Unit, cuts: np.ndarray) -> UnitRows:
         """Decode and hash; the costly part, free of the interpreter's lock most of the time.
@@ -169,7 +171,7 @@ class UnitReader:
 
     def _columns(self) -> list[str]:
         train = self.sources.dataset.train
-        columns = set(self.sources.user_columns()) - {feature.reads for feature in self.drawn}
+        columns = set(self.sources.user_columns()) - {feature.source_column for feature in self.drawn}
         columns |= set(self._item_columns())
         columns |= {column for each in self.own_lists for column in each}
         columns |= ({HISTORY} if self.masks_history else set()) | ({WEIGHT} if train.has(WEIGHT) else set())
@@ -184,7 +186,7 @@ class UnitReader:
     def _hash(self, table: pa.Table, where: str) -> Examples:
         """What does not depend on the epoch; drawn features hold all of a row's items yet."""
         for columns in self.own_lists:
-            table = without_own(table, columns, where, refuses=self.data.own_item == "refuse")
+            table = without_own(table, columns, where, refuses=self.data.target_in_history == "error")
         positives = self.sources.positives(table, where)
         given, history = None, None
         if self.is_by_user:
@@ -215,8 +217,8 @@ class UnitReader:
         is_input = draw_inputs(items, draw, self.data.input_share)
         sparse = dict(rows.user.sparse)
         for feature in self.drawn:
-            for name in hash_parts(feature.name, self.sources.schema.table_of(feature)):
-                sparse[name] = sparse[name].where(is_input).newest(feature.max_length)
+            for name in bucket_names(feature.name, self.sources.schema.table_of(feature)):
+                sparse[name] = sparse[name].where(is_input).newest(feature.length_limit)
         user = replace(rows.user, sparse=sparse)
         known = items if self.loss.mask_history else None
         return replace(rows, user=user, positives=items.where(~is_input), known=known)
@@ -290,7 +292,7 @@ def without_own(table: pa.Table, columns: list[str], where: str, *, refuses: boo
         raise DataError(
             f"{where}, row {row[is_own.argmax()]:,}: its {columns[0]} holds the item that it asks for "
             f"({len(np.unique(row[is_own])):,} rows of this part are so): write what was known before the event, or "
-            "set data.own_item: drop (keep, where things are taken again)."
+            "set data.target_in_history: drop (keep, where things are taken again)."
         )
     offsets = np.concatenate([[0], np.cumsum(~is_own)])[history.offsets.to_numpy() - history.offsets[0].as_py()]
     for name in columns:

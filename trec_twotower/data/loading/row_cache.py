@@ -18,7 +18,7 @@ from typing import Any
 import pyarrow as pa
 import xxhash
 
-from trec_twotower.config.run_config import DataConfig
+from trec_twotower.config.data import DataConfig
 from trec_twotower.data.dataset import PARTS_OF_ROWS, RowGroup
 from trec_twotower.data.feature_dataset import Sources
 from trec_twotower.data.loading.examples import Examples

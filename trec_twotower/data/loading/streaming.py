@@ -22,7 +22,8 @@ from typing import Protocol
 import numpy as np
 import pyarrow as pa
 
-from trec_twotower.config.run_config import DataConfig, FollowConfig, LossConfig
+from trec_twotower.config.data import DataConfig, FollowConfig
+from trec_twotower.config.losses import LossConfig
 from trec_twotower.data.dataset import Dataset
 from trec_twotower.data.feature_dataset import Sources
 from trec_twotower.data.feature_report import own_items
@@ -406,7 +407,7 @@ class Stream:
         before = counts_path(self.run_dir, number - 1)
         if number and before.is_file():
             count_NI = count_items(sources, self.loss)
-            if self.data.own_item == "drop" and (own := own_items(sources)) is not None:
+            if self.data.target_in_history == "drop" and (own := own_items(sources)) is not None:
                 print(f"generation {number}: {own.in_words}", flush=True)
             earlier = read_counts(before)
             count_NI[..., : earlier.shape[-1]] += earlier  # rows of later items stand behind

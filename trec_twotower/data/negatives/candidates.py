@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from trec_twotower.config.run_config import LossConfig
+from trec_twotower.config.losses import LossConfig
 from trec_twotower.data.dataset import USER_ID
 from trec_twotower.data.feature_dataset import Sources
 from trec_twotower.data.loading.batch import Candidates, Targets
@@ -33,8 +33,8 @@ class CandidateSets:
         self.negatives = negatives
         self.num_ranks = num_ranks
         self.num_items = len(sources.catalogue)
-        self.keeps_list = loss.negatives.queue > 0
-        self.keeps_key = self.keeps_list or loss.log_q_estimate == "streaming"
+        self.keeps_list = loss.negatives.cross_batch_memory > 0
+        self.keeps_key = self.keeps_list or loss.streams_log_q
         self.catalogue_keys = sources.catalogue.keys
         self.fingerprint_I = fingerprints(self.catalogue_keys) if masks_history else None
         self.known: KeyedLists | None = None
@@ -51,7 +51,7 @@ class CandidateSets:
         item_row, is_negative, column_I = self._set(items, lists)
         try:
             edges = [len(item_row) * rank // self.num_ranks for rank in range(self.num_ranks + 1)]
-            exact = self.loss.log_q_estimate == "exact"
+            exact = not self.loss.streams_log_q
             candidates = Candidates(
                 item_row,
                 self.negatives.log_I[item_row] if exact else None,

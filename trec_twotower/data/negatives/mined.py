@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from trec_twotower.config.run_config import GRADUAL, GivenConfig, LossConfig
+from trec_twotower.config.losses import ImpressionsConfig, LossConfig
 from trec_twotower.data.arrow_types import plain_table, plain_type
 from trec_twotower.data.dataset import ITEM_ID, USER_ID, Split
 from trec_twotower.data.feature_dataset import Sources
@@ -23,21 +23,21 @@ from trec_twotower.storage.arrow_values import python_value
 MOST_WEIGHT = 1e15  # in the loss: the square of a gradient of 1e19 is beyond float32
 
 
-def check_given(train: Split, given: GivenConfig) -> None:
+def check_given(train: Split, given: ImpressionsConfig) -> None:
     """Raises ConfigError or DataError where a column of `given` is missing from train/ or of the wrong type."""
-    kind = train.require(given.column, "loss.given.column names")
+    kind = train.require(given.column, "loss.impressions.column names")
     if not is_id_list(kind):
         raise DataError(
-            f"{train.folder}: column {given.column!r}, which loss.given.column names, is {kind}, but lists of integers "
-            "or strings are needed: cast it."
+            f"{train.folder}: column {given.column!r}, which loss.impressions.column names, is {kind}, but lists of "
+            "integers or strings are needed: cast it."
         )
     for setting, name in (("labels", given.labels), ("weights", given.weights)):
         if name is not None:
-            kind = train.require(name, f"loss.given.{setting} names")
+            kind = train.require(name, f"loss.impressions.{setting} names")
             check_weights(name, kind, f"{train.folder}, column {given.column!r}")
 
 
-def given_columns(given: GivenConfig) -> list[str]:
+def given_columns(given: ImpressionsConfig) -> list[str]:
     return [name for name in (given.column, given.labels, given.weights) if name is not None]
 
 
@@ -45,9 +45,9 @@ def read_given(sources: Sources, loss: LossConfig, table: pa.Table, where: str) 
     """The items that the rows of a table name beside their positives, and how much each of them weighs.
 
     Catalogue rows, with the labels as weights where there are some, and lists of float32 as long. Items outside the
-    catalogue are left out, or a DataError, as `loss.given.unknown` says.
+    catalogue are left out, or a DataError, as `loss.impressions.unknown` says.
     """
-    given = loss.given
+    given = loss.impressions
     assert given is not None
     ids, place = one_chunk(table[given.column]), f"{where}, column {given.column!r}"
     keys = key_lists(ids, place)
@@ -55,7 +55,8 @@ def read_given(sources: Sources, loss: LossConfig, table: pa.Table, where: str) 
     if given.labels is not None:
         items = with_weights(items, ids, one_chunk(table[given.labels]), place, given.labels, "label")
         assert items.weights is not None
-        if loss.kind in GRADUAL and (is_outside := (items.weights < 0) | (items.weights > 1)).any():
+        is_outside = (items.weights < 0) | (items.weights > 1)
+        if loss.learns_graded_labels and is_outside.any():
             row, label = int(items.rows[is_outside][0]), items.weights[is_outside][0]
             raise DataError(
                 f"{place}, row {row:,}: {given.labels!r} has the label {label:g}, but loss.kind {loss.kind} takes "
@@ -74,7 +75,7 @@ def read_given(sources: Sources, loss: LossConfig, table: pa.Table, where: str) 
     is_known = items.values >= 0
     if not is_known.all():
         if given.unknown == "error":
-            raise _unknown(sources, items, ids, place, "loss.given.unknown")
+            raise _unknown(sources, items, ids, place, "loss.impressions.unknown")
         items, weights = items.where(is_known), None if weights is None else weights[is_known]
     return items, None if weights is None else Lists(items.offsets, weights)
 

@@ -18,14 +18,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from trec_twotower.config.run_config import (
-    DataConfig,
-    GivenConfig,
-    LossConfig,
-    MinedConfig,
-    NegativesConfig,
-    RefreshConfig,
-)
+from trec_twotower.config.data import DataConfig
+from trec_twotower.config.losses import ImpressionsConfig, LossConfig, MinedConfig, NegativesConfig, RefreshConfig
 from trec_twotower.data.dataset import ITEM_ID, USER_ID
 from trec_twotower.data.feature_dataset import Counter, Sources
 from trec_twotower.data.features.transform import one_chunk
@@ -183,15 +177,17 @@ def _at_most_all(name: str, count: int, num_items: int) -> int:
 
 
 def _same(config: NegativesConfig, facts: Facts) -> Sampler | None:
-    if config.same is None:
+    if config.same_category is None:
         return None
-    return OfTheSameCategory(config.same.count, facts.catalogue_values(config.same.feature), facts.taken_I, facts.seed)
+    return OfTheSameCategory(
+        config.same_category.count, facts.catalogue_values(config.same_category.feature), facts.taken_I, facts.seed
+    )
 
 
 SAMPLERS: dict[str, Callable[[NegativesConfig, Facts], Sampler | None]] = {
     "sampled": _sampled,
     "popular": _popular,
-    "same": _same,
+    "same_category": _same,
 }
 
 
@@ -210,9 +206,9 @@ class RowLists(ABC):
 
 
 class Given(RowLists):
-    """What a column of the training rows names; see GivenConfig."""
+    """What a column of the training rows names; see ImpressionsConfig."""
 
-    def __init__(self, config: GivenConfig, share_I: np.ndarray, facts: Facts) -> None:
+    def __init__(self, config: ImpressionsConfig, share_I: np.ndarray, facts: Facts) -> None:
         """`share_I`: of how many of the training rows each item is refused."""
         self.shared = config.shared
         self.expected_I = -facts.batch_size * _log_of_missing(share_I)
@@ -296,7 +292,7 @@ def share_of_lists(lists: Lists, share_L: np.ndarray, count: int, num_items: int
 class _RefusedItems:
     """Of how many rows each item is refused."""
 
-    def __init__(self, sources: Sources, loss: LossConfig, given: GivenConfig) -> None:
+    def __init__(self, sources: Sources, loss: LossConfig, given: ImpressionsConfig) -> None:
         self.sources, self.loss = sources, loss
         self.columns = given_columns(given)
 
@@ -340,7 +336,7 @@ def counted(loss: LossConfig, rows: str) -> list[str]:
     mined = loss.negatives.mined
     by_item = loss.negatives.refresh is not None or (mined is not None and mined.key == ITEM_ID)
     wanted = {
-        "given": loss.given is not None,
+        "given": loss.impressions is not None,
         "mined": mined is not None and mined.key == USER_ID,
         "key": by_item and rows == "user",
     }
@@ -352,9 +348,9 @@ def count_items(sources: Sources, loss: LossConfig) -> np.ndarray:
     counters: list[Counter] = []
     for word in counted(loss, sources.rows):
         if word == "given":
-            assert loss.given is not None
-            check_given(sources.dataset.train, loss.given)
-            counters.append(_RefusedItems(sources, loss, loss.given))
+            assert loss.impressions is not None
+            check_given(sources.dataset.train, loss.impressions)
+            counters.append(_RefusedItems(sources, loss, loss.impressions))
         elif word == "mined":
             mined = loss.negatives.mined
             assert mined is not None
@@ -403,16 +399,16 @@ class Negatives:
         self._once = draws / max(taken_I.sum(), 1)  # positives that a step draws of an item, for each time it was taken
         self._key_share_I = share.get("key", taken_I / counted_rows)
         refresh = loss.negatives.refresh
-        if refresh is not None and refresh.ranks[0] >= num_items:
+        if refresh is not None and refresh.neighbor_range[0] >= num_items:
             raise ConfigError(
-                f"loss.negatives.refresh.ranks begins with {refresh.ranks[0]:,}, but the catalogue has only "
-                f"{num_items - 1:,} items beside each: name nearer ones."
+                f"loss.negatives.refresh.neighbor_range begins with {refresh.neighbor_range[0]:,}, but the catalogue "
+                f"has only {num_items - 1:,} items beside each: name nearer ones."
             )
         made = (make(loss.negatives, facts) for make in SAMPLERS.values())
         self.samplers = [sampler for sampler in made if sampler is not None]
         self._lists: list[RowLists] = []
-        if loss.given is not None:
-            self._lists.append(Given(loss.given, share["given"], facts))
+        if loss.impressions is not None:
+            self._lists.append(Given(loss.impressions, share["given"], facts))
         if (mined := loss.negatives.mined) is not None:
             share_I = share.get("mined", self._key_share_I)
             self._lists.append(Mined(mined, read_mined(sources, mined), share_I, sources, facts))
@@ -429,11 +425,12 @@ class Negatives:
 
     def _check_queue(self) -> None:
         """Raises ConfigError where the queue has no room for the candidates of one step."""
-        size = self.loss.negatives.queue
+        size = self.loss.negatives.cross_batch_memory
         if size and size < (mean := float(-np.expm1(-self._expected()).sum())):
             raise ConfigError(
-                f"loss.negatives.queue is {size:,}, but a step has some {mean:,.0f} candidates that would be kept: "
-                f"make room for those of several steps (such as {round(8 * mean):,}), or take queue out."
+                f"loss.negatives.cross_batch_memory is {size:,}, but a step has some {mean:,.0f} candidates that would "
+                f"be kept: make room for those of several steps (such as {round(8 * mean):,}), or remove "
+                "cross_batch_memory."
             )
 
     def _expected(self) -> np.ndarray:

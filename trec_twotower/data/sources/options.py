@@ -9,7 +9,7 @@ from typing import Any, ClassVar, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from trec_twotower.config.run_config import parse_overrides
+from trec_twotower.config.loading import parse_overrides
 from trec_twotower.errors import ConfigError, DataError, nearest
 
 DATA_VARIABLE = "TREC_TT_DATA"

@@ -23,9 +23,8 @@ from typing import Any, Self
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import yaml
 
-from trec_twotower.config.yaml_io import parse_yaml
+from trec_twotower.config.loading import parse_yaml, to_yaml
 from trec_twotower.data.dataset import SERVING, digest_of_description
 from trec_twotower.data.parquet_files import footer_digest
 from trec_twotower.errors import ConfigError
@@ -115,7 +114,7 @@ class DatasetWriter:
             "columns": {name: self._splits[name].columns() for name in written},
             "files": {key: value for name in written for key, value in self._splits[name].describe().items()},
         }
-        text = yaml.safe_dump(manifest, sort_keys=False, allow_unicode=True)
+        text = to_yaml(manifest)
         manifest["sha256"] = digest_of_description(parse_yaml(text, MANIFEST))
         with (self.temporary / MANIFEST).open("w", encoding="utf-8") as file:
             file.write(f"sha256: {manifest['sha256']}\n{text}")  # first, where no cut takes it away alone

@@ -1,7 +1,7 @@
 """The losses, each a function of two sets of vectors and how they relate, by the word that config gives it.
 
 All have the same face: `loss(user_BD, item_CD, relations, **parameters)` gives a scalar, the sum over the rows; the
-parameters are those of `config.LOSS_PARAMETERS`. A new loss is a function here, an entry there, and a test.
+parameters are those of its class in `config/losses.py`. A new loss is a function here, a class there, and a test.
 """
 
 from collections.abc import Callable

@@ -1,0 +1,84 @@
+"""Settings of training: duration, optimizer, initial weights, checkpoints."""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+
+from trec_twotower.config.base import Seed, Settings
+from trec_twotower.errors import ConfigError
+
+RateSchedule = Literal["constant", "linear", "cosine"]
+GPU_OPTIMIZERS = ("adam", "partial_rowwise_adam", "lamb")  # table optimizers that fbgemm has for GPUs alone
+
+
+class OptimizerConfig(Settings):
+    """Fused updates of the embedding tables, and Adam for all other weights."""
+
+    sparse: Literal["rowwise_adagrad", "adagrad", "sgd", "adam", "partial_rowwise_adam", "lamb"] = "rowwise_adagrad"
+    lr: PositiveFloat = 0.05  # learning rate of the tables
+    eps: PositiveFloat = 1e-8  # epsilon of the tables' optimizer
+    weight_decay: NonNegativeFloat = 0.0  # weight decay of the rows that a step looks up; for GPU_OPTIMIZERS
+    dense_lr: PositiveFloat = 1e-3
+    dense_weight_decay: NonNegativeFloat = 0.0  # decoupled weight decay of the layers' matrices (AdamW)
+    clip_norm: PositiveFloat | None = None  # limit of the gradient norm of all weights but the tables
+    warmup_steps: NonNegativeInt = 0  # steps over which the learning rates rise linearly
+    schedule: RateSchedule = "constant"  # linear and cosine fall to 1/50 at the end
+    dense_warmup_steps: NonNegativeInt | None = None  # default: warmup_steps
+    dense_schedule: RateSchedule | None = None  # default: schedule
+    ema: float | None = Field(default=None, gt=0, lt=1)  # decay per step of averaged towers for evaluation and export
+
+    @model_validator(mode="after")
+    def _check_weight_decay(self) -> Self:
+        if self.weight_decay and self.sparse not in GPU_OPTIMIZERS:
+            raise ConfigError(
+                f"train.optimizer.weight_decay is {self.weight_decay:g}, but fbgemm's {self.sparse} has no weight "
+                f"decay: set it to 0 (dense_weight_decay is that of the layers), or sparse to "
+                f"{', '.join(GPU_OPTIMIZERS)}."
+            )
+        return self
+
+
+class SpectralConfig(Settings):
+    """Spectral initialization (truncated SVD) of a history's table and of the item's."""
+
+    # start: the initial weights of training. end: set after training, which excludes both features.
+    when: Literal["before_training", "after_training"] = "before_training"
+    history: str  # the user's bag of items
+    item: str = "item_id"  # the item's id
+    user_power: NonNegativeFloat = 0.4  # exponent by which users with many items weigh less
+    item_power: NonNegativeFloat = 0.4  # exponent by which popular items weigh less
+    history_power: NonNegativeFloat = 0.3  # exponent by which popular items weigh less in a history
+    length_power: float = 0.3  # exponent by which popular items score higher
+    spectrum_power: NonNegativeFloat = 0.3  # exponent of the singular values; 0: all directions weigh the same
+    score_std: PositiveFloat | None = None  # standard deviation of the scores, users by items; default: not scaled
+    oversampling: PositiveInt = 64  # directions beyond the tables' dim in the randomized SVD
+    iterations: PositiveInt = 2  # power iterations of the randomized SVD
+
+
+class TrainConfig(Settings):
+    epochs: NonNegativeInt = 10  # 0: the initial weights are the model
+    seed: Seed = 0  # seed of the initial weights
+    spectral: SpectralConfig | None = None  # default: small random weights
+    optimizer: OptimizerConfig = OptimizerConfig()
+    # Type of the towers' matrix multiplications; weights, vectors and logits are fp32. auto: bf16 where it is faster.
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    micro_batch: PositiveInt | None = None  # rows that the towers process together, again in the backward pass
+    pipeline: Literal["plain", "sparse_dist"] = "plain"  # sparse_dist: the next batch's ids are sent during a step
+    compile: bool = False  # compile the towers with torch.compile
+    profile_steps: NonNegativeInt = 0  # steps to trace into RUN/profile, after a few to warm up
+    log_every: PositiveInt = 20  # steps between log lines
+    evaluate_every: PositiveInt | None = None  # steps between evaluations; default: one per epoch
+    timeout_s: PositiveInt = 300  # limit of a collective, after which the job ends
+    first_timeout_s: PositiveInt = 900  # the limit until the first step is done, since ranks start unevenly
+    max_failures: PositiveInt = 5  # failures in a row without a new checkpoint after which the run does not restart
+    threads: NonNegativeInt = 0  # torch threads per rank; 0: OMP_NUM_THREADS, or the cores divided by the ranks
+    # auto: the GPUs of this machine, the CPU where there is none; a GPU that torch cannot use is an error.
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+
+class CheckpointConfig(Settings):
+    every: PositiveInt | None = None  # steps between checkpoints; default: one per epoch
+    keep: int = Field(default=2, ge=2)  # newest checkpoints to keep besides the best; one may be damaged
+    in_background: bool = True  # write while training continues; needs memory for a copy of a rank's shards
