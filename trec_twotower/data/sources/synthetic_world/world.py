@@ -33,6 +33,7 @@ from trec_twotower.data.sources.synthetic_world.words import (
     kind_of_goods,
 )
 from trec_twotower.data.sources.writer import DatasetWriter, list_column
+from trec_twotower.ops.hashing import SPLITMIX_FACTORS, SPLITMIX_STEP, mix_array
 from trec_twotower.ops.ragged import offsets_of
 
 MAIN_SHARE, SECOND_SHARE, GLOBAL_SHARE = 0.6, 0.25, 0.15
@@ -41,6 +42,7 @@ CLUSTER_EXPONENT = 0.5  # of popularity by rank among clusters
 SIZE_EXPONENT = 0.3  # of the number of items by rank among clusters
 MIN_EVENTS = 3  # one to train on, one for valid, one for test
 FIRST_TIME = 1_672_531_200  # 2023-01-01, seconds
+_MASK_63 = np.uint64(2**63 - 1)
 
 
 class Options(SourceOptions):
@@ -176,9 +178,9 @@ class World:
         if what not in self._salts:
             digest = hashlib.blake2b(f"{self.options.seed}/{what}".encode(), digest_size=8)
             self._salts[what] = np.uint64(int.from_bytes(digest.digest(), "little"))
-        bits = _mix(number.astype(np.uint64) * _GOLDEN + self._salts[what])
+        bits = _output(self._salts[what], number)
         if draw is not None:
-            bits = _mix(bits + draw.astype(np.uint64) * _GOLDEN)
+            bits = _output(bits, draw)
         return (bits >> np.uint64(11)) * 2.0**-53
 
     def interests(self, user: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -368,9 +370,14 @@ class World:
         """Sparse 63-bit ids, a different one for every number: each step below can be undone."""
         self.chance(what, number[:1])
         bits = (number.astype(np.uint64) ^ self._salts[what]) & _MASK_63
-        for factor in (0xBF58476D1CE4E5B9, 0x94D049BB133111EB):
-            bits = ((bits ^ (bits >> np.uint64(32))) * np.uint64(factor)) & _MASK_63
+        for factor in SPLITMIX_FACTORS:
+            bits = ((bits ^ (bits >> np.uint64(32))) * factor) & _MASK_63
         return (bits ^ (bits >> np.uint64(32))).astype(np.int64)
+
+
+def _output(seed: np.ndarray | np.uint64, number: np.ndarray) -> np.ndarray:
+    """Return the outputs of splitmix64 with these seeds; output 1 is the first."""
+    return mix_array(seed + (number.astype(np.uint64) - np.uint64(1)) * SPLITMIX_STEP)
 
 
 def _apportion(total: int, weight: np.ndarray) -> np.ndarray:
@@ -392,14 +399,3 @@ def _words(words: Any, number: np.ndarray, known: np.ndarray | None = None) -> p
     """words[number] as a column of strings, null where it is not known."""
     mask = None if known is None else ~known
     return pa.array(list(words), pa.string()).take(pa.array(number, pa.int32(), mask=mask))
-
-
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-_MASK_63 = np.uint64(2**63 - 1)
-
-
-def _mix(bits: np.ndarray) -> np.ndarray:
-    """The finaliser of splitmix64 (Steele, Lea and Flood 2014)."""
-    bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return bits ^ (bits >> np.uint64(31))
