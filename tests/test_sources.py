@@ -124,7 +124,7 @@ def test_a_broken_write_leaves_the_earlier_dataset_and_no_trace(tmp_path, stop):
     before = digests(out)
     with pytest.raises(stop), DatasetWriter(out, overwrite=True, rows_per_group=10) as writer:
         writer.write("train", pa.table({"user_id": np.arange(25)}))
-        assert len(list(tmp_path.iterdir())) == 2
+        assert len([entry for entry in tmp_path.iterdir() if entry.is_dir()]) == 2
         raise stop
     assert [entry.name for entry in tmp_path.iterdir()] == ["world"]
     assert digests(out) == before
@@ -135,14 +135,15 @@ def test_a_failed_swap_puts_the_earlier_dataset_back(tmp_path, monkeypatch, stop
     out = tmp_path / "world"
     prepare("synthetic", out, {"users": 50, "items": 100, "clusters": 4})
     before = digests(out)
-    rename = Path.rename
+    replace = os.replace
 
-    def fail_on_temporary(self, target):
-        if ".tmp-" in self.name:
+    def fail_on_temporary(source, target):
+        if ".tmp-" in Path(source).name:
             raise stop("no")
-        return rename(self, target)
+        replace(source, target)
 
-    monkeypatch.setattr(Path, "rename", fail_on_temporary)
+    monkeypatch.setattr("trec_twotower.storage.artifacts._exchange", lambda one, other: False)
+    monkeypatch.setattr(os, "replace", fail_on_temporary)
     with pytest.raises(stop, match="no"):
         prepare("synthetic", out, {"users": 60, "items": 100, "clusters": 4}, overwrite=True)
     assert [entry.name for entry in tmp_path.iterdir()] == ["world"]
@@ -188,44 +189,39 @@ def test_an_empty_folder_may_be_overwritten(tmp_path):
     assert (tmp_path / "empty" / "dataset.yaml").is_file()
 
 
-def test_leftovers_of_dead_processes_are_swept_and_a_half_swapped_dataset_comes_back(tmp_path):
-    """A process is killed between the two renames of a swap, another while it writes."""
+def test_leftovers_of_killed_processes_are_removed_and_a_half_swapped_dataset_is_restored(tmp_path):
+    """One process is killed between the two renames of a swap, another while it writes."""
     out = tmp_path / "world"
     prepare("synthetic", out, {"users": 50, "items": 100, "clusters": 4})
     before = digests(out)
-    script = "import os, socket; print(f'{os.getpid()}@{socket.gethostname()}')"
-    dead = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    mark = dead.stdout.strip()
-    out.rename(tmp_path / f".world.old-{mark}")
-    folder(tmp_path / f".world.tmp-{mark}", a_txt="half")
-    alive = folder(tmp_path / f".world.tmp-{os.getppid()}@{mark.split('@')[1]}", a_txt="at work")
-    elsewhere = folder(tmp_path / f".world.tmp-{mark}.elsewhere", a_txt="another machine's")
+    out.rename(tmp_path / ".world.old-77-1")
+    folder(tmp_path / ".world.tmp-77-1", a_txt="half")
+    other = folder(tmp_path / ".world2.tmp-77-1", a_txt="of another dataset")
     with pytest.raises(ConfigError, match="exists already"):
         prepare("synthetic", out, {})
     assert digests(out) == before
-    assert sorted(tmp_path.iterdir()) == sorted([out, alive, elsewhere])
+    assert sorted(tmp_path.iterdir()) == sorted([out, other])
+    folder(tmp_path / ".world.old-77-2", a_txt="killed after the swap, before the older dataset was removed")
+    with pytest.raises(ConfigError, match="exists already"):
+        prepare("synthetic", out, {})
+    assert digests(out) == before and sorted(tmp_path.iterdir()) == sorted([out, other])
 
 
-def test_what_a_swap_left_behind_is_swept_and_the_newer_dataset_stays(tmp_path, monkeypatch):
-    """A process is killed after the swap, before the older dataset is gone; one of another person is at work."""
+def test_a_dataset_that_another_process_writes_is_refused(tmp_path):
     out = tmp_path / "world"
-    prepare("synthetic", out, {"users": 50, "items": 100, "clusters": 4})
-    before = digests(out)
-    script = "import os, socket; print(f'{os.getpid()}@{socket.gethostname()}')"
-    dead = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.strip()
-    old = folder(tmp_path / f".world.old-{dead}", a_txt="older")
-    with pytest.raises(ConfigError, match="exists already"):
-        prepare("synthetic", out, {})
-    assert digests(out) == before and list(tmp_path.iterdir()) == [out]
-
-    def not_ours(pid: int, signal: int) -> None:
-        raise PermissionError
-
-    monkeypatch.setattr(os, "kill", not_ours)
-    folder(old, a_txt="at work")
-    with pytest.raises(ConfigError, match="exists already"):
-        prepare("synthetic", out, {})
-    assert sorted(tmp_path.iterdir()) == [old, out]
+    script = (
+        "import sys; from pathlib import Path; from trec_twotower.data.sources.writer import DatasetWriter\n"
+        "with DatasetWriter(Path(sys.argv[1])):\n    print('writing', flush=True); sys.stdin.read()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", script, str(out)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as writer:
+        assert writer.stdout is not None and writer.stdout.readline() == "writing\n"
+        with pytest.raises(ConfigError, match=rf"{out} is being written by process {writer.pid} .*wait for it"):
+            prepare("synthetic", out, {"users": 50, "items": 100, "clusters": 4})
+        assert list(tmp_path.glob(".world.tmp-*"))  # the other process still has its files
+        writer.communicate("")
+    assert not list(tmp_path.iterdir())
 
 
 def test_lists_are_ranges_of_the_values_even_where_they_overlap():
