@@ -22,8 +22,14 @@ from hypothesis import strategies as st
 from trec_twotower.data.sources import SOURCES, gowalla, id_lines, prepare
 from trec_twotower.data.sources.id_lines import check_published, read_id_lines
 from trec_twotower.data.sources.options import read_options
-from trec_twotower.data.sources.synthetic_world.words import COUNTRIES, KINDS
-from trec_twotower.data.sources.synthetic_world.world import GLOBAL_SHARE, MAIN_SHARE, SECOND_SHARE, Options, World
+from trec_twotower.data.sources.synthetic.interaction_model import (
+    GLOBAL_SHARE,
+    MAIN_SHARE,
+    SECOND_SHARE,
+    InteractionModel,
+)
+from trec_twotower.data.sources.synthetic.options import Options
+from trec_twotower.data.sources.synthetic.words import COUNTRIES, KINDS
 from trec_twotower.data.sources.writer import DatasetWriter, list_column
 from trec_twotower.errors import ConfigError, DataError
 
@@ -384,7 +390,7 @@ def test_categories_are_readable_and_go_on_beyond_the_words(tmp_path):
 
 def test_features_tell_of_the_interests(default):
     """Age, country and device vary between main clusters far beyond chance: F statistic and chi-square."""
-    world = World(Options())
+    world = InteractionModel(Options())
     user = np.arange(20_000)
     main, _ = world.interests(user)
     table = world.user_table(user)
@@ -440,7 +446,7 @@ def test_a_world_with_hardly_any_items_is_used_up_without_harm(tmp_path):
 
 
 def test_probabilities_of_all_items_sum_to_one():
-    world = World(Options(**SMALL))
+    world = InteractionModel(Options(**SMALL))
     main, second = world.interests(np.arange(500))
     assert (main != second).all()
     total = world.probability(np.arange(400)[None, :], main[:, None], second[:, None]).sum(axis=1)
@@ -449,14 +455,14 @@ def test_probabilities_of_all_items_sum_to_one():
 
 def test_every_user_takes_as_many_items_as_drawn_for_them():
     """Also those whose first draws repeat themselves so often that more are needed."""
-    world = World(Options(**SMALL))
+    world = InteractionModel(Options(**SMALL))
     user = np.arange(3_000)
     np.testing.assert_array_equal(np.diff(world.events(user).offsets), world.num_events(user))
 
 
 def test_interests_follow_the_popularity_of_clusters():
     """Chi-square of main clusters, and of second ones, drawn from the others in proportion."""
-    world = World(Options(clusters=6))
+    world = InteractionModel(Options(clusters=6))
     main, second = world.interests(np.arange(60_000))
     popularity = world.cluster_popularity
     seen = np.histogram2d(main, second, bins=(range(7), range(7)))[0]
@@ -470,7 +476,7 @@ def test_interests_follow_the_popularity_of_clusters():
 
 def test_first_items_follow_the_planted_law():
     """A first item has met no repeats: chi-square of items, and the shares of main and second cluster."""
-    world = World(Options())
+    world = InteractionModel(Options())
     user = np.arange(50_000)
     events = world.events(user)
     first = events.item[events.offsets[:-1]]
@@ -494,7 +500,7 @@ def test_first_items_follow_the_planted_law():
 
 def test_the_next_item_follows_the_law_restricted_to_what_was_not_taken():
     """The probability, summed below the item drawn, is uniform in [0, 1) if the law holds."""
-    world = World(Options(**SMALL))
+    world = InteractionModel(Options(**SMALL))
     events = world.events(np.arange(3_000))
     main, second = world.interests(events.user)
     below = []
@@ -510,7 +516,7 @@ def test_the_next_item_follows_the_law_restricted_to_what_was_not_taken():
 
 
 def test_events_per_user_has_the_stated_mean():
-    number = World(Options()).num_events(np.arange(100_000))
+    number = InteractionModel(Options()).num_events(np.arange(100_000))
     assert number.min() == 3
     assert abs(number.mean() - 12) < 5 * number.std() / np.sqrt(100_000)
 
@@ -518,7 +524,7 @@ def test_events_per_user_has_the_stated_mean():
 def test_best_reachable_is_what_ranking_everything_by_the_law_gives(small):
     """From the files and the dense matrix of probabilities; popularity likewise."""
     manifest = yaml.safe_load((small / "dataset.yaml").read_text())
-    world = World(Options(**SMALL))
+    world = InteractionModel(Options(**SMALL))
     item_of = {item_id: item for item, item_id in enumerate(world.item_id.tolist())}
     test = {row["user_id"]: row for row in rows(small, "test")}
     train_items, train_counts = np.unique(pq.read_table(small / "train")["item_id"], return_counts=True)
@@ -561,7 +567,7 @@ def test_best_recall_is_realised_as_expected_and_far_above_popularity(default):
 
 def test_the_history_suffices_to_come_near_the_best(default):
     """Reading interests off the shares of clusters in the history reaches three quarters of the best."""
-    world = World(Options())
+    world = InteractionModel(Options())
     user = np.arange(2_000)
     events = world.events(user)
     hits = 0
