@@ -28,7 +28,8 @@ from trec_twotower.data.loading.loader import TrainBatches
 from trec_twotower.distributed.ranks import Ranks
 from trec_twotower.errors import ConfigError, DataError, TrainingError
 from trec_twotower.storage import tensor_files
-from trec_twotower.storage.atomic import _own_sha256, seal, write_json
+from trec_twotower.storage.atomic import write_json
+from trec_twotower.storage.manifest import own_sha256, seal
 from trec_twotower.training.checkpoint import Checkpoints, model_version
 from trec_twotower.training.checkpoint_io import PublishingWriter
 from trec_twotower.training.loop import build_model, train
@@ -598,7 +599,7 @@ def test_a_manifest_cannot_name_files_outside_its_folder(name, small, tmp_path):
     (path / "link").symlink_to("/etc/hostname")
     manifest = json.loads((path / "manifest.json").read_text())
     manifest["files"][name] = {"bytes": 3, "sha256": "00"}
-    write_json(path / "manifest.json", {**manifest, "sha256": _own_sha256(manifest)})
+    write_json(path / "manifest.json", {**manifest, "sha256": own_sha256(manifest)})
     with pytest.raises(DataError, match="which is not in its folder: do not trust it"):
         checkpoints.load(path, model, optimizer)
 

@@ -237,7 +237,7 @@ def _take_poison(soak: Soak, folder: Path, place: str, kind: str, trap: Path) ->
     """The error that the stage raises which reads this place."""
     from trec_twotower.distributed.ranks import start_ranks
     from trec_twotower.errors import ConfigError, DataError
-    from trec_twotower.storage.atomic import seal
+    from trec_twotower.storage.manifest import seal
     from trec_twotower.training.run_dir import Run as TrainedRun
 
     what, _, name = place.partition("/")

@@ -32,7 +32,8 @@ from trec_twotower.ops.key_table import KeyTable
 from trec_twotower.serving.retriever import in_words
 from trec_twotower.storage.arrow_values import python_rows, python_value, python_values
 from trec_twotower.storage.artifacts import read_manifest
-from trec_twotower.storage.atomic import MANIFEST, read_json, write_file
+from trec_twotower.storage.atomic import read_json, write_file
+from trec_twotower.storage.manifest import MANIFEST
 from trec_twotower.training.optimizer import table_state_bytes
 from trec_twotower.training.run_dir import STATUS, Run
 

@@ -22,7 +22,7 @@ from trec_twotower.index.matrix import as_vectors
 from trec_twotower.index.searcher import SearchEffort, Searcher, effort_for
 from trec_twotower.ops.ragged import Lists
 from trec_twotower.storage.artifacts import SealedFolder, new_folder
-from trec_twotower.storage.atomic import MANIFEST, seal
+from trec_twotower.storage.manifest import MANIFEST, seal
 
 MEND = "build the index again: trec-twotower index RUN"
 ITEMS = "items.parquet"

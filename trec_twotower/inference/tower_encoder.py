@@ -42,7 +42,8 @@ from trec_twotower.model.two_tower import SIDES, TwoTower
 from trec_twotower.ops.key_table import KeyTable
 from trec_twotower.ops.ragged import Lists
 from trec_twotower.storage.artifacts import SealedFolder, new_folder
-from trec_twotower.storage.atomic import MANIFEST, read_json, seal, write_file, write_json
+from trec_twotower.storage.atomic import read_json, write_file, write_json
+from trec_twotower.storage.manifest import MANIFEST, seal
 from trec_twotower.storage.tensor_files import read_tensors, write_tensors
 from trec_twotower.training.checkpoint import Checkpoints
 from trec_twotower.training.run_dir import Run

@@ -34,8 +34,9 @@ from torch.futures import Future
 
 from trec_twotower.errors import DataError
 from trec_twotower.storage.artifacts import SealedFolder, publish_folder, remove_folder
-from trec_twotower.storage.atomic import MANIFEST, Digest, naming, seal
+from trec_twotower.storage.atomic import naming
 from trec_twotower.storage.fault_point import fault_point
+from trec_twotower.storage.manifest import MANIFEST, Digest, seal
 from trec_twotower.storage.tensor_files import DTYPE_NAMES, DTYPES, is_size, write_tensors
 
 TENSORS = "tensors"  # in the manifest: {tensor: {"dtype", "size", "chunks": [{"at", "size", "file", "begin"}]}}
@@ -289,4 +290,4 @@ class TensorReader(StorageReader):
         return ChunkStorageMetadata(torch.Size(at), torch.Size(part))
 
     def _refusal(self, problem: str) -> DataError:
-        return DataError(f"{self.path / MANIFEST} {problem}: do not trust it; {self.sealed.mend}")
+        return DataError(f"{self.path / MANIFEST} {problem}: do not trust it; {self.sealed.fix}")

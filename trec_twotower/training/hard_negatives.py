@@ -22,7 +22,7 @@ from trec_twotower.model.two_tower import TwoTower
 from trec_twotower.ops.hashing import uniform
 from trec_twotower.ops.ragged import Lists, offsets_of
 from trec_twotower.storage.artifacts import new_folder, open_sealed
-from trec_twotower.storage.atomic import MANIFEST, seal
+from trec_twotower.storage.manifest import MANIFEST, seal
 from trec_twotower.training.run_dir import Run
 
 NEIGHBOURS = "neighbours"

@@ -31,9 +31,10 @@ from trec_twotower.model.finite_check import NotFinite
 from trec_twotower.model.step_diagnostics import Histogram
 from trec_twotower.model.two_tower import TwoTower
 from trec_twotower.ops.hashing import mix
-from trec_twotower.storage.atomic import MANIFEST, read_json, write_json
+from trec_twotower.storage.atomic import read_json, write_json
 from trec_twotower.storage.fault_point import fault_point
 from trec_twotower.storage.lock import RunLock
+from trec_twotower.storage.manifest import MANIFEST
 from trec_twotower.training.checkpoint import Checkpoints, versions
 from trec_twotower.training.collapse_guard import CollapseGuard, Finding, HasBaseline, baseline_name
 from trec_twotower.training.crash_guard import DIVERGED, Attempts, dead_vectors, dead_weights, describe_step, suspects

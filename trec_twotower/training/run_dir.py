@@ -39,18 +39,10 @@ from trec_twotower.data.parquet_files import folder_of
 from trec_twotower.distributed.ranks import Ranks
 from trec_twotower.errors import ConfigError, DataError, nearest
 from trec_twotower.model.step_diagnostics import Histogram
-from trec_twotower.storage.atomic import (
-    MANIFEST,
-    digest_of,
-    naming,
-    read_json,
-    read_signed,
-    sha256_of,
-    write_file,
-    write_signed,
-)
+from trec_twotower.storage.atomic import naming, read_json, write_file
 from trec_twotower.storage.cache_dir import CacheFolder
 from trec_twotower.storage.lock import LOCK_FILES
+from trec_twotower.storage.manifest import MANIFEST, digest_of, read_signed, sha256_of, write_signed
 
 CONFIG, STATISTICS, STATUS = "config.yaml", "statistics.json", "status.json"
 KNOWN = "known_items.npz"

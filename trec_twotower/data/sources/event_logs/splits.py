@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -15,12 +14,10 @@ import pyarrow.compute as pc
 
 from trec_twotower.data.dataset import SERVING
 from trec_twotower.data.features.transform import one_chunk
+from trec_twotower.data.sources.event_logs.log_options import LogOptions
 from trec_twotower.data.sources.writer import DatasetWriter, list_column
 from trec_twotower.ops.hashing import id_keys, uniform
 from trec_twotower.ops.ragged import offsets_of
-
-if TYPE_CHECKING:
-    from trec_twotower.data.sources.event_logs.event_log import LogOptions
 
 ORDER = "order of the event"  # internal column: orders events of equal time
 MIN_CANDIDATES = 3  # events that may be held out; a user with fewer is in train only
