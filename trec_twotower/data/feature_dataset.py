@@ -10,6 +10,7 @@ from typing import Protocol
 import numpy as np
 import pyarrow as pa
 
+from trec_twotower.config.run_config import DataConfig
 from trec_twotower.config.schema import HISTORY, FeatureSpec, Schema, Side
 from trec_twotower.data.arrow_types import is_list
 from trec_twotower.data.dataset import ITEM_ID, POSITIVES, USER_ID, Dataset, Split
@@ -22,6 +23,11 @@ from trec_twotower.ops.hashing import is_id, is_text
 from trec_twotower.ops.ragged import Lists
 from trec_twotower.storage.arrow_values import python_value
 from trec_twotower.storage.cache_dir import CacheFolder
+
+
+def open_cache(data: DataConfig) -> CacheFolder:
+    """Return the cache directory that `data.cache` and `data.cache_gb` describe; nothing is created yet."""
+    return CacheFolder(data.cache, int(data.cache_gb * 1e9))
 
 
 class Counter(Protocol):

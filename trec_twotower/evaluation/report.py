@@ -28,8 +28,7 @@ from trec_twotower.index import ItemIndex, exact_search
 from trec_twotower.inference.export import Exported, read_export
 from trec_twotower.ops.hashing import id_keys
 from trec_twotower.ops.key_table import KeyTable
-from trec_twotower.serving.retriever import in_words
-from trec_twotower.storage.arrow_values import python_rows, python_value, python_values
+from trec_twotower.storage.arrow_values import format_item, python_rows, python_value, python_values
 from trec_twotower.storage.artifacts import read_manifest
 from trec_twotower.storage.atomic import MANIFEST, read_json, write_file
 from trec_twotower.training.optimizer import table_state_bytes
@@ -488,7 +487,7 @@ def _words(items: Split, rows: Sequence[int]) -> list[str]:
         inside = [row for row in dict.fromkeys(rows) if 0 <= row - group.first_row < group.num_rows]
         if inside:
             table = items.read(group, list(items.columns)).take(pa.array([row - group.first_row for row in inside]))
-            found.update(zip(inside, (escape(in_words(about)) for about in python_rows(table)), strict=True))
+            found.update(zip(inside, (escape(format_item(about)) for about in python_rows(table)), strict=True))
     return [found[row] for row in rows]
 
 

@@ -10,13 +10,13 @@ import numpy as np
 from trec_twotower.config.run_config import IndexConfig, as_values
 from trec_twotower.distributed.host_memory import give_back
 from trec_twotower.errors import ConfigError, DataError
+from trec_twotower.index.backends.faiss_backend import error_text, faiss, uses_gpu
+from trec_twotower.index.backends.kinds import make_searcher
+from trec_twotower.index.backends.matrix import Matrix, Vectors, as_vectors, check_same_dim, norms
+from trec_twotower.index.backends.shard import HALF_MAX, PLAIN_TYPES, Shard
 from trec_twotower.index.exact import ROUNDING, RunningBest
-from trec_twotower.index.faiss_backend import error_text, faiss, uses_gpu
 from trec_twotower.index.item_index import IndexReport, ItemIndex
-from trec_twotower.index.kinds import make_searcher
-from trec_twotower.index.matrix import Matrix, Vectors, as_vectors, check_same_dim, norms
 from trec_twotower.index.recipe import Recipe, choose_recipe
-from trec_twotower.index.shard import HALF_MAX, PLAIN_TYPES, Shard
 from trec_twotower.index.training import (
     assigned_by_distance,
     nearest_index,

@@ -13,14 +13,14 @@ import pyarrow.parquet as pq
 import xxhash
 
 from trec_twotower.errors import ConfigError, DataError
-from trec_twotower.evaluation.metrics import blocks_by_length
+from trec_twotower.index.backends.faiss_backend import BLAS_BATCH, Answer, Device, error_text, faiss
+from trec_twotower.index.backends.kinds import make_searcher
+from trec_twotower.index.backends.matrix import as_vectors
 from trec_twotower.index.exact import empty_answer, merge_vectors, without_seen
-from trec_twotower.index.faiss_backend import BLAS_BATCH, Answer, Device, error_text, faiss
 from trec_twotower.index.filters import Allowed, Strategy, choose_strategy
-from trec_twotower.index.kinds import make_searcher
-from trec_twotower.index.matrix import as_vectors
 from trec_twotower.index.searcher import SearchEffort, Searcher, effort_for
 from trec_twotower.ops.ragged import Lists
+from trec_twotower.ops.topk import blocks_by_length
 from trec_twotower.storage.artifacts import SealedFolder, new_folder
 from trec_twotower.storage.atomic import MANIFEST, seal
 

@@ -12,8 +12,8 @@ import numpy as np
 
 from trec_twotower.config.run_config import IndexConfig
 from trec_twotower.errors import ConfigError
+from trec_twotower.index.backends.faiss_backend import Answer
 from trec_twotower.index.exact import RunningBest
-from trec_twotower.index.faiss_backend import Answer
 from trec_twotower.index.searcher import SearchEffort, Searcher
 from trec_twotower.ops.ragged import Lists
 

@@ -19,7 +19,7 @@ from trec_twotower.config.run_config import TRAINED, RunConfig, as_values, valid
 from trec_twotower.config.schema import LEARNED
 from trec_twotower.config.yaml_io import read_yaml, to_yaml
 from trec_twotower.data.dataset import POSITIVES, Dataset
-from trec_twotower.data.feature_dataset import Sources
+from trec_twotower.data.feature_dataset import Sources, open_cache
 from trec_twotower.data.feature_report import OwnItems, own_items
 from trec_twotower.data.features.transform import Statistics
 from trec_twotower.data.known_items import KnownItems, KnownUsers
@@ -49,7 +49,6 @@ from trec_twotower.storage.atomic import (
     write_file,
     write_signed,
 )
-from trec_twotower.storage.cache_dir import CacheFolder
 from trec_twotower.storage.lock import LOCK_FILES
 
 CONFIG, STATISTICS, STATUS = "config.yaml", "statistics.json", "status.json"
@@ -115,7 +114,7 @@ class Run:
         dataset = Dataset.of(self.config.data) if generations is None else generations.dataset()
         # What a run that follows has learned, it learned from generation 0; later rows change nothing of it.
         first = dataset if generations is None else generations.dataset(0, 0)
-        cache = CacheFolder.of(self.config.data)
+        cache = open_cache(self.config.data)
         path = self.folder / STATISTICS
         begun: list[Sources] = []
 
