@@ -38,6 +38,8 @@ OTHERS = {  # all else that must be there, and which versions of it
     "tqdm": "",
     "matplotlib": "",
     "tensorboard": "",
+    "jinja2": "",
+    "packaging": "",
     "tensordict": "",
     "torchmetrics": "==1.0.3",
     "pyre-extensions": "",

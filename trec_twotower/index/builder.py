@@ -74,6 +74,7 @@ def build_index(items: Vectors | np.ndarray, users: Vectors | np.ndarray, config
         add_s=built - trained,
         tune_s=time.perf_counter() - built,
         settings=as_values(config),
+        exact_users_per_s=truth.exact_users_per_s,
         **tuned,
     )
     return ItemIndex(searcher, report)
@@ -113,7 +114,7 @@ class _Truth:
                 ("long", users.tune_BD[:LONG_USERS], ks[-1] + k if len(ks) > 1 else 1),
             )
         }
-        first_row, longest = 0, 0.0
+        first_row, longest, report_s = 0, 0.0, 0.0
         for item_CD in items.pieces():
             item_CD = as_vectors(item_CD, "item")
             if "fp16" in recipe.factory and float(np.abs(item_CD).max(initial=0)) > HALF_MAX:
@@ -123,15 +124,18 @@ class _Truth:
                     "index.factory to lists of Flat."
                 )
             longest = max(longest, float(norms(item_CD).max(initial=0)))
-            for each in best.values():
+            for name, each in best.items():
+                started = time.process_time()
                 if len(each.user_BD):
                     each.add(item_CD, first_row)
+                report_s += time.process_time() - started if name == "report" else 0.0
             first_row += len(item_CD)
             del item_CD  # before the next is read
         self.hits_I = np.bincount(best["hits"].item_row_BK.ravel(), minlength=num_items) if has_lists else None
         slack = ROUNDING * np.sqrt(items.dim) * longest
         self.tuned_for = [RecallJudge(best["tune" if each == k else "long"], each, slack) for each in ks]
         self.reported_on = RecallJudge(best["report"], k, slack)
+        self.exact_users_per_s = len(users.report_BD) / max(report_s, 1e-9)
 
 
 # ---------------------------------------------------------------- the recipe's index, and its items

@@ -53,6 +53,13 @@ class IndexReport:
     add_s: float  # reading and adding the items
     tune_s: float
     settings: dict[str, Any] = field(default_factory=dict)  # the index section of the config it was built with
+    exact_users_per_s: float = 0.0  # exact search, per second of CPU time
+    latency_ms: dict[str, float] = field(default_factory=dict)  # p50, p90 and p99 of searches for one user each
+
+    @property
+    def users_per_s(self) -> float:
+        """Users per second of CPU time of the tuned search in one batch."""
+        return min(self.curve, key=lambda point: abs(point[1] - self.scanned_share))[2]
 
     def summary(self) -> str:
         """Return a line that says what was built and what it reaches."""
