@@ -170,8 +170,8 @@ def test_what_is_told_of_popularity_equals_a_slow_count(world):
 
     def part(item: Any, name: str) -> str:
         if name == "tail":
-            cold = "cold (never taken in train)"
-            return cold if not taken[item] else "head (the most taken fifth)" if item in head else "tail"
+            cold = "cold (no interactions in train)"
+            return cold if not taken[item] else "head (top fifth by interactions)" if item in head else "tail"
         low = 2 ** int(math.log2(taken[item])) if taken[item] else 0
         return str(low) if low < 2 else f"{low:,} - {2 * low - 1:,}"
 

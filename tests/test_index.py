@@ -10,9 +10,10 @@ import pytest
 
 from trec_twotower.config.evaluation import IndexConfig
 from trec_twotower.errors import ConfigError, DataError
-from trec_twotower.index import ExactItems, ItemIndex, build_index, exact, exact_search, faiss, gpu, kinds
+from trec_twotower.index import ExactItems, ItemIndex, build_index, exact, exact_search, faiss
 from trec_twotower.index import item_index as search
-from trec_twotower.index.faiss_backend import uses_gpu
+from trec_twotower.index.backends import gpu, kinds
+from trec_twotower.index.backends.faiss_backend import uses_gpu
 from trec_twotower.index.searcher import SearchEffort
 from trec_twotower.ops.ragged import Lists
 from trec_twotower.storage.manifest import own_sha256, seal

@@ -164,7 +164,7 @@ def test_files_and_functions_stay_small():
 
 def test_faiss_is_imported_in_one_module():
     users = {name_of(path) for path in files() if "faiss" in {name.split(".")[0] for name in imports_of(path)}}
-    assert users == {"index/faiss_backend.py"}
+    assert users == {"index/backends/faiss_backend.py"}
 
 
 @pytest.mark.parametrize("room", WITHOUT_TORCH)

@@ -24,11 +24,11 @@ from trec_twotower.model.feature_encoders import build_input
 from trec_twotower.model.finite_check import gate
 from trec_twotower.model.losses import LOSSES, Hardest, Pairs, Relations
 from trec_twotower.model.losses.regularizers import alignment, nearness, squared_lengths
+from trec_twotower.model.losses.streaming_log_q import Frequency
+from trec_twotower.model.losses.temperature import Temperature
 from trec_twotower.model.multi_interest import attended, gaussian_item, gaussian_user, likeness, uses
 from trec_twotower.model.sequence_encoders import SequenceInput
 from trec_twotower.model.step_diagnostics import Histogram, Watch
-from trec_twotower.model.streaming_log_q import Frequency
-from trec_twotower.model.temperature import Temperature
 from trec_twotower.model.tower import Tower, encoder_name
 from trec_twotower.model.tower_layers import row_means
 

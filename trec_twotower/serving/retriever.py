@@ -26,12 +26,6 @@ from trec_twotower.serving.user_state import UnknownUser, UserState, given_state
 from trec_twotower.storage.arrow_values import python_values
 from trec_twotower.training.run_dir import Run
 
-_CONTROLS: dict[int, str | None] = {
-    **dict.fromkeys((*range(0x20), *range(0x7F, 0xA0))),  # C0 and C1, the escape among them
-    **dict.fromkeys((*range(0x202A, 0x202F), *range(0x2066, 0x206A))),  # that reorder what follows on the line
-    **dict.fromkeys(map(ord, "\t\n\v\f\r\x85\u2028\u2029"), " "),
-}
-
 
 @dataclass(frozen=True)
 class Recommendation:
@@ -244,33 +238,3 @@ def _several(values: Any, name: str) -> Sequence[Any]:
     if not is_list or (isinstance(values, np.ndarray) and not values.ndim):
         raise ConfigError(f"{name} is {values!r}: give a list.")
     return list(values)
-
-
-def in_words(about: dict[str, Any]) -> str:
-    """Return an item's row as a line to read: its title first, then the rest but for the id."""
-    rest = [
-        f"{name} {_word(value)}"
-        for name, value in about.items()
-        if name not in ("item_id", "title") and _is_told(value)
-    ]
-    title = about.get("title") or f"item {about['item_id']}"
-    return printable(f"{title}" + (f" ({', '.join(rest)})" if rest else ""))
-
-
-def printable(text: object) -> str:
-    """Return text as one line without characters that control a terminal: escapes, line breaks, reversed writing."""
-    return str(text).translate(_CONTROLS)
-
-
-def _is_told(value: Any) -> bool:
-    """Whether people read it: no vectors, no structs, nothing empty."""
-    if isinstance(value, list):
-        return any(each is not None for each in value) and not isinstance(value[0], float | dict | list)
-    return value is not None and not isinstance(value, dict)
-
-
-def _word(value: Any) -> str:
-    if isinstance(value, list):
-        value = [each for each in value if each is not None]
-        return " ".join(map(str, value[:6])) + (" ..." if len(value) > 6 else "")
-    return f"{value:.2f}" if isinstance(value, float | np.floating) else str(value)

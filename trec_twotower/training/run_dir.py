@@ -18,7 +18,7 @@ from trec_twotower.config.base import as_values, validate
 from trec_twotower.config.loading import read_yaml, to_yaml
 from trec_twotower.config.run_config import TRAINED, RunConfig, check_same_run
 from trec_twotower.data.dataset import POSITIVES, Dataset
-from trec_twotower.data.feature_dataset import Sources
+from trec_twotower.data.feature_dataset import Sources, open_cache
 from trec_twotower.data.feature_report import OwnItems, own_items
 from trec_twotower.data.features.external_files import external_files
 from trec_twotower.data.features.transform import Statistics
@@ -40,7 +40,6 @@ from trec_twotower.distributed.ranks import Ranks
 from trec_twotower.errors import ConfigError, DataError, nearest
 from trec_twotower.model.step_diagnostics import Histogram
 from trec_twotower.storage.atomic import naming, read_json, write_file
-from trec_twotower.storage.cache_dir import CacheFolder
 from trec_twotower.storage.lock import LOCK_FILES
 from trec_twotower.storage.manifest import MANIFEST, digest_of, read_signed, sha256_of, write_signed
 
@@ -107,7 +106,7 @@ class Run:
         dataset = Dataset.of(self.config.data) if generations is None else generations.dataset()
         # What a run that follows has learned, it learned from generation 0; later rows change nothing of it.
         first = dataset if generations is None else generations.dataset(0, 0)
-        cache = CacheFolder.of(self.config.data)
+        cache = open_cache(self.config.data)
         path = self.folder / STATISTICS
         begun: list[Sources] = []
 
