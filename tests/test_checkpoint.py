@@ -29,8 +29,8 @@ from trec_twotower.distributed.ranks import Ranks
 from trec_twotower.errors import ConfigError, DataError, TrainingError
 from trec_twotower.storage import tensor_files
 from trec_twotower.storage.atomic import _own_sha256, seal, write_json
-from trec_twotower.training.checkpoint import Checkpoints, model_version
-from trec_twotower.training.checkpoint_io import PublishingWriter
+from trec_twotower.training.checkpoints.checkpoint import Checkpoints, model_version
+from trec_twotower.training.checkpoints.checkpoint_io import PublishingWriter
 from trec_twotower.training.loop import build_model, train
 from trec_twotower.training.optimizer import RunOptimizer
 from trec_twotower.training.run_dir import Run, RunLog
@@ -397,7 +397,7 @@ def test_a_training_that_ends_lets_its_save_end(held):
 def test_a_training_that_ends_does_not_wait_for_a_save_that_hangs(held, monkeypatch):
     """Nor is it forgotten."""
     checkpoints, go_on = held
-    monkeypatch.setattr("trec_twotower.training.checkpoint.CLOSE_S", 0.1)
+    monkeypatch.setattr("trec_twotower.training.checkpoints.checkpoint.CLOSE_S", 0.1)
     checkpoints.close()
     assert not checkpoints.complete()
     go_on.set()

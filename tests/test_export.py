@@ -171,7 +171,7 @@ def test_a_checkpoint_that_the_training_removes_meanwhile_gives_way_to_the_next_
     """`export` beside a training: between the choice and the opening a newer checkpoint was published."""
     from trec_twotower.distributed.ranks import start_ranks
     from trec_twotower.inference.export import load_model
-    from trec_twotower.training.checkpoint import Checkpoints
+    from trec_twotower.training.checkpoints.checkpoint import Checkpoints
     from trec_twotower.training.run_dir import Run
 
     opened, folder = Checkpoints.open, shop_copy.run / "checkpoints"

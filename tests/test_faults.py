@@ -30,8 +30,8 @@ from trec_twotower.model.embeddings import table_shards
 from trec_twotower.model.finite_check import NotFinite, gate
 from trec_twotower.model.two_tower import TwoTower
 from trec_twotower.storage.fault_point import POINTS, Fault, fault_point
-from trec_twotower.training.checkpoint_io import PublishingWriter
-from trec_twotower.training.crash_guard import ATTEMPT, dead_vectors, summary
+from trec_twotower.training.checkpoints.checkpoint_io import PublishingWriter
+from trec_twotower.training.diagnostics.crash_guard import ATTEMPT, dead_vectors, summary
 from trec_twotower.training.loop import Progress, build_model, towers, train
 from trec_twotower.training.run_dir import Run
 

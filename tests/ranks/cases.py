@@ -34,7 +34,7 @@ from trec_twotower.errors import DataError, TrainingError  # noqa: E402
 from trec_twotower.model import encode as encoding  # noqa: E402
 from trec_twotower.model.two_tower import TwoTower  # noqa: E402
 from trec_twotower.training import loop as training  # noqa: E402
-from trec_twotower.training.checkpoint import Checkpoints  # noqa: E402
+from trec_twotower.training.checkpoints.checkpoint import Checkpoints  # noqa: E402
 from trec_twotower.training.optimizer import RunOptimizer  # noqa: E402
 from trec_twotower.training.sharding import make_plan, placements  # noqa: E402
 from trec_twotower.training.spectral_initialization import Taken, spectral_tables, spread  # noqa: E402

@@ -61,7 +61,7 @@ def record_states(folder: Path) -> None:
     import hashlib
 
     from tests.ranks.states import whole_optimizer_state, whole_state
-    from trec_twotower.training.checkpoint import Checkpoints
+    from trec_twotower.training.checkpoints.checkpoint import Checkpoints
 
     folder.mkdir(parents=True, exist_ok=True)
     save, load = Checkpoints.save, Checkpoints.load

@@ -52,7 +52,7 @@ def _checkpoint_reader(soak: Soak, run_dir: Path) -> Read:
     def read(folder: Path) -> Any:
         from tests.ranks.states import whole_state
         from trec_twotower.distributed.ranks import start_ranks
-        from trec_twotower.training.checkpoint import Checkpoints
+        from trec_twotower.training.checkpoints.checkpoint import Checkpoints
         from trec_twotower.training.loop import build_model
 
         warnings.simplefilter("ignore")

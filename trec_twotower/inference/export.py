@@ -25,7 +25,7 @@ from trec_twotower.model.two_tower import TwoTower
 from trec_twotower.storage.arrow_values import python_values
 from trec_twotower.storage.artifacts import NewFolder, SealedFolder
 from trec_twotower.storage.atomic import naming_a_full_disk, seal
-from trec_twotower.training.checkpoint import Checkpoints
+from trec_twotower.training.checkpoints.checkpoint import Checkpoints
 from trec_twotower.training.loop import build_model, towers
 from trec_twotower.training.run_dir import Run
 

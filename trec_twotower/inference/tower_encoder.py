@@ -43,7 +43,7 @@ from trec_twotower.ops.ragged import Lists
 from trec_twotower.storage.artifacts import SealedFolder, new_folder
 from trec_twotower.storage.atomic import MANIFEST, read_json, seal, write_file, write_json
 from trec_twotower.storage.tensor_files import read_tensors, write_tensors
-from trec_twotower.training.checkpoint import Checkpoints
+from trec_twotower.training.checkpoints.checkpoint import Checkpoints
 from trec_twotower.training.run_dir import Run
 
 MEND = "write it again: trec-twotower export RUN --encoder"

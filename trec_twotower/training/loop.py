@@ -35,17 +35,24 @@ from trec_twotower.ops.hashing import mix
 from trec_twotower.storage.atomic import MANIFEST, read_json, write_json
 from trec_twotower.storage.fault_point import fault_point
 from trec_twotower.storage.lock import RunLock
-from trec_twotower.training.checkpoint import Checkpoints, versions
+from trec_twotower.training.checkpoints.checkpoint import Checkpoints, versions
+from trec_twotower.training.checkpoints.warm_start import Report, begin_with
+from trec_twotower.training.checkpoints.weight_meaning import Meaning
 from trec_twotower.training.collapse_guard import CollapseGuard, Finding, HasBaseline, baseline_name
-from trec_twotower.training.crash_guard import DIVERGED, Attempts, dead_vectors, dead_weights, describe_step, suspects
+from trec_twotower.training.diagnostics.crash_guard import (
+    DIVERGED,
+    Attempts,
+    dead_vectors,
+    dead_weights,
+    describe_step,
+    suspects,
+)
 from trec_twotower.training.hard_negatives import Neighbours, Refresh
 from trec_twotower.training.optimizer import RunOptimizer, check_optimizer, fuse_table_updates
 from trec_twotower.training.pipeline import Steps, Trace
 from trec_twotower.training.run_dir import OWN_ITEMS, STATUS, Run, RunLog
 from trec_twotower.training.sharding import placements, shard
 from trec_twotower.training.spectral_initialization import check_start, start_spectral
-from trec_twotower.training.warm_start import Report, begin_with
-from trec_twotower.training.weight_meaning import Meaning
 
 Evaluate = Callable[[TwoTower], dict[str, float]]
 

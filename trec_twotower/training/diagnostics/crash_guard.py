@@ -20,7 +20,7 @@ from trec_twotower.errors import TrainingError
 from trec_twotower.model.embeddings import table_in
 from trec_twotower.model.two_tower import TwoTower
 from trec_twotower.storage.atomic import naming, write_json
-from trec_twotower.training.checkpoint import MODEL, state_of
+from trec_twotower.training.checkpoints.checkpoint import MODEL, state_of
 from trec_twotower.training.optimizer import RunOptimizer
 
 ATTEMPT = ".attempt.json"

@@ -20,9 +20,9 @@ from trec_twotower.data.features.vocabulary import FIRST_WORD, NULL_ROW, UNKNOWN
 from trec_twotower.distributed.ranks import Ranks
 from trec_twotower.errors import ConfigError
 from trec_twotower.model.tower import Tower
-from trec_twotower.training.checkpoint import MODEL, Checkpoints, whole_size
+from trec_twotower.training.checkpoints.checkpoint import MODEL, Checkpoints, whole_size
+from trec_twotower.training.checkpoints.weight_meaning import Axis, Bins, Layout, Meaning, Weight, Words
 from trec_twotower.training.run_dir import Run
-from trec_twotower.training.weight_meaning import Axis, Bins, Layout, Meaning, Weight, Words
 
 MOST_NAMES = 8  # in one line of the report
 
