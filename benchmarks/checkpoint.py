@@ -44,7 +44,7 @@ class Job:
     def __init__(self, folder: Path, rows: int, dim: int, ranks: Any) -> None:
         from trec_twotower.config.run_config import validate
         from trec_twotower.training.checkpoints.checkpoint import Checkpoints
-        from trec_twotower.training.loop import build_model
+        from trec_twotower.training.model_builder import build_model
         from trec_twotower.training.optimizer import RunOptimizer
 
         config = config_of(folder / "log")

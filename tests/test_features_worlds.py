@@ -59,7 +59,7 @@ def right(topics, lone_rank) -> Any:
         user: list[dict[str, Any]], item: list[dict[str, Any]], tables: dict[str, Any] | None = None, **model: Any
     ) -> float:
         from trec_twotower.config.run_config import RunConfig, validate
-        from trec_twotower.inference.export import load_model
+        from trec_twotower.inference.model_loader import load_model
         from trec_twotower.model.encode import encode
         from trec_twotower.training.loop import train
         from trec_twotower.training.run_dir import Run

@@ -17,7 +17,7 @@ from tests.ranks.states import whole_state
 from trec_twotower.config.run_config import RunConfig, as_values, validate
 from trec_twotower.config.yaml_io import to_yaml
 from trec_twotower.errors import ConfigError
-from trec_twotower.inference.export import LoadedModel, load_model
+from trec_twotower.inference.model_loader import LoadedModel, load_model
 from trec_twotower.model.encode import encode
 from trec_twotower.training.checkpoints.warm_start import _rows_of_bins, _source
 from trec_twotower.training.checkpoints.weight_meaning import Bins, Words
