@@ -181,10 +181,10 @@ def test_the_files_of_a_generation_are_written_down_before_its_first_row_is_read
     written = []
     real = streaming.TrainBatches.since
 
-    def since(batches: Any, step: int, end: int) -> Iterator[Any]:
+    def since(batches: Any, step: int, end: int, *more: Any) -> Iterator[Any]:
         saved = json.loads((folder.parent / "run/stream.json").read_text())["generations"]
         written.append([(sorted(one["files"]["train"]), one["num_rows"]) for one in saved])
-        return real(batches, step, end)
+        return real(batches, step, end, *more)
 
     monkeypatch.setattr(streaming.TrainBatches, "since", since)
     grown(folder)

@@ -96,18 +96,13 @@ class Tower(nn.Module):
             for name, weight in weights.items():
                 self.register_buffer(average_of(name), weight.detach().clone())
 
-    def forward(self, feature_BE: Tensor) -> Tensor:
-        return self.normalized(self.raw(feature_BE))
-
-    def raw(self, feature_BE: Tensor) -> Tensor:
-        """Return the vectors before normalization, (B, D)."""
+    def forward(self, feature_BE: Tensor, on_raw: Callable[[Tensor], None] | None = None) -> Tensor:
+        """Return the vectors, (B, D), of length 1 for cosine similarity; `on_raw` is called with them before that."""
         vector_BD = self._in_parts(feature_BE) if self.training else self._averaging(self.layers, "layers.", feature_BE)
         for part in self._wide:
             vector_BD = vector_BD + feature_BE[:, part]
-        return vector_BD
-
-    def normalized(self, vector_BD: Tensor) -> Tensor:
-        """Return the vectors at length 1 for cosine similarity, else unchanged."""
+        if on_raw is not None:
+            on_raw(vector_BD)
         return unit(vector_BD) if self.is_unit else vector_BD
 
     def penalty(self, ranks: Ranks) -> Tensor | None:

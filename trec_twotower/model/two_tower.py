@@ -90,12 +90,10 @@ class TwoTower(nn.Module):
     def _vectors(self, side: Side, feature_BE: Tensor, *, with_diagnostics: bool = False) -> Tensor:
         """Return a tower's vectors of its input: (B, D), or (B, M, D) of users with several vectors."""
         tower = self._tower(side)
-        raw = tower.raw(feature_BE if feature_BE.ndim == 2 else feature_BE.flatten(0, 1))
-        if with_diagnostics:
-            self.diagnostics.record_length(side, raw)
-        vector_BD = tower.normalized(raw)
+        on_raw = partial(self.diagnostics.record_length, side) if with_diagnostics else None
         if feature_BE.ndim == 3:
-            return vector_BD.unflatten(0, feature_BE.shape[:2])
+            return tower(feature_BE.flatten(0, 1), on_raw).unflatten(0, feature_BE.shape[:2])
+        vector_BD = tower(feature_BE, on_raw)
         if not self.is_gaussian:
             return vector_BD
         return gaussian_user(vector_BD, is_unit=self.is_unit) if side == "user" else gaussian_item(vector_BD)

@@ -54,6 +54,7 @@ class DivergenceCheck:
             self.pipeline.pause()
             found = dead_vectors(inner_model(self.model), self.pipeline.last_batch, self.ranks)
         if found is not None:
+            self.checkpoints.wait()
             path = self.checkpoints.newest()
             newest = "There is no checkpoint yet." if path is None else f"The newest checkpoint is {path}."
             raise TrainingError(DIVERGED.format(step=step, found=found, newest=newest))
