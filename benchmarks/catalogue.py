@@ -180,7 +180,7 @@ def lookups(folder: Path, options: argparse.Namespace) -> dict[str, float]:
 
     from trec_twotower.data.loading.loader import TrainBatches
     from trec_twotower.distributed.ranks import start_ranks
-    from trec_twotower.training.loop import build_model
+    from trec_twotower.training.model_builder import build_model
     from trec_twotower.training.optimizer import RunOptimizer
 
     config = config_of(folder, options)

@@ -70,7 +70,7 @@ def vector_now(run: Path, dataset: Path, row: dict[str, Any]) -> np.ndarray:
     from trec_twotower.training.run_dir import Run
 
     opened = Run.open(run)
-    encoder = Encoder.of(opened, opened.sources(Ranks(0, 1, torch.device("cpu"))))
+    encoder = Encoder.of(opened, opened.open_dataset(Ranks(0, 1, torch.device("cpu"))))
     values, kinds = {**row, "history": [*row["history"], *row["positives"]]}, ds.dataset(dataset / "test").schema
     if "history_weight" in values:  # a weight for each, the mean of the others
         weights = values["history_weight"]

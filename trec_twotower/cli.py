@@ -184,7 +184,8 @@ def _export(options: argparse.Namespace) -> int:
     if options.encoder:
         return _export_encoder(run, options.checkpoint)
     with _ranks(run.config) as ranks:
-        from trec_twotower.inference.export import export, load_model
+        from trec_twotower.inference.export import export
+        from trec_twotower.inference.model_loader import load_model
         from trec_twotower.storage.atomic import read_json
 
         folder = export(load_model(run, ranks, options.checkpoint), ranks, columns=options.columns, users=options.users)
@@ -209,7 +210,8 @@ def _export_encoder(run: Any, checkpoint: str) -> int:
 
     folder = run.folder / "encoder"
     with sole_writer(folder):
-        encoder = Encoder.of(run, run.sources(Ranks(0, 1, torch.device("cpu"))), checkpoint)
+        ranks = Ranks(0, 1, torch.device("cpu"))
+        encoder = Encoder.of(run, run.initialize(ranks) or run.open_dataset(ranks), checkpoint)
         programs = encoder.save(folder)
     print(f"{folder}: towers of dim {encoder.dim}, model {encoder.model_version}")
     for side, outcome in programs.items():

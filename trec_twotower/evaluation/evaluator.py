@@ -40,7 +40,7 @@ from trec_twotower.evaluation.sampled_metrics import Negatives, sampled_metrics
 from trec_twotower.evaluation.slices import column_of, make_slices
 from trec_twotower.index import ExactItems, ItemIndex, exact_search
 from trec_twotower.index.aligned_index import CatalogueIndex, aligned
-from trec_twotower.inference.export import load_model
+from trec_twotower.inference.model_loader import load_model
 from trec_twotower.model.encode import encode, encode_everywhere
 from trec_twotower.model.two_tower import TwoTower
 from trec_twotower.ops.ragged import Lists, offsets_of

@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from trec_twotower.config.feature_spec import HISTORY
+from trec_twotower.config.features import CategoryFeature, VocabularyFeature
 from trec_twotower.data.dataset import ITEM_ID, POSITIVES, SERVING, USER_ID, Split
 from trec_twotower.data.features.transform import one_chunk
 from trec_twotower.errors import ConfigError, DataError, nearest

@@ -17,8 +17,7 @@ from trec_twotower.distributed.ranks import Ranks, check_process, quiet_librarie
 from trec_twotower.errors import ConfigError, nearest
 from trec_twotower.index import Allowed, ItemIndex, mask_of
 from trec_twotower.index.aligned_index import CatalogueIndex, aligned
-from trec_twotower.inference.export import LoadedModel, load_model
-from trec_twotower.inference.tower_encoder import load_whole
+from trec_twotower.inference.model_loader import LoadedModel, load_model
 from trec_twotower.model.encode import encode
 from trec_twotower.ops.ragged import Lists
 from trec_twotower.serving.business_rules import Rules, apply_rules
@@ -82,7 +81,7 @@ class Retriever:
         device = usable_device()
         ranks, run = Ranks(0, 1, device), Run.open(Path(run_dir))
         _check_indexed(run)
-        return cls._of(load_whole(run, run.sources(ranks), device, str(checkpoint)), ranks, mapped)
+        return cls._of(load_model(run, ranks, str(checkpoint), is_sharded=False), ranks, mapped)
 
     @classmethod
     def _of(cls, loaded: LoadedModel, ranks: Ranks, mapped: bool) -> Retriever:
