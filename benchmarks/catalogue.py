@@ -111,13 +111,12 @@ def config_of(folder: Path, options: argparse.Namespace) -> Any:
 def sources_of(folder: Path, options: argparse.Namespace, *, learned: bool = True, mapped: bool = True) -> Any:
     """The dataset through the config; with `learned`, by statistics that need no pass over the data."""
     from trec_twotower.data.dataset import Dataset
-    from trec_twotower.data.feature_dataset import Sources
+    from trec_twotower.data.feature_dataset import Sources, open_cache
     from trec_twotower.data.features.transform import Statistics
-    from trec_twotower.storage.cache_dir import CacheFolder
 
     config = config_of(folder, options)
     given = {f"item:number_{number}": Statistics(20.0, 20.0) for number in range(options.numbers)} if learned else None
-    cache = CacheFolder.of(config.data) if mapped else None
+    cache = open_cache(config.data) if mapped else None
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # such as that there is no room
         return Sources(Dataset(config.data.dataset), config.feature_schema, config.data.rows, given, cache)
@@ -181,7 +180,7 @@ def lookups(folder: Path, options: argparse.Namespace) -> dict[str, float]:
 
     from trec_twotower.data.loading.loader import TrainBatches
     from trec_twotower.distributed.ranks import start_ranks
-    from trec_twotower.training.loop import build_model
+    from trec_twotower.training.model_builder import build_model
     from trec_twotower.training.optimizer import RunOptimizer
 
     config = config_of(folder, options)

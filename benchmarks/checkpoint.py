@@ -43,8 +43,8 @@ class Job:
 
     def __init__(self, folder: Path, rows: int, dim: int, ranks: Any) -> None:
         from trec_twotower.config.base import validate
-        from trec_twotower.training.checkpoint import Checkpoints
-        from trec_twotower.training.loop import build_model
+        from trec_twotower.training.checkpoints.checkpoint import Checkpoints
+        from trec_twotower.training.model_builder import build_model
         from trec_twotower.training.optimizer import RunOptimizer
 
         config = config_of(folder / "log")
@@ -72,7 +72,7 @@ def saving(job: Job, folder: Path, saves: int) -> dict[str, float]:
     """Saves in the background with steps beside them, and plain ones, in turn."""
     import torch.distributed.checkpoint as dcp
 
-    from trec_twotower.training.checkpoint import _state
+    from trec_twotower.training.checkpoints.checkpoint import _state
 
     batches = list(batches_of(folder / "log", threads=0).since(0, 20))
     usual_s = statistics.median([job.step(batch) for batch in batches][4:])

@@ -113,7 +113,7 @@ def job(folder: Path, *, batch: int = 4096, dim: int = 64, users: int = 1_000_00
         precision: str = "fp32") -> tuple[Any, Any, list[Any]]:  # fmt: skip
     """A model, its optimizer, and some batches on the device."""
     from trec_twotower.config.base import validate
-    from trec_twotower.training.loop import build_model
+    from trec_twotower.training.model_builder import build_model
     from trec_twotower.training.optimizer import RunOptimizer
 
     values = config_of(folder).model_dump(exclude_unset=True)

@@ -224,7 +224,8 @@ def of_config(name: str, *overrides: str) -> Callable[[Bench], dict[str, float]]
         from trec_twotower.config.loading import load_config
         from trec_twotower.evaluation.evaluator import Evaluator, exactly, through
         from trec_twotower.index import ItemIndex
-        from trec_twotower.inference.export import export, load_model
+        from trec_twotower.inference.export import export
+        from trec_twotower.inference.model_loader import load_model
         from trec_twotower.training.loop import train
         from trec_twotower.training.run_dir import Run
 

@@ -195,7 +195,7 @@ def trained(dataset: Path, world: str, name: str, run_dir: Path, epochs: int, ra
     from contextlib import redirect_stdout
     from io import StringIO
 
-    from trec_twotower.inference.export import load_model
+    from trec_twotower.inference.model_loader import load_model
     from trec_twotower.training.loop import train
     from trec_twotower.training.run_dir import Run
 
@@ -305,7 +305,7 @@ class Stepper:
         from trec_twotower.data.dataset import Dataset
         from trec_twotower.data.feature_dataset import Sources
         from trec_twotower.data.loading.loader import TrainBatches
-        from trec_twotower.training.loop import build_model
+        from trec_twotower.training.model_builder import build_model
         from trec_twotower.training.optimizer import RunOptimizer
 
         sources = Sources(Dataset(config.data.dataset), config.feature_schema, config.data.rows)

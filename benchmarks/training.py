@@ -58,9 +58,9 @@ def ours(folder: Path, num_batches: int, precision: str = "auto") -> Step:
     """Steps of the training loop on batches made beforehand."""
     from trec_twotower.config.base import validate
     from trec_twotower.data.loading.batch import Batch
-    from trec_twotower.training.loop import build_model
+    from trec_twotower.training.model_builder import build_model
     from trec_twotower.training.optimizer import RunOptimizer
-    from trec_twotower.training.pipeline import PlainSteps
+    from trec_twotower.training.pipeline import PlainPipeline
 
     config, ranks = config_of(folder), lone_rank()
     values = config.model_dump(exclude_unset=True)
@@ -69,14 +69,14 @@ def ours(folder: Path, num_batches: int, precision: str = "auto") -> Step:
     model = build_model(config, ranks)
     optimizer = RunOptimizer(model, config.train.optimizer)
     optimizer.set_rates(0, num_batches)
-    steps = PlainSteps(optimizer, ranks)
+    steps = PlainPipeline(optimizer, ranks)
     made = list(batches_of(folder, threads=0).since(0, num_batches))
 
     def forward(batch: Batch) -> Any:
         return model(batch)
 
     def step(number: int) -> None:
-        next(steps.taken(iter([made[number]]), forward))
+        next(steps.run(iter([made[number]]), forward))
 
     model.train()
     return step
@@ -229,16 +229,16 @@ def tfrs_step(interpreter: Path, folder: Path, place: Path, num_batches: int) ->
 
 def end_to_end(folder: Path, num_batches: int) -> float:
     """Rows per second from Parquet, the reader's thread on the same core."""
-    from trec_twotower.training.loop import build_model
+    from trec_twotower.training.model_builder import build_model
     from trec_twotower.training.optimizer import RunOptimizer
-    from trec_twotower.training.pipeline import PlainSteps
+    from trec_twotower.training.pipeline import PlainPipeline
 
     config, ranks = config_of(folder), lone_rank()
     model = build_model(config, ranks)
     optimizer = RunOptimizer(model, config.train.optimizer)
     optimizer.set_rates(0, num_batches)
     model.train()
-    took = PlainSteps(optimizer, ranks).taken(batches_of(folder, threads=1).since(0, num_batches + WARM), model)
+    took = PlainPipeline(optimizer, ranks).run(batches_of(folder, threads=1).since(0, num_batches + WARM), model)
     for _ in range(WARM):
         next(took)
     started = time.perf_counter()

@@ -26,7 +26,7 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_training import ComputeDevice
 from fbgemm_gpu.split_table_batched_embeddings_ops_training import SplitTableBatchedEmbeddingBagsCodegen as Tables
 from machine import headline, write_figures
 
-from trec_twotower.model.cpu.embedding_update import quicken_updates
+from trec_twotower.model.cpu.embedding_update import accelerate_updates
 
 ROWS, DIM, USERS, ITEMS, LONGEST = 4096, 64, 1_000_000, 200_000, 50
 
@@ -43,7 +43,7 @@ def tables(sizes: list[int], features: list[int], pooling: PoolingMode, *, is_ou
     if is_ours:
         model = torch.nn.Module()
         model._lookups = [made]  # type: ignore[assignment]
-        quicken_updates(model)
+        accelerate_updates(model)
     return made
 
 

@@ -25,7 +25,7 @@ from trec_twotower.storage.artifacts import (
     read_manifest,
     sole_writer,
 )
-from trec_twotower.storage.atomic import seal
+from trec_twotower.storage.manifest import seal
 
 FORK = multiprocessing.get_context("fork")
 MEND = "export again."

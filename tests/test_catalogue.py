@@ -605,10 +605,10 @@ def test_a_run_hashes_its_catalogue_once_and_later_commands_map_it(
     folder = write_dataset(tmp_path / "d", items=items, train=pa.table({"user_id": [1, 2], "item_id": items[0][:2]}))
     (tmp_path / "small.yaml").write_text(CONFIG % (folder, tmp_path / "cache"))
     ranks = Ranks(0, 1, torch.device("cpu"))
-    run = Run.join(load_config(tmp_path / "small.yaml", [f"run_dir={tmp_path / 'run'}"]), ranks)
-    first = run.sources(ranks)
+    run = Run.create_or_open(load_config(tmp_path / "small.yaml", [f"run_dir={tmp_path / 'run'}"]), ranks)
+    first = run.initialize(ranks)
     assert written == [where]
-    again = Run.open(run.folder).sources(ranks)
+    again = Run.open(run.folder).open_dataset(ranks)
     assert written == ([where] if where == "disk" else [where] * 2)
     assert again.catalogue.columns.numbers["price"].tolist() == first.catalogue.columns.numbers["price"].tolist()
     assert (tmp_path / "cache").exists() == (where == "disk")

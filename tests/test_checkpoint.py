@@ -27,13 +27,16 @@ from trec_twotower.data.dataset import Dataset
 from trec_twotower.data.loading.loader import TrainBatches
 from trec_twotower.distributed.ranks import Ranks
 from trec_twotower.errors import ConfigError, DataError, TrainingError
-from trec_twotower.storage import tensor_files
-from trec_twotower.storage.atomic import _own_sha256, seal, write_json
-from trec_twotower.training.checkpoint import Checkpoints, model_version
-from trec_twotower.training.checkpoint_io import PublishingWriter
-from trec_twotower.training.loop import build_model, train
+from trec_twotower.model import tensor_files
+from trec_twotower.storage.atomic import write_json
+from trec_twotower.storage.manifest import own_sha256, seal
+from trec_twotower.training.checkpoints.checkpoint import Checkpoints, model_version
+from trec_twotower.training.checkpoints.checkpoint_io import PublishingWriter
+from trec_twotower.training.loop import train
+from trec_twotower.training.metrics_logger import RunLog
+from trec_twotower.training.model_builder import build_model
 from trec_twotower.training.optimizer import RunOptimizer
-from trec_twotower.training.run_dir import Run, RunLog
+from trec_twotower.training.run_dir import Run
 
 pytestmark = pytest.mark.filterwarnings(*SAID_BY_TORCHREC)
 ADAGRAD = {"optimizer": {"sparse": "rowwise_adagrad", "lr": 0.1, "schedule": "linear", "warmup_steps": 5}}
@@ -46,8 +49,10 @@ def built(config: RunConfig, ranks: Ranks) -> tuple[Any, RunOptimizer]:
 
 def steps(config: RunConfig, ranks: Ranks, model: Any, optimizer: RunOptimizer, first: int, end: int) -> list[float]:
     """The training loop without its log: the losses of steps first .. end - 1."""
-    run = Run.join(config, ranks)
-    batches = TrainBatches(run.sources(ranks), config.data, config.loss, run.item_counts(), (0, 1))
+    run = Run.create_or_open(config, ranks)
+    batches = TrainBatches(
+        run.initialize(ranks) or run.open_dataset(ranks), config.data, config.loss, run.item_counts(), (0, 1)
+    )
     losses = []
     for step, batch in enumerate(batches.since(first, end), first):
         optimizer.set_rates(step, 20)
@@ -397,7 +402,7 @@ def test_a_training_that_ends_lets_its_save_end(held):
 def test_a_training_that_ends_does_not_wait_for_a_save_that_hangs(held, monkeypatch):
     """Nor is it forgotten."""
     checkpoints, go_on = held
-    monkeypatch.setattr("trec_twotower.training.checkpoint.CLOSE_S", 0.1)
+    monkeypatch.setattr("trec_twotower.training.checkpoints.checkpoint.CLOSE_S", 0.1)
     checkpoints.close()
     assert not checkpoints.complete()
     go_on.set()
@@ -598,7 +603,7 @@ def test_a_manifest_cannot_name_files_outside_its_folder(name, small, tmp_path):
     (path / "link").symlink_to("/etc/hostname")
     manifest = json.loads((path / "manifest.json").read_text())
     manifest["files"][name] = {"bytes": 3, "sha256": "00"}
-    write_json(path / "manifest.json", {**manifest, "sha256": _own_sha256(manifest)})
+    write_json(path / "manifest.json", {**manifest, "sha256": own_sha256(manifest)})
     with pytest.raises(DataError, match="which is not in its folder: do not trust it"):
         checkpoints.load(path, model, optimizer)
 
@@ -633,10 +638,10 @@ def test_another_config_is_refused_with_the_fields_that_differ(train_here, lone_
     """Once there is something to lose; what changes no batch and no weight is free."""
     folder = train_here(event_config(small_world, tmp_path / "run", train={"epochs": 1}))
     free = event_config(small_world, folder, train={"epochs": 9, "log_every": 5}, checkpoint={"keep": 7})
-    Run.join(free, lone_rank)
+    Run.create_or_open(free, lone_rank)
     other = event_config(small_world, folder, model={"dim": 8}, train={"optimizer": {"lr": 0.25}})
     with pytest.raises(ConfigError) as raised:
-        Run.join(other, lone_rank)
+        Run.create_or_open(other, lone_rank)
     for said in (
         "model.dim was 6, now 8",
         "train.optimizer.lr was 0.5, now 0.25",
@@ -653,11 +658,11 @@ def test_before_its_first_checkpoint_another_config_takes_a_runs_place(train_her
     (folder / ".status.json.tmp-77").touch()
     (folder / ".mine.tmp-77").mkdir()
     with pytest.raises(ConfigError, match=r"model\.dim was 6, now 8"):
-        Run.join(other, lone_rank)
+        Run.create_or_open(other, lone_rank)
     assert (folder / "statistics.json").is_file() and not (folder / ".status.json.tmp-77").exists()
     (folder / "checkpoints/step-00000003/manifest.json").unlink()  # as of a removal that was cut short
     (folder / "stream.json").touch()
-    assert Run.join(other, lone_rank).config.model.dim == 8
+    assert Run.create_or_open(other, lone_rank).config.model.dim == 8
     assert not (folder / "statistics.json").exists() and not (folder / "stream.json").exists()
     assert (folder / ".mine.tmp-77").is_dir()
 
@@ -675,8 +680,8 @@ def test_a_vocabulary_that_changes_under_a_run_is_named(lone_rank, small_world, 
         ]
         return event_config(small_world, tmp_path / "run", user=features)
 
-    run = Run.join(config(words), lone_rank)
-    run.sources(lone_rank)
+    run = Run.create_or_open(config(words), lone_rank)
+    run.initialize(lone_rank)
     run.check_files()
     words.write_text("2\n1\n")
     with pytest.raises(DataError, match=r"words\.txt is not the file that this run began with"):

@@ -15,8 +15,9 @@ from tests.ranks.states import whole_optimizer_state, whole_state
 from tests.ranks.worlds import event_config, tables
 from trec_twotower.config.run_config import RunConfig
 from trec_twotower.errors import ConfigError
-from trec_twotower.training.checkpoint import Checkpoints
-from trec_twotower.training.loop import build_model, train
+from trec_twotower.training.checkpoints.checkpoint import Checkpoints
+from trec_twotower.training.loop import train
+from trec_twotower.training.model_builder import build_model
 from trec_twotower.training.optimizer import RunOptimizer
 
 pytestmark = pytest.mark.filterwarnings(*SAID_BY_TORCHREC)

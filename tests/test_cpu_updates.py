@@ -16,7 +16,7 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
     SplitTableBatchedEmbeddingBagsCodegen,
 )
 
-from trec_twotower.model.cpu.embedding_update import quicken_updates
+from trec_twotower.model.cpu.embedding_update import accelerate_updates
 
 OPTIMIZERS = {
     "sgd": EmbOptimType.EXACT_SGD,
@@ -49,15 +49,15 @@ def tables(kind: str, *, features: list[int], sizes: list[tuple[int, int]], **mo
     return made
 
 
-def quickened(made: Any) -> Any:
+def accelerated(made: Any) -> Any:
     lookup = torch.nn.ModuleList([made])
     sharded = torch.nn.Module()
     sharded._lookups = [lookup]
-    quicken_updates(sharded)
+    accelerate_updates(sharded)
     return made
 
 
-def is_quickened(made: Any) -> bool:
+def is_accelerated(made: Any) -> bool:
     return "forward" in vars(made)
 
 
@@ -83,8 +83,8 @@ class Textbook:
 @pytest.mark.parametrize("kind", OPTIMIZERS)
 @pytest.mark.parametrize("is_weighted", [False, True])
 def test_bags_of_shared_tables(kind: str, is_weighted: bool) -> None:
-    made = quickened(tables(kind, features=FEATURES, sizes=SIZES))
-    assert is_quickened(made)
+    made = accelerated(tables(kind, features=FEATURES, sizes=SIZES))
+    assert is_accelerated(made)
     textbook, rng = Textbook(made, kind), np.random.default_rng(1)
     dims = [SIZES[table][1] for table in FEATURES]
     ends = np.cumsum(dims)
@@ -122,7 +122,7 @@ def test_bags_of_shared_tables(kind: str, is_weighted: bool) -> None:
 @pytest.mark.parametrize("features", [[0], [0, 1], [0, 0, 1, 1, 1]])
 def test_rows_one_by_one(kind: str, dtype: str, features: list[int]) -> None:
     sizes = [(6, 8), (11, 8)][: features[-1] + 1]
-    made = quickened(
+    made = accelerated(
         tables(
             kind,
             features=features,
@@ -132,7 +132,7 @@ def test_rows_one_by_one(kind: str, dtype: str, features: list[int]) -> None:
             output_dtype=SparseType.FP32,
         )
     )
-    assert is_quickened(made)
+    assert is_accelerated(made)
     textbook, rng = Textbook(made, kind), np.random.default_rng(2)
     for step in range(3):
         lengths = rng.integers(0, 30, (len(features), 2))  # two bags a feature, as of two ranks
@@ -156,7 +156,7 @@ def test_rows_one_by_one(kind: str, dtype: str, features: list[int]) -> None:
 
 
 def test_a_new_rate_holds_from_the_next_step() -> None:
-    made = quickened(tables("sgd", features=[0, 0], sizes=[(2, 4)]))
+    made = accelerated(tables("sgd", features=[0, 0], sizes=[(2, 4)]))
     start = made.split_embedding_weights()[0].clone()
     for rate in (0.5, 0.25):
         made.set_learning_rate(rate)
@@ -166,7 +166,7 @@ def test_a_new_rate_holds_from_the_next_step() -> None:
 
 
 def test_tables_go_when_no_one_holds_them() -> None:
-    made = quickened(tables("sgd", features=[0, 0], sizes=[(2, 4)]))
+    made = accelerated(tables("sgd", features=[0, 0], sizes=[(2, 4)]))
     made(torch.tensor([1, 1]), torch.tensor([0, 1, 2])).sum().backward()
     gone = weakref.ref(made)
     gc.disable()
@@ -178,7 +178,7 @@ def test_tables_go_when_no_one_holds_them() -> None:
 
 
 def test_nothing_is_learned_where_nothing_is_asked() -> None:
-    made = quickened(tables("sgd", features=[0, 0], sizes=[(2, 4)]))
+    made = accelerated(tables("sgd", features=[0, 0], sizes=[(2, 4)]))
     start = made.split_embedding_weights()[0].clone()
     with torch.no_grad():
         found = made(torch.tensor([1, 1]), torch.tensor([0, 1, 2]))
@@ -187,7 +187,7 @@ def test_nothing_is_learned_where_nothing_is_asked() -> None:
 
 
 def test_weights_of_ids_that_learn_keep_their_gradient() -> None:
-    made = quickened(tables("sgd", features=[0, 0], sizes=[(2, 4)]))
+    made = accelerated(tables("sgd", features=[0, 0], sizes=[(2, 4)]))
     weights = torch.ones(2, requires_grad=True)
     row = made.split_embedding_weights()[0][1].clone()
     made(torch.tensor([1, 1]), torch.tensor([0, 1, 2]), weights).sum().backward()
@@ -196,8 +196,8 @@ def test_weights_of_ids_that_learn_keep_their_gradient() -> None:
 
 def test_a_mean_hands_each_row_its_part() -> None:
     """Row 1 is one of two in a bag and one of one in another, row 0 the other of the two."""
-    made = quickened(tables("sgd", features=[0, 0], sizes=[(2, 4)], pooling_mode=PoolingMode.MEAN))
-    assert is_quickened(made)
+    made = accelerated(tables("sgd", features=[0, 0], sizes=[(2, 4)], pooling_mode=PoolingMode.MEAN))
+    assert is_accelerated(made)
     start = made.split_embedding_weights()[0].clone()
     made(torch.tensor([1, 0, 1]), torch.tensor([0, 2, 3])).sum().backward()
     moved = start - made.split_embedding_weights()[0]
@@ -214,10 +214,10 @@ def test_a_mean_hands_each_row_its_part() -> None:
     ],
 )
 def test_what_is_left_to_fbgemm(features: list[int], more: dict[str, Any]) -> None:
-    assert not is_quickened(quickened(tables("rowwise_adagrad", features=features, sizes=[(2, 4)], **more)))
+    assert not is_accelerated(accelerated(tables("rowwise_adagrad", features=features, sizes=[(2, 4)], **more)))
 
 
 def test_tables_of_another_device_are_left_alone() -> None:
     made = tables("rowwise_adagrad", features=[0, 0], sizes=[(2, 4)])
     made.use_cpu = False
-    assert not is_quickened(quickened(made))
+    assert not is_accelerated(accelerated(made))

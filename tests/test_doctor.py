@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,10 @@ from trec_twotower import doctor
 from trec_twotower.doctor import Finding, Imported
 
 ROOT = Path(__file__).resolve().parent.parent
-OTHERS = {doctor.normalized(name): "1.0.3" if name == "torchmetrics" else "2.5.0" for name in doctor.OTHERS}
+OTHERS = {
+    doctor.normalized(re.split("[<>=]", line)[0]): "1.0.3" if "torchmetrics" in line else "2.5.0"
+    for line in doctor.requirements()
+}
 CPU_SET = {
     "torch": "2.13.0+cpu",
     "fbgemm-gpu-cpu": "1.8.0",
@@ -79,17 +83,17 @@ def test_both_fbgemm_variants_are_removed_before_the_right_one_comes(machine, ca
     machine(without(CPU_SET, fbgemm_gpu="1.8.0"))
     found = misfits()
     assert list(found) == ["fbgemm"]
-    assert found["fbgemm"].mend == (
+    assert found["fbgemm"].fix == (
         "python -m pip uninstall -y fbgemm-gpu-cpu fbgemm-gpu && python -m pip install --no-deps fbgemm-gpu-cpu==1.8.0"
     )
     assert doctor.main() == 1
-    assert found["fbgemm"].mend in capsys.readouterr().out
+    assert found["fbgemm"].fix in capsys.readouterr().out
 
 
 def test_cuda_fbgemm_beside_cpu_torch_is_a_misfit(machine):
     machine(without(CPU_SET, "fbgemm-gpu-cpu", fbgemm_gpu="1.8.0"))
     assert "clashes with torch 2.13.0+cpu" in misfits()["fbgemm"].problem
-    assert misfits()["fbgemm"].mend.endswith("--no-deps fbgemm-gpu-cpu==1.8.0")
+    assert misfits()["fbgemm"].fix.endswith("--no-deps fbgemm-gpu-cpu==1.8.0")
 
 
 def test_cpu_fbgemm_beside_cuda_torch_is_accepted_where_there_is_no_gpu(machine):
@@ -100,7 +104,7 @@ def test_cpu_fbgemm_beside_cuda_torch_is_accepted_where_there_is_no_gpu(machine)
 def test_fbgemm_of_another_torch_is_a_misfit(machine):
     machine(CPU_SET | {"fbgemm-gpu-cpu": "1.9.0"})
     assert "fbgemm-gpu-cpu 1.9.0 was not built for torch 2.13.0+cpu" in misfits()["fbgemm"].problem
-    assert misfits()["fbgemm"].mend.endswith("fbgemm-gpu-cpu==1.8.0")
+    assert misfits()["fbgemm"].fix.endswith("fbgemm-gpu-cpu==1.8.0")
 
 
 def test_torchrec_follows_the_torch_that_is_installed(machine):
@@ -108,24 +112,24 @@ def test_torchrec_follows_the_torch_that_is_installed(machine):
     found = misfits()
     assert list(found) == ["torchrec"]
     assert found["torchrec"].problem == "torchrec 1.8.0 was not made for torch 2.14.1+cpu"
-    assert found["torchrec"].mend == "python -m pip install --no-deps torchrec==1.9.2"
+    assert found["torchrec"].fix == "python -m pip install --no-deps torchrec==1.9.2"
 
 
 def test_unknown_torch_is_a_misfit(machine):
     machine(CPU_SET | {"torch": "2.12.0+cpu"})
-    assert misfits()["torch"].mend == "python -m pip install torch==2.13.0"
+    assert misfits()["torch"].fix == "python -m pip install torch==2.13.0"
 
 
 def test_missing_faiss_is_a_misfit(machine):
     machine(without(CPU_SET, "faiss-cpu"), faiss="ModuleNotFoundError: No module named 'faiss'")
     assert misfits()["faiss"].found == "missing"
-    assert misfits()["faiss"].mend == "python -m pip install faiss-cpu==1.15.1"
+    assert misfits()["faiss"].fix == "python -m pip install faiss-cpu==1.15.1"
 
 
 def test_faiss_without_hopper_code_is_a_misfit_on_a_gpu(machine):
     machine(without(GPU_SET, "faiss-gpu", faiss_gpu_cu12="1.14.3"), "13.0", devices=(H200,), gpus=("NVIDIA H200",))
     assert list(misfits()) == ["faiss"]
-    assert misfits()["faiss"].mend == (
+    assert misfits()["faiss"].fix == (
         "python -m pip uninstall -y faiss-gpu-cu12 && python -m pip install --no-deps faiss-gpu==1.15.1"
     )
 
@@ -144,29 +148,29 @@ def test_gpu_too_old_for_fbgemm_is_a_misfit(machine):
 
 def test_driver_too_old_for_torch_is_a_misfit(machine):
     machine(GPU_SET, cuda="13.0", gpus=("NVIDIA A100",))
-    assert "driver" in misfits()["torch"].mend
+    assert "driver" in misfits()["torch"].fix
 
 
 def test_broken_import_is_told_in_its_first_line(machine, capsys):
     machine(CPU_SET, fbgemm_gpu="OSError: libtbb.so.12: cannot open shared object file\nand more")
     assert doctor.main() == 1
     out = capsys.readouterr().out
-    assert "does not import: OSError: libtbb.so.12: cannot open shared object file\n  mend: " in out
+    assert "does not import: OSError: libtbb.so.12: cannot open shared object file\n  fix: " in out
     assert "and more" not in out
 
 
 def test_module_that_torchrec_lacks_is_what_gets_installed(machine):
     machine(CPU_SET, torchrec="ModuleNotFoundError: No module named 'pyre_extensions'")
-    assert misfits()["torchrec"].mend == "python -m pip install pyre-extensions"
+    assert misfits()["torchrec"].fix == "python -m pip install pyre-extensions"
 
 
 @pytest.mark.parametrize(
-    ("name", "version", "mend"),
+    ("name", "version", "fix"),
     [("pydantic", "1.10.2", "'pydantic>=2'"), ("torchmetrics", "1.4.0", "'torchmetrics==1.0.3'")],
 )
-def test_version_out_of_bounds_is_a_misfit(machine, name, version, mend):
+def test_version_out_of_bounds_is_a_misfit(machine, name, version, fix):
     machine(CPU_SET | {name: version})
-    assert misfits()[name].mend == f"python -m pip install {mend}"
+    assert misfits()[name].fix == f"python -m pip install {fix}"
 
 
 def test_nothing_installed_is_a_page_of_misfits_and_no_traceback(machine, capsys):
@@ -177,14 +181,14 @@ def test_nothing_installed_is_a_page_of_misfits_and_no_traceback(machine, capsys
     assert "Traceback" not in capsys.readouterr().out
 
 
-def test_examination_that_fails_is_one_line(monkeypatch, capsys):
+def test_a_check_that_fails_is_one_line(monkeypatch, capsys):
     def fall_over() -> None:
         raise RuntimeError("no idea")
 
     monkeypatch.setattr(doctor, "installed_versions", fall_over)
     monkeypatch.setattr(doctor, "try_imports", dict)
     assert doctor.main() == 1
-    assert capsys.readouterr().out == "The examination itself failed, RuntimeError: no idea\n"
+    assert capsys.readouterr().out == "The check itself failed, RuntimeError: no idea\n"
 
 
 def test_versions_are_read_under_normalised_names_and_broken_metadata_is_passed_over(tmp_path, monkeypatch):
@@ -233,7 +237,7 @@ def test_the_doctor_runs_where_nothing_is_installed():
         timeout=120,
     )
     assert run.returncode == 1
-    assert "torch: torch is not installed\n  mend: python -m pip install torch==2.13.0" in run.stdout
+    assert "torch: torch is not installed\n  fix: python -m pip install torch==2.13.0" in run.stdout
     assert run.stderr == ""
 
 
@@ -243,3 +247,24 @@ def test_this_environment_fits():
         [sys.executable, "-m", "trec_twotower.doctor"], cwd=ROOT, capture_output=True, text=True, timeout=120
     )
     assert run.returncode == 0, run.stdout
+
+
+@pytest.mark.parametrize(
+    ("version", "fits"),
+    [("2.0.9", False), ("2.1", True), ("2.1.0rc1", False), ("2.9.4+local", True), ("3.0", False), ("2.5.1", False)],
+)
+def test_version_ranges_are_those_of_pip(machine, monkeypatch, version, fits):
+    monkeypatch.setattr(doctor, "requirements", lambda: ["Py_Arrow>=2.1,<3,!=2.5.1", "other>9; python_version < '3'"])
+    machine(CPU_SET | {"py-arrow": version})
+    assert ("py-arrow" not in misfits()) == fits and "other" not in misfits()
+
+
+def test_an_installed_package_is_checked_by_its_metadata(tmp_path, monkeypatch):
+    folder = tmp_path / "trec_twotower-1.dist-info"
+    folder.mkdir()
+    lines = ["Metadata-Version: 2.1", "Name: trec-twotower", "Version: 1", "Requires-Dist: numpy>=2"]
+    lines += ["Requires-Dist: transformers; extra == 'text'"]
+    (folder / "METADATA").write_text("\n".join(lines))
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    monkeypatch.setattr(doctor, "PYPROJECT", tmp_path / "none.toml")
+    assert doctor.requirements() == ["numpy>=2"]

@@ -167,9 +167,10 @@ def test_steps_with_attributes_gaps_and_actions_are_those_of_the_dataset(shop_ta
     from trec_twotower.data.dataset import Dataset
     from trec_twotower.data.feature_dataset import Sources
     from trec_twotower.distributed.ranks import Ranks
-    from trec_twotower.inference.tower_encoder import Encoder, Parts, _plain_model, _steps
+    from trec_twotower.inference.tower_encoder import Encoder, Parts, _steps
     from trec_twotower.model.embeddings import fill_tables
     from trec_twotower.model.encode import encode
+    from trec_twotower.training.model_builder import build_whole_model
 
     def longer(table: pa.Table) -> pa.Table:
         histories = [
@@ -189,7 +190,7 @@ def test_steps_with_attributes_gaps_and_actions_are_those_of_the_dataset(shop_ta
     config = validate(RunConfig, parse_yaml(STEPS.replace("DATASET", str(dataset)), "STEPS"), "the test's config")
     sources = Sources(Dataset(dataset), config.feature_schema, "event")
     torch.manual_seed(0)
-    model = _plain_model(config).eval()
+    model = build_whole_model(config).eval()
     fill_tables(model, config.feature_schema, 1)
     for parameter in model.user_tower.parameters():
         torch.nn.init.normal_(parameter)

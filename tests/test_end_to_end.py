@@ -70,7 +70,7 @@ def vector_now(run: Path, dataset: Path, row: dict[str, Any]) -> np.ndarray:
     from trec_twotower.training.run_dir import Run
 
     opened = Run.open(run)
-    encoder = Encoder.of(opened, opened.sources(Ranks(0, 1, torch.device("cpu"))))
+    encoder = Encoder.of(opened, opened.open_dataset(Ranks(0, 1, torch.device("cpu"))))
     values, kinds = {**row, "history": [*row["history"], *row["positives"]]}, ds.dataset(dataset / "test").schema
     if "history_weight" in values:  # a weight for each, the mean of the others
         weights = values["history_weight"]
@@ -170,8 +170,8 @@ def test_what_is_told_of_popularity_equals_a_slow_count(world):
 
     def part(item: Any, name: str) -> str:
         if name == "tail":
-            cold = "cold (never taken in train)"
-            return cold if not taken[item] else "head (the most taken fifth)" if item in head else "tail"
+            cold = "cold (no interactions in train)"
+            return cold if not taken[item] else "head (top fifth by interactions)" if item in head else "tail"
         low = 2 ** int(math.log2(taken[item])) if taken[item] else 0
         return str(low) if low < 2 else f"{low:,} - {2 * low - 1:,}"
 

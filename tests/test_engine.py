@@ -26,7 +26,7 @@ from trec_twotower.model.cpu import loss_kernels as cells
 from trec_twotower.model.cpu.loss_kernels import add_products, dots, exponentiate
 from trec_twotower.model.embeddings import Pooled, tower_inputs
 from trec_twotower.model.losses import Pairs, Relations
-from trec_twotower.model.step_diagnostics import Watch
+from trec_twotower.model.step_diagnostics import StepDiagnostics
 from trec_twotower.model.tower_layers import AlignedLinear, unit
 from trec_twotower.training import loop as training
 
@@ -128,16 +128,15 @@ def test_what_is_seen_of_a_step_is_what_loops_see(monkeypatch, rng, is_unit, lim
         user, item = (each / np.linalg.norm(each, axis=1, keepdims=True) for each in (user, item))
     known = [*positives, *((int(row), int(column)) for row, column in rng.integers(0, (9, 13), (12, 2)))]
     is_negative = rng.random(num_columns) < 0.8
-    watch = Watch(is_unit=is_unit)
-    watch.is_wanted = True
+    diagnostics = StepDiagnostics(is_unit=is_unit)
     for side, vectors in raw.items():
-        watch.note_length(side, torch.from_numpy(vectors))
+        diagnostics.record_length(side, torch.from_numpy(vectors))
     pairs = [Pairs(*torch.tensor(each).unbind(1)) for each in (positives, known)]
-    watch.look(
+    diagnostics.record(
         torch.from_numpy(user), torch.from_numpy(item), Relations(*pairs, is_negative_C=torch.tensor(is_negative))
     )
-    found = watch.figures(Ranks(0, 1, torch.device("cpu")))
-    assert watch.figures(Ranks(0, 1, torch.device("cpu"))) == {}
+    found = diagnostics.figures(Ranks(0, 1, torch.device("cpu")))
+    assert diagnostics.figures(Ranks(0, 1, torch.device("cpu"))) == {}
 
     every = 3 if limits else 1
     rows = list(range(0, num_rows, every))

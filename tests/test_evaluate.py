@@ -13,7 +13,8 @@ import pytest
 
 from trec_twotower.errors import DataError
 from trec_twotower.evaluation.baselines import ItemToItem, SpectralTowers
-from trec_twotower.evaluation.evaluator import comparison, exactly
+from trec_twotower.evaluation.evaluator import exactly
+from trec_twotower.evaluation.result_text import format_table
 from trec_twotower.evaluation.slices import make_slices
 from trec_twotower.ops.ragged import Lists
 from trec_twotower.training.spectral_initialization import Taken
@@ -92,7 +93,7 @@ def test_rankings_end_where_the_unseen_items_do(cli, shop_copy, shop_tables, tmp
 
 def test_the_table_aligns_names_and_figures():
     rows = {"two towers": {"recall@10": 0.25, "ndcg@10": 1.0}, "best reachable": {"recall@10": 0.5}}
-    assert comparison(rows, ["recall@10", "ndcg@10"]).splitlines() == [
+    assert format_table(rows, ["recall@10", "ndcg@10"]).splitlines() == [
         "                 recall@10     ndcg@10",
         "two towers          0.2500      1.0000",
         "best reachable      0.5000           -",
@@ -151,10 +152,10 @@ def test_slices_are_those_of_a_slow_count(judged, shop_tables):
         hit = item in ranked[row["user_id"]][:5]
         price = items[item]["price"]
         quarter = "none" if price is None else sum(price >= end for end in inner)
-        is_head = "head (the most taken fifth)" if item in head else "tail"
+        is_head = "head (top fifth by interactions)" if item in head else "tail"
         assert len(row["history"]) == 5
         for name, label in (
-            ("tail", is_head if taken[item] else "cold (never taken in train)"),
+            ("tail", is_head if taken[item] else "cold (no interactions in train)"),
             ("activity", "4 - 7"),
             ("item.colour", items[item]["colour"]),
             ("user.country", users[row["user_id"]]["country"] or "none"),
@@ -188,7 +189,7 @@ def test_intervals_lie_around_their_means_and_the_loss_is_the_difference(judged)
     loss = result["index_loss"]["recall@5"]
     assert loss["value"] == pytest.approx(exact["recall@5"] - index["recall@5"])
     assert loss["interval"][0] <= loss["value"] <= loss["interval"][1]
-    assert "lost through the index, of recall@5: " in said
+    assert "recall@5 lost to the index: " in said
 
 
 def test_intervals_and_baselines_may_be_left_out(cli, shop_copy):
@@ -208,8 +209,8 @@ def test_drawn_negatives_come_by_request_and_are_named_for_it(cli, shop_copy):
     assert said.code == 0, said.err
     result = json.loads((shop_copy.run / "evaluation.json").read_text())
     assert result["sampled"].keys() == {"6 uniform negatives", "6 same colour negatives"}
-    assert said.out.count("NOT over the catalogue: each item to find among 6 ") == 2
-    assert said.out.count("'item to item' is not told there") == 1
+    assert said.out.count("NOT over the whole catalogue: each positive item is ranked among 6 ") == 2
+    assert said.out.count("'item to item' is missing there") == 1
     of_all, alike = (rows["two towers, exact search"] for rows in result["sampled"].values())
     assert of_all["hit@5"] > result["metrics"]["two towers, exact search"]["recall@5"]
     assert of_all["mrr"] > alike["mrr"]  # items of the own colour are the hard ones
@@ -226,9 +227,9 @@ def test_drawn_negatives_come_by_request_and_are_named_for_it(cli, shop_copy):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("item.colur", "asks for column 'colur'"),
+        ("item.colur", "needs column 'colur'"),
         ("item.colur", "nearest: 'colour'"),
-        ("user.history", "which holds list<"),
+        ("user.history", "which has the type list<"),
         ("colour", "evaluate.slices names 'colour'"),
     ],
 )

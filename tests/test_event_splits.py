@@ -58,11 +58,13 @@ def slow_baskets(log: list[tuple], hold_out: str) -> dict[str, list[tuple]]:
             held[may[-1]] = "test"
         if len(may) >= 3:
             held[may[-2]] = "valid"
+        held_items = {item for time in held for item in wanted[time]} if hold_out == "new" else set()
         for time in times:
             if time in held:
                 made[held[time]].append((user, wanted[time], past[time]))
-            elif time < min(held, default=time + 1):
-                made["train"] += [(user, [item], past[time]) for item in baskets[time]]
+            known = [item for item in past[time] if item not in held_items]
+            if hold_out == "new" or time not in held:
+                made["train"] += [(user, [item], known) for item in baskets[time] if item not in held_items]
     return made
 
 
@@ -162,12 +164,13 @@ def test_a_log_without_times_may_be_in_the_order_of_its_file(tmp_path):
         {"user_id": 1, "item_id": 5, "history": []},
         {"user_id": 1, "item_id": 3, "history": [5]},
         {"user_id": 1, "item_id": 5, "history": [5, 3]},
+        {"user_id": 1, "item_id": 3, "history": [5, 3, 5]},
         {"user_id": 2, "item_id": 9, "history": []},
         {"user_id": 2, "item_id": 1, "history": [9]},
     ]
     assert rows(out, "valid") == [{"user_id": 1, "positives": [8], "history": [5, 3, 5]}]
     assert rows(out, "test") == [{"user_id": 1, "positives": [2], "history": [5, 3, 5, 8]}]
-    assert manifest["counts"]["repeats_left_out"] == 1
+    assert manifest["counts"]["repeats_left_out"] == 0
     with_times, _ = make(tmp_path, log, split="position")  # times are not read
     assert "timestamp" not in pq.read_schema(with_times / "train/part-00000.parquet").names
     ordered, _ = make(tmp_path, [{**row, "at": -n} for n, row in enumerate(untimed(log))], split="position", order="at")
@@ -475,7 +478,22 @@ def test_histories_that_ties_leave_empty_are_warned_of_with_the_option_that_help
     assert "their users have no earlier event" in describe(Path("x"), manifest)
 
 
-def test_events_that_come_after_the_held_out_items_are_warned_of(tmp_path):
+def test_repeats_of_train_items_are_trained_on_after_the_held_out_items(tmp_path):
+    """A month that repeats the one before: both are in train/, without the held-out items 5 and 6 in any history."""
+    log = as_rows([(1, 1 + time % 6, time) for time in range(12)])
+    for split in ("leave-last-out", "last-basket"):
+        out, manifest = make(tmp_path, log, split=split)
+        train = [1, 2, 3, 4, 1, 2, 3, 4]
+        assert [(row["item_id"], row["history"]) for row in rows(out, "train")] == [
+            (item, train[:place]) for place, item in enumerate(train)
+        ]
+        assert [row["timestamp"] for row in rows(out, "train")] == [0, 1, 2, 3, 6, 7, 8, 9]
+        assert [row["positives"] for part in ("valid", "test") for row in rows(out, part)] == [[5], [6]]
+        assert manifest["counts"]["repeats_left_out"] == 2
+        assert "not trained  2 repeats of held-out items" in describe(Path("x"), manifest)
+
+
+def test_repeats_of_the_held_out_items_are_warned_of(tmp_path):
     log = as_rows([(user, min(time, 4), time) for user in range(3) for time in range(20)])
     said = describe(Path("x"), make(tmp_path, log)[1])
     assert "45 (75.0 %) of the events are repeats" in said and "split=time" in said and "hold_out=any" in said

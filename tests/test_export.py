@@ -17,7 +17,7 @@ from trec_twotower.errors import ConfigError, DataError
 def loaded(shop_copy):
     """The shop's towers, on one rank."""
     from trec_twotower.distributed.ranks import start_ranks
-    from trec_twotower.inference.export import load_model
+    from trec_twotower.inference.model_loader import load_model
     from trec_twotower.training.run_dir import Run
 
     with start_ranks() as ranks:
@@ -170,8 +170,8 @@ def test_an_export_that_is_killed_leaves_a_whole_one_and_the_next_sweeps(point, 
 def test_a_checkpoint_that_the_training_removes_meanwhile_gives_way_to_the_next_choice(shop_copy, monkeypatch):
     """`export` beside a training: between the choice and the opening a newer checkpoint was published."""
     from trec_twotower.distributed.ranks import start_ranks
-    from trec_twotower.inference.export import load_model
-    from trec_twotower.training.checkpoint import Checkpoints
+    from trec_twotower.inference.model_loader import load_model
+    from trec_twotower.training.checkpoints.checkpoint import Checkpoints
     from trec_twotower.training.run_dir import Run
 
     opened, folder = Checkpoints.open, shop_copy.run / "checkpoints"

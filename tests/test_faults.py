@@ -27,12 +27,15 @@ from trec_twotower.distributed.signals import AGENT_PID, StopSignals
 from trec_twotower.distributed.watchdog import is_lost
 from trec_twotower.errors import ConfigError, Stopped, TrainingError
 from trec_twotower.model.embeddings import table_shards
-from trec_twotower.model.finite_check import NotFinite, gate
+from trec_twotower.model.finite_check import GradientCheck, NotFiniteError
 from trec_twotower.model.two_tower import TwoTower
 from trec_twotower.storage.fault_point import POINTS, Fault, fault_point
-from trec_twotower.training.checkpoint_io import PublishingWriter
-from trec_twotower.training.crash_guard import ATTEMPT, dead_vectors, summary
-from trec_twotower.training.loop import Progress, build_model, towers, train
+from trec_twotower.training.checkpoints.checkpoint_io import PublishingWriter
+from trec_twotower.training.diagnostics.crash_guard import ATTEMPT
+from trec_twotower.training.diagnostics.divergence import dead_vectors
+from trec_twotower.training.diagnostics.step_report import summary
+from trec_twotower.training.loop import Trainer, train
+from trec_twotower.training.model_builder import build_model, inner_model
 from trec_twotower.training.run_dir import Run
 
 pytestmark = pytest.mark.filterwarnings(*SAID_BY_TORCHREC)
@@ -157,7 +160,8 @@ def test_a_mistaken_fault_is_named(text, said):
 def test_a_training_passes_every_point(in_background, lone_rank, small_world, tmp_path, monkeypatch, capsys):
     """So that none of the soak's kills is aimed at a place that is never reached."""
     passed: set[str] = set()
-    for module in ("training.loop", "optimizer", "checkpoint", "checkpoint_storage", "artefacts"):
+    modules = ("optimizer", "checkpoints.checkpoint", "checkpoints.checkpoint_io", "diagnostics.step_monitor", "loop")
+    for module in (*(f"training.{name}" for name in modules), "storage.artifacts"):
         monkeypatch.setattr(f"trec_twotower.{module}.fault_point", lambda point, *_: passed.add(point))
     config = event_config(small_world, tmp_path / "run", checkpoint={"in_background": in_background})
     done = 0
@@ -170,7 +174,8 @@ def test_a_training_passes_every_point(in_background, lone_rank, small_world, tm
             os.kill(os.getpid(), signal.SIGTERM)
 
     with monkeypatch.context() as patched:
-        patched.setattr("trec_twotower.training.loop.fault_point", told)
+        for module in ("loop", "diagnostics.step_monitor"):
+            patched.setattr(f"trec_twotower.training.{module}.fault_point", told)
         with pytest.raises(Stopped):
             train(config, lone_rank)
     train(config, lone_rank)
@@ -263,12 +268,12 @@ def test_a_stop_where_an_evaluation_is_due_leaves_it_to_the_next_start(lone_rank
     took = TwoTower.forward
     calls = 0
 
-    def telling(model: TwoTower, batch: Any) -> torch.Tensor:
+    def telling(model: TwoTower, batch: Any, **more: Any) -> torch.Tensor:
         nonlocal calls
         calls += 1
         if calls == 6:
             os.kill(os.getpid(), signal.SIGTERM)
-        return took(model, batch)
+        return took(model, batch, **more)
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(TwoTower, "forward", telling)
@@ -292,10 +297,10 @@ def nan_at(step: int, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
     forward = TwoTower.forward
     calls = 0
 
-    def broken(model: TwoTower, batch: Any) -> torch.Tensor:
+    def broken(model: TwoTower, batch: Any, **more: Any) -> torch.Tensor:
         nonlocal calls
         calls += 1
-        loss = forward(model, batch)
+        loss = forward(model, batch, **more)
         if calls == step and what == "loss":
             return loss * float("inf")
         if calls == step:
@@ -349,16 +354,16 @@ def test_what_is_no_number_stops_before_the_tables_change_and_tells_the_rows(
 def test_a_model_whose_weights_are_dead_is_not_saved(harm, found, lone_rank, small_world, tmp_path, capsys):
     """The loss of a step says nothing of rows that it does not look up: the checkpoint before stays the newest."""
     config = event_config(small_world, tmp_path / "run", checkpoint={"every": 2})
-    done = Progress.done
+    finish_step = Trainer._finish_step
 
-    def harmed(progress: Progress) -> None:
-        done(progress)
-        if progress.step == 4:
-            [table] = [shard for name, shard, _ in table_shards(progress.model) if name == "item"]
+    def harmed(trainer: Trainer, step: int) -> None:
+        finish_step(trainer, step)
+        if step == 4:
+            [table] = [shard for name, shard, _ in table_shards(inner_model(trainer.model)) if name == "item"]
             harm(table[-1:])
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(Progress, "done", harmed)
+        patched.setattr(Trainer, "_finish_step", harmed)
         with pytest.raises(TrainingError, match=rf"After step 4 {found}: the training has diverged") as raised:
             train(config, lone_rank)
     assert f"The newest checkpoint is {tmp_path}/run/checkpoints/step-00000002" in str(raised.value)
@@ -370,15 +375,15 @@ def test_an_optimizer_whose_state_is_dead_is_not_saved(lone_rank, small_world, t
     """With an infinite sum of squares Adagrad moves a row no more, though its weights look well."""
     settings = {"optimizer": {"sparse": "rowwise_adagrad", "lr": 0.1}}
     config = event_config(small_world, tmp_path / "run", train=settings)
-    done = Progress.done
+    finish_step = Trainer._finish_step
 
-    def harmed(progress: Progress) -> None:
-        done(progress)
-        state = next(parts for name, parts in progress.optimizer.state().items() if ".tag." in name)
+    def harmed(trainer: Trainer, step: int) -> None:
+        finish_step(trainer, step)
+        state = next(parts for name, parts in trainer.optimizer.state().items() if ".tag." in name)
         next(iter(state.values())).local_shards()[0].tensor[-1] = torch.inf
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(Progress, "done", harmed)
+        patched.setattr(Trainer, "_finish_step", harmed)
         with pytest.raises(TrainingError, match="the optimizer's state of table tag has numbers that are NaN or inf"):
             train(config, lone_rank)
     capsys.readouterr()
@@ -387,9 +392,9 @@ def test_an_optimizer_whose_state_is_dead_is_not_saved(lone_rank, small_world, t
 def test_dead_vectors_are_told_from_living_ones(lone_rank, small_world, tmp_path):
     """A batch of which users have no history, so that their vectors are zero, is none."""
     config = event_config(small_world, tmp_path / "run", train={"epochs": 1})
-    run = Run.join(config, lone_rank)
-    batches = TrainBatches(run.sources(lone_rank), config.data, config.loss, run.item_counts(), (0, 1))
-    batch, model = next(iter(batches.since(0, 1))), towers(build_model(config, lone_rank))
+    run = Run.create_or_open(config, lone_rank)
+    batches = TrainBatches(run.initialize(lone_rank), config.data, config.loss, run.item_counts(), (0, 1))
+    batch, model = next(iter(batches.since(0, 1))), inner_model(build_model(config, lone_rank))
     assert dead_vectors(model, batch, lone_rank) is None
     weights = {side: getattr(model, f"{side}_tower").layers[-1] for side in ("user", "item")}
     for value, side, found in (
@@ -414,19 +419,19 @@ def test_a_training_whose_folder_is_moved_ends_and_leaves_what_took_its_place_al
     """Another run may have begun under the old path: two trainers would write into one folder."""
     run, moved = tmp_path / "run", tmp_path / "moved"
     config = event_config(small_world, run, checkpoint={"every": 2, "in_background": in_background})
-    begins = Progress.begins
+    forward = Trainer._forward
 
-    def moving(progress: Progress) -> None:
-        begins(progress)
-        if progress.step == 5:
-            progress.checkpoints.wait()
+    def moving(trainer: Trainer, batch: Any) -> torch.Tensor:
+        if trainer.state.step == 5:
+            trainer.checkpoints.wait()
             run.rename(moved)
             if is_replaced:
                 (run / "checkpoints").mkdir(parents=True)
                 (run / "metrics.jsonl").write_text("another run's")
+        return forward(trainer, batch)
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(Progress, "begins", moving)
+        patched.setattr(Trainer, "_forward", moving)
         with pytest.raises(TrainingError, match=f"{run} was moved, removed or replaced while it was trained"):
             train(config, lone_rank)
     if is_replaced:
@@ -464,16 +469,17 @@ def test_a_gradient_is_looked_at_before_it_goes_on(lone_rank):
     weight = torch.ones(3, requires_grad=True)
     pooled = torch.arange(6.0).reshape(2, 3).requires_grad_()
     wish = torch.tensor([1.0, -2.0, 0.5])
-    (gate([pooled], [weight], lone_rank)[0] * wish).sum().backward()
+    check = GradientCheck(lone_rank)
+    (check.gate([pooled], [weight])[0] * wish).sum().backward()
     assert torch.equal(pooled.grad, wish.expand(2, 3))
     for bad in ("inf", "nan", "-inf"):
         pooled.grad = None
-        with pytest.raises(NotFinite, match=r"NaN or infinity on 1 of 1 ranks"):
-            (gate([pooled], [weight], lone_rank)[0] * torch.tensor([1.0, float(bad), 1.0])).sum().backward()
+        with pytest.raises(NotFiniteError, match=r"NaN or infinity on 1 of 1 ranks"):
+            (check.gate([pooled], [weight])[0] * torch.tensor([1.0, float(bad), 1.0])).sum().backward()
         assert pooled.grad is None
     weight.grad = torch.tensor([0.0, float("nan"), 0.0])
-    with pytest.raises(NotFinite):
-        gate([pooled], [weight], lone_rank)[0].sum().backward()
+    with pytest.raises(NotFiniteError):
+        check.gate([pooled], [weight])[0].sum().backward()
 
 
 def test_a_summary_counts_what_is_no_number():
@@ -494,10 +500,10 @@ def test_a_run_that_dies_again_and_again_says_where_and_starts_no_more(
     forward = TwoTower.forward
     bad_step = 4
 
-    def dying(model: TwoTower, batch: Any) -> torch.Tensor:
+    def dying(model: TwoTower, batch: Any, **more: Any) -> torch.Tensor:
         if (tmp_path / "run" / ATTEMPT).read_text().find(f'"in_step": {bad_step}}}') > 0:
             raise MemoryError("out of memory")
-        return forward(model, batch)
+        return forward(model, batch, **more)
 
     monkeypatch.setattr(TwoTower, "forward", dying)
     for _ in range(3):

@@ -113,7 +113,7 @@ def test_statistics_are_learned_once_and_not_from_what_is_asked_for(bazaar, one,
     def never(*_: Any) -> None:
         raise AssertionError("learned again")
 
-    begun = Run.open(one[1]).sources(lone_rank).statistics
+    begun = Run.open(one[1]).open_dataset(lone_rank).statistics
     monkeypatch.setattr(features, "learn_statistics", never)
-    assert Run.open(one[1]).sources(lone_rank).statistics == begun
+    assert Run.open(one[1]).open_dataset(lone_rank).statistics == begun
     assert len(begun["user:spent"].points) > 2 and begun["user:spent"].high == 80

@@ -60,7 +60,7 @@ def right(topics, lone_rank) -> Any:
     ) -> float:
         from trec_twotower.config.base import validate
         from trec_twotower.config.run_config import RunConfig
-        from trec_twotower.inference.export import load_model
+        from trec_twotower.inference.model_loader import load_model
         from trec_twotower.model.encode import encode
         from trec_twotower.training.loop import train
         from trec_twotower.training.run_dir import Run

@@ -10,7 +10,8 @@ import pytest
 
 from trec_twotower.errors import DataError
 from trec_twotower.storage.artifacts import open_sealed
-from trec_twotower.storage.atomic import MANIFEST, _own_sha256, naming, read_json, seal, write_file, write_json
+from trec_twotower.storage.atomic import naming, read_json, write_file, write_json
+from trec_twotower.storage.manifest import MANIFEST, own_sha256, seal
 
 MEND = "export again."
 
@@ -126,7 +127,7 @@ def test_a_sealed_folder_tells_what_is_missing_cut_or_of_another_format(sealed):
     with pytest.raises(DataError, match=r"vectors is missing, though the manifest lists it: export again"):
         open_sealed(sealed, MEND)
     manifest = {**read_json(sealed / MANIFEST), "format": 99}
-    write_json(sealed / MANIFEST, {**manifest, "sha256": _own_sha256(manifest)})
+    write_json(sealed / MANIFEST, {**manifest, "sha256": own_sha256(manifest)})
     with pytest.raises(DataError, match=r"manifest\.json is of format 99, but this version reads 1"):
         open_sealed(sealed, MEND)
     (sealed / MANIFEST).write_text("[]")
@@ -156,7 +157,7 @@ def test_a_manifest_without_its_own_digest_is_damaged(sealed):
 def test_a_manifest_of_another_make_is_refused(sealed, files, said):
     """Sealed by whoever has made it, with what no file of ours can be compared with."""
     manifest = {**read_json(sealed / MANIFEST), "files": files}
-    write_json(sealed / MANIFEST, {**manifest, "sha256": _own_sha256(manifest)})
+    write_json(sealed / MANIFEST, {**manifest, "sha256": own_sha256(manifest)})
     with pytest.raises(DataError, match=said):
         open_sealed(sealed, MEND)
 

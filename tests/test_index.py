@@ -10,12 +10,13 @@ import pytest
 
 from trec_twotower.config.evaluation import IndexConfig
 from trec_twotower.errors import ConfigError, DataError
-from trec_twotower.index import ExactItems, ItemIndex, build_index, exact, exact_search, faiss, gpu, kinds
+from trec_twotower.index import ExactItems, ItemIndex, build_index, exact, exact_search, faiss
 from trec_twotower.index import item_index as search
-from trec_twotower.index.faiss_backend import uses_gpu
+from trec_twotower.index.backends import gpu, kinds
+from trec_twotower.index.backends.faiss_backend import uses_gpu
 from trec_twotower.index.searcher import SearchEffort
 from trec_twotower.ops.ragged import Lists
-from trec_twotower.storage import atomic as files
+from trec_twotower.storage.manifest import own_sha256, seal
 
 
 def settings(**changed):
@@ -445,7 +446,7 @@ def test_an_index_that_agrees_with_its_manifest_is_not_trusted_either(saved):
 
     def resealed(**changes):
         kept = {name: value for name, value in (facts | changes).items() if name not in ("files", "sha256")}
-        files.seal(saved.folder, kept)
+        seal(saved.folder, kept)
 
     resealed(heads={"../../index-00000-of-00001.faiss": "0" * 64})
     with pytest.raises(DataError, match=r"names '\.\./\.\./index.*' but does not list it: do not trust it"):
@@ -489,7 +490,7 @@ def test_an_index_of_another_format_is_refused(saved, tmp_path):
     shutil.copytree(saved.folder, other)
     manifest = json.loads((other / "manifest.json").read_text())
     manifest["format"] = 99
-    manifest["sha256"] = files._own_sha256(manifest)
+    manifest["sha256"] = own_sha256(manifest)
     (other / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(DataError, match="format 99, but this version reads 1"):
         ItemIndex.load(other)

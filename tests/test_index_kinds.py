@@ -15,9 +15,9 @@ from tests.test_index import best_written_out, clustered, recall, settings
 from trec_twotower.config.evaluation import IndexConfig
 from trec_twotower.errors import ConfigError, DataError
 from trec_twotower.index import ItemIndex, Matrix, build_index, choose_recipe, faiss, training
+from trec_twotower.index.backends.shard import Shard
 from trec_twotower.index.builder import _Users
 from trec_twotower.index.searcher import SearchEffort
-from trec_twotower.index.shard import Shard
 from trec_twotower.index.training import rows_of
 from trec_twotower.inference import export
 from trec_twotower.inference.export import VectorFiles

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
-import sys
+import ctypes
+from collections.abc import Callable
 from itertools import permutations
+from types import FunctionType, ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trec_twotower.ops import kernels
+from trec_twotower.ops import bucket_kernels, hashing, kernels, key_table, ragged
+from trec_twotower.ops.compilation import LINE_BYTES
 from trec_twotower.ops.hashing import fingerprints, hash_to_bucket, mix, mix_array
 from trec_twotower.ops.key_table import KeyTable, pairs_by_fingerprint
 from trec_twotower.ops.ragged import Lists
@@ -20,17 +23,8 @@ from trec_twotower.ops.ragged import Lists
 KEYS = st.lists(st.integers(-(2**63), 2**63 - 1), max_size=60)
 
 
-@pytest.fixture(params=["compiled", "without numba"])
-def hashing_by(request, monkeypatch):
-    """Hashing by the kernels, and by numpy as on a machine without numba."""
-    if request.param == "without numba":
-        monkeypatch.setattr("trec_twotower.ops.hashing.IS_COMPILED", False)
-    elif not kernels.IS_COMPILED:
-        pytest.skip("numba is not installed")
-
-
 @pytest.mark.parametrize("num_buckets", [1, 7, 1 << 31, (1 << 31) + 1, 1 << 32])
-def test_hashing_is_its_definition_with_and_without_numba(hashing_by, rng, num_buckets):
+def test_buckets_and_fingerprints_are_computed_from_the_mix(rng, num_buckets):
     keys = np.concatenate([rng.integers(-(2**63), 2**63 - 1, 40_000), [0, -1, 2**63 - 1, -(2**63)]])
     sample = np.r_[:50, len(keys) - 4 : len(keys)]
     mixed = [mix(int(key) % 2**64) for key in keys[sample]]
@@ -97,35 +91,70 @@ def test_a_key_table_tells_each_key_that_is_there_already(ids):
     assert doubles == [[ids.index(key), place] for place, key in enumerate(ids) if ids.index(key) < place]
 
 
-@pytest.fixture
-def plain(monkeypatch):
-    """The kernels as they run where numba is not installed."""
-    spec = importlib.util.spec_from_file_location("plain_kernels", kernels.__file__)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    with monkeypatch.context() as patch:
-        patch.setitem(sys.modules, "numba", None)
-        spec.loader.exec_module(module)
-    assert not module.IS_COMPILED
-    return module
+# The intrinsics and the mixer in plain Python: what the compiled ones must do.
 
 
-def test_without_numba_every_kernel_does_the_same(plain, rng):
+def slow_mix(key: np.uint64) -> np.uint64:
+    z = (int(key) + 0x9E3779B97F4A7C15) % 2**64
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EB % 2**64
+    return np.uint64(z ^ (z >> 31))
+
+
+def copy_run(out: np.ndarray, at: int, values: np.ndarray, low: int, count: int) -> None:
+    out[at : at + count] = values[low : low + count]
+
+
+def copy_from(out: np.ndarray, at: int, address: int, count: int) -> None:
+    ctypes.memmove(out[at:].ctypes.data, int(address), int(count) * out.itemsize)
+
+
+def line_from(out: np.ndarray, at: int, address: int) -> None:
+    ctypes.memmove(out[at:].ctypes.data, int(address), LINE_BYTES)
+
+
+SLOW = {
+    "mix_key": slow_mix,
+    "copy_run": copy_run,
+    "copy_from": copy_from,
+    "line_from": line_from,
+    "int32_at": lambda address: ctypes.c_int32.from_address(int(address)).value,
+    "int64_at": lambda address: ctypes.c_int64.from_address(int(address)).value,
+    "lowest_bit": lambda bits: (int(bits) & -int(bits)).bit_length() - 1,
+}
+
+
+def in_plain_python(compiled: Any) -> Callable[..., Any]:
+    """Return the source of a compiled function as a Python function that calls the slow intrinsics."""
+    source = compiled.py_func
+    plain = FunctionType(source.__code__, {**source.__globals__, **SLOW})
+    return np.errstate(over="ignore")(plain)
+
+
+def kernels_of(module: ModuleType) -> dict[str, Any]:
+    return {
+        name: value
+        for name, value in vars(module).items()
+        if hasattr(value, "py_func") and value.py_func.__module__ == module.__name__
+    }
+
+
+def test_every_kernel_does_what_its_source_does_in_plain_python(rng):
     """Each on its own copy of the same arrays, what it returns and all that it writes."""
     keys = rng.integers(0, 2**64, 90, dtype=np.uint64)
     offsets = np.array([0, 3, 3, 40, 90])
     rows = np.array([3, 0, 2, 2])
     shift = np.uint64(64 - 8)
     calls = {
-        "hash_keys": (keys, np.uint64(7), np.uint64(1000), np.zeros(90, np.int32)),
-        "mix_keys": (keys, np.zeros(90, np.uint32)),
+        "_hash_keys": (keys, np.uint64(7), np.uint64(1000), np.zeros(90, np.int32)),
+        "_mix_keys": (keys, np.zeros(90, np.uint32)),
         "find_lists": (offsets, rows, np.zeros(4, np.int64), np.zeros(5, np.int64)),
         "copy_lists": (keys, np.array([5, 70, 0]), np.array([0, 4, 4, 24]), np.zeros(24, np.uint64)),
         "insert_keys": (keys.view(np.int64) % 50, 0, 90, np.zeros(256, np.int32), shift, np.zeros((90, 2), np.int64)),
         "shuffle": (np.arange(50, dtype=np.uint16), np.uint64(3)),
     }
     slots = np.zeros(256, np.int32)
-    kernels.insert_keys(keys.view(np.int64), 0, 60, slots, shift, np.zeros((90, 2), np.int64))
+    key_table.insert_keys(keys.view(np.int64), 0, 60, slots, shift, np.zeros((90, 2), np.int64))
     calls["find_keys"] = (keys.view(np.int64), keys.view(np.int64)[:60], slots, shift, np.zeros(90, np.int64))
     marks = keys.astype(np.uint32)
     pairs = (np.zeros(91, np.int64), np.zeros(91, np.int64))
@@ -145,7 +174,7 @@ def test_without_numba_every_kernel_does_the_same(plain, rng):
     bounds = np.zeros((3, 3, 2), np.int64)
     calls["put_lists"] = (of_lists, heaps, places, np.zeros(950, np.int32), 60, bounds)
     dealt = np.zeros(950, np.int32)
-    kernels.put_lists(of_lists, heaps, np.array([0, 2, 3, 1]), dealt, 60, bounds)
+    bucket_kernels.put_lists(of_lists, heaps, np.array([0, 2, 3, 1]), dealt, 60, bounds)
     parts = np.array([[0, 1, 0], [2, 2, 30]]), np.array([[0, 2, 100], [0, 1, 400], [1, 1, 600]])
     some = (dealt, np.array([0, 2, 3, 4]), np.stack([bounds, bounds]))
     calls["copy_heap"] = (*some, 0, 1, np.zeros((2, 4), np.int64), 4, *parts, np.zeros(900, np.int32))
@@ -154,21 +183,15 @@ def test_without_numba_every_kernel_does_the_same(plain, rng):
     calls["mark_distinct"] = (words, np.zeros(2, np.uint64), np.zeros(900, np.int64), np.full(70, -1))
     calls["mark_heaps"] = (np.arange(90)[::-1].copy(), np.array([0, 0, 30, 90]), np.full(90, 9, np.int32))
     calls["count_before"] = (words.astype(np.uint16), np.array([0, 7, 7, 900]), np.zeros((4, 5), np.int64))
-    names = {name for name, value in vars(plain).items() if callable(value) and name.islower()}
-    assert names - {
-        "kernel",
-        "partial",
-        "copy_run",
-        "copy_from",
-        "line_from",
-        "word_at",
-        "long_at",
-        "lowest_bit",
-        "mixed",
-    } == set(calls)
+    calls["mix_key"] = (np.uint64(keys[5]),)
+    calls["multiplicative_hash"] = (np.uint64(keys[5]),)
+    found = {}
+    for module in (bucket_kernels, hashing, kernels, key_table, ragged):
+        found |= kernels_of(module)
+    assert set(found) == set(calls)
     for name, arguments in calls.items():
         ours, theirs = copy.deepcopy(arguments), copy.deepcopy(arguments)
-        assert getattr(plain, name)(*ours) == getattr(kernels, name)(*theirs), name
+        assert in_plain_python(found[name])(*ours) == found[name](*theirs), name
         for one, other in zip(ours, theirs, strict=True):
             np.testing.assert_array_equal(one, other, err_msg=name)
 

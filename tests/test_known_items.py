@@ -349,7 +349,7 @@ def test_users_may_change_but_for_a_training_that_goes_on(moving_shop, cli, shop
 
 
 def test_a_run_of_an_earlier_version_says_how_to_learn_again(moving_shop, cli):
-    from trec_twotower.storage.atomic import read_signed, write_signed
+    from trec_twotower.storage.manifest import read_signed, write_signed
 
     path = moving_shop.run / "statistics.json"
     saved = read_signed(path, "")

@@ -7,11 +7,8 @@ import torch
 from torch import Tensor
 
 from trec_twotower.config.features import build_feature
-from trec_twotower.model.cpu.head_sums import applies_to, head_sums
+from trec_twotower.model.cpu.head_sums import head_sums, is_supported
 from trec_twotower.model.sequence_encoders import SequenceInput
-from trec_twotower.ops import kernels
-
-pytestmark = pytest.mark.skipif(not kernels.IS_COMPILED, reason="numba is not installed")
 
 LENGTHS, VECTORS, HEADS, DIM = [3, 0, 5, 1], 6, 4, 8
 
@@ -82,7 +79,7 @@ def test_heads_make_the_same_either_way(monkeypatch):
     with torch.no_grad():
         for weight in part.parameters():
             weight.add_(torch.randn_like(weight))
-    assert applies_to(vector_UD)
+    assert is_supported(vector_UD)
     fast = part(vector_UD, Listed(length_B, place=place_N))
-    monkeypatch.setattr("trec_twotower.model.sequence_encoders.applies_to", lambda vector: False)
+    monkeypatch.setattr("trec_twotower.model.sequence_encoders.is_supported", lambda vector: False)
     assert torch.allclose(fast, part(vector_UD, Listed(length_B, place=place_N)), atol=1e-5)

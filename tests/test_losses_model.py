@@ -24,7 +24,8 @@ from trec_twotower.data.loading.loader import TrainBatches
 from trec_twotower.errors import ConfigError
 from trec_twotower.model.losses import LOSSES, Pairs
 from trec_twotower.model.two_tower import TwoTower, relations_of
-from trec_twotower.training.loop import build_model, towers, train
+from trec_twotower.training.loop import train
+from trec_twotower.training.model_builder import build_model, inner_model
 from trec_twotower.training.optimizer import RunOptimizer
 from trec_twotower.training.run_dir import Run
 
@@ -131,7 +132,7 @@ def test_a_parameter_of_another_loss_is_refused_with_its_mend(kind, name):
             "loss.regularization.alignment is set, which needs",
         ),
         (["loss.regularization.norm=-1"], "'loss.regularization.norm' is -1"),
-        (["loss.kind=ccl", "loss.log_q=0.5"], "'loss' is of kind 'ccl', which has no log_q: remove it."),
+        (["loss.kind=ccl", "loss.log_q_strength=0.5"], "'loss' is of kind 'ccl', which has no log_q: remove it."),
         (["loss.kind=listwise"], "set loss.impressions.column and loss.impressions.labels"),
         (
             ["loss.kind=listwise", "loss.impressions={column: shown}"],
@@ -166,8 +167,8 @@ def worlds(small_world, lone_rank, tmp_path_factory) -> dict[str, tuple[RunConfi
     made = {}
     for name, make in (("event", event_config), ("user", user_config)):
         config = make(small_world, tmp_path_factory.mktemp(name))
-        run = Run.join(config, lone_rank)
-        batches = TrainBatches(run.sources(lone_rank), config.data, config.loss, run.item_counts(), (0, 1))
+        run = Run.create_or_open(config, lone_rank)
+        batches = TrainBatches(run.initialize(lone_rank), config.data, config.loss, run.item_counts(), (0, 1))
         made[name] = config, next(batches.since(0, 1))
     return made
 
@@ -203,7 +204,7 @@ def test_the_model_gives_its_loss_the_batch_and_the_config(kind, world, worlds, 
     given = {"impressions": GIVEN} if kind in ("listwise", "bce") else {}
     config = with_loss(config, kind=kind, **parameters, **given)
     batch = given_pairs(batch) if given else batch
-    model = towers(build_model(config, lone_rank))
+    model = inner_model(build_model(config, lone_rank))
     users, items = model.encode_users(batch), model.encode_items(batch)
     related = relations_of(batch, config.loss.log_q_strength)
     expected = LOSSES[kind](users, items, related, **config.loss.parameters) / batch.num_rows_of_all_ranks
@@ -222,7 +223,7 @@ def test_the_model_gives_its_loss_the_batch_and_the_config(kind, world, worlds, 
 def test_the_strength_of_log_q_is_a_factor_of_the_batchs(kind, worlds, lone_rank):
     config, batch = worlds["event"]
     config = with_loss(config, kind=kind, log_q=0.25)
-    model = towers(build_model(config, lone_rank))
+    model = inner_model(build_model(config, lone_rank))
     users, items = model.encode_users(batch), model.encode_items(batch)
     values = {}
     for strength in (0.25, 1.0):
@@ -234,8 +235,8 @@ def test_the_strength_of_log_q_is_a_factor_of_the_batchs(kind, worlds, lone_rank
 
 def test_a_batch_without_the_pairs_that_the_config_wants_is_no_batch(worlds, lone_rank):
     config, batch = worlds["event"]
-    model = towers(build_model(with_loss(config, impressions=GIVEN), lone_rank))
-    with pytest.raises(AssertionError, match=r"loss\.impressions is set"):
+    model = inner_model(build_model(with_loss(config, impressions=GIVEN), lone_rank))
+    with pytest.raises(AssertionError, match=r"loss\.given is set"):
         model(batch)
 
 
@@ -259,7 +260,8 @@ def test_a_regulariser_adds_its_weight_times_itself(name, worlds, lone_rank):
     """To the loss and to the gradient of every layer."""
     config, batch = worlds["user"]
     models = [
-        towers(build_model(with_loss(config, **extra), lone_rank)) for extra in ({}, {"regularization": {name: 0.7}})
+        inner_model(build_model(with_loss(config, **extra), lone_rank))
+        for extra in ({}, {"regularization": {name: 0.7}})
     ]
     plain, more = (model(batch) for model in models)
     users, items = models[1].encode_users(batch), models[1].encode_items(batch)
@@ -287,7 +289,7 @@ def test_the_temperature_has_a_gradient_and_exactly_one_optimizer(kind, worlds, 
     config = with_loss(config, kind=kind, temperature=LEARNED, **given)
     batch = given_pairs(batch) if given else batch
     model = build_model(config, lone_rank)
-    inner: TwoTower = towers(model)
+    inner: TwoTower = inner_model(model)
     optimizer = RunOptimizer(model, config.train.optimizer)
     owners = [
         (name, part)
@@ -330,7 +332,7 @@ def test_training_moves_logs_and_keeps_the_temperature(small_world, lone_rank, t
 
 def test_a_fixed_temperature_is_no_parameter_and_not_logged(worlds, lone_rank):
     model = build_model(worlds["event"][0], lone_rank)
-    assert towers(model).figures() == {}
+    assert inner_model(model).figures() == {}
     assert not [name for name, _ in model.named_parameters() if "temperature" in name]
 
 
@@ -350,5 +352,5 @@ def test_a_few_steps_of_every_loss_lower_it(kind, worlds, lone_rank):
         loss.backward()
         optimizer.step()
     assert losses[-1] < losses[0]
-    vectors = F.normalize(towers(model).encode_users(batch), dim=1)
+    vectors = F.normalize(inner_model(model).encode_users(batch), dim=1)
     assert vectors.isfinite().all()

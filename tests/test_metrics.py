@@ -11,8 +11,6 @@ from trec_twotower.evaluation.metrics import (
     DRAWN_TOGETHER,
     Hits,
     MetricSums,
-    blocks_by_length,
-    find_repeats,
     list_metrics,
     mean_metrics,
     popularity_ranking,
@@ -20,6 +18,7 @@ from trec_twotower.evaluation.metrics import (
     resampled_sums,
 )
 from trec_twotower.ops.ragged import Lists
+from trec_twotower.ops.topk import blocks_by_length, find_repeats
 
 
 def metrics_written_out(ranked, positives, k):
@@ -276,7 +275,7 @@ def test_repeats_are_the_later_ones():
 
 
 def test_blocks_cover_every_user_once_and_bound_their_cells(monkeypatch):
-    monkeypatch.setattr("trec_twotower.evaluation.metrics.MAX_CELLS", 500)
+    monkeypatch.setattr("trec_twotower.ops.topk.MAX_CELLS", 500)
     lengths = np.random.default_rng(2).integers(0, 1000, size=300)
     lengths[5] = 100_000
     blocks = list(blocks_by_length(lengths, extra=10))
@@ -294,7 +293,7 @@ def test_popularity_leaves_out_what_each_user_has_seen():
 
 
 def test_popularity_equals_a_loop_over_users(monkeypatch):
-    monkeypatch.setattr("trec_twotower.evaluation.metrics.MAX_CELLS", 1000)  # many blocks
+    monkeypatch.setattr("trec_twotower.ops.topk.MAX_CELLS", 1000)  # many blocks
     rng = np.random.default_rng(3)
     count_I = rng.integers(0, 20, size=150)
     seen = [rng.integers(0, 150, size=size).tolist() for size in (0, 3, 150, 40, 400, 10, 10, 75)]

@@ -25,7 +25,7 @@ from trec_twotower.model.embeddings import FILL_CELLS, Pooled, build_tables, fil
 from trec_twotower.model.tower import Tower
 from trec_twotower.model.two_tower import TwoTower
 from trec_twotower.ops.ragged import Lists
-from trec_twotower.training.loop import build_model, towers
+from trec_twotower.training.model_builder import build_model, inner_model
 
 pytestmark = pytest.mark.filterwarnings(*SAID_BY_TORCHREC)
 MASK = (1 << 64) - 1
@@ -196,7 +196,7 @@ def test_no_id_hashes_outside_its_table(hashing, buckets):
 def test_an_id_outside_its_table_is_an_error_in_these_tests(bad, lone_rank, small_world):
     """The bounds check is fatal here, so that every case of these tests would find a wrong hash."""
     config = event_config(small_world, small_world)
-    model = towers(build_model(config, lone_rank))
+    model = inner_model(build_model(config, lone_rank))
     good = columns(model.schema, "item", ids=[[3]])
     assert model.encode_items(make_batch(model.schema, None, good)).isfinite().all()
     with pytest.raises(RuntimeError, match=r"Expected idx|out of bounds"):

@@ -107,16 +107,16 @@ def test_neighbours_are_found_from_the_weights_of_their_step_and_drawn_from_then
         seen.append((step, item_ID.copy(), sorted(rows.tolist()), first, last))
         return neighbours(item_ID, rows, first, last)
 
-    real = training.Progress.waiting_for
+    real = training.await_rows
 
-    def counting(progress, found):
+    def counting(found, trainer):
         nonlocal step
-        for batch in real(progress, found):
-            batches[progress.step] = batch
-            step = progress.step + 1
+        for batch in real(found, trainer):
+            batches[trainer.state.step] = batch
+            step = trainer.state.step + 1
             yield batch
 
-    monkeypatch.setattr(training.Progress, "waiting_for", counting)
+    monkeypatch.setattr(training, "await_rows", counting)
     encoded = []
     really = refreshing.encode_everywhere
     monkeypatch.setattr(refreshing, "encode_everywhere", lambda *given: encoded.append(really(*given)) or encoded[-1])
@@ -197,18 +197,19 @@ def test_a_file_of_lists_that_has_changed_since_the_run_began_is_told(small_worl
 def test_another_runs_weights_are_taken_without_what_it_remembers(small_world, tmp_path, lone_rank):
     train(config_of(small_world, tmp_path / "run"), lone_rank)
     first = {}
-    real = training.Progress.resume
+    real = training.warm_start
 
-    def looking(progress, model, optimizer, init_from=None):
-        real(progress, model, optimizer, init_from)
+    def looking(model, *given):
+        report = real(model, *given)
         first.update({name: value.clone() for name, value in whole_state(model, lone_rank).items()})
+        return report
 
     config = config_of(small_world, tmp_path / "other", train={"epochs": 1})
-    training.Progress.resume = looking
+    training.warm_start = looking
     try:
         training.train(config, lone_rank, init_from=tmp_path / "run", neighbours=neighbours)
     finally:
-        training.Progress.resume = real
+        training.warm_start = real
     assert not first["frequency.times_HN"].any() and not first["frequency.step"].any()
     assert (first["queue.first_Q"] < 0).all()
     assert first["user_tower.layers.0.weight"].any()

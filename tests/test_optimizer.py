@@ -15,9 +15,10 @@ from trec_twotower.config.base import validate
 from trec_twotower.config.run_config import RunConfig
 from trec_twotower.data.features.transform import Columns
 from trec_twotower.data.loading.batch import make_batch
+from trec_twotower.distributed.compat import lookup_modules
 from trec_twotower.errors import ConfigError
 from trec_twotower.ops.ragged import Lists
-from trec_twotower.training.loop import build_model, towers
+from trec_twotower.training.model_builder import build_model, inner_model
 from trec_twotower.training.optimizer import RunOptimizer, check_optimizer, rate_share
 
 pytestmark = pytest.mark.filterwarnings(*SAID_BY_TORCHREC)
@@ -68,13 +69,13 @@ def test_three_steps_of_a_table_are_those_by_hand(plan, kind, lone_rank):
     config = one_table(plan, sparse=kind, lr=0.3, eps=1e-3)
     model = build_model(config, lone_rank)
     optimizer = RunOptimizer(model, config.train.optimizer)
-    batch = make_batch(towers(model).schema, columns("history", BAGS), columns("item_id", [[row] for row in IDS]))
+    batch = make_batch(inner_model(model).schema, columns("history", BAGS), columns("item_id", [[row] for row in IDS]))
     expected, state = only_table(model), np.zeros((BUCKETS, DIM))
     random = np.random.default_rng(4)
     for step, rate in enumerate([0.3 * 0.5, 0.3 * 1.0, 0.3 * 1.0, 0.3 * (1 - 0.98 / 8)]):
         wish = {"user:history": random.normal(size=(3, DIM)), "item:item_id": random.normal(size=(2, DIM))}
         optimizer.set_rates(step, 10)
-        pooled = towers(model).tables(batch.sparse).to_dict()
+        pooled = inner_model(model).tables(batch.sparse).to_dict()
         loss = sum((pooled[key][: len(want)] * torch.from_numpy(want).float()).sum() for key, want in wish.items())
         optimizer.zero_grad()
         loss.backward()
@@ -237,10 +238,10 @@ def test_clipping_leaves_tables_alone(lone_rank):
             model = build_model(config, lone_rank)
             optimizer = RunOptimizer(model, config.train.optimizer)
             batch = make_batch(
-                towers(model).schema, columns("history", BAGS), columns("item_id", [[row] for row in IDS])
+                inner_model(model).schema, columns("history", BAGS), columns("item_id", [[row] for row in IDS])
             )
             optimizer.set_rates(0, 10)
-            pooled = towers(model).tables(batch.sparse).to_dict()
+            pooled = inner_model(model).tables(batch.sparse).to_dict()
             optimizer.zero_grad()
             (pooled["user:history"] * 5).sum().backward()
             optimizer.step()
@@ -271,7 +272,7 @@ def test_averages_follow_the_weights_by_hand(lone_rank):
         decay = [0.1, 0.15, 0.15][steps - 1]
         for name in expected:
             expected[name] = decay * expected[name] + (1 - decay) * layers[name].double()
-    tower, given = towers(model).user_tower, torch.randn(5, DIM)
+    tower, given = inner_model(model).user_tower, torch.randn(5, DIM)
 
     def by_hand(values: dict[str, torch.Tensor]) -> torch.Tensor:
         weight, bias = (
@@ -313,11 +314,11 @@ def test_the_kernels_count_steps_and_not_looks(lone_rank):
     config = one_table("table_wise")
     model = build_model(config, lone_rank)
     optimizer = RunOptimizer(model, config.train.optimizer)
-    batch = make_batch(towers(model).schema, columns("history", BAGS), columns("item_id", [[row] for row in IDS]))
-    (kernel,) = (module for lookup in towers(model).tables._lookups for module in lookup.modules() if is_kernel(module))
+    batch = make_batch(inner_model(model).schema, columns("history", BAGS), columns("item_id", [[row] for row in IDS]))
+    (kernel,) = (module for module in lookup_modules(model) if is_kernel(module))
     for step in (7, 8):
         with torch.no_grad():
-            towers(model).tables(batch.sparse).values()
+            inner_model(model).tables(batch.sparse).values()
         optimizer.set_rates(step, 10)
         assert int(kernel.iter_cpu) == int(kernel.iter) == step
 

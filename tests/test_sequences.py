@@ -27,7 +27,7 @@ from trec_twotower.index import build_index
 from trec_twotower.inference.export import read_export
 from trec_twotower.serving.retriever import Retriever
 from trec_twotower.serving.user_state import state_table
-from trec_twotower.training.loop import build_model, towers
+from trec_twotower.training.model_builder import build_model, inner_model
 from trec_twotower.training.run_dir import Run
 
 pytestmark = [pytest.mark.filterwarnings(each) for each in SAID_BY_TORCHREC]
@@ -183,7 +183,7 @@ def test_what_enters_the_tower_equals_the_sum_written_out(kind, world, tmp_path,
     sources = Sources(Dataset(world), schema, "event")
     rows = sources.dataset.train.table(sources.user_columns())
     columns = sources.user_features(rows, "the test")
-    model = towers(build_model(config, lone_rank)).eval()
+    model = inner_model(build_model(config, lone_rank)).eval()
     encoder = model.user_tower.encoders["of_history"]
     with torch.no_grad():
         for weight in (encoder.gap.weight, encoder.action.weight):
@@ -340,7 +340,7 @@ def test_every_part_is_indexed_and_recommends(case, made, lone_rank):
     )
     retriever = Retriever.open(run.folder, lone_rank)
     columns = ["user_id", "history", "when", "did", "positives"]
-    row = run.sources(lone_rank).dataset.split("test").table(columns).to_pylist()[3]
+    row = run.open_dataset(lone_rank).dataset.split("test").table(columns).to_pylist()[3]
     state = {name: row[name] for name in columns[:-1]}
     [answer] = retriever.recommend_now([state], k=4)
     user = exported.user_ids.to_pylist().index(3)

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pytest
 
 from trec_twotower.errors import ConfigError, DataError
-from trec_twotower.serving.retriever import in_words
+from trec_twotower.storage.arrow_values import format_item
 
 
 @pytest.fixture
@@ -314,7 +314,7 @@ def test_a_split_without_a_column_of_the_towers_is_named(shop, shop_tables, writ
 
 
 @pytest.mark.parametrize(
-    ("about", "words"),
+    ("about", "line"),
     [
         ({"item_id": 7}, "item 7"),
         ({"item_id": 7, "title": None, "price": None, "tags": []}, "item 7"),
@@ -334,8 +334,8 @@ def test_a_split_without_a_column_of_the_towers_is_named(shop, shop_tables, writ
         ),
     ],
 )
-def test_items_are_told_in_words(about, words):
-    assert in_words(about) == words
+def test_items_are_formatted_on_one_line(about, line):
+    assert format_item(about) == line
 
 
 def test_recommendations_can_be_kept_to_a_part_of_the_catalogue(retriever, shop_tables):

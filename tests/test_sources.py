@@ -22,8 +22,14 @@ from trec_twotower.config.loading import read_yaml
 from trec_twotower.data.sources import SOURCES, gowalla, id_lines, prepare
 from trec_twotower.data.sources.id_lines import check_published, read_id_lines
 from trec_twotower.data.sources.options import read_options
-from trec_twotower.data.sources.synthetic_world.words import COUNTRIES, KINDS
-from trec_twotower.data.sources.synthetic_world.world import GLOBAL_SHARE, MAIN_SHARE, SECOND_SHARE, Options, World
+from trec_twotower.data.sources.synthetic.interaction_model import (
+    GLOBAL_SHARE,
+    MAIN_SHARE,
+    SECOND_SHARE,
+    InteractionModel,
+)
+from trec_twotower.data.sources.synthetic.options import Options
+from trec_twotower.data.sources.synthetic.words import COUNTRIES, KINDS
 from trec_twotower.data.sources.writer import DatasetWriter, list_column
 from trec_twotower.errors import ConfigError, DataError
 
@@ -124,7 +130,7 @@ def test_a_broken_write_leaves_the_earlier_dataset_and_no_trace(tmp_path, stop):
     before = digests(out)
     with pytest.raises(stop), DatasetWriter(out, overwrite=True, rows_per_group=10) as writer:
         writer.write("train", pa.table({"user_id": np.arange(25)}))
-        assert len(list(tmp_path.iterdir())) == 2
+        assert len([entry for entry in tmp_path.iterdir() if entry.is_dir()]) == 2
         raise stop
     assert [entry.name for entry in tmp_path.iterdir()] == ["world"]
     assert digests(out) == before
@@ -135,14 +141,15 @@ def test_a_failed_swap_puts_the_earlier_dataset_back(tmp_path, monkeypatch, stop
     out = tmp_path / "world"
     prepare("synthetic", out, {"users": 50, "items": 100, "clusters": 4})
     before = digests(out)
-    rename = Path.rename
+    replace = os.replace
 
-    def fail_on_temporary(self, target):
-        if ".tmp-" in self.name:
+    def fail_on_temporary(source, target):
+        if ".tmp-" in Path(source).name:
             raise stop("no")
-        return rename(self, target)
+        replace(source, target)
 
-    monkeypatch.setattr(Path, "rename", fail_on_temporary)
+    monkeypatch.setattr("trec_twotower.storage.artifacts._exchange", lambda one, other: False)
+    monkeypatch.setattr(os, "replace", fail_on_temporary)
     with pytest.raises(stop, match="no"):
         prepare("synthetic", out, {"users": 60, "items": 100, "clusters": 4}, overwrite=True)
     assert [entry.name for entry in tmp_path.iterdir()] == ["world"]
@@ -188,44 +195,39 @@ def test_an_empty_folder_may_be_overwritten(tmp_path):
     assert (tmp_path / "empty" / "dataset.yaml").is_file()
 
 
-def test_leftovers_of_dead_processes_are_swept_and_a_half_swapped_dataset_comes_back(tmp_path):
-    """A process is killed between the two renames of a swap, another while it writes."""
+def test_leftovers_of_killed_processes_are_removed_and_a_half_swapped_dataset_is_restored(tmp_path):
+    """One process is killed between the two renames of a swap, another while it writes."""
     out = tmp_path / "world"
     prepare("synthetic", out, {"users": 50, "items": 100, "clusters": 4})
     before = digests(out)
-    script = "import os, socket; print(f'{os.getpid()}@{socket.gethostname()}')"
-    dead = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    mark = dead.stdout.strip()
-    out.rename(tmp_path / f".world.old-{mark}")
-    folder(tmp_path / f".world.tmp-{mark}", a_txt="half")
-    alive = folder(tmp_path / f".world.tmp-{os.getppid()}@{mark.split('@')[1]}", a_txt="at work")
-    elsewhere = folder(tmp_path / f".world.tmp-{mark}.elsewhere", a_txt="another machine's")
+    out.rename(tmp_path / ".world.old-77-1")
+    folder(tmp_path / ".world.tmp-77-1", a_txt="half")
+    other = folder(tmp_path / ".world2.tmp-77-1", a_txt="of another dataset")
     with pytest.raises(ConfigError, match="exists already"):
         prepare("synthetic", out, {})
     assert digests(out) == before
-    assert sorted(tmp_path.iterdir()) == sorted([out, alive, elsewhere])
+    assert sorted(tmp_path.iterdir()) == sorted([out, other])
+    folder(tmp_path / ".world.old-77-2", a_txt="killed after the swap, before the older dataset was removed")
+    with pytest.raises(ConfigError, match="exists already"):
+        prepare("synthetic", out, {})
+    assert digests(out) == before and sorted(tmp_path.iterdir()) == sorted([out, other])
 
 
-def test_what_a_swap_left_behind_is_swept_and_the_newer_dataset_stays(tmp_path, monkeypatch):
-    """A process is killed after the swap, before the older dataset is gone; one of another person is at work."""
+def test_a_dataset_that_another_process_writes_is_refused(tmp_path):
     out = tmp_path / "world"
-    prepare("synthetic", out, {"users": 50, "items": 100, "clusters": 4})
-    before = digests(out)
-    script = "import os, socket; print(f'{os.getpid()}@{socket.gethostname()}')"
-    dead = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.strip()
-    old = folder(tmp_path / f".world.old-{dead}", a_txt="older")
-    with pytest.raises(ConfigError, match="exists already"):
-        prepare("synthetic", out, {})
-    assert digests(out) == before and list(tmp_path.iterdir()) == [out]
-
-    def not_ours(pid: int, signal: int) -> None:
-        raise PermissionError
-
-    monkeypatch.setattr(os, "kill", not_ours)
-    folder(old, a_txt="at work")
-    with pytest.raises(ConfigError, match="exists already"):
-        prepare("synthetic", out, {})
-    assert sorted(tmp_path.iterdir()) == [old, out]
+    script = (
+        "import sys; from pathlib import Path; from trec_twotower.data.sources.writer import DatasetWriter\n"
+        "with DatasetWriter(Path(sys.argv[1])):\n    print('writing', flush=True); sys.stdin.read()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", script, str(out)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as writer:
+        assert writer.stdout is not None and writer.stdout.readline() == "writing\n"
+        with pytest.raises(ConfigError, match=rf"{out} is being written by process {writer.pid} .*wait for it"):
+            prepare("synthetic", out, {"users": 50, "items": 100, "clusters": 4})
+        assert list(tmp_path.glob(".world.tmp-*"))  # the other process still has its files
+        writer.communicate("")
+    assert not list(tmp_path.iterdir())
 
 
 def test_lists_are_ranges_of_the_values_even_where_they_overlap():
@@ -388,7 +390,7 @@ def test_categories_are_readable_and_go_on_beyond_the_words(tmp_path):
 
 def test_features_tell_of_the_interests(default):
     """Age, country and device vary between main clusters far beyond chance: F statistic and chi-square."""
-    world = World(Options())
+    world = InteractionModel(Options())
     user = np.arange(20_000)
     main, _ = world.interests(user)
     table = world.user_table(user)
@@ -441,7 +443,7 @@ def test_a_world_with_hardly_any_items_is_used_up_without_harm(tmp_path):
 
 
 def test_probabilities_of_all_items_sum_to_one():
-    world = World(Options(**SMALL))
+    world = InteractionModel(Options(**SMALL))
     main, second = world.interests(np.arange(500))
     assert (main != second).all()
     total = world.probability(np.arange(400)[None, :], main[:, None], second[:, None]).sum(axis=1)
@@ -450,14 +452,14 @@ def test_probabilities_of_all_items_sum_to_one():
 
 def test_every_user_takes_as_many_items_as_drawn_for_them():
     """Also those whose first draws repeat themselves so often that more are needed."""
-    world = World(Options(**SMALL))
+    world = InteractionModel(Options(**SMALL))
     user = np.arange(3_000)
     np.testing.assert_array_equal(np.diff(world.events(user).offsets), world.num_events(user))
 
 
 def test_interests_follow_the_popularity_of_clusters():
     """Chi-square of main clusters, and of second ones, drawn from the others in proportion."""
-    world = World(Options(clusters=6))
+    world = InteractionModel(Options(clusters=6))
     main, second = world.interests(np.arange(60_000))
     popularity = world.cluster_popularity
     seen = np.histogram2d(main, second, bins=(range(7), range(7)))[0]
@@ -471,7 +473,7 @@ def test_interests_follow_the_popularity_of_clusters():
 
 def test_first_items_follow_the_planted_law():
     """A first item has met no repeats: chi-square of items, and the shares of main and second cluster."""
-    world = World(Options())
+    world = InteractionModel(Options())
     user = np.arange(50_000)
     events = world.events(user)
     first = events.item[events.offsets[:-1]]
@@ -495,7 +497,7 @@ def test_first_items_follow_the_planted_law():
 
 def test_the_next_item_follows_the_law_restricted_to_what_was_not_taken():
     """The probability, summed below the item drawn, is uniform in [0, 1) if the law holds."""
-    world = World(Options(**SMALL))
+    world = InteractionModel(Options(**SMALL))
     events = world.events(np.arange(3_000))
     main, second = world.interests(events.user)
     below = []
@@ -511,7 +513,7 @@ def test_the_next_item_follows_the_law_restricted_to_what_was_not_taken():
 
 
 def test_events_per_user_has_the_stated_mean():
-    number = World(Options()).num_events(np.arange(100_000))
+    number = InteractionModel(Options()).num_events(np.arange(100_000))
     assert number.min() == 3
     assert abs(number.mean() - 12) < 5 * number.std() / np.sqrt(100_000)
 
@@ -519,7 +521,7 @@ def test_events_per_user_has_the_stated_mean():
 def test_best_reachable_is_what_ranking_everything_by_the_law_gives(small):
     """From the files and the dense matrix of probabilities; popularity likewise."""
     manifest = read_yaml(small / "dataset.yaml")
-    world = World(Options(**SMALL))
+    world = InteractionModel(Options(**SMALL))
     item_of = {item_id: item for item, item_id in enumerate(world.item_id.tolist())}
     test = {row["user_id"]: row for row in rows(small, "test")}
     train_items, train_counts = np.unique(pq.read_table(small / "train")["item_id"], return_counts=True)
@@ -562,7 +564,7 @@ def test_best_recall_is_realised_as_expected_and_far_above_popularity(default):
 
 def test_the_history_suffices_to_come_near_the_best(default):
     """Reading interests off the shares of clusters in the history reaches three quarters of the best."""
-    world = World(Options())
+    world = InteractionModel(Options())
     user = np.arange(2_000)
     events = world.events(user)
     hits = 0

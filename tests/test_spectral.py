@@ -17,7 +17,8 @@ from trec_twotower.config.base import as_values, validate
 from trec_twotower.config.run_config import RunConfig
 from trec_twotower.config.training import SpectralConfig
 from trec_twotower.errors import ConfigError, DataError
-from trec_twotower.training.loop import towers, train
+from trec_twotower.training.loop import train
+from trec_twotower.training.model_builder import inner_model
 from trec_twotower.training.spectral_initialization import Taken, spectral_tables, spread
 
 pytestmark = pytest.mark.filterwarnings(*SAID_BY_TORCHREC)
@@ -119,7 +120,7 @@ def config(dataset: Path, run_dir: Path, **changed: Any) -> RunConfig:
 
 def test_without_an_epoch_it_is_a_recommender_and_training_goes_on_from_it(write_dataset, tmp_path, lone_rank, capsys):
     from trec_twotower.evaluation.evaluator import Evaluator
-    from trec_twotower.inference.export import load_model
+    from trec_twotower.inference.model_loader import load_model
     from trec_twotower.model.encode import encode_everywhere
     from trec_twotower.training.run_dir import Run
 
@@ -139,7 +140,7 @@ def test_without_an_epoch_it_is_a_recommender_and_training_goes_on_from_it(write
 
     def measure(sources: Any) -> Any:
         def of(model: Any) -> dict[str, float]:
-            seen.append(towers(model) if hasattr(model, "module") else model)
+            seen.append(inner_model(model) if hasattr(model, "module") else model)
             return evaluator(model)
 
         return of
@@ -176,7 +177,7 @@ def beside(dataset: Path, run_dir: Path, **changed: Any) -> RunConfig:
 def test_at_the_end_it_stands_beside_what_was_trained(write_dataset, tmp_path, lone_rank, capsys):
     """Trained columns as without it, its own as it makes them, scaled; cut short between the two, the same again."""
     from trec_twotower.evaluation.evaluator import Evaluator
-    from trec_twotower.inference.export import load_model
+    from trec_twotower.inference.model_loader import load_model
     from trec_twotower.model.encode import encode_everywhere
     from trec_twotower.training.run_dir import Run
 

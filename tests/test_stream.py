@@ -95,7 +95,7 @@ def stream_of(folder: Path, **data: Any) -> Stream:
 
 def stream_by(config: RunConfig) -> Stream:
     run = Run(config.run_dir, config)
-    sources = run.sources(ALONE)
+    sources = run.initialize(ALONE) or run.open_dataset(ALONE)
     return Stream(run.generations(ALONE), sources, config.data, config.loss, run.folder, ALONE)
 
 
@@ -182,10 +182,10 @@ def test_the_files_of_a_generation_are_written_down_before_its_first_row_is_read
     written = []
     real = streaming.TrainBatches.since
 
-    def since(batches: Any, step: int, end: int) -> Iterator[Any]:
+    def since(batches: Any, step: int, end: int, *more: Any) -> Iterator[Any]:
         saved = json.loads((folder.parent / "run/stream.json").read_text())["generations"]
         written.append([(sorted(one["files"]["train"]), one["num_rows"]) for one in saved])
-        return real(batches, step, end)
+        return real(batches, step, end, *more)
 
     monkeypatch.setattr(streaming.TrainBatches, "since", since)
     grown(folder)
@@ -248,10 +248,11 @@ def test_a_stream_waits_for_files_and_ends_when_none_came_for_idle_s(folder, mon
 
 
 def test_a_stream_without_idle_s_waits_until_it_is_stopped(folder, monkeypatch):
-    clock = Clock(sleep5000=lambda: setattr(stream, "is_stopped", lambda: True))
+    stopped: list[bool] = []
+    clock = Clock(sleep5000=lambda: stopped.append(True))
     monkeypatch.setattr(streaming, "time", clock)
     stream = stream_of(folder, follow={})
-    assert len(taken(stream)) == 4
+    assert len([*stream.since(0, is_stopped=lambda: bool(stopped))]) == 4
     assert clock.sleeps == 5000
 
 
@@ -337,7 +338,7 @@ def test_items_that_come_are_known_from_the_next_generation_on(folder):
     assert seen == [ITEMS, [*ITEMS, "new", "newer"]]
     config = config_of(folder)
     run = Run(config.run_dir, config)
-    of_all = run.sources(ALONE)
+    of_all = run.initialize(ALONE) or run.open_dataset(ALONE)
     assert of_all.catalogue.ids.to_pylist() == [*ITEMS, "new", "newer"]
     assert of_all.dataset.train.num_rows == 32
     wanted = counted(folder, "a", "b", "c")
@@ -357,7 +358,7 @@ def test_a_mapped_catalogue_knows_in_which_order_its_files_came(folder, monkeypa
     )
     assert stream.sources.catalogue.ids.to_pylist() == [*ITEMS, "new"]
     config = config_of(folder, **cache, follow=None)
-    other = Run(folder.parent / "other", config).sources(ALONE)
+    other = Run(folder.parent / "other", config).initialize(ALONE)
     assert other.catalogue.ids.to_pylist() == ["new", *ITEMS]
     assert stream_of(folder, **cache).sources.catalogue.ids.to_pylist() == [*ITEMS, "new"]
 

@@ -19,7 +19,7 @@ from trec_twotower.config.loading import to_yaml
 from trec_twotower.config.run_config import RunConfig
 from trec_twotower.data.loading import streaming
 from trec_twotower.errors import DataError
-from trec_twotower.training.loop import Progress, train
+from trec_twotower.training.loop import Trainer, train
 from trec_twotower.training.run_dir import Run
 
 pytestmark = pytest.mark.filterwarnings(*SAID_BY_TORCHREC)
@@ -51,13 +51,13 @@ def when_done(monkeypatch) -> Callable[..., None]:
     """Has something happen when a step is done: when_done({3: publish_it})."""
 
     def arrange(events: dict[int, Callable[[], Any]]) -> None:
-        done = Progress.done
+        finish_step = Trainer._finish_step
 
-        def then(progress: Progress) -> None:
-            events.pop(progress.step + 1, lambda: None)()
-            done(progress)
+        def then(trainer: Trainer, step: int) -> None:
+            events.pop(step, lambda: None)()
+            finish_step(trainer, step)
 
-        monkeypatch.setattr(Progress, "done", then)
+        monkeypatch.setattr(Trainer, "_finish_step", then)
 
     return arrange
 
@@ -140,8 +140,8 @@ def test_a_bad_row_can_be_mended_while_no_saved_step_has_rows_of_its_file(folder
 
 def test_a_run_that_nothing_is_saved_of_begins_with_what_is_there(folder, lone_rank, tmp_path):  # noqa: F811
     config = with_settings(config_of(folder), tmp_path / "run")
-    run = Run.join(config, lone_rank)
-    run.sources(lone_rank)
+    run = Run.create_or_open(config, lone_rank)
+    run.initialize(lone_rank)
     publish(folder, "train/c.parquet", rows(23, 5))
     train(config, lone_rank)
     saved = json.loads((tmp_path / "run/stream.json").read_text())["generations"]
@@ -164,7 +164,8 @@ def test_waiting_is_no_part_of_the_time_a_training_took(folder, lone_rank, tmp_p
 
     Clock.sleep = staticmethod(sleep)
     monkeypatch.setattr(streaming, "time", Clock)
-    monkeypatch.setattr("trec_twotower.training.loop.time", Clock)
+    for module in ("loop", "checkpoints.trainer_state"):
+        monkeypatch.setattr(f"trec_twotower.training.{module}.time", Clock)
     train(with_settings(config_of(folder, follow={"idle_s": 1800}), tmp_path / "run"), lone_rank)
     status = json.loads((tmp_path / "run/status.json").read_text())
     assert (status["step"], status["train_s"], status["waiting_s"]) == (6, 0, 0)

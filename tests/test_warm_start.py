@@ -18,12 +18,12 @@ from trec_twotower.config.base import as_values, validate
 from trec_twotower.config.loading import to_yaml
 from trec_twotower.config.run_config import RunConfig
 from trec_twotower.errors import ConfigError
-from trec_twotower.inference.export import LoadedModel, load_model
+from trec_twotower.inference.model_loader import LoadedModel, load_model
 from trec_twotower.model.encode import encode
+from trec_twotower.training.checkpoints.warm_start import _rows_of_bins, _source
+from trec_twotower.training.checkpoints.weight_meaning import Bins, Words
 from trec_twotower.training.loop import train
 from trec_twotower.training.run_dir import Run
-from trec_twotower.training.warm_start import _rows_of_bins, _source
-from trec_twotower.training.weight_meaning import Bins, Words
 
 pytestmark = pytest.mark.filterwarnings(*SAID_BY_TORCHREC)
 BRANDS = ["a"] * 6 + ["b"] * 4 + ["c"] * 2

@@ -184,7 +184,8 @@ def _export(options: argparse.Namespace) -> int:
     if options.encoder:
         return _export_encoder(run, options.checkpoint)
     with _ranks(run.config) as ranks:
-        from trec_twotower.inference.export import export, load_model
+        from trec_twotower.inference.export import export
+        from trec_twotower.inference.model_loader import load_model
         from trec_twotower.storage.atomic import read_json
 
         folder = export(load_model(run, ranks, options.checkpoint), ranks, columns=options.columns, users=options.users)
@@ -209,7 +210,8 @@ def _export_encoder(run: Any, checkpoint: str) -> int:
 
     folder = run.folder / "encoder"
     with sole_writer(folder):
-        encoder = Encoder.of(run, run.sources(Ranks(0, 1, torch.device("cpu"))), checkpoint)
+        ranks = Ranks(0, 1, torch.device("cpu"))
+        encoder = Encoder.of(run, run.initialize(ranks) or run.open_dataset(ranks), checkpoint)
         programs = encoder.save(folder)
     print(f"{folder}: towers of dim {encoder.dim}, model {encoder.model_version}")
     for side, outcome in programs.items():
@@ -264,7 +266,7 @@ def _evaluate(options: argparse.Namespace) -> int:
             sampled_same=options.same,
         )
         if ranks.is_first:
-            from trec_twotower.serving.retriever import printable
+            from trec_twotower.storage.arrow_values import printable
 
             print("\n".join(map(printable, table.split("\n"))))  # values of the slices' columns are in it
     return 0
@@ -281,7 +283,8 @@ def _recommend(options: argparse.Namespace) -> int:
         where.setdefault(column, []).append(value)
     _quiet()
     with _ranks() as ranks:
-        from trec_twotower.serving.retriever import Retriever, in_words, printable
+        from trec_twotower.serving.retriever import Retriever
+        from trec_twotower.storage.arrow_values import format_item, printable
 
         retriever = Retriever.open(options.run_dir, ranks, options.checkpoint)
         allowed = retriever.allow(where=where, without=options.without) if where or options.without else None
@@ -292,10 +295,10 @@ def _recommend(options: argparse.Namespace) -> int:
                 continue
             print(f"User {printable(answer.user_id)} took last:")
             for about in answer.history:
-                print(f"      {in_words(about)}")
+                print(f"      {format_item(about)}")
             print("and gets:")
             for place, item in enumerate(answer.items, 1):
-                print(f"  {place:>3}  {item.score:>8.4f}  {in_words(item.about)}  [{printable(item.item_id)}]")
+                print(f"  {place:>3}  {item.score:>8.4f}  {format_item(item.about)}  [{printable(item.item_id)}]")
     return 0 if any(answer.is_known for answer in answers) else DataError.exit_code
 
 
@@ -347,11 +350,10 @@ def _features(options: argparse.Namespace) -> int:
     config = _config(options)
     _quiet()
     from trec_twotower.data.dataset import Dataset
-    from trec_twotower.data.feature_dataset import Sources
+    from trec_twotower.data.feature_dataset import Sources, open_cache
     from trec_twotower.data.feature_report import describe_coverage
-    from trec_twotower.storage.cache_dir import CacheFolder
 
-    dataset, cache = Dataset.of(config.data), CacheFolder.of(config.data)
+    dataset, cache = Dataset.of(config.data), open_cache(config.data)
     print(describe_coverage(Sources(dataset, config.feature_schema, config.data.rows, cache=cache)))
     return 0
 

@@ -1,11 +1,12 @@
-"""Looks at what is installed and says what does not fit, and how to mend it.
+"""Checks the installation: reports what does not fit together, and the command that fixes it.
 
-The standard library alone is imported here. Native libraries are tried in a process of their own, so that one
-that crashes becomes a line of the report.
+Only the standard library is imported at the top, because the doctor also runs where nothing is installed. Native
+libraries are imported in another process, so that one that crashes becomes a line of the report.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import glob
 import importlib.metadata
@@ -13,40 +14,26 @@ import json
 import os
 import platform
 import re
-import shutil
 import subprocess
 import sys
+import tomllib
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+PROJECT = "trec-twotower"
+PYPROJECT = Path(__file__).resolve().parent.parent / "pyproject.toml"
 # Versions built for each other: torch, fbgemm, torchrec. The first set is the one that `make setup` installs.
 SETS = [("2.13.0", "1.8.0", "1.8.0"), ("2.14.1", "1.9.0", "1.9.2"), ("2.11.0", "1.6.0", "1.6.1")]
-# Packages that share one import name, so that one alone may be installed: for CPU, for GPU, not to be used.
+# Distributions that share one import name, of which only one may be installed: for CPU, for GPU, unsupported.
 FBGEMM = ("fbgemm-gpu-cpu", "fbgemm-gpu")
 FAISS = ("faiss-cpu", "faiss-gpu", "faiss-gpu-cu12")
 FAISS_VERSION = "1.15.1"
-OTHERS = {  # all else that must be there, and which versions of it
-    "numpy": ">=2",
-    "pyarrow": "",
-    "duckdb": ">=2",
-    "universal-pathlib": "",
-    "pydantic": ">=2",
-    "ruamel.yaml": "",
-    "xxhash": "",
-    "filelock": "",
-    "numba": "",
-    "tqdm": "",
-    "matplotlib": "",
-    "tensorboard": "",
-    "tensordict": "",
-    "torchmetrics": "==1.0.3",
-    "pyre-extensions": "",
-}
 MODULES = ("torch", "fbgemm_gpu", "torchrec", "faiss")  # in this order: faiss after torch
 GPU_GENERATIONS = (8, 9, 10)  # major compute capabilities that fbgemm has code for
 PIP = "python -m pip"
 
-# Announces each module before importing it: the last one announced is the one that brought the process down.
+# Prints each module's name before importing it: the last name printed is the one that ended the process.
 _PROBE = """
 import importlib, json, sys
 for name in sys.argv[1:]:
@@ -72,42 +59,53 @@ for name in sys.argv[1:]:
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the report; `problem` and `mend` are filled where something does not fit."""
+    """A line of the report; `problem` and `fix` are set where something does not fit."""
 
     component: str
     found: str
     wanted: str
-    state: str = "ok"  # ok, note (works, but is not what we would choose here), misfit
+    state: str = "ok"  # ok, note (works, but is not the recomfixed choice), misfit
     problem: str = ""
-    mend: str = ""
+    fix: str = ""
 
 
 @dataclass(frozen=True)
 class Imported:
-    """What importing a module brought: `error` is empty where it worked."""
+    """The result of importing a module; `error` is empty where it worked."""
 
     error: str = ""
     facts: dict[str, Any] = field(default_factory=dict)
 
 
+def requirements() -> list[str]:
+    """Return the dependencies that this version declares without extras, such as "numpy>=2".
+
+    They come from pyproject.toml in a checkout, whose installed metadata may be older, else from the metadata.
+    """
+    if PYPROJECT.is_file():
+        dependencies: list[str] = tomllib.loads(PYPROJECT.read_text())["project"]["dependencies"]
+        return dependencies
+    declared = importlib.metadata.requires(PROJECT) or []
+    return [line for line in declared if "extra ==" not in line]
+
+
 def normalized(name: str) -> str:
-    """Return the name under which package indexes know a distribution, such as ruamel-yaml for ruamel.yaml."""
+    """Return a distribution's name as package indexes compare it."""
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
 def installed_versions() -> dict[str, str]:
-    """Version by normalised name of every distribution this interpreter sees."""
+    """Return the version of every installed distribution by its normalized name."""
     versions: dict[str, str] = {}
-    for dist in importlib.metadata.distributions():
-        try:  # what an interrupted pip left behind may lack its metadata
-            versions.setdefault(normalized(dist.metadata["Name"]), str(dist.version))
-        except Exception:
-            continue
+    for distribution in importlib.metadata.distributions():
+        metadata: Any = distribution.metadata  # None or empty where pip was interrupted
+        if metadata and metadata["Name"] and metadata["Version"]:
+            versions.setdefault(normalized(metadata["Name"]), metadata["Version"])
     return versions
 
 
 def try_imports(modules: tuple[str, ...] = MODULES, limit_s: float = 180) -> dict[str, Imported]:
-    """Import the modules in another process; one that ends the process does not hide those after it."""
+    """Import the modules in another process; where one ends the process, the others are tried in a new one."""
     results: dict[str, Imported] = {}
     while remaining := [name for name in modules if name not in results]:
         try:
@@ -117,33 +115,30 @@ def try_imports(modules: tuple[str, ...] = MODULES, limit_s: float = 180) -> dic
         except subprocess.TimeoutExpired as late:
             output = (late.stdout or b"").decode(errors="replace")
             end = f"the import did not end within {limit_s:g} s"
-        culprit = remaining[0]
+        last = remaining[0]
         for line in output.splitlines():
             try:
                 facts = json.loads(line)
-                culprit = facts.get("begin", culprit)
+                last = facts.get("begin", last)
                 results[facts["module"]] = Imported(facts.get("error", ""), facts)
             except (ValueError, KeyError, AttributeError):
-                continue  # an announcement, or something a library printed
-        results.setdefault(culprit, Imported(end))
+                continue  # a module's name, or output of a library
+        results.setdefault(last, Imported(end))
     return results
 
 
 def gpu_names() -> list[str]:
-    """The NVIDIA GPUs of this machine as its driver names them, whatever torch thinks."""
+    """Return the NVIDIA GPUs of this machine as its driver lists them, also those that torch cannot use."""
     names = []
-    if smi := shutil.which("nvidia-smi"):
-        try:
-            listing = subprocess.run([smi, "-L"], capture_output=True, text=True, timeout=30).stdout
-            names = re.findall(r"^GPU \d+: (.*?) \(UUID", listing, flags=re.MULTILINE)
-        except (OSError, subprocess.SubprocessError):
-            pass
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=30).stdout
+        names = re.findall(r"^GPU \d+: (.*?) \(UUID", listing, flags=re.MULTILINE)
     return names or sorted(glob.glob("/dev/nvidia[0-9]*"))
 
 
 @dataclass(frozen=True)
 class Installation:
-    """What is here: versions, how the native modules import, and the GPUs we are meant to use."""
+    """Installed versions, results of importing the native modules, and the GPUs to use."""
 
     versions: dict[str, str]
     imports: dict[str, Imported]
@@ -151,13 +146,13 @@ class Installation:
 
     @property
     def is_cuda(self) -> bool:
-        """Whether torch is a CUDA build; by its version where it does not import."""
+        """Return whether torch is a CUDA build, judged by its version where it does not import."""
         facts = self.imports["torch"].facts
         return facts["cuda"] is not None if "cuda" in facts else "+cpu" not in self.version("torch")
 
     @property
     def fit(self) -> tuple[str, str, str]:
-        """The set that belongs to the torch that is installed, or else to the one we would install."""
+        """Return the set of the installed torch, or the recomfixed set where no set has it."""
         return next((s for s in SETS if _minor(s[0]) == _minor(self.version("torch"))), SETS[0])
 
     def version(self, package: str) -> str:
@@ -167,23 +162,27 @@ class Installation:
         version, facts = self.version("torch"), self.imports["torch"].facts
         build = f"CUDA {facts.get('cuda') or ''}".strip() if self.is_cuda else "CPU"
         gpu = self.gpus[0] if self.gpus else ""
-        without = "TREC_TT_DEVICE=cpu make setup, to do without the GPU"
+        without = "TREC_TT_DEVICE=cpu make setup, to run without the GPU"
         install = f"{PIP} install torch=={SETS[0][0]}"
         again = f"{PIP} install --force-reinstall --no-deps torch=={SETS[0][0]}"
         unknown = all(_minor(s[0]) != _minor(version) for s in SETS)
         devices = facts.get("devices", [])
-        alien = [f"{name} (compute capability {m}.{n})" for name, m, n in devices if m not in GPU_GENERATIONS]
+        unsupported = [f"{name} (compute capability {m}.{n})" for name, m, n in devices if m not in GPU_GENERATIONS]
         cpu_build = f"{gpu} clashes with torch {version}, a CPU build"
-        idle = f"{gpu} is here, but torch {version} cannot use it"
+        idle = f"this machine has {gpu}, but torch {version} cannot use it"
         complaints = [
             (not version, "torch is not installed", install),
             (self._failure("torch"), f"torch {version} {self._failure('torch')}", again),
-            (unknown, f"torch {version} is in no set of torch, fbgemm and torchrec known to fit", install),
+            (
+                unknown,
+                f"torch {version} is in no known set of compatible versions of torch, fbgemm and torchrec",
+                install,
+            ),
             (gpu and not self.is_cuda, cpu_build, f"{again}; or {without}"),
             (gpu and not devices, idle, f"a newer NVIDIA driver; or {without}"),
             (
-                gpu and alien,
-                f"fbgemm, which has code for 8, 9 and 10, has none for {', '.join(alien)}",
+                gpu and unsupported,
+                f"fbgemm, which has code for 8, 9 and 10, has none for {', '.join(unsupported)}",
                 without,
             ),
         ]
@@ -199,15 +198,15 @@ class Installation:
         return self._one_of("fbgemm", FBGEMM, self.fit[1], "fbgemm_gpu", problems)
 
     def faiss(self) -> Finding:
-        blind = self.gpus and "faiss-gpu-cu12" in self.versions
-        problems = [(blind, "has no code for Hopper GPUs (H100, H200)")]
+        no_hopper = self.gpus and "faiss-gpu-cu12" in self.versions
+        problems = [(no_hopper, "has no code for Hopper GPUs (H100, H200)")]
         return self._one_of("faiss", FAISS, FAISS_VERSION, "faiss", problems)
 
     def torchrec(self) -> Finding:
         version, failure = self.version("torchrec"), self._failure("torchrec")
         package = f"--no-deps torchrec=={self.fit[2]}"
         lacks = re.search(r"No module named '(\w+)", failure)
-        again = f"{PIP} install --force-reinstall {package}, after mending torch and fbgemm"
+        again = f"{PIP} install --force-reinstall {package}, after fixing torch and fbgemm"
         if lacks and lacks[1] not in MODULES:
             again = f"{PIP} install {lacks[1].replace('_', '-')}"
         clash = f"torchrec {version} was not made for torch {self.version('torch')}"
@@ -218,12 +217,26 @@ class Installation:
         ]
         return _judge("torchrec", version, f"torchrec {self.fit[2]}", complaints)
 
-    def other(self, name: str, spec: str) -> Finding:
-        version, mend = self.version(name), f"{PIP} install '{name}{spec}'"
-        major = int("0" + re.sub(r"\D.*", "", version))
-        fits = version == spec[2:] if spec.startswith("==") else major >= int(spec[2:] or 0)
-        missing, misfit = f"{name} is not installed", f"{name} {version} is not {spec}"
-        return _judge(name, version, spec or "any", [(not version, missing, mend), (not fits, misfit, mend)])
+    def requirements(self) -> list[Finding]:
+        """Return a finding for each declared dependency."""
+        try:
+            from packaging.requirements import Requirement
+        except ImportError:
+            problem = "packaging is not installed, so the other dependencies were not checked"
+            return [Finding("packaging", "missing", "any", "misfit", problem, f"{PIP} install packaging")]
+        findings = []
+        for line in requirements():
+            requirement = Requirement(line)
+            if requirement.marker is not None and not requirement.marker.evaluate():
+                continue
+            name, wanted = normalized(requirement.name), str(requirement.specifier)
+            version, fix = self.version(name), f"{PIP} install '{requirement.name}{wanted}'"
+            fits = requirement.specifier.contains(version, prereleases=True) if version else False
+            missing, misfit = f"{name} is not installed", f"{name} {version} is not {wanted}"
+            findings.append(
+                _judge(name, version, wanted or "any", [(not version, missing, fix), (not fits, misfit, fix)])
+            )
+        return findings
 
     def _right(self, family: tuple[str, ...]) -> str:
         return family[1] if self.gpus else family[0]
@@ -235,7 +248,7 @@ class Installation:
     def _one_of(
         self, name: str, family: tuple[str, ...], version: str, module: str, problems: list[tuple[Any, str]]
     ) -> Finding:
-        """The finding on packages that share one import name, so that exactly one may be installed."""
+        """Return the finding on distributions that share one import name, of which exactly one may be installed."""
         right, here = self._right(family), [package for package in family if package in self.versions]
         found = " and ".join(f"{package} {self.versions[package]}" for package in here)
         replace = f"{PIP} uninstall -y {' '.join(here)} && {PIP} install --no-deps {right}=={version}"
@@ -255,15 +268,15 @@ def _minor(version: str) -> list[str]:
 
 
 def _judge(name: str, found: str, wanted: str, complaints: list[tuple[Any, str, str]]) -> Finding:
-    """The finding with the first complaint (condition, problem, mend) that holds, or one that all is well."""
-    for holds, problem, mend in complaints:
+    """Return the finding with the first complaint (condition, problem, fix) that holds, or an "ok" finding."""
+    for holds, problem, fix in complaints:
         if holds:
-            return Finding(name, found or "missing", wanted, "misfit", problem, mend)
+            return Finding(name, found or "missing", wanted, "misfit", problem, fix)
     return Finding(name, found, wanted)
 
 
 def examine() -> list[Finding]:
-    """Every component with what was found and what would fit."""
+    """Return a finding for every component."""
     gpus = [] if os.environ.get("TREC_TT_DEVICE") == "cpu" else gpu_names()
     here = Installation(installed_versions(), try_imports(), gpus)
     python = platform.python_version()
@@ -272,18 +285,15 @@ def examine() -> list[Finding]:
     return [
         _judge("python", python, ">=3.11", complaints),
         *(here.torch(), here.fbgemm(), here.torchrec(), here.faiss()),
-        *(here.other(name, spec) for name, spec in OTHERS.items()),
+        *here.requirements(),
     ]
 
 
 def machine_facts() -> dict[str, str]:
-    """What decides how fast a run goes here, in words."""
+    """Return what decides the speed of a run on this machine."""
     memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    try:  # a container may have less than its machine
-        with open("/sys/fs/cgroup/memory.max") as limit:
-            memory_bytes = min(memory_bytes, int(limit.read()))
-    except (OSError, ValueError):
-        pass
+    with contextlib.suppress(OSError, ValueError):  # the limit of a container, which may be "max"
+        memory_bytes = min(memory_bytes, int(Path("/sys/fs/cgroup/memory.max").read_text()))
     return {
         "cores": f"{len(os.sched_getaffinity(0))} of {os.cpu_count()}",
         "memory": f"{memory_bytes / 2**30:.1f} GiB",
@@ -294,11 +304,11 @@ def machine_facts() -> dict[str, str]:
 
 
 def main() -> int:
-    """Print the report; 0 if everything fits, 1 otherwise."""
+    """Print the report and return the exit code: 0 if everything fits, 1 otherwise."""
     try:
         findings, facts = examine(), machine_facts()
-    except Exception as error:  # people run the doctor when nothing else runs
-        print(f"The examination itself failed, {type(error).__name__}: {error}")
+    except Exception as error:  # no traceback: the doctor is what runs where nothing else does
+        print(f"The check itself failed, {type(error).__name__}: {error}")
         return 1
     rows = [("component", "found", "wanted"), *((f.component, f.found, f.wanted) for f in findings)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -307,8 +317,8 @@ def main() -> int:
     print("", *(f"{name}: {fact}" for name, fact in facts.items()), sep="\n")
     misfits = [f for f in findings if f.state == "misfit"]
     for f in misfits:
-        print(f"\n{f.component}: {f.problem}\n  mend: {f.mend}")
-    print(f"\n{len(misfits)} to mend; `make setup` does most of it." if misfits else "\nEverything fits.")
+        print(f"\n{f.component}: {f.problem}\n  fix: {f.fix}")
+    print(f"\n{len(misfits)} to fix; `make setup` fixes most." if misfits else "\nEverything fits.")
     return 1 if misfits else 0
 
 

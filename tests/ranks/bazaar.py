@@ -140,7 +140,8 @@ def bazaar_config(folder: Path, run_dir: Path, **changes: Any) -> Any:
 
 def work(world: Path, out: Path, ranks: Any) -> dict[str, Any]:
     """One epoch, the second after a resume, and the export: the losses by step and every item's and user's vector."""
-    from trec_twotower.inference.export import export, load_model, read_export
+    from trec_twotower.inference.export import export, read_export
+    from trec_twotower.inference.model_loader import load_model
     from trec_twotower.training import loop as training
     from trec_twotower.training.run_dir import Run
 

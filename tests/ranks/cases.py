@@ -35,7 +35,8 @@ from trec_twotower.errors import DataError, TrainingError  # noqa: E402
 from trec_twotower.model import encode as encoding  # noqa: E402
 from trec_twotower.model.two_tower import TwoTower  # noqa: E402
 from trec_twotower.training import loop as training  # noqa: E402
-from trec_twotower.training.checkpoint import Checkpoints  # noqa: E402
+from trec_twotower.training.checkpoints.checkpoint import Checkpoints  # noqa: E402
+from trec_twotower.training.model_builder import build_model, inner_model  # noqa: E402
 from trec_twotower.training.optimizer import RunOptimizer  # noqa: E402
 from trec_twotower.training.sharding import make_plan, placements  # noqa: E402
 from trec_twotower.training.spectral_initialization import Taken, spectral_tables, spread  # noqa: E402
@@ -141,10 +142,10 @@ class Work:
         forward = TwoTower.forward
         calls = 0
 
-        def broken(model: TwoTower, batch: Any) -> torch.Tensor:
+        def broken(model: TwoTower, batch: Any, **more: Any) -> torch.Tensor:
             nonlocal calls
             calls += 1
-            loss = forward(model, batch)
+            loss = forward(model, batch, **more)
             return loss * float("nan") if calls == 3 and self.ranks.rank == self.ranks.num_ranks - 1 else loss
 
         TwoTower.forward = broken  # type: ignore[method-assign]
@@ -170,7 +171,7 @@ class Work:
         """Every table as it is filled, under every plan, and the plan that each rank made for itself."""
         for plan in (*PLANS, "mixed", "auto"):
             config = event_config(self.world, self.out, MIXED if plan == "mixed" else plan)
-            self.results[f"first weights {plan}"] = whole_state(training.build_model(config, self.ranks), self.ranks)
+            self.results[f"first weights {plan}"] = whole_state(build_model(config, self.ranks), self.ranks)
             schema = config.feature_schema
             whole = TwoTower(schema, config.model, config.loss, self.ranks)
             made = make_plan(whole, schema, self.ranks.num_ranks, self.ranks.device, 8)
@@ -184,7 +185,7 @@ class Work:
         encoding.BLOCK_ROWS = 4  # blocks and shares that do not come out even
         for plan in (*PLANS, "mixed"):
             config = event_config(self.world, self.out, MIXED if plan == "mixed" else plan)
-            model = training.towers(training.build_model(config, self.ranks))
+            model = inner_model(build_model(config, self.ranks))
             for side in ("user", "item"):
                 self.results[f"inputs {plan} {side}"] = self.inputs(model, side, columns[side])
                 for count in (columns[side].num_rows, 1, 0):
@@ -266,7 +267,7 @@ class Work:
         ):
             folder = runs / f"{name}-rowwise_adagrad"
             config = make(self.world, folder, plan, train={"optimizer": {"sparse": "rowwise_adagrad"}})  # type: ignore[operator]
-            model = training.build_model(config, self.ranks)
+            model = build_model(config, self.ranks)
             optimizer = RunOptimizer(model, config.train.optimizer)
             checkpoints = Checkpoints(folder / "checkpoints", self.ranks)
             checkpoints.load(checkpoints.complete()[-1], model, optimizer)

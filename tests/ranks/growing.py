@@ -22,31 +22,31 @@ _quiet()
 
 from trec_twotower.data.loading import streaming as stream  # noqa: E402
 from trec_twotower.model.two_tower import TwoTower  # noqa: E402
-from trec_twotower.training.loop import Progress  # noqa: E402
+from trec_twotower.training import loop as training  # noqa: E402
 
 
 def arm(plan: dict[str, Any]) -> None:
     rank, last = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]) - 1
     notes = Path(plan["rows"]) / f"{rank}.jsonl"
     now = {"step": 0, "sleeps": 0}
-    comes_to, done, forward = Progress.waiting_for, Progress.done, TwoTower.forward
+    awaited, finish_step, forward = training.await_rows, training.Trainer._finish_step, TwoTower.forward
 
-    def knowing_the_step(progress: Progress, batches: Any) -> Any:
-        for batch in comes_to(progress, batches):
-            now["step"] = progress.step + 1
+    def knowing_the_step(batches: Any, trainer: training.Trainer) -> Any:
+        for batch in awaited(batches, trainer):
+            now["step"] = trainer.state.step + 1
             yield batch
 
-    def noting(model: TwoTower, batch: Any) -> Any:
+    def noting(model: TwoTower, batch: Any, **more: Any) -> Any:
         with notes.open("a") as file:
             file.write(json.dumps([now["step"], batch.sparse["user:row"].values().tolist()]) + "\n")
-        return forward(model, batch)
+        return forward(model, batch, **more)
 
-    def publishing(progress: Progress) -> None:
+    def publishing(trainer: training.Trainer, step: int) -> None:
         if rank == 0:
-            for there, here in plan.get("step", {}).get(str(progress.step + 1), []):
+            for there, here in plan.get("step", {}).get(str(step), []):
                 if os.path.exists(there):  # a step may be taken again
                     os.rename(there, here)
-        done(progress)
+        finish_step(trainer, step)
 
     def sleep(seconds: float) -> None:
         now["sleeps"] += 1
@@ -54,8 +54,8 @@ def arm(plan: dict[str, Any]) -> None:
             os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(seconds)
 
-    Progress.waiting_for = knowing_the_step  # type: ignore[method-assign]
-    Progress.done = publishing  # type: ignore[method-assign]
+    training.await_rows = knowing_the_step
+    training.Trainer._finish_step = publishing  # type: ignore[method-assign]
     TwoTower.forward = noting  # type: ignore[method-assign]
     stream.time = SimpleNamespace(monotonic=time.monotonic, sleep=sleep)  # type: ignore[assignment]
 

@@ -25,7 +25,7 @@ from trec_twotower.data.loading.batch import make_batch  # noqa: E402
 from trec_twotower.distributed.host_memory import resident_bytes  # noqa: E402
 from trec_twotower.distributed.ranks import Ranks, start_ranks  # noqa: E402
 from trec_twotower.ops.ragged import Lists  # noqa: E402
-from trec_twotower.training.loop import build_model, towers  # noqa: E402
+from trec_twotower.training.model_builder import build_model, inner_model  # noqa: E402
 from trec_twotower.training.optimizer import RunOptimizer, fuse_table_updates  # noqa: E402
 from trec_twotower.training.sharding import placements  # noqa: E402
 from trec_twotower.training.sharding_plan import OnlyTables, StepSize, bytes_of, exchange, exchange_of_towers  # noqa: E402
@@ -128,7 +128,7 @@ class Sent:
 
 def sent_by(config: RunConfig, ranks: Ranks) -> dict[str, tuple[float, float]]:
     """What a step of 40 users and 25 items should send to others, and what it sends; means over the ranks."""
-    model = towers(sharded := build_model(config, ranks))
+    model = inner_model(sharded := build_model(config, ranks))
     random = np.random.default_rng(ranks.rank)
 
     def bags(rows: int, length: int) -> Lists:

@@ -23,7 +23,8 @@ from tests.ranks.states import whole_state  # noqa: E402
 from tests.sequences import DRAWN, RESUMED, SGD, TOGETHER, TOWERS, USERS, steps_config  # noqa: E402
 from trec_twotower.config.run_config import RunConfig  # noqa: E402
 from trec_twotower.distributed.ranks import Ranks, start_ranks  # noqa: E402
-from trec_twotower.inference.export import export, load_model  # noqa: E402
+from trec_twotower.inference.export import export  # noqa: E402
+from trec_twotower.inference.model_loader import load_model  # noqa: E402
 from trec_twotower.model.encode import encode_everywhere  # noqa: E402
 from trec_twotower.training import loop as training  # noqa: E402
 from trec_twotower.training.run_dir import Run  # noqa: E402

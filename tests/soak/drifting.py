@@ -344,7 +344,8 @@ def _read_cases(folder: Path, cases: Sequence[tuple[str, int]]) -> list[str]:
 
     from trec_twotower.distributed.ranks import start_ranks
     from trec_twotower.errors import ConfigError, DataError
-    from trec_twotower.training.loop import build_model, passes_of
+    from trec_twotower.training.loop import build_train_data
+    from trec_twotower.training.model_builder import build_model
     from trec_twotower.training.run_dir import Run
 
     warnings.simplefilter("ignore")
@@ -358,8 +359,8 @@ def _read_cases(folder: Path, cases: Sequence[tuple[str, int]]) -> list[str]:
             if model is None:
                 model = build_model(made, ranks)
             try:
-                run = Run.join(made, ranks)
-                passes = passes_of(run, run.sources(ranks), ranks)
+                run = Run.create_or_open(made, ranks)
+                passes = build_train_data(run, run.initialize(ranks), ranks)
                 with torch.no_grad():
                     losses = [model(batch) for batch in passes.since(0)]
                 is_finite = bool(losses) and all(map(torch.isfinite, losses))

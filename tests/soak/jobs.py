@@ -41,19 +41,20 @@ class Job(ForkedJob):
 
 def record(folder: Path, rank: int) -> None:
     """From here on each step of this process leaves a line: its number, its loss and its rows."""
-    from trec_twotower.training.loop import Progress
+    from trec_twotower.training.loop import Trainer
 
     folder.mkdir(parents=True, exist_ok=True)
     file = os.open(folder / f"{rank}.jsonl", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    took = Progress.took
+    forward = Trainer._forward
 
-    def recording(progress: Progress, loss: Any, batch: Any) -> None:
-        took(progress, loss, batch)
+    def recording(trainer: Trainer, batch: Any) -> Any:
+        loss = forward(trainer, batch)
         rows = [round(value * ROW_UNIT) for value in batch.user_number_BN[:, 0].tolist()]
-        line = {"step": progress.step + 1, "loss": float(progress.losses[-1]).hex(), "rows": rows}
+        line = {"step": trainer.state.step + 1, "loss": float(trainer.monitor.agreed[-1]).hex(), "rows": rows}
         os.write(file, (json.dumps(line) + "\n").encode())
+        return loss
 
-    Progress.took = recording  # type: ignore[method-assign]
+    Trainer._forward = recording  # type: ignore[method-assign]
 
 
 def record_states(folder: Path) -> None:
@@ -61,7 +62,7 @@ def record_states(folder: Path) -> None:
     import hashlib
 
     from tests.ranks.states import whole_optimizer_state, whole_state
-    from trec_twotower.training.checkpoint import Checkpoints
+    from trec_twotower.training.checkpoints.checkpoint import Checkpoints
 
     folder.mkdir(parents=True, exist_ok=True)
     save, load = Checkpoints.save, Checkpoints.load
@@ -96,10 +97,10 @@ def plant_nan(what: str, step: str, planted_rank: str, rank: int) -> None:
     forward = TwoTower.forward
     calls = 0
 
-    def broken(model: TwoTower, batch: Any) -> torch.Tensor:
+    def broken(model: TwoTower, batch: Any, **more: Any) -> torch.Tensor:
         nonlocal calls
         calls += 1
-        loss = forward(model, batch)
+        loss = forward(model, batch, **more)
         if calls == int(step):
             if what == "loss":
                 return loss * float("nan")

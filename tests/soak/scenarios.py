@@ -201,7 +201,7 @@ def _newest_step(run_dir: Path) -> int:
 def _check_all_whole(run_dir: Path, tally: Tally) -> None:
     """Whatever has a manifest after a kill is what the manifest says."""
     from trec_twotower.storage.artifacts import SealedFolder
-    from trec_twotower.training.checkpoint import FORMAT
+    from trec_twotower.training.checkpoints.checkpoint import FORMAT
 
     for path in run_dir.glob("checkpoints/step-*"):
         if (path / "manifest.json").is_file():

@@ -52,8 +52,8 @@ def _checkpoint_reader(soak: Soak, run_dir: Path) -> Read:
     def read(folder: Path) -> Any:
         from tests.ranks.states import whole_state
         from trec_twotower.distributed.ranks import start_ranks
-        from trec_twotower.training.checkpoint import Checkpoints
-        from trec_twotower.training.loop import build_model
+        from trec_twotower.training.checkpoints.checkpoint import Checkpoints
+        from trec_twotower.training.model_builder import build_model
 
         warnings.simplefilter("ignore")
         if not made:
@@ -237,7 +237,7 @@ def _take_poison(soak: Soak, folder: Path, place: str, kind: str, trap: Path) ->
     """The error that the stage raises which reads this place."""
     from trec_twotower.distributed.ranks import start_ranks
     from trec_twotower.errors import ConfigError, DataError
-    from trec_twotower.storage.atomic import seal
+    from trec_twotower.storage.manifest import seal
     from trec_twotower.training.run_dir import Run as TrainedRun
 
     what, _, name = place.partition("/")
@@ -264,7 +264,7 @@ def _take_poison(soak: Soak, folder: Path, place: str, kind: str, trap: Path) ->
         else:
             opened = TrainedRun.open(run)
             with start_ranks() as ranks:
-                opened.sources(ranks)
+                _ = opened.initialize(ranks) or opened.open_dataset(ranks)
             opened.item_counts()
     except (DataError, ConfigError) as error:
         return str(error)

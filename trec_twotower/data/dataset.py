@@ -33,6 +33,7 @@ from trec_twotower.data.parquet_files import (
 )
 from trec_twotower.errors import ConfigError, DataError, nearest
 from trec_twotower.ops.hashing import is_id
+from trec_twotower.storage.manifest import own_sha256
 
 USER_ID, ITEM_ID, POSITIVES = "user_id", "item_id", "positives"
 DESCRIPTION = "dataset.yaml"
@@ -386,7 +387,7 @@ class Dataset:
         described = read_yaml(path) or {} if path.is_file() else {}
         if not isinstance(described, dict):
             raise DataError(f"{path} does not describe a dataset: make it again, or remove it.")
-        if "sha256" in described and described["sha256"] != digest_of_description(described):
+        if "sha256" in described and described["sha256"] != own_sha256(described):
             raise DataError(f"{path} is damaged or was changed (its own sha256 differs): make it again, or remove it.")
         return described
 
@@ -451,9 +452,3 @@ def _decoded(file: pq.ParquetFile, group: RowGroup, columns: list[str], block_ro
         return
     for batch in file.iter_batches(block_rows, row_groups=[group.number], columns=columns, use_threads=False):
         yield pa.Table.from_batches([batch])
-
-
-def digest_of_description(described: Mapping[str, Any]) -> str:
-    """SHA-256 of what dataset.yaml says, but for this digest itself."""
-    rest = {name: value for name, value in described.items() if name != "sha256"}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()

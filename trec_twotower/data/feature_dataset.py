@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from trec_twotower.config.base import Side
+from trec_twotower.config.data import DataConfig
 from trec_twotower.config.feature_spec import HISTORY, FeatureSpec, ItemListFeature
 from trec_twotower.config.features import BagFeature, IdFeature, NumericFeature, SequenceFeature, VocabularyFeature
 from trec_twotower.config.schema import Schema
@@ -25,6 +26,11 @@ from trec_twotower.ops.hashing import is_id, is_text
 from trec_twotower.ops.ragged import Lists
 from trec_twotower.storage.arrow_values import python_value
 from trec_twotower.storage.cache_dir import CacheFolder
+
+
+def open_cache(data: DataConfig) -> CacheFolder:
+    """Return the cache directory that `data.cache` and `data.cache_gb` describe; nothing is created yet."""
+    return CacheFolder(data.cache, int(data.cache_gb * 1e9))
 
 
 class Counter(Protocol):

@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from trec_twotower.distributed.compat import cpu_supports, set_collective_timeout
 from trec_twotower.distributed.signals import end_with_launcher
 from trec_twotower.errors import ConfigError
 from trec_twotower.storage.fault_point import fault_point
@@ -114,7 +115,7 @@ class Ranks:
 
     def is_under_way(self) -> None:
         """The first step is done: from here on a collective may take `timeout_s` and no longer."""
-        _set_timeout(timedelta(seconds=self.timeout_s))
+        set_collective_timeout(timedelta(seconds=self.timeout_s))
 
     def new_group(self) -> dist.ProcessGroup:
         """A group of all ranks for messages between CPUs that run beside others'."""
@@ -173,8 +174,7 @@ def _multiplies_bf16(device: torch.device) -> bool:
     """Faster than float32: GPUs from A100 on, CPUs with AVX512-BF16 or AMX."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
-    asked = (getattr(torch.cpu, f"_is_{name}_supported", None) for name in ("avx512_bf16", "amx_tile"))
-    return any(ask is not None and ask() for ask in asked)
+    return cpu_supports("avx512_bf16") or cpu_supports("amx_tile")
 
 
 def _able_to_travel(error: Exception) -> Exception:
@@ -363,14 +363,6 @@ def start_ranks(
         # it would wait for them, and the error with it. The end of the process takes them down as well.
         if not (has_failed and num_ranks > 1 and place.type == "cuda"):
             dist.destroy_process_group()
-
-
-def _set_timeout(timeout: timedelta) -> None:
-    """Of the default group, from now on."""
-    if hasattr(dist, "set_timeout"):  # from torch 2.14 on
-        dist.set_timeout(timeout)
-    else:
-        torch.distributed.distributed_c10d._set_pg_timeout(timeout)
 
 
 @contextmanager

@@ -22,7 +22,7 @@ LOST = ("gloo", "NCCL", "Application timeout", "Connection", "Broken pipe")
 
 
 class Heartbeat:
-    """While entered, `doing` is known to the other ranks; a collective that fails becomes a LostRanks naming them.
+    """While entered, the other ranks know the phase of this one; a collective that fails becomes a LostRanks.
 
     A collective fails when a rank has died, or has not come to it within train.timeout_s. Where that rank had found a
     mistake of a person's (in rows that it alone reads, say), the others end with the same error.
@@ -35,6 +35,10 @@ class Heartbeat:
         self._is_store_gone = threading.Event()
         self._beats: threading.Thread | None = None
         self._mistake: Exception | None = None
+
+    def set_phase(self, phase: str) -> None:
+        """Report what this rank is doing from now on, such as "step 12"."""
+        self.doing = phase
 
     def __enter__(self) -> Self:
         if self.ranks.num_ranks > 1 and self.ranks.store is not None:

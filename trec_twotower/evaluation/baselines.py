@@ -12,7 +12,7 @@ from trec_twotower.config.training import SpectralConfig
 from trec_twotower.distributed.ranks import Ranks
 from trec_twotower.evaluation.metrics import popularity_ranking
 from trec_twotower.index import ExactItems, exact_search
-from trec_twotower.ops.kernels import kernel
+from trec_twotower.ops.compilation import kernel
 from trec_twotower.ops.ragged import Lists, offsets_of, side_by_side
 from trec_twotower.training.spectral_initialization import Taken, spectral_tables
 

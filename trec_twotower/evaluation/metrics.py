@@ -2,54 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from trec_twotower.ops.ragged import Lists
-
-MAX_CELLS = 1 << 22  # of one block's user x item matrix: bounds the memory of what goes block by block
-
-
-def first_kept(keep_BC: np.ndarray, k: int, *columns: tuple[np.ndarray, float]) -> tuple[np.ndarray, ...]:
-    """The first `k` kept entries of each row, in order; `columns` are (matrix B x C, filling) pairs."""
-    place_BC = np.cumsum(keep_BC, axis=1) - 1
-    row, column = np.nonzero(keep_BC & (place_BC < k))
-    place = place_BC[row, column]
-    packed = []
-    for matrix_BC, filling in columns:
-        packed_BK = np.full((len(matrix_BC), k), filling, dtype=matrix_BC.dtype)
-        packed_BK[row, place] = matrix_BC[row, column]
-        packed.append(packed_BK)
-    return tuple(packed)
-
-
-def blocks_by_length(lengths: np.ndarray, extra: int) -> Iterator[np.ndarray]:
-    """Users in groups of like list length, a group's users x (longest + extra) within MAX_CELLS.
-
-    So that one user with a long list costs a small group its width and not everybody. A group's
-    longest list (plus extra) is at most twice its shortest.
-    """
-    order = np.argsort(lengths, kind="stable")
-    width = lengths[order] + extra
-    start = 0
-    while start < len(order):
-        stop = int(np.searchsorted(width, 2 * max(int(width[start]), 1), side="right"))
-        stop = min(stop, start + max(1, MAX_CELLS // max(int(width[stop - 1]), 1)))
-        yield order[start:stop]
-        start = stop
-
-
-def find_repeats(item_row_BK: np.ndarray) -> np.ndarray:
-    """Bool: this entry repeats an item that stands further left in its row; -1 (no item) does not count."""
-    order_BK = np.argsort(item_row_BK, axis=1, kind="stable")
-    sorted_BK = np.take_along_axis(item_row_BK, order_BK, axis=1)
-    again_BK = np.zeros(item_row_BK.shape, dtype=bool)
-    again_BK[:, 1:] = (sorted_BK[:, 1:] == sorted_BK[:, :-1]) & (sorted_BK[:, 1:] >= 0)
-    repeats_BK = np.zeros(item_row_BK.shape, dtype=bool)
-    np.put_along_axis(repeats_BK, order_BK, again_BK, axis=1)
-    return repeats_BK
+from trec_twotower.ops.topk import MAX_CELLS, blocks_by_length, find_repeats, first_allowed
 
 
 @dataclass(frozen=True)
@@ -252,5 +211,5 @@ def popularity_ranking(count_I: np.ndarray, seen: Lists, k: int) -> np.ndarray:
     for users in blocks_by_length(lengths, extra=k):
         width = min(len(popular_I), k + int(lengths[users].max()))
         row_BC = np.broadcast_to(popular_I[:width], (len(users), width))
-        (item_row_BK[users],) = first_kept(~seen.take(users).contain(row_BC), k, (row_BC, -1))
+        (item_row_BK[users],) = first_allowed(~seen.take(users).contain(row_BC), k, (row_BC, -1))
     return item_row_BK

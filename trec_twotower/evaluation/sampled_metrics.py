@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from trec_twotower.ops.kernels import kernel, mixed
+from trec_twotower.ops.compilation import kernel
+from trec_twotower.ops.hashing import mix_key
 from trec_twotower.ops.ragged import Lists, offsets_of, side_by_side
 
 TRIES = 20  # draws for each negative wanted, before a user gets fewer
@@ -101,12 +102,12 @@ def _ranks(
             goal = _score(user_BMD, user, item_ID, positive)
             low = part_offsets[part_I[positive]]
             size = part_offsets[part_I[positive] + 1] - low
-            key = mixed(mixed(seed + first_user + np.uint64(user)) ^ np.uint64(positive))
+            key = mix_key(mix_key(seed + first_user + np.uint64(user)) ^ np.uint64(positive))
             place, drawn = 1.0, 0
             for attempt in range(TRIES * count):
                 if drawn == count:
                     break
-                item = member_I[low + np.int64(mixed(key + np.uint64(attempt)) % np.uint64(size))]
+                item = member_I[low + np.int64(mix_key(key + np.uint64(attempt)) % np.uint64(size))]
                 where = np.searchsorted(mine, item)
                 if where < mine.size and mine[where] == item:
                     continue

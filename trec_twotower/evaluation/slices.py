@@ -1,4 +1,4 @@
-"""Parts of the users and of the items, by which an evaluation is told apart."""
+"""Slices of users and items by which metrics are reported."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from trec_twotower.data.held_out import HeldOut
 from trec_twotower.errors import ConfigError, nearest
 from trec_twotower.storage.arrow_values import python_values
 
-HEAD_SHARE = 0.2  # of the items that were ever taken: the most taken of them
-MOST_VALUES = 12  # of a column that are told apart; the rest are "others"
+HEAD_SHARE = 0.2  # share of the items with interactions in train that are the head
+MOST_VALUES = 12  # values of a column with a label of their own; the rest are "others"
 OTHERS, NONE = "others", "none"
 
 
 @dataclass(frozen=True)
 class Slice:
-    """One way to part this rank's users, or all items: the part of each, of which there are `labels`."""
+    """A partition of this rank's users, or of all items, into labeled parts."""
 
     name: str
     side: Side
@@ -36,9 +36,9 @@ class Slice:
 def make_slices(
     names: Sequence[str], sources: Sources, held_out: HeldOut, split: str, count_I: np.ndarray
 ) -> list[Slice]:
-    """The slices of these names, with the same labels on all ranks, which hold different users.
+    """Return the slices of these names; labels are the same on all ranks.
 
-    Raises ConfigError for a column that is not there, or that has lists.
+    Raises ConfigError for an unknown column and for one of lists.
     """
     made = []
     for name in names:
@@ -58,17 +58,19 @@ def make_slices(
 
 
 def _tail(count_I: np.ndarray) -> Slice:
-    """Items nobody took in train, the most taken fifth of the others, and the rest; of equals the first goes up."""
+    """Return items without interactions in train, the fifth of the others with most, and the rest; ties by row."""
     order = np.argsort(-count_I, kind="stable")
-    num_taken = int((count_I > 0).sum())
+    num_known = int((count_I > 0).sum())
     part_I = np.zeros(len(count_I), np.int64)
-    part_I[order[:num_taken]] = 1
-    part_I[order[: int(np.ceil(HEAD_SHARE * num_taken))]] = 2
-    return Slice("tail", "item", ("cold (never taken in train)", "tail", "head (the most taken fifth)"), part_I)
+    part_I[order[:num_known]] = 1
+    part_I[order[: int(np.ceil(HEAD_SHARE * num_known))]] = 2
+    return Slice(
+        "tail", "item", ("cold (no interactions in train)", "tail", "head (top fifth by interactions)"), part_I
+    )
 
 
 def _octave(count: np.ndarray) -> np.ndarray:
-    """0 for none, 1 for 1, 2 for 2-3, 3 for 4-7 ..."""
+    """Return 0 for count 0, 1 for 1, 2 for 2-3, 3 for 4-7 and so on."""
     return np.frexp(np.asarray(count, np.float64))[1].astype(np.int64)
 
 
@@ -76,7 +78,7 @@ _OCTAVES = ("0", "1", *(f"{1 << power:,} - {(2 << power) - 1:,}" for power in ra
 
 
 def _of_users(name: str, column: str, sources: Sources, held_out: HeldOut, split_name: str) -> Slice:
-    """By a column of the rows that are evaluated, else of users/."""
+    """Return the slice by a column of the evaluated rows, else of users/."""
     split, users = sources.dataset.split(split_name), sources.dataset.users
     place = split if split.has(column) or users is None else users
     values = column_of(place, column, name)
@@ -88,21 +90,23 @@ def _of_users(name: str, column: str, sources: Sources, held_out: HeldOut, split
 
 
 def column_of(split: Split, column: str, name: str) -> pa.Array:
-    """The whole column; `name` is what asked for it. Raises ConfigError where there is none, or one of lists."""
+    """Return the whole column. Raises ConfigError, with the option `name`, for an unknown column and for lists."""
     if not split.has(column):
         known = [each for each in split.columns if each not in (USER_ID, ITEM_ID)]
-        raise ConfigError(f"The slice {name!r} asks for column {column!r} of {split.folder}{nearest(column, known)}.")
+        raise ConfigError(
+            f"The slice {name!r} needs column {column!r}, which is not in {split.folder}{nearest(column, known)}."
+        )
     values = one_chunk(split.table([column])[column])
     if pa.types.is_nested(values.type):
         raise ConfigError(
-            f"The slice {name!r} asks for column {column!r} of {split.folder}, which holds {values.type}: name one "
-            "with a value a row."
+            f"The slice {name!r} needs column {column!r} of {split.folder}, which has the type {values.type}. Give a "
+            "column with one value per row."
         )
     return values
 
 
 def parts_of(values: pa.Array) -> tuple[tuple[str, ...], np.ndarray]:
-    """Labels, and the part of each row: a value each, or quarters of numbers that have many values."""
+    """Return labels and the label number of each row: one label per value, or quartiles of many numbers."""
     is_number = pa.types.is_integer(values.type) or pa.types.is_floating(values.type)
     distinct = pc.value_counts(values.drop_null())
     if is_number and len(distinct) > MOST_VALUES:

@@ -11,13 +11,13 @@ from trec_twotower.config.base import as_values
 from trec_twotower.config.evaluation import IndexConfig
 from trec_twotower.distributed.host_memory import give_back
 from trec_twotower.errors import ConfigError, DataError
+from trec_twotower.index.backends.faiss_backend import error_text, faiss, uses_gpu
+from trec_twotower.index.backends.kinds import make_searcher
+from trec_twotower.index.backends.matrix import Matrix, Vectors, as_vectors, check_same_dim, norms
+from trec_twotower.index.backends.shard import HALF_MAX, PLAIN_TYPES, Shard
 from trec_twotower.index.exact import ROUNDING, RunningBest
-from trec_twotower.index.faiss_backend import error_text, faiss, uses_gpu
 from trec_twotower.index.item_index import IndexReport, ItemIndex
-from trec_twotower.index.kinds import make_searcher
-from trec_twotower.index.matrix import Matrix, Vectors, as_vectors, check_same_dim, norms
 from trec_twotower.index.recipe import Recipe, choose_recipe
-from trec_twotower.index.shard import HALF_MAX, PLAIN_TYPES, Shard
 from trec_twotower.index.training import (
     assigned_by_distance,
     nearest_index,
@@ -75,6 +75,7 @@ def build_index(items: Vectors | np.ndarray, users: Vectors | np.ndarray, config
         add_s=built - trained,
         tune_s=time.perf_counter() - built,
         settings=as_values(config),
+        exact_users_per_s=truth.exact_users_per_s,
         **tuned,
     )
     return ItemIndex(searcher, report)
@@ -114,7 +115,7 @@ class _Truth:
                 ("long", users.tune_BD[:LONG_USERS], ks[-1] + k if len(ks) > 1 else 1),
             )
         }
-        first_row, longest = 0, 0.0
+        first_row, longest, report_s = 0, 0.0, 0.0
         for item_CD in items.pieces():
             item_CD = as_vectors(item_CD, "item")
             if "fp16" in recipe.factory and float(np.abs(item_CD).max(initial=0)) > HALF_MAX:
@@ -124,15 +125,18 @@ class _Truth:
                     "index.factory to lists of Flat."
                 )
             longest = max(longest, float(norms(item_CD).max(initial=0)))
-            for each in best.values():
+            for name, each in best.items():
+                started = time.process_time()
                 if len(each.user_BD):
                     each.add(item_CD, first_row)
+                report_s += time.process_time() - started if name == "report" else 0.0
             first_row += len(item_CD)
             del item_CD  # before the next is read
         self.hits_I = np.bincount(best["hits"].item_row_BK.ravel(), minlength=num_items) if has_lists else None
         slack = ROUNDING * np.sqrt(items.dim) * longest
         self.tuned_for = [RecallJudge(best["tune" if each == k else "long"], each, slack) for each in ks]
         self.reported_on = RecallJudge(best["report"], k, slack)
+        self.exact_users_per_s = len(users.report_BD) / max(report_s, 1e-9)
 
 
 # ---------------------------------------------------------------- the recipe's index, and its items

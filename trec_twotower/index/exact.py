@@ -14,14 +14,13 @@ import numpy as np
 import torch
 
 from trec_twotower.errors import ConfigError
-from trec_twotower.evaluation.metrics import blocks_by_length, find_repeats, first_kept
-from trec_twotower.index.faiss_backend import BLAS_BATCH, Answer, Device, inner_products, knn
-from trec_twotower.index.matrix import as_vectors, check_same_dim, norms
+from trec_twotower.index.backends.faiss_backend import BLAS_BATCH, Answer, Device, inner_products, knn
+from trec_twotower.index.backends.matrix import as_vectors, check_same_dim, norms
 from trec_twotower.ops.ragged import Lists
+from trec_twotower.ops.topk import MAX_CELLS, blocks_by_length, find_repeats, first_allowed
 
 SPARE = 8  # candidates fetched beyond k, to see whether the k-th best ties with the next
 MORE = 4  # times as many are fetched while it does
-MAX_CELLS = 1 << 22  # candidates of one block of users
 ROUNDING = 8 * 2.0**-24  # two float32 sums of one inner product differ by less, x sqrt(dim) |user| |item|
 USER_BLOCK, ITEM_BLOCK = 256, 1 << 17  # scores that a GPU holds at a time: 128 MiB
 
@@ -231,7 +230,7 @@ def merge_vectors(found: Answer, num_users: int, k: int) -> Answer:
     score_BC, item_row_BC = (matrix.reshape(num_users, -1) for matrix in found)
     score_BC, item_row_BC = order(score_BC, item_row_BC, score_BC.shape[1])
     keep_BC = (item_row_BC >= 0) & ~find_repeats(item_row_BC)
-    score_BK, item_row_BK = first_kept(keep_BC, k, (score_BC, -np.inf), (item_row_BC, -1))
+    score_BK, item_row_BK = first_allowed(keep_BC, k, (score_BC, -np.inf), (item_row_BC, -1))
     return score_BK, item_row_BK
 
 
@@ -239,7 +238,7 @@ def without_seen(found: Answer, seen: Lists, k: int) -> Answer:
     """Return the first `k` items of each row that are not on the user's list."""
     score_BC, item_row_BC = found
     keep_BC = (item_row_BC >= 0) & ~seen.contain(item_row_BC)
-    score_BK, item_row_BK = first_kept(keep_BC, k, (score_BC, -np.inf), (item_row_BC, -1))
+    score_BK, item_row_BK = first_allowed(keep_BC, k, (score_BC, -np.inf), (item_row_BC, -1))
     return score_BK, item_row_BK
 
 

@@ -13,16 +13,16 @@ import pyarrow.parquet as pq
 import xxhash
 
 from trec_twotower.errors import ConfigError, DataError
-from trec_twotower.evaluation.metrics import blocks_by_length
+from trec_twotower.index.backends.faiss_backend import BLAS_BATCH, Answer, Device, error_text, faiss
+from trec_twotower.index.backends.kinds import make_searcher
+from trec_twotower.index.backends.matrix import as_vectors
 from trec_twotower.index.exact import empty_answer, merge_vectors, without_seen
-from trec_twotower.index.faiss_backend import BLAS_BATCH, Answer, Device, error_text, faiss
 from trec_twotower.index.filters import Allowed, Strategy, choose_strategy
-from trec_twotower.index.kinds import make_searcher
-from trec_twotower.index.matrix import as_vectors
 from trec_twotower.index.searcher import SearchEffort, Searcher, effort_for
 from trec_twotower.ops.ragged import Lists
+from trec_twotower.ops.topk import blocks_by_length
 from trec_twotower.storage.artifacts import SealedFolder, new_folder
-from trec_twotower.storage.atomic import MANIFEST, seal
+from trec_twotower.storage.manifest import MANIFEST, seal
 
 MEND = "build the index again: trec-twotower index RUN"
 ITEMS = "items.parquet"
@@ -53,6 +53,13 @@ class IndexReport:
     add_s: float  # reading and adding the items
     tune_s: float
     settings: dict[str, Any] = field(default_factory=dict)  # the index section of the config it was built with
+    exact_users_per_s: float = 0.0  # exact search, per second of CPU time
+    latency_ms: dict[str, float] = field(default_factory=dict)  # p50, p90 and p99 of searches for one user each
+
+    @property
+    def users_per_s(self) -> float:
+        """Users per second of CPU time of the tuned search in one batch."""
+        return min(self.curve, key=lambda point: abs(point[1] - self.scanned_share))[2]
 
     def summary(self) -> str:
         """Return a line that says what was built and what it reaches."""

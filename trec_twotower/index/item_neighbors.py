@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 
-from trec_twotower.evaluation.metrics import first_kept
+from trec_twotower.index.backends.faiss_backend import faiss
+from trec_twotower.index.backends.kinds import make_searcher
+from trec_twotower.index.backends.matrix import as_vectors, norms
 from trec_twotower.index.exact import ExactItems, exact_search
-from trec_twotower.index.faiss_backend import faiss
-from trec_twotower.index.kinds import make_searcher
-from trec_twotower.index.matrix import as_vectors, norms
 from trec_twotower.index.searcher import SearchEffort, Searcher
+from trec_twotower.ops.topk import first_allowed
 
 EXACT_ITEMS = 1 << 16  # of a larger catalogue the neighbours are those that an inverted file finds
 LISTS_SCANNED = 32  # one list of so many
@@ -38,7 +38,7 @@ def neighbours(item_ID: np.ndarray, rows: np.ndarray, first: int, last: int) -> 
             assert items is not None
             _, near_BK = exact_search(items, item_ID[part], wanted)
         is_other = (near_BK >= 0) & (near_BK != part[:, None])
-        [kept_BK] = first_kept(is_other, last, (near_BK, -1))
+        [kept_BK] = first_allowed(is_other, last, (near_BK, -1))
         found[start : start + BLOCK] = kept_BK[:, first - 1 :]
     return found
 

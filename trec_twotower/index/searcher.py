@@ -11,6 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from trec_twotower.index.backends.faiss_backend import BLAS_BATCH, GPU_LIMIT, Answer, faiss, inner_products
+from trec_twotower.index.backends.gpu import GpuCopies
+from trec_twotower.index.backends.matrix import PIECE
+from trec_twotower.index.backends.shard import Shard
 from trec_twotower.index.exact import (
     SPARE,
     ExactItems,
@@ -22,11 +26,7 @@ from trec_twotower.index.exact import (
     order,
     padded,
 )
-from trec_twotower.index.faiss_backend import BLAS_BATCH, GPU_LIMIT, Answer, faiss, inner_products
 from trec_twotower.index.filters import Allowed, Strategy, check_mask
-from trec_twotower.index.gpu import GpuCopies
-from trec_twotower.index.matrix import PIECE
-from trec_twotower.index.shard import Shard
 
 SAMPLE_ITEMS = 2048  # items that tell the rank of a score
 FEWEST_ABOVE = 8  # of them must score higher for the rank to be known

@@ -22,11 +22,11 @@ import numpy as np
 
 from trec_twotower.config.evaluation import IndexConfig
 from trec_twotower.errors import ConfigError
-from trec_twotower.index.faiss_backend import Device, error_text, faiss, to_gpu, uses_gpu
-from trec_twotower.index.kinds import rank_share
-from trec_twotower.index.matrix import Vectors
+from trec_twotower.index.backends.faiss_backend import Device, error_text, faiss, to_gpu, uses_gpu
+from trec_twotower.index.backends.kinds import rank_share
+from trec_twotower.index.backends.matrix import Vectors
+from trec_twotower.index.backends.shard import Shard
 from trec_twotower.index.recipe import GRAPH_LISTS
-from trec_twotower.index.shard import Shard
 
 POINTS = 48  # training points per list, where there are so many items
 CODE_POINTS = 65_536  # training points of codes, where there are so many items

@@ -12,13 +12,14 @@ import numpy as np
 
 from trec_twotower.config.evaluation import IndexConfig
 from trec_twotower.errors import ConfigError
+from trec_twotower.index.backends.faiss_backend import Answer
 from trec_twotower.index.exact import RunningBest
-from trec_twotower.index.faiss_backend import Answer
 from trec_twotower.index.searcher import SearchEffort, Searcher
 from trec_twotower.ops.ragged import Lists
 
 SAFE = 0.1  # share of the allowed misses that is left unused, since other users lose a little more
 FACTORS = (1, 2, 4, 8, 16)  # of k: the neighbours that searches are tuned for
+LATENCY_USERS = 256  # searched for one by one
 REFINE_FACTORS = (2, 3, 4, 6, 8, 12, 16, 32)
 AROUND = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5)  # factors of the breadth on the curve of the report
 
@@ -64,7 +65,19 @@ def tune(
         "scanned_share": float(share_B.mean()),
         "scanned_most": float(np.percentile(share_B, 99)),
         "curve": _curve(searcher, reported_on, efforts[0]),
+        "latency_ms": _latency_ms(searcher, reported_on, efforts[0]),
     }
+
+
+def _latency_ms(searcher: Searcher, judge: RecallJudge, effort: SearchEffort) -> dict[str, float]:
+    """Return percentiles of the wall time of searches for one user each, after one search that is not timed."""
+    seconds = []
+    for user_D in [judge.user_BD[0], *judge.user_BD[:LATENCY_USERS]]:
+        started = time.perf_counter()
+        searcher.search(user_D[None], judge.k, effort)
+        seconds.append(time.perf_counter() - started)
+    p50, p90, p99 = (1e3 * np.percentile(seconds[1:], [50, 90, 99])).tolist()
+    return {"p50": p50, "p90": p90, "p99": p99}
 
 
 def _choose_refinement(searcher: Searcher, judge: RecallJudge, config: IndexConfig) -> None:

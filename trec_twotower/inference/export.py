@@ -19,42 +19,18 @@ from trec_twotower.data.features.transform import Columns
 from trec_twotower.data.held_out import HeldOut
 from trec_twotower.distributed.ranks import Ranks
 from trec_twotower.errors import ConfigError, DataError, nearest
+from trec_twotower.inference.model_loader import LoadedModel
 from trec_twotower.model.encode import encode
-from trec_twotower.model.two_tower import TwoTower
 from trec_twotower.storage.arrow_values import python_values
 from trec_twotower.storage.artifacts import NewFolder, SealedFolder
-from trec_twotower.storage.atomic import naming_a_full_disk, seal
-from trec_twotower.training.checkpoint import Checkpoints
-from trec_twotower.training.loop import build_model, towers
-from trec_twotower.training.run_dir import Run
+from trec_twotower.storage.atomic import naming_a_full_disk
+from trec_twotower.storage.manifest import seal
 
 VECTOR = "vector"
 VECTORS = "vectors"  # of users with several
 GROUP_ROWS = 1 << 16  # of a row group: what is encoded and written together
 PIECE = 1 << 16  # vectors that are handed on together when an export is read back
 READ_ROWS = 1 << 11  # rows that are decoded together for that: what Arrow makes of them is several times as large
-
-
-@dataclass(frozen=True)
-class LoadedModel:
-    """A run's towers with the weights of one checkpoint."""
-
-    run: Run
-    sources: Sources
-    model: TwoTower
-    version: str
-    step: int
-
-
-def load_model(run: Run, ranks: Ranks, which: str = "best") -> LoadedModel:
-    """The towers of a run's checkpoint ("best", "newest" or a step), spread over these ranks."""
-    checkpoints = Checkpoints(run.folder / "checkpoints", ranks, config=run.config)
-    checkpoints.choose(which)  # raises what it has to before the data are read
-    sources = run.sources(ranks)
-    sharded = build_model(run.config, ranks)
-    manifest, version = checkpoints.load_chosen(which, sharded)
-    sharded.eval()
-    return LoadedModel(run, sources, towers(sharded), version, manifest["step"])
 
 
 def export(loaded: LoadedModel, ranks: Ranks, *, columns: Sequence[str] = (), users: str | None = None) -> Path:

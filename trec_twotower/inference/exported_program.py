@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import io
 import logging
 import warnings
@@ -56,8 +55,7 @@ class Program(nn.Module):
         self.tokens = [lookup_key(side, feature) for feature in layout.layer_features(side) if feature.has_tokens]
         weights = table_parameters(model)
         self.tables = nn.ParameterDict({name: weights[name] for name in sorted(set(self.table_of.values()))})
-        self.tower = copy.copy(model.user_tower if side == "user" else model.item_tower)
-        self.tower.note_length = None
+        self.tower = model.user_tower if side == "user" else model.item_tower
 
     def forward(self, inputs: dict[str, Tensor]) -> Tensor:
         def listed(name: str) -> Listed:

@@ -35,16 +35,18 @@ from trec_twotower.data.feature_dataset import Sources
 from trec_twotower.data.features.transform import Columns, Statistics, check_kind, transform
 from trec_twotower.distributed.ranks import Ranks, check_process, quiet_libraries
 from trec_twotower.errors import ConfigError, DataError, nearest
-from trec_twotower.inference.export import LoadedModel, vector_column
+from trec_twotower.inference.export import vector_column
 from trec_twotower.inference.exported_program import ProgramError, export_program, program_inputs
+from trec_twotower.inference.model_loader import load_model
 from trec_twotower.model.encode import encode
+from trec_twotower.model.tensor_files import read_tensors, write_tensors
 from trec_twotower.model.two_tower import SIDES, TwoTower
 from trec_twotower.ops.key_table import KeyTable
 from trec_twotower.ops.ragged import Lists
 from trec_twotower.storage.artifacts import SealedFolder, new_folder
-from trec_twotower.storage.atomic import MANIFEST, read_json, seal, write_file, write_json
-from trec_twotower.storage.tensor_files import read_tensors, write_tensors
-from trec_twotower.training.checkpoint import Checkpoints
+from trec_twotower.storage.atomic import read_json, write_file, write_json
+from trec_twotower.storage.manifest import MANIFEST, seal
+from trec_twotower.training.model_builder import build_whole_model
 from trec_twotower.training.run_dir import Run
 
 MEND = "write it again: trec-twotower export RUN --encoder"
@@ -97,7 +99,7 @@ class Encoder:
     @classmethod
     def of(cls, run: Run, sources: Sources, which: str = "best") -> Encoder:
         """That of a run's checkpoint ("best", "newest" or a step), on the CPU; `sources` are the run's."""
-        loaded = load_whole(run, sources, torch.device("cpu"), which)
+        loaded = load_model(run, Ranks(0, 1, torch.device("cpu")), which, sources=sources, is_sharded=False)
         model = loaded.model
         facts = {
             "model_version": loaded.version,
@@ -222,29 +224,9 @@ def _table(rows: pa.Table | pa.RecordBatch) -> pa.Table:
     return pa.Table.from_batches([rows]) if isinstance(rows, pa.RecordBatch) else rows
 
 
-def load_whole(run: Run, sources: Sources, device: torch.device, which: str = "best") -> LoadedModel:
-    """As export.load_model, but with whole tables on one device, and in no process group."""
-    checkpoints = Checkpoints(run.folder / "checkpoints", Ranks(0, 1, torch.device("cpu")), config=run.config)
-    model = _plain_model(run.config)
-    manifest, version = checkpoints.load_chosen(which, model)
-    return LoadedModel(run, sources, model.to(device).eval(), version, manifest["step"])
-
-
-def _plain_model(config: RunConfig, *, has_tables: bool = True) -> TwoTower:
-    """The TwoTower with whole tables on the CPU, whose weights are not loaded yet; or without memory for them."""
-    ranks = Ranks(0, 1, torch.device("cpu"))
-    model = TwoTower(config.feature_schema, config.model, config.loss, ranks)
-    for tower in (model.user_tower, model.item_tower):
-        tower.trains_as(config.train.model_copy(update={"compile": False}), ranks)
-    for tables in (model.tables, model.lists):
-        if tables is not None and has_tables:
-            tables.to_empty(device="cpu")
-    return model.float()  # also tables that are kept in fp16: torch's own pooling wants one type
-
-
 def _loaded_model(config: RunConfig, weights: Mapping[str, Tensor], device: str) -> TwoTower:
     """The TwoTower with these weights, which are compared with the config before any memory is asked for."""
-    model = _plain_model(config, has_tables=False)
+    model = build_whole_model(config, has_tables=False)
     if extra := sorted(weights.keys() - model.state_dict().keys()):
         raise Misfit(f"has weights of another model: {extra[0]} has no place in it")
     for name, expected in model.state_dict().items():

@@ -15,7 +15,6 @@ import torch.nn.functional as F
 import xxhash
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torchrec.modules.embedding_configs import DataType, EmbeddingBagConfig, EmbeddingConfig, PoolingType
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 
@@ -23,6 +22,7 @@ from trec_twotower.config.base import Side
 from trec_twotower.config.schema import Schema, lookup_key, sub_name
 from trec_twotower.data.features.transform import divides
 from trec_twotower.data.loading.batch import Listed
+from trec_twotower.distributed.compat import local_shards
 from trec_twotower.model.tower_layers import aligned
 from trec_twotower.ops.hashing import mix, mix_torch
 
@@ -43,6 +43,11 @@ def table_in(name: str) -> str | None:
         if part in COLLECTIONS and before in (None, "tables", "lists"):
             return after
     return None
+
+
+def _keep(weights: Tensor) -> Tensor:
+    """Skip torchrec's own initialization: `fill_tables` or a checkpoint overwrites it."""
+    return weights
 
 
 def build_tables(schema: Schema) -> EmbeddingBagCollection | None:
@@ -66,6 +71,7 @@ def build_tables(schema: Schema) -> EmbeddingBagCollection | None:
                 feature_names=features[name],
                 pooling=PoolingType.SUM,
                 data_type=DataType.FP16 if spec.dtype == "fp16" else DataType.FP32,
+                init_fn=_keep,
             )
             for name, spec in schema.tables.items()
             if name in features
@@ -86,6 +92,7 @@ def build_lists(schema: Schema) -> EmbeddingCollection | None:
                 embedding_dim=spec.dim,
                 feature_names=[key for key, table in schema.layout.unpooled_keys.items() if table == name],
                 data_type=DataType.FP16 if spec.dtype == "fp16" else DataType.FP32,
+                init_fn=_keep,
             )
             for name, spec in schema.tables.items()
             if name in schema.unpooled_tables
@@ -258,12 +265,8 @@ def table_shards(model: nn.Module) -> Iterator[tuple[str, Tensor, tuple[int, int
         table = table_in(name)
         if table is None:
             continue
-        if isinstance(value, ShardedTensor):
-            for shard in value.local_shards():
-                row, column = shard.metadata.shard_offsets
-                yield table, shard.tensor.detach(), (row, column)
-        else:
-            yield table, value.detach(), (0, 0)
+        for weights, (row, column) in local_shards(value):
+            yield table, weights.detach(), (row, column)
 
 
 def fill_tables(model: nn.Module, schema: Schema, seed: int) -> None:

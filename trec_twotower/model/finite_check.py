@@ -1,4 +1,9 @@
-"""A look at the gradient before it reaches the tables, whose update is fused with the backward pass."""
+"""Check of the gradient before it reaches the tables, whose update is fused with the backward pass.
+
+On CPUs the check raises before any table changes. On GPUs reading the result would make every step wait for all queued
+kernels: there the check counts on the device, and the training loop reads the count every few steps and before every
+checkpoint (see training/diagnostics/step_monitor.py).
+"""
 
 from __future__ import annotations
 
@@ -13,31 +18,63 @@ from trec_twotower.distributed.ranks import Ranks
 from trec_twotower.errors import TrainingError
 
 
-class NotFinite(TrainingError):
-    """A gradient that is no number; raised on all ranks together, before any table is updated."""
+class NotFiniteError(TrainingError):
+    """A loss or gradient that is NaN or infinite; raised on all ranks together.
 
-
-def gate(looked_up: Sequence[Tensor], weights: Sequence[Tensor], ranks: Ranks) -> list[Tensor]:
-    """`looked_up` unchanged, whose backward pass raises NotFinite where any rank's gradient has NaN or infinity.
-
-    It looks at what flows to the tables and at the gradients of `weights`, which lie behind and have theirs by then.
+    `step` counts from 1 and `loss` is this rank's loss of that step; None where the raiser does not know them.
     """
-    return list(_Gate.apply(list(weights), ranks, *looked_up))
+
+    def __init__(self, message: str, step: int | None = None, loss: float | None = None) -> None:
+        super().__init__(message)
+        self.step, self.loss = step, loss
+
+
+class GradientCheck:
+    """Checks the gradients of one model, backward pass by backward pass."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        self.ranks = ranks
+        self._num_failed: Tensor | None = None  # on the device; None before the first backward pass of a GPU
+
+    def gate(self, looked_up: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Tensor]:
+        """Return `looked_up` unchanged; its backward pass checks its gradients and those of `weights`.
+
+        (`weights` are used after the lookup, so that their gradients are complete by then.) On CPUs the backward pass
+        raises NotFiniteError where any rank's gradient has NaN or infinity.
+        """
+        return list(_Gate.apply(list(weights), self, *looked_up))
+
+    def num_failed(self) -> Tensor | None:
+        """Return a copy of this rank's count of failed backward passes, an int64 on its GPU; None on CPUs."""
+        return None if self._num_failed is None else self._num_failed.clone()
+
+    def check(self, gradients: Sequence[Tensor]) -> None:
+        """Raise NotFiniteError where a gradient is not finite on any rank; on GPUs count it instead."""
+        # A sum is finite exactly where all its terms are (short of values that no training survives).
+        is_finite = torch.stack([gradient.sum() for gradient in gradients]).isfinite().all()
+        if is_finite.is_cuda:
+            if self._num_failed is None:
+                self._num_failed = torch.zeros((), dtype=torch.int64, device=is_finite.device)
+            self._num_failed += ~is_finite
+            return
+        is_bad = not bool(is_finite)
+        if num_bad := int(self.ranks.sum(np.array([is_bad]))[0]):
+            raise NotFiniteError(describe_gradient(num_bad, self.ranks.num_ranks, is_bad=is_bad))
+
+
+def describe_gradient(num_bad: int, num_ranks: int, *, is_bad: bool) -> str:
+    """Return the description of a gradient that is not finite on `num_bad` ranks; `is_bad` on this one."""
+    here = "this one" if is_bad else "not this one"
+    return f"A gradient has NaN or infinity on {num_bad} of {num_ranks} ranks ({here})"
 
 
 class _Gate(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, weights: list[Tensor], ranks: Ranks, *looked_up: Tensor) -> tuple[Tensor, ...]:
-        ctx.weights, ctx.ranks = weights, ranks
+    def forward(ctx: Any, weights: list[Tensor], check: GradientCheck, *looked_up: Tensor) -> tuple[Tensor, ...]:
+        ctx.weights, ctx.check = weights, check
         return tuple(each.view_as(each) for each in looked_up)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        # A sum is finite exactly where all of it is (short of values that no training survives), and reads it once.
-        found = [*gradients, *(weight.grad for weight in ctx.weights if weight.grad is not None)]
-        sums = [each.sum() for each in found]
-        is_bad = not bool(torch.stack(sums).isfinite().all())
-        if bad := int(ctx.ranks.sum(np.array([is_bad]))[0]):
-            here = "this one" if is_bad else "not this one"
-            raise NotFinite(f"A gradient has NaN or infinity on {bad} of {ctx.ranks.num_ranks} ranks ({here})")
+        ctx.check.check([*gradients, *(weight.grad for weight in ctx.weights if weight.grad is not None)])
         return None, None, *gradients

@@ -30,7 +30,7 @@ from trec_twotower.config.model import (
 )
 from trec_twotower.data.features.transform import GAP_BUCKETS
 from trec_twotower.data.loading.batch import Listed
-from trec_twotower.model.cpu.head_sums import applies_to, head_sums
+from trec_twotower.model.cpu.head_sums import head_sums, is_supported
 
 
 class SequenceEncoder(nn.Module, ABC):
@@ -56,7 +56,7 @@ class SequenceInput(nn.Module):
     def forward(self, item_UD: Tensor, listed: Listed) -> Tensor:
         """(B, D), or (B, M, D), of the distinct items' vectors and of how the rows' steps take them."""
         assert listed.place is not None and listed.length is not None
-        if isinstance(self.encoder, Heads) and self.gap is None and self.action is None and applies_to(item_UD):
+        if isinstance(self.encoder, Heads) and self.gap is None and self.action is None and is_supported(item_UD):
             return self.encoder.of_items(item_UD, listed, self.dropout.share if self.training else 0.0)
         step_ND = F.embedding(listed.place, item_UD)
         if self.gap is not None:

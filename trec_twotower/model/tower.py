@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from trec_twotower.config.model import TowerConfig
 from trec_twotower.config.training import TrainConfig
 from trec_twotower.data.loading.batch import Listed
+from trec_twotower.distributed.compat import lerp_
 from trec_twotower.distributed.ranks import Ranks
 from trec_twotower.model.tower_layers import (
     AlignedLinear,
@@ -81,7 +82,6 @@ class Tower(nn.Module):
         self._encodes_narrow = False
         self._micro_batch: int | None = None
         self._averaged: list[str] = []  # weights that have an average
-        self.note_length: Callable[[Tensor], None] | None = None  # is shown the vectors before they are normalised
 
     def trains_as(self, config: TrainConfig, ranks: Ranks) -> None:
         """Take the precision, the rows at a time and the average that a config asks for; before the first step."""
@@ -97,12 +97,13 @@ class Tower(nn.Module):
             for name, weight in weights.items():
                 self.register_buffer(average_of(name), weight.detach().clone())
 
-    def forward(self, feature_BE: Tensor) -> Tensor:
+    def forward(self, feature_BE: Tensor, on_raw: Callable[[Tensor], None] | None = None) -> Tensor:
+        """Return the vectors, (B, D), of length 1 for cosine similarity; `on_raw` is called with them before that."""
         vector_BD = self._in_parts(feature_BE) if self.training else self._averaging(self.layers, "layers.", feature_BE)
         for part in self._wide:
             vector_BD = vector_BD + feature_BE[:, part]
-        if self.note_length is not None:
-            self.note_length(vector_BD)
+        if on_raw is not None:
+            on_raw(vector_BD)
         return unit(vector_BD) if self.is_unit else vector_BD
 
     def penalty(self, ranks: Ranks) -> Tensor | None:
@@ -168,7 +169,7 @@ class Tower(nn.Module):
         weights = dict(self.named_parameters())
         averages = [getattr(self, average_of(name)) for name in self._averaged]
         if averages:
-            torch._foreach_lerp_(averages, [weights[name] for name in self._averaged], 1.0 - decay)
+            lerp_(averages, [weights[name] for name in self._averaged], 1.0 - decay)
 
 
 def encoder_name(feature: str) -> str:

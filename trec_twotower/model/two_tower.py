@@ -21,14 +21,14 @@ from trec_twotower.distributed.ranks import Ranks
 from trec_twotower.model.cross_batch_memory import ItemQueue
 from trec_twotower.model.embeddings import Pooled, build_lists, build_tables, pooled_by_hand, tower_input, tower_inputs
 from trec_twotower.model.feature_encoders import build_input
-from trec_twotower.model.finite_check import gate
+from trec_twotower.model.finite_check import GradientCheck
 from trec_twotower.model.losses import LOSSES, Hardest, Pairs, Relations
 from trec_twotower.model.losses.regularizers import alignment, nearness, squared_lengths
+from trec_twotower.model.losses.streaming_log_q import Frequency
+from trec_twotower.model.losses.temperature import Temperature
 from trec_twotower.model.multi_interest import attended, gaussian_item, gaussian_user, likeness, uses
 from trec_twotower.model.sequence_encoders import SequenceInput
-from trec_twotower.model.step_diagnostics import Histogram, Watch
-from trec_twotower.model.streaming_log_q import Frequency
-from trec_twotower.model.temperature import Temperature
+from trec_twotower.model.step_diagnostics import Histogram, StepDiagnostics
 from trec_twotower.model.tower import Tower, encoder_name
 from trec_twotower.model.tower_layers import row_means
 
@@ -71,9 +71,8 @@ class TwoTower(nn.Module):
         for side in SIDES:
             for feature in schema.layout.layer_features(side):
                 self._tower(side).encoders[encoder_name(feature.name)] = build_input(feature)
-        self.watch = Watch(is_unit=is_unit)
-        self.user_tower.note_length = partial(self.watch.note_length, "user")
-        self.item_tower.note_length = partial(self.watch.note_length, "item")
+        self.diagnostics = StepDiagnostics(is_unit=is_unit)
+        self.gradient_check = GradientCheck(ranks)
         self.parameters_of_loss = loss.parameters
         temperature = loss.parameters.get("temperature")
         learned = temperature if isinstance(temperature, LearnedTemperature) else None
@@ -93,24 +92,29 @@ class TwoTower(nn.Module):
         """(S, D)."""
         return self._vectors("item", self._inputs(batch, "item")["item"])
 
-    def _vectors(self, side: Side, feature_BE: Tensor) -> Tensor:
-        """What a tower makes of its input; of each of a user's several, where there are."""
+    def _vectors(self, side: Side, feature_BE: Tensor, *, with_diagnostics: bool = False) -> Tensor:
+        """Return a tower's vectors of its input: (B, D), or (B, M, D) of users with several vectors."""
         tower = self._tower(side)
+        on_raw = partial(self.diagnostics.record_length, side) if with_diagnostics else None
         if feature_BE.ndim == 3:
-            return tower(feature_BE.flatten(0, 1)).unflatten(0, feature_BE.shape[:2])
-        vector_BD = tower(feature_BE)
+            return tower(feature_BE.flatten(0, 1), on_raw).unflatten(0, feature_BE.shape[:2])
+        vector_BD = tower(feature_BE, on_raw)
         if not self.is_gaussian:
             return vector_BD
         return gaussian_user(vector_BD, is_unit=self.is_unit) if side == "user" else gaussian_item(vector_BD)
 
-    def forward(self, batch: Batch) -> Tensor:
-        """The loss of this rank's rows, scaled so that its mean over ranks is the mean over all rows of the step."""
+    def forward(self, batch: Batch, *, with_diagnostics: bool = False) -> Tensor:
+        """Return the loss of this rank's rows, whose mean over ranks is the mean over all rows of the step.
+
+        `with_diagnostics` records what `figures` returns of this step; all ranks pass the same.
+        """
         inputs = self._inputs(batch, *SIDES)
-        user_BD = self._vectors("user", inputs["user"])
-        item_CD = self.ranks.gather(self._vectors("item", inputs["item"]), list(batch.item_sizes))
+        user_BD = self._vectors("user", inputs["user"], with_diagnostics=with_diagnostics)
+        item_SD = self._vectors("item", inputs["item"], with_diagnostics=with_diagnostics)
+        item_CD = self.ranks.gather(item_SD, list(batch.item_sizes))
         relations = relations_of(batch, self.loss.log_q_strength)
         assert relations.given is not None or self.loss.impressions is None, (
-            "loss.impressions is set, but the batch has none"
+            "loss.impressions is set, but the batch has no pairs"
         )
         log_p_C = batch.log_q_C
         if self.frequency is not None:
@@ -130,12 +134,13 @@ class TwoTower(nn.Module):
         alike = None
         if self.vectors_per_user > 1:
             alike = self.interests.diversity * share * likeness(user_BD).sum()
-            if self.watch.is_wanted:
+            if with_diagnostics:
                 self.interest_uses = uses(user_BD, item_CD, relations.positive)
             if self.interests.score == "attention":
                 positive, sharpness = relations.positive, self.interests.sharpness
                 user_BD = attended(user_BD, item_CD, positive, sharpness, is_unit=self.is_unit)
-        self.watch.look(user_BD, column_CD, among)
+        if with_diagnostics:
+            self.diagnostics.record(user_BD, column_CD, among)
         loss = LOSSES[self.loss.kind](user_BD, column_CD, among, **parameters)
         for tower in (self.user_tower, self.item_tower):
             penalty = tower.penalty(self.ranks)
@@ -203,7 +208,7 @@ class TwoTower(nn.Module):
         if self.vectors_per_user > 1:
             names = [f"interest_{number}" for number in range(self.vectors_per_user)]
             parts |= row_means(names, self.interest_uses, self.ranks)
-        return {**temperature, **parts, **self.watch.figures(self.ranks)}
+        return {**temperature, **parts, **self.diagnostics.figures(self.ranks)}
 
     @property
     def has_cosine_scores(self) -> bool:
@@ -255,7 +260,7 @@ class TwoTower(nn.Module):
         looked_up += [vectors[name].values() for name in unpooled]
         if torch.is_grad_enabled():
             weights = [*self.user_tower.parameters(), *self.item_tower.parameters()]
-            looked_up = gate(looked_up, weights, self.ranks)
+            looked_up = self.gradient_check.gate(looked_up, weights)
         pooled, several_BMD = Pooled(), None
         if bags is not None:
             pooled.add(looked_up.pop(0), dict(zip(bags.keys(), bags.length_per_key(), strict=True)))

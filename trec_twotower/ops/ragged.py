@@ -8,7 +8,7 @@ from functools import cached_property
 
 import numpy as np
 
-from trec_twotower.ops.kernels import copy_lists, find_lists
+from trec_twotower.ops.compilation import LINE_BYTES, copy_run, kernel, line_from
 
 Run = slice  # rows start .. stop - 1; Lists has a method of the builtin's name
 
@@ -174,3 +174,33 @@ def offsets_of(lengths: Sequence[int] | np.ndarray) -> np.ndarray:
 def weights_of(lists: Lists) -> np.ndarray:
     """The weights, ones where there are none."""
     return np.ones(len(lists.values), np.float32) if lists.weights is None else lists.weights
+
+
+@kernel
+def find_lists(offsets: np.ndarray, rows: np.ndarray, starts: np.ndarray, out_offsets: np.ndarray) -> int:
+    """Write where each of `rows` starts in the values, and the offsets of a copy of these rows; returns its end."""
+    end = 0
+    out_offsets[0] = 0
+    for i in range(rows.size):
+        row = rows[i]
+        starts[i] = offsets[row]
+        end += offsets[row + 1] - offsets[row]
+        out_offsets[i + 1] = end
+    return end
+
+
+@kernel
+def copy_lists(values: np.ndarray, starts: np.ndarray, out_offsets: np.ndarray, out: np.ndarray) -> None:
+    """Copy the rows that `find_lists` found, by whole cache lines: the surplus of a row is overwritten by the next.
+
+    The two loops are separate, because a length that is still being loaded would delay all later copies.
+    """
+    line, address = LINE_BYTES // values.itemsize, values.ctypes.data
+    for i in range(starts.size):
+        at, low = out_offsets[i], starts[i]
+        count = out_offsets[i + 1] - at
+        if low + count + line <= values.size and at + count + line <= out.size:
+            for k in range(0, count, line):
+                line_from(out, at + k, address + (low + k) * values.itemsize)
+        else:
+            copy_run(out, at, values, low, count)

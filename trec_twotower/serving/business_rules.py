@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from trec_twotower.errors import ConfigError
-from trec_twotower.evaluation.metrics import find_repeats, first_kept
 from trec_twotower.ops.ragged import Lists
+from trec_twotower.ops.topk import find_repeats, first_allowed
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,7 +65,7 @@ def apply_rules(score_BK: np.ndarray, item_row_BK: np.ndarray, k: int, rules: Ru
     if rules.group_I is not None and keep_BK.any():
         group_BK = np.where(keep_BK, rules.group_I[safe_row_BK], -1)
         keep_BK &= (group_BK < 0) | (_place_in_group(group_BK) < rules.max_per_group)
-    score_BK, item_row_BK = first_kept(keep_BK, k, (score_BK, -np.inf), (item_row_BK, -1))
+    score_BK, item_row_BK = first_allowed(keep_BK, k, (score_BK, -np.inf), (item_row_BK, -1))
     return score_BK, item_row_BK
 
 

@@ -38,7 +38,7 @@ from trec_twotower.errors import ConfigError, DataError, nearest
 from trec_twotower.index import Allowed, mask_of
 from trec_twotower.serving.business_rules import Rules
 from trec_twotower.serving.retriever import Recommendations, Retriever
-from trec_twotower.storage.atomic import MANIFEST
+from trec_twotower.storage.manifest import MANIFEST
 
 MAX_BODY_BYTES = 1 << 20
 MAX_USERS = 256  # of one request

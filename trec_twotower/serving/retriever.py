@@ -17,20 +17,13 @@ from trec_twotower.distributed.ranks import Ranks, check_process, quiet_librarie
 from trec_twotower.errors import ConfigError, nearest
 from trec_twotower.index import Allowed, ItemIndex, mask_of
 from trec_twotower.index.aligned_index import CatalogueIndex, aligned
-from trec_twotower.inference.export import LoadedModel, load_model
-from trec_twotower.inference.tower_encoder import load_whole
+from trec_twotower.inference.model_loader import LoadedModel, load_model
 from trec_twotower.model.encode import encode
 from trec_twotower.ops.ragged import Lists
 from trec_twotower.serving.business_rules import Rules, apply_rules
 from trec_twotower.serving.user_state import UnknownUser, UserState, given_state, newest_state
 from trec_twotower.storage.arrow_values import python_values
 from trec_twotower.training.run_dir import Run
-
-_CONTROLS: dict[int, str | None] = {
-    **dict.fromkeys((*range(0x20), *range(0x7F, 0xA0))),  # C0 and C1, the escape among them
-    **dict.fromkeys((*range(0x202A, 0x202F), *range(0x2066, 0x206A))),  # that reorder what follows on the line
-    **dict.fromkeys(map(ord, "\t\n\v\f\r\x85\u2028\u2029"), " "),
-}
 
 
 @dataclass(frozen=True)
@@ -88,7 +81,7 @@ class Retriever:
         device = usable_device()
         ranks, run = Ranks(0, 1, device), Run.open(Path(run_dir))
         _check_indexed(run)
-        return cls._of(load_whole(run, run.sources(ranks), device, str(checkpoint)), ranks, mapped)
+        return cls._of(load_model(run, ranks, str(checkpoint), is_sharded=False), ranks, mapped)
 
     @classmethod
     def _of(cls, loaded: LoadedModel, ranks: Ranks, mapped: bool) -> Retriever:
@@ -244,33 +237,3 @@ def _several(values: Any, name: str) -> Sequence[Any]:
     if not is_list or (isinstance(values, np.ndarray) and not values.ndim):
         raise ConfigError(f"{name} is {values!r}: give a list.")
     return list(values)
-
-
-def in_words(about: dict[str, Any]) -> str:
-    """Return an item's row as a line to read: its title first, then the rest but for the id."""
-    rest = [
-        f"{name} {_word(value)}"
-        for name, value in about.items()
-        if name not in ("item_id", "title") and _is_told(value)
-    ]
-    title = about.get("title") or f"item {about['item_id']}"
-    return printable(f"{title}" + (f" ({', '.join(rest)})" if rest else ""))
-
-
-def printable(text: object) -> str:
-    """Return text as one line without characters that control a terminal: escapes, line breaks, reversed writing."""
-    return str(text).translate(_CONTROLS)
-
-
-def _is_told(value: Any) -> bool:
-    """Whether people read it: no vectors, no structs, nothing empty."""
-    if isinstance(value, list):
-        return any(each is not None for each in value) and not isinstance(value[0], float | dict | list)
-    return value is not None and not isinstance(value, dict)
-
-
-def _word(value: Any) -> str:
-    if isinstance(value, list):
-        value = [each for each in value if each is not None]
-        return " ".join(map(str, value[:6])) + (" ..." if len(value) > 6 else "")
-    return f"{value:.2f}" if isinstance(value, float | np.floating) else str(value)

@@ -7,7 +7,6 @@ and XXH3-64; what differs from it when it is opened is not used. Nothing is ever
 from __future__ import annotations
 
 import errno
-import json
 import mmap
 import os
 from abc import ABC, abstractmethod
@@ -19,8 +18,9 @@ import numpy as np
 import xxhash
 
 from trec_twotower.storage.artifacts import new_folder
-from trec_twotower.storage.atomic import MANIFEST, read_json, write_json
+from trec_twotower.storage.atomic import read_json, write_json
 from trec_twotower.storage.cache_dir import CacheFolder
+from trec_twotower.storage.manifest import MANIFEST, canonical_json
 
 FORMAT = 1
 BLOCK_BYTES = 1 << 22  # read at a time
@@ -93,7 +93,7 @@ class OnDisk(ArrayWriter):
         for name, dtype in self._dtypes.items():
             path = self._path(name, dtype)
             arrays[name] = {"file": path.name, "dtype": dtype.str, "bytes": path.stat().st_size, "xxh3": _digest(path)}
-        write_json(self.folder / MANIFEST, {"arrays": arrays, "xxh3": _own_digest(arrays)})
+        write_json(self.folder / MANIFEST, {"arrays": arrays, "xxh3": _digest_of_list(arrays)})
 
     def _path(self, name: str, dtype: np.dtype) -> Path:
         """The file's name is a number: those of features may hold anything."""
@@ -140,7 +140,7 @@ def open_arrays(folder: Path) -> dict[str, np.ndarray] | None:
     """The arrays of a folder that OnDisk filled, mapped and read-only; None where it is not there or damaged."""
     try:
         manifest = read_json(folder / MANIFEST)
-        if manifest["xxh3"] != _own_digest(manifest["arrays"]):
+        if manifest["xxh3"] != _digest_of_list(manifest["arrays"]):
             return None
         return {name: _mapped(folder, about) for name, about in manifest["arrays"].items()}
     except (OSError, ValueError, KeyError, TypeError):
@@ -173,5 +173,6 @@ def _digest(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _own_digest(arrays: dict[str, Any]) -> str:
-    return xxhash.xxh3_64_hexdigest(json.dumps([FORMAT, arrays], sort_keys=True).encode())
+def _digest_of_list(arrays: dict[str, Any]) -> str:
+    """Return the XXH3-64 of the manifest's list of arrays and of the format."""
+    return xxhash.xxh3_64_hexdigest(canonical_json([FORMAT, arrays]))

@@ -5,10 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 READABLE = "replace"  # for people: what is not UTF-8 becomes U+FFFD
 EXACT = "surrogateescape"  # to be turned back: every byte is kept
+_CONTROLS: dict[int, str | None] = {
+    **dict.fromkeys((*range(0x20), *range(0x7F, 0xA0))),  # C0 and C1, the escape among them
+    **dict.fromkeys((*range(0x202A, 0x202F), *range(0x2066, 0x206A))),  # that reorder what follows on the line
+    **dict.fromkeys(map(ord, "\t\n\v\f\r\x85\u2028\u2029"), " "),
+}
 
 
 def python_values(array: pa.Array | pa.ChunkedArray, errors: str = READABLE) -> list[Any]:
@@ -74,3 +80,34 @@ def exact_array(words: Iterable[int | str]) -> pa.Array:
         return pa.array(words, None if words else pa.string())
     encoded = pa.array([str(word).encode(errors=EXACT) for word in words], pa.binary())
     return pa.Array.from_buffers(pa.string(), len(encoded), encoded.buffers())
+
+
+def format_item(row: dict[str, Any]) -> str:
+    """Return an item's row of the catalogue as one line: the title, then the other columns without the id."""
+    rest = [
+        f"{name} {_short_text(value)}"
+        for name, value in row.items()
+        if name not in ("item_id", "title") and _is_readable(value)
+    ]
+    title = row.get("title") or f"item {row['item_id']}"
+    return printable(f"{title}" + (f" ({', '.join(rest)})" if rest else ""))
+
+
+def printable(text: object) -> str:
+    """Return text as one line without characters that control a terminal: escapes, line breaks, reversed writing."""
+    return str(text).translate(_CONTROLS)
+
+
+def _is_readable(value: Any) -> bool:
+    """Return whether a value is shown to people: not a vector or a struct, and not empty."""
+    if isinstance(value, list):
+        return any(each is not None for each in value) and not isinstance(value[0], float | dict | list)
+    return value is not None and not isinstance(value, dict)
+
+
+def _short_text(value: Any) -> str:
+    """Return a value as text: floats with two decimals, lists cut after six elements."""
+    if isinstance(value, list):
+        value = [each for each in value if each is not None]
+        return " ".join(map(str, value[:6])) + (" ..." if len(value) > 6 else "")
+    return f"{value:.2f}" if isinstance(value, float | np.floating) else str(value)

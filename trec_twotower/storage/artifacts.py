@@ -1,8 +1,8 @@
-"""Sealed folders: published in one step, verified, and read as they were verified whatever replaces them.
+"""Sealed folders: published in one step, verified when opened, and readable after they were replaced.
 
-An artefact (export, index, encoder, checkpoint) is a folder with a manifest. It is written under a temporary name next
-to its place, flushed, and renamed. A reader opens all files of a folder before it verifies any: what it reads later is
-what it verified, also after another process has published a newer folder under the same name.
+An artifact (export, index, encoder, checkpoint) is a folder with a manifest. It is written under a temporary name next
+to its final path, flushed, and renamed. A reader opens all files of a folder before it verifies any: what it reads
+later is what it verified, also after another process has published a newer folder under the same name.
 """
 
 from __future__ import annotations
@@ -24,22 +24,15 @@ from pathlib import Path
 from typing import Any, Self
 
 from trec_twotower.errors import ConfigError, DataError
-from trec_twotower.storage.atomic import (
-    FORMAT,
-    MANIFEST,
-    MAX_JSON_BYTES,
-    is_signed,
-    naming_a_full_disk,
-    parse_json,
-    sync,
-)
+from trec_twotower.storage.atomic import MAX_JSON_BYTES, naming_a_full_disk, parse_json, sync
 from trec_twotower.storage.fault_point import fault_point
 from trec_twotower.storage.lock import FolderLock
+from trec_twotower.storage.manifest import FORMAT, MANIFEST, is_signed
 
-_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of renameat2(2)
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # constants of renameat2(2)
 _NO_EXCHANGE = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM)
-_SPARE_FILES = 256  # descriptors that stay free for everything but the files of one folder
-_RETRIES = 50  # of a reader that finds a folder being replaced
+_SPARE_FILES = 256  # file descriptors kept free for other uses
+_RETRIES = 50  # attempts of a reader that finds a folder being replaced
 _RETRY_S = 0.02
 
 
@@ -47,7 +40,7 @@ _RETRY_S = 0.02
 
 
 class NewFolder:
-    """A folder that is written under a temporary name and becomes `path` in one step, in place of an older one.
+    """A folder that is written under a temporary name and becomes `path` in one step, replacing an older one.
 
     From `begin` to `end` no other process writes `path`.
     """
@@ -62,13 +55,13 @@ class NewFolder:
         if self.path.exists() and not self.path.is_dir():
             raise ConfigError(f"{self.path} is a file, but a folder is to be written there: move it away.")
         self._writer.__enter__()
-        self._temporary = temporary = _beside(self.path, "tmp")
+        self._temporary = temporary = _temporary_path(self.path, "tmp")
         _live.add(temporary)
         temporary.mkdir()
         return temporary
 
     def publish(self) -> None:
-        """Give the folder its name. The older folder is complete until then, and removed afterwards."""
+        """Rename the folder to its path. An older folder stays complete until then and is removed afterwards."""
         assert self._temporary is not None
         publish_folder(self._temporary, self.path)
 
@@ -83,7 +76,7 @@ class NewFolder:
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """A folder to write into that becomes `path`, in place of an older one, when the block ends without an error."""
+    """Yield a folder to write into; it becomes `path`, replacing an older one, when the block ends without an error."""
     new = NewFolder(path)
     try:
         temporary = new.begin()
@@ -95,7 +88,9 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 _live: set[Path] = set()  # temporary folders that this process is writing
-_writers: dict[Path, tuple[FolderLock, int]] = {}  # locks that this process holds, and how many blocks need them
+_writers: dict[
+    Path, tuple[FolderLock, int]
+] = {}  # locks that this process holds, and the number of blocks that use them
 _guard = threading.Lock()
 
 
@@ -103,8 +98,8 @@ _guard = threading.Lock()
 def sole_writer(path: Path) -> Iterator[None]:
     """Keep other processes from writing `path` during the block; raises ConfigError naming the one that does.
 
-    What a process that was killed left is put in order first: an older folder that it had renamed aside gets its name
-    back, and temporary folders are removed. Blocks of one process may be nested.
+    First it cleans up after a killed process: an older folder that was renamed aside gets its name back, and temporary
+    folders are removed. Blocks of one process may be nested.
     """
     path = path.absolute()
     with _guard:
@@ -132,30 +127,34 @@ def sole_writer(path: Path) -> Iterator[None]:
 
 
 def recover(path: Path) -> None:
-    """Finish what a killed writer of `path` left, which nobody may be writing."""
+    """Clean up after a killed writer of `path`; the caller holds its lock."""
     aside = sorted(_left(path, "old"), key=lambda each: each.lstat().st_mtime)
     if aside and not path.exists():
         os.replace(aside.pop(), path)
         sync(path.parent)
     for leftover in (*aside, *_left(path, "tmp")):
         if leftover not in _live:
-            with suppress(OSError):  # it is in nobody's way, and the next writer tries again
+            with suppress(OSError):  # the next writer tries again
                 remove_folder(leftover)
 
 
 def publish_folder(temporary: Path, path: Path) -> None:
-    """Rename a complete folder to its place; an older one there is removed only then."""
+    """Flush a complete folder and rename it to `path`; an older folder there is removed only afterwards."""
     for inside in (*temporary.rglob("*"), temporary):
         sync(inside)
     fault_point("publish:written")
     old = temporary
     if not path.exists():
         os.replace(temporary, path)
-    elif path.is_symlink() or not _exchange(temporary, path):  # of a link the target stays as it is
-        old = _beside(path, "old")
+    elif path.is_symlink() or not _exchange(temporary, path):  # the target of a link is not moved
+        old = _temporary_path(path, "old")
         os.replace(path, old)
         fault_point("publish:aside")
-        os.replace(temporary, path)
+        try:
+            os.replace(temporary, path)
+        except BaseException:
+            os.replace(old, path)
+            raise
     sync(path.parent)
     fault_point("publish:named")
     with suppress(OSError):  # `recover` tries again
@@ -163,7 +162,7 @@ def publish_folder(temporary: Path, path: Path) -> None:
 
 
 def remove_folder(path: Path) -> None:
-    """Remove a folder, or a link to one, whose target stays as it is."""
+    """Remove a folder, or a link to one without its target."""
     if path.is_symlink():
         path.unlink()
     else:
@@ -171,7 +170,7 @@ def remove_folder(path: Path) -> None:
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Exchange two names in one step; False where the kernel or the file system cannot."""
+    """Exchange two names in one step; returns False where the kernel or the file system cannot."""
     rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if rename is None:
         return False
@@ -183,13 +182,13 @@ def _exchange(one: Path, other: Path) -> bool:
     raise OSError(code, os.strerror(code), str(one), None, str(other))
 
 
-def _beside(path: Path, what: str) -> Path:
-    """A new name next to `path`: another process of this number, in another container, has another time."""
+def _temporary_path(path: Path, what: str) -> Path:
+    """Return a new name next to `path`. The time tells apart processes of two containers with the same number."""
     return path.with_name(f".{path.name}.{what}-{os.getpid()}-{time.time_ns()}")
 
 
 def _left(path: Path, what: str) -> list[Path]:
-    """The names of `_beside` that exist."""
+    """Return the existing paths that `_temporary_path` made."""
     return list(path.parent.glob(f".{glob.escape(path.name)}.{what}-*"))
 
 
@@ -198,38 +197,38 @@ def _left(path: Path, what: str) -> list[Path]:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a manifest says, and the digest of its bytes."""
+    """The content of a manifest and the digest of its bytes."""
 
     facts: dict[str, Any]
     sha256: str
 
 
 class SealedFolder:
-    """A sealed folder with all its files open, so that they stay readable after it was replaced or removed."""
+    """A sealed folder with all its files open: they stay readable after the folder was replaced or removed."""
 
-    def __init__(self, folder: Path, manifest: Manifest, files: Mapping[str, int], mend: str) -> None:
+    def __init__(self, folder: Path, manifest: Manifest, files: Mapping[str, int], fix: str) -> None:
         self.folder = folder
         self.manifest = manifest.facts
-        self.sha256 = manifest.sha256  # of the manifest's bytes: names this content and no other
-        self.mend = mend
-        self._files = files  # names and file descriptors
+        self.sha256 = manifest.sha256  # digest of the manifest's bytes, which identifies the content
+        self.fix = fix
+        self._files = files  # file descriptors by name
         self.close = weakref.finalize(self, _close, list(files.values()))
 
     @classmethod
-    def open(cls, folder: Path, mend: str, *, format: int = FORMAT, verified: bool = True) -> Self:
-        """Open a folder that `seal` has sealed, and verify every byte if `verified`.
+    def open(cls, folder: Path, fix: str, *, format: int = FORMAT, verified: bool = True) -> Self:
+        """Open a folder that `seal` wrote, and verify every byte if `verified`.
 
-        Raises FileNotFoundError where there is no folder or no manifest in it, DataError, which ends in `mend`, for a
-        file that is missing, damaged or outside the folder.
+        Raises FileNotFoundError if the folder or its manifest is missing, and DataError, which ends with `fix`, if a
+        file is missing, damaged or outside the folder.
         """
-        sealed = cls._opened(folder, mend, format)
+        sealed = cls._opened(folder, fix, format)
         if verified:
             for name in sealed.names:
                 sealed.verify(name)
         return sealed
 
     @classmethod
-    def _opened(cls, folder: Path, mend: str, format: int) -> Self:
+    def _opened(cls, folder: Path, fix: str, format: int) -> Self:
         for _ in range(_RETRIES):
             try:
                 handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
@@ -240,76 +239,76 @@ class SealedFolder:
                 time.sleep(_RETRY_S)
                 continue
             try:
-                found = _open_files(folder, handle, mend, format)
-                return cls(folder, *found, mend)
+                found = _open_files(folder, handle, fix, format)
+                return cls(folder, *found, fix)
             except (DataError, FileNotFoundError):
                 if _is_same_folder(folder, handle):
                     raise
                 time.sleep(_RETRY_S)  # it was replaced while it was opened
             finally:
                 os.close(handle)
-        raise DataError(f"{folder} was replaced {_RETRIES} times while it was opened: {mend}")
+        raise DataError(f"{folder} was replaced {_RETRIES} times while it was opened: {fix}")
 
     @property
     def names(self) -> list[str]:
-        """The files that the manifest lists, without the manifest itself."""
+        """Return the names of the files that the manifest lists."""
         return sorted(self._files)
 
     def path(self, name: str) -> Path:
-        """A path that leads to the file as it was opened, whatever has its name now."""
+        """Return a path to the file as it was opened, even if another file has its name now."""
         return Path(f"/proc/self/fd/{self.descriptor(name)}")
 
     def descriptor(self, name: str) -> int:
-        """The open file descriptor of a file."""
+        """Return the open file descriptor of a file."""
         if name not in self._files:
-            raise DataError(f"{self.folder / MANIFEST} does not list {name!r}: {self.mend}")
+            raise DataError(f"{self.folder / MANIFEST} does not list {name!r}: {self.fix}")
         return self._files[name]
 
     def num_bytes(self, name: str) -> int:
-        """The size of a file."""
+        """Return the size of a file."""
         return os.fstat(self.descriptor(name)).st_size
 
     def verify(self, name: str) -> None:
-        """Raise DataError unless a file is as the manifest says."""
+        """Raise DataError if the size or the SHA-256 of a file differs from the manifest."""
         path, expected = self.folder / name, self.manifest["files"][name]
         self.verify_size(name)
         with open(self.path(name), "rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         if digest != expected["sha256"]:
-            raise DataError(f"{path} is damaged (sha256 {digest[:12]}, was {expected['sha256'][:12]}): {self.mend}")
+            raise DataError(f"{path} is damaged (sha256 {digest[:12]}, was {expected['sha256'][:12]}): {self.fix}")
 
     def verify_size(self, name: str) -> None:
-        """Raise DataError unless a file has as many bytes as the manifest says."""
+        """Raise DataError if the size of a file differs from the manifest."""
         expected = self.manifest["files"][name]["bytes"]
         if (found := self.num_bytes(name)) != expected:
-            raise DataError(f"{self.folder / name} has {found:,} bytes, {expected:,} were written: {self.mend}")
+            raise DataError(f"{self.folder / name} has {found:,} bytes, {expected:,} were written: {self.fix}")
 
 
-def open_sealed(folder: Path, mend: str) -> SealedFolder:
-    """A sealed folder, every byte verified; raises DataError where there is none or it is damaged."""
+def open_sealed(folder: Path, fix: str) -> SealedFolder:
+    """Return a sealed folder, every byte verified; raises DataError if it is missing or damaged."""
     try:
-        return SealedFolder.open(folder, mend)
+        return SealedFolder.open(folder, fix)
     except FileNotFoundError:
-        raise DataError(f"{folder / MANIFEST} is missing: {mend}") from None
+        raise DataError(f"{folder / MANIFEST} is missing: {fix}") from None
 
 
-def read_manifest(folder: Path, mend: str, format: int = FORMAT) -> dict[str, Any]:
-    """The manifest of a sealed folder, verified; the files are neither opened nor read."""
+def read_manifest(folder: Path, fix: str, format: int = FORMAT) -> dict[str, Any]:
+    """Return the verified manifest of a sealed folder; the files are not opened."""
     try:
         handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     except FileNotFoundError:
-        raise DataError(f"{folder / MANIFEST} is missing: {mend}") from None
+        raise DataError(f"{folder / MANIFEST} is missing: {fix}") from None
     try:
-        return _manifest_in(folder, handle, mend, format).facts
+        return _manifest_in(folder, handle, fix, format).facts
     except FileNotFoundError:
-        raise DataError(f"{folder / MANIFEST} is missing: {mend}") from None
+        raise DataError(f"{folder / MANIFEST} is missing: {fix}") from None
     finally:
         os.close(handle)
 
 
-def _open_files(folder: Path, handle: int, mend: str, format: int) -> tuple[Manifest, dict[str, int]]:
-    """The manifest of the folder that `handle` is open on, and a descriptor of each of its files."""
-    manifest = _manifest_in(folder, handle, mend, format)
+def _open_files(folder: Path, handle: int, fix: str, format: int) -> tuple[Manifest, dict[str, int]]:
+    """Return the manifest of the folder behind the descriptor `handle`, and a descriptor of each of its files."""
+    manifest = _manifest_in(folder, handle, fix, format)
     _allow_files(len(manifest.facts["files"]))
     files: dict[str, int] = {}
     try:
@@ -317,37 +316,37 @@ def _open_files(folder: Path, handle: int, mend: str, format: int) -> tuple[Mani
             try:
                 files[name] = os.open(name, os.O_RDONLY, dir_fd=handle)
             except FileNotFoundError:
-                raise DataError(f"{folder / name} is missing, though the manifest lists it: {mend}") from None
+                raise DataError(f"{folder / name} is missing, though the manifest lists it: {fix}") from None
     except BaseException:
         _close(list(files.values()))
         raise
     return manifest, files
 
 
-def _manifest_in(folder: Path, handle: int, mend: str, format: int) -> Manifest:
+def _manifest_in(folder: Path, handle: int, fix: str, format: int) -> Manifest:
     path = folder / MANIFEST
     with open(os.open(MANIFEST, os.O_RDONLY, dir_fd=handle), "rb") as file:
         content = file.read(MAX_JSON_BYTES + 1)
-    manifest = parse_json(content, path, mend)
+    manifest = parse_json(content, path, fix)
     if not is_signed(manifest):
-        raise DataError(f"{path} is damaged (its own sha256 differs): {mend}")
+        raise DataError(f"{path} is damaged (its own sha256 differs): {fix}")
     if manifest.get("format") != format:
         raise DataError(
             f"{path} is of format {manifest.get('format')}, but this version reads {format}: use the version that "
-            f"wrote it, or {mend}"
+            f"wrote it, or {fix}"
         )
     files = manifest.get("files")
     if not isinstance(files, dict) or not all(map(_is_digest, files.values())):
-        raise DataError(f"{path} does not list its files with their bytes and sha256: {mend}")
+        raise DataError(f"{path} does not list its files with their bytes and sha256: {fix}")
     for name in files:
         if not _stays_inside(folder, name):
-            raise DataError(f"{path} lists {name!r}, which is not in its folder: do not trust it; {mend}")
+            raise DataError(f"{path} lists {name!r}, which is not in its folder: do not trust it; {fix}")
     return Manifest(manifest, hashlib.sha256(content).hexdigest())
 
 
 def _recover_if_abandoned(path: Path) -> None:
-    """Give a folder back its name where its writer was killed between two renames."""
-    with suppress(ConfigError, OSError), sole_writer(path):  # a writer that lives, or a folder that is read-only
+    """Restore the name of a folder whose writer was killed between two renames."""
+    with suppress(ConfigError, OSError), sole_writer(path):  # a live writer, or a read-only folder
         pass
 
 
@@ -358,7 +357,7 @@ def _is_same_folder(folder: Path, handle: int) -> bool:
 
 
 def _allow_files(count: int) -> None:
-    """Raise this process's limit of open files where `count` more would not fit."""
+    """Raise this process's limit of open files if `count` more would exceed it."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = len(os.listdir("/proc/self/fd")) + count + _SPARE_FILES
     if wanted > soft != resource.RLIM_INFINITY:
@@ -376,7 +375,7 @@ def _is_digest(value: Any) -> bool:
 
 
 def _stays_inside(folder: Path, name: str) -> bool:
-    """Whether folder / name is a place inside, also where a part of it is a link."""
+    """Return whether folder / name is inside the folder, also after its links are resolved."""
     if not name or "\0" in name or Path(name).is_absolute() or ".." in Path(name).parts:
         return False
     return (folder / name).resolve().is_relative_to(folder.resolve())

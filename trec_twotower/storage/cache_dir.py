@@ -14,7 +14,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from trec_twotower.config.data import DataConfig
 from trec_twotower.errors import ConfigError
 
 
@@ -25,10 +24,6 @@ class CacheFolder:
         self._given = root
         self.limit_bytes = limit_bytes
         self._in_use: set[Path] = set()
-
-    @classmethod
-    def of(cls, data: DataConfig) -> CacheFolder:
-        return cls(data.cache, int(data.cache_gb * 1e9))
 
     @cached_property
     def root(self) -> Path:

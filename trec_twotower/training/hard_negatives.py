@@ -1,7 +1,7 @@
-"""Negatives that are found anew as the model changes: neighbours of the items, from vectors of the live towers.
+"""Hard negatives that are mined again as the model changes: neighbours of the items, by vectors of the live towers.
 
-What is found at a step is written to RUN/neighbours/step-NNNNNNNN before any batch is made of it, so that a run that is
-resumed from a later checkpoint goes on with the same lists.
+The neighbours of a step are written to RUN/neighbours/step-NNNNNNNN before any batch uses them, so that a run that is
+resumed from a later checkpoint continues with the same lists.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ from trec_twotower.model.two_tower import TwoTower
 from trec_twotower.ops.hashing import uniform
 from trec_twotower.ops.ragged import Lists, offsets_of
 from trec_twotower.storage.artifacts import new_folder, open_sealed
-from trec_twotower.storage.atomic import MANIFEST, seal
+from trec_twotower.storage.manifest import MANIFEST, seal
 from trec_twotower.training.run_dir import Run
 
 NEIGHBOURS = "neighbours"
-MAX_ITEMS = 1 << 17  # whose neighbours are found: those that are taken most often
-KEPT = 64  # neighbours of an item, of ranks drawn from the range
+MAX_ITEMS = 1 << 17  # items whose neighbours are mined: the most popular ones
+KEPT = 64  # neighbours per item, sampled from the range of ranks
 MEND = "bring it back, or train into another run_dir."
-_RANKS = 0x72616E  # keeps these draws apart from others of the same seed
+_RANKS = 0x72616E  # separates this random stream from others of the same seed
 
 # (items' vectors, rows, first, last) -> (rows, last - first + 1): see index/neighbours.py
 Neighbours = Callable[[np.ndarray, np.ndarray, int, int], np.ndarray]
 
 
-class Refresh:
-    """The neighbours of the positives as they were found last; all ranks ask for them together."""
+class HardNegatives:
+    """The neighbours of the positives as mined last; all ranks call together."""
 
     def __init__(
         self,
@@ -45,9 +45,9 @@ class Refresh:
         model: TwoTower,
         search: Neighbours | None,
         step: int,
-        say: Callable[[str], None],
+        print_line: Callable[[str], None],
     ) -> None:
-        """For a run that goes on behind a step: what was found later is forgotten, and will be found again."""
+        """Neighbours mined after `step`, at which the run resumes, are removed, and will be mined again."""
         config = run.config.loss.negatives.refresh
         assert config is not None
         if search is None:
@@ -56,48 +56,48 @@ class Refresh:
                 "(trec_twotower.index.item_neighbors), as the command line does."
             )
         self.config, self.run, self.ranks = config, run, ranks
-        self.model, self.search, self.say = model, search, say
-        self._held: tuple[int, Lists, np.ndarray] | None = None  # step, lists, and whose they are
+        self.model, self.search, self.print_line = model, search, print_line
+        self._current: tuple[int, Lists, np.ndarray] | None = None  # step, lists, and the items that they are of
 
-        def forget() -> None:
+        def remove_later() -> None:
             for path in self._path(step).parent.glob("step-*"):
                 if path.name > self._path(step).name:
                     shutil.rmtree(path, ignore_errors=True)
 
-        ranks.once(forget)
+        ranks.once(remove_later)
 
-    def at(self, step: int, sources: Sources, taken_I: np.ndarray) -> tuple[Lists, np.ndarray] | None:
-        """The lists for the batches from a step on, and which of them is each item's (-1: it has none).
+    def at(self, step: int, sources: Sources, count_I: np.ndarray) -> tuple[Lists, np.ndarray] | None:
+        """Return the lists for the batches from a step on, and the list of each item (-1: none).
 
-        None before the first refresh. Raises DataError where what an earlier step found is gone.
+        None before the first refresh. Raises DataError where the lists of an earlier step are gone.
         """
         found_at = step - step % self.config.every
         if not found_at:
             return None
-        if self._held is None or self._held[0] != found_at:
+        if self._current is None or self._current[0] != found_at:
             path = self._path(found_at)
             is_there = self.ranks.once((path / MANIFEST).is_file)
             if not is_there and step == found_at:
-                self._find(found_at, sources, taken_I)
-            self._held = found_at, *self.ranks.together(lambda: _read(path))
-        _, lists, items = self._held
+                self._mine(found_at, sources, count_I)
+            self._current = found_at, *self.ranks.together(lambda: _read(path))
+        _, lists, items = self._current
         list_of_item = np.full(len(sources.catalogue), -1, np.int64)
         list_of_item[items] = np.arange(len(items))
         return lists, list_of_item
 
-    def _find(self, step: int, sources: Sources, taken_I: np.ndarray) -> None:
+    def _mine(self, step: int, sources: Sources, count_I: np.ndarray) -> None:
         began = time.perf_counter()
         low, high = self.config.neighbor_range
         item_ID = encode_everywhere(self.model, "item", sources.catalogue.columns, self.ranks).float().cpu().numpy()
-        items = np.argsort(-taken_I, kind="stable")[: min(MAX_ITEMS, int((taken_I > 0).sum()))]
+        items = np.argsort(-count_I, kind="stable")[: min(MAX_ITEMS, int((count_I > 0).sum()))]
         mine = items[self.ranks.share(len(items))]
-        drawn = np.argsort(uniform(_RANKS, self.run.config.data.seed, step, np.arange(high - low + 1)))[:KEPT]
+        sampled = np.argsort(uniform(_RANKS, self.run.config.data.seed, step, np.arange(high - low + 1)))[:KEPT]
         near_BK = self.ranks.together(lambda: self.search(item_ID, mine, low, high))
-        near_BK = np.ascontiguousarray(near_BK[:, np.sort(drawn)])
+        near_BK = np.ascontiguousarray(near_BK[:, np.sort(sampled)])
         sizes = self.ranks.sizes(len(mine))
         everyone = self.ranks.gather(torch.from_numpy(near_BK).to(self.ranks.device), sizes).cpu().numpy()
         self.ranks.once(lambda: self._write(step, items, everyone))
-        self.say(
+        self.print_line(
             f"step {step:>6,}  neighbours {low:,} to {high:,} of {len(items):,} items, {everyone.shape[1]} of each, in "
             f"{time.perf_counter() - began:.1f} s"
         )
@@ -107,7 +107,7 @@ class Refresh:
             np.save(folder / "items.npy", items)
             np.save(folder / "neighbours.npy", near_BK.astype(np.int32))
             seal(folder, {"step": step})
-        # Of what is older, that which a checkpoint may go on with; the newest may still be being written.
+        # Keep the older lists that a checkpoint may resume with; the newest checkpoint may still be being written.
         every = self.config.every
         checkpoints = self.run.folder.glob(f"checkpoints/step-*/{MANIFEST}")
         saved = [int(path.parent.name.removeprefix("step-")) for path in checkpoints]

@@ -15,6 +15,7 @@ from torchrec.optim.optimizers import in_backward_optimizer_filter
 
 from trec_twotower.config.schema import Schema
 from trec_twotower.config.training import GPU_OPTIMIZERS, OptimizerConfig
+from trec_twotower.distributed.compat import lookup_modules, table_optimizer
 from trec_twotower.errors import ConfigError
 from trec_twotower.model.embeddings import table_parameters
 from trec_twotower.model.tower import Tower
@@ -68,7 +69,8 @@ def fuse_table_updates(model: nn.Module, config: OptimizerConfig) -> None:
 
 def state_bytes(weight: nn.Parameter, rows: int, columns: int) -> int:
     """Of what the update of this table (`fuse_table_updates`) keeps for a shard of so many rows and columns."""
-    return _state_bytes(weight._optimizer_classes[0], rows, columns)
+    optimizer = table_optimizer(weight)
+    return 0 if optimizer is None else _state_bytes(optimizer, rows, columns)
 
 
 def table_state_bytes(config: OptimizerConfig, rows: int, columns: int) -> int:
@@ -114,13 +116,7 @@ class RunOptimizer:
         self._step = 0
         self._gradient_norm: Tensor | None = None
         # Adam's count of steps, which fbgemm keeps beside the state and raises in every forward pass, evaluation's too.
-        self._counted = [
-            module
-            for tables in model.modules()
-            for lookup in getattr(tables, "_lookups", ())
-            for module in lookup.modules()
-            if hasattr(module, "iter_cpu")
-        ]
+        self._counted = [module for module in lookup_modules(model) if hasattr(module, "iter_cpu")]
         optimizers: list[tuple[str, Any]] = [("tables", self._tables)]
         if dense:
             wrapper = KeyedOptimizerWrapper(dense, lambda parameters: _adam(parameters, config))

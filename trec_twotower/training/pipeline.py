@@ -1,13 +1,11 @@
-"""The steps of a training, one after the other, or with the next batches on their way meanwhile."""
+"""Training steps: one after the other, or overlapped with the input distribution of the next batches."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
@@ -18,53 +16,57 @@ from trec_twotower.distributed.ranks import Ranks
 from trec_twotower.model.two_tower import TwoTower
 from trec_twotower.training.optimizer import RunOptimizer
 
-Forward = Callable[[Batch], Tensor]  # of a batch on the device, its loss; all that belongs to a step's beginning
-WARM_STEPS = 5  # that pass before a trace begins: compilation and first allocations are no part of a usual step
+Forward = Callable[[Batch], Tensor]  # all of a step before its backward pass; returns the loss of a batch on the device
 
 
-class Steps(ABC):
-    """Takes batches to updated weights."""
+class TrainPipeline(ABC):
+    """Runs training steps, batch by batch."""
+
+    last_batch: Batch | None = None  # of the newest step, on the device
 
     @abstractmethod
-    def taken(self, batches: Iterator[Batch], forward: Forward) -> Iterator[Batch]:
-        """Each batch, after its step is done."""
+    def run(self, batches: Iterator[Batch], forward: Forward) -> Iterator[Batch]:
+        """Yield each batch after its weights are updated."""
 
     @abstractmethod
     def pause(self) -> None:
-        """Let the model be used for something else until the next step."""
-
-    @classmethod
-    def of(cls, config: TrainConfig, model: DistributedModelParallel, optimizer: RunOptimizer, ranks: Ranks) -> Steps:
-        """The ones that a config asks for (`train.pipeline`)."""
-        if config.pipeline == "plain":
-            return PlainSteps(optimizer, ranks)
-        return OverlappedSteps(model, optimizer, ranks)
+        """Release the model, for other uses before the next step."""
 
 
-class PlainSteps(Steps):
-    """Every step begins when the one before it is done."""
+def build_pipeline(
+    config: TrainConfig, model: DistributedModelParallel, optimizer: RunOptimizer, ranks: Ranks
+) -> TrainPipeline:
+    """Return the pipeline that `train.pipeline` names."""
+    if config.pipeline == "plain":
+        return PlainPipeline(optimizer, ranks)
+    return OverlappedPipeline(model, optimizer, ranks)
+
+
+class PlainPipeline(TrainPipeline):
+    """Begins each step when the one before is done."""
 
     def __init__(self, optimizer: RunOptimizer, ranks: Ranks) -> None:
         self.optimizer, self.device = optimizer, ranks.device
 
-    def taken(self, batches: Iterator[Batch], forward: Forward) -> Iterator[Batch]:
+    def run(self, batches: Iterator[Batch], forward: Forward) -> Iterator[Batch]:
         for batch in batches:
             batch = batch.to(self.device, non_blocking=True)
             loss = forward(batch)
             self.optimizer.zero_grad()
             loss.backward()
             self.optimizer.step()
+            self.last_batch = batch
             yield batch
 
     def pause(self) -> None:
         pass
 
 
-class OverlappedSteps(Steps):
-    """torchrec's TrainPipelineSparseDist: ids of the next batch travel between ranks while this one is computed.
+class OverlappedPipeline(TrainPipeline):
+    """torchrec's TrainPipelineSparseDist: distributes the ids of the next batch while this one is computed.
 
-    The batch after the next is copied to the device meanwhile. Losses and weights are those of plain steps, bit for
-    bit. It takes two batches ahead, so that nothing may depend on the step at which one is made.
+    The batch after the next is copied to the device meanwhile. Losses and weights equal those of PlainPipeline, bit for
+    bit. It reads two batches ahead, so that nothing may depend on the step at which a batch is made.
     """
 
     def __init__(self, model: DistributedModelParallel, optimizer: RunOptimizer, ranks: Ranks) -> None:
@@ -80,13 +82,14 @@ class OverlappedSteps(Steps):
             custom_model_fwd=self._loss,
         )
 
-    def taken(self, batches: Iterator[Batch], forward: Forward) -> Iterator[Batch]:
+    def run(self, batches: Iterator[Batch], forward: Forward) -> Iterator[Batch]:
         self._forward = forward
         while True:
             try:
                 batch = self._pipeline.progress(batches)
             except StopIteration:
                 return
+            self.last_batch = batch
             yield batch
 
     def pause(self) -> None:
@@ -98,9 +101,9 @@ class OverlappedSteps(Steps):
 
 
 class _Lookup(nn.Module):
-    """What the pipeline has to know of the model: that the tables are looked up with the batch's ids as they are.
+    """The part of the model that the pipeline traces: the lookup of the batch's ids, which are not transformed before.
 
-    It finds that out by tracing, which the loss would not survive.
+    (Tracing the whole model fails at the loss.)
     """
 
     def __init__(self, tables: nn.Module | None, lists: nn.Module | None) -> None:
@@ -112,53 +115,3 @@ class _Lookup(nn.Module):
         bags = None if self.tables is None else self.tables(batch.sparse)
         vectors = None if self.lists is None else self.lists(batch.sequences)
         return bags, vectors
-
-
-class Trace:
-    """Some steps by torch's profiler, one file a rank: RUN/profile/rank-0.json for Perfetto, and rank-0.txt to read.
-
-    Steps from the start on are left out until they are usual ones.
-    """
-
-    def __init__(self, num_steps: int, run_dir: Path, ranks: Ranks) -> None:
-        self._profiler: torch.profiler.profile | None = None
-        self._num_steps, self._is_written = num_steps, False
-        self.folder, self.rank, self.device = run_dir / "profile", ranks.rank, ranks.device
-        if not num_steps:
-            return
-        activities = [torch.profiler.ProfilerActivity.CPU]
-        if ranks.device.type == "cuda":
-            activities.append(torch.profiler.ProfilerActivity.CUDA)
-        self._profiler = torch.profiler.profile(
-            activities=activities,
-            schedule=torch.profiler.schedule(wait=WARM_STEPS, warmup=1, active=num_steps, repeat=1),
-            on_trace_ready=self._write,
-            profile_memory=True,
-        )
-
-    def __enter__(self) -> Trace:
-        if self._profiler is not None:
-            self._profiler.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._profiler is not None:
-            self._profiler.stop()
-            if not self._is_written and self.rank == 0:
-                print(
-                    f"no trace was written: train.profile_steps is {self._num_steps}, but the {WARM_STEPS + 1} steps "
-                    "before them were not through when this run ended; train for longer.",
-                    flush=True,
-                )
-
-    def step_is_done(self) -> None:
-        if self._profiler is not None:
-            self._profiler.step()
-
-    def _write(self, profiler: torch.profiler.profile) -> None:
-        self._is_written = True
-        self.folder.mkdir(parents=True, exist_ok=True)
-        profiler.export_chrome_trace(str(self.folder / f"rank-{self.rank}.json"))
-        by = "self_device_time_total" if self.device.type == "cuda" else "self_cpu_time_total"
-        table = profiler.key_averages().table(sort_by=by, row_limit=-1)
-        (self.folder / f"rank-{self.rank}.txt").write_text(table)

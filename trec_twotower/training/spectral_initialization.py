@@ -37,7 +37,7 @@ from trec_twotower.data.features.transform import buckets, one_chunk
 from trec_twotower.distributed.ranks import Ranks
 from trec_twotower.errors import ConfigError, DataError
 from trec_twotower.model.embeddings import table_shards
-from trec_twotower.ops.hashing import id_keys
+from trec_twotower.ops.hashing import SPLITMIX_STEP, id_keys
 from trec_twotower.ops.ragged import offsets_of
 
 BLOCK_ROWS = 1 << 16  # users whose products are held at a time
@@ -271,7 +271,7 @@ def _sparse(row: np.ndarray, column: np.ndarray, value: np.ndarray, shape: tuple
 
 def _hashed(key: np.ndarray) -> np.ndarray:
     """Spread ids evenly, as neighbours may be of one kind."""
-    return (key.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(32)
+    return (key.astype(np.uint64) * SPLITMIX_STEP) >> np.uint64(32)
 
 
 def _summed(value: Tensor, ranks: Ranks) -> Tensor:

@@ -40,8 +40,8 @@ ListsAt = Callable[[int, Sources, np.ndarray], tuple[Lists, np.ndarray] | None]
 class TrainBatches:
     """The batches of this rank from any step on: `batches.since(step, end)`.
 
-    With loss.negatives.refresh, `lists_at` gives the lists from which the rows of a step draw. It is asked in the
-    thread that takes the batches, when all those before have been taken and none of a later step has been made.
+    With loss.negatives.refresh, `lists_at` returns the lists from which the rows of a step draw negatives. It is called
+    in the thread that reads the batches, when all earlier ones have been read and no later one has been made.
     """
 
     def __init__(
@@ -79,7 +79,6 @@ class TrainBatches:
         masks_history = self.reader.masks_history
         self.candidates = CandidateSets(sources, loss, self.negatives, self.num_ranks, masks_history=masks_history)
         self.pin_memory = pin_memory  # for copies to a GPU that do not wait
-        self.lists_at: ListsAt | None = None
         schema = sources.schema
         self._bags = [lookup.buckets for lookup in schema.layout.pooled_lookups if lookup.side == "user"]
         self._room = 0  # for the values of the items' bags: as many as a batch has had
@@ -94,11 +93,11 @@ class TrainBatches:
         """Log of the probability that an item is among a step's candidates, (I,)."""
         return self.negatives.log_I
 
-    def since(self, step: int, end: int) -> Iterator[Batch]:
+    def since(self, step: int, end: int, lists_at: ListsAt | None = None) -> Iterator[Batch]:
         """Batches of the steps step .. end - 1; an error in the data is raised at the step that needs the row."""
         pool: _Pool = ThreadPoolExecutor(self.data.threads, "reader") if self.data.threads else _Inline()
         try:
-            yield from self._ahead(pool, step, end)
+            yield from self._ahead(pool, step, end, lists_at)
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
@@ -111,19 +110,19 @@ class TrainBatches:
         low, high, epoch = self._places(step)
         return rows_at(self.windows(epoch), low, high, self.data.seed)
 
-    def _ahead(self, pool: _Pool, step: int, end: int) -> Iterator[Batch]:
+    def _ahead(self, pool: _Pool, step: int, end: int, lists_at: ListsAt | None) -> Iterator[Batch]:
         """Keeps `prefetch` batches and, where there are threads, units of the next window under way."""
         windows = self._windows_since(step, end)
         held: deque[_Held] = deque()
         made: deque[Future[Batch]] = deque()
-        refresh = self.loss.negatives.refresh if self.lists_at is not None else None
+        refresh = self.loss.negatives.refresh if lists_at is not None else None
         stop = end if refresh is None else step  # the step before which all others must have been taken
         most = 1
         if self.data.threads:  # fewer than 32 leave threads waiting for whoever takes the batches
             most = self.data.prefetch or min(32, max(4, ROWS_AHEAD // self.data.batch_size))
         while step < end or made:
-            if refresh is not None and step == stop and not made:
-                self._refresh(step)
+            if refresh is not None and lists_at is not None and step == stop and not made:
+                self._refresh(step, lists_at)
                 stop = min(end, step - step % refresh.every + refresh.every)
             while step < stop and len(made) < most:
                 low, high, epoch = self._places(step)
@@ -145,10 +144,9 @@ class TrainBatches:
                 step += 1
             yield made.popleft().result()
 
-    def _refresh(self, step: int) -> None:
+    def _refresh(self, step: int, lists_at: ListsAt) -> None:
         """Let the batches from this step on draw from the lists that are valid then."""
-        assert self.lists_at is not None
-        lists = self.lists_at(step, self.sources, self.negatives.facts.taken_I)
+        lists = lists_at(step, self.sources, self.negatives.facts.taken_I)
         if lists is not None:
             self.negatives.refresh(*lists)
 

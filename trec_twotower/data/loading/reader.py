@@ -30,8 +30,8 @@ from trec_twotower.data.loading.step_buckets import Buffers, Packed, Packer
 from trec_twotower.data.negatives.mined import MOST_WEIGHT, check_given, given_columns, read_given
 from trec_twotower.distributed.host_memory import keep_freed
 from trec_twotower.errors import DataError
+from trec_twotower.ops.bucket_kernels import mark_heaps
 from trec_twotower.ops.hashing import fingerprints, id_keys, uniform
-from trec_twotower.ops.kernels import mark_heaps
 from trec_twotower.ops.ragged import Lists
 
 WEIGHT = "weight"

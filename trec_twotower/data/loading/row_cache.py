@@ -20,11 +20,11 @@ import xxhash
 
 from trec_twotower.config.data import DataConfig
 from trec_twotower.data.dataset import PARTS_OF_ROWS, RowGroup
-from trec_twotower.data.feature_dataset import Sources
+from trec_twotower.data.feature_dataset import Sources, open_cache
 from trec_twotower.data.loading.examples import Examples
 from trec_twotower.data.loading.step_buckets import WEIGHTS, Layout, assembled, parts_of
 from trec_twotower.ops.ragged import Lists
-from trec_twotower.storage.cache_dir import CacheFolder, changed, size_of
+from trec_twotower.storage.cache_dir import changed, size_of
 
 FORMAT = 4
 DIGEST_BYTES = 8
@@ -45,7 +45,7 @@ class Cache:
 
         `settings` are what else decides which columns are kept, and how.
         """
-        kept = sources.cache or CacheFolder.of(data)
+        kept = sources.cache or open_cache(data)
         groups = sources.dataset.train.row_groups
         facts = {
             "format": FORMAT,

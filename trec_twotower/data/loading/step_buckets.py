@@ -29,7 +29,8 @@ import numpy as np
 
 from trec_twotower.data.features.transform import Columns
 from trec_twotower.data.loading.examples import Examples, RowItems
-from trec_twotower.ops.kernels import LINE_BYTES, copy_heap, place_rows, put_columns, put_lists
+from trec_twotower.ops.bucket_kernels import copy_heap, place_rows, put_columns, put_lists
+from trec_twotower.ops.compilation import LINE_BYTES
 from trec_twotower.ops.ragged import Lists
 
 WORD_BYTES = 4

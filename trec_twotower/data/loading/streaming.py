@@ -42,10 +42,21 @@ COUNT_AGAIN = "remove it, and train counts again."
 STOP_S = 1.0  # how long a rank that waits may take to notice that it is to stop
 
 
+def never() -> bool:
+    """Return False."""
+    return False
+
+
+def _sleep(seconds: float, is_stopped: Callable[[], bool]) -> bool:
+    """Sleep; return True, and earlier, when the run is stopped."""
+    while seconds > 0 and not is_stopped():
+        time.sleep(min(seconds, STOP_S))
+        seconds -= STOP_S
+    return seconds > 0
+
+
 class Passes(Protocol):
     """Batches from any step on, and where a step stands among them."""
-
-    lists_at: ListsAt | None  # see TrainBatches
 
     @property
     def sources(self) -> Sources:
@@ -59,8 +70,13 @@ class Passes(Protocol):
     def num_steps(self) -> int:
         """As far as is known yet."""
 
-    def since(self, step: int) -> Iterator[Batch]:
-        """The batches of this step and all later ones."""
+    def since(
+        self, step: int, lists_at: ListsAt | None = None, is_stopped: Callable[[], bool] = never
+    ) -> Iterator[Batch]:
+        """Yield the batches of this step and all later ones.
+
+        `lists_at` is that of TrainBatches.since; `is_stopped` is asked by all ranks together while they wait for files.
+        """
 
     def rows_before(self, step: int) -> int:
         """How many rows the steps before this one take, over all ranks."""
@@ -84,7 +100,6 @@ class Epochs:
     def __init__(self, batches: TrainBatches, epochs: int) -> None:
         self.batches = batches
         self.epochs = epochs
-        self.lists_at: ListsAt | None = None
 
     @property
     def sources(self) -> Sources:
@@ -98,9 +113,10 @@ class Epochs:
     def num_steps(self) -> int:
         return self.batches.steps_per_epoch * self.epochs
 
-    def since(self, step: int) -> Iterator[Batch]:
-        self.batches.lists_at = self.lists_at
-        return self.batches.since(step, self.num_steps)
+    def since(
+        self, step: int, lists_at: ListsAt | None = None, is_stopped: Callable[[], bool] = never
+    ) -> Iterator[Batch]:
+        return self.batches.since(step, self.num_steps, lists_at)
 
     def rows_before(self, step: int) -> int:
         epoch, number = divmod(step, self.batches.steps_per_epoch)
@@ -281,8 +297,6 @@ class Stream:
         self.run_dir = run_dir
         self.ranks = ranks
         self.pin_memory = pin_memory
-        self.lists_at: ListsAt | None = None
-        self.is_stopped: Callable[[], bool] = lambda: False  # asked by all ranks at once, while they wait
         self._has_ended = False
         self._current: TrainBatches | None = None
         self._found: tuple[int, Sources] | None = None  # what the first rank has made of a generation to come
@@ -301,12 +315,13 @@ class Stream:
     def num_steps(self) -> int:
         return self._ends[-1]
 
-    def since(self, step: int) -> Iterator[Batch]:
+    def since(
+        self, step: int, lists_at: ListsAt | None = None, is_stopped: Callable[[], bool] = never
+    ) -> Iterator[Batch]:
         number = bisect_right(self._ends, step)
-        while number < len(self._ends) or self._grows():
+        while number < len(self._ends) or self._grows(is_stopped):
             self._current = self._batches(number)
-            self._current.lists_at = self.lists_at
-            yield from self._current.since(step, self._ends[number])
+            yield from self._current.since(step, self._ends[number], lists_at)
             step = self._ends[number]
             number += 1
 
@@ -349,7 +364,7 @@ class Stream:
             counted_rows=sum(generation.num_rows for generation in self.generations.taken[: number + 1]),
         )
 
-    def _grows(self) -> bool:
+    def _grows(self, is_stopped: Callable[[], bool]) -> bool:
         """Whether there is a generation more; waits for one as long as the config says, or until told to stop."""
         began = time.monotonic()
         is_waiting = False
@@ -362,7 +377,7 @@ class Stream:
                 print(f"waiting for new files in {self.sources.dataset.train.folder}", flush=True)
             is_waiting = True
             self._has_ended = left_s <= 0
-            if self._has_ended or self._is_stopped_within(min(self.follow.poll_s, left_s)):
+            if self._has_ended or _sleep(min(self.follow.poll_s, left_s), is_stopped):
                 return False
 
     def _look(self) -> Generations | None:
@@ -384,13 +399,6 @@ class Stream:
     def _left_s(self, began: float) -> float:
         """How long one may wait yet."""
         return math.inf if self.follow.idle_s is None else began + self.follow.idle_s - time.monotonic()
-
-    def _is_stopped_within(self, seconds: float) -> bool:
-        """Sleeps so long; sooner back, with True, when the run was told to stop."""
-        while seconds > 0 and not self.is_stopped():
-            time.sleep(min(seconds, STOP_S))
-            seconds -= STOP_S
-        return seconds > 0
 
     def _sources_of(self, generations: Generations, number: int) -> Sources:
         """The rows of a generation, with the items and users it knows."""

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Source:
-    """One maker of datasets: `module` holds its `Options` and its `write(options, writer)`."""
+    """One source of datasets: `module` holds its `Options` and its `write(options, writer)`."""
 
     name: str
     module: str
@@ -29,12 +29,12 @@ class Source:
 
     @property
     def options(self) -> type[SourceOptions]:
-        """The frozen pydantic model of what may be set."""
+        """Return the frozen pydantic model of the source's options."""
         return self._load().Options
 
     @property
     def function(self) -> Callable[[SourceOptions, DatasetWriter], dict[str, Any]]:
-        """Writes the dataset with these options; returns the content of dataset.yaml."""
+        """Return the function that writes the dataset and returns the content of dataset.yaml."""
         return self._load().write
 
     def _load(self) -> Any:
@@ -44,7 +44,7 @@ class Source:
 SOURCES: dict[str, Source] = {
     source.name: source
     for source in (
-        Source("synthetic", "synthetic_world.world", "a generated world whose best reachable recall is known"),
+        Source("synthetic", "synthetic.source", "a synthetic dataset whose best reachable recall is known"),
         Source("gowalla", "gowalla", "train.txt and test.txt, a line = `user item item ...`, no order"),
         Source("amazon-beauty", "amazon_beauty", "one file of item sequences in time order, with attributes"),
         Source("amazon-reviews", "amazon_reviews", "Amazon Reviews 2023: reviews and metadata as JSON lines, any size"),
@@ -67,7 +67,7 @@ def parse_options(source: str, overrides: Iterable[str]) -> dict[str, Any]:
 def prepare(source: str, out: Path, overrides: dict[str, Any], overwrite: bool = False) -> dict[str, Any]:
     """Write the dataset folder `out` from the named source; return the content of its dataset.yaml.
 
-    Raises ConfigError for an unknown source or option and where `out` is taken, DataError for bad files.
+    Raises ConfigError for an unknown source or option and if `out` exists, DataError for bad files.
     """
     if source not in SOURCES:
         raise ConfigError(f"There is no source {source!r}{nearest(source, SOURCES)}.")

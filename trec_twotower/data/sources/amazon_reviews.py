@@ -53,7 +53,8 @@ from typing import Any, Literal
 import duckdb
 from pydantic import Field
 
-from trec_twotower.data.sources.event_logs.event_log import Moment, write_log
+from trec_twotower.data.sources.event_logs.event_log import write_log
+from trec_twotower.data.sources.event_logs.log_options import Moment
 from trec_twotower.data.sources.ratings import RatingOptions, load_ratings
 from trec_twotower.data.sources.tables.event_files import (
     FILE_OF_ROW,

@@ -9,7 +9,8 @@ from typing import Literal
 
 import duckdb
 
-from trec_twotower.data.sources.event_logs.event_log import Fault, LogOptions, refuse_faults
+from trec_twotower.data.sources.event_logs.event_log import Fault, refuse_faults
+from trec_twotower.data.sources.event_logs.log_options import LogOptions
 from trec_twotower.data.sources.options import FolderOptions
 from trec_twotower.data.sources.tables.csv_files import CsvFiles, CsvLayout
 from trec_twotower.data.sources.tables.event_files import (

@@ -1,21 +1,17 @@
-"""The dataset folder, written whole or not at all.
+"""Writer of dataset folders: a dataset is published complete or not at all.
 
 DATASET/
   dataset.yaml              source, options, counts, columns, and rows, bytes and digests of each file
-  train/part-00000.parquet  a row per example; valid/ and test/ a row per user to evaluate
-  serving/                  where nothing is held out: a row per user with its whole history
-  items/                    the catalogue, a row per item
-  users/                    where there are static features of users
+  train/part-00000.parquet  one row per example; valid/ and test/ have one row per user
+  serving/                  if nothing is held out: one row per user with the whole history
+  items/                    the catalogue, one row per item
+  users/                    features of users, if the source has any
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import os
-import re
 import shutil
-import socket
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -25,9 +21,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from trec_twotower.config.loading import parse_yaml, to_yaml
-from trec_twotower.data.dataset import SERVING, digest_of_description
+from trec_twotower.data.dataset import SERVING
 from trec_twotower.data.parquet_files import footer_digest
 from trec_twotower.errors import ConfigError
+from trec_twotower.storage.artifacts import NewFolder
+from trec_twotower.storage.manifest import digest_of, own_sha256
 
 FORMAT = 1
 MANIFEST = "dataset.yaml"
@@ -36,23 +34,23 @@ ROWS_PER_GROUP = 131_072
 ROWS_PER_PART = 32 * ROWS_PER_GROUP
 SPLITS = ("train", "train_users", "valid", "test", SERVING, "items", "users")
 
-_in_use: set[Path] = set()  # temporary folders of this process
+_in_use: set[Path] = set()  # datasets that this process is writing
 
 
 def list_column(values: np.ndarray, starts: np.ndarray, stops: np.ndarray) -> pa.ListArray:
-    """A column of lists: row r is `values[starts[r] : stops[r]]`; the ranges may overlap."""
+    """Return a column of lists: row r is `values[starts[r] : stops[r]]`; the ranges may overlap."""
     lengths = stops - starts
     offsets = np.append(0, np.cumsum(lengths))
-    assert offsets[-1] < 2**31, "a piece this long needs cutting"
+    assert offsets[-1] < 2**31, "too many values for int32 offsets"
     position = np.arange(offsets[-1]) + np.repeat(starts - offsets[:-1], lengths)
     return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(values[position]))
 
 
 class DatasetWriter:
-    """Writes into a temporary folder beside `out` and renames it there when `finish` is called.
+    """Writes a dataset into a temporary folder next to `out`; `finish` renames it to `out`.
 
-    Leaving the `with` block by an exception removes the temporary folder; an earlier dataset at `out`
-    stays as it was until a complete one takes its place. Memory holds one row group per split.
+    An exception in the `with` block removes the temporary folder. An earlier dataset at `out` is unchanged until the
+    complete one replaces it. Memory holds one row group per split.
     """
 
     def __init__(
@@ -67,36 +65,40 @@ class DatasetWriter:
         self.rows_per_group = rows_per_group
         self.groups_per_part = max(1, rows_per_part // rows_per_group)
         self._overwrite = overwrite
-        self._mark = f"{os.getpid()}@{socket.gethostname()}"
-        self.temporary = self.out.with_name(f".{self.out.name}.tmp-{self._mark}")
+        self._new = NewFolder(self.out)
+        self.temporary = self.out  # the temporary folder, inside the `with` block
         self._splits: dict[str, _Split] = {}
 
     def __enter__(self) -> Self:
-        if self.temporary in _in_use:
+        if self.out in _in_use:
             raise ConfigError(f"{self.out} is being written by another thread of this process: wait for it.")
-        _sweep(self.out)
-        self._refuse_if_taken()
-        self.temporary.mkdir(parents=True)
-        _in_use.add(self.temporary)
+        self._refuse_file()
+        self.temporary = self._new.begin()
+        _in_use.add(self.out)
+        try:
+            self._refuse_existing()
+        except BaseException:
+            self._end()
+            raise
         return self
 
     def write(self, split: str, table: pa.Table) -> None:
-        """Add rows to one of SPLITS; all tables of a split have one schema."""
+        """Append rows to one of SPLITS; all tables of a split have the same schema."""
         assert split in SPLITS, split
         if split not in self._splits:
             self._splits[split] = _Split(self.temporary / split, self.rows_per_group, self.groups_per_part)
         self._splits[split].write(table)
 
     def scratch_dir(self) -> Path:
-        """A folder for what a source spills to disk; `finish`, or leaving the `with` block, removes it."""
+        """Return a folder for temporary files of a source; `finish` and the end of the `with` block remove it."""
         folder = self.temporary / SCRATCH
         folder.mkdir(exist_ok=True)
         return folder
 
     def finish(self, source: str, options: dict[str, Any], counts: dict[str, int], **more: Any) -> dict[str, Any]:
-        """Close the files, write dataset.yaml, put the folder in place; return what dataset.yaml holds.
+        """Close the files, write dataset.yaml, publish the folder, and return the content of dataset.yaml.
 
-        `counts` is joined by the rows of each split; `more` are further top-level entries.
+        The rows of each split are added to `counts`. `more` are further top-level entries.
         """
         for split in self._splits.values():
             split.close()
@@ -115,37 +117,45 @@ class DatasetWriter:
             "files": {key: value for name in written for key, value in self._splits[name].describe().items()},
         }
         text = to_yaml(manifest)
-        manifest["sha256"] = digest_of_description(parse_yaml(text, MANIFEST))
-        with (self.temporary / MANIFEST).open("w", encoding="utf-8") as file:
-            file.write(f"sha256: {manifest['sha256']}\n{text}")  # first, where no cut takes it away alone
-            file.flush()
-            os.fsync(file.fileno())
-        for folder in (*(self.temporary / name for name in written), self.temporary):
-            _fsync(folder)
-        self._put_in_place()
+        manifest["sha256"] = own_sha256(parse_yaml(text, MANIFEST))
+        # The digest is the first line, so that a truncated file still has it.
+        (self.temporary / MANIFEST).write_text(f"sha256: {manifest['sha256']}\n{text}", encoding="utf-8")
+        self._refuse_existing()  # another process may have created it in the meantime
+        self._new.publish()
         return manifest
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         for split in self._splits.values():
-            with contextlib.suppress(Exception):  # what went wrong is already on its way up
+            with contextlib.suppress(Exception):  # the first error is already being raised
                 split.abandon()
-        shutil.rmtree(self.temporary, ignore_errors=True)
-        _in_use.discard(self.temporary)
+        self._end()
+
+    def _end(self) -> None:
+        """Remove the temporary folder if it was not published, and free the lock."""
+        self._new.end()
+        _in_use.discard(self.out)
 
     def _rows(self, split: str) -> int:
         return self._splits[split].rows if split in self._splits else 0
 
-    def _refuse_if_taken(self) -> None:
+    def _refuse_file(self) -> None:
+        """Raise ConfigError if the dataset's path, or one of its parents, is a file."""
+        out = self.out
+        found = next(path for path in (out, *out.parents) if path.exists())
+        if found.is_dir():
+            return
+        if found == out:
+            raise ConfigError(f"{out} is a file: a dataset is a folder, give another name.")
+        raise ConfigError(f"{out} would be below {found}, which is a file: give another folder.")
+
+    def _refuse_existing(self) -> None:
+        """Raise ConfigError if the path has other files, or a dataset that is not to be overwritten."""
         out = self.out
         if not out.exists():
-            there = next(parent for parent in out.parents if parent.exists())
-            if not there.is_dir():
-                raise ConfigError(f"{out} would be below {there}, which is a file: give another folder.")
             return
-        if not out.is_dir():
-            raise ConfigError(f"{out} is a file: a dataset is a folder, give another name.")
+        self._refuse_file()
         if not (out / MANIFEST).is_file() and any(out.iterdir()):
             held = sorted(entry.name for entry in out.iterdir())
             shown = ", ".join(held[:3]) + (", ..." if len(held) > 3 else "")
@@ -156,24 +166,9 @@ class DatasetWriter:
         if not self._overwrite:
             raise ConfigError(f"{out} exists already: give another folder, or add --overwrite.")
 
-    def _put_in_place(self) -> None:
-        self._refuse_if_taken()  # it may have come while we wrote
-        if not self.out.exists():
-            self.temporary.rename(self.out)
-        else:
-            old = self.out.with_name(f".{self.out.name}.old-{self._mark}")
-            self.out.rename(old)
-            try:
-                self.temporary.rename(self.out)
-            except BaseException:
-                old.rename(self.out)
-                raise
-            shutil.rmtree(old, ignore_errors=True)
-        _fsync(self.out.parent)
-
 
 class _Split:
-    """The parts of one split; rows wait here until they fill a row group."""
+    """The files of one split; rows are buffered until they fill a row group."""
 
     def __init__(self, folder: Path, rows_per_group: int, groups_per_part: int) -> None:
         self.folder = folder
@@ -208,28 +203,21 @@ class _Split:
         self._close_part()
 
     def abandon(self) -> None:
-        """Let go of an unfinished part."""
+        """Close an unfinished file."""
         if self._part is not None:
             part, self._part = self._part, None
             part.close()
 
     def columns(self) -> dict[str, str]:
-        """The name and Arrow type of each column, as a reader of the files sees them."""
+        """Return the Arrow type of each column by name, as a reader of the files sees them."""
         return {field.name: str(field.type) for field in pq.read_schema(self.files[0][0])}
 
     def describe(self) -> dict[str, dict[str, Any]]:
-        """Rows, bytes, sha256 and the footer's digest by path within the dataset."""
+        """Return rows, bytes, SHA-256 and the footer's digest of each file, by its path in the dataset."""
         described = {}
         for path, rows in self.files:
-            with path.open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
             name = f"{self.folder.name}/{path.name}"
-            described[name] = {
-                "rows": rows,
-                "bytes": path.stat().st_size,
-                "sha256": digest,
-                "footer": footer_digest(path),
-            }
+            described[name] = {"rows": rows, **digest_of(path), "footer": footer_digest(path)}
         return described
 
     def _write_group(self, table: pa.Table) -> None:
@@ -252,39 +240,3 @@ class _Split:
         if self._part is not None:
             self._part.close()
             self._part = None
-            _fsync(self.files[-1][0])
-
-
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _sweep(out: Path) -> None:
-    """Clear what dead processes of this machine left beside `out`; put back a dataset caught mid-swap."""
-    if not out.parent.is_dir():
-        return
-    name = re.compile(rf"\.{re.escape(out.name)}\.(tmp|old)-(\d+)@{re.escape(socket.gethostname())}")
-    for entry in sorted(out.parent.iterdir()):
-        match = name.fullmatch(entry.name)
-        if match is None or entry in _in_use or _is_alive(int(match[2])):
-            continue
-        if match[1] == "old" and not out.exists():
-            entry.rename(out)
-        else:
-            shutil.rmtree(entry, ignore_errors=True)
-
-
-def _is_alive(pid: int) -> bool:
-    if pid == os.getpid():
-        return False  # a namesake's leftovers: our own are in `_in_use`
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True

@@ -21,6 +21,8 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_training import SplitTableBat
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from trec_twotower.distributed.compat import fbgemm_cpu_update, lookup_modules, replace_forward
+
 # What fbgemm calls the updates that are known here.
 _UPDATES = {
     EmbOptimType.EXACT_SGD: "sgd",
@@ -29,16 +31,14 @@ _UPDATES = {
 }
 
 
-def quicken_updates(model: nn.Module) -> None:
-    """Have the tables of a sharded model updated so, where they are on a CPU and it pays.
+def accelerate_updates(model: nn.Module) -> None:
+    """Make the tables of a sharded model use the faster update, where they are on a CPU and it pays.
 
-    Every update is the one that fbgemm makes, but for the order in which a row's gradients are added up.
+    Every update equals fbgemm's, but for the order in which a row's gradients are added up.
     """
-    for sharded in model.modules():
-        for lookup in getattr(sharded, "_lookups", ()):
-            for tables in lookup.modules():
-                if isinstance(tables, Tables) and _pays(tables):
-                    tables.forward = partial(_look_up, weakref.ref(tables), _each(tables))
+    for tables in lookup_modules(model):
+        if isinstance(tables, Tables) and _pays(tables):
+            replace_forward(tables, partial(_look_up, weakref.ref(tables), _each(tables)))
 
 
 def _pays(tables: Tables) -> bool:
@@ -143,7 +143,7 @@ def _update(
     state = {}
     if tables.optimizer != EmbOptimType.EXACT_SGD:
         state = {"momentum1_host": tables.momentum1_host, "eps": settings.eps}
-    update = getattr(torch.ops.fbgemm, f"split_embedding_backward_codegen_{_UPDATES[tables.optimizer]}_cpu")
+    update = fbgemm_cpu_update(_UPDATES[tables.optimizer])
     update(
         grad_output=gradient,
         host_weights=tables.weights_host,

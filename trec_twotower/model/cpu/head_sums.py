@@ -1,8 +1,8 @@
-"""Weighted sums of vectors over lists, on CPU in one pass: the vector of a list's element is read where it lies.
+"""Weighted sums of step vectors per row and head, on CPU in one pass over the steps.
 
-torch's own way makes a copy of the vectors for each step of it (gather, dropout, weights, sum, and the same back), each
-of (elements, D), which is some ten times what the lists' distinct vectors and the sums hold. Without numba, and on
-other devices, callers go that way.
+torch's operators write a copy of the vectors for each operation (gather, dropout, weights, sum, and the same in
+backward), each of (steps, D). That is about ten times the memory of the distinct vectors and the sums. On other devices
+callers use torch's operators.
 """
 
 from __future__ import annotations
@@ -14,21 +14,23 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from trec_twotower.ops.kernels import IS_COMPILED, kernel
+from trec_twotower.ops.compilation import kernel
+from trec_twotower.ops.hashing import multiplicative_hash
 
-BITS = 24  # of a number drawn for an element, compared with the share to be dropped
+BITS = 24  # size of an element's random number, which is compared with the dropout probability
 
 
-def applies_to(vector: Tensor) -> bool:
-    return IS_COMPILED and vector.device.type == "cpu" and vector.dtype == torch.float32
+def is_supported(vector: Tensor) -> bool:
+    """Return whether `head_sums` accepts vectors of this device and type."""
+    return vector.is_cpu and vector.dtype == torch.float32
 
 
 def head_sums(vector_UD: Tensor, place_N: Tensor, length_B: Tensor, weight_LAH: Tensor, dropout: float = 0.0) -> Tensor:
-    """(B, D): each list's sum of its elements' vectors, part h of an element times weight[length - 1, age, h].
+    """Return (B, D): each row's sum of its steps' vectors, head h of a step multiplied by weight[length - 1, age, h].
 
-    `place` says which vector is an element's; the lists lie below each other, and the last element of each has age 0.
-    With `dropout` that share of all (N, D) numbers counts as zero and the others are scaled up; which, torch's
-    generator says.
+    `place_N` is the index of each step's vector. The steps of a row follow each other, and the last one has age 0.
+    `dropout` is the probability that one of the (N, D) numbers becomes zero; the others are scaled up. The random
+    numbers are seeded by torch's generator.
     """
     least = round(dropout * (1 << BITS))
     seed = int(torch.randint(1 << 62, ())) if least else 0
@@ -42,7 +44,7 @@ class _HeadSums(torch.autograd.Function):
     ) -> Tensor:
         vector_UD, weight_LAH = vector_UD.contiguous(), weight_LAH.contiguous()
         ctx.save_for_backward(vector_UD, place_N, length_B, weight_LAH)
-        ctx.draw = least, seed
+        ctx.dropout = least, seed
         sum_BD = vector_UD.new_zeros(len(length_B), vector_UD.shape[1])
         arrays = [each.detach().numpy() for each in (vector_UD, place_N, length_B, weight_LAH, sum_BD)]
         _sum_heads(*arrays, np.uint32(least), np.uint64(seed))
@@ -52,23 +54,22 @@ class _HeadSums(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         vector_UD, place_N, length_B, weight_LAH = ctx.saved_tensors
-        least, seed = ctx.draw
+        least, seed = ctx.dropout
         grad_vector_UD, grad_weight_LAH = torch.zeros_like(vector_UD), torch.zeros_like(weight_LAH)
-        given = (vector_UD, place_N, length_B, weight_LAH, gradients[0].contiguous(), grad_vector_UD, grad_weight_LAH)
-        _spread_heads(*(each.detach().numpy() for each in given), np.uint32(least), np.uint64(seed))
+        arrays = (vector_UD, place_N, length_B, weight_LAH, gradients[0].contiguous(), grad_vector_UD, grad_weight_LAH)
+        _spread_heads(*(each.detach().numpy() for each in arrays), np.uint32(least), np.uint64(seed))
         return grad_vector_UD, None, None, grad_weight_LAH, None, None
 
 
 @kernel
 def _element_seed(seed: np.uint64, element: int) -> np.uint32:
-    state = (seed ^ np.uint64(element)) * np.uint64(0x9E3779B97F4A7C15)
-    return np.uint32(state >> np.uint64(32))
+    return np.uint32(multiplicative_hash(seed ^ np.uint64(element)))
 
 
 @kernel
-def _drawn(state: np.uint32, column: int) -> np.uint32:
-    """24 bits for a column of an element (the finaliser of MurmurHash3 on 32 bits: it fits a processor's lanes)."""
-    # Each product is cut back at once, as numba makes 64 bits of two times 32.
+def _random_bits(state: np.uint32, column: int) -> np.uint32:
+    """Return 24 random bits for a column of an element by the 32-bit finalizer of MurmurHash3, which vectorizes."""
+    # numba widens a product of two 32-bit values to 64 bits, so each product is cut to 32 bits.
     x = np.uint32(state + np.uint32(column) * np.uint32(0x9E3779B1))
     x = np.uint32((x ^ (x >> np.uint32(16))) * np.uint32(0x85EBCA6B))
     x = np.uint32((x ^ (x >> np.uint32(13))) * np.uint32(0xC2B2AE35))
@@ -95,7 +96,7 @@ def _sum_heads(
                 for column in range(head * part, head * part + part):
                     value = weight * vector_D[column]
                     if least:
-                        value = value if _drawn(state, column) >= least else np.float32(0)
+                        value = value if _random_bits(state, column) >= least else np.float32(0)
                     total_D[column] += value
             element += 1
 
@@ -122,7 +123,7 @@ def _spread_heads(
                 for column in range(head * part, head * part + part):
                     slope = slope_D[column]
                     if least:
-                        slope = slope if _drawn(state, column) >= least else np.float32(0)
+                        slope = slope if _random_bits(state, column) >= least else np.float32(0)
                     grad_D[column] += weight * slope
                     product += vector_D[column] * slope
                 grad_weight_LAH[length - 1, length - 1 - step, head] += product * scale

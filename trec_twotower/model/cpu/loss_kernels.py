@@ -6,9 +6,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from numba import types
+from numba.extending import intrinsic
 from torch import Tensor
 
-from trec_twotower.ops.kernels import IS_COMPILED, kernel
+from trec_twotower.ops.compilation import kernel
 
 MOST_THREADS = 4  # with more of them torch is faster, which uses all
 PAIR_NUMBERS = {"cpu": 1 << 16, "cuda": 1 << 23}  # numbers of pairs' vectors that torch takes side by side at a time
@@ -59,10 +61,8 @@ def add_products(into_ND: Tensor, into_P: Tensor, weight_P: Tensor, from_MD: Ten
 
 def are_ours(*matrices: Tensor) -> bool:
     """Whether kernels are made for them, and better."""
-    return (
-        IS_COMPILED
-        and torch.get_num_threads() <= MOST_THREADS
-        and all(each.dtype == torch.float32 and each.is_cpu and each.is_contiguous() for each in matrices)
+    return torch.get_num_threads() <= MOST_THREADS and all(
+        each.dtype == torch.float32 and each.is_cpu and each.is_contiguous() for each in matrices
     )
 
 
@@ -80,80 +80,79 @@ def _portions(row_P: Tensor, like_ND: Tensor) -> list[slice]:
     return [slice(start, start + size) for start in range(0, row_P.shape[0], size)]
 
 
-if IS_COMPILED:
-    from numba import types
-    from numba.extending import intrinsic
+def _read_as(kind: Any, source: Any) -> Any:
+    """A function that takes the bits of a number for those of another kind."""
 
-    def _read_as(kind: Any, source: Any) -> Any:
-        """A function that takes the bits of a number for those of another kind."""
+    @intrinsic
+    def read(context: Any, value: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            return builder.bitcast(arguments[0], context.get_value_type(kind))
 
-        @intrinsic
-        def read(context: Any, value: Any) -> Any:
-            def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-                return builder.bitcast(arguments[0], context.get_value_type(kind))
+        return kind(source), generate
 
-            return kind(source), generate
+    return read
 
-        return read
 
-    _bits: Any = _read_as(types.int32, types.float32)
-    _float: Any = _read_as(types.float32, types.int32)
+_bits: Any = _read_as(types.int32, types.float32)
+_float: Any = _read_as(types.float32, types.int32)
 
-    # exp(x) = 2 ** n * exp(r), with |r| <= log(2) / 2 and exp(r) by the polynomial of Cephes' expf (Moshier 1989).
-    _PER_LOG2, _HALF, _ONE, _ZERO, _LOWEST = (np.float32(x) for x in (1.44269504, 0.5, 1.0, 0.0, -87.0))
-    _LOG2_HIGH, _LOG2_LOW = np.float32(0.693359375), np.float32(-2.12194440e-4)
-    _C5, _C4, _C3, _C2, _C1, _C0 = (
-        np.float32(x)
-        for x in (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1)
-    )
+# exp(x) = 2 ** n * exp(r), with |r| <= log(2) / 2 and exp(r) by the polynomial of Cephes' expf (Moshier 1989).
+_PER_LOG2, _HALF, _ONE, _ZERO, _LOWEST = (np.float32(x) for x in (1.44269504, 0.5, 1.0, 0.0, -87.0))
+_LOG2_HIGH, _LOG2_LOW = np.float32(0.693359375), np.float32(-2.12194440e-4)
+_C5, _C4, _C3, _C2, _C1, _C0 = (
+    np.float32(x)
+    for x in (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1)
+)
 
-    _LEAST = np.float32(-np.inf)
-    _SIGN, _REST, _EXPONENT, _BIAS = (np.int32(x) for x in (31, 0x7FFFFFFF, 23, 127))
+_LEAST = np.float32(-np.inf)
+_SIGN, _REST, _EXPONENT, _BIAS = (np.int32(x) for x in (31, 0x7FFFFFFF, 23, 127))
 
-    @kernel
-    def _ordered(bits: Any) -> Any:
-        """Integers that rise with the floats whose bits they are taken from; the way back is the same."""
-        return np.int32(bits ^ ((bits >> _SIGN) & _REST))
 
-    # Sums may be made in parts, side by side; everything else is as IEEE 754 has it, NaN and infinity too.
-    @kernel(fastmath={"reassoc", "contract"}, error_model="numpy")
-    def _exponentiate(logit: np.ndarray, offset: np.ndarray, total: np.ndarray, peak: np.ndarray) -> None:
-        for i in range(logit.shape[0]):
-            row, summed = logit[i], _ZERO
-            top = _ordered(_bits(_LEAST))
-            for j in range(row.size):  # the largest as an integer: of floats, it would be looked for one by one
-                x = row[j] + offset[j]
-                row[j] = x
-                top = max(top, _ordered(_bits(x)))
-            shift = _float(_ordered(top))
-            if shift == _LEAST:
-                shift = _ZERO
-            peak[i] = shift
-            for j in range(row.size):
-                x = row[j] - shift
-                within = max(x, _LOWEST)
-                n = np.floor(within * _PER_LOG2 + _HALF)
-                r = within - n * _LOG2_HIGH - n * _LOG2_LOW
-                p = ((((_C5 * r + _C4) * r + _C3) * r + _C2) * r + _C1) * r + _C0
-                y = (p * r * r + r + _ONE) * _float(np.int32((np.int32(n) + _BIAS) << _EXPONENT))
-                y = y if x >= _LOWEST else (_ZERO if x < _LOWEST else x)  # the last is NaN
-                row[j] = y
-                summed += y
-            total[i] = summed
+@kernel
+def _ordered(bits: Any) -> Any:
+    """Integers that rise with the floats whose bits they are taken from; the way back is the same."""
+    return np.int32(bits ^ ((bits >> _SIGN) & _REST))
 
-    @kernel(fastmath={"reassoc", "contract"})
-    def _dots(one: np.ndarray, at: np.ndarray, other: np.ndarray, beside: np.ndarray, out: np.ndarray) -> None:
-        for p in range(at.size):
-            left, right, total = one[at[p]], other[beside[p]], _ZERO
-            for d in range(left.size):
-                total += left[d] * right[d]
-            out[p] = total
 
-    @kernel
-    def _add_products(
-        into: np.ndarray, at: np.ndarray, weight: np.ndarray, given: np.ndarray, beside: np.ndarray
-    ) -> None:
-        for p in range(at.size):
-            target, source, factor = into[at[p]], given[beside[p]], weight[p]
-            for d in range(target.size):
-                target[d] += factor * source[d]
+# Sums may be made in parts, side by side; everything else is as IEEE 754 has it, NaN and infinity too.
+@kernel(fastmath={"reassoc", "contract"}, error_model="numpy")
+def _exponentiate(logit: np.ndarray, offset: np.ndarray, total: np.ndarray, peak: np.ndarray) -> None:
+    for i in range(logit.shape[0]):
+        row, summed = logit[i], _ZERO
+        top = _ordered(_bits(_LEAST))
+        for j in range(row.size):  # the largest as an integer: of floats, it would be looked for one by one
+            x = row[j] + offset[j]
+            row[j] = x
+            top = max(top, _ordered(_bits(x)))
+        shift = _float(_ordered(top))
+        if shift == _LEAST:
+            shift = _ZERO
+        peak[i] = shift
+        for j in range(row.size):
+            x = row[j] - shift
+            within = max(x, _LOWEST)
+            n = np.floor(within * _PER_LOG2 + _HALF)
+            r = within - n * _LOG2_HIGH - n * _LOG2_LOW
+            p = ((((_C5 * r + _C4) * r + _C3) * r + _C2) * r + _C1) * r + _C0
+            y = (p * r * r + r + _ONE) * _float(np.int32((np.int32(n) + _BIAS) << _EXPONENT))
+            y = y if x >= _LOWEST else (_ZERO if x < _LOWEST else x)  # the last is NaN
+            row[j] = y
+            summed += y
+        total[i] = summed
+
+
+@kernel(fastmath={"reassoc", "contract"})
+def _dots(one: np.ndarray, at: np.ndarray, other: np.ndarray, beside: np.ndarray, out: np.ndarray) -> None:
+    for p in range(at.size):
+        left, right, total = one[at[p]], other[beside[p]], _ZERO
+        for d in range(left.size):
+            total += left[d] * right[d]
+        out[p] = total
+
+
+@kernel
+def _add_products(into: np.ndarray, at: np.ndarray, weight: np.ndarray, given: np.ndarray, beside: np.ndarray) -> None:
+    for p in range(at.size):
+        target, source, factor = into[at[p]], given[beside[p]], weight[p]
+        for d in range(target.size):
+            target[d] += factor * source[d]

@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -15,12 +14,10 @@ import pyarrow.compute as pc
 
 from trec_twotower.data.dataset import SERVING
 from trec_twotower.data.features.transform import one_chunk
+from trec_twotower.data.sources.event_logs.log_options import LogOptions
 from trec_twotower.data.sources.writer import DatasetWriter, list_column
 from trec_twotower.ops.hashing import id_keys, uniform
 from trec_twotower.ops.ragged import offsets_of
-
-if TYPE_CHECKING:
-    from trec_twotower.data.sources.event_logs.event_log import LogOptions
 
 ORDER = "order of the event"  # internal column: orders events of equal time
 MIN_CANDIDATES = 3  # events that may be held out; a user with fewer is in train only
@@ -177,14 +174,13 @@ class Splits:
         offsets = offsets_of(np.bincount(piece.owner[candidate], minlength=piece.num_users))
         user = np.flatnonzero(np.diff(offsets) >= MIN_CANDIDATES)
         valid, test = (candidate[offsets[user + 1] - back] for back in (2, 1))
-        train_end, end = piece.starts[1:].copy(), piece.starts[user + 1]
+        train_end = piece.starts[1:].copy()
         train_end[user] = valid
-        self._write_train(piece, piece.row < train_end[piece.owner])
+        self._write_train_before(piece, train_end, len(valid) + len(test))
         for split, row in (("valid", valid), ("test", test)):
             asked = piece.table.select(["user_id", *self.options.asked]).take(row)
             past = Ranges(piece.row, piece.first[row], piece.now[row])
             self._write_held_out(split, piece, asked, Ranges(row, np.arange(len(row)), np.arange(len(row)) + 1), past)
-        self.counts["repeats_left_out"] += int((end - valid - 2).sum())
         self.counts["users_in_train_only"] += piece.num_users - len(user)
 
     def _last_basket(self, piece: Piece) -> None:
@@ -201,12 +197,10 @@ class Splits:
             train_end[user] = piece.now[row]
             positive = Ranges(candidate, begin_or_end[basket], begin_or_end[basket + 1])
             held_out[split] = (row, positive, Ranges(piece.row, piece.first[row], piece.now[row]))
-        self._write_train(piece, piece.row < train_end[piece.owner])
+        self._write_train_before(piece, train_end, sum(int(part.lengths.sum()) for _, part, _ in held_out.values()))
         for split in ("valid", "test"):
             row, positive, past = held_out[split]
             self._write_held_out(split, piece, piece.table.select(["user_id", "timestamp"]).take(row), positive, past)
-        used = sum(int(positive.lengths.sum()) for _, positive, _ in held_out.values())
-        self.counts["repeats_left_out"] += len(piece.row) - used - int((train_end - piece.starts[:-1]).sum())
         self.counts["users_in_train_only"] += piece.num_users - len(held_out["test"][0])
 
     def _by_time(self, piece: Piece) -> None:
@@ -254,6 +248,17 @@ class Splits:
         asked = piece.table.select(["user_id", *self.options.asked]).take(end - 1)
         nothing = Ranges(piece.row, begin, begin)
         self._write_held_out(SERVING, piece, asked, nothing, Ranges(piece.row, begin, end))
+
+    def _write_train_before(self, piece: Piece, train_end: np.ndarray, num_held_out: int) -> None:
+        """Write train rows of the items whose first event is before `train_end` of its user.
+
+        Later events with these items are train rows, too: only held-out items are in no train row and in no history
+        of one. With hold_out = any no later event is left to train on.
+        """
+        known = piece.row if self.options.hold_out == "any" else piece.earliest
+        is_train = known < train_end[piece.owner]
+        self._write_train(Piece(piece.table.filter(pa.array(is_train))), None)
+        self.counts["repeats_left_out"] += len(piece.row) - num_held_out - int(is_train.sum())
 
     def _write_train(self, piece: Piece, is_train: np.ndarray | None) -> None:
         """Write a row per event that is marked, or per event; in between are those with a long enough history."""

@@ -54,7 +54,7 @@ def _lines(counts: dict[str, int]) -> Iterator[tuple[str, str]]:
         yield part, ", ".join(facts)
     left_out = counts.pop("repeats_left_out", 0)
     if left_out:
-        yield "not trained", f"{_number(left_out, 'repeat')} at or after the time of a held-out item"
+        yield "not trained", f"{_number(left_out, 'repeat')} of held-out items"
     for name, count in counts.items():
         if count:
             yield _plain(name), f"{count:,}"
@@ -82,8 +82,8 @@ def _warnings(counts: dict[str, int], options: dict[str, Any]) -> Iterator[str]:
     left_out, kept = counts.get("repeats_left_out", 0), counts.get("interactions", 0)
     if left_out > MANY * kept:
         yield (
-            f"{_share(left_out, kept)} of the events are repeats at or after the time of a held-out item, and are not "
-            "trained on. split=time trains on all events before one time, hold_out=any on all but each user's last two."
+            f"{_share(left_out, kept)} of the events are repeats of held-out items, and are not trained on. "
+            "split=time trains on all events before one time, hold_out=any on all but each user's last two."
         )
 
 

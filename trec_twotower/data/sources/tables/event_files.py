@@ -9,11 +9,12 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import duckdb
 import pyarrow as pa
 
+from trec_twotower.data.sources.event_logs.log_options import LogOptions
 from trec_twotower.data.sources.tables.raw_text import (
     COPIES,
     broken_json_line,
@@ -23,9 +24,6 @@ from trec_twotower.data.sources.tables.raw_text import (
     wrong_encoding,
 )
 from trec_twotower.errors import ConfigError, DataError, nearest
-
-if TYPE_CHECKING:
-    from trec_twotower.data.sources.event_logs.event_log import LogOptions
 
 FILE_OF_ROW = "file of the row"  # the column in which DuckDB gives it
 _ROWS_PER_BATCH = 131_072

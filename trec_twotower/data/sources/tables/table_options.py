@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import duckdb
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from trec_twotower.data.sources.event_logs.event_log import LogOptions
+from trec_twotower.data.sources.event_logs.log_options import LogOptions
 
 TableName = Literal["events", "items", "users"]
 TABLES: tuple[TableName, ...] = ("events", "items", "users")

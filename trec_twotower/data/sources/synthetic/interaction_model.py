@@ -1,13 +1,13 @@
-"""A generated world whose every preference is known, and with it the best recall that can be reached.
+"""The interaction model of the synthetic dataset: every preference, and so the best reachable recall, is known.
 
-Items belong to clusters, and within a cluster their popularity falls off as a power of their rank. A user
-takes an item of the main cluster with probability .6, of a second one .25, and .15 whatever is popular:
+Items belong to clusters, and within a cluster popularity is a power law of the rank. An interaction is with an item of
+the user's main cluster with probability .6, of a second cluster with .25, and of the whole catalogue with .15:
 
     P(item | user) = p(item | cluster) * (.6 [main] + .25 [second] + .15 popularity(cluster))
 
-A user's items are draws from this law, repeats passed over, so that the next item follows P(item | user)
-restricted to what the user has not taken. Every number is a function of the seed and of what it is drawn for
-(which user, which draw): pieces of any size give the same dataset, in flat memory.
+A user's items are drawn from this distribution and repeats are skipped, so the next item follows P(item | user)
+restricted to the unseen items. Every number is a function of the seed and of its purpose (which user, which draw):
+pieces of any size give the same dataset, in constant memory.
 """
 
 from __future__ import annotations
@@ -16,99 +16,35 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from pydantic import Field, PositiveInt, model_validator
 
-from trec_twotower.data.sources.options import SourceOptions
-from trec_twotower.data.sources.synthetic_world.reach import reachable
-from trec_twotower.data.sources.synthetic_world.words import (
+from trec_twotower.data.sources.synthetic.options import MIN_EVENTS, Options
+from trec_twotower.data.sources.synthetic.words import (
     ADJECTIVES,
     COUNTRIES,
     DEVICES,
     NUM_TAGS,
     kind_of_goods,
 )
-from trec_twotower.data.sources.writer import DatasetWriter, list_column
+from trec_twotower.data.sources.writer import list_column
+from trec_twotower.ops.hashing import SPLITMIX_FACTORS, SPLITMIX_STEP, mix_array
 from trec_twotower.ops.ragged import offsets_of
 
 MAIN_SHARE, SECOND_SHARE, GLOBAL_SHARE = 0.6, 0.25, 0.15
-ITEM_EXPONENT = 1.0  # of popularity by rank within a cluster
-CLUSTER_EXPONENT = 0.5  # of popularity by rank among clusters
-SIZE_EXPONENT = 0.3  # of the number of items by rank among clusters
-MIN_EVENTS = 3  # one to train on, one for valid, one for test
+ITEM_EXPONENT = 1.0  # exponent of the popularity by rank within a cluster
+CLUSTER_EXPONENT = 0.5  # exponent of the popularity by rank among clusters
+SIZE_EXPONENT = 0.3  # exponent of the number of items by rank among clusters
 FIRST_TIME = 1_672_531_200  # 2023-01-01, seconds
-
-
-class Options(SourceOptions):
-    """The size of the world, and its seed."""
-
-    users: PositiveInt = 20_000
-    items: int = Field(5_000, ge=10)
-    clusters: int = Field(50, ge=2)
-    events_per_user: float = Field(12.0, ge=MIN_EVENTS)  # the mean; a user has at least 3 where items suffice
-    rows: PositiveInt | None = None  # about so many train rows: sets users
-    seed: int = Field(0, ge=0)
-    countries: int = Field(12, ge=1, le=len(COUNTRIES))
-    max_history: PositiveInt = 50  # newest items kept in a train row
-    min_history: int = Field(0, ge=0)  # train rows with fewer earlier items are left out
-    rows_per_piece: PositiveInt = 131_072  # events made at a time; changes no byte of the data
-
-    @model_validator(mode="after")
-    def _fits(self) -> Self:
-        if self.clusters > self.items:
-            raise ValueError(f"{self.clusters:,} clusters need as many items, there are {self.items:,}")
-        if self.events_per_user > self.items / 4:
-            raise ValueError(
-                f"events_per_user is {self.events_per_user:g}, but of {self.items:,} items users can take at "
-                f"most a quarter on average: set items = {int(4 * self.events_per_user) + 1:,} or more"
-            )
-        if self.rows is not None and "users" in self.model_fields_set and self.users != self._users():
-            raise ValueError(
-                f"rows = {self.rows:,} means {self._users():,} users, but users is {self.users:,}: give one of the two"
-            )
-        return self
-
-    def resolve(self) -> Options:
-        """These options with `users` as `rows` asks for it."""
-        return self.model_copy(update={"users": self._users()})
-
-    def _users(self) -> int:
-        if self.rows is None:
-            return self.users
-        return max(1, round(self.rows / max(1.0, self.events_per_user - 2 - self.min_history)))
-
-
-def write(options: Options, writer: DatasetWriter) -> dict[str, Any]:
-    """Write the world into `writer`; returns the content of dataset.yaml."""
-    options = options.resolve()
-    world = World(options)
-    for piece in world.catalogue():
-        writer.write("items", piece)
-
-    train_count = np.zeros(options.items, np.int64)
-    num_events = 0
-    users_per_piece = max(1, int(options.rows_per_piece / options.events_per_user))
-    for start in range(0, options.users, users_per_piece):
-        user = np.arange(start, min(start + users_per_piece, options.users))
-        events = world.events(user)
-        num_events += len(events.item)
-        train_count += np.bincount(events.item[events.is_train], minlength=options.items)
-        writer.write("users", world.user_table(user))
-        for split, table in world.tables(events).items():
-            writer.write(split, table)
-
-    counts = {"users": options.users, "items": options.items, "interactions": num_events}
-    reach = reachable(world, train_count)
-    return writer.finish("synthetic", options.model_dump(mode="json"), counts, **reach)
+_MASK_63 = np.uint64(2**63 - 1)
 
 
 @dataclass(frozen=True)
 class Events:
-    """What some users took, in order: user r the items `item[offsets[r] : offsets[r + 1]]`."""
+    """The interactions of some users in order: those of user r are `item[offsets[r] : offsets[r + 1]]`."""
 
     user: np.ndarray  # the users' numbers
     offsets: np.ndarray
@@ -116,28 +52,28 @@ class Events:
 
     @property
     def is_tested(self) -> np.ndarray:
-        """For each user, whether the last two items are held out."""
+        """Return for each user whether the last two items are held out."""
         return np.diff(self.offsets) >= MIN_EVENTS
 
     @property
     def owner(self) -> np.ndarray:
-        """For each event, the position of its user in `user`."""
+        """Return for each event the position of its user in `user`."""
         return np.repeat(np.arange(len(self.user)), np.diff(self.offsets))
 
     @property
     def is_train(self) -> np.ndarray:
-        """For each event, whether it is not held out."""
+        """Return for each event whether it is in the training split."""
         train_end = self.offsets[1:] - 2 * self.is_tested
         return np.arange(len(self.item)) < np.repeat(train_end, np.diff(self.offsets))
 
     def only(self, kept: np.ndarray) -> Events:
-        """The events of the marked users."""
+        """Return the events of the marked users."""
         offsets = offsets_of(np.diff(self.offsets)[kept])
         return Events(self.user[kept], offsets, self.item[kept[self.owner]])
 
 
-class World:
-    """The planted law. Users and items are numbered from 0; items of a cluster stand together, best first."""
+class InteractionModel:
+    """The distribution of interactions. Users and items are numbered from 0; items are sorted by cluster and rank."""
 
     def __init__(self, options: Options) -> None:
         self.options = options
@@ -166,23 +102,23 @@ class World:
         everything[-1] = 1.0
         self._edges = np.concatenate([self.cluster_of + within, options.clusters + everything])
 
-        self.item_id = self._outside_id("item id", np.arange(options.items))
+        self.item_id = self._sparse_id("item id", np.arange(options.items))
         self._categories, self._nouns, self._tags = zip(
             *(kind_of_goods(cluster) for cluster in range(options.clusters)), strict=True
         )
 
     def chance(self, what: str, number: np.ndarray, draw: np.ndarray | None = None) -> np.ndarray:
-        """For each number (and draw) one number in [0, 1), a function of the seed and of what it decides."""
+        """Return a value in [0, 1) per number (and draw): a function of these, the seed and the purpose `what`."""
         if what not in self._salts:
             digest = hashlib.blake2b(f"{self.options.seed}/{what}".encode(), digest_size=8)
             self._salts[what] = np.uint64(int.from_bytes(digest.digest(), "little"))
-        bits = _mix(number.astype(np.uint64) * _GOLDEN + self._salts[what])
+        bits = _output(self._salts[what], number)
         if draw is not None:
-            bits = _mix(bits + draw.astype(np.uint64) * _GOLDEN)
+            bits = _output(bits, draw)
         return (bits >> np.uint64(11)) * 2.0**-53
 
     def interests(self, user: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The main and the second cluster of each user, never the same."""
+        """Return the main and the second cluster of each user, which are different."""
         upper = np.cumsum(self.cluster_popularity)
         last = self.options.clusters - 1
         main = np.minimum(np.searchsorted(upper, self.chance("main", user), side="right"), last)
@@ -230,7 +166,7 @@ class World:
     def _draw(
         self, user: np.ndarray, main: np.ndarray, second: np.ndarray, owner: np.ndarray, draw: np.ndarray
     ) -> np.ndarray:
-        """The item of each draw of each owner, repeats included."""
+        """Return the item of each draw of each owner, repeats included."""
         point = self.chance("draw", user[owner], draw)
         is_main = point < MAIN_SHARE
         is_second = ~is_main & (point < MAIN_SHARE + SECOND_SHARE)
@@ -244,18 +180,18 @@ class World:
 
     @cached_property
     def by_global_share(self) -> np.ndarray:
-        """All items, the most popular first."""
+        """Return all items, the most popular first."""
         return np.argsort(-self.global_share, kind="stable")
 
     def probability(self, item: np.ndarray, main: np.ndarray, second: np.ndarray) -> np.ndarray:
-        """P(item | user) for arrays that broadcast; nothing left out."""
+        """Return P(item | user) for arrays that broadcast, with seen items included."""
         cluster = self.cluster_of[item]
         weight = MAIN_SHARE * (cluster == main) + SECOND_SHARE * (cluster == second)
         weight = weight + GLOBAL_SHARE * self.cluster_popularity[cluster]
         return self.share_in_cluster[item] * weight
 
     def tables(self, events: Events) -> dict[str, pa.Table]:
-        """The train, valid and test rows of these users, those without rows left out."""
+        """Return the train, valid and test rows of these users; a split without rows is omitted."""
         owner, starts, ends = events.owner, events.offsets[:-1], events.offsets[1:]
         user_id = self.user_id(events.user)
         item_id = self.item_id[events.item]
@@ -278,7 +214,7 @@ class World:
         return {split: table for split, table in tables.items() if len(table)}
 
     def _timestamps(self, events: Events) -> pa.Array:
-        """Seconds; within a user each at least a minute after the one before, two days on average."""
+        """Return times in seconds; the gap between events of a user is at least a minute, two days on average."""
         user = events.user[events.owner]
         wait = -np.log1p(-self.chance("gap", user, _count_up(np.diff(events.offsets))))
         gap = 60 + (172_800 * wait).astype(np.int64)
@@ -288,7 +224,7 @@ class World:
         return pa.array(start[events.owner] + passed)
 
     def _devices(self, events: Events) -> pa.Array:
-        """Each user has a favourite, mostly the one of the main cluster, and uses it four times in five."""
+        """Return devices. Each user has a favourite, mostly that of the main cluster, and uses it in 80 % of events."""
         main, _ = self.interests(events.user)
         favourite = self._mostly("device", events.user, main, len(DEVICES), 0.7)
         user = events.user[events.owner]
@@ -297,16 +233,16 @@ class World:
         return _words(DEVICES, np.where(point < 0.8, favourite[events.owner], other))
 
     def _mostly(self, what: str, user: np.ndarray, main: np.ndarray, choices: int, share: float) -> np.ndarray:
-        """With probability `share` the main cluster's choice, else one drawn, the earlier ones more often."""
+        """Return the main cluster's choice with probability `share`, else a random one, mostly of the first ones."""
         home = (self.chance(f"{what} of cluster", main) ** 1.5 * choices).astype(np.int64)
         drawn = (self.chance(f"{what} otherwise", user) ** 2 * choices).astype(np.int64)
         return np.where(self.chance(f"{what} is usual", user) < share, home, drawn)
 
     def user_id(self, user: np.ndarray) -> np.ndarray:
-        return self._outside_id("user id", user)
+        return self._sparse_id("user id", user)
 
     def user_table(self, user: np.ndarray) -> pa.Table:
-        """user_id, country and age; the last two lean on the main cluster and are sometimes unknown."""
+        """Return user_id, country and age; the last two depend on the main cluster and are sometimes null."""
         main, _ = self.interests(user)
         country = self._mostly("country", user, main, self.options.countries, 0.5)
         centre = 22 + 40 * self.chance("age of cluster", main)
@@ -322,7 +258,7 @@ class World:
         )
 
     def catalogue(self, items_per_piece: int = 65_536) -> Iterator[pa.Table]:
-        """The items in the order of item_id, so that their place in the file tells nothing about them."""
+        """Yield the items ordered by item_id, so that the position in the file is independent of the cluster."""
         order = np.argsort(self.item_id)
         for start in range(0, len(order), items_per_piece):
             item = order[start : start + items_per_piece]
@@ -346,7 +282,7 @@ class World:
         )
 
     def _tag_lists(self, item: np.ndarray, cluster: np.ndarray) -> pa.ListArray:
-        """2 to 4 of the cluster's tags, one perhaps of another cluster; one item in twenty-five has none."""
+        """Return 2 to 4 of the cluster's tags, one of them possibly from another cluster; 4 % of items have none."""
         position = np.arange(NUM_TAGS)
         likes = self.chance("tag", item[:, None], position[None, :])
         tag = cluster[:, None] * NUM_TAGS + np.argsort(likes, axis=1)
@@ -360,21 +296,26 @@ class World:
         return pa.ListArray.from_arrays(lists.offsets, _words(sum(self._tags, ()), lists.values.to_numpy()))
 
     def _bell(self, what: str, number: np.ndarray) -> np.ndarray:
-        """A standard normal number (Box and Muller 1958)."""
+        """Return standard normal numbers (Box and Muller 1958)."""
         radius = np.sqrt(-2 * np.log1p(-self.chance(f"{what}, radius", number)))
         return radius * np.cos(2 * np.pi * self.chance(f"{what}, angle", number))
 
-    def _outside_id(self, what: str, number: np.ndarray) -> np.ndarray:
-        """Sparse 63-bit ids, a different one for every number: each step below can be undone."""
+    def _sparse_id(self, what: str, number: np.ndarray) -> np.ndarray:
+        """Return sparse 63-bit ids, a different one for every number: each step is invertible."""
         self.chance(what, number[:1])
         bits = (number.astype(np.uint64) ^ self._salts[what]) & _MASK_63
-        for factor in (0xBF58476D1CE4E5B9, 0x94D049BB133111EB):
-            bits = ((bits ^ (bits >> np.uint64(32))) * np.uint64(factor)) & _MASK_63
+        for factor in SPLITMIX_FACTORS:
+            bits = ((bits ^ (bits >> np.uint64(32))) * factor) & _MASK_63
         return (bits ^ (bits >> np.uint64(32))).astype(np.int64)
 
 
+def _output(seed: np.ndarray | np.uint64, number: np.ndarray) -> np.ndarray:
+    """Return the outputs of splitmix64 with these seeds; output 1 is the first."""
+    return mix_array(seed + (number.astype(np.uint64) - np.uint64(1)) * SPLITMIX_STEP)
+
+
 def _apportion(total: int, weight: np.ndarray) -> np.ndarray:
-    """`total` divided in proportion to `weight`, at least 1 each, the largest remainders rounded up."""
+    """Divide `total` in proportion to `weight`, at least 1 each; the largest remainders are rounded up."""
     exact = (total - len(weight)) * weight / weight.sum()
     share = np.floor(exact).astype(np.int64)
     short = total - len(weight) - int(share.sum())
@@ -383,23 +324,12 @@ def _apportion(total: int, weight: np.ndarray) -> np.ndarray:
 
 
 def _count_up(lengths: np.ndarray) -> np.ndarray:
-    """0, 1, ... for each length in turn: [2, 3] -> [0, 1, 0, 1, 2]."""
+    """Return 0, 1, ... for each length: [2, 3] -> [0, 1, 0, 1, 2]."""
     offsets = offsets_of(lengths)
     return np.arange(offsets[-1]) - np.repeat(offsets[:-1], lengths)
 
 
 def _words(words: Any, number: np.ndarray, known: np.ndarray | None = None) -> pa.Array:
-    """words[number] as a column of strings, null where it is not known."""
+    """Return words[number] as a column of strings, null where it is not known."""
     mask = None if known is None else ~known
     return pa.array(list(words), pa.string()).take(pa.array(number, pa.int32(), mask=mask))
-
-
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-_MASK_63 = np.uint64(2**63 - 1)
-
-
-def _mix(bits: np.ndarray) -> np.ndarray:
-    """The finaliser of splitmix64 (Steele, Lea and Flood 2014)."""
-    bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return bits ^ (bits >> np.uint64(31))

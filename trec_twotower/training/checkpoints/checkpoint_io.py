@@ -33,10 +33,11 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from trec_twotower.errors import DataError
+from trec_twotower.model.tensor_files import DTYPE_NAMES, DTYPES, is_size, write_tensors
 from trec_twotower.storage.artifacts import SealedFolder, publish_folder, remove_folder
-from trec_twotower.storage.atomic import MANIFEST, Digest, naming, seal
+from trec_twotower.storage.atomic import naming
 from trec_twotower.storage.fault_point import fault_point
-from trec_twotower.storage.tensor_files import DTYPE_NAMES, DTYPES, is_size, write_tensors
+from trec_twotower.storage.manifest import MANIFEST, Digest, seal
 
 TENSORS = "tensors"  # in the manifest: {tensor: {"dtype", "size", "chunks": [{"at", "size", "file", "begin"}]}}
 READ_BYTES = 64 << 20  # rows of a chunk that are read together
@@ -289,4 +290,4 @@ class TensorReader(StorageReader):
         return ChunkStorageMetadata(torch.Size(at), torch.Size(part))
 
     def _refusal(self, problem: str) -> DataError:
-        return DataError(f"{self.path / MANIFEST} {problem}: do not trust it; {self.sealed.mend}")
+        return DataError(f"{self.path / MANIFEST} {problem}: do not trust it; {self.sealed.fix}")

@@ -11,8 +11,7 @@ import numpy as np
 import torch
 
 from trec_twotower.errors import ConfigError
-from trec_twotower.index.exact import SPARE, ExactItems
-from trec_twotower.index.faiss_backend import (
+from trec_twotower.index.backends.faiss_backend import (
     BLAS_BATCH,
     Answer,
     Device,
@@ -22,10 +21,11 @@ from trec_twotower.index.faiss_backend import (
     sequential_search,
     uses_gpu,
 )
+from trec_twotower.index.backends.gpu import gpu_copies, no_gpu_error
+from trec_twotower.index.backends.shard import Shard
+from trec_twotower.index.exact import SPARE, ExactItems
 from trec_twotower.index.filters import Allowed, Strategy, check_mask
-from trec_twotower.index.gpu import gpu_copies, no_gpu_error
 from trec_twotower.index.searcher import SearchEffort, Searcher
-from trec_twotower.index.shard import Shard
 
 SORTED_FROM = 64  # users; a larger batch is scanned in order of best lists, which then are in the processor's cache
 WIDER = 4  # times nprobe lists are looked at first for those with allowed items

@@ -16,14 +16,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from trec_twotower.config.features import RESERVED_ROWS
-from trec_twotower.data.features.vocabulary import NULL_ROW, UNKNOWN_ROW
+from trec_twotower.data.features.vocabulary import NULL_ROW, RESERVED_ROWS, UNKNOWN_ROW
+from trec_twotower.distributed.compat import local_shards
 from trec_twotower.distributed.ranks import Ranks
 from trec_twotower.errors import ConfigError
 from trec_twotower.model.tower import Tower
-from trec_twotower.training.checkpoint import MODEL, Checkpoints, whole_size
+from trec_twotower.training.checkpoints.checkpoint import MODEL, Checkpoints, whole_size
+from trec_twotower.training.checkpoints.weight_meaning import Axis, Bins, Layout, Meaning, Weight, Words
 from trec_twotower.training.run_dir import Run
-from trec_twotower.training.weight_meaning import Axis, Bins, Layout, Meaning, Weight, Words
 
 MOST_NAMES = 8  # in one line of the report
 
@@ -158,11 +158,7 @@ def begin_with(model: nn.Module, meaning: Meaning, run: Run, ranks: Ranks) -> Re
 
 def _map(live: Any, value: Tensor, sources: Sequence[np.ndarray | None]) -> None:
     """Put the parts of an old tensor that have a place into a new one, or into this rank's shards of it."""
-    if hasattr(live, "local_shards"):
-        pieces = [(shard.tensor, tuple(shard.metadata.shard_offsets)) for shard in live.local_shards()]
-    else:
-        pieces = [(live, (0,) * live.dim())]
-    for piece, first in pieces:
+    for piece, first in local_shards(live):
         part, places = value, []
         for axis, (source, start, length) in enumerate(zip(sources, first, piece.shape, strict=True)):
             here = np.arange(start, start + length) if source is None else source[start : start + length]

@@ -24,9 +24,10 @@ from trec_twotower.distributed.ranks import Ranks
 from trec_twotower.errors import ConfigError, DataError, TrainingError
 from trec_twotower.model.embeddings import table_in
 from trec_twotower.storage.artifacts import SealedFolder, read_manifest, recover, remove_folder
-from trec_twotower.storage.atomic import MANIFEST, free_bytes, sha256_of
+from trec_twotower.storage.atomic import free_bytes
 from trec_twotower.storage.fault_point import fault_point
-from trec_twotower.training.checkpoint_io import PublishingWriter, Snapshot, TensorReader
+from trec_twotower.storage.manifest import MANIFEST, sha256_of
+from trec_twotower.training.checkpoints.checkpoint_io import PublishingWriter, Snapshot, TensorReader
 from trec_twotower.training.optimizer import RunOptimizer
 
 FORMAT = 3  # of a checkpoint's manifest, its files and the names in it

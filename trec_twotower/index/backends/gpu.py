@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from trec_twotower.errors import ConfigError
+from trec_twotower.index.backends.faiss_backend import Answer, Device, error_text, faiss, to_gpu
+from trec_twotower.index.backends.shard import Shard
 from trec_twotower.index.exact import merge
-from trec_twotower.index.faiss_backend import Answer, Device, error_text, faiss, to_gpu
-from trec_twotower.index.shard import Shard
 
 KINDS = (faiss.IndexIVFFlat, faiss.IndexIVFScalarQuantizer, faiss.IndexIVFPQ)  # fast-scan codes are of another class
 

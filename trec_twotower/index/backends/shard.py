@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from trec_twotower.errors import ConfigError
+from trec_twotower.index.backends.faiss_backend import code_bytes, faiss, float_codes, inner_products
 from trec_twotower.index.exact import ROUNDING
-from trec_twotower.index.faiss_backend import code_bytes, faiss, float_codes, inner_products
 
 PLAIN_TYPES = (faiss.ScalarQuantizer.QT_fp16, faiss.ScalarQuantizer.QT_bf16)  # numbers of these need no training
 HALF_MAX = 65_504.0  # the largest half-precision number

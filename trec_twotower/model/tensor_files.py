@@ -12,7 +12,8 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from trec_twotower.storage.atomic import MAX_JSON_BYTES, Digest, naming
+from trec_twotower.storage.atomic import MAX_JSON_BYTES, naming
+from trec_twotower.storage.manifest import Digest
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,

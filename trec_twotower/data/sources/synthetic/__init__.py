@@ -1,0 +1,1 @@
+"""A generated dataset whose best ranking is known."""

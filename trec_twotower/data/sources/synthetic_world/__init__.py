@@ -1,1 +1,0 @@
-"""A generated world whose best ranking is known."""

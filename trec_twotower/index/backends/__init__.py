@@ -1,0 +1,1 @@
+"""FAISS indexes of each kind, on CPU and GPU."""
