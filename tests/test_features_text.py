@@ -28,10 +28,10 @@ from trec_twotower.data.loading.batch import Listed
 from trec_twotower.distributed.ranks import Ranks
 from trec_twotower.errors import ConfigError, DataError
 from trec_twotower.inference.exported_program import export_program, program_inputs
-from trec_twotower.inference.tower_encoder import _plain_model
 from trec_twotower.model.encode import encode
 from trec_twotower.model.feature_encoders import TextInput
 from trec_twotower.ops.hashing import mix
+from trec_twotower.training.model_builder import build_whole_model
 
 TITLE = build_feature(name="title", kind="text", table="t")
 LETTERS = st.text(st.sampled_from("aB ß_9,é中\u0301ﬁ-"), max_size=12)
@@ -299,7 +299,7 @@ def test_a_tower_that_a_language_model_reads_for_runs_as_a_program(model):
         },
         "the test's config",
     )
-    tower = _plain_model(config).eval()
+    tower = build_whole_model(config).eval()
     torch.nn.init.normal_(tower.item_tower.encoders["of_title"].missing)
     [feature] = config.feature_schema.item
     rows = Columns(len(TEXTS), {"title": tokens(feature, pa.array(TEXTS, pa.string()))}, {})
