@@ -495,7 +495,7 @@ def test_a_cache_folder_that_is_none_is_a_mistake_in_the_config(tmp_path):
     (tmp_path / "cache").touch()
     cache = CacheFolder(tmp_path / "cache/inside", 10**9)
     for asked in (cache.check, lambda: cache.root):
-        with pytest.raises(ConfigError, match=r"data\.cache is .*cache/inside, which is no folder .* name another"):
+        with pytest.raises(ConfigError, match=r"data\.cache is .*cache/inside, which is not a folder .* Give another"):
             asked()
     CacheFolder(tmp_path / "new/inside", 10**9).check()
     assert not (tmp_path / "new").exists()

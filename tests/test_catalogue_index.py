@@ -52,7 +52,7 @@ class Items:
 
 def test_the_same_ids_in_the_same_order_need_no_translation(index):
     catalogue = Items(np.arange(100, 100 + NUM_ITEMS))
-    assert aligned(index, catalogue, is_told=True) is index
+    assert aligned(index, catalogue, warns=True) is index
 
 
 @pytest.mark.parametrize("num_new", [0, 25])
@@ -61,7 +61,7 @@ def test_searches_find_what_all_scores_say_in_rows_of_the_catalogue(index, vecto
     rng = np.random.default_rng(1)
     ids = rng.permutation(np.concatenate([np.arange(100, 100 + NUM_ITEMS), np.arange(500, 500 + num_new)]))
     catalogue = Items(ids)
-    found = aligned(index, catalogue, is_told=True)
+    found = aligned(index, catalogue, warns=True)
     assert isinstance(found, CatalogueIndex) and len(found) == NUM_ITEMS
     said = capsys.readouterr().err
     assert ("the index lacks 25 items of data/items, such as item_id" in said) == bool(num_new)
@@ -81,7 +81,7 @@ def test_searches_find_what_all_scores_say_in_rows_of_the_catalogue(index, vecto
 
 def test_rows_that_run_short_end_in_none(index, vectors):
     ids = np.arange(100, 100 + NUM_ITEMS)[::-1].copy()
-    found = aligned(index, Items(ids), is_told=False)
+    found = aligned(index, Items(ids), warns=False)
     allowed = found.allow(np.arange(NUM_ITEMS) < 3)
     score_BK, row_BK = found.search_unseen(vectors[1], K, Lists.empty(NUM_USERS))
     assert (row_BK >= 0).all() and np.isfinite(score_BK).all()
@@ -97,4 +97,4 @@ def test_an_index_with_items_that_the_catalogue_lacks_is_refused(index):
     with pytest.raises(
         DataError, match="has 3 items that data/items lacks, such as item_id 100: export and index again"
     ):
-        aligned(index, catalogue, is_told=True)
+        aligned(index, catalogue, warns=True)

@@ -252,7 +252,7 @@ def test_help_loads_neither_faiss_nor_torch():
         (["data.rows=user", "user.history.weights=null"], ["'positives'", "data.rows"]),
         (["data.batch_size=321"], ["321", "320 rows"]),
         (["data.dataset=ss3://bucket/shop"], ["ss3://bucket/shop", "nearest: 's3'"]),
-        (["data.cache={config}"], ["data.cache is", "no folder", "leave it out"]),
+        (["data.cache={config}"], ["data.cache is", "not a folder", "remove the setting"]),
         (["evaluate.k=[41]", "evaluate.best=recall@41"], ["41", "40"]),
     ],
     ids=" ".join,

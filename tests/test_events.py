@@ -30,7 +30,7 @@ from trec_twotower.data.sources.tables import event_files
 from trec_twotower.data.sources.writer import DatasetWriter
 from trec_twotower.errors import ConfigError, DataError
 from trec_twotower.ops.hashing import mix
-from trec_twotower.training.sharding_plan import step_size
+from trec_twotower.training.sharding_plan import mean_lengths
 
 # User 1 takes 10, then 30 and 20 in one second, then 10 again and 40; user 2 takes two items, user 3 three.
 LOG = [
@@ -869,8 +869,8 @@ def test_one_folder_trains_by_event_and_by_user_and_is_evaluated_alike(tmp_path,
         steps[way] = max(line["step"] for line in lines)
     assert steps == {"event": 4 * 120 * 5 // 40, "user": 20 * 120 // 40}
     for way, length in (("event", (0 + 1 + 2 + 3 + 4) / 5), ("user", 5 * 0.5)):  # of what is input
-        step, source = step_size(load_config(config, [f"data.rows={way}"]), 2)
-        assert source == "bags as long as in the data" and step.ids["user:history"] == 40 / 2 * length
+        lengths, source = mean_lengths(load_config(config, [f"data.rows={way}"]))
+        assert source == "bag lengths from the data" and lengths["user:history"] == length
 
 
 def test_a_folder_of_events_alone_says_how_users_rows_are_had(tmp_path, cli):

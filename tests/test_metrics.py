@@ -107,7 +107,7 @@ def test_metrics_of_many_users_equal_the_definitions_written_out():
 
 
 def test_a_ranking_with_an_item_twice_is_void():
-    with pytest.raises(ValueError, match=r"1 of 2 rankings name an item twice, the first is row 1"):
+    with pytest.raises(ValueError, match=r"1 of 2 rankings contain an item twice, the first is row 1"):
         ranking_metrics(np.array([[1, 2, -1, -1], [5, 3, 3, -1]]), Lists.from_lists([[1], [1]]), [4])
 
 

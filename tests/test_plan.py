@@ -1,4 +1,4 @@
-"""A plan is told in right numbers: bytes that tables really take and ranks really send."""
+"""The plan of a config: the bytes of every shard, as measured, and TorchRec's estimate of a step."""
 
 from __future__ import annotations
 
@@ -27,19 +27,16 @@ from trec_twotower.training.sharding import TablePlacement
 from trec_twotower.training.sharding_plan import (
     OnlyTables,
     ShardBytes,
-    StepSize,
-    bytes_of,
     describe_plan,
-    exchange_of_towers,
-    num_dense_weights,
-    step_size,
+    mean_lengths,
+    shard_bytes,
 )
 
 pytestmark = pytest.mark.filterwarnings(*SAID_BY_TORCHREC)
 LARGE = Path(__file__).resolve().parent.parent / "configs/large.yaml"
 
 
-def test_the_plan_in_words_has_the_bytes_of_every_shard():
+def test_the_plan_has_the_bytes_of_every_shard():
     """Four bytes a weight; row-wise Adagrad keeps four more a row and shard. All by hand."""
     wanted = {
         "item": {"buckets": 1_000_000, "dim": 16, "sharding": "row_wise"},
@@ -68,7 +65,7 @@ def test_the_plan_in_words_has_the_bytes_of_every_shard():
     expected["brand", "table_wise", holder] = ["600,000", "12", "28.8", "2.4"]
     assert lines == expected
     totals = {holder: "119.7", str(1 - int(holder)): "88.5"}  # 88.5 without the brands' 31.2
-    assert said[-2:] == [f"rank {rank}: {totals[rank]} MB of tables and their optimizer's state" for rank in ("0", "1")]
+    assert said[-2:] == [f"rank {rank}: {totals[rank]} MB of tables and optimizer state" for rank in ("0", "1")]
 
 
 def described(kind: str, wanted: dict[str, Any]) -> Any:
@@ -76,7 +73,7 @@ def described(kind: str, wanted: dict[str, Any]) -> Any:
 
 
 @pytest.mark.parametrize(("kind", "state"), [("sgd", "0.0"), ("adagrad", "48.0"), ("rowwise_adagrad", "4.0")])
-def test_the_state_in_words_is_the_optimizers(kind, state):
+def test_the_state_is_that_of_the_optimizer(kind, state):
     """A million rows of 12: Adagrad keeps as much as the table, row-wise Adagrad a number a row, SGD nothing."""
     wanted = tables("table_wise")
     wanted["item"]["buckets"] = 1_000_000
@@ -84,7 +81,7 @@ def test_the_state_in_words_is_the_optimizers(kind, state):
     assert line.split()[-2:] == ["48.0", state]
 
 
-def test_telling_a_plan_leaves_no_trace(monkeypatch):
+def test_describing_a_plan_changes_nothing(monkeypatch):
     """Whoever asked for 4 ranks and then 2, or asks under torchrun, gets the plan of one machine each time."""
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     config = event_config(Path("world"), Path("run"), "table_row_wise")
@@ -111,15 +108,15 @@ def test_a_plan_for_gpus_needs_none(kind, state):
         describe_plan(described(kind, wanted), 1, gpu_gb=0.05)
 
 
-def test_a_cached_table_is_told_on_the_gpu_and_beside_it():
+def test_a_cached_table_has_bytes_on_the_gpu_and_in_host_memory():
     """48 MB and 4 of state in host memory; on the GPU a quarter of the weights, and 8 bytes a row to find them."""
     wanted = tables("table_wise")
     wanted["item"] |= {"buckets": 1_000_000, "kernel": "fused_uvm_caching", "cache_share": 0.25}
     said = describe_plan(described("rowwise_adagrad", wanted), 1, gpu_gb=80).splitlines()
-    assert "rank 0: 20.0 MB of tables and their optimizer's state, and 52.0 in host memory beside the GPU" in said
+    assert "rank 0: 20.0 MB of tables and optimizer state, and 52.0 MB in host memory" in said
 
 
-def test_a_table_beside_the_gpu_takes_none_of_it():
+def test_a_table_in_host_memory_has_no_bytes_on_the_gpu():
     """48 MB and 4 of state in host memory, and nothing by which to find them in a cache."""
     wanted = tables("table_wise")
     wanted["item"] |= {"buckets": 1_000_000, "kernel": "fused_uvm"}
@@ -127,7 +124,7 @@ def test_a_table_beside_the_gpu_takes_none_of_it():
     model = OnlyTables(config.feature_schema)
     fuse_table_updates(model, config.train.optimizer)
     placed = TablePlacement("item", "table_wise", "fused_uvm", 0, 1_000_000, 12)
-    assert bytes_of(model, placed) == ShardBytes(48_000_000, 4_000_000, 0, 52_000_000)
+    assert shard_bytes(model, placed) == ShardBytes(48_000_000, 4_000_000, 0, 52_000_000)
 
 
 def test_updates_that_are_missing_here_are_missing_in_the_plan():
@@ -140,7 +137,7 @@ def test_updates_that_are_missing_here_are_missing_in_the_plan():
 
 @pytest.fixture(scope="module", params=[1, 2])
 def measured(request, tmp_path_factory) -> dict[str, Any]:
-    """What tables took and sent on some ranks. Blocks go back to the system at once, so that only tables stay."""
+    """Bytes of tables on some ranks. Blocks go back to the system at once, so that only tables stay."""
     path = tmp_path_factory.mktemp("measured") / "out.json"
     malloc = "glibc.malloc.mmap_threshold=262144:glibc.malloc.arena_max=1"
     code, said = torchrun(request.param, "tests.ranks.measured", path, GLIBC_TUNABLES=malloc)
@@ -148,7 +145,7 @@ def measured(request, tmp_path_factory) -> dict[str, Any]:
     return {"num_ranks": request.param, **json.loads(path.read_text())}
 
 
-def test_tables_take_the_memory_that_the_plan_tells(measured):
+def test_tables_use_the_memory_of_the_plan(measured):
     """Weights and states of every rank, within 10 % of what the process grows by (seen: 0.4 %)."""
     assert len(measured["memory"]) == 3
     for name, found in measured["memory"].items():
@@ -158,39 +155,46 @@ def test_tables_take_the_memory_that_the_plan_tells(measured):
             assert expected > 50e6
 
 
-def test_ranks_send_what_the_plan_tells(measured):
-    """Counted in the collectives. How many ids a table cut by rows sends is up to the ids: half, within a few."""
-    assert len(measured["sent"]) == 5
-    for name, found in measured["sent"].items():
-        for what, (expected, counted) in found.items():
-            assert (expected > 0) == (measured["num_ranks"] > 1)
-            is_cut_by_rows = name not in ("table_wise", "column_wise")
-            tolerance = 0.05 if what == "ids" and is_cut_by_rows else 1e-6
-            assert counted == pytest.approx(expected, rel=tolerance), f"{name}: {what}"
+# The planner's estimate of a step
 
 
-def test_ranks_send_the_vectors_that_the_plan_tells(measured):
-    for what, (expected, counted) in measured["candidates"].items():
-        assert (expected > 0) == (measured["num_ranks"] > 1 and what != "ids")
-        assert counted == pytest.approx(expected, rel=1e-6), what
+def estimates(config: RunConfig, num_ranks: int) -> dict[str, list[float]]:
+    """Return ids per row, lookup, update and exchange time (ms) and memory (MB) of each table."""
+    lines = describe_plan(config, num_ranks).partition("\n\n")[2].splitlines()
+    return {line.split()[0]: list(map(float, line.split()[1:])) for line in lines[2:-num_ranks]}
 
 
-def test_the_towers_gradients_are_those_of_all_their_weights(tmp_path):
-    """user: 8 wide to 10 to 6; item: 8 and 8 wide to 9 to 6; a temperature. With biases; by hand."""
-    config = user_config(tmp_path, tmp_path / "r", loss={"temperature": {"learned": True, "start": 0.2}})
-    schema = config.feature_schema
-    sizes = [(*schema.layout.part_widths("user"), 10), (*schema.layout.part_widths("item"), 9)]
-    weights = sum((sum(widths) + 1) * hidden + (hidden + 1) * 6 for *widths, hidden in sizes) + 1
-    found = exchange_of_towers(config, StepSize(0, {}, False, 0.0), 4)["(towers)"]
-    assert num_dense_weights(config) == weights
-    assert found.gradients == 2 * 3 / 4 * 4 * weights and not found.ids and not found.vectors
+def history_of(length: int, sharding: str, **data: Any) -> RunConfig:
+    wanted = {"item": {"buckets": 1_000_000, "dim": 64, "sharding": sharding}}
+    bags = [{"name": "history", "kind": "bag", "table": "item", "max_length": length}]
+    return user_config(Path("w"), Path("r"), "auto", user=bags, tables=wanted, data={"batch_size": 4096, **data})
 
 
-# What a step looks up
+def test_time_grows_with_the_ids_per_row_and_with_the_rows():
+    """The item table looks up its own id and the history: 1 + 9 and 1 + 99 ids per row."""
+    short, long = (estimates(history_of(length, "table_wise"), 2)["item"] for length in (9, 99))
+    assert (short[0], long[0]) == (10, 100)
+    assert long[1] / short[1] == pytest.approx(10, rel=0.25) and long[2] / short[2] == pytest.approx(10, rel=0.25)
+    more = estimates(history_of(9, "table_wise", batch_size=40_960), 2)["item"]
+    assert more[1] / short[1] == pytest.approx(10, rel=0.25) and more[3] > 5 * short[3]
+
+
+def test_one_rank_exchanges_nothing():
+    assert estimates(history_of(9, "row_wise"), 2)["item"][3] > 0
+    assert estimates(history_of(9, "table_wise"), 1)["item"][3] == 0
+
+
+def test_the_estimate_holds_the_weights_that_a_rank_has():
+    """A million rows of 64 numbers, which SGD updates without state: 256 MB, on one rank or in halves."""
+    whole, half = (estimates(history_of(9, kind), 2)["item"][4] for kind in ("table_wise", "row_wise"))
+    assert 256 <= whole < 290 and 128 <= half < 160
+
+
+# Mean lengths
 
 
 @pytest.mark.parametrize("rows", ["event", "user"])
-def test_a_step_is_as_large_as_the_plan_says(write_dataset, tmp_path, rows):
+def test_lengths_are_those_of_batches(write_dataset, tmp_path, rows):
     """Against batches of two ranks, in a world so wide that hardly an item comes twice in a step; and of many files."""
     rng = np.random.default_rng(0)
     num_items, num_rows = 60_000, 400
@@ -223,7 +227,7 @@ def test_a_step_is_as_large_as_the_plan_says(write_dataset, tmp_path, rows):
                           "mined": {"file": tmp_path / "mined.parquet", "count": 1}},
         },
     }, "here")  # fmt: skip
-    step, _ = step_size(config, 2)
+    lengths, _ = mean_lengths(config)
     sources = Sources(Dataset(folder), config.feature_schema, rows)
     counts = count_items(sources, config.loss)
     batches = [
@@ -231,20 +235,16 @@ def test_a_step_is_as_large_as_the_plan_says(write_dataset, tmp_path, rows):
         for rank in range(2)
         for batch in TrainBatches(sources, config.data, config.loss, counts, share=(rank, 2)).since(0, 8)
     ]
-    candidates = np.mean([sum(batch.item_sizes) for batch in batches])
-    assert step.candidates == pytest.approx(candidates, rel=0.02)
+    num_items = sum(sum(batch.item_sizes) for batch in batches[: len(batches) // 2])  # of all ranks
     for name in config.feature_schema.layout.pooled_keys:
-        ids = np.mean([batch.sparse[name].values().numel() for batch in batches])
-        # With a row per user a batch's histories are the half that chance draws.
-        assert step.ids[name] == pytest.approx(ids, rel=0.05), name
+        num_rows = 50 * 8 if name.startswith("user:") else num_items
+        ids = sum(batch.sparse[name].values().numel() for batch in batches)
+        # With a row per user a batch's histories are the half that is drawn.
+        assert lengths[name] == pytest.approx(ids / num_rows, rel=0.05), name
 
 
 def test_lengths_of_bags_come_from_the_footers(write_dataset, tmp_path):
-    """Users of 2 and 4 items put half of them in, whatever stands in `history`; tags are one in every second row.
-
-    A step of 8 users of 3 items, half of them targets, has 12 candidates and 7 samples, but never more than the
-    catalogue.
-    """
+    """Users with 2 and 4 items use half of them as input, whatever `history` has; every second item has one tag."""
     kind = pa.list_(pa.int64())
     folder = write_dataset(
         tmp_path / "d",
@@ -256,39 +256,23 @@ def test_lengths_of_bags_come_from_the_footers(write_dataset, tmp_path):
         }),
         items=pa.table({"item_id": pa.array(range(100)), "tags": pa.array([["a"], []] * 50, pa.list_(pa.string()))}),
     )  # fmt: skip
-    config = user_config(tmp_path, tmp_path / "r", data={"dataset": folder})
-    step, source = step_size(config, 2)
-    assert source == "bags as long as in the data"
-    assert step.rows == round((12 + 7) / 2)
-    assert step.ids == {"user:history": 4 * 1.5, "item:item_id": 9.5, "item:tags": 9.5 * 0.5}
-    shorter = user_config(tmp_path, tmp_path / "r", data={"dataset": folder, "batch_size": 1000}, loss={"negatives": {
-        "sampled": "all"}}, user=[{"name": "history", "kind": "bag", "table": "item", "max_length": 1}])  # fmt: skip
-    step, _ = step_size(shorter, 2)
-    assert (step.rows, step.ids["user:history"], step.ids["item:item_id"]) == (500, 500.0, 50.0)
+    lengths, source = mean_lengths(user_config(tmp_path, tmp_path / "r", data={"dataset": folder}))
+    assert source == "bag lengths from the data"
+    assert lengths == {"user:history": 1.5, "item:item_id": 1, "item:tags": 0.5}
+    shorter = user_config(tmp_path, tmp_path / "r", data={"dataset": folder}, user=[
+        {"name": "history", "kind": "bag", "table": "item", "max_length": 1}])  # fmt: skip
+    assert mean_lengths(shorter)[0]["user:history"] == 1
     clicks = user_config(tmp_path, tmp_path / "r", data={"dataset": folder}, user=[
         {"name": "clicks", "kind": "bag", "table": "item"}])  # fmt: skip
-    assert step_size(clicks, 2)[0].ids["user:clicks"] == 4 * 2.0  # of 3, 0, null and 5
+    assert mean_lengths(clicks)[0]["user:clicks"] == 2  # mean of 3, 0, null and 5
+    few = user_config(tmp_path, tmp_path / "r", data={"dataset": folder, "input_share": 0.25})
+    assert mean_lengths(few)[0]["user:history"] == 0.75
 
 
-def test_what_users_put_in_is_no_target_and_candidates_are_in_the_catalogue(write_dataset, tmp_path):
-    """Of 4 items a user a quarter goes in: 8 users have 24 targets. 1000 have 3000, of a catalogue of 50."""
-    folder = write_dataset(
-        tmp_path / "d",
-        train=pa.table({"user_id": range(4), "history": [[1]] * 4, "positives": [[1, 2, 3, 4]] * 4}),
-        items=pa.table({"item_id": range(50), "tags": [["a"]] * 50}),
-    )
-    config = user_config(tmp_path, tmp_path / "r", data={"dataset": folder, "input_share": 0.25})
-    step, _ = step_size(config, 1)
-    assert (step.candidates, step.ids["user:history"]) == (24 + 7, 8 * 1)
-    many = user_config(tmp_path, tmp_path / "r", data={"dataset": folder, "batch_size": 1000})
-    assert step_size(many, 1)[0].candidates == 50
-
-
-def test_without_data_the_lengths_are_told_to_be_assumed(tmp_path):
-    step, source = step_size(event_config(tmp_path / "nowhere", tmp_path / "r"), 1)
+def test_without_data_the_lengths_are_reported_as_assumed(tmp_path):
+    lengths, source = mean_lengths(event_config(tmp_path / "nowhere", tmp_path / "r"))
     assert source.startswith("no data at ") and "or 20" in source
-    assert step.ids["user:history"] == 16 * 20 and step.ids["user:newest"] == 16 * 2
-    assert step.ids["item:item_id"] == 16 + 7
+    assert (lengths["user:history"], lengths["user:newest"], lengths["item:item_id"]) == (20, 2, 1)
 
 
 # The memory there is

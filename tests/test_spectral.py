@@ -250,7 +250,7 @@ def test_its_plan_has_all_tables_but_steps_of_what_is_trained(write_dataset, tmp
     from trec_twotower.training.sharding_plan import describe_plan
 
     said = describe_plan(beside(clusters(write_dataset, tmp_path / "data"), tmp_path / "run"), 2)
-    tables, _, sent = said.partition("What a rank sends")
+    tables, _, sent = said.partition("planner's estimate")
     assert all(f"\n{name} " in tables for name in ("history", "item", "a", "b"))
     assert [name for name in ("history", "item", "a", "b") if f"\n{name} " in sent] == ["a", "b"]
 

@@ -201,7 +201,7 @@ def evaluate_run(
     index: ItemIndex | CatalogueIndex | None = None
     if through_index:
         of_export = ItemIndex.load(run.folder / "index", model_version=loaded.version)
-        index = aligned(of_export, loaded.sources.catalogue, is_told=ranks.is_first)
+        index = aligned(of_export, loaded.sources.catalogue, warns=ranks.is_first)
     evaluator = Evaluator.of(loaded.sources, split, config, ranks)
     held_out, count_I = evaluator.held_out, run.item_counts(loaded.sources.catalogue.keys)
     item_ID, user_BD = evaluator.items(loaded.model), evaluator.users(loaded.model)

@@ -1,4 +1,4 @@
-"""Metrics of rankings: plain functions on ranked rows, one number per user, no model in sight."""
+"""Metrics of rankings: functions on ranked item rows, one value per user."""
 
 from __future__ import annotations
 
@@ -13,24 +13,23 @@ from trec_twotower.ops.topk import MAX_CELLS, blocks_by_length, find_repeats, fi
 
 @dataclass(frozen=True)
 class Hits:
-    """Which places of each user's ranking hold a positive."""
+    """The positions of each user's ranking that hold a positive."""
 
     is_hit_BK: np.ndarray
-    positives: Lists  # once each, at least one a user
+    positives: Lists  # distinct, at least one per user
 
     @classmethod
     def of(cls, item_row_BK: np.ndarray, positives: Lists) -> Hits:
-        """`item_row_BK` is best first, -1 where there is no item. Positives count once each.
+        """Return the hits of rankings `item_row_BK`, best first, -1 for no item. A repeated positive counts once.
 
-        Raises ValueError for an item ranked twice (the ranking is void) and for a user without positives, who has no
-        recall.
+        Raises ValueError for an item ranked twice and for a user without positives, who has no recall.
         """
         if len(item_row_BK) != len(positives):
             raise ValueError(f"{len(item_row_BK):,} rankings against the positives of {len(positives):,} users.")
         void_B = np.any(find_repeats(item_row_BK), axis=1)
         if void_B.any():
             raise ValueError(
-                f"{void_B.sum():,} of {len(void_B):,} rankings name an item twice, the first is row "
+                f"{void_B.sum():,} of {len(void_B):,} rankings contain an item twice, the first is row "
                 f"{void_B.argmax()}: such a ranking is void, rank every item at most once."
             )
         positives = positives.distinct()
@@ -48,9 +47,9 @@ class Hits:
     def metrics_among(
         self, item_row_BK: np.ndarray, is_among_I: np.ndarray, ks: Sequence[int]
     ) -> dict[str, np.ndarray]:
-        """As if the items marked in `is_among_I` were all there is to find, of the users who have such positives.
+        """Return the metrics with the items marked in `is_among_I` as positives, for users with such ones.
 
-        The rankings stay as they are: all items compete.
+        The rankings do not change: all items compete.
         """
         wanted = np.bincount(self.positives.rows[is_among_I[self.positives.values]], minlength=len(self.positives))
         users = np.flatnonzero(wanted)
@@ -94,15 +93,14 @@ def _metrics(is_hit_BK: np.ndarray, num_positives_B: np.ndarray, ks: Sequence[in
 def list_metrics(
     item_row_BK: np.ndarray, ks: Sequence[int], count_I: np.ndarray, item_ID: np.ndarray
 ) -> dict[str, np.ndarray]:
-    """What the lists are like whatever they hit, at each k, float64 (B,) each; NaN where a list is too short to tell.
+    """Return metrics of ranked lists that need no positives, float64 (B,) at each k; NaN where a list is too short.
 
-    popularity: how often the listed items were taken in train, their mean. novelty: the mean of -log2 of an item's
-    share of all that was taken, in bits, every item counted once more than it was (Castells et al. 2011: the
-    self-information of what is shown). diversity: 1 - cosine of the items' vectors, the mean over the list's pairs
-    (Ziegler et al. 2005: the intra-list distance); a vector of length 0 is at a right angle to all.
+    popularity: the items' mean number of interactions in train. novelty: the mean self-information in bits, -log2 of
+    an item's share of all interactions with add-one smoothing (Castells et al. 2011). diversity: the mean of 1 - cosine
+    over the list's pairs of item vectors (intra-list distance, Ziegler et al. 2005); a zero vector has cosine 0.
     """
-    taken_I = np.asarray(count_I, np.float64)
-    novelty_I = -np.log2((taken_I + 1) / (taken_I.sum() + len(taken_I)))
+    interactions_I = np.asarray(count_I, np.float64)
+    novelty_I = -np.log2((interactions_I + 1) / (interactions_I.sum() + len(interactions_I)))
     found = {f"{name}@{k}": np.full(len(item_row_BK), np.nan)
              for k in ks for name in ("popularity", "novelty", "diversity")}  # fmt: skip
     width = min(max(ks), item_row_BK.shape[1])
@@ -111,14 +109,14 @@ def list_metrics(
         rows = slice(start, min(start + block, len(item_row_BK)))
         item_BK = item_row_BK[rows, :width]
         is_item_BK = item_BK >= 0
-        vector_BKD = item_ID[item_BK]  # of -1 the last item's, taken out below
+        vector_BKD = item_ID[item_BK]  # the last item's for -1, masked below
         length_BK = np.linalg.norm(vector_BKD, axis=2)
         is_long_BK = is_item_BK & (length_BK > 0)
         vector_BKD *= np.divide(1, length_BK, where=is_long_BK, out=np.zeros_like(length_BK))[..., None]
         for k in ks:
             here_BK = is_item_BK[:, :k]
             num_B = here_BK.sum(axis=1)
-            for name, value_I in (("popularity", taken_I), ("novelty", novelty_I)):
+            for name, value_I in (("popularity", interactions_I), ("novelty", novelty_I)):
                 total_B = (value_I[item_BK[:, :k]] * here_BK).sum(axis=1)
                 np.divide(total_B, num_B, where=num_B > 0, out=found[f"{name}@{k}"][rows])
             # |v_1 + ... + v_n|^2 is the sum of all cosines, of each item with itself too.
@@ -131,11 +129,11 @@ def list_metrics(
 
 
 def resampled_sums(value_BM: np.ndarray, first_user: int, resamples: int, seed: int = 0) -> np.ndarray:
-    """(resamples, 2, M) float64: of each metric its sum and its number of users in as many draws of the users.
+    """Return each metric's sum and number of users in each bootstrap resample, float64 (resamples, 2, M).
 
-    The Poisson bootstrap (Chamandy et al. 2012): in each draw a user counts n times, n ~ Poisson(1), whatever becomes
-    of the others. n depends on the user's number alone (`first_user` and on), so that sums over ranks are the same for
-    any number of ranks. A NaN is a user without that metric.
+    Poisson bootstrap (Chamandy et al. 2012): in each resample a user counts n times, n ~ Poisson(1), independently of
+    the others. n depends on the user's number (from `first_user`) alone, so sums are the same for any number of ranks.
+    NaN marks a user without that metric.
     """
     is_known_BM = ~np.isnan(value_BM)
     both = np.concatenate([np.where(is_known_BM, value_BM, 0), is_known_BM], axis=1)
@@ -151,11 +149,11 @@ def resampled_sums(value_BM: np.ndarray, first_user: int, resamples: int, seed: 
     return total.reshape(resamples, 2, -1)
 
 
-DRAWN_TOGETHER = 1024  # users whose counts are drawn by one generator
+DRAWN_TOGETHER = 1024  # users whose counts one generator draws
 
 
 def _poisson_table() -> np.ndarray:
-    """Poisson(1) of 16 random bits, float64 (65536,)."""
+    """Return the Poisson(1) count for each value of 16 random bits, float64 (65536,)."""
     share = np.exp(-1.0) / np.cumprod([1.0, *range(1, 12)])
     ends = np.rint(np.cumsum(share) * (1 << 16)).astype(np.int64)
     return np.searchsorted(ends, np.arange(1 << 16), side="right").astype(np.float64)
@@ -165,7 +163,7 @@ _POISSON = _poisson_table()
 
 
 def mean_metrics(per_user: Mapping[str, np.ndarray]) -> dict[str, float]:
-    """The mean over users of each metric; raises ValueError when there is no user."""
+    """Return the mean of each metric over users; raises ValueError when there is no user."""
     sums = MetricSums()
     sums.add(per_user)
     return sums.means()
@@ -173,7 +171,7 @@ def mean_metrics(per_user: Mapping[str, np.ndarray]) -> dict[str, float]:
 
 @dataclass
 class MetricSums:
-    """Metrics summed over blocks of users, and over ranks by `merge`; `means` is the mean over all users."""
+    """Sums of metrics over blocks of users; `merge` adds the sums of other blocks or ranks."""
 
     sums: dict[str, float] = field(default_factory=dict)
     num_users: int = 0
@@ -201,9 +199,9 @@ class MetricSums:
 
 
 def popularity_ranking(count_I: np.ndarray, seen: Lists, k: int) -> np.ndarray:
-    """The baseline to beat: for each user the `k` most taken items not on their `seen` list, int64 (B, k).
+    """Return each user's `k` unseen items with most interactions, int64 (B, k).
 
-    `count_I` is how often each item was taken; ties go to the smaller row; -1 where items run out.
+    `count_I` has the interactions of each item; ties are ordered by item row; -1 where items run out.
     """
     popular_I = np.argsort(-np.asarray(count_I), kind="stable").astype(np.int64)
     item_row_BK = np.full((len(seen), k), -1, dtype=np.int64)

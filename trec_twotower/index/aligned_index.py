@@ -58,11 +58,11 @@ class CatalogueIndex:
         return self.index.allow(mask_I[self._catalogue_row_I])
 
 
-def aligned(index: ItemIndex, catalogue: Catalogue, *, is_told: bool) -> ItemIndex | CatalogueIndex:
+def aligned(index: ItemIndex, catalogue: Catalogue, *, warns: bool) -> ItemIndex | CatalogueIndex:
     """Return the index with item rows of the catalogue: itself where its ids are the catalogue's, in this order.
 
-    Items that the index lacks cannot be found; `is_told`: a line on stderr has their number. Raises DataError where the
-    index has items that the catalogue lacks.
+    Items that the index lacks cannot be found; with `warns`, a line on stderr reports their number. Raises
+    DataError where the index has items that the catalogue lacks.
     """
     ids = index.item_ids
     if ids is None:  # built in this process, from the catalogue's own vectors
@@ -78,7 +78,7 @@ def aligned(index: ItemIndex, catalogue: Catalogue, *, is_told: bool) -> ItemInd
             f"{_shown(ids, np.flatnonzero(row_I < 0))}: export and index again, or bring them back."
         )
     missing = np.setdiff1d(np.arange(len(catalogue)), row_I)
-    if len(missing) and is_told:
+    if len(missing) and warns:
         print(
             f"trec-twotower: the index lacks {len(missing):,} items of {folder}, such as item_id "
             f"{_shown(catalogue.ids, missing)}: export and index again to find them.",

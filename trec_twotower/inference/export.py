@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -193,7 +192,7 @@ def vector_column(vectors: np.ndarray) -> dict[str, pa.Array]:
 
 @dataclass(frozen=True)
 class Exported:
-    """An export, read back."""
+    """An export in memory."""
 
     manifest: dict[str, Any]
     item_ids: pa.Array
@@ -203,7 +202,7 @@ class Exported:
 
 
 class VectorFiles:
-    """The vectors of an export's items or users, in their order, a piece at a time; a user's several one by one."""
+    """The vectors of an export's items or users in file order; several vectors of a user follow each other."""
 
     def __init__(self, folder: SealedFolder | Path, what: str) -> None:
         self._folder = folder  # keeps the files open
@@ -212,30 +211,30 @@ class VectorFiles:
         else:
             self._paths = sorted(folder.glob(f"{what}-*.parquet"))
         self._column, (*several, self._dim) = _shape(self._paths)
-        self._per_row = math.prod(several)
-        self._num_rows = sum(pq.read_metadata(path).num_rows for path in self._paths) * self._per_row
+        self._per_row = several[0] if several else None  # vectors of a row of several
+        self._num_vectors = sum(pq.read_metadata(path).num_rows for path in self._paths) * (self._per_row or 1)
 
     @property
     def dim(self) -> int:
         return self._dim
 
     def __len__(self) -> int:
-        return self._num_rows
+        return self._num_vectors
 
     def pieces(self) -> Iterator[np.ndarray]:
-        """float32 blocks of up to 2^16 rows."""
+        """Yield float32 blocks (up to 2^16, D)."""
         for path in self._paths:
             # Arrow would else read a column of the whole file ahead, and a row group's in one piece
             read = {"pre_buffer": False, "buffer_size": 1 << 20, "page_checksum_verification": True}
             with pq.ParquetFile(path, **read) as file:
-                left = file.metadata.num_rows * self._per_row
+                left = file.metadata.num_rows * (self._per_row or 1)
                 piece_CD, filled = np.empty((min(left, PIECE), self._dim), np.float32), 0
                 for batch in file.iter_batches(READ_ROWS, columns=[self._column]):
                     part_CD = _numbers(batch.column(0)).reshape(-1, self._dim)
                     while len(part_CD):
-                        taken = min(len(part_CD), len(piece_CD) - filled)
-                        piece_CD[filled : filled + taken] = part_CD[:taken]
-                        part_CD, filled, left = part_CD[taken:], filled + taken, left - taken
+                        count = min(len(part_CD), len(piece_CD) - filled)
+                        piece_CD[filled : filled + count] = part_CD[:count]
+                        part_CD, filled, left = part_CD[count:], filled + count, left - count
                         if filled == len(piece_CD):
                             yield piece_CD
                             del piece_CD  # before the next is made
@@ -243,16 +242,15 @@ class VectorFiles:
                     del batch, part_CD
 
     def array(self, dim: int) -> np.ndarray:
-        """All of them in memory: (rows, dim), or (rows, M, dim) of users with several vectors."""
-        if not self._paths:
-            return np.empty((0, dim), np.float32)
-        name, shape = _shape(self._paths)
-        tables = [pq.read_table(path, columns=[name], page_checksum_verification=True) for path in self._paths]
-        parts = [_numbers(chunk) for table in tables for chunk in table[name].chunks]
-        return np.concatenate([np.empty(0, np.float32), *parts]).reshape(-1, *shape)
+        """Return all vectors, float32 (rows, dim), or (rows, M, dim) for users with several vectors."""
+        vectors, filled = np.empty((len(self), dim), np.float32), 0
+        for piece_CD in self.pieces():
+            vectors[filled : filled + len(piece_CD)] = piece_CD
+            filled += len(piece_CD)
+        return vectors if self._per_row is None else vectors.reshape(-1, self._per_row, dim)
 
     def ids(self) -> pa.Array:
-        """Their outside ids."""
+        """Return the ids of the rows."""
         if not self._paths:
             return pa.array([], pa.int64())
         tables = (pq.read_table(path, columns=[pq.read_schema(path).names[0]]) for path in self._paths)
@@ -260,7 +258,7 @@ class VectorFiles:
 
 
 def _shape(paths: Sequence[Path]) -> tuple[str, list[int]]:
-    """The column of the vectors, and their shape: D numbers, or M times D; 0 where there is no file."""
+    """Return the vector column and its shape, [D] or [M, D]; [0] where there is no file."""
     if not paths:
         return VECTOR, [0]
     schema = pq.read_schema(paths[0])
@@ -279,9 +277,9 @@ def _numbers(column: pa.Array) -> np.ndarray:
 
 
 def open_export(folder: Path) -> tuple[dict[str, Any], VectorFiles, VectorFiles]:
-    """An export's manifest, items and users, verified; raises ConfigError where there is none, DataError if damaged.
+    """Return an export's manifest, items and users, verified; they stay readable while another export replaces it.
 
-    They stay those of this export where another one takes its place.
+    Raises ConfigError where there is none, DataError for a damaged one.
     """
     mend = f"export again: trec-twotower export {folder.parent}"
     try:
@@ -292,7 +290,7 @@ def open_export(folder: Path) -> tuple[dict[str, Any], VectorFiles, VectorFiles]
 
 
 def read_export(folder: Path) -> Exported:
-    """All vectors and ids of an export, in memory; raises as `open_export`."""
+    """Return all vectors and ids of an export in memory; raises as `open_export`."""
     manifest, items, users = open_export(folder)
     dim = manifest["dim"]
     return Exported(manifest, items.ids(), items.array(dim), users.ids(), users.array(dim))

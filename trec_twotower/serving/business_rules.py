@@ -1,4 +1,4 @@
-"""Business rules on what retrieval found: pure functions on (scores, item rows), no model and no index."""
+"""Business rules on retrieved items: pure functions on (scores, item rows)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from trec_twotower.ops.topk import find_repeats, first_allowed
 
 @dataclass(frozen=True, eq=False)
 class Rules:
-    """What may be shown. Per-item arrays are indexed by item row; a rule left None does nothing."""
+    """Rules on what may be shown. Per-item arrays are indexed by item row; a rule of None is off."""
 
     exclude: Lists | None = None  # item rows never shown to each user, a list per row of scores
     hidden_I: np.ndarray | None = None  # bool: never shown to anyone (sold out, withdrawn)
@@ -41,9 +41,9 @@ class Rules:
 def apply_rules(score_BK: np.ndarray, item_row_BK: np.ndarray, k: int, rules: Rules) -> tuple[np.ndarray, np.ndarray]:
     """Return the best `k` of each row that the rules allow, by boosted score: (scores, item rows), both B x k.
 
-    Equal scores come by item row. Boosts are added first, then hidden and excluded items are removed, then groups
-    are limited, so that an item nobody sees takes no place in its group. An item given twice is returned once, with
-    its better score. Rows that run short end in -inf and -1: fetch more than `k` if so.
+    Equal scores are ordered by item row. Boosts are added first, then hidden and excluded items are removed, then
+    groups are limited, so that hidden items do not count in their group. A repeated item is returned once, with its
+    higher score. Rows that run short end in -inf and -1: fetch more than `k` if so.
     """
     if score_BK.shape != item_row_BK.shape:
         raise ConfigError(f"Scores of shape {score_BK.shape} against item rows of shape {item_row_BK.shape}.")
@@ -70,7 +70,7 @@ def apply_rules(score_BK: np.ndarray, item_row_BK: np.ndarray, k: int, rules: Ru
 
 
 def _place_in_group(group_BK: np.ndarray) -> np.ndarray:
-    """How many entries further left in the row share the entry's group."""
+    """Return the number of entries further left in the row that have the same group."""
     order_BK = np.argsort(group_BK, axis=1, kind="stable")
     sorted_BK = np.take_along_axis(group_BK, order_BK, axis=1)
     column_BK = np.broadcast_to(np.arange(group_BK.shape[1]), group_BK.shape)

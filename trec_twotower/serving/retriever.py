@@ -87,7 +87,7 @@ class Retriever:
     def _of(cls, loaded: LoadedModel, ranks: Ranks, mapped: bool) -> Retriever:
         """Return the Retriever of a model and of its run's index."""
         index = ItemIndex.load(loaded.run.folder / "index", model_version=loaded.version, mapped=mapped)
-        return cls(loaded, aligned(index, loaded.sources.catalogue, is_told=ranks.is_first), ranks)
+        return cls(loaded, aligned(index, loaded.sources.catalogue, warns=ranks.is_first), ranks)
 
     def allow(
         self,

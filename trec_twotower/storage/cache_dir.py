@@ -1,4 +1,4 @@
-"""Folders of what is made once from the data and kept: named by fingerprint, for many processes, of limited size."""
+"""The cache of derived data: folders named by fingerprint, shared by processes, limited in size."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from trec_twotower.errors import ConfigError
 
 
 class CacheFolder:
-    """The folder `data.cache`, or the user's own cache folder where none is set; it is made when it is first needed."""
+    """A cache in `root`, or in the user's cache folder where `root` is None; created at the first use."""
 
     def __init__(self, root: Path | None, limit_bytes: int) -> None:
         self._given = root
@@ -27,7 +27,7 @@ class CacheFolder:
 
     @cached_property
     def root(self) -> Path:
-        """The folder itself; raises OSError where none can be made, ConfigError where the one given is none."""
+        """The root; raises OSError where it cannot be created, ConfigError where the given one is not a folder."""
         root = self._given or _user_cache()
         try:
             root.mkdir(parents=True, exist_ok=True)
@@ -38,7 +38,7 @@ class CacheFolder:
         return root
 
     def check(self) -> None:
-        """Raises ConfigError where the folder given is none and cannot be made one; makes none."""
+        """Raise ConfigError where the given folder cannot be used; creates nothing."""
         if self._given is not None:
             there = next(place for place in (self._given, *self._given.absolute().parents) if place.exists())
             if not there.is_dir():
@@ -46,37 +46,37 @@ class CacheFolder:
 
     def _no_folder(self, why: str) -> ConfigError:
         return ConfigError(
-            f"data.cache is {self._given}, which is no folder and cannot be made one ({why}): name another, or leave "
-            "it out."
+            f"data.cache is {self._given}, which is not a folder and cannot be created ({why}). "
+            "Give another folder, or remove the setting."
         )
 
     def place(self, facts: Mapping[str, Any]) -> Path:
-        """The folder of what is made from these facts: everything that its content depends on."""
+        """Return the folder for content that depends on these facts alone."""
         digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
         return self.root / digest[:16]
 
     def use(self, folder: Path) -> int:
-        """Mark a folder as used, and return how many bytes it may have beside the others in use here.
+        """Mark a folder as used, and return its limit in bytes, given the other folders in use by this process.
 
-        Of the folders that are not in use here, the longest unused go until all fit the limit.
+        Folders that this process does not use are deleted, least recently used first, until all fit the limit.
         """
         self._in_use.add(folder)
-        with contextlib.suppress(OSError):  # made by somebody else, and good to read all the same
+        with contextlib.suppress(OSError):  # another user's folder, which can be read all the same
             os.utime(folder)
         others = [path for path in self.root.iterdir() if path.is_dir() and path not in self._in_use]
         others.sort(key=_last_used)
-        beside = sum(size_of(path) for path in self._in_use - {folder})
-        total = sum(map(size_of, others)) + beside + size_of(folder)
+        in_use_bytes = sum(size_of(path) for path in self._in_use - {folder})
+        total = sum(map(size_of, others)) + in_use_bytes + size_of(folder)
         for path in others:
             if total <= self.limit_bytes:
                 break
             total -= size_of(path)
             shutil.rmtree(path, ignore_errors=True)
-        return self.limit_bytes - beside
+        return self.limit_bytes - in_use_bytes
 
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
-        """One process (or thread) at a time makes things here, where the disk knows locks; a dead one holds none."""
+        """Hold the cache's lock, where the file system has locks; the lock of a dead process is released."""
         with (self.root / ".lock").open("a") as file:
             with contextlib.suppress(OSError):
                 fcntl.flock(file, fcntl.LOCK_EX)
@@ -84,12 +84,12 @@ class CacheFolder:
 
 
 def changed(path: Path) -> int:
-    """When a file was last changed, in microseconds."""
+    """Return a file's modification time in microseconds."""
     return int(path.stat().st_mtime * 1e6)
 
 
 def size_of(folder: Path) -> int:
-    """Bytes of a folder's files; another process may rename or sweep one between its listing and its look."""
+    """Return the bytes of a folder's files, without those that another process removes meanwhile."""
     total = 0
     with contextlib.suppress(FileNotFoundError):
         for entry in os.scandir(folder):
@@ -106,7 +106,7 @@ def _last_used(folder: Path) -> float:
 
 
 def _user_cache() -> Path:
-    """A folder in $XDG_CACHE_HOME or ~/.cache; where that cannot be written to, one among the temporary files."""
+    """Return a folder in $XDG_CACHE_HOME or ~/.cache, or a temporary one where neither is writable."""
     home = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
     if home.is_absolute():  # without a home, ~ stays as it is
         found = home / "trec_twotower"
