@@ -110,6 +110,23 @@ def test_python_dicts_are_refused_with_the_command_that_converts_them(tmp_path):
     assert "log.json, line 1:" in message and "it is a Python dict" in message and "ast.literal_eval" in message
 
 
+def test_a_key_that_a_json_object_has_twice_is_named_with_its_line(tmp_path):
+    log = tmp_path / "log.jsonl"
+    line = '{"user_id": 1, "item_id": 2, "timestamp": 3}'
+    log.write_text(f'{line}\n{{"user_id": 1, "item_id": 2, "item_id": 9, "timestamp": 3}}\n{line}\n')
+    message = refusal(DataError, tmp_path, events=log)
+    assert message.endswith("log.jsonl, line 2: key 'item_id' is there twice: give each key once.")
+
+
+def test_a_pattern_may_begin_with_a_star_and_an_empty_one_names_the_files_that_are_there(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.csv", "b.csv"):
+        write(tmp_path / name, f"{name},5,1")
+    assert [row["user_id"] for row in rows(tmp_path, **parse_options("events", ["events=*.csv"]))] == ["a.csv", "b.csv"]
+    message = refusal(DataError, tmp_path, **parse_options("events", ["events=*.zzzzzzzz"]))
+    assert "*.zzzzzzzz: there is no such file (known:" in message and "a.csv" in message and ".tmp" not in message
+
+
 def test_columns_between_double_colons(tmp_path):
     (tmp_path / "ratings.dat").write_text("1::0111161::8::100\n2::1234567::9::200\n")
     (tmp_path / "users.dat").write_text("1::11111111\n2::22222222\n")

@@ -64,6 +64,7 @@ def parse_options(model: type[SourceOptions], overrides: Iterable[str]) -> dict[
         option, _, key = name.partition(".")
         is_quoted = len(text) > 2 and text[0] in "\"'" and text.find(text[0], 1) == len(text) - 1
         is_text = option in model.verbatim and not (text.startswith("{") or is_quoted)
+        is_text |= text.startswith("*")  # a glob such as *.csv: as YAML it would be an alias, and there are no anchors
         value = text if is_text else parse_overrides([override])[name]
         if key and option in model.model_fields:
             before = parsed.get(option)

@@ -110,15 +110,30 @@ def wrong_encoding(path: Path, encoding: str, *, has_option: bool = True) -> Dat
     return DataError(f"{where} is not {encoding}: {say}{other}, or the encoding that it was written in.")
 
 
+class _KeyTwiceError(Exception):
+    """A JSON object has a key twice; the message is the key, quoted."""
+
+
+def _unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """Return the JSON object of these pairs."""
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise _KeyTwiceError(repr(next(name for name in names if names.count(name) > 1)))
+    return made
+
+
 def broken_json_line(path: Path, why: str) -> DataError:
     """Name the first line of a file of JSON lines that is not a JSON object: DuckDB counts lines roughly."""
     with open_unzipped(path) as source:
         for number, line in enumerate(source, 1):
             line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
             try:
-                is_object = not line.strip() or isinstance(json.loads(line), dict)
+                is_object = not line.strip() or isinstance(json.loads(line, object_pairs_hook=_unique_keys), dict)
             except UnicodeDecodeError:
                 return wrong_encoding(path, "utf-8")
+            except _KeyTwiceError as error:
+                return DataError(f"{path}, line {number:,}: key {error} is there twice: give each key once.")
             except ValueError:
                 is_object = False
             if is_object:
