@@ -279,7 +279,7 @@ def test_a_file_that_is_called_gz_and_is_none_is_named_with_what_to_do(tmp_path,
 
 def test_what_amazon_reviews_needs_is_said(tmp_path):
     folder = write_amazon(tmp_path / "raw", REVIEWS, None)
-    assert "put meta_Books.jsonl beside it" in refusal(DataError, "amazon-reviews", folder, **ALL)
+    assert "put meta_Books.jsonl next to it" in refusal(DataError, "amazon-reviews", folder, **ALL)
     assert "nearest: 'Books'" in refusal(DataError, "amazon-reviews", folder, category="Boks")
     assert "lower it" in refusal(ConfigError, "amazon-reviews", folder, metadata=False, min_rating=6, **ALL)
     late = {**ALL, "valid_from": "2030-01-01", "test_from": "2031-01-01"}
@@ -491,7 +491,7 @@ def test_dirty_lines_of_movielens_are_named(tmp_path):
     write = (folder / "ratings.dat").write_text
     write("1::1::5::7\n1::2::5::8\n1::3::5::9\n")
     (folder / "users.dat").write_text("1::F::1::2::3\n1::M::1::2::3\n")
-    assert "'userId' stand on more than one line, such as 1" in refusal(DataError, "movielens", folder)
+    assert "'userId' are on more than one line, such as 1" in refusal(DataError, "movielens", folder)
     (folder / "movies.dat").write_text("1::A::B\n1::C::D\n")
     assert "more than one line, such as 1" in refusal(DataError, "movielens", folder)
     (folder / "movies.dat").unlink()

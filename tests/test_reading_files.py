@@ -320,7 +320,7 @@ def test_byte_order_marks_are_no_part_of_names(tmp_path):
         (tmp_path / "log.csv").write_bytes(codecs.BOM_UTF8 + content.encode())
         assert rows(tmp_path, events=tmp_path / "log.csv") == [{"user_id": 1, "item_id": 5, "timestamp": 1}]
     (tmp_path / "log.csv").write_bytes(content.encode("utf-16"))
-    assert "is not UTF-8 but UTF-16: say encoding=utf-16" in refusal(DataError, tmp_path, events=tmp_path / "log.csv")
+    assert "is not UTF-8 but UTF-16: set encoding=utf-16" in refusal(DataError, tmp_path, events=tmp_path / "log.csv")
     (tmp_path / "log.csv").write_bytes("user_id,item_id,timestamp\n1,“5”,1\n".encode("cp1252"))
     message = refusal(DataError, tmp_path, events=tmp_path / "log.csv", encoding="latin-1")
     assert "is not latin-1" in message and "cp1252" in message

@@ -1,4 +1,4 @@
-"""Lists of different lengths in two flat arrays: what bags, positives and seen items all are."""
+"""Ragged arrays: rows of different lengths in two flat arrays, used for bags, positives and seen items."""
 
 from __future__ import annotations
 
@@ -10,36 +10,38 @@ import numpy as np
 
 from trec_twotower.ops.compilation import LINE_BYTES, copy_run, kernel, line_from
 
-Run = slice  # rows start .. stop - 1; Lists has a method of the builtin's name
+Run = slice  # rows start .. stop - 1; the class has a method with the name of the builtin
 
 
 @dataclass(frozen=True, eq=False)
 class Lists:
-    """Row r holds values[offsets[r]:offsets[r + 1]], and weights there if the lists are weighted.
+    """A ragged array: row r holds values[offsets[r]:offsets[r + 1]], and the weights of that range if there are any.
 
     Three rows [7, 8], [], [9]:  offsets = [0, 2, 2, 3]  values = [7, 8, 9]
     """
 
-    offsets: np.ndarray  # int64, one more than rows
+    offsets: np.ndarray  # int64, number of rows + 1
     values: np.ndarray
     weights: np.ndarray | None = None  # float32
-    is_single: bool = False  # known to hold one value a row, so that a row's value stands at the row
+    is_single: bool = False  # every row has exactly one value, so values[r] is the value of row r
 
     def __post_init__(self) -> None:
         assert self.offsets[0] == 0 and self.offsets[-1] == len(self.values), "offsets do not span the values"
 
     @classmethod
     def from_lists(cls, lists: Iterable[Sequence[int]]) -> Lists:
+        """Return the ragged int64 array of some sequences."""
         rows = [np.asarray(row, dtype=np.int64) for row in lists]
         return cls(offsets_of([len(row) for row in rows]), np.concatenate([np.empty(0, np.int64), *rows]))
 
     @classmethod
     def singles(cls, values: np.ndarray) -> Lists:
-        """One value a row."""
+        """Return an array with one value per row."""
         return cls(_counting(len(values) + 1), values, None, True)
 
     @classmethod
     def empty(cls, num_rows: int) -> Lists:
+        """Return an array of empty rows."""
         return cls(np.zeros(num_rows + 1, np.int64), np.empty(0, np.int64))
 
     def __len__(self) -> int:
@@ -47,18 +49,18 @@ class Lists:
 
     @cached_property
     def lengths(self) -> np.ndarray:
-        """int32, one a row."""
+        """Return the length of each row, int32."""
         return np.subtract(self.offsets[1:], self.offsets[:-1], dtype=np.int32, casting="unsafe")
 
     @property
     def rows(self) -> np.ndarray:
-        """The row of each value."""
+        """Return the row of each value."""
         if self.is_single:
             return np.arange(len(self))
         return np.repeat(np.arange(len(self)), self.lengths)
 
     def slice(self, start: int, stop: int) -> Lists:
-        """Rows start .. stop - 1; the values are not copied."""
+        """Return rows start .. stop - 1; the values are not copied."""
         if self.is_single:
             return Lists.singles(self.values[start:stop])
         offsets = self.offsets[start : stop + 1]
@@ -66,13 +68,13 @@ class Lists:
         return Lists(offsets - offsets[0], self.values[part], None if self.weights is None else self.weights[part])
 
     def values_of(self, rows: Run) -> np.ndarray:
-        """The values of rows start .. stop - 1, not copied."""
+        """Return the values of rows start .. stop - 1 without a copy."""
         if self.is_single:
             return self.values[rows]
         return self.values[self.offsets[rows.start] : self.offsets[rows.stop]]
 
     def take(self, rows: np.ndarray) -> Lists:
-        """The given rows, in the given order."""
+        """Return the rows with these indices, in this order."""
         if self.is_single:
             return Lists.singles(self.values[rows])
         starts, offsets = np.empty(len(rows), np.int64), np.empty(len(rows) + 1, np.int64)
@@ -86,20 +88,20 @@ class Lists:
         return Lists(offsets, copied(self.values), None if self.weights is None else copied(self.weights))
 
     def where(self, keep: np.ndarray) -> Lists:
-        """Only the values marked in `keep` (bool, one a value); rows stay, some shorter."""
+        """Return the array with only the values marked in `keep` (bool, one per value) and all rows."""
         kept = np.concatenate([[0], np.cumsum(keep)])
         weights = None if self.weights is None else self.weights[keep]
         return Lists(kept[self.offsets].astype(np.int64), self.values[keep], weights)
 
     def newest(self, max_length: int | None) -> Lists:
-        """Each row's last `max_length` values."""
+        """Return each row's last `max_length` values."""
         if max_length is None or not len(self.values) or int(self.lengths.max()) <= max_length:
             return self
         from_end = np.repeat(self.offsets[1:], self.lengths) - np.arange(len(self.values))
         return self.where(from_end <= max_length)
 
     def distinct(self) -> Lists:
-        """Each list in rising order with every value once; weights are let go."""
+        """Return each row's distinct values in rising order, without weights."""
         if not len(self.values):
             return self
         least = int(self.values.min())
@@ -108,7 +110,7 @@ class Lists:
         return Lists(offsets_of(np.bincount(row, minlength=len(self))), value + least)
 
     def contain(self, item_row_BK: np.ndarray) -> np.ndarray:
-        """Bool, of the same shape: is the value on its own row's list? -1 (no item) never is."""
+        """Return bool of the same shape: whether the value is in its own row; -1 (no item) never is."""
         assert len(item_row_BK) == len(self), f"{len(item_row_BK)} rows against {len(self)} lists"
         is_item = self.values >= 0
         if item_row_BK.size == 0 or not is_item.any():
@@ -120,7 +122,7 @@ class Lists:
         return (key[at_BK] == wanted_BK) & (item_row_BK >= 0)
 
     def hold(self, other: Lists) -> np.ndarray:
-        """Bool, one per value of `other`: is the value on the same row's list here? -1 (no item) never is."""
+        """Return bool, one per value of `other`: whether the value is in the same row here; -1 (no item) never is."""
         assert len(other) == len(self), f"{len(other)} rows against {len(self)} lists"
         span = max(int(self.values.max(initial=0)), int(other.values.max(initial=0))) + 1
         own = (self.rows * span + self.values)[self.values >= 0]
@@ -128,7 +130,7 @@ class Lists:
 
     @staticmethod
     def concat(parts: Sequence[Lists]) -> Lists:
-        """The rows of all parts below each other."""
+        """Return the rows of all parts, one part after the other."""
         if len(parts) == 1:
             return parts[0]
         if all(part.is_single for part in parts):
@@ -141,7 +143,7 @@ class Lists:
 
 
 def side_by_side(first: Lists, second: Lists) -> Lists:
-    """Each row of `first` followed by the same row of `second`."""
+    """Return each row of `first` followed by the same row of `second`."""
     both = Lists.concat([Lists(first.offsets, first.values), Lists(second.offsets, second.values)])
     order = np.arange(2 * len(first)).reshape(2, -1).T.reshape(-1)
     mixed = both.take(order)
@@ -149,7 +151,7 @@ def side_by_side(first: Lists, second: Lists) -> Lists:
 
 
 def distinct(values: np.ndarray) -> np.ndarray:
-    """The distinct values, rising: np.unique by sorting, which is faster here than its hash table."""
+    """Return the distinct values in rising order by sorting, which is faster here than the hash table of np.unique."""
     values = np.sort(values)
     is_new = np.ones(len(values), bool)
     np.not_equal(values[1:], values[:-1], out=is_new[1:])
@@ -161,18 +163,19 @@ _COUNT.flags.writeable = False
 
 
 def _counting(stop: int) -> np.ndarray:
-    """0 .. stop - 1, shared where it is short."""
+    """Return 0 .. stop - 1; short results share memory."""
     return _COUNT[:stop] if stop <= len(_COUNT) else np.arange(stop)
 
 
 def offsets_of(lengths: Sequence[int] | np.ndarray) -> np.ndarray:
+    """Return the offsets of rows with these lengths, int64."""
     offsets = np.zeros(len(lengths) + 1, np.int64)
     np.cumsum(lengths, out=offsets[1:])
     return offsets
 
 
 def weights_of(lists: Lists) -> np.ndarray:
-    """The weights, ones where there are none."""
+    """Return the weights, or ones if there are none."""
     return np.ones(len(lists.values), np.float32) if lists.weights is None else lists.weights
 
 

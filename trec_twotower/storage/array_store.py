@@ -1,7 +1,7 @@
-"""Named arrays that are written piece by piece: into memory, or into files that all processes of a host map.
+"""Named arrays written in pieces: into memory, or into files that all processes of a host map.
 
-A folder of mapped arrays is written under another name, flushed and renamed. Its manifest has every array's type, size
-and XXH3-64; what differs from it when it is opened is not used. Nothing is ever written to a file that others map.
+A folder of mapped arrays is written under a temporary name, flushed and renamed. Its manifest has every array's type,
+size and XXH3-64. Files that differ from it are not used. A file that others map is never written.
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ from trec_twotower.storage.cache_dir import CacheFolder
 from trec_twotower.storage.manifest import MANIFEST, canonical_json
 
 FORMAT = 1
-BLOCK_BYTES = 1 << 22  # read at a time
-VERIFIED_BYTES = 1 << 30  # of a file; of a larger one, so much in blocks spread evenly over it
+BLOCK_BYTES = 1 << 22  # bytes per read
+VERIFIED_BYTES = 1 << 30  # in a larger file, evenly spaced blocks of this total size are verified
 
 
 class ArrayWriter(ABC):
-    """Takes arrays: those of known length as a whole, to be filled in place, and others by appending."""
+    """Stores arrays: those of known length are filled in place, others are appended in parts."""
 
     @abstractmethod
     def reserve(self, name: str, dtype: type[np.generic], length: int) -> np.ndarray:
-        """A new array of zeros."""
+        """Return a new array of zeros."""
 
     @abstractmethod
     def append(self, name: str, part: np.ndarray) -> None:
-        """Put `part` behind what `name` holds; all parts are of one type."""
+        """Append `part` to the array `name`; all parts have one type."""
 
 
 class InMemory(ArrayWriter):
-    """Arrays of this process alone."""
+    """Arrays in the memory of this process."""
 
     def __init__(self) -> None:
         self._parts: dict[str, list[np.ndarray]] = {}
@@ -71,14 +71,14 @@ class OnDisk(ArrayWriter):
         num_bytes = length * np.dtype(dtype).itemsize
         self._grow(num_bytes)
         with self._path(name, np.dtype(dtype)).open("w+b") as file:
-            # Room on the disk beforehand: a full disk would otherwise end the process when a mapped page is written.
+            # Allocate the disk space first: on a full disk, writing a mapped page would kill the process.
             os.posix_fallocate(file.fileno(), 0, num_bytes)
             return np.frombuffer(mmap.mmap(file.fileno(), num_bytes), dtype)
 
     def append(self, name: str, part: np.ndarray) -> None:
         if name not in self._files:
             self._files[name] = self._path(name, part.dtype).open("wb")
-        assert part.dtype == self._dtypes[name], f"{name}: {part.dtype} behind {self._dtypes[name]}"
+        assert part.dtype == self._dtypes[name], f"{name}: {part.dtype} after {self._dtypes[name]}"
         self._grow(part.nbytes)
         self._files[name].write(np.ascontiguousarray(part).data)
 
@@ -87,7 +87,7 @@ class OnDisk(ArrayWriter):
             file.close()
 
     def finish(self) -> None:
-        """Write the manifest, without which the files are nothing."""
+        """Write the manifest; files without one are ignored."""
         self.close()
         arrays = {}
         for name, dtype in self._dtypes.items():
@@ -96,7 +96,7 @@ class OnDisk(ArrayWriter):
         write_json(self.folder / MANIFEST, {"arrays": arrays, "xxh3": _digest_of_list(arrays)})
 
     def _path(self, name: str, dtype: np.dtype) -> Path:
-        """The file's name is a number: those of features may hold anything."""
+        """Return the path of an array: a number, because feature names may contain any character."""
         self._dtypes.setdefault(name, dtype)
         return self.folder / f"{list(self._dtypes).index(name):04d}.bin"
 
@@ -109,9 +109,9 @@ class OnDisk(ArrayWriter):
 def mapped_arrays(
     cache: CacheFolder, facts: Mapping[str, Any], fill: Callable[[ArrayWriter], None]
 ) -> dict[str, np.ndarray]:
-    """What `fill` writes from these facts, mapped; of all processes that ask for it, one makes it and the others wait.
+    """Return the mapped arrays that `fill` writes for these facts; one process writes them, the others wait.
 
-    Raises OSError where the cache folder cannot hold it.
+    Raises OSError if the cache folder cannot hold them.
     """
     folder = cache.place(facts)
     found = open_arrays(folder)
@@ -132,12 +132,12 @@ def _made(cache: CacheFolder, folder: Path, fill: Callable[[ArrayWriter], None])
             writer.close()
     found = open_arrays(folder)
     if found is None:
-        raise OSError(errno.EIO, f"{folder} does not give back what was written to it")
+        raise OSError(errno.EIO, f"{folder} cannot be read back")
     return found
 
 
 def open_arrays(folder: Path) -> dict[str, np.ndarray] | None:
-    """The arrays of a folder that OnDisk filled, mapped and read-only; None where it is not there or damaged."""
+    """Return the mapped, read-only arrays of a folder that OnDisk wrote; None if it is missing or damaged."""
     try:
         manifest = read_json(folder / MANIFEST)
         if manifest["xxh3"] != _digest_of_list(manifest["arrays"]):
@@ -148,19 +148,19 @@ def open_arrays(folder: Path) -> dict[str, np.ndarray] | None:
 
 
 def _mapped(folder: Path, about: dict[str, Any]) -> np.ndarray:
-    """A file's content; raises ValueError where it is not what was written."""
+    """Return the mapped content of a file; raises ValueError if it differs from the manifest."""
     path = folder / about["file"]
     with path.open("rb") as file:
-        # The length first: to read a mapped page behind a file's end kills the process.
+        # The length first: reading a mapped page past the end of the file kills the process.
         if os.fstat(file.fileno()).st_size != about["bytes"] or _digest(path) != about["xxh3"]:
-            raise ValueError(f"{path} is not what was written")
+            raise ValueError(f"{path} differs from its manifest")
         if not about["bytes"]:
             return np.empty(0, about["dtype"])
         return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), about["dtype"])
 
 
 def _digest(path: Path) -> str:
-    """XXH3-64 of a file, or of blocks of it (see VERIFIED_BYTES); read, not mapped, so that a bad disk is an error."""
+    """Return the XXH3-64 of a file, or of blocks of it (see VERIFIED_BYTES); read, so that a bad disk raises."""
     digest = xxhash.xxh3_64()
     block = memoryview(bytearray(BLOCK_BYTES))
     with path.open("rb", buffering=0) as file:

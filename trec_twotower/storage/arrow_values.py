@@ -1,4 +1,4 @@
-"""Arrow's values as Python's, also text that is not UTF-8 and times finer or further than Python's."""
+"""Conversion of Arrow values to Python, including text that is not UTF-8 and times outside Python's range."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-READABLE = "replace"  # for people: what is not UTF-8 becomes U+FFFD
-EXACT = "surrogateescape"  # to be turned back: every byte is kept
+READABLE = "replace"  # for display: bytes that are not UTF-8 become U+FFFD
+EXACT = "surrogateescape"  # reversible: every byte is kept
 _CONTROLS: dict[int, str | None] = {
     **dict.fromkeys((*range(0x20), *range(0x7F, 0xA0))),  # C0 and C1, the escape among them
     **dict.fromkeys((*range(0x202A, 0x202F), *range(0x2066, 0x206A))),  # that reorder what follows on the line
@@ -18,9 +18,9 @@ _CONTROLS: dict[int, str | None] = {
 
 
 def python_values(array: pa.Array | pa.ChunkedArray, errors: str = READABLE) -> list[Any]:
-    """`to_pylist` for all bytes and times that a column may hold; `errors` as bytes.decode takes it.
+    """Return `to_pylist` for all bytes and times that a column may hold; `errors` is that of bytes.decode.
 
-    Times are cut to microseconds, as Python's are, and text where Python has no such date.
+    Times are truncated to microseconds, and become text if Python cannot represent the date.
     """
     try:
         return array.to_pylist()
@@ -45,7 +45,7 @@ def python_values(array: pa.Array | pa.ChunkedArray, errors: str = READABLE) -> 
 
 
 def _times(array: pa.Array) -> list[Any]:
-    """Times, dates or spans of time that Python cannot hold as they are."""
+    """Return times, dates or durations that `to_pylist` refuses."""
     kind = array.type
     of_nanoseconds: tuple[tuple[bool, pa.DataType], ...] = (
         (pa.types.is_timestamp(kind), pa.timestamp("us", getattr(kind, "tz", None))),
@@ -62,23 +62,23 @@ def _times(array: pa.Array) -> list[Any]:
 
 
 def python_value(array: pa.Array | pa.ChunkedArray, row: int) -> Any:
-    """One value, for people to read."""
+    """Return one value for display."""
     [value] = python_values(array.slice(row, 1))
     return value
 
 
 def python_rows(table: pa.Table) -> list[dict[str, Any]]:
-    """`Table.to_pylist`, likewise."""
+    """Return the rows of a table as dicts, with `python_values`."""
     columns = [python_values(column) for column in table.columns]
     return [dict(zip(table.column_names, row, strict=True)) for row in zip(*columns, strict=True)]
 
 
-def exact_array(words: Iterable[int | str]) -> pa.Array:
-    """Words that were read with EXACT, or integers, as the array that they came from."""
-    words = list(words)
-    if not words or not isinstance(words[0], str):
-        return pa.array(words, None if words else pa.string())
-    encoded = pa.array([str(word).encode(errors=EXACT) for word in words], pa.binary())
+def exact_array(values: Iterable[int | str]) -> pa.Array:
+    """Return the array of strings that were read with EXACT, or of integers."""
+    values = list(values)
+    if not values or not isinstance(values[0], str):
+        return pa.array(values, None if values else pa.string())
+    encoded = pa.array([str(value).encode(errors=EXACT) for value in values], pa.binary())
     return pa.Array.from_buffers(pa.string(), len(encoded), encoded.buffers())
 
 

@@ -1,9 +1,9 @@
-"""Faults on purpose: a process that dies, hangs or is told to stop at a named point, by one environment variable.
+"""Fault injection: an environment variable kills, suspends or signals a process at a named point.
 
-    TREC_TT_FAULT=save:between_files:step20          kill -9 of every rank that comes to this point at step 20
+    TREC_TT_FAULT=save:between_files:step20          kill -9 of every rank that reaches this point at step 20
     TREC_TT_FAULT=step:backward:step13:rank1:stop    SIGSTOP of rank 1 there
 
-Without the variable a point costs one look at a name. Tests and `make soak` are built on it.
+Without the variable a point costs one lookup. Tests and `make soak` use it.
 """
 
 from __future__ import annotations
@@ -17,26 +17,26 @@ from trec_twotower.errors import ConfigError, nearest
 
 VARIABLE = "TREC_TT_FAULT"
 POINTS = (
-    "start:joined",  # the process group stands
-    "start:locked",  # the run folder is this job's
+    "start:joined",  # the process group is initialized
+    "start:locked",  # the run directory is locked
     "start:read",  # the catalogue is in memory
-    "start:built",  # the model is sharded and filled
-    "load:verified",  # the checkpoint's files are what their manifest says
+    "start:built",  # the model is sharded and initialized
+    "load:verified",  # the checkpoint's files match their manifest
     "load:filled",  # the model has its weights
     "step:forward",
-    "step:backward",  # done, and with it the update of the tables
+    "step:backward",  # backward is done, and with it the fused update of the tables
     "step:updated",
-    "save:copied",  # the local shards lie beside the live ones
-    "save:opened",  # the temporary folder is there, empty
-    "save:within_file",  # some of this rank's file is written
+    "save:copied",  # the local shards are copied
+    "save:opened",  # the temporary folder exists and is empty
+    "save:within_file",  # part of this rank's file is written
     "save:between_files",  # this rank's file is written, the manifest is not
     "save:sealed",  # the manifest is written, the folder has its temporary name
-    "save:published",  # the folder has its name, older ones are still there
+    "save:published",  # the folder has its name, older ones still exist
     "save:swept",
-    "stop:saved",  # told to stop, and saved
+    "stop:saved",  # stopped by a signal, and saved
     "publish:written",  # a complete folder has its temporary name
-    "publish:aside",  # the older folder was renamed aside: only where two names cannot be exchanged in one step
-    "publish:named",  # the new folder has its name, the older one is still there
+    "publish:aside",  # the older folder was renamed aside: only if two names cannot be exchanged in one step
+    "publish:named",  # the new folder has its name, the older one still exists
 )
 _SIGNALS = {
     "kill": signal.SIGKILL,
@@ -50,7 +50,7 @@ _ACTIONS = (*_SIGNALS, "agent", "full")
 
 @dataclass(frozen=True)
 class Fault:
-    """What happens where: `rank` and `step` None mean any."""
+    """An action at a point; `rank` and `step` None mean any."""
 
     point: str
     step: int | None
@@ -60,7 +60,7 @@ class Fault:
 
     @classmethod
     def parse(cls, text: str) -> Fault:
-        """Of PHASE:POINT[:stepN][:rankN][:attemptN][:ACTION]; raises ConfigError."""
+        """Return the fault of PHASE:POINT[:stepN][:rankN][:attemptN][:ACTION]; raises ConfigError."""
         parts = text.split(":")
         point, numbers, action = ":".join(parts[:2]), {}, "kill"
         if point not in POINTS:
@@ -94,7 +94,7 @@ class Fault:
 
 
 def fault_point(point: str, step: int | None = None, path: str | None = None) -> None:
-    """A place where TREC_TT_FAULT may strike; `path` is the file that is being written there."""
+    """Cause the fault that TREC_TT_FAULT sets for this point; `path` is the file being written."""
     wanted = os.environ.get(VARIABLE)
     if not wanted:
         return

@@ -1,4 +1,4 @@
-"""File locks: one process at a time works on a folder, and the others learn which process that is."""
+"""File locks: one process at a time works on a folder, and errors in the others name that process."""
 
 from __future__ import annotations
 

@@ -96,7 +96,7 @@ def write(options: Options, writer: DatasetWriter) -> dict[str, Any]:
 
 
 def _find(data_dir: Path) -> tuple[Path, Path | None]:
-    """The sequences and the attributes in `data_dir`; DataError says what was found if that is not clear."""
+    """Return the files of sequences and attributes in `data_dir`; DataError lists the files if that is ambiguous."""
     names = sorted(entry.name for entry in data_dir.iterdir() if entry.is_file())
     attributes = [name for name in names if name.endswith(ATTRIBUTES_ENDING)]
     sequences = [name for name in names if name.endswith(".txt")]
@@ -126,9 +126,7 @@ def _read_attributes(path: Path, item_ids: np.ndarray) -> tuple[pa.ListArray, in
     for item, attributes in loaded.items():
         is_list = isinstance(attributes, list) and all(type(number) is int for number in attributes)
         if not (is_list and item.isdecimal()):
-            raise DataError(
-                f"{path}: item {item!r} has {attributes!r}: it takes whole numbers, a list of them for each."
-            )
+            raise DataError(f"{path}: item {item!r} has {attributes!r}: a list of integers is expected for each item.")
         by_item[int(item)] = attributes
     lists = [by_item.pop(int(item), []) for item in item_ids]
     values = np.fromiter((number for attributes in lists for number in attributes), np.int64)

@@ -72,7 +72,7 @@ from trec_twotower.errors import DataError, nearest
 
 ENDINGS = (".jsonl", ".json", ".jsonl.gz", ".json.gz")
 EARLIEST_S = 10**8  # 1973; in milliseconds that is what seconds of a later time look like
-# JSON takes whatever stands in a field; the expressions below make of it what they can.
+# A JSON field may have a value of any type; the expressions below convert it where possible.
 ITEM = dict.fromkeys(("parent_asin", "title", "subtitle", "main_category", "store"), "VARCHAR")
 ITEM |= dict.fromkeys(
     ("author", "categories", "price", "average_rating", "rating_number", "features", "description", "details"), "JSON"
@@ -139,8 +139,8 @@ def write(options: Options, writer: DatasetWriter) -> dict[str, Any]:
         }
         when = f"{{0}} IS NULL OR {{0}} < {EARLIEST_S * 1_000_000} OR {{0}} > {LATEST_US}"
         faults = [
-            (layout.user, "user_id", "{} IS NULL", "take these lines out"),
-            (layout.item, "item_id", "{} IS NULL", "take these lines out"),
+            (layout.user, "user_id", "{} IS NULL", "remove these lines"),
+            (layout.item, "item_id", "{} IS NULL", "remove these lines"),
             (layout.time, "timestamp", when, f"this layout has {layout.unit} since 1970 here"),
             (layout.rating, "rating", "coalesce(NOT isfinite({}), true)", "this layout has a number here"),
         ]
@@ -180,7 +180,7 @@ def _find(folder: Path, options: Options) -> tuple[list[Path], list[Path]]:
         )
     if not metadata and options.metadata:
         raise DataError(
-            f"{folder} holds {reviews[0].name}, but no metadata: put meta_{reviews[0].name} beside it, or say "
+            f"{folder} holds {reviews[0].name}, but no metadata: put meta_{reviews[0].name} next to it, or set "
             "metadata=false for a catalogue of ids alone."
         )
     return reviews, metadata
@@ -259,26 +259,26 @@ def _load_items(database: duckdb.DuckDBPyConnection, options: Options, files: Fi
     with explained(f"metadata = {files.path}", options):
         fetch_rows(
             database,
-            f"CREATE TABLE told AS SELECT nullif(trim(parent_asin), '') AS item_id, {selected} "
+            f"CREATE TABLE metadata_rows AS SELECT nullif(trim(parent_asin), '') AS item_id, {selected} "
             f"FROM (SELECT * REPLACE ({details} AS details) FROM {files.relation}) {wanted}",
         )
-    order = "rating_number DESC NULLS LAST, title, price, store, hash(told)"
+    order = "rating_number DESC NULLS LAST, title, price, store, hash(metadata_rows)"
     fetch_rows(
         database,
-        "CREATE TABLE told_once AS SELECT * FROM told WHERE item_id IS NOT NULL "
+        "CREATE TABLE distinct_rows AS SELECT * FROM metadata_rows WHERE item_id IS NOT NULL "
         f"QUALIFY row_number() OVER (PARTITION BY item_id ORDER BY {order}) = 1",
     )
     join = "FULL" if options.all_items else "LEFT"
     fetch_rows(
         database,
         "CREATE TABLE items AS SELECT * FROM (SELECT DISTINCT item_id FROM kept) "
-        f"{join} JOIN told_once USING (item_id)",
+        f"{join} JOIN distinct_rows USING (item_id)",
     )
     lines, nameless, once, without = fetch_row(
         database,
-        "SELECT (SELECT count(*) FROM told), (SELECT count(*) FROM told WHERE item_id IS NULL), "
-        "(SELECT count(*) FROM told_once), "
-        "(SELECT count(*) FROM (SELECT DISTINCT item_id FROM kept) ANTI JOIN told_once USING (item_id))",
+        "SELECT (SELECT count(*) FROM metadata_rows), (SELECT count(*) FROM metadata_rows WHERE item_id IS NULL), "
+        "(SELECT count(*) FROM distinct_rows), "
+        "(SELECT count(*) FROM (SELECT DISTINCT item_id FROM kept) ANTI JOIN distinct_rows USING (item_id))",
     )
     return {
         "items_without_metadata": without,

@@ -110,10 +110,10 @@ class _Log:
             faults.append((column, f"{role}_id", is_null, f"remove these rows, or leave them out by where={others!r}"))
         if options.has_times:
             time = str(options.timestamp)
-            unit = f"more than {LATEST_S:,} seconds, as if in milliseconds: say time_unit=ms, or divide"
+            unit = f"more than {LATEST_S:,} seconds, as if in milliseconds: set time_unit=ms, or divide"
             faults += [
                 (time, "timestamp", "{} IS NULL", "remove these rows, or give them a time"),
-                (time, "timestamp", "{} < 0", "times before 1970 are taken for mistakes: remove these rows"),
+                (time, "timestamp", "{} < 0", "times before 1970 are treated as mistakes: remove these rows"),
                 (time, "timestamp", f"{{}} > {LATEST_US}", unit),
             ]
         if options.weight:
@@ -154,10 +154,10 @@ class _Log:
         where = f"{side} = {files.path}"
         expression = self._id(side, role)
         others = [name for name in files.types if name != column]
-        taken = [name for name in others if name.casefold() == key]
-        if taken:
+        existing = [name for name in others if name.casefold() == key]
+        if existing:
             raise DataError(
-                f"{where}: {column!r} is to become {key!r}, but there is a column {taken[0]!r} too: rename it."
+                f"{where}: {column!r} is to become {key!r}, but there is a column {existing[0]!r} too: rename it."
             )
         features = "".join(f", {sql_name(name)}" for name in others)
         with explained(where, self.options):
@@ -213,7 +213,7 @@ def _check_ids(
     count, first = fetch_row(database, f"SELECT count(*), min({key}) FROM ({repeated})")
     if count:
         raise DataError(
-            f"{files.option} = {files.path}: {count:,} ids of {column!r} stand in more than one row, the first of them "
+            f"{files.option} = {files.path}: {count:,} ids of {column!r} are in more than one row, the first of them "
             f"{first!r}: keep one row an id."
         )
 

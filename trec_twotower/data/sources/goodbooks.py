@@ -9,9 +9,9 @@ By its README (https://github.com/zygmuntz/goodbooks-10k), CSV with a header eac
     tags.csv       tag_id,tag_name
     to_read.csv    user_id,book_id                      what users mean to read
 
-A rating's line stands for its time: what is on an earlier line came before. So the split is leave-last-out, and the
+A rating's line gives its time: an earlier line is an earlier event. So the split is leave-last-out, and the
 dataset has no `timestamp`. Shelves, averages and what is meant to be read are those of the day on which the data were
-taken, later than the ratings to be found; `to_read` (less what the user took) is read on request alone.
+taken, later than the ratings to be found; `to_read` (without the user's own ratings) is read on request alone.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ def _read(
 
 
 def _load_items(database: duckdb.DuckDBPyConnection, options: Options, folder: Path) -> None:
-    """Make the table `items`: of each book that was taken what books.csv says, and its shelves."""
+    """Make the table `items`: columns of books.csv and the shelves of each rated book."""
     joined_by, others = ["goodreads_book_id"], ["authors", "title", "original_publication_year", "language_code"]
     others += ["average_rating", "ratings_count"]
     if options.max_tags:
@@ -125,7 +125,7 @@ def _load_items(database: duckdb.DuckDBPyConnection, options: Options, folder: P
     with explained(f"books = {books.path}", options):
         fetch_rows(
             database,
-            f"CREATE TABLE told AS SELECT {whole_number('book_id')} AS item_id, title, "
+            f"CREATE TABLE book_rows AS SELECT {whole_number('book_id')} AS item_id, title, "
             "list_filter(string_split(coalesce(authors, ''), ', '), lambda x: x <> '') AS authors, "
             "try_cast(try_cast(original_publication_year AS DOUBLE) AS INTEGER) AS year, "
             "language_code AS language, try_cast(average_rating AS DOUBLE) AS average_rating, "
@@ -141,7 +141,7 @@ def _load_items(database: duckdb.DuckDBPyConnection, options: Options, folder: P
                 database,
                 'SELECT item_id, tag_name AS tag, sum(try_cast("count" AS BIGINT)) AS times '
                 f'FROM (SELECT {whole_number("goodreads_book_id")} AS goodreads_id, tag_id, "count" '
-                f"FROM {shelves.relation}) JOIN told USING (goodreads_id) "
+                f"FROM {shelves.relation}) JOIN book_rows USING (goodreads_id) "
                 f"JOIN (SELECT tag_id, tag_name FROM {names.relation}) USING (tag_id) "
                 "WHERE tag_name <> '' GROUP BY ALL",
                 options.max_tags,
@@ -153,5 +153,5 @@ def _load_items(database: duckdb.DuckDBPyConnection, options: Options, folder: P
     fetch_rows(
         database,
         f"CREATE TABLE items AS SELECT {selected} FROM (SELECT DISTINCT item_id FROM kept) "
-        f"LEFT JOIN told USING (item_id){joined}",
+        f"LEFT JOIN book_rows USING (item_id){joined}",
     )

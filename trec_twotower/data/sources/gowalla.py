@@ -32,7 +32,7 @@ class Options(FolderOptions):
     """Where the files are and what is held out of train."""
 
     valid_share: float = Field(0.2, ge=0, lt=1)  # of each user's train items; 0 makes no valid part
-    valid_power: float = Field(0.0, ge=0, le=2)  # these are drawn by how often an item was taken, to this power
+    valid_power: float = Field(0.0, ge=0, le=2)  # sampled with the item's number of interactions to this power
     seed: int = Field(7, ge=0)
 
 
@@ -68,10 +68,10 @@ def write(options: Options, writer: DatasetWriter) -> dict[str, Any]:
         has_positives = np.flatnonzero(np.diff(lists["positives"][0]))
         for start in range(0, len(has_positives), _USERS_PER_PIECE):
             user = has_positives[start : start + _USERS_PER_PIECE]
-            taken = {
+            columns = {
                 name: list_column(values, offsets[user], offsets[user + 1]) for name, (offsets, values) in lists.items()
             }
-            writer.write(split, pa.table({"user_id": user_ids[user], **taken}))
+            writer.write(split, pa.table({"user_id": user_ids[user], **columns}))
     writer.write("items", pa.table({"item_id": item_ids}))
 
     is_tested = np.bincount(test // len(item_ids), minlength=len(user_ids)) > 0

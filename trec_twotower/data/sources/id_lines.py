@@ -26,7 +26,7 @@ class IdLines:
     path: Path
     users: np.ndarray  # int64, each once, in the order of the file
     offsets: np.ndarray  # int64, one longer than users
-    items: np.ndarray  # int64, as they stand in the file
+    items: np.ndarray  # int64, in the order of the file
     sha256: str
 
     def owners(self) -> np.ndarray:
@@ -40,8 +40,8 @@ def read_id_lines(path: Path) -> IdLines:
     DataError, with the line's number, for what is not an id and for a user on two lines.
     """
     if not path.is_file():
-        beside = [entry.name for entry in path.parent.iterdir() if entry.is_file()]
-        raise DataError(f"There is no file {path.name} in {path.parent}{nearest(path.name, sorted(beside))}.")
+        siblings = [entry.name for entry in path.parent.iterdir() if entry.is_file()]
+        raise DataError(f"There is no file {path.name} in {path.parent}{nearest(path.name, sorted(siblings))}.")
     digest = hashlib.sha256()
     pieces = []
     with path.open("rb") as file:
@@ -59,7 +59,7 @@ def read_id_lines(path: Path) -> IdLines:
 
 
 def check_published(published: Published, digests: tuple[str, ...], counts: dict[str, int]) -> bool:
-    """Whether the files of these sha256 are known; if they are, `counts` must say what was published."""
+    """Return whether files with these SHA-256 are known; if so, `counts` must equal the published ones."""
     expected = published.get(digests)
     for name, number in (expected or {}).items():
         if counts[name] != number:
@@ -137,6 +137,6 @@ def _refuse_users_on_two_lines(path: Path, users: np.ndarray, lines: np.ndarray)
         return
     first = again[np.argmin(lines[order[again + 1]])]
     raise DataError(
-        f"{path}: user {users[order[first]]} stands on line {lines[order[first]]} and again on line "
+        f"{path}: user {users[order[first]]} is on line {lines[order[first]]} and again on line "
         f"{lines[order[first + 1]]} ({len(again):,} such lines in all): put each user's items on one line."
     )

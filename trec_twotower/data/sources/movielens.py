@@ -192,7 +192,7 @@ def _load_users(database: duckdb.DuckDBPyConnection, options: Options, layout: L
         note(f"{path} is left out: its columns are not those of MovieLens ({', '.join(layout.columns['users'])}).")
         return
     refuse_doubles(database, options, files, "userId")
-    occupation = "occupation" if layout is OF_100K else whole_number("occupation")  # words in 100K, codes in 1M
+    occupation = "occupation" if layout is OF_100K else whole_number("occupation")  # names in 100K, codes in 1M
     fetch_rows(
         database,
         "CREATE TABLE users AS SELECT * FROM (SELECT DISTINCT user_id FROM kept) LEFT JOIN (SELECT "
@@ -204,13 +204,13 @@ def _load_users(database: duckdb.DuckDBPyConnection, options: Options, layout: L
 def _load_items(
     database: duckdb.DuckDBPyConnection, options: Options, layout: Layout, movies_path: Path, tags: Path | None
 ) -> None:
-    """Make the table `items`: of each movie that was taken its title, year, genres and tags."""
+    """Make the table `items`: title, year, genres and tags of each rated movie."""
     movies = _read(database, layout, "movies", movies_path)
     refuse_doubles(database, options, movies, "movieId")
     with explained(f"movies = {movies_path}", options):
         fetch_rows(
             database,
-            f"CREATE TABLE told AS SELECT {whole_number('movieId')} AS item_id, title, "
+            f"CREATE TABLE movie_rows AS SELECT {whole_number('movieId')} AS item_id, title, "
             r"try_cast(nullif(regexp_extract(title, '\((\d{4})\)\s*$', 1), '') AS INTEGER) AS year, "
             f"{_genres(layout)} AS genres FROM {movies.relation}",
         )
@@ -230,5 +230,5 @@ def _load_items(
     fetch_rows(
         database,
         f"CREATE TABLE items AS SELECT {selected} FROM (SELECT DISTINCT item_id FROM kept) "
-        f"LEFT JOIN told USING (item_id){joined}",
+        f"LEFT JOIN movie_rows USING (item_id){joined}",
     )

@@ -25,24 +25,24 @@ class SourceOptions(BaseModel):
 class FolderOptions(SourceOptions):
     """The options of a source that reads files."""
 
-    data_dir: Path | None = None  # where the raw files lie; by default $TREC_TT_DATA/SOURCE
+    data_dir: Path | None = None  # folder of the raw files; default $TREC_TT_DATA/SOURCE
 
     def folder(self, source: str) -> Path:
-        """Where the raw files of `source` lie: a folder that is there."""
+        """Return the folder of the raw files of `source`, which must exist."""
         data_dir = self.data_dir
         if data_dir is None:
             root = os.environ.get(DATA_VARIABLE)
             if not root:
                 raise ConfigError(
-                    f"Source {source!r} does not know where its files lie: give data_dir=FOLDER, or set "
+                    f"Source {source!r} does not know where its files are: give data_dir=FOLDER, or set "
                     f"{DATA_VARIABLE} to the folder that holds {source}/."
                 )
             data_dir = Path(root) / source
         data_dir = data_dir.expanduser()
         if not data_dir.is_dir():
             parent = data_dir.parent
-            beside = [entry.name for entry in parent.iterdir() if entry.is_dir()] if parent.is_dir() else []
-            raise DataError(f"There is no folder {data_dir}{nearest(data_dir.name, sorted(beside))}.")
+            siblings = [entry.name for entry in parent.iterdir() if entry.is_dir()] if parent.is_dir() else []
+            raise DataError(f"There is no folder {data_dir}{nearest(data_dir.name, sorted(siblings))}.")
         return data_dir
 
 

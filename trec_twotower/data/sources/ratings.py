@@ -42,7 +42,7 @@ def load_ratings(
     *,
     only: str = "",
 ) -> dict[str, int]:
-    """Make the table `events` of what `columns` (SQL expressions by name, among them `rating`) say of the files.
+    """Make the table `events` from `columns` (SQL expressions by name, among them `rating`).
 
     DataError names the first row with one of the `faults`, whichever its rating; `only` is a further SQL condition.
     """
@@ -68,8 +68,8 @@ def find_file(folder: Path, *names: str) -> Path:
     for name in names:
         if (folder / name).is_file():
             return folder / name
-    beside = sorted(entry.name for entry in folder.iterdir() if entry.is_file())
-    raise DataError(f"There is no file {' or '.join(names)} in {folder}{nearest(names[0], beside)}.")
+    siblings = sorted(entry.name for entry in folder.iterdir() if entry.is_file())
+    raise DataError(f"There is no file {' or '.join(names)} in {folder}{nearest(names[0], siblings)}.")
 
 
 def read_csv(
@@ -110,7 +110,7 @@ def top_tags(database: duckdb.DuckDBPyConnection, counted: str, max_tags: int) -
 
 
 def refuse_doubles(database: duckdb.DuckDBPyConnection, options: RatingOptions, files: Files, column: str) -> None:
-    """DataError where the ids of a file stand twice, or are no whole numbers."""
+    """DataError if ids of a file are repeated or are not integers."""
     number = whole_number(column)
     with explained(f"{files.option} = {files.path}", options):
         bad, count, first = fetch_row(
@@ -123,5 +123,5 @@ def refuse_doubles(database: duckdb.DuckDBPyConnection, options: RatingOptions, 
         raise files.refuse(database, column, f"{number} IS NULL", bad, "ids are whole numbers")
     if count:
         raise DataError(
-            f"{files.path}: {count:,} ids of {column!r} stand on more than one line, such as {first}: keep one."
+            f"{files.path}: {count:,} ids of {column!r} are on more than one line, such as {first}: keep one."
         )

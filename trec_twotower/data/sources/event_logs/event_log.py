@@ -70,7 +70,7 @@ def write_log(
     return writer.finish(source, options.model_dump(mode="json"), counts)
 
 
-Fault = tuple[str, str, str, str]  # a column of the file, what it became, a condition with {} for it, and the mend
+Fault = tuple[str, str, str, str]  # column of the file, column of `events`, SQL condition ({}: column), fix
 
 
 def refuse_faults(

@@ -48,9 +48,9 @@ class Options(TableOptions):
         if self.rating is not None and self.rating in (self.user, self.item, self.timestamp):
             raise ValueError(f"rating = {self.rating} is the column of users, items or times")
         histories = [f"history_{name}".casefold() for name in self.outcomes]
-        taken = [name for name in self.context if name.casefold() in (*OURS, *histories)]
-        if taken:
-            raise ValueError(f"context column {taken[0]!r} has the name of a column of the dataset: rename it")
+        reserved = [name for name in self.context if name.casefold() in (*OURS, *histories)]
+        if reserved:
+            raise ValueError(f"context column {reserved[0]!r} has the name of a column of the dataset: rename it")
         return self
 
     @model_validator(mode="after")

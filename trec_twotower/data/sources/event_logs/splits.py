@@ -28,7 +28,7 @@ _TRAIN, _VALID, _TEST = 0, 1, 2
 
 @dataclass(frozen=True, eq=False)
 class Ranges:
-    """Lists of events: list r holds the events `rows[starts[r] : stops[r]]`, as row numbers of a piece."""
+    """Ranges of events: range r holds the events `rows[starts[r] : stops[r]]`, as row numbers of a piece."""
 
     rows: np.ndarray
     starts: np.ndarray

@@ -94,7 +94,7 @@ class InteractionModel:
         falling = (rank + 1.0) ** -ITEM_EXPONENT
         self.share_in_cluster = falling / np.bincount(self.cluster_of, falling)[self.cluster_of]
         self.global_share = self.share_in_cluster * self.cluster_popularity[self.cluster_of]
-        # A number from [c, c + 1) falls at an item of cluster c; c = clusters stands for the whole catalogue.
+        # A number from [c, c + 1) selects an item of cluster c; c = clusters means the whole catalogue.
         running = np.append(0.0, np.cumsum(self.share_in_cluster))
         within = running[1:] - running[self.cluster_starts[self.cluster_of]]
         within[self.cluster_starts[1:] - 1] = 1.0
@@ -129,7 +129,7 @@ class InteractionModel:
         return main, np.where(second == main, (main + 1) % self.options.clusters, second)
 
     def num_events(self, user: np.ndarray) -> np.ndarray:
-        """How many items each user takes: 3, and a sum of two geometric numbers (long-tailed)."""
+        """Return each user's number of items: 3 plus the sum of two geometric numbers (long-tailed)."""
         mean = max(self.options.events_per_user - MIN_EVENTS, 1e-9) / 2
         log_stay = np.log(mean / (1 + mean))
         more = sum((np.log1p(-self.chance(f"events {part}", user)) / log_stay).astype(np.int64) for part in (1, 2))
@@ -157,7 +157,7 @@ class InteractionModel:
             if not len(todo):
                 break
             draws[todo] *= 2
-        else:  # so small a world is used up: these users keep what they found
+        else:  # the catalogue is exhausted: these users keep the items found so far
             found = item >= 0
             offsets = np.append(0, np.cumsum(found))[offsets]
             item = item[found]

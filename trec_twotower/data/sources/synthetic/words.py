@@ -1,8 +1,8 @@
-"""The words of the synthetic world: its kinds of goods, their tags, and what titles are made of."""
+"""The vocabulary of the synthetic dataset: categories, their tags, and the parts of titles."""
 
 from __future__ import annotations
 
-# Norway's code comes second: read carelessly, YAML takes it for a `no`.
+# Norway's code comes second: an unquoted NO is false in YAML 1.1.
 _COUNTRIES = "DE NO FR GB US JP BR IN SE PL ES IT NL CA AU MX KR FI DK PT AT CH BE CZ IE GR TR AR CL NZ"
 COUNTRIES = tuple(_COUNTRIES.split())
 
@@ -91,7 +91,7 @@ assert all(len(tags) == NUM_TAGS for _, _, tags in KINDS)
 
 
 def kind_of_goods(cluster: int) -> tuple[str, str, tuple[str, ...]]:
-    """Category, noun and tags of a cluster; beyond the words there are, the same again with a number."""
+    """Return category, noun and tags of a cluster; after the last category they repeat with a number."""
     category, noun, tags = KINDS[cluster % len(KINDS)]
     lap = cluster // len(KINDS) + 1
     if lap == 1:

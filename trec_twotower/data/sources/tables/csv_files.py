@@ -145,7 +145,7 @@ def detect_separator(path: Path, layout: CsvLayout, wanted: Collection[str]) -> 
         counts = ", ".join(f"{len(fields[separator])} by {separator!r}" for separator in _CANDIDATES)
         raise DataError(
             f"{path}: `columns` names {len(layout.columns)} columns, but the first line has {counts}: name each of "
-            "them, or say separator=."
+            "them, or set separator=."
         )
     found = {separator: len(set(wanted) & set(names)) for separator, names in fields.items()}
     return max(found, key=lambda separator: (found[separator], separator == ","))
@@ -159,7 +159,7 @@ def _first_record(path: Path, layout: CsvLayout) -> tuple[list[str], int]:
     except UnicodeError:
         raise wrong_encoding(path, layout.encoding) from None
     except csv.Error as error:
-        raise DataError(f"{path}: the first line is not CSV ({error}): say separator= and quote=.") from None
+        raise DataError(f"{path}: the first line is not CSV ({error}): set separator= and quote=.") from None
 
 
 def _records(path: Path, layout: CsvLayout) -> Iterator[tuple[list[str], int]]:
@@ -199,12 +199,12 @@ def _head(path: Path, layout: CsvLayout) -> _Head | None:
         if len(fields) != len(layout.columns):
             raise DataError(
                 f"{path}: `columns` names {len(layout.columns)} columns ({', '.join(layout.columns)}), but the first "
-                f"line has {len(fields)}, separated by {layout.separator!r}: name each of them, or say separator=."
+                f"line has {len(fields)}, separated by {layout.separator!r}: name each of them, or set separator=."
             )
         known = {name.casefold() for name in layout.columns}
         if not layout.header and all(name.strip().casefold() in known for name in fields):
             raise DataError(
-                f"{path}: the first line ({', '.join(fields)}) holds names: say header=true, which leaves it out."
+                f"{path}: the first line ({', '.join(fields)}) holds names: set header=true, which leaves it out."
             )
         return _Head(layout.columns, skipped)
     names = tuple(name or f"column{number}" for number, name in enumerate(fields, 1))
@@ -213,7 +213,7 @@ def _head(path: Path, layout: CsvLayout) -> _Head | None:
 
 
 def refuse_twins(where: str, names: Collection[str], fix: str) -> None:
-    """DataError where two names are the same but for upper and lower case: DuckDB takes them for one column."""
+    """DataError where two names are the same but for upper and lower case: DuckDB reads them as one column."""
     seen: dict[str, str] = {}
     for name in names:
         key = name.casefold()

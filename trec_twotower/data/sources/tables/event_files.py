@@ -80,7 +80,7 @@ class Files:
         if column not in self.types:
             raise DataError(
                 f"{self.option} = {self.path}: there is no column {column!r}{nearest(column, self.types)}: "
-                f"say {role} = NAME."
+                f"set {role} = NAME."
             )
         return self.types[column]
 
@@ -120,7 +120,7 @@ def fetch_batches(database: duckdb.DuckDBPyConnection, query: str, options: LogO
 
 @contextmanager
 def explained(what: str, options: LogOptions) -> Iterator[None]:
-    """What DuckDB raises, as a ConfigError or DataError in its words."""
+    """Convert errors of DuckDB to ConfigError or DataError with its message."""
     try:
         yield
     except (duckdb.Error, pa.ArrowException) as error:
@@ -129,21 +129,21 @@ def explained(what: str, options: LogOptions) -> Iterator[None]:
 
 
 def _explanation(what: str, message: str, options: LogOptions) -> ConfigError | DataError:
-    """What DuckDB reported, with the file and the line that it is about, and what to do."""
-    words = "; ".join(line.strip() for line in message.splitlines()[:3] if line.strip())
+    """Return the error for a message of DuckDB, with its file and line, and how to fix it."""
+    summary = "; ".join(line.strip() for line in message.splitlines()[:3] if line.strip())
     file = _CSV_FILE.search(message)
-    if (broken := _JSON_FAULT.search(words)) is not None:
-        return broken_json_line(Path(broken[1]), words)
-    if (zipped := re.search(r"end of GZIP stream: (.+)|ZSTD.*?: (.+)", words)) is not None:
+    if (broken := _JSON_FAULT.search(summary)) is not None:
+        return broken_json_line(Path(broken[1]), summary)
+    if (zipped := re.search(r"end of GZIP stream: (.+)|ZSTD.*?: (.+)", summary)) is not None:
         return damaged_zip((zipped[1] or zipped[2]).split(";")[0], "it ends too early")
-    if "Out of Memory" in words:
-        return ConfigError(f"memory_gb = {options.memory_gb:g} is too little here: raise it. ({words})")
+    if "Out of Memory" in summary:
+        return ConfigError(f"memory_gb = {options.memory_gb:g} is too little here: raise it. ({summary})")
     if file is not None and ("Invalid unicode" in message or "not utf-8" in message):
         return wrong_encoding(Path(file[1]), "utf-8", has_option="encoding" in type(options).model_fields)
     if (fault := _CSV_FAULT.search(message)) is not None and file is not None:
         return _csv_fault(file[1], *fault.groups(), has_options="separator" in type(options).model_fields)
     at = f"{what}, file {file[1]}" if file is not None else what
-    return DataError(f"{at}: DuckDB cannot read it: {words}")
+    return DataError(f"{at}: DuckDB cannot read it: {summary}")
 
 
 def _csv_fault(file: str, line: str, text: str | None, why: str, *, has_options: bool) -> DataError:
@@ -151,10 +151,10 @@ def _csv_fault(file: str, line: str, text: str | None, why: str, *, has_options:
     columns = re.search(r"Expected Number of Columns: (\d+) Found: (\d+)", why)
     if columns is not None:
         why = f"{columns[2]} columns where the first line has {columns[1]}"
-        option = "or say separator= if the columns are separated by something else"
+        option = "or set separator= if the columns are separated by something else"
     elif "quote" in why:
         why = "a quoted value does not end where a column ends"
-        option = "or say quote=none if quotes are plain characters in these files"
+        option = "or set quote=none if quotes are plain characters in these files"
     else:
         option, why = "or take it out", why.splitlines()[-1].strip()
     fix = f"fix the line, {option if has_options else 'or take it out'}"

@@ -34,7 +34,7 @@ def id_column(column: Column) -> Column:
         return as_kind(column, UndeclaredIds if column.is_undeclared else TextIds)
     if is_number_type(kind):
         return as_kind(column, FloatIds)
-    raise column.refusal(f"ids are whole numbers or text: cast it, or say types.{name}=text")
+    raise column.refusal(f"ids are whole numbers or text: cast it, or set types.{name}=text")
 
 
 class DeclaredIds(DeclaredColumn):
@@ -91,7 +91,7 @@ class FloatIds(Column):
     def typed(self, found: dict[str, Any], rows: Rows) -> Typed:
         if found["odd_count"]:
             raise self.refusal(
-                f"ids are whole numbers or text ({found['odd']} is neither, or too large to be exact): cast it, or say "
+                f"ids are whole numbers or text ({found['odd']} is neither, or too large to be exact): cast it, or set "
                 f"types.{self.name}=text"
             )
         note(f"{self.where}: the ids of {self.name!r} are {self.kind}, and all of them are whole: read as integers.")
@@ -163,7 +163,7 @@ def joint_id_type(ids: Sequence[tuple[str, str, Typed]]) -> str:
         if kind != first:
             holder = "the events hold" if first_where.startswith("events = ") else f"{first_where} holds"
             raise DataError(
-                f"{where}: {column!r} is {kind}, but {holder} {first}: write both with one type, or say "
+                f"{where}: {column!r} is {kind}, but {holder} {first}: write both with one type, or set "
                 f"types.{column}=text."
             )
     if any(typed.type != "VARCHAR" for _, _, typed in ids):

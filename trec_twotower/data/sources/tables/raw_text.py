@@ -90,14 +90,14 @@ def has_mixed_line_ends(path: Path) -> bool:
 
 def wrong_encoding(path: Path, encoding: str, *, has_option: bool = True) -> DataError:
     """Name the first line of a file that is not text in `encoding`, and the encodings to try."""
-    say = "say encoding=" if has_option else "convert it to UTF-8, as by iconv -f "
+    option = "set encoding=" if has_option else "convert it to UTF-8, as by iconv -f "
     with open_unzipped(path) as source:
         begin = source.read(4)
     for magic, kind in ((b"PAR1", "Parquet (format=parquet)"), (b"\x1f\x8b", "gzip (give its name the ending .gz)")):
         if begin.startswith(magic):
             return DataError(f"{path} is not text but {kind}.")
     if encoding == "utf-8" and begin.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        return DataError(f"{path} is not UTF-8 but UTF-16: {say}utf-16.")
+        return DataError(f"{path} is not UTF-8 but UTF-16: {option}utf-16.")
     where = f"{path}"
     with open_unzipped(path) as source:
         for number, line in enumerate(source if encoding in ("utf-8", "cp1252") else (), 1):
@@ -107,7 +107,7 @@ def wrong_encoding(path: Path, encoding: str, *, has_option: bool = True) -> Dat
                 where = f"{path}, line {number:,}: {line[:60].strip()!r}"
                 break
     other = "latin-1 (Western Europe), or cp1252 (Windows)" if encoding == "utf-8" else "cp1252 (Windows), or utf-8"
-    return DataError(f"{where} is not {encoding}: {say}{other}, or the encoding that it was written in.")
+    return DataError(f"{where} is not {encoding}: {option}{other}, or the encoding that it was written in.")
 
 
 class _KeyTwiceError(Exception):

@@ -3,7 +3,7 @@
 Parquet and JSON declare types, which are kept. In CSV nobody does: there a column is what all of its values are.
 
     integer   every value is spelled as an int64 is: no leading zero, plus sign, blank, hexadecimal or decimal point
-    number    every value is a decimal number, and no two spellings are of one number (1.10 beside 1.1 is text)
+    number    every value is a decimal number, and no two spellings are of one number (1.10 and 1.1 together are text)
     text      else; ids are integers or text, never numbers
 
 So no two values become one, whatever row they are in. The option `types` declares another type.
@@ -72,7 +72,7 @@ class Typed:
     expression: str
     microseconds: str = ""
     fits: frozenset[str] = frozenset()  # of ids: the integer types that hold all of them
-    is_declared: bool = False  # of ids: whether the files or the option `types` say what they are
+    is_declared: bool = False  # for ids: whether the files or the option `types` declare the type
 
 
 @dataclass(frozen=True)
@@ -193,7 +193,7 @@ class DeclaredColumn(Column):
     def typed(self, found: dict[str, Any], rows: Rows) -> Typed:
         if found["bad"]:
             comma = ", or decimal=comma if its comma is a decimal point" if self.type == "number" else ""
-            why = f"{self._source}, and this is none: fix it, or say null=WORD if it means a missing value{comma}"
+            why = f"{self._source}, and this is none: fix it, or set null=WORD if it means a missing value{comma}"
             raise rows.refuse(self.name, self._is_bad, found["bad"], why)
         return Typed(*self._value())
 

@@ -114,7 +114,7 @@ def _find(table: str, place: str, format: str | None) -> tuple[list[Path], Path 
         refuse_table_format(folder)
     if not paths:
         names = f" (there: {', '.join(file.name for file in inside[:5])})" if inside else ""
-        hint = f": say format.{table}=csv, json or parquet" if inside else ""
+        hint = f": set format.{table}=csv, json or parquet" if inside else ""
         raise DataError(f"{table} = {place}: the folder holds no {', '.join(FORMATS)}{names}{hint}.")
     return paths, base
 
@@ -125,7 +125,7 @@ def _format_of(table: str, place: str, paths: list[Path]) -> str:
     if "" in formats:
         raise DataError(
             f"{table} = {place}: {formats[''].name} has none of the endings {', '.join(FORMATS)} (CSV and JSON also "
-            f"with {' or '.join(COMPRESSED)}): say format.{table}=csv, json or parquet."
+            f"with {' or '.join(COMPRESSED)}): set format.{table}=csv, json or parquet."
         )
     if len(formats) > 1:
         found = " and ".join(sorted(file.name for file in formats.values()))

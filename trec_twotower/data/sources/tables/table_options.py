@@ -1,4 +1,4 @@
-"""The options of `prepare events` that say how its files are written: format, separators, encodings and types."""
+"""The options of `prepare events` that describe its files: format, separators, encodings and types."""
 
 from __future__ import annotations
 

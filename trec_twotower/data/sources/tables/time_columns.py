@@ -1,8 +1,8 @@
 """The column of times: microseconds since 1970 from numbers of any unit, timestamps, and text in ISO 8601 or a format.
 
 A day is never guessed from a month. Text such as 03/04/2024 is read if some value of all files shows which part is the
-day (one above 12); else `time_format` has to say it. Numbers count the unit that fits every value; else `time_unit` has
-to say it.
+day (one above 12); else `time_format` must declare it. Numbers are in the unit that fits all values; else `time_unit`
+must declare it.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ class TimeColumn(Column):
         times = spellings.get("iso", 0) + spellings.get("zoned", 0)
         unread = self._unread(number_of(self.sql, "."))
         if self.options.time_unit is not None:
-            why = "time_unit is for numbers, and this is none: leave it out, or say time_format="
+            why = "time_unit is for numbers, and this is none: leave it out, or set time_format="
             raise rows.refuse(self.name, unread, values - numbers, why)
         if numbers > max(times, spellings.get("dated", 0)):
             why = "other times are numbers, and this one is neither a number nor a time in ISO 8601: fix it"
@@ -154,7 +154,7 @@ class TimeColumn(Column):
         if found["first"] <= 12 and found["second"] <= 12:
             raise DataError(
                 f"{self.where}: no value of {self.name!r} shows whether {found['example']!r} begins with the day or "
-                f"with the month: say time_format={day_first!r} or time_format={month_first!r}."
+                f"with the month: set time_format={day_first!r} or time_format={month_first!r}."
             )
         format = day_first if found["first"] > 12 else month_first
         note(f"{self.where}: times of {self.name!r} are read as time_format={format!r}, the only order that fits them.")
@@ -191,7 +191,7 @@ class TimeColumn(Column):
         hint = f" (this one looks like {_UNIT_NAMES[likely]})" if likely else ""
         condition = f"coalesce({self._number} > {LATEST_S}, false)"
         why = (
-            f"more than {LATEST_S:,} seconds, but other rows hold times too small for another unit: say time_unit=s, "
+            f"more than {LATEST_S:,} seconds, but other rows hold times too small for another unit: set time_unit=s, "
             f"ms, us or ns{hint}, or fix them"
         )
         raise rows.refuse(self.name, condition, rows.count(condition), why)
@@ -204,7 +204,7 @@ class TimeColumn(Column):
                 is_date = f"try_strptime({text}, {sql_text(format)}) IS NOT NULL"
                 if not rows.count(f"{self._number} IS NOT NULL AND NOT ({is_date})"):
                     raise DataError(
-                        f"{self.where}: every value of {self.name!r} looks like a date (such as {int(most)}): say "
+                        f"{self.where}: every value of {self.name!r} looks like a date (such as {int(most)}): set "
                         f"time_format={format}, or time_unit= if they are numbers of seconds."
                     )
 
@@ -214,7 +214,7 @@ class TimeColumn(Column):
     def _unknown(self, example: str) -> DataError:
         return DataError(
             f"{self.where}: column {self.name!r} holds text such as {example!r}, which is neither a number nor a time "
-            "in ISO 8601 (2024-05-31 23:59:00): say time_format=, such as '%d/%m/%Y %H:%M' or '%b %d, %Y'."
+            "in ISO 8601 (2024-05-31 23:59:00): set time_format=, such as '%d/%m/%Y %H:%M' or '%b %d, %Y'."
         )
 
 

@@ -48,8 +48,8 @@ def new_column(opened: TableFiles, options: TableOptions, name: str, role: str, 
         note(f"{where}: column {name!r} is not in {len(lacking):,} of {len(opened.paths):,} files: null in their rows.")
     if name in opened.conflicts and name not in options.types:
         raise DataError(
-            f"{where}: column {name!r} is {opened.conflicts[name]}: write it with one type, or say which to read it "
-            f"with, such as types.{name}=text."
+            f"{where}: column {name!r} is {opened.conflicts[name]}: write it with one type, or declare the "
+            f"one to read it with, such as types.{name}=text."
         )
     if name in opened.mixed and name not in options.types:
         note(f"{where}: values of {name!r} are of several types of JSON, such as text and numbers: read as text.")
@@ -64,7 +64,7 @@ def no_column(opened: TableFiles, name: str, role: str) -> DataError:
         first = ", ".join(list(files.types)[:8])
         hint = f" (The first line is read as the names {first}: if it holds values, name the columns by columns=[...].)"
     where = f"{files.option} = {files.path}"
-    return DataError(f"{where}: there is no column {name!r}{nearest(name, files.types)}: say {role} = NAME.{hint}")
+    return DataError(f"{where}: there is no column {name!r}{nearest(name, files.types)}: set {role} = NAME.{hint}")
 
 
 def type_table(
