@@ -170,7 +170,7 @@ def test_an_interrupt_that_a_library_made_an_error_of_is_an_interrupt(cli, shop,
         raise SystemError("Error building `literal` serializer:\n  KeyboardInterrupt:")
 
     for interrupted in (wrapped, in_words):
-        monkeypatch.setattr("trec_twotower.config.run_config.load_config", interrupted)
+        monkeypatch.setattr("trec_twotower.config.loading.load_config", interrupted)
         said = cli("features", shop.config)
         assert said.code == 130 and "interrupted" in said.mistake
 
@@ -233,7 +233,7 @@ def test_help_loads_neither_faiss_nor_torch():
         (["train.epochs=many"], ["'train.epochs'", "'many'"]),
         (["train.epochs.more=1"], ["'epochs' is 2"]),
         (["user.histori.max_length=3"], ["'histori'", "nearest: 'history'"]),
-        (["data.batch_size={"], ["data.batch_size", "not YAML"]),
+        (["data.batch_size={"], ["data.batch_size", "not valid YAML"]),
         (["item.item_id.table=itms"], ["'itms'", "nearest: 'item'"]),
         (["item.colour.table=colours", "item.colour.buckets=null", "item.colour.dim=null"], ["'colours'", "`tables`"]),
         (["evaluate.k=[0]"], ["evaluate.k", "greater than 0"]),
@@ -468,8 +468,8 @@ def test_bad_test_rows_stop_what_reads_them(cli, shop_copy, shop_tables, write_d
         (["export", "RUN/config.yaml"], USAGE, ["config.yaml is a file: name the run folder RUN."]),
         (["export", "CONFIG"], USAGE, ["shop.yaml is a file: name a run folder."]),
         (["report", "DATASET"], USAGE, ["is a dataset, and no run folder", "name the run that was trained on it"]),
-        (["index", "RUN", "lists=3"], USAGE, ["lists is no setting of the index (nearest: 'index.lists')"]),
-        (["index", "RUN", "train.epochs=3"], USAGE, ["train.epochs is no setting of the index, and"]),
+        (["index", "RUN", "lists=3"], USAGE, ["lists is not an index setting (nearest: 'index.lists')"]),
+        (["index", "RUN", "train.epochs=3"], USAGE, ["train.epochs is not an index setting, and"]),
         (["export", "RUN", "--columns", "item_id"], USAGE, ["which every export of items has"]),
         (["train", "CONFIG", "data.dataset=CONFIG", "run_dir=RUN-2"], DATA, ["is a file: a dataset is a folder"]),
         (["train", "CONFIG", "run_dir=RUN-2", "--init-from", "RUN-3"], USAGE, ["no run folder", "nearest: 'run'"]),
@@ -561,7 +561,7 @@ def test_an_index_is_built_with_other_settings_than_the_run_was_trained_with(cli
     assert (settings["lists"], settings["target_recall"], settings["tune_users"]) == (4, 0.9, 60)
     assert (run / "config.yaml").read_bytes() == before
     for override, wrong in (
-        ("train.epochs=3", "train.epochs is no setting of the index"),
+        ("train.epochs=3", "train.epochs is not an index setting"),
         ("index.target=0.9", "nearest: 'target_recall'"),
         ("index.target_recall=2", "less than or equal to 1"),
         ("index.shards=1000", "index.shards is 1,000 but the catalogue has 40 items"),

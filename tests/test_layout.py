@@ -56,17 +56,23 @@ def rank_of(room: str) -> int:
     return FOLDERS.index(room) if room in FOLDERS else len(FOLDERS)
 
 
-def run_time_imports(node: ast.AST) -> Iterator[str]:
-    """Yield the dotted names imported below `node`, inside functions too, but not under TYPE_CHECKING."""
+def run_time_nodes(node: ast.AST) -> Iterator[ast.AST]:
+    """Yield all nodes below `node`, those inside functions too, but not those under TYPE_CHECKING."""
     if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
         return
-    if isinstance(node, ast.Import):
-        yield from (alias.name for alias in node.names)
-    elif isinstance(node, ast.ImportFrom):
-        assert node.level == 0, "relative import"
-        yield node.module or ""
+    yield node
     for child in ast.iter_child_nodes(node):
-        yield from run_time_imports(child)
+        yield from run_time_nodes(child)
+
+
+def run_time_imports(tree: ast.AST) -> Iterator[str]:
+    """Yield the dotted names imported in `tree`, inside functions too, but not under TYPE_CHECKING."""
+    for node in run_time_nodes(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "relative import"
+            yield node.module or ""
 
 
 def imports_of(path: Path) -> set[str]:
@@ -121,7 +127,7 @@ def module_graph() -> dict[str, set[str]]:
     graph: dict[str, set[str]] = {}
     for name, path in modules.items():
         imported = set()
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for node in run_time_nodes(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Import):
                 imported |= {alias.name for alias in node.names}
             elif isinstance(node, ast.ImportFrom):

@@ -107,8 +107,8 @@ def _find(table: str, place: str, format: str | None) -> tuple[list[Path], Path 
         inside = paths = [Path(file) for file in sorted(glob.glob(str(path), recursive=True)) if os.path.isfile(file)]
         base = Path(*path.parts[: next((at for at, part in enumerate(path.parts) if glob.has_magic(part)), 0)])
         if not paths:
-            names = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
-            known = sorted(name for name in names if not name.startswith("."))
+            siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+            known = sorted(name for name in siblings if not name.startswith("."))
             raise DataError(f"{table} = {place}: there is no such file{nearest(path.name, known)}.")
     for folder in sorted({path, *(parent for file in paths for parent in file.absolute().parents)}):
         refuse_table_format(folder)
