@@ -812,3 +812,13 @@ def test_a_rate_that_no_model_survives_ends_with_an_error(cli, shop, tmp_path):
     said = cli("train", shop.config, f"run_dir={tmp_path / 'run'}", "train.optimizer.lr=1e30")
     assert said.code == 1 and "the training has diverged" in said.mistake and "no checkpoint yet" in said.mistake
     assert not list((tmp_path / "run").glob("checkpoints/*"))
+
+
+def test_a_warning_is_one_line_on_stderr(shop, tmp_path):
+    """More sampled negatives than the 40 items of the catalogue are clipped; the warning shows no line of source."""
+    call = ["train", str(shop.config), f"run_dir={tmp_path / 'run'}", "loss.negatives.sampled=1000", "train.epochs=1"]
+    done = subprocess.run(
+        [sys.executable, "-m", "trec_twotower", *call], capture_output=True, text=True, timeout=120, check=True
+    )
+    (warning,) = [line for line in done.stderr.splitlines() if "sampled" in line]
+    assert warning.startswith("trec-twotower: warning: ") and "1,000" in warning and "40" in warning

@@ -282,7 +282,6 @@ OLD = {
     "train.start={history: history}": "train.spectral",
     "train.spectral={history: history, at: start}": "train.spectral.when",
     "train.spectral={history: history, spread: 1}": "train.spectral.score_std",
-    "user.age.normalise=log1p": "user.age.normalize",
 }
 
 

@@ -12,6 +12,8 @@ import warnings
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
+from trec_twotower.storage.package_files import PACKAGE_DIR
+
 
 def prepare_output() -> None:
     """Have text that the terminal's encoding lacks printed as escapes, and our warnings as one line."""
@@ -21,7 +23,7 @@ def prepare_output() -> None:
     show = warnings.showwarning
 
     def show_as_line(message: Warning | str, category: type[Warning], filename: str, *rest: Any) -> None:
-        if Path(filename).is_relative_to(Path(__file__).parent):
+        if Path(filename).is_relative_to(PACKAGE_DIR):
             print(f"trec-twotower: warning: {message}", file=sys.stderr, flush=True)
         else:
             show(message, category, filename, *rest)

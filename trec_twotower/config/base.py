@@ -32,7 +32,6 @@ RENAMED_KEYS = {
     "train.start": "spectral",
     "train.spectral.at": "when",
     "train.spectral.spread": "score_std",
-    "*.normalise": "normalize",
 }
 _TAG = "|"  # first character of a union member's tag, which messages leave out of a setting's place
 

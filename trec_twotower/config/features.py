@@ -11,6 +11,7 @@ from zoneinfo import ZoneInfo, ZoneInfoNotFoundError, available_timezones
 
 from pydantic import (
     AfterValidator,
+    AliasChoices,
     BeforeValidator,
     Field,
     NonNegativeInt,
@@ -244,7 +245,9 @@ class NumericFeature(ColumnFeature):
     learns_from_data = True
 
     clip: Annotated[tuple[float | None, float | None] | None, AfterValidator(_check_clip)] = None  # least and most
-    normalize: Literal["zscore", "minmax", "log1p", "quantile", "none"] = "zscore"
+    normalize: Literal["zscore", "minmax", "log1p", "quantile", "none"] = Field(
+        "zscore", validation_alias=AliasChoices("normalize", "normalise")
+    )
     # Number of bins of equal frequency, or the values where bins begin. Each bin has a table row, as has null.
     bins: Annotated[Annotated[int, Field(ge=2, le=10_000)] | tuple[float, ...] | None, AfterValidator(_check_bins)] = (
         None
