@@ -22,7 +22,7 @@ from trec_twotower.model.cross_batch_memory import ItemQueue
 from trec_twotower.model.embeddings import Pooled, build_lists, build_tables, pooled_by_hand, tower_input, tower_inputs
 from trec_twotower.model.feature_encoders import build_input
 from trec_twotower.model.finite_check import gate
-from trec_twotower.model.losses import LOSSES, Hardest, Pairs, Relations
+from trec_twotower.model.losses import LOSSES, Hardest, Relations
 from trec_twotower.model.losses.regularizers import alignment, nearness, squared_lengths
 from trec_twotower.model.multi_interest import attended, gaussian_item, gaussian_user, likeness, uses
 from trec_twotower.model.sequence_encoders import SequenceInput
@@ -148,9 +148,8 @@ class TwoTower(nn.Module):
     ) -> tuple[Tensor, Relations]:
         """Return the candidates followed by those of earlier steps; in training, keep this step's for later ones."""
         assert batch.item_key_C is not None
-        assert batch.listed_row_L is not None and batch.listed_key_L is not None
-        listed = Pairs(batch.listed_row_L, batch.listed_key_L)
-        both = queue.beside(item_CD, batch.item_key_C, log_p_C, relations, listed)
+        assert batch.targets is not None and batch.targets.masked_keys is not None
+        both = queue.beside(item_CD, batch.item_key_C, log_p_C, relations, batch.targets.masked_keys)
         if self.training:
             queue.push(item_CD, batch.item_key_C, log_p_C, relations.is_negative_C)
         return both
@@ -338,15 +337,12 @@ def item_vectors(
 
 def relations_of(batch: Batch, log_q: float = 1.0) -> Relations:
     """Return how a training batch's rows and candidates relate, with logQ at the strength `log_q`."""
-    assert batch.positive_row_P is not None and batch.positive_column_P is not None
-    assert batch.known_row_M is not None and batch.known_column_M is not None
-    given = None
-    if batch.given_row_G is not None and batch.given_column_G is not None:
-        given = Pairs(batch.given_row_G, batch.given_column_G, batch.given_weight_G, batch.given_label_G)
+    targets = batch.targets
+    assert targets is not None
     return Relations(
-        positive=Pairs(batch.positive_row_P, batch.positive_column_P, batch.positive_weight_P),
-        known=Pairs(batch.known_row_M, batch.known_column_M),
-        given=given,
+        positive=targets.positive,
+        known=targets.known,
+        given=targets.given,
         log_q_C=log_q * batch.log_q_C if log_q and batch.log_q_C is not None else None,
         is_negative_C=batch.is_negative_C,
     )
