@@ -26,7 +26,6 @@ from trec_twotower.data.dataset import Dataset
 from trec_twotower.data.feature_dataset import Sources
 from trec_twotower.data.features.transform import Statistics
 from trec_twotower.data.held_out import HeldOut
-from trec_twotower.data.loading import loader as interactions
 from trec_twotower.data.loading.batch import Batch, Listed
 from trec_twotower.data.loading.loader import TrainBatches
 from trec_twotower.data.loading.pairs import Pairs, Targets
@@ -316,22 +315,6 @@ def test_a_batch_says_what_the_files_say(sources, rows_of):
             assert row.age == ((0, 1) if told["age"] is None else (told["age"], 0))
             assert row.positives == [(told["item_id"], told["weight"])]
             assert row.known == ({told["item_id"]} | set(history) & catalogue) & candidates
-
-
-def test_a_batch_holds_its_values_where_they_were_taken_to(sources, monkeypatch):
-    """The items' behind the users', in memory that had room for them; batches held side by side do not meet."""
-    made, copied = batches_of(sources["event"], threads=0), batches_of(sources["event"])
-    copied._bags = []  # nothing is joined: all values are copied
-    memory = []
-    taking = interactions.take
-    monkeypatch.setattr(interactions, "take", lambda *a, **k: memory.append(taking(*a, **k)) or memory[-1])
-    batches = epoch_of(made)
-    is_joined = [
-        np.shares_memory(batch.sparse.values().numpy(), mine.user.joined)
-        for batch, mine in zip(batches, memory, strict=True)
-    ]
-    assert not is_joined[0] and any(is_joined)  # there is as much room as batches before have needed
-    assert all(map(same, batches, epoch_of(copied)))
 
 
 def test_candidates_carry_the_features_of_their_items(sources):

@@ -22,7 +22,7 @@ from trec_twotower.data.feature_dataset import Sources
 from trec_twotower.data.loading.loader import TrainBatches
 from trec_twotower.data.negatives.samplers import count_items
 from trec_twotower.model.losses import LOSSES, Pairs, Relations
-from trec_twotower.model.temperature import Temperature
+from trec_twotower.model.losses.temperature import Temperature
 from trec_twotower.model.two_tower import relations_of
 
 softmax, bce = LOSSES["softmax"], LOSSES["bce"]

@@ -10,7 +10,7 @@ import torch
 
 from trec_twotower.model.cross_batch_memory import ItemQueue
 from trec_twotower.model.losses import LOSSES, Pairs, Relations
-from trec_twotower.model.streaming_log_q import RATE, Frequency
+from trec_twotower.model.losses.streaming_log_q import RATE, Frequency
 from trec_twotower.ops.hashing import hash_to_bucket
 
 NUM_ITEMS, DIM = 40, 3

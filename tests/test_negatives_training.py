@@ -23,7 +23,7 @@ from trec_twotower.config.run_config import RunConfig
 from trec_twotower.errors import ConfigError, DataError
 from trec_twotower.index import item_neighbors as nearness
 from trec_twotower.index.item_neighbors import neighbours
-from trec_twotower.model import streaming_log_q as frequency
+from trec_twotower.model.losses import streaming_log_q as frequency
 from trec_twotower.training import hard_negatives as refreshing
 from trec_twotower.training import loop as training
 from trec_twotower.training.run_dir import Run

@@ -182,23 +182,12 @@ def _keyed_jagged(schema: Schema, sides: Sides, num_rows: int) -> tuple[KeyedJag
             weights.append(weights_of(bags))
     sparse = KeyedJaggedTensor(
         keys=schema.layout.pooled_keys,
-        values=torch.from_numpy(_joined(values, sides["user"])),
+        values=torch.from_numpy(np.concatenate([np.empty(0, np.int32), *values["user"], *values["item"]])),
         weights=torch.from_numpy(np.concatenate(weights)) if schema.layout.is_weighted else None,
         lengths=torch.from_numpy(lengths.reshape(-1)),
         stride=num_rows,
     )
     return sparse, divisors
-
-
-def _joined(values: Mapping[Side, list[np.ndarray]], user: Columns | None) -> np.ndarray:
-    """All values, the users' first, which may be in their place already: see Columns.joined."""
-    room = None if user is None else user.joined
-    total = sum(len(part) for parts in values.values() for part in parts)
-    if room is None or total > len(room) or any(part.dtype != room.dtype for part in values["item"]):
-        return np.concatenate([np.empty(0, np.int32), *values["user"], *values["item"]])
-    at = sum(map(len, values["user"]))
-    np.concatenate([room[:0], *values["item"]], out=room[at:total])
-    return room[:total]
 
 
 def _sequences(schema: Schema, sides: Sides) -> tuple[KeyedJaggedTensor, dict[str, Listed]]:
