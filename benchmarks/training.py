@@ -188,8 +188,8 @@ def an_item_a_row(batch: Any) -> tuple[Any, Any, Any]:
     import torch
     from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 
-    column = batch.positive_column_P
-    assert torch.equal(batch.positive_row_P, torch.arange(len(column)).to(batch.positive_row_P.dtype))
+    column = batch.targets.positive.column_P
+    assert torch.equal(batch.targets.positive.row_P, torch.arange(len(column)).to(batch.targets.positive.row_P.dtype))
     parts = {}
     for name, jagged in batch.sparse.to_dict().items():
         lengths, values = jagged.lengths()[: len(column)], jagged.values()

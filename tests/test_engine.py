@@ -24,9 +24,9 @@ from trec_twotower.errors import ConfigError
 from trec_twotower.model import step_diagnostics as watching
 from trec_twotower.model.cpu import loss_kernels as cells
 from trec_twotower.model.cpu.loss_kernels import add_products, dots, exponentiate
-from trec_twotower.model.embeddings import Pooled, tower_inputs
 from trec_twotower.model.losses import Pairs, Relations
 from trec_twotower.model.step_diagnostics import StepDiagnostics
+from trec_twotower.model.tower_inputs import Pooled, concatenate_features
 from trec_twotower.model.tower_layers import AlignedLinear, unit
 from trec_twotower.training import loop as training
 
@@ -361,7 +361,7 @@ def test_tower_inputs_have_the_gradient_of_their_parts_divided_and_joined():
 
     beside = {"user": (divisor_BF, number_BN), "item": (item_divisor, item_number.double())}
     for sides in (("user", "item"), ("user",), ("item",)):
-        made = tower_inputs(schema, pooled, {side: beside[side] for side in sides})
+        made = concatenate_features(schema, pooled, {side: beside[side] for side in sides})
         expected = by_torch(*sides)
         weights = [torch.randn_like(each) for each in expected]
         for found, wanted in zip(made.values(), expected, strict=True):

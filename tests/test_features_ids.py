@@ -37,7 +37,7 @@ from trec_twotower.data.features.vocabulary import in_vocabulary, make_vocabular
 from trec_twotower.data.loading.batch import make_batch
 from trec_twotower.data.loading.reader import UnitReader, without_own
 from trec_twotower.errors import ConfigError, DataError
-from trec_twotower.model.embeddings import Pooled, tower_inputs
+from trec_twotower.model.tower_inputs import Pooled, concatenate_features
 from trec_twotower.training.loop import train
 
 # Vocabularies
@@ -173,7 +173,7 @@ def test_two_hashes_are_two_rows_of_one_table():
     looked_up = Pooled()
     for name, vector in pooled.items():
         looked_up.add(vector, {name: 2})
-    found = tower_inputs(schema, looked_up, {"user": (batch.user_divisor_BF, batch.user_number_BN)})["user"]
+    found = concatenate_features(schema, looked_up, {"user": (batch.user_divisor_BF, batch.user_number_BN)})["user"]
     both = [pooled["user:tags"] + pooled["user:tags@2"], pooled["user:item"] + pooled["user:item@2"]]
     divisor = torch.tensor([[5.0], [1.0], [4.0]])  # a weighted mean
     assert torch.allclose(found, torch.cat([both[0] / divisor, both[1]], dim=1))

@@ -116,12 +116,13 @@ def test_batches_are_pinned_and_their_copies_are_the_same(small_world):
     batches = TrainBatches(sources, data, loss, count_items(sources, loss), (0, 1), pin_memory=True)
     stream = torch.cuda.Stream()
     for batch in batches.since(0, 3):
-        tensors = {name: value for name, value in vars(batch).items() if isinstance(value, torch.Tensor)}
+        tensors = batch.named_tensors()
         assert all(value.is_pinned() for value in (*tensors.values(), batch.sparse.values(), batch.sparse.lengths()))
         with torch.cuda.stream(stream):
             copy = batch.to(torch.device("cuda"), non_blocking=True)
         torch.cuda.current_stream().wait_stream(stream)
         copy.record_stream(torch.cuda.current_stream())
+        copied = copy.named_tensors()
         for name, value in tensors.items():
-            assert torch.equal(getattr(copy, name).cpu(), value), name
+            assert torch.equal(copied[name].cpu(), value), name
         assert torch.equal(copy.sparse.values().cpu(), batch.sparse.values())

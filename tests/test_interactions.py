@@ -26,9 +26,9 @@ from trec_twotower.data.dataset import Dataset
 from trec_twotower.data.feature_dataset import Sources
 from trec_twotower.data.features.transform import Statistics
 from trec_twotower.data.held_out import HeldOut
-from trec_twotower.data.loading import loader as interactions
 from trec_twotower.data.loading.batch import Batch, Listed
 from trec_twotower.data.loading.loader import TrainBatches
+from trec_twotower.data.loading.pairs import Pairs, Targets
 from trec_twotower.data.negatives.samplers import Evenly
 from trec_twotower.errors import ConfigError, DataError
 
@@ -171,22 +171,23 @@ def rows_in(batches: list[Batch]) -> list[Row]:
             )
             for r in range(num_rows)
         ]
-        taken = zip(batch.positive_row_P, batch.positive_column_P, batch.positive_weight_P, strict=True)
+        taken = zip(
+            batch.targets.positive.row_P, batch.targets.positive.column_P, batch.targets.positive.weight_P, strict=True
+        )
         for row, column, weight in taken:
             rows[int(row)].positives.append((items[int(column)], float(weight)))
-        for row, column in zip(batch.known_row_M, batch.known_column_M, strict=True):
+        for row, column in zip(batch.targets.known.row_P, batch.targets.known.column_P, strict=True):
             rows[int(row)].known.add(items[int(column)])
         found += rows
     return found
 
 
 def same(first: Batch, second: Batch) -> bool:
+    tensors, others = first.named_tensors(), second.named_tensors()
+    if tensors.keys() != others.keys() or not all(torch.equal(value, others[name]) for name, value in tensors.items()):
+        return False
     for name, value in vars(first).items():
-        other = getattr(second, name)
-        if isinstance(value, torch.Tensor):
-            if not torch.equal(value, other):
-                return False
-        elif name != "sparse" and value != other:
+        if name not in (*tensors, "sparse", "targets") and value != getattr(second, name):
             return False
     parts = ("values", "lengths", "stride", "keys")
     return all(
@@ -314,22 +315,6 @@ def test_a_batch_says_what_the_files_say(sources, rows_of):
             assert row.age == ((0, 1) if told["age"] is None else (told["age"], 0))
             assert row.positives == [(told["item_id"], told["weight"])]
             assert row.known == ({told["item_id"]} | set(history) & catalogue) & candidates
-
-
-def test_a_batch_holds_its_values_where_they_were_taken_to(sources, monkeypatch):
-    """The items' behind the users', in memory that had room for them; batches held side by side do not meet."""
-    made, copied = batches_of(sources["event"], threads=0), batches_of(sources["event"])
-    copied._bags = []  # nothing is joined: all values are copied
-    memory = []
-    taking = interactions.take
-    monkeypatch.setattr(interactions, "take", lambda *a, **k: memory.append(taking(*a, **k)) or memory[-1])
-    batches = epoch_of(made)
-    is_joined = [
-        np.shares_memory(batch.sparse.values().numpy(), mine.user.joined)
-        for batch, mine in zip(batches, memory, strict=True)
-    ]
-    assert not is_joined[0] and any(is_joined)  # there is as much room as batches before have needed
-    assert all(map(same, batches, epoch_of(copied)))
 
 
 def test_candidates_carry_the_features_of_their_items(sources):
@@ -463,7 +448,7 @@ def test_with_no_share_of_input_all_items_are_asked_for(tmp_path, write_dataset)
     targets = []
     for batch in made:
         items = items_of([batch])
-        pairs = zip(batch.positive_row_P.tolist(), batch.positive_column_P.tolist(), strict=True)
+        pairs = zip(batch.targets.positive.row_P.tolist(), batch.targets.positive.column_P.tolist(), strict=True)
         by_row: dict[int, list[int]] = {}
         for row, column in pairs:
             by_row.setdefault(row, []).append(items[column])
@@ -495,7 +480,9 @@ def test_an_item_that_stands_twice_falls_on_one_side(tmp_path, write_dataset):
         inputs = [set(ids) for ids in features_of(batch)["user:history"]][:30]
         items = items_of([batch])
         targets = [set() for _ in inputs]
-        for row, column in zip(batch.positive_row_P.tolist(), batch.positive_column_P.tolist(), strict=True):
+        for row, column in zip(
+            batch.targets.positive.row_P.tolist(), batch.targets.positive.column_P.tolist(), strict=True
+        ):
             targets[row].add(items[column])
         assert all(target and not target & given for target, given in zip(targets, inputs, strict=True))
 
@@ -666,7 +653,7 @@ def test_weights_that_are_no_numbers_are_refused_as_no_feature(tiny):
 def test_weights_may_be_integers_of_any_size(tiny):
     train = pa.table({"user_id": [1, 2], "item_id": [10, 20], "weight": [3, 2**24 + 1]})
     (batch,) = epoch_of(batches_of(tiny(train=train), batch_size=2))
-    assert sorted(batch.positive_weight_P.tolist()) == [3, 2**24]
+    assert sorted(batch.targets.positive.weight_P.tolist()) == [3, 2**24]
 
 
 # Statistics and static features
@@ -782,18 +769,23 @@ def full_batch() -> Batch:
     }
     whole = Listed(**{part.name: tensor() for part in fields(Listed)})
     listed = {"x": whole, "y": Listed(place=tensor())}
+    targets = Targets(*(Pairs(*(tensor() for _ in fields(Pairs))) for _ in fields(Targets)))
     return Batch(
-        **tensors, sparse=jagged(), sequences=jagged(), listed=listed, item_sizes=(3, 4), num_rows_of_all_ranks=7
+        **tensors,
+        sparse=jagged(),
+        sequences=jagged(),
+        listed=listed,
+        targets=targets,
+        item_sizes=(3, 4),
+        num_rows_of_all_ranks=7,
     )
 
 
 def tensors_of(batch: Batch) -> dict[str, torch.Tensor]:
     """Every tensor of a batch by its place."""
-    found = {}
+    found = batch.named_tensors()
     for name, value in vars(batch).items():
-        if isinstance(value, torch.Tensor):
-            found[name] = value
-        elif isinstance(value, KeyedJaggedTensor):
+        if isinstance(value, KeyedJaggedTensor):
             found |= {f"{name}.values": value.values(), f"{name}.weights": value.weights()}
             found[f"{name}.lengths"] = value.lengths()
     for key, listed in batch.listed.items():
@@ -805,7 +797,7 @@ def test_every_tensor_of_a_batch_is_pinned_moved_and_recorded(monkeypatch):
     """On a CPU, by spies in place of torch's: pinning and moving give other tensors, which hold the same."""
     batch = full_batch()
     before = tensors_of(batch)
-    assert len(before) == 18 + 2 * 3 + 6 + 1, "a new part of a batch belongs in this test"
+    assert len(before) == 7 + 4 * 4 + 2 * 3 + 6 + 1, "a new part of a batch belongs in this test"
     pinned: list[torch.Tensor] = []
 
     def pin_memory(self, *_):

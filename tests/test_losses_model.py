@@ -183,13 +183,13 @@ def given_pairs(batch: Batch) -> Batch:
     """The batch with a pair for each row, graded 0, 1 and 2 in turn."""
     row = torch.arange(len(batch.user_divisor_BF))
     column = (5 * row + 1) % len(batch.log_q_C)
-    return replace(
-        batch,
-        given_row_G=row.repeat(2),
-        given_column_G=torch.cat([column, (column + 3) % len(batch.log_q_C)]),
-        given_label_G=(torch.arange(2 * len(row)) % 3).float(),
-        given_weight_G=torch.ones(2 * len(row)),
+    given = Pairs(
+        row.repeat(2),
+        torch.cat([column, (column + 3) % len(batch.log_q_C)]),
+        weight_P=torch.ones(2 * len(row)),
+        label_P=(torch.arange(2 * len(row)) % 3).float(),
     )
+    return replace(batch, targets=replace(batch.targets, given=given))
 
 
 @pytest.mark.parametrize("world", ["event", "user"])

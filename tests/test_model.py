@@ -21,8 +21,9 @@ from trec_twotower.data.features.transform import Columns, bucket
 from trec_twotower.data.loading.batch import make_batch
 from trec_twotower.distributed.ranks import Ranks
 from trec_twotower.errors import ConfigError
-from trec_twotower.model.embeddings import FILL_CELLS, Pooled, build_tables, fill_tables, tower_inputs
+from trec_twotower.model.embeddings import FILL_CELLS, build_tables, fill_tables
 from trec_twotower.model.tower import Tower
+from trec_twotower.model.tower_inputs import Pooled, concatenate_features
 from trec_twotower.model.two_tower import TwoTower
 from trec_twotower.ops.ragged import Lists
 from trec_twotower.training.model_builder import build_model, inner_model
@@ -164,7 +165,10 @@ def test_tower_input_divides_the_rows_it_has_and_no_more():
     pooled = Pooled()
     pooled.add(torch.tensor([[2.0, 4.0, 6, 0], [3.0, 9.0, 0, 6], [7.0] * 4]), {"user:bag": 4})
     divisor, number = torch.tensor([[2.0], [3.0]]), torch.empty(2, 0)
-    assert tower_inputs(schema, pooled, {"user": (divisor, number)})["user"].tolist() == [[1, 2, 3, 0], [1, 3, 0, 2]]
+    assert concatenate_features(schema, pooled, {"user": (divisor, number)})["user"].tolist() == [
+        [1, 2, 3, 0],
+        [1, 3, 0, 2],
+    ]
 
 
 # Ids and keys

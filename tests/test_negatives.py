@@ -195,7 +195,8 @@ def rows_of(batch: Batch) -> list[int]:
 def given_of(batch: Batch, items: list[int]) -> list[list[tuple[int, float, float]]]:
     """By row the items that it names, with labels and weights, in their order."""
     found = [[] for _ in rows_of(batch)]
-    parts = (batch.given_row_G, batch.given_column_G, batch.given_label_G, batch.given_weight_G)
+    given = batch.targets.given
+    parts = (given.row_P, given.column_P, given.label_P, given.weight_P)
     for row, column, label, weight in zip(*(part.tolist() for part in parts), strict=True):
         found[row].append((items[column], label, weight))
     return found
@@ -324,7 +325,7 @@ def test_what_a_row_names_and_took_is_known_to_it(tmp_path, write_dataset):
     folder = write_dataset(tmp_path / "d", items=items, train=train)
     made = batches_of(folder, in_world(tmp_path, {"impressions": SHOWN}), batch_size=2)
     [batch] = made.since(0, 1)
-    known = set(zip(batch.known_row_M.tolist(), batch.known_column_M.tolist(), strict=True))
+    known = set(zip(batch.targets.known.row_P.tolist(), batch.targets.known.column_P.tolist(), strict=True))
     first = rows_of(batch).index(0)
     items = candidates_of([batch])
     assert known == {(first, items.index(ITEMS[0])), (1 - first, items.index(ITEMS[1]))}
@@ -352,7 +353,9 @@ def test_ranks_threads_and_caches_change_no_pair(world, tmp_path, name, rows):
         items, found = candidates_of(batches), {}
         for batch in batches:
             given, known = given_of(batch, items), [set() for _ in rows_of(batch)]
-            for row, column in zip(batch.known_row_M.tolist(), batch.known_column_M.tolist(), strict=True):
+            for row, column in zip(
+                batch.targets.known.row_P.tolist(), batch.targets.known.column_P.tolist(), strict=True
+            ):
                 known[row].add(items[column])
             found |= dict(zip(rows_of(batch), zip(given, known, strict=True), strict=True))
         return items, batches[0].is_negative_C.tolist(), found
@@ -406,7 +409,8 @@ def test_items_of_a_file_are_known_to_their_user(world, told):
     for batch in made.since(0, made.steps_per_epoch):
         items = candidates_of([batch])
         known = [set() for _ in rows_of(batch)]
-        for row, column in zip(batch.known_row_M.tolist(), batch.known_column_M.tolist(), strict=True):
+        pairs = batch.targets.known
+        for row, column in zip(pairs.row_P.tolist(), pairs.column_P.tolist(), strict=True):
             known[row].add(items[column])
         for number, found in zip(rows_of(batch), known, strict=True):
             row = told[number]
@@ -416,7 +420,7 @@ def test_items_of_a_file_are_known_to_their_user(world, told):
 def test_refreshed_lists_are_drawn_from_as_soon_as_they_are_there(world, told):
     loss = in_world(world, {"negatives": {"refresh": {"every": 10**6, "count": 2}}})
     made = batches_of(world, loss, prefetch=1)
-    assert all(batch.given_row_G is None for batch in made.since(0, 3))
+    assert all(batch.targets.given is None for batch in made.since(0, 3))
     made.negatives.refresh(
         Lists.from_lists([[3, 4], [9]]), np.where(np.arange(NUM_ITEMS) % 3 == 2, -1, np.arange(60) % 3)
     )
@@ -546,8 +550,9 @@ def test_items_that_share_a_fingerprint_are_two_to_the_queue_and_to_streaming_fr
         key = batch.item_key_C.numpy()
         assert len(set(key.tolist())) == 2 and (key >= 0).all()
         assert set((key % 2**32).tolist()) == {int(of_keys[twins[0]])}
-        if batch.listed_key_L is not None:
-            assert (~batch.listed_key_L[batch.listed_key_L < 0]).tolist() == [int(of_keys[7])] * 2
+        if batch.targets.masked_keys is not None:
+            masked_key = batch.targets.masked_keys.column_P
+            assert (~masked_key[masked_key < 0]).tolist() == [int(of_keys[7])] * 2
 
 
 @pytest.mark.parametrize("rank", ["0", "1"])
@@ -609,7 +614,7 @@ def test_unknown_items_of_a_file_are_left_out_where_that_is_asked_for_and_of_kno
     assert sorted(map(len, named)) == [0, 2, 2] and {item for given in named for item, _, _ in given} == {30}
     pq.write_table(pa.table({"user_id": [1], "item_ids": [[99, 20]]}), path)
     made = tiny({"known": str(path), "negatives": {"sampled": "all"}})
-    assert sum(len(batch.known_row_M) for batch in made.since(0, 2)) == 3 + 1
+    assert sum(len(batch.targets.known.row_P) for batch in made.since(0, 2)) == 3 + 1
 
 
 def test_settings_that_do_not_fit_together_are_refused():

@@ -23,7 +23,7 @@ from trec_twotower.config.run_config import RunConfig
 from trec_twotower.errors import ConfigError, DataError
 from trec_twotower.index import item_neighbors as nearness
 from trec_twotower.index.item_neighbors import neighbours
-from trec_twotower.model import streaming_log_q as frequency
+from trec_twotower.model.losses import streaming_log_q as frequency
 from trec_twotower.training import hard_negatives as refreshing
 from trec_twotower.training import loop as training
 from trec_twotower.training.run_dir import Run
@@ -134,7 +134,7 @@ def test_neighbours_are_found_from_the_weights_of_their_step_and_drawn_from_then
         assert np.array_equal(near, neighbours(item_ID, items, 2, 8))
     # Two mined and two neighbours for each row that has such lists: none of the latter before step 3.
     first, later = batches[2], batches[3]
-    assert len(later.given_row_G) - len(first.given_row_G) > len(later.user_divisor_BF)
+    assert len(later.targets.given.row_P) - len(first.targets.given.row_P) > len(later.user_divisor_BF)
 
 
 @pytest.mark.parametrize("threads", [0, 2])
@@ -292,6 +292,8 @@ def test_what_rows_refuse_is_counted_on_as_files_come(tmp_path):
     assert counts.tolist() == [[taken[name] for name in names], [refused[name] for name in names]]
     # The item that has come is known to the user for whom the file named it before it came: candidates i04, i05, new.
     last, known = batches[-1], {}
-    for row, column in zip(batches[-1].known_row_M.tolist(), batches[-1].known_column_M.tolist(), strict=True):
+    for row, column in zip(
+        batches[-1].targets.known.row_P.tolist(), batches[-1].targets.known.column_P.tolist(), strict=True
+    ):
         known.setdefault(streaming.rows_in(last)[row] % 5, set()).add(column)
     assert known == {2: {2}, 3: {1, 2}, 4: {2}}

@@ -106,13 +106,6 @@ def test_a_heap_holds_its_rows_in_their_order(first, second, data):
             if at == heap
         ]  # fmt: skip
         assert rows_of(found) == wanted
-        joined = take([(unit, heap) for unit in units], joined=["words", "country"], room=3)
-        assert rows_of(joined) == wanted and found.user.joined is None
-        in_order = [joined.user.sparse[name].values for name in ("words", "country")]
-        assert joined.user.joined[:-3].tolist() == np.concatenate(in_order).tolist()
-        assert all(np.shares_memory(values, joined.user.joined) for values in in_order if len(values))
-        other = take([(unit, heap) for unit in units], joined=["words", "wide"], room=3)
-        assert rows_of(other) == wanted and other.user.joined is None  # of 64 bits
 
 
 def test_a_layout_says_itself():

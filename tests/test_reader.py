@@ -8,7 +8,6 @@ import os
 import numpy as np
 import pyarrow as pa
 import pytest
-import torch
 
 from tests.kinds import build_loss
 from trec_twotower.config.data import DataConfig
@@ -73,7 +72,7 @@ def contents(batches: TrainBatches, first: int = 0, steps: int = 30) -> list[lis
     """Every tensor of every batch, as plain lists."""
     found = []
     for batch in batches.since(first, first + steps):
-        tensors = [value for value in vars(batch).values() if isinstance(value, torch.Tensor)]
+        tensors = batch.named_tensors().values()
         jagged = (batch.sparse.values(), batch.sparse.lengths(), batch.sparse.weights())
         found.append([batch.item_sizes, *(tensor.tolist() for tensor in (*tensors, *jagged))])
     assert len(found) == steps

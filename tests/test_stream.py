@@ -517,7 +517,7 @@ def test_a_missing_column_stops_the_run_and_a_further_one_does_not(folder):
     publish(folder, "train/c.parquet", rows(23, 1, weight=pa.array([3.0])))
     [batch] = stream_of(folder).since(4)
     assert rows_in(batch) == [23]
-    assert batch.positive_weight_P.tolist() == [1]  # no file had weights when the run began
+    assert batch.targets.positive.weight_P.tolist() == [1]  # no file had weights when the run began
 
 
 @pytest.mark.parametrize("part", ["train/a", "train/c", "items/part-0"])

@@ -19,8 +19,9 @@ from trec_twotower.config.features import SequenceFeature
 from trec_twotower.config.schema import Schema, bucket_names, lookup_key, sub_name
 from trec_twotower.data.features.transform import GAP_BUCKETS, Columns
 from trec_twotower.data.loading.batch import Listed, make_batch
-from trec_twotower.model.embeddings import pooled_by_hand, table_parameters
-from trec_twotower.model.two_tower import TwoTower, item_vectors, made_by_layers, put_together, user_vectors
+from trec_twotower.model.embeddings import table_parameters
+from trec_twotower.model.tower_inputs import Pooled, SideInputs, build_inputs, pooled_by_hand
+from trec_twotower.model.two_tower import TwoTower
 from trec_twotower.ops.ragged import Lists, offsets_of
 
 ROWS = 5  # of the batch that is traced; any other number runs
@@ -48,7 +49,7 @@ class Program(nn.Module):
     def __init__(self, model: TwoTower, side: Side) -> None:
         super().__init__()
         layout = model.schema.layout
-        self.schema, self.side, self.gaussian = model.schema, side, model.gaussian
+        self.schema, self.side = model.schema, side
         self.table_of = {each.key: each.feature.table_name for each in layout.pooled_lookups if each.side == side}
         self.bags = list(self.table_of)
         self.table_of |= {name: table for name, table in layout.unpooled_keys.items() if _is_of(name, side)}
@@ -65,12 +66,13 @@ class Program(nn.Module):
             name: F.embedding(inputs[f"{name}/values"], self.tables[table]).float()
             for name, table in self.table_of.items()
         }
-        pooled = {name: pooled_by_hand(vectors.pop(name), listed(name)) for name in self.bags}
+        pooled = Pooled()
+        for name in self.bags:
+            vector = pooled_by_hand(vectors.pop(name), listed(name))
+            pooled.add(vector, {name: vector.shape[1]})
         by_hand = {name: listed(name) for name in (*vectors, *self.tokens)}
-        pooled |= put_together(self.schema, self.tower, by_hand, vectors)
-        pooled |= made_by_layers(self.schema, self.side, self.tower, by_hand, inputs["number"])
-        vectors_of = user_vectors if self.side == "user" else item_vectors
-        return vectors_of(self.schema, self.tower, pooled, inputs["divisor"], inputs["number"], self.gaussian)
+        side = SideInputs(self.tower, inputs["divisor"], inputs["number"])
+        return self.tower(build_inputs(self.schema, {self.side: side}, pooled, vectors, by_hand)[self.side])
 
 
 _FIELDS = ("length", "weight", "divisor", "place", "gap", "action")

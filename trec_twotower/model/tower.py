@@ -43,9 +43,14 @@ class Tower(nn.Module):
         *,
         is_unit: bool,
         place: Callable[[str], int] = lambda name: 0,
+        output: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
-        """`widths` are those of the features that enter side by side, and `place` says which of them a name is."""
+        """`widths` are those of the features that enter side by side; `place` returns which of them a name is.
+
+        `output` is applied to the vectors last.
+        """
         super().__init__()
+        self._output = output
         self.is_unit = is_unit  # cosine similarity: the vectors have length 1
         layers: list[nn.Module] = [nn.Dropout(config.dropout)] if config.dropout else []
         if config.feature_dropout:
@@ -98,13 +103,19 @@ class Tower(nn.Module):
                 self.register_buffer(average_of(name), weight.detach().clone())
 
     def forward(self, feature_BE: Tensor, on_raw: Callable[[Tensor], None] | None = None) -> Tensor:
-        """Return the vectors, (B, D), of length 1 for cosine similarity; `on_raw` is called with them before that."""
+        """Return (B, D), of length 1 for cosine similarity; (B, M, D) for (B, M, E), where each user has M vectors.
+
+        `on_raw` is called with the vectors before they are normalized.
+        """
+        if feature_BE.ndim == 3:
+            return self.forward(feature_BE.flatten(0, 1), on_raw).unflatten(0, feature_BE.shape[:2])
         vector_BD = self._in_parts(feature_BE) if self.training else self._averaging(self.layers, "layers.", feature_BE)
         for part in self._wide:
             vector_BD = vector_BD + feature_BE[:, part]
         if on_raw is not None:
             on_raw(vector_BD)
-        return unit(vector_BD) if self.is_unit else vector_BD
+        vector_BD = unit(vector_BD) if self.is_unit else vector_BD
+        return vector_BD if self._output is None else self._output(vector_BD)
 
     def penalty(self, ranks: Ranks) -> Tensor | None:
         """What its experts add to the loss of the last batch; None where nothing. All ranks call together."""

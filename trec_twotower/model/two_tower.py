@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -12,17 +11,16 @@ from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import KeyedTensor
 
 from trec_twotower.config.base import Side
-from trec_twotower.config.features import SequenceFeature
 from trec_twotower.config.losses import InterestsConfig, LearnedTemperature, LossConfig
 from trec_twotower.config.model import ModelConfig
-from trec_twotower.config.schema import Schema, delta_key, lookup_key, sub_name
-from trec_twotower.data.loading.batch import Batch, Listed
+from trec_twotower.config.schema import Schema
+from trec_twotower.data.loading.batch import Batch
 from trec_twotower.distributed.ranks import Ranks
 from trec_twotower.model.cross_batch_memory import ItemQueue
-from trec_twotower.model.embeddings import Pooled, build_lists, build_tables, pooled_by_hand, tower_input, tower_inputs
+from trec_twotower.model.embeddings import build_lists, build_tables
 from trec_twotower.model.feature_encoders import build_input
 from trec_twotower.model.finite_check import GradientCheck
-from trec_twotower.model.losses import LOSSES, Hardest, Pairs, Relations
+from trec_twotower.model.losses import LOSSES, Hardest, Relations
 from trec_twotower.model.losses.regularizers import alignment, nearness, squared_lengths
 from trec_twotower.model.losses.streaming_log_q import Frequency
 from trec_twotower.model.losses.temperature import Temperature
@@ -30,6 +28,7 @@ from trec_twotower.model.multi_interest import attended, gaussian_item, gaussian
 from trec_twotower.model.sequence_encoders import SequenceInput
 from trec_twotower.model.step_diagnostics import Histogram, StepDiagnostics
 from trec_twotower.model.tower import Tower, encoder_name
+from trec_twotower.model.tower_inputs import Pooled, SideInputs, build_inputs
 from trec_twotower.model.tower_layers import row_means
 
 SIDES: tuple[Side, Side] = ("user", "item")
@@ -52,6 +51,7 @@ class TwoTower(nn.Module):
         self.is_unit = is_unit = model.similarity == "cosine"
         self.is_gaussian = model.user_vector == "gaussian"
         sizes = (model.vector_dim, model.dim)  # a Gaussian user's tower makes a mean and a spread
+        outputs = (partial(gaussian_user, is_unit=is_unit), gaussian_item) if self.is_gaussian else (None, None)
         self.user_tower, self.item_tower = (
             Tower(
                 schema.layout.part_widths(side),
@@ -59,8 +59,11 @@ class TwoTower(nn.Module):
                 config,
                 is_unit=is_unit and dim == model.dim,
                 place=partial(schema.layout.part_index, side),
+                output=output,
             )
-            for side, dim, config in zip(SIDES, sizes, (model.user_tower, model.item_tower), strict=True)
+            for side, dim, config, output in zip(
+                SIDES, sizes, (model.user_tower, model.item_tower), outputs, strict=True
+            )
         )
         for sequence in schema.sequences:
             encoder = SequenceInput(sequence, schema.table_of(sequence).dim)
@@ -86,22 +89,11 @@ class TwoTower(nn.Module):
 
     def encode_users(self, batch: Batch) -> Tensor:
         """(B, D); (B, M, D) where a user has several vectors."""
-        return self._vectors("user", self._inputs(batch, "user")["user"])
+        return self.user_tower(self._inputs(batch, "user")["user"])
 
     def encode_items(self, batch: Batch) -> Tensor:
         """(S, D)."""
-        return self._vectors("item", self._inputs(batch, "item")["item"])
-
-    def _vectors(self, side: Side, feature_BE: Tensor, *, with_diagnostics: bool = False) -> Tensor:
-        """Return a tower's vectors of its input: (B, D), or (B, M, D) of users with several vectors."""
-        tower = self._tower(side)
-        on_raw = partial(self.diagnostics.record_length, side) if with_diagnostics else None
-        if feature_BE.ndim == 3:
-            return tower(feature_BE.flatten(0, 1), on_raw).unflatten(0, feature_BE.shape[:2])
-        vector_BD = tower(feature_BE, on_raw)
-        if not self.is_gaussian:
-            return vector_BD
-        return gaussian_user(vector_BD, is_unit=self.is_unit) if side == "user" else gaussian_item(vector_BD)
+        return self.item_tower(self._inputs(batch, "item")["item"])
 
     def forward(self, batch: Batch, *, with_diagnostics: bool = False) -> Tensor:
         """Return the loss of this rank's rows, whose mean over ranks is the mean over all rows of the step.
@@ -109,8 +101,9 @@ class TwoTower(nn.Module):
         `with_diagnostics` records what `figures` returns of this step; all ranks pass the same.
         """
         inputs = self._inputs(batch, *SIDES)
-        user_BD = self._vectors("user", inputs["user"], with_diagnostics=with_diagnostics)
-        item_SD = self._vectors("item", inputs["item"], with_diagnostics=with_diagnostics)
+        on_raw = {side: partial(self.diagnostics.record_length, side) if with_diagnostics else None for side in SIDES}
+        user_BD = self.user_tower(inputs["user"], on_raw["user"])
+        item_SD = self.item_tower(inputs["item"], on_raw["item"])
         item_CD = self.ranks.gather(item_SD, list(batch.item_sizes))
         relations = relations_of(batch, self.loss.log_q_strength)
         assert relations.given is not None or self.loss.impressions is None, (
@@ -153,9 +146,8 @@ class TwoTower(nn.Module):
     ) -> tuple[Tensor, Relations]:
         """Return the candidates followed by those of earlier steps; in training, keep this step's for later ones."""
         assert batch.item_key_C is not None
-        assert batch.listed_row_L is not None and batch.listed_key_L is not None
-        listed = Pairs(batch.listed_row_L, batch.listed_key_L)
-        both = queue.beside(item_CD, batch.item_key_C, log_p_C, relations, listed)
+        assert batch.targets is not None and batch.targets.masked_keys is not None
+        both = queue.beside(item_CD, batch.item_key_C, log_p_C, relations, batch.targets.masked_keys)
         if self.training:
             queue.push(item_CD, batch.item_key_C, log_p_C, relations.is_negative_C)
         return both
@@ -215,43 +207,20 @@ class TwoTower(nn.Module):
         """Whether a score is a cosine, or the highest of several."""
         return self.is_unit and not self.is_gaussian
 
-    @property
-    def gaussian(self) -> Gaussian:
-        return Gaussian(self.is_gaussian, self.is_unit)
-
     def _tower(self, side: Side) -> Tower:
         return self.user_tower if side == "user" else self.item_tower
 
     def _inputs(self, batch: Batch, *sides: Side) -> dict[Side, Tensor]:
-        """What the towers take, (rows, E) each; (rows, M, E) of users with several vectors."""
-        pooled, several_BMD = self._pooled(batch)
-        beside = {
-            "user": (batch.user_divisor_BF, batch.user_number_BN),
-            "item": (batch.item_divisor_SF, batch.item_number_SN),
+        """Return what enters each side's tower: (rows, E); (rows, M, E) for users with several vectors."""
+        given: dict[Side, SideInputs] = {
+            "user": SideInputs(self.user_tower, batch.user_divisor_BF, batch.user_number_BN),
+            "item": SideInputs(self.item_tower, batch.item_divisor_SF, batch.item_number_SN),
         }
-        wanted = {}
-        for side in sides:
-            divisor, number = beside[side]
-            for name, vector in made_by_layers(self.schema, side, self._tower(side), batch.listed, number).items():
-                pooled.add(vector, {name: vector.shape[1]})
-            behind = sum(feature.num_numbers for feature in self.schema.layout.layer_features(side))
-            wanted[side] = divisor, number[:, behind:]
-        made = tower_inputs(self.schema, pooled, wanted)
-        if several_BMD is not None and "user" in made:
-            assert self.schema.multi_interest_feature is not None
-            place = self.schema.layout.part_index("user", self.schema.multi_interest_feature.name)
-            first = sum(self.schema.layout.part_widths("user")[:place])
-            feature_BME = made["user"][:, None].repeat(1, several_BMD.shape[1], 1)
-            # Each of its vectors meets the other features, in one and the same tower.
-            feature_BME[:, :, first : first + several_BMD.shape[2]] = several_BMD
-            made["user"] = feature_BME
-        return made
+        pooled, vectors = self._lookup(batch)
+        return build_inputs(self.schema, {side: given[side] for side in sides}, pooled, vectors, batch.listed)
 
-    def _pooled(self, batch: Batch) -> tuple[Pooled, Tensor | None]:
-        """The pooled bags by key, and what the encoders make of the sequences.
-
-        Of one that makes several vectors of a user these are apart, and the first has its place.
-        """
+    def _lookup(self, batch: Batch) -> tuple[Pooled, dict[str, Tensor]]:
+        """Return the pooled bags, and the embeddings of the unpooled keys."""
         assert batch.sparse.keys() == self.schema.layout.pooled_keys
         bags: KeyedTensor | None = None if self.tables is None else self.tables(batch.sparse)
         vectors = {} if self.lists is None else self.lists(batch.sequences)
@@ -261,97 +230,20 @@ class TwoTower(nn.Module):
         if torch.is_grad_enabled():
             weights = [*self.user_tower.parameters(), *self.item_tower.parameters()]
             looked_up = self.gradient_check.gate(looked_up, weights)
-        pooled, several_BMD = Pooled(), None
+        pooled = Pooled()
         if bags is not None:
             pooled.add(looked_up.pop(0), dict(zip(bags.keys(), bags.length_per_key(), strict=True)))
-        if self.lists is not None:
-            found = {name: each.float() for name, each in zip(unpooled, looked_up, strict=True)}
-            for name, vector in put_together(self.schema, self.user_tower, batch.listed, found).items():
-                if vector.ndim == 3:
-                    several_BMD, vector = vector, vector[:, 0]
-                pooled.add(vector, {name: vector.shape[1]})
-        return pooled, several_BMD
-
-
-def put_together(
-    schema: Schema, user_tower: Tower, listed: Mapping[str, Listed], vectors: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
-    """What is made of vectors that were looked up one by one: pooled bags, and the users' encoded sequences."""
-    found = {}
-    for side, feature in schema.layout.table_pairs:
-        name = lookup_key(side, feature)
-        if name not in vectors:
-            continue
-        if not isinstance(feature, SequenceFeature):
-            found[name] = pooled_by_hand(vectors[name], listed[name])
-            continue
-        item_UD = vectors[name]
-        if feature.delta:
-            item_UD = item_UD + vectors[delta_key(name)]
-        for attribute in feature.attributes:
-            at = listed[sub_name(name, attribute)]
-            added = pooled_by_hand(vectors[sub_name(name, attribute)], at)
-            item_UD = item_UD + (added if at.divisor is None else added / at.divisor[:, None])
-        found[name] = user_tower.encode(feature.name, item_UD, listed[name])
-    return found
-
-
-def made_by_layers(
-    schema: Schema, side: Side, tower: Tower, listed: Mapping[str, Listed], number: Tensor
-) -> dict[str, Tensor]:
-    """What the features' own layers make of their numbers or tokens, by key."""
-    found, column = {}, 0
-    for feature in schema.layout.layer_features(side):
-        name, behind = lookup_key(side, feature), column + feature.num_numbers
-        given = listed[name] if feature.has_tokens else number[:, column:behind]
-        found[name] = tower.encode(feature.name, given)
-        column = behind
-    return found
-
-
-@dataclass(frozen=True)
-class Gaussian:
-    """Whether users are, and whether their means have length 1."""
-
-    is_one: bool
-    is_unit: bool
-
-
-def user_vectors(
-    schema: Schema, tower: Tower, pooled: Mapping[str, Tensor], divisor: Tensor, number: Tensor, gaussian: Gaussian
-) -> Tensor:
-    """(B, D), or (B, M, D), of all that enters the users' tower."""
-    several = schema.multi_interest_feature
-    if several is None:
-        raw_BD = tower(tower_input(schema, "user", pooled, divisor, number))
-        return gaussian_user(raw_BD, is_unit=gaussian.is_unit) if gaussian.is_one else raw_BD
-    name = lookup_key("user", several)  # each of its vectors meets the other features, in one and the same tower
-    each = [
-        tower_input(schema, "user", {**pooled, name: part_BD}, divisor, number) for part_BD in pooled[name].unbind(1)
-    ]
-    feature_BME = torch.stack(each, dim=1)
-    return tower(feature_BME.flatten(0, 1)).unflatten(0, feature_BME.shape[:2])
-
-
-def item_vectors(
-    schema: Schema, tower: Tower, pooled: Mapping[str, Tensor], divisor: Tensor, number: Tensor, gaussian: Gaussian
-) -> Tensor:
-    """(S, D) of all that enters the items' tower."""
-    item_SD = tower(tower_input(schema, "item", pooled, divisor, number))
-    return gaussian_item(item_SD) if gaussian.is_one else item_SD
+        return pooled, {name: each.float() for name, each in zip(unpooled, looked_up, strict=True)}
 
 
 def relations_of(batch: Batch, log_q: float = 1.0) -> Relations:
     """Return how a training batch's rows and candidates relate, with logQ at the strength `log_q`."""
-    assert batch.positive_row_P is not None and batch.positive_column_P is not None
-    assert batch.known_row_M is not None and batch.known_column_M is not None
-    given = None
-    if batch.given_row_G is not None and batch.given_column_G is not None:
-        given = Pairs(batch.given_row_G, batch.given_column_G, batch.given_weight_G, batch.given_label_G)
+    targets = batch.targets
+    assert targets is not None
     return Relations(
-        positive=Pairs(batch.positive_row_P, batch.positive_column_P, batch.positive_weight_P),
-        known=Pairs(batch.known_row_M, batch.known_column_M),
-        given=given,
+        positive=targets.positive,
+        known=targets.known,
+        given=targets.given,
         log_q_C=log_q * batch.log_q_C if log_q and batch.log_q_C is not None else None,
         is_negative_C=batch.is_negative_C,
     )

@@ -58,9 +58,6 @@ class Columns:
     sparse: Mapping[str, Lists]
     numbers: Mapping[str, np.ndarray]  # float32 (rows, num_numbers)
     items: Columns | None = None  # where steps have attributes: the features of the whole catalogue
-    # Memory that begins with the values of all bags, in the order of the schema's keys, and has room behind them: a
-    # batch, of which there may be one, puts the other side's there instead of copying all.
-    joined: np.ndarray | None = None
 
     def take(self, rows: np.ndarray) -> Columns:
         return Columns(

@@ -17,6 +17,7 @@ from trec_twotower.config.feature_spec import FeatureSpec
 from trec_twotower.config.features import SequenceFeature
 from trec_twotower.config.schema import Schema, delta_key, lookup_key, sub_name
 from trec_twotower.data.features.transform import Columns, divides, put_pooling_divisor
+from trec_twotower.data.loading.pairs import Targets
 from trec_twotower.ops.kernels import put_lengths
 from trec_twotower.ops.ragged import Lists, weights_of
 
@@ -56,8 +57,7 @@ class Batch(Pipelineable):
         item:item_id    [4]         [30]     (empty)     lengths 1 1 0      values 17 4 9 4 30
 
     The order of the keys is the schema's and never changes (a sharded collection remembers the first order it sees).
-    Positive p says that row `positive_row_P[p]` took candidate `positive_column_P[p]`; known pairs are candidates that
-    are no negatives of a row, its positives among them.
+    `targets` are the pairs of this rank's rows with the candidates.
     """
 
     sparse: KeyedJaggedTensor
@@ -69,18 +69,8 @@ class Batch(Pipelineable):
     num_rows_of_all_ranks: int = 0
     log_q_C: Tensor | None = None  # log of the probability to be a candidate, whatever loss.log_q is
     is_negative_C: Tensor | None = None  # bool: False for items that only stand as positives
-    positive_row_P: Tensor | None = None
-    positive_column_P: Tensor | None = None
-    positive_weight_P: Tensor | None = None
-    known_row_M: Tensor | None = None
-    known_column_M: Tensor | None = None
-    given_row_G: Tensor | None = None  # pairs that the rows name themselves; see model/losses/relations.py
-    given_column_G: Tensor | None = None
-    given_label_G: Tensor | None = None
-    given_weight_G: Tensor | None = None
+    targets: Targets | None = None
     item_key_C: Tensor | None = None  # what tells a candidate from others in all steps (63 bits), where asked for
-    listed_row_L: Tensor | None = None  # pairs of a row and the key of any item that is no negative of it, where asked
-    listed_key_L: Tensor | None = None  # for: candidates of earlier steps may be among them; of a history ~fingerprint
     # Where there are sequences: the ids whose vectors are wanted one by one, each key's in one row, and how they lie.
     sequences: KeyedJaggedTensor | None = None
     listed: dict[str, Listed] = field(default_factory=dict)
@@ -94,10 +84,20 @@ class Batch(Pipelineable):
     def record_stream(self, stream: Any) -> None:
         self._each(lambda value: value.record_stream(stream))
 
+    def named_tensors(self) -> dict[str, Tensor]:
+        """Return the tensors of the batch and of its targets by name, such as targets.positive.row_P."""
+        parts: dict[str, object] = {"": self}
+        if self.targets is not None:
+            parts |= {f"targets.{name}.": pairs for name, pairs in vars(self.targets).items() if pairs is not None}
+        values = ((prefix + name, value) for prefix, part in parts.items() for name, value in vars(part).items())
+        return {name: value for name, value in values if isinstance(value, Tensor)}
+
     def _each(self, change: Any) -> Batch:
         values = vars(self).items()
         changed = {name: change(value) for name, value in values if isinstance(value, Tensor | KeyedJaggedTensor)}
-        return replace(self, **changed, listed={name: part.each(change) for name, part in self.listed.items()})
+        listed = {name: part.each(change) for name, part in self.listed.items()}
+        targets = None if self.targets is None else self.targets.each(change)
+        return replace(self, **changed, listed=listed, targets=targets)
 
 
 @dataclass(frozen=True)
@@ -109,23 +109,6 @@ class Candidates:
     is_negative: np.ndarray
     sizes: tuple[int, ...]  # how many of them each rank encodes, in order
     key: np.ndarray | None = None
-
-
-@dataclass(frozen=True)
-class Targets:
-    """The pairs of this rank's rows and the step's candidates: those taken, and those that are no negatives."""
-
-    positive_row: np.ndarray
-    positive_column: np.ndarray
-    positive_weight: np.ndarray
-    known_row: np.ndarray  # the positives among them
-    known_column: np.ndarray
-    given_row: np.ndarray | None = None  # of what the rows name beside the positives; all four or none
-    given_column: np.ndarray | None = None
-    given_label: np.ndarray | None = None
-    given_weight: np.ndarray | None = None
-    listed_row: np.ndarray | None = None  # of everything that is no negative of a row
-    listed_key: np.ndarray | None = None
 
 
 Sides = Mapping[Side, Columns | None]  # the columns of each, None: not wanted
@@ -166,17 +149,7 @@ def make_batch(
         batch.log_q_C = _tensor(candidates.log_q)
         batch.is_negative_C = _tensor(candidates.is_negative)
         batch.item_key_C = _tensor(candidates.key)
-        batch.positive_row_P = _tensor(targets.positive_row)
-        batch.positive_column_P = _tensor(targets.positive_column)
-        batch.positive_weight_P = _tensor(targets.positive_weight)
-        batch.known_row_M = _tensor(targets.known_row)
-        batch.known_column_M = _tensor(targets.known_column)
-        batch.given_row_G = _tensor(targets.given_row)
-        batch.given_column_G = _tensor(targets.given_column)
-        batch.given_label_G = _tensor(targets.given_label)
-        batch.given_weight_G = _tensor(targets.given_weight)
-        batch.listed_row_L = _tensor(targets.listed_row)
-        batch.listed_key_L = _tensor(targets.listed_key)
+        batch.targets = targets
     return batch
 
 
@@ -209,23 +182,12 @@ def _keyed_jagged(schema: Schema, sides: Sides, num_rows: int) -> tuple[KeyedJag
             weights.append(weights_of(bags))
     sparse = KeyedJaggedTensor(
         keys=schema.layout.pooled_keys,
-        values=torch.from_numpy(_joined(values, sides["user"])),
+        values=torch.from_numpy(np.concatenate([np.empty(0, np.int32), *values["user"], *values["item"]])),
         weights=torch.from_numpy(np.concatenate(weights)) if schema.layout.is_weighted else None,
         lengths=torch.from_numpy(lengths.reshape(-1)),
         stride=num_rows,
     )
     return sparse, divisors
-
-
-def _joined(values: Mapping[Side, list[np.ndarray]], user: Columns | None) -> np.ndarray:
-    """All values, the users' first, which may be in their place already: see Columns.joined."""
-    room = None if user is None else user.joined
-    total = sum(len(part) for parts in values.values() for part in parts)
-    if room is None or total > len(room) or any(part.dtype != room.dtype for part in values["item"]):
-        return np.concatenate([np.empty(0, np.int32), *values["user"], *values["item"]])
-    at = sum(map(len, values["user"]))
-    np.concatenate([room[:0], *values["item"]], out=room[at:total])
-    return room[:total]
 
 
 def _sequences(schema: Schema, sides: Sides) -> tuple[KeyedJaggedTensor, dict[str, Listed]]:

@@ -79,9 +79,6 @@ class TrainBatches:
         masks_history = self.reader.masks_history
         self.candidates = CandidateSets(sources, loss, self.negatives, self.num_ranks, masks_history=masks_history)
         self.pin_memory = pin_memory  # for copies to a GPU that do not wait
-        schema = sources.schema
-        self._bags = [lookup.buckets for lookup in schema.layout.pooled_lookups if lookup.side == "user"]
-        self._room = 0  # for the values of the items' bags: as many as a batch has had
 
     @property
     def item_counts(self) -> np.ndarray:
@@ -172,7 +169,7 @@ class TrainBatches:
         Each piece is a heap of a unit.
         """
         rows_of_pieces = np.array([unit.num_rows(heap) for unit, heap in pieces])  # (pieces, ranks)
-        mine: Examples = take([(unit.mine, heap) for unit, heap in pieces], joined=self._bags, room=self._room)
+        mine: Examples = take([(unit.mine, heap) for unit, heap in pieces])
         if self.num_ranks == 1:
             items = mine.items
         else:
@@ -192,9 +189,6 @@ class TrainBatches:
             targets=targets,
             num_rows_of_all_ranks=int(rows_R.sum()),
         )
-        of_items = batch.sparse.values().numel() - sum(len(mine.user.sparse[part].values) for part in self._bags)
-        if of_items > self._room:
-            self._room = of_items + of_items // 4
         return batch.pin_memory() if self.pin_memory else batch
 
 

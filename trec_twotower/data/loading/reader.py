@@ -212,9 +212,7 @@ class UnitReader:
         if not self.is_by_user:
             return rows
         items = rows.positives
-        # By the item and not by its place in the list: an item that stands there twice falls on one side.
-        draw = uniform(_INPUT, self.data.seed, epoch, first_row + items.rows, items.values)
-        is_input = draw_inputs(items, draw, self.data.input_share)
+        is_input = draw_inputs(items, first_row, self.data, epoch)
         sparse = dict(rows.user.sparse)
         for feature in self.drawn:
             for name in bucket_names(feature.name, self.sources.schema.table_of(feature)):
@@ -235,9 +233,8 @@ class UnitReader:
             items = RowItems(self.sources.positives(table, _place(group, start)), given, user_key)
         if not self.is_by_user:
             return items
-        positives = items.positives
-        draw = uniform(_INPUT, self.data.seed, epoch, group.first_row + start + positives.rows, positives.values)
-        return replace(items, positives=positives.where(~draw_inputs(positives, draw, self.data.input_share)))
+        is_input = draw_inputs(items.positives, group.first_row + start, self.data, epoch)
+        return replace(items, positives=items.positives.where(~is_input))
 
     def _weights(self, table: pa.Table, where: str) -> np.ndarray | None:
         if WEIGHT not in table.column_names:
@@ -303,11 +300,15 @@ def without_own(table: pa.Table, columns: list[str], where: str, *, refuses: boo
     return table
 
 
-def draw_inputs(lists: Lists, draw: np.ndarray, share: float) -> np.ndarray:
-    """Which values of each row are input (bool): those drawn below `share`, but at least one stays a target."""
-    is_input = draw < share
-    targets = np.bincount(lists.rows[~is_input], minlength=len(lists))
-    for row in np.flatnonzero((targets == 0) & (lists.lengths > 0)):
-        low, high = lists.offsets[row], lists.offsets[row + 1]
+def draw_inputs(items: Lists, first_row: int, data: DataConfig, epoch: int) -> np.ndarray:
+    """Return which of the users' items become input in an epoch (bool): `input_share` of them, never all of a user's.
+
+    The draw depends on the item, not on its position: an item that a user's row has twice is on one side.
+    """
+    draw = uniform(_INPUT, data.seed, epoch, first_row + items.rows, items.values)
+    is_input = draw < data.input_share
+    targets = np.bincount(items.rows[~is_input], minlength=len(items))
+    for row in np.flatnonzero((targets == 0) & (items.lengths > 0)):
+        low, high = items.offsets[row], items.offsets[row + 1]
         is_input[low:high] = draw[low:high] < draw[low:high].max()
     return is_input

@@ -36,7 +36,6 @@ from trec_twotower.ops.ragged import Lists
 WORD_BYTES = 4
 LINE_WORDS = LINE_BYTES // WORD_BYTES
 BUFFER_WORDS = 1 << 18  # buffers have a multiple of so many: most units need the same then
-INT32 = np.dtype(np.int32).str
 SPARSE, NUMBER = "sparse:", "number:"  # what the fields of an Examples' columns are called
 WEIGHTS = "\0weights"  # behind a list's name: what its weights are called
 KINDS: dict[str, Any] = {"Examples": Examples, "RowItems": RowItems}
@@ -109,10 +108,6 @@ class Layout:
             home = next((prefix for prefix in (SPARSE, NUMBER) if field.name.startswith(prefix)), "")
             found.append((field, home, field.name.removeprefix(home)))
         return found
-
-    @cached_property
-    def types(self) -> dict[str, str]:
-        return {field.name: field.dtype for field in self.fields}
 
     @cached_property
     def list_arrays(self) -> list[tuple[str, str, int, int]]:
@@ -253,17 +248,8 @@ class Packer:
         self._words = larger
 
 
-def take(
-    parts: Sequence[tuple[Packed, int]],
-    *,
-    joined: Sequence[str] = (),
-    room: int = 0,
-) -> Any:
-    """A heap of each part in turn, as the Examples or RowItems that they were made of.
-
-    The values of the sparse features `joined` stand one behind the other if they are int32, with so much `room` for
-    others behind them: see Columns.joined.
-    """
+def take(parts: Sequence[tuple[Packed, int]]) -> Any:
+    """Return a heap of each part in turn, as the Examples or RowItems that they were made of."""
     layout = parts[0][0].layout
     assert all(packed.layout is layout or packed.layout == layout for packed, _ in parts), "rows of different kinds"
     num_rows = sum(packed.heap_rows[heap] for packed, heap in parts)
@@ -272,17 +258,10 @@ def take(
     totals = [sum(counts) for counts in zip(*(packed.heap_values[heap] for packed, heap in parts), strict=True)]
     sizes = {name: num_rows * width for name, _, _, width in layout.fixed_arrays}
     sizes |= {name: totals[number] * width for name, _, number, width in layout.list_arrays}
-    first = [SPARSE + name for name in joined]
-    if any(layout.types.get(name) != INT32 for name in first):
-        first = []
-    begins, num_words = {}, 0  # where in `out` each array does
-    for name in first:
-        begins[name], num_words = num_words, num_words + sizes[name]
-    num_words += room if first else 0
-    for name, size in sizes.items():  # the others each with a cache line
-        if name not in begins:
-            begins[name] = -(-num_words // LINE_WORDS) * LINE_WORDS
-            num_words = begins[name] + size
+    begins, num_words = {}, 0  # where in `out` each array begins, at a cache line
+    for name, size in sizes.items():
+        begins[name] = -(-num_words // LINE_WORDS) * LINE_WORDS
+        num_words = begins[name] + size
     out = np.empty(num_words, np.int32)
     of_fixed = [(place, width, begins[name]) for name, _, place, width in layout.fixed_arrays]
     of_lists = [(number, width, begins[name]) for name, _, number, width in layout.list_arrays]
@@ -294,17 +273,10 @@ def take(
         name: out[begins[name] : begins[name] + sizes[name]].view(dtype)
         for name, dtype, _, _ in (*layout.fixed_arrays, *layout.list_arrays)
     }
-    whole = out[: sum(sizes[name] for name in first) + room] if first else None
-    return assembled(layout, num_rows, values, list(offsets), whole)
+    return assembled(layout, num_rows, values, list(offsets))
 
 
-def assembled(
-    layout: Layout,
-    num_rows: int,
-    values: Mapping[str, np.ndarray],
-    offsets: Sequence[np.ndarray],
-    joined: np.ndarray | None = None,
-) -> Any:
+def assembled(layout: Layout, num_rows: int, values: Mapping[str, np.ndarray], offsets: Sequence[np.ndarray]) -> Any:
     """What a layout is of, from the arrays of its fields, flat, and the offsets of its lists."""
     found: dict[str, dict[str, Any]] = {SPARSE: {}, NUMBER: {}, "": {}}
     of_lists = iter(offsets)
@@ -317,7 +289,7 @@ def assembled(
         else:
             found[home][name] = array.reshape(num_rows, field.count) if home == NUMBER else array
     if layout.kind == Examples.__name__:
-        found[""]["user"] = Columns(num_rows, found[SPARSE], found[NUMBER], joined=joined)
+        found[""]["user"] = Columns(num_rows, found[SPARSE], found[NUMBER])
     return KINDS[layout.kind](**found[""])
 
 

@@ -11,8 +11,9 @@ import numpy as np
 from trec_twotower.config.losses import LossConfig
 from trec_twotower.data.dataset import USER_ID
 from trec_twotower.data.feature_dataset import Sources
-from trec_twotower.data.loading.batch import Candidates, Targets
+from trec_twotower.data.loading.batch import Candidates
 from trec_twotower.data.loading.examples import Examples
+from trec_twotower.data.loading.pairs import Pairs, Targets
 from trec_twotower.data.negatives.mined import KeyedLists
 from trec_twotower.data.negatives.samplers import Negatives, StepItems
 from trec_twotower.ops.hashing import fingerprints, mix_array
@@ -97,10 +98,12 @@ class CandidateSets:
         if mine.weight is not None:
             weight = weight * mine.weight[row]
         known = [(row, column), *self._known(mine, item_row, column_I)]
-        known_row, known_column = (_joined(parts) for parts in zip(*known, strict=True))
-        given = self._given(mine, own, column_I) if own else (None,) * 4
-        listed = self._listed(mine, own) if self.keeps_list else (None, None)
-        return Targets(row, column, weight, known_row, known_column, *given, *listed)
+        return Targets(
+            positive=Pairs.from_numpy(row, column, weight),
+            known=Pairs.from_numpy(*(_joined(parts) for parts in zip(*known, strict=True))),
+            given=self._given(mine, own, column_I) if own else None,
+            masked_keys=self._masked_keys(mine, own) if self.keeps_list else None,
+        )
 
     def _known(
         self, mine: Examples, item_row: np.ndarray, column_I: np.ndarray
@@ -120,17 +123,17 @@ class CandidateSets:
             count = find_columns(lists.offsets, lists.values, list_of_row, column_I, row, column)
             yield row[:count], column[:count]
 
-    def _given(self, mine: Examples, own: Sequence[Lists], column_I: np.ndarray) -> tuple[np.ndarray, ...]:
-        """The pairs that rows bring themselves: rows, columns, labels and weights."""
+    def _given(self, mine: Examples, own: Sequence[Lists], column_I: np.ndarray) -> Pairs:
+        """Return the pairs that the rows name themselves."""
         label = [np.zeros(len(each.values), np.float32) if each.weights is None else each.weights for each in own]
         weight = [np.ones(len(each.values), np.float32) for each in own]
         if mine.given_weight is not None:  # of the column that rows name, which is the first source
             weight[0] = mine.given_weight.values
         column = [column_I[each.values] for each in own]
-        return tuple(map(np.concatenate, ([each.rows for each in own], column, label, weight)))
+        return Pairs.from_numpy(*map(np.concatenate, ([each.rows for each in own], column, weight, label)))
 
-    def _listed(self, mine: Examples, own: Sequence[Lists]) -> tuple[np.ndarray, np.ndarray]:
-        """Rows, and keys of all items that are no negatives of theirs from elsewhere, candidates or not."""
+    def _masked_keys(self, mine: Examples, own: Sequence[Lists]) -> Pairs:
+        """Return rows, and keys of all items that are no negatives of theirs, candidates or not."""
         lists = [each for each in (mine.positives, mine.known, *own) if each is not None]
         pairs = [(each.rows, self._key(each.values)) for each in lists]
         if mine.history is not None:
@@ -141,7 +144,7 @@ class CandidateSets:
             listed = self.known.lists.take(list_of_row[has_list])
             pairs.append((has_list[listed.rows], self._key(listed.values)))
         row, key = zip(*pairs, strict=True)
-        return np.concatenate(row), np.concatenate(key)
+        return Pairs.from_numpy(np.concatenate(row), np.concatenate(key))
 
     def _list_of_row(self, mine: Examples) -> np.ndarray:
         """Which list of `known` is each row's, -1: it has none."""

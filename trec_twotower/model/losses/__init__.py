@@ -8,11 +8,12 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from trec_twotower.data.loading.pairs import Pairs
 from trec_twotower.model.losses.listwise import listwise
 from trec_twotower.model.losses.mixture import softmax_bce
 from trec_twotower.model.losses.pairwise import bpr, margin
 from trec_twotower.model.losses.pointwise import bce, ccl
-from trec_twotower.model.losses.relations import Hardest, Pairs, Relations
+from trec_twotower.model.losses.relations import Hardest, Relations
 from trec_twotower.model.losses.softmax import bsl, softmax
 
 __all__ = ["LOSSES", "Hardest", "Pairs", "Relations"]

@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from trec_twotower.data.loading.pairs import Pairs
 from trec_twotower.model.cpu.bf16_padding import STEP, filled_up, narrowed, whole_steps
 from trec_twotower.model.cpu.loss_kernels import add_products, are_ours, dots
-from trec_twotower.model.losses.relations import Hardest, Pairs, Relations, cells_of
+from trec_twotower.model.losses.relations import Hardest, Relations, cells_of
 
 Precision = Literal["fp32", "bf16", "bf16_logits"]
 

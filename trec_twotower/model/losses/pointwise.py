@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from trec_twotower.data.loading.pairs import Pairs
 from trec_twotower.model.losses.chunked import (
     Block,
     Precision,
@@ -16,7 +17,7 @@ from trec_twotower.model.losses.chunked import (
     softplus_sum,
     weighted_sum,
 )
-from trec_twotower.model.losses.relations import Pairs, Relations
+from trec_twotower.model.losses.relations import Relations
 
 
 def bce(

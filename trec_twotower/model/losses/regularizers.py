@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from trec_twotower.data.loading.pairs import Pairs
 from trec_twotower.model.losses.chunked import Block, Slopes, in_blocks, met, pair_logits, scaled
-from trec_twotower.model.losses.relations import Pairs, Relations
+from trec_twotower.model.losses.relations import Relations
 
 
 def squared_lengths(vector_ND: Tensor) -> Tensor:

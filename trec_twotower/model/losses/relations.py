@@ -7,32 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-
-@dataclass(frozen=True)
-class Pairs:
-    """Cells of the matrix in any order, the same cell as often as one likes."""
-
-    row_P: Tensor
-    column_P: Tensor
-    weight_P: Tensor | None = None  # default: 1
-    label_P: Tensor | None = None  # default: 1
-
-    def weights(self, like: Tensor) -> Tensor:
-        """(P,) in the type of `like`."""
-        return like.new_ones(self.row_P.shape[0]) if self.weight_P is None else self.weight_P.to(like.dtype)
-
-    def labels(self, like: Tensor) -> Tensor:
-        """(P,) in the type of `like`."""
-        return like.new_ones(self.row_P.shape[0]) if self.label_P is None else self.label_P.to(like.dtype)
-
-    def is_refused(self) -> Tensor:
-        """(P,): whether the label is 0 or below."""
-        return torch.zeros_like(self.row_P, dtype=torch.bool) if self.label_P is None else self.label_P <= 0
-
-    def where(self, is_kept_P: Tensor) -> Pairs:
-        """Those marked."""
-        parts = (self.row_P, self.column_P, self.weight_P, self.label_P)
-        return Pairs(*(None if part is None else part[is_kept_P] for part in parts))
+from trec_twotower.data.loading.pairs import Pairs
 
 
 @dataclass(frozen=True)

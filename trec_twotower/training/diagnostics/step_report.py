@@ -40,10 +40,12 @@ def suspect_values(schema: Schema, batch: Batch) -> list[str]:
 
     Only values of the data are looked at: weights of rows, pairs and bags, and numbers as they enter the towers.
     """
+    assert batch.targets is not None
+    given = batch.targets.given
     values: list[tuple[str, Tensor | None]] = [
-        ("row weights (column 'weight' of train/)", batch.positive_weight_P),
-        ("weights of loss.impressions", batch.given_weight_G),
-        ("labels of loss.impressions", batch.given_label_G),
+        ("row weights (column 'weight' of train/)", batch.targets.positive.weight_P),
+        ("weights of loss.impressions", None if given is None else given.weight_P),
+        ("labels of loss.impressions", None if given is None else given.label_P),
     ]
     for key in batch.sparse.keys():  # noqa: SIM118 - a list, not a dict
         side, _, name = key.partition(":")
@@ -75,10 +77,7 @@ def _statistics(batch: Batch) -> dict[str, Any]:
     if batch.sequences is not None:
         for key in batch.sequences.keys():  # noqa: SIM118
             found[key] = {"buckets": summary(batch.sequences[key].values())}
-    for name, value in vars(batch).items():
-        if isinstance(value, Tensor):
-            found[name] = summary(value)
-    return found
+    return found | {name: summary(value) for name, value in batch.named_tensors().items()}
 
 
 def summary(values: Tensor) -> dict[str, Any]:

@@ -1,0 +1,237 @@
+"""From looked-up embeddings to what enters a tower: the same path for training, encoding and torch.export."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from trec_twotower.config.base import Side
+from trec_twotower.config.features import SequenceFeature
+from trec_twotower.config.schema import Schema, delta_key, lookup_key, sub_name
+from trec_twotower.data.features.transform import divides
+from trec_twotower.data.loading.batch import Listed
+from trec_twotower.model.tower import Tower
+from trec_twotower.model.tower_layers import aligned
+
+
+@dataclass
+class Pooled:
+    """What was looked up, side by side in a few tensors, and by key where it lies there: which tensor, which columns.
+
+    A tensor may have more rows than a side.
+    """
+
+    sources: list[Tensor] = field(default_factory=list)
+    places: dict[str, tuple[int, slice]] = field(default_factory=dict)
+
+    def add(self, values: Tensor, widths: Mapping[str, int]) -> None:
+        """One more tensor, of keys in the order of its columns."""
+        first = 0
+        for name, width in widths.items():
+            self.places[name] = len(self.sources), slice(first, first + width)
+            first += width
+        self.sources.append(values)
+
+    def __getitem__(self, name: str) -> Tensor:
+        source, columns = self.places[name]
+        return self.sources[source][:, columns]
+
+
+@dataclass(frozen=True)
+class SideInputs:
+    """One side's tower, the divisors (rows, features) of its pooled sums, and its numbers (rows, N)."""
+
+    tower: Tower
+    divisor: Tensor
+    number: Tensor
+
+
+def build_inputs(
+    schema: Schema,
+    sides: Mapping[Side, SideInputs],
+    pooled: Pooled,
+    vectors: Mapping[str, Tensor],
+    listed: Mapping[str, Listed],
+) -> dict[Side, Tensor]:
+    """Return the input of each side's tower, (rows, E); (rows, M, E) for users with several vectors.
+
+    `pooled` has the pooled bags of one EmbeddingBagCollection, `vectors` the embeddings of one EmbeddingCollection by
+    key, and `listed` how the latter are arranged.
+    """
+    several_BMD = None
+    for name, vector in encode_unpooled(schema, sides, listed, vectors).items():
+        if vector.ndim == 3:
+            several_BMD, vector = vector, vector[:, 0]
+        pooled.add(vector, {name: vector.shape[1]})
+    numbers: dict[Side, tuple[Tensor, Tensor]] = {}
+    for side, given in sides.items():
+        for name, vector in apply_layers(schema, side, given, listed).items():
+            pooled.add(vector, {name: vector.shape[1]})
+        first = sum(feature.num_numbers for feature in schema.layout.layer_features(side))
+        numbers[side] = given.divisor, given.number[:, first:]
+    made = concatenate_features(schema, pooled, numbers)
+    if several_BMD is not None and "user" in made:
+        made["user"] = repeat_for_vectors(schema, made["user"], several_BMD)
+    return made
+
+
+def repeat_for_vectors(schema: Schema, feature_BE: Tensor, several_BMD: Tensor) -> Tensor:
+    """Return (B, M, E): each of a user's vectors next to the other features, which all of them share."""
+    assert schema.multi_interest_feature is not None
+    place = schema.layout.part_index("user", schema.multi_interest_feature.name)
+    first = sum(schema.layout.part_widths("user")[:place])
+    feature_BME = feature_BE[:, None].repeat(1, several_BMD.shape[1], 1)
+    feature_BME[:, :, first : first + several_BMD.shape[2]] = several_BMD
+    return feature_BME
+
+
+def encode_unpooled(
+    schema: Schema, sides: Mapping[Side, SideInputs], listed: Mapping[str, Listed], vectors: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Return the pooled bags and the users' encoded sequences by key, from embeddings that were looked up unpooled."""
+    found = {}
+    for side, feature in schema.layout.table_pairs:
+        name = lookup_key(side, feature)
+        if name not in vectors or side not in sides:
+            continue
+        if not isinstance(feature, SequenceFeature):
+            found[name] = pooled_by_hand(vectors[name], listed[name])
+            continue
+        item_UD = vectors[name]
+        if feature.delta:
+            item_UD = item_UD + vectors[delta_key(name)]
+        for attribute in feature.attributes:
+            at = listed[sub_name(name, attribute)]
+            added = pooled_by_hand(vectors[sub_name(name, attribute)], at)
+            item_UD = item_UD + (added if at.divisor is None else added / at.divisor[:, None])
+        found[name] = sides[side].tower.encode(feature.name, item_UD, listed[name])
+    return found
+
+
+def apply_layers(schema: Schema, side: Side, given: SideInputs, listed: Mapping[str, Listed]) -> dict[str, Tensor]:
+    """Return the output of the features' own layers, which read numbers or tokens, by key."""
+    found, first = {}, 0
+    for feature in schema.layout.layer_features(side):
+        name, stop = lookup_key(side, feature), first + feature.num_numbers
+        values = listed[name] if feature.has_tokens else given.number[:, first:stop]
+        found[name] = given.tower.encode(feature.name, values)
+        first = stop
+    return found
+
+
+def pooled_by_hand(vector_ND: Tensor, listed: Listed) -> Tensor:
+    """(entries, D): the sum of the vectors of each entry, weighted where there are weights.
+
+    (Sizes are read from shapes here, since torch.export takes `len` for a constant.)
+    """
+    if listed.place is not None:
+        assert listed.length is not None
+        ends = listed.length.cumsum(0)
+        return F.embedding_bag(
+            listed.place, vector_ND, ends - listed.length, mode="sum", per_sample_weights=listed.weight
+        )
+    if listed.weight is not None:
+        vector_ND = vector_ND * listed.weight[:, None]
+    if listed.length is None:
+        return vector_ND
+    entry_N = torch.repeat_interleave(
+        torch.arange(listed.length.shape[0], device=vector_ND.device), listed.length, output_size=vector_ND.shape[0]
+    )
+    return vector_ND.new_zeros(listed.length.shape[0], vector_ND.shape[1]).index_add(0, entry_N, vector_ND)
+
+
+def concatenate_features(
+    schema: Schema, pooled: Pooled, sides: Mapping[Side, tuple[Tensor, Tensor]]
+) -> dict[Side, Tensor]:
+    """(rows, E) of each side that is asked for.
+
+    That is its pooled bags, divided as their pooling says, what layers made, then its numbers. `sides` holds each one's
+    divisors, (rows, features), and those numbers.
+    """
+    pieces: list[_Piece] = []
+    for number, side in enumerate(sides):
+        first = 0
+        for column, feature in enumerate([*schema.layout.table_features(side), *schema.layout.layer_features(side)]):
+            name = lookup_key(side, feature)
+            source, columns = pooled.places[name]
+            after = first + columns.stop - columns.start
+            is_bag = column < len(schema.layout.table_features(side))
+            divisor = column if is_bag and divides(feature) else None
+            pieces.append(_Piece(number, slice(first, after), source, columns, divisor))
+            if is_bag and schema.table_of(feature).hashes == 2:
+                source, columns = pooled.places[sub_name(name, "2")]
+                pieces.append(_Piece(number, slice(first, after), source, columns, divisor, is_added=True))
+            first = after
+    made = _TowerInputs.apply(pieces, list(sides.values()), *pooled.sources)
+    return dict(zip(sides, made, strict=True))
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """One feature: columns of a tower's input, and where they come from."""
+
+    side: int
+    columns: slice
+    source: int
+    source_columns: slice
+    divisor: int | None
+    is_added: bool = False  # to the piece before it
+
+
+class _TowerInputs(torch.autograd.Function):
+    """Every number is read and written once, in both directions; by torch, divided and joined, more often."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, pieces: list[_Piece], sides: list[tuple[Tensor, Tensor]], *sources: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.pieces, ctx.divisors = pieces, [divisor for divisor, _ in sides]
+        ctx.likes = [(each.shape, each.dtype) for each in sources]
+        made = []
+        for side, (divisor, numbers) in enumerate(sides):
+            mine = [piece for piece in pieces if piece.side == side]
+            width = mine[-1].columns.stop if mine else 0
+            rows = divisor.shape[0]
+            input_BE = aligned(numbers, rows, width + numbers.shape[1])
+            input_BE[:, width:] = numbers
+            for piece in mine:
+                part = sources[piece.source][:rows, piece.source_columns]
+                by = None if piece.divisor is None else divisor[:, piece.divisor : piece.divisor + 1]
+                if piece.is_added:
+                    input_BE[:, piece.columns] += part if by is None else part / by
+                elif by is None:
+                    input_BE[:, piece.columns] = part
+                elif torch.compiler.is_exporting():  # a program with `out=` runs without gradients only
+                    input_BE[:, piece.columns] = part / by
+                else:
+                    torch.div(part, by, out=input_BE[:, piece.columns])
+            made.append(input_BE)
+        return tuple(made)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        # Keys that no side here asked for get zeros.
+        asked = [0] * len(ctx.likes)
+        for piece in ctx.pieces:
+            asked[piece.source] += piece.source_columns.stop - piece.source_columns.start
+        found = [
+            (gradients[0].new_empty if width == shape[1] else gradients[0].new_zeros)(shape, dtype=dtype)
+            for (shape, dtype), width in zip(ctx.likes, asked, strict=True)
+        ]
+        for piece in ctx.pieces:
+            gradient, divisor = gradients[piece.side][:, piece.columns], ctx.divisors[piece.side]
+            into = found[piece.source][:, piece.source_columns]
+            into[len(divisor) :] = 0
+            if piece.divisor is None:
+                into[: len(divisor)] = gradient
+            else:
+                by = divisor[:, piece.divisor : piece.divisor + 1]
+                torch.div(gradient, by, out=into[: len(divisor)])
+        return None, None, *found
