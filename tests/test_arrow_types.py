@@ -20,7 +20,8 @@ from trec_twotower.config.schema import Schema
 from trec_twotower.data.arrow_types import plain_array, plain_type
 from trec_twotower.data.dataset import Dataset
 from trec_twotower.data.feature_dataset import Sources
-from trec_twotower.data.features.transform import hash_column, transform
+from trec_twotower.data.features.hash_column import hash_column
+from trec_twotower.data.features.transform import transform
 from trec_twotower.data.held_out import HeldOut
 from trec_twotower.errors import ConfigError, DataError
 from trec_twotower.evaluation.slices import column_of, parts_of

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from tests.test_reader import BOTH, batches_of, contents, folder  # noqa: F401 - a fixture
-from trec_twotower.data.dataset import RowGroup
 from trec_twotower.data.features.transform import Columns
 from trec_twotower.data.loading import row_cache as caching
 from trec_twotower.data.loading.examples import Examples
 from trec_twotower.data.loading.row_cache import Cache
+from trec_twotower.data.split import RowGroup
 from trec_twotower.ops.ragged import Lists
 
 GROUP = RowGroup(Path("train/part.parquet"), 0, 0, 3)

@@ -24,10 +24,11 @@ from trec_twotower.config.loading import load_config
 from trec_twotower.config.model import TableSpec
 from trec_twotower.config.schema import Schema
 from trec_twotower.data import item_table as catalogue_module
-from trec_twotower.data.dataset import Dataset, Split
+from trec_twotower.data.dataset import Dataset
 from trec_twotower.data.feature_dataset import Sources
 from trec_twotower.data.features.transform import Statistics, transform
 from trec_twotower.data.item_table import Catalogue
+from trec_twotower.data.split import Split
 from trec_twotower.distributed.ranks import Ranks
 from trec_twotower.errors import ConfigError, DataError
 from trec_twotower.ops.hashing import mix
@@ -386,7 +387,7 @@ import sys, threading
 from pathlib import Path
 from trec_twotower.data import item_table as module
 from trec_twotower.storage.cache_dir import CacheFolder
-from trec_twotower.data.dataset import Split
+from trec_twotower.data.split import Split
 from trec_twotower.config.feature_spec import FeatureSpec
 from trec_twotower.config.features import build_feature
 from trec_twotower.config.model import TableSpec

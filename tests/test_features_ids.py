@@ -31,8 +31,9 @@ from trec_twotower.data.dataset import Dataset
 from trec_twotower.data.feature_dataset import Sources
 from trec_twotower.data.feature_report import OwnItems, coverage, describe_coverage, own_items
 from trec_twotower.data.features.external_files import check_files
+from trec_twotower.data.features.hash_column import hash_column
 from trec_twotower.data.features.numeric import Statistics
-from trec_twotower.data.features.transform import hash_column, transform
+from trec_twotower.data.features.transform import transform
 from trec_twotower.data.features.vocabulary import in_vocabulary, make_vocabulary, read_words, words_of_file
 from trec_twotower.data.loading.batch import make_batch
 from trec_twotower.data.loading.reader import UnitReader, without_own

@@ -15,11 +15,12 @@ from trec_twotower.config.features import build_feature
 from trec_twotower.config.losses import NegativesConfig
 from trec_twotower.config.model import TableSpec
 from trec_twotower.config.schema import Schema
-from trec_twotower.data.dataset import Dataset, RowGroup, Split
+from trec_twotower.data.dataset import Dataset
 from trec_twotower.data.feature_dataset import Sources
 from trec_twotower.data.loading import order, reader
 from trec_twotower.data.loading.loader import TrainBatches
 from trec_twotower.data.loading.order import Interleaving, Window, windows_of
+from trec_twotower.data.split import RowGroup, Split
 from trec_twotower.errors import DataError
 
 ITEM = TableSpec(buckets=64, dim=4)

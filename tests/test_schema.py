@@ -17,7 +17,7 @@ from tests.kinds import build_loss
 from trec_twotower.config.features import build_feature
 from trec_twotower.config.model import ModelConfig, TableSpec
 from trec_twotower.config.schema import Schema, lookup_key
-from trec_twotower.data.features.transform import hash_column
+from trec_twotower.data.features.hash_column import hash_column
 from trec_twotower.distributed.ranks import Ranks
 from trec_twotower.errors import ConfigError, DataError
 from trec_twotower.model.tower import encoder_name

@@ -17,10 +17,10 @@ import torch
 
 from trec_twotower.config.base import validate
 from trec_twotower.config.run_config import RunConfig
-from trec_twotower.data.dataset import RowGroup
 from trec_twotower.data.loading import streaming
 from trec_twotower.data.loading.order import Interleaving, windows_of
 from trec_twotower.data.loading.streaming import Stream
+from trec_twotower.data.split import RowGroup
 from trec_twotower.distributed.ranks import Ranks
 from trec_twotower.errors import ConfigError, DataError
 from trec_twotower.training.run_dir import Run

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from trec_twotower.config.feature_spec import FeatureSpec
 from trec_twotower.config.features import build_feature
 from trec_twotower.config.model import TableSpec
-from trec_twotower.data.dataset import Split
+from trec_twotower.data.features.column_checks import check_kind, is_id_list
 from trec_twotower.data.features.numeric import learn_statistics as learn_of_values
 from trec_twotower.data.features.numeric import normalize as normalise_values
 from trec_twotower.data.features.numeric import number_values
@@ -25,14 +25,13 @@ from trec_twotower.data.features.transform import (
     Statistics,
     bag,
     category,
-    check_kind,
-    is_id_list,
     key_lists,
     one_chunk,
     put_pooling_divisor,
     transform,
 )
 from trec_twotower.data.item_table import check_side
+from trec_twotower.data.split import Split
 from trec_twotower.errors import DataError
 from trec_twotower.ops.hashing import mix
 from trec_twotower.ops.ragged import Lists

@@ -17,7 +17,7 @@ from trec_twotower.config.features import build_feature
 from trec_twotower.config.schema import Schema
 from trec_twotower.data.dataset import Dataset
 from trec_twotower.data.feature_dataset import Sources
-from trec_twotower.data.features.transform import hash_column
+from trec_twotower.data.features.hash_column import hash_column
 from trec_twotower.serving.user_state import newest_state, with_interactions
 
 ITEM = build_feature(name="item_id", kind="id", buckets=64, dim=4)

@@ -13,7 +13,7 @@ if TYPE_CHECKING:  # the same names for type checkers and editors
     from trec_twotower.config.run_config import RunConfig as RunConfig
     from trec_twotower.config.schema import Schema as Schema
     from trec_twotower.data.dataset import Dataset as Dataset
-    from trec_twotower.data.features.transform import hash_column as hash_column
+    from trec_twotower.data.features.hash_column import hash_column as hash_column
     from trec_twotower.data.item_table import Catalogue as Catalogue
     from trec_twotower.distributed.ranks import Ranks as Ranks
     from trec_twotower.distributed.ranks import start_ranks as start_ranks
@@ -45,7 +45,7 @@ _MODULE_OF = {
     "TableSpec": "config.model",
     "TwoTower": "model.two_tower",
     "build_feature": "config.features",
-    "hash_column": "data.features.transform",
+    "hash_column": "data.features.hash_column",
     "hash_to_bucket": "ops.hashing",
     "load_config": "config.loading",
     "start_ranks": "distributed.ranks",

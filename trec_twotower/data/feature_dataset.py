@@ -16,11 +16,12 @@ from trec_twotower.config.feature_spec import HISTORY, FeatureSpec, ItemListFeat
 from trec_twotower.config.features import BagFeature, IdFeature, NumericFeature, SequenceFeature, VocabularyFeature
 from trec_twotower.config.schema import Schema
 from trec_twotower.data.arrow_types import is_list
-from trec_twotower.data.dataset import ITEM_ID, POSITIVES, USER_ID, Dataset, Split
+from trec_twotower.data.dataset import ITEM_ID, POSITIVES, USER_ID, Dataset
 from trec_twotower.data.features.numeric import Statistics, learn_statistics
 from trec_twotower.data.features.transform import Columns, numeric, one_chunk, transform
 from trec_twotower.data.features.vocabulary import make_vocabulary
 from trec_twotower.data.item_table import Catalogue, check_side
+from trec_twotower.data.split import Split
 from trec_twotower.errors import ConfigError, DataError, nearest
 from trec_twotower.ops.hashing import is_id, is_text
 from trec_twotower.ops.ragged import Lists

@@ -11,11 +11,12 @@ import pyarrow as pa
 from trec_twotower.config.base import Side
 from trec_twotower.config.feature_spec import HISTORY, FeatureSpec, ItemListFeature, TableFeature
 from trec_twotower.config.features import CategoryFeature, CrossFeature, TextFeature, VocabularyFeature
-from trec_twotower.data.dataset import ITEM_ID, POSITIVES, Split
+from trec_twotower.data.dataset import ITEM_ID, POSITIVES
 from trec_twotower.data.feature_dataset import Sources
 from trec_twotower.data.features.text import text_keys
 from trec_twotower.data.features.transform import bucket, cross_keys, hashings, key_lists, one_chunk
 from trec_twotower.data.features.vocabulary import UNKNOWN_ROW, in_vocabulary
+from trec_twotower.data.split import Split
 from trec_twotower.ops.hashing import id_keys
 
 

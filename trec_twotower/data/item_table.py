@@ -19,19 +19,9 @@ from trec_twotower.config.feature_spec import FeatureSpec
 from trec_twotower.config.features import IdFeature, LanguageModelFeature
 from trec_twotower.config.model import TableSpec
 from trec_twotower.config.schema import bucket_names
-from trec_twotower.data.dataset import RowGroup, Split
-from trec_twotower.data.features.transform import (
-    Columns,
-    Statistics,
-    check_actions,
-    check_kind,
-    check_time,
-    check_times,
-    check_weights,
-    key_lists,
-    one_chunk,
-    transform,
-)
+from trec_twotower.data.features.column_checks import check_actions, check_kind, check_time, check_times, check_weights
+from trec_twotower.data.features.transform import Columns, Statistics, key_lists, one_chunk, transform
+from trec_twotower.data.split import RowGroup, Split
 from trec_twotower.data.value_digests import mixed, value_digests
 from trec_twotower.errors import DataError
 from trec_twotower.ops.hashing import bucket_type, id_keys, is_text

@@ -15,8 +15,9 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from trec_twotower.config.feature_spec import HISTORY
 from trec_twotower.config.features import CategoryFeature, VocabularyFeature
-from trec_twotower.data.dataset import ITEM_ID, POSITIVES, SERVING, USER_ID, Split
+from trec_twotower.data.dataset import ITEM_ID, POSITIVES, SERVING, USER_ID
 from trec_twotower.data.features.transform import one_chunk
+from trec_twotower.data.split import Split
 from trec_twotower.errors import ConfigError, DataError, nearest
 from trec_twotower.evaluation import charts
 from trec_twotower.evaluation.comparison import EXACT, REACHABLE, THROUGH_INDEX

@@ -11,10 +11,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from trec_twotower.config.base import Side
-from trec_twotower.data.dataset import ITEM_ID, USER_ID, Split
+from trec_twotower.data.dataset import ITEM_ID, USER_ID
 from trec_twotower.data.feature_dataset import Sources
 from trec_twotower.data.features.transform import one_chunk
 from trec_twotower.data.held_out import HeldOut
+from trec_twotower.data.split import Split
 from trec_twotower.errors import ConfigError, nearest
 from trec_twotower.storage.arrow_values import python_values
 

@@ -12,10 +12,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from trec_twotower.config.base import Side
-from trec_twotower.data.dataset import ITEM_ID, SERVING, USER_ID, Split
+from trec_twotower.data.dataset import ITEM_ID, SERVING, USER_ID
 from trec_twotower.data.feature_dataset import Sources
 from trec_twotower.data.features.transform import Columns
 from trec_twotower.data.held_out import HeldOut
+from trec_twotower.data.split import Split
 from trec_twotower.distributed.ranks import Ranks
 from trec_twotower.errors import ConfigError, DataError, nearest
 from trec_twotower.inference.model_loader import LoadedModel

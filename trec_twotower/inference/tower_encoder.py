@@ -32,7 +32,8 @@ from trec_twotower.config.schema import Schema
 from trec_twotower.data.arrow_types import plain_table
 from trec_twotower.data.dataset import ITEM_ID, USER_ID
 from trec_twotower.data.feature_dataset import Sources
-from trec_twotower.data.features.transform import Columns, Statistics, check_kind, transform
+from trec_twotower.data.features.column_checks import check_kind
+from trec_twotower.data.features.transform import Columns, Statistics, transform
 from trec_twotower.distributed.ranks import Ranks, check_process, quiet_libraries
 from trec_twotower.errors import ConfigError, DataError, nearest
 from trec_twotower.inference.export import vector_column

@@ -14,7 +14,6 @@ from trec_twotower.config.features import (
     BagFeature,
     CategoryFeature,
     CrossFeature,
-    IdFeature,
     LanguageModelFeature,
     NumberFeature,
     NumericFeature,
@@ -26,14 +25,15 @@ from trec_twotower.config.features import (
 )
 from trec_twotower.config.model import TableSpec
 from trec_twotower.config.schema import bucket_names, sub_name
-from trec_twotower.data.arrow_types import as_list, is_list, plain_table
-from trec_twotower.data.features.datetime_parts import DAY_S, ages, is_time, parts, seconds
-from trec_twotower.data.features.embeddings import is_vector, vectors
-from trec_twotower.data.features.numeric import Statistics, binned, is_number, normalize, number_values
+from trec_twotower.data.arrow_types import as_list
+from trec_twotower.data.features.column_checks import check_actions, check_times, check_weights, is_id_list
+from trec_twotower.data.features.datetime_parts import DAY_S, ages, parts, seconds
+from trec_twotower.data.features.embeddings import vectors
+from trec_twotower.data.features.numeric import Statistics, binned, normalize, number_values
 from trec_twotower.data.features.text import text_keys, tokens
 from trec_twotower.data.features.vocabulary import in_vocabulary
-from trec_twotower.errors import ConfigError, DataError
-from trec_twotower.ops.hashing import bucket_type, hash_to_bucket, id_keys, is_id, is_text, mix_array, modulo_bucket
+from trec_twotower.errors import DataError
+from trec_twotower.ops.hashing import bucket_type, hash_to_bucket, id_keys, mix_array, modulo_bucket
 from trec_twotower.ops.kernels import put_divisors
 from trec_twotower.ops.ragged import Lists
 
@@ -353,10 +353,6 @@ def _element_lists(array: pa.Array, where: str, of_ids: Callable[[pa.Array], np.
     return Lists(kept[offsets].astype(np.int64), of_ids(elements.drop_null()))
 
 
-def is_id_list(kind: pa.DataType) -> bool:
-    return is_list(kind) and is_id(kind.value_type)
-
-
 def _offsets(array: pa.Array) -> np.ndarray:
     offsets = array.offsets.to_numpy(zero_copy_only=False).astype(np.int64)
     return offsets - offsets[0]
@@ -425,85 +421,3 @@ def put_pooling_divisor(feature: FeatureSpec, lists: Lists, out: np.ndarray) -> 
 
 def one_chunk(column: pa.ChunkedArray) -> pa.Array:
     return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
-
-
-def check_weights(column: str, kind: pa.DataType, where: str) -> None:
-    """Raises DataError when a column's type cannot be a bag's weights."""
-    if not (is_list(kind) and is_number(kind.value_type)):
-        raise DataError(f"{where}: its weights, column {column!r}, are {kind}, not a list of numbers: cast them.")
-
-
-def check_time(feature: FeatureSpec, column: str, kind: pa.DataType, where: str) -> None:
-    """Raises DataError when a column's type cannot be the time until which ages are counted."""
-    if not is_time(kind):
-        raise DataError(
-            f"{where}: column {column!r} is {kind}, but feature {feature.name!r} counts ages until it: "
-            "timestamps, dates or numbers are needed."
-        )
-
-
-def check_times(column: str, kind: pa.DataType, where: str) -> None:
-    """Raises DataError when a column's type cannot be the times of steps."""
-    if not (is_list(kind) and is_time(kind.value_type)):
-        raise DataError(
-            f"{where}: its times, column {column!r}, are {kind}, not a list of timestamps, dates or numbers."
-        )
-
-
-def check_actions(column: str, kind: pa.DataType, where: str) -> None:
-    """Raises DataError when a column's type cannot be the actions of steps."""
-    if not is_id_list(kind):
-        raise DataError(f"{where}: its actions, column {column!r}, are {kind}, not a list of integers or strings.")
-
-
-NEEDED: dict[str, tuple[str, Callable[[pa.DataType], bool]]] = {
-    "id": ("integers or strings", is_id),
-    "category": ("integers or strings", is_id),
-    "bag": ("lists of integers or strings", is_id_list),
-    "sequence": ("lists of integers or strings", is_id_list),
-    "number": ("numbers", is_number),
-    "cross": ("integers or strings", is_id),
-    "time": ("timestamps, dates or numbers", is_time),
-    "text": ("strings", is_text),
-    "vector": ("lists of floating-point numbers", is_vector),
-}
-
-
-def check_kind(feature: FeatureSpec, kind: pa.DataType, where: str, column: str | None = None) -> None:
-    """Raises DataError when a column's type cannot be this kind of feature, before anything is read."""
-    needed, fits = NEEDED[feature.kind]
-    if not fits(kind):
-        raise DataError(
-            f"{where}: column {column or feature.source_column!r} is {kind}, but feature {feature.name!r} of kind "
-            f"{feature.kind!r} needs {needed}: write the column so, or change the kind."
-        )
-
-
-def hash_column(feature: FeatureSpec, array: pa.Array, table: TableSpec | None = None) -> pa.Array:
-    """Return the table rows that training looks up for a column: integers, or lists of them for a bag.
-
-    For offline jobs (Spark, Ray, DuckDB), which need neither torch nor a run. `table` is the declared table that the
-    feature names; a feature with a table of its own needs none. Null elements of a bag are dropped and long lists are
-    cut, as in training. Raises DataError where the column does not fit the kind.
-    """
-    if not isinstance(feature, IdFeature | CategoryFeature | ItemListFeature | TextFeature):
-        raise ConfigError(
-            f"feature {feature.name!r} is a {feature.kind}, whose column is not hashed by itself: choose an id, "
-            "category, bag, sequence or text."
-        )
-    spec = table or feature.own_table
-    if spec is None or (table is not None and feature.table is None):
-        wanted = f"names table {feature.table!r}: give its" if feature.table else "has a table of its own: give no"
-        raise ConfigError(f"feature {feature.name!r} {wanted} TableSpec.")
-    if spec.hashes == 2:
-        raise ConfigError(f"feature {feature.name!r} has two rows per id, but this returns one: set hashes to 1.")
-    where = f"the column given for feature {feature.name!r}"
-    rows = plain_table(pa.table({feature.source_column: array}), [feature.source_column])
-    check_kind(feature, rows.schema.types[0], where)
-    ids_alone = {"weights": None, "times": None, "half_life_days": None, "actions": None, "attributes": ()}
-    settings = {name: value for name, value in ids_alone.items() if name in type(feature).model_fields}
-    columns = transform([feature.model_copy(update=settings)], {feature.table_name: spec}, {}, rows, where)
-    found = columns.sparse[feature.name]
-    if found.is_single:
-        return pa.array(found.values)
-    return pa.LargeListArray.from_arrays(pa.array(found.offsets), pa.array(found.values))

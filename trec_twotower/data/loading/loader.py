@@ -27,7 +27,8 @@ from trec_twotower.data.loading.reader import UnitReader, UnitRows
 from trec_twotower.data.loading.step_buckets import take
 from trec_twotower.data.loading.step_rows import StepRows, rows_at
 from trec_twotower.data.negatives.candidates import CandidateSets
-from trec_twotower.data.negatives.samplers import Negatives, StepItems
+from trec_twotower.data.negatives.samplers import StepItems
+from trec_twotower.data.negatives.step_negatives import Negatives
 from trec_twotower.errors import ConfigError
 from trec_twotower.ops.ragged import Lists
 

@@ -18,7 +18,7 @@ from itertools import accumulate
 
 import numpy as np
 
-from trec_twotower.data.dataset import RowGroup
+from trec_twotower.data.split import RowGroup
 from trec_twotower.ops.hashing import mix
 from trec_twotower.ops.kernels import count_before, shuffle
 

@@ -19,7 +19,7 @@ from trec_twotower.config.data import DataConfig
 from trec_twotower.config.feature_spec import HISTORY
 from trec_twotower.config.losses import LossConfig
 from trec_twotower.config.schema import bucket_names
-from trec_twotower.data.dataset import ITEM_ID, POSITIVES, USER_ID, RowGroup
+from trec_twotower.data.dataset import ITEM_ID, POSITIVES, USER_ID
 from trec_twotower.data.feature_dataset import Sources
 from trec_twotower.data.features.numeric import is_number
 from trec_twotower.data.features.transform import beside, key_lists, one_chunk
@@ -28,6 +28,7 @@ from trec_twotower.data.loading.order import Unit
 from trec_twotower.data.loading.row_cache import Cache
 from trec_twotower.data.loading.step_buckets import Buffers, Packed, Packer
 from trec_twotower.data.negatives.mined import MOST_WEIGHT, check_given, given_columns, read_given
+from trec_twotower.data.split import RowGroup
 from trec_twotower.distributed.host_memory import keep_freed
 from trec_twotower.errors import DataError
 from trec_twotower.ops.bucket_kernels import mark_heaps

@@ -19,10 +19,11 @@ import pyarrow as pa
 import xxhash
 
 from trec_twotower.config.data import DataConfig
-from trec_twotower.data.dataset import PARTS_OF_ROWS, RowGroup
+from trec_twotower.data.dataset import PARTS_OF_ROWS
 from trec_twotower.data.feature_dataset import Sources, open_cache
 from trec_twotower.data.loading.examples import Examples
 from trec_twotower.data.loading.step_buckets import WEIGHTS, Layout, assembled, parts_of
+from trec_twotower.data.split import RowGroup
 from trec_twotower.ops.ragged import Lists
 from trec_twotower.storage.cache_dir import changed, size_of
 

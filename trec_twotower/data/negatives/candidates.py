@@ -15,7 +15,8 @@ from trec_twotower.data.loading.batch import Candidates
 from trec_twotower.data.loading.examples import Examples
 from trec_twotower.data.loading.pairs import Pairs, Targets
 from trec_twotower.data.negatives.mined import KeyedLists
-from trec_twotower.data.negatives.samplers import Negatives, StepItems
+from trec_twotower.data.negatives.samplers import StepItems
+from trec_twotower.data.negatives.step_negatives import Negatives
 from trec_twotower.ops.hashing import fingerprints, mix_array
 from trec_twotower.ops.kernels import find_columns, mark_distinct
 from trec_twotower.ops.key_table import pairs_by_fingerprint

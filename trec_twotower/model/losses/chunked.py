@@ -10,7 +10,6 @@ its slope goes to that one: M times the products.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -22,7 +21,8 @@ from torch.autograd.function import once_differentiable
 from trec_twotower.data.loading.pairs import Pairs
 from trec_twotower.model.cpu.bf16_padding import STEP, filled_up, narrowed, whole_steps
 from trec_twotower.model.cpu.loss_kernels import add_products, are_ours, dots
-from trec_twotower.model.losses.relations import Hardest, Relations, cells_of
+from trec_twotower.model.losses.negative_cells import BestVectors, NegativeCells, best_vectors
+from trec_twotower.model.losses.relations import Relations
 
 Precision = Literal["fp32", "bf16", "bf16_logits"]
 
@@ -82,7 +82,7 @@ def met(user_BD: Tensor, item_CD: Tensor, pairs: Pairs) -> tuple[Tensor, Pairs]:
     """One vector a row, and the pairs: of users with several, all vectors, and each pair's of the highest product."""
     if user_BD.ndim == 2:
         return user_BD, pairs
-    best_P = _best(user_BD.detach(), item_CD.detach(), pairs.row_P, pairs.column_P)
+    best_P = best_vectors(user_BD.detach(), item_CD.detach(), pairs.row_P, pairs.column_P)
     return user_BD.flatten(0, 1), replace(pairs, row_P=pairs.row_P * user_BD.shape[1] + best_P)
 
 
@@ -132,7 +132,7 @@ def in_blocks(
         row_P, column_P, logit_P, weight_P, label_P = parts if order_P is None else [part[order_P] for part in parts]
         step = WHOLE_LINES if precision == "fp32" else STEP
         width = whole_steps(item_CD.shape[0], user_BD.device, step)
-        negatives = _Negatives.of(user_BD.detach(), item_CD.detach(), relations, given_apart, width, weights)
+        negatives = NegativeCells.of(user_BD.detach(), item_CD.detach(), relations, given_apart, width, weights)
         return _InBlocks.apply(
             user_BD,
             item_CD,
@@ -172,85 +172,6 @@ def rows_a_block(num_columns: int, device: torch.device, is_narrow: bool) -> int
     return max(BLOCK_ROWS, cells // max(num_columns, 1))
 
 
-@dataclass(frozen=True)
-class _Negatives:
-    """Which cells are negatives: columns by their offset, and cells by number (row * W + column), rising, distinct.
-
-    The W columns of the matrix are the candidates and, on CPUs, some behind them that are nobody's negatives.
-    """
-
-    offset_W: Tensor  # -log q, and -inf for columns that are not everybody's negatives
-    shut: Tensor  # cells of negative columns that are none
-    opened: Tensor  # cells of other columns that are some
-    opened_logit: Tensor
-    opened_best: Tensor  # which of a row's vectors that is of
-    num_negatives_B: Tensor
-    hardest: Hardest | None
-    weight_W: Tensor | None  # for a rule that weights: of each column, 0 where it is not everybody's negative
-
-    @classmethod
-    def of(
-        cls, user_BD: Tensor, item_CD: Tensor, relations: Relations, given_apart: bool, width: int, weights: bool
-    ) -> _Negatives:
-        num_rows, num_columns = user_BD.shape[0], item_CD.shape[0]
-        given, is_negative_C = relations.given, relations.is_negative_C
-        offset_C = item_CD.new_zeros(num_columns) if relations.log_q_C is None else -relations.log_q_C
-        shut = cells_of(relations.known, width)
-        opened = shut[:0]
-        if given is not None:
-            cell_G = cells_of(given, width)
-            shut = torch.cat([shut, cell_G if given_apart else cell_G[~given.is_refused()]])
-            if is_negative_C is not None and not given_apart:
-                opened = _distinct(cell_G[given.is_refused() & ~is_negative_C[given.column_P]])
-                opened = opened[~torch.isin(opened, shut)]
-        shut = _distinct(shut)
-        num_negatives = num_columns
-        if is_negative_C is not None:
-            offset_C = offset_C.where(is_negative_C, float("-inf"))
-            shut = shut[is_negative_C[shut % max(width, 1)]]
-            num_negatives = int(is_negative_C.sum())
-        num_negatives_B = torch.full((num_rows,), num_negatives, device=user_BD.device)
-        for cells, change in ((shut, -1), (opened, 1)):
-            if len(cells):
-                num_negatives_B += change * torch.bincount(cells // width, minlength=num_rows)
-        row, column = opened // max(width, 1), opened % max(width, 1)
-        user_BMD = user_BD if user_BD.ndim == 3 else user_BD[:, None]
-        opened_best = _best(user_BMD, item_CD, row, column)
-        opened_logit = dots(user_BMD.flatten(0, 1), row * user_BMD.shape[1] + opened_best, item_CD, column)
-        num_negatives_B = num_negatives_B.to(user_BD.dtype)
-        offset_W = item_CD.new_full((width,), float("-inf"))
-        offset_W[:num_columns] = offset_C
-        hardest = relations.hardest
-        if hardest is not None and hardest.count >= num_columns:
-            hardest = None
-        weight_W = None
-        if weights:
-            if hardest is not None or relations.log_q_C is not None:
-                weight_W = offset_W.exp()
-            offset_W = offset_W.clamp(max=0).where(offset_W.isneginf(), 0.0)
-        return cls(offset_W, shut, opened, opened_logit, opened_best, num_negatives_B, hardest, weight_W)
-
-    def lower_the_others(self, logit_bW: Tensor) -> None:
-        """Add the log of their weight to the logits of all but a row's hardest negatives, in place."""
-        assert self.hardest is not None
-        # Compared without log q: with it, the rarest items would be the hardest as long as scores are close together.
-        score_bW = logit_bW - self.offset_W.where(self.offset_W.isfinite(), 0.0)
-        place_bK = score_bW.topk(self.hardest.count, dim=1, sorted=False).indices
-        top_bK = logit_bW.gather(1, place_bK)
-        logit_bW.add_(math.log(self.hardest.others)).scatter_(1, place_bK, top_bK)
-
-    def weights(self, room_bW: Tensor, logit_bW: Tensor) -> Tensor:
-        """The weights of a block's negatives, made in `room_bW`; 0 where a cell is none."""
-        assert self.weight_W is not None
-        weight_bW = room_bW.copy_(self.weight_W.where(self.weight_W > 0, 1.0))  # 1 is for what is opened
-        weight_bW.masked_fill_(logit_bW.isneginf(), 0.0)
-        if self.hardest is not None:
-            place_bK = logit_bW.topk(self.hardest.count, dim=1, sorted=False).indices
-            top_bK = weight_bW.gather(1, place_bK)
-            weight_bW.mul_(self.hardest.others).scatter_(1, place_bK, top_bK)
-        return weight_bW
-
-
 class _InBlocks(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -259,7 +180,7 @@ class _InBlocks(torch.autograd.Function):
         item_CD: Tensor,
         logit_P: Tensor,
         pairs: tuple[Tensor, Tensor | None, Tensor, Tensor],
-        negatives: _Negatives,
+        negatives: NegativeCells,
         rule: Rule,
         adds_offset: bool,
         precision: Precision,
@@ -271,10 +192,7 @@ class _InBlocks(torch.autograd.Function):
         narrow = user_BD.dtype if precision == "fp32" else torch.bfloat16
         size = rows_a_block(width, user_BD.device, narrow != user_BD.dtype)
         size = -(-num_rows // -(-num_rows // size)) if num_rows else size  # blocks of like size
-        edges = torch.arange(0, num_rows + size, size, device=user_BD.device).clamp_(max=num_rows)
-        edges_P = torch.searchsorted(row_P.contiguous(), edges).tolist()
-        edges_shut = torch.searchsorted(negatives.shut, edges * width).tolist()
-        edges_opened = torch.searchsorted(negatives.opened, edges * width).tolist()
+        edges_P, edges_shut, edges_opened = negatives.block_edges(row_P, num_rows, size)
         cells = max(size * width, 1)
         row_p, shut, opened = row_P % size, negatives.shut % cells, negatives.opened % cells  # within their blocks
 
@@ -291,7 +209,7 @@ class _InBlocks(torch.autograd.Function):
         grad_user_BMD = torch.empty_like(user_BMD) if num_columns else torch.zeros_like(user_BMD)
         grad_item_DW = torch.zeros_like(item_WD.T, memory_format=torch.contiguous_format)
         grad_logit_P = torch.zeros_like(logit_P)
-        several = _Several(room) if num_vectors > 1 else None
+        several = BestVectors(room) if num_vectors > 1 else None
         weight_room = None if negatives.weight_W is None else torch.empty_like(room)
         narrow_room = None if narrow == room.dtype else torch.empty_like(room, dtype=narrow)
         for number, start in enumerate(range(0, num_rows if num_columns else 0, size)):
@@ -299,59 +217,34 @@ class _InBlocks(torch.autograd.Function):
             mine = slice(edges_P[number], edges_P[number + 1])
             part_bMD = user_BMD[start:stop]
             logit_bW = room[: stop - start]
+            narrow_bW = None if narrow_room is None else narrow_room[: stop - start]
             if precision == "bf16_logits":
-                assert narrow_room is not None
-                torch.mm(part_bMD[:, 0].to(narrow), narrow_WD.T, out=narrow_room[: stop - start])
-                logit_bW.copy_(narrow_room[: stop - start])
-                if early_W is not None:
-                    logit_bW += early_W
-            elif early_W is None:
-                torch.mm(part_bMD[:, 0], item_WD.T, out=logit_bW)
+                _narrow_products(logit_bW, narrow_bW, part_bMD[:, 0].to(narrow), narrow_WD, early_W)
             else:
-                torch.addmm(early_W, part_bMD[:, 0], item_WD.T, out=logit_bW)
+                _products(logit_bW, part_bMD[:, 0], item_WD, early_W)
             if several is not None:
                 several.raise_to_best(logit_bW, negatives.offset_W, part_bMD, item_WD)
-            cell = logit_bW.view(-1)
-            cell.index_fill_(0, shut[edges_shut[number] : edges_shut[number + 1]], float("-inf"))
-            if len(opened):
-                part = slice(edges_opened[number], edges_opened[number + 1])
-                cell.index_copy_(0, opened[part], negatives.opened_logit[part])
-                if several is not None:
-                    several.best_bW.view(-1).index_copy_(0, opened[part], negatives.opened_best[part].to(torch.int8))
-            weight_bW, total_weight_b = None, negatives.num_negatives_B[start:stop]
-            if weight_room is not None:
-                weight_bW = negatives.weights(weight_room[: stop - start], logit_bW)
-                total_weight_b = weight_bW.sum(1)
-            elif negatives.hardest is not None:
-                negatives.lower_the_others(logit_bW)
-            slopes = rule(
-                Block(
-                    logit_bW,
-                    late_W,
-                    weight_bW,
-                    total_weight_b,
-                    row_p[mine],
-                    logit_P[mine],
-                    weight_P[mine],
-                    label_P[mine],
-                )
+            negatives.mask(
+                logit_bW,
+                shut[edges_shut[number] : edges_shut[number + 1]],
+                opened,
+                slice(edges_opened[number], edges_opened[number + 1]),
+                several,
             )
+            own_room = None if weight_room is None else weight_room[: stop - start]
+            weights = negatives.weigh(own_room, logit_bW, slice(start, stop))
+            pair_values = (each[mine] for each in (row_p, logit_P, weight_P, label_P))
+            slopes = rule(Block(logit_bW, late_W, *weights, *pair_values))
             loss += slopes.loss
             grad_logit_P[mine] = slopes.pair_p
             factor_b1 = slopes.factor_b[:, None]
             for vector in range(num_vectors):
                 cell_bW = slopes.cell_bW if several is None else several.of(vector, slopes.cell_bW)
-                if narrow_room is not None:
-                    cell_bW = narrow_room[: stop - start].copy_(cell_bW)
+                cell_bW = cell_bW if narrow_bW is None else narrow_bW.copy_(cell_bW)
                 weighted_Db = (factor_b1 * part_bMD[:, vector]).to(narrow).T
-                # (D, W), since this product is faster than its transpose.
-                if narrow == user_BD.dtype:
-                    made_bD = torch.mm(cell_bW, narrow_WD, out=grad_user_BMD[start:stop, vector])
-                    grad_item_DW.addmm_(weighted_Db, cell_bW)
-                else:
-                    made_bD = grad_user_BMD[start:stop, vector].copy_(cell_bW @ narrow_WD)
-                    grad_item_DW += weighted_Db @ cell_bW
-                made_bD *= factor_b1
+                grad_bD = grad_user_BMD[start:stop, vector]
+                _add_gradients(grad_bD, grad_item_DW, cell_bW, weighted_Db, narrow_WD)
+                grad_bD *= factor_b1
         del room, narrow_room, several, weight_room
         grad_user_BD, grad_item_CD = grad_user_BMD.view_as(user_BD), grad_item_DW[:, :num_columns].T.contiguous()
         if push_C is not None:
@@ -368,25 +261,38 @@ class _InBlocks(torch.autograd.Function):
         return *(made * gradients[0] for made in ctx.saved_tensors), None, None, None, None, None, None
 
 
-class _Several:
-    """A block of users with several vectors: which of them each cell's logit is of."""
+def _products(logit_bW: Tensor, user_bD: Tensor, item_WD: Tensor, offset_W: Tensor | None) -> None:
+    """Write the dot products of users and items, plus `offset_W`, into `logit_bW`."""
+    if offset_W is None:
+        torch.mm(user_bD, item_WD.T, out=logit_bW)
+    else:
+        torch.addmm(offset_W, user_bD, item_WD.T, out=logit_bW)
 
-    def __init__(self, room: Tensor) -> None:
-        self._room, self._best = torch.empty_like(room), torch.empty_like(room, dtype=torch.int8)
-        self.best_bW = self._best
 
-    def raise_to_best(self, logit_bW: Tensor, offset_W: Tensor, part_bMD: Tensor, item_WD: Tensor) -> None:
-        """Raise the first vectors' logits to those of the vectors that score higher."""
-        rows, num_vectors = part_bMD.shape[:2]
-        self.best_bW = self._best[:rows].zero_()
-        for vector in range(1, num_vectors):
-            other_bW = torch.addmm(offset_W, part_bMD[:, vector], item_WD.T, out=self._room[:rows])
-            self.best_bW.masked_fill_(other_bW > logit_bW, vector)
-            torch.maximum(logit_bW, other_bW, out=logit_bW)
+def _narrow_products(
+    logit_bW: Tensor, narrow_bW: Tensor | None, user_bD: Tensor, item_WD: Tensor, offset_W: Tensor | None
+) -> None:
+    """The same of bfloat16 vectors; the products are bfloat16 numbers, which are written to `narrow_bW` first."""
+    assert narrow_bW is not None
+    torch.mm(user_bD, item_WD.T, out=narrow_bW)
+    logit_bW.copy_(narrow_bW)
+    if offset_W is not None:
+        logit_bW += offset_W
 
-    def of(self, vector: int, cell_bW: Tensor) -> Tensor:
-        """The cells that are one vector's, the others 0."""
-        return torch.mul(cell_bW, self.best_bW == vector, out=self._room[: len(cell_bW)])
+
+def _add_gradients(
+    grad_bD: Tensor, grad_item_DW: Tensor, slope_bW: Tensor, weighted_Db: Tensor, item_WD: Tensor
+) -> None:
+    """Write the gradient of a block of users to `grad_bD`, and add that of the items to `grad_item_DW`.
+
+    The latter is (D, W), since this product is faster than its transpose.
+    """
+    if slope_bW.dtype == grad_bD.dtype:
+        torch.mm(slope_bW, item_WD, out=grad_bD)
+        grad_item_DW.addmm_(weighted_Db, slope_bW)
+    else:
+        grad_bD.copy_(slope_bW @ item_WD)
+        grad_item_DW += weighted_Db @ slope_bW
 
 
 class _PairLogits(torch.autograd.Function):
@@ -403,22 +309,6 @@ class _PairLogits(torch.autograd.Function):
         add_products(grad_user_BD, row_P, gradients[0], item_CD, column_P)
         add_products(grad_item_CD, column_P, gradients[0], user_BD, row_P)
         return grad_user_BD, grad_item_CD, None, None
-
-
-def _best(user_BMD: Tensor, item_CD: Tensor, row_P: Tensor, column_P: Tensor) -> Tensor:
-    """(P,): which of the row's vectors has the highest product with the item."""
-    num_vectors = user_BMD.shape[1]
-    if num_vectors == 1:
-        return torch.zeros_like(row_P)
-    all_ND = user_BMD.flatten(0, 1)
-    each = [dots(all_ND, row_P * num_vectors + vector, item_CD, column_P) for vector in range(num_vectors)]
-    return torch.stack(each).argmax(0)
-
-
-def _distinct(values: Tensor) -> Tensor:
-    """Rising, each once."""
-    is_done = len(values) < 2 or bool((values[1:] > values[:-1]).all())
-    return values if is_done else torch.unique(values)
 
 
 def _is_rising(values: Tensor) -> bool:

@@ -1,0 +1,105 @@
+"""All negatives of a training step, drawn from the samplers and the lists of rows."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from trec_twotower.config.data import DataConfig
+from trec_twotower.config.losses import LossConfig
+from trec_twotower.data.feature_dataset import Sources
+
+# Keep these draws apart from others of the same seed.
+from trec_twotower.data.negatives.samplers import (
+    SAMPLERS,
+    Facts,
+    Given,
+    Mined,
+    Refreshed,
+    RowLists,
+    counted,
+    read_mined,
+)
+from trec_twotower.errors import ConfigError
+from trec_twotower.ops.ragged import Lists
+
+
+class Negatives:
+    """All sources of negatives of a config, and log q of every item.
+
+    The candidates that stand against all rows are a set: item i is among them with probability
+
+        1 - exp(-(draws p_i + sum over the other sources of expected_i))
+
+    where a step draws `draws` positives, item i being one with probability p_i (Poisson approximation), if those count.
+    Taking its log from the logits makes the softmax over the set an estimate of the softmax over the catalogue (Yi et
+    al. 2019, with inclusion probabilities in place of frequencies).
+    """
+
+    def __init__(
+        self, sources: Sources, data: DataConfig, loss: LossConfig, count_NI: np.ndarray, counted_rows: int
+    ) -> None:
+        """`count_NI` is what count_items counted in so many rows."""
+        self.loss = loss
+        taken_I, *others = np.atleast_2d(count_NI)
+        num_items = len(sources.catalogue)
+        words = counted(loss, sources.rows)
+        assert len(others) == len(words), f"{len(others)} counts beside those of positives, not {words}"
+        share = {word: count_I / counted_rows for word, count_I in zip(words, others, strict=True)}
+        self.facts = facts = Facts(
+            num_items, taken_I, data.batch_size, data.seed, lambda name: sources.catalogue.columns.sparse[name].values
+        )
+        is_by_user = data.rows == "user"
+        draws = taken_I.sum() / counted_rows * (1 - data.input_share if is_by_user else 1) * data.batch_size
+        self._once = draws / max(taken_I.sum(), 1)  # positives that a step draws of an item, for each time it was taken
+        self._key_share_I = share.get("key", taken_I / counted_rows)
+        refresh = loss.negatives.refresh
+        if refresh is not None and refresh.neighbor_range[0] >= num_items:
+            raise ConfigError(
+                f"loss.negatives.refresh.neighbor_range begins with {refresh.neighbor_range[0]:,}, but the catalogue "
+                f"has only {num_items - 1:,} items beside each: name nearer ones."
+            )
+        made = (make(loss.negatives, facts) for make in SAMPLERS.values())
+        self.samplers = [sampler for sampler in made if sampler is not None]
+        self._lists: list[RowLists] = []
+        if loss.impressions is not None:
+            self._lists.append(Given(loss.impressions, share["given"], facts))
+        if (mined := loss.negatives.mined) is not None:
+            share_I = share.get("mined", self._key_share_I)
+            self._lists.append(Mined(mined, read_mined(sources, mined), share_I, sources, facts))
+        self.lists = list(self._lists)
+        self.log_I = self._log()
+        self._check_queue()
+
+    def refresh(self, lists: Lists, list_of_item: np.ndarray) -> None:
+        """Let rows draw from these lists from now on, in place of those before."""
+        config = self.loss.negatives.refresh
+        assert config is not None
+        self.lists = [*self._lists, Refreshed(config, lists, list_of_item, self._key_share_I, self.facts)]
+        self.log_I = self._log()
+
+    def _check_queue(self) -> None:
+        """Raises ConfigError where the queue has no room for the candidates of one step."""
+        size = self.loss.negatives.cross_batch_memory
+        if size and size < (mean := float(-np.expm1(-self._expected()).sum())):
+            raise ConfigError(
+                f"loss.negatives.cross_batch_memory is {size:,}, but a step has some {mean:,.0f} candidates that would "
+                f"be kept: make room for those of several steps (such as {round(8 * mean):,}), or remove "
+                "cross_batch_memory."
+            )
+
+    def _expected(self) -> np.ndarray:
+        """-log of the chance that an item is not among the candidates that stand against all rows: (I,)."""
+        taken_I = self.facts.taken_I
+        expected_I = taken_I * self._once if self.loss.negatives.in_batch else np.zeros(len(taken_I))
+        sources = [sampler.expected_I for sampler in self.samplers]
+        sources += [lists.expected_I for lists in self.lists if lists.shared]
+        for of_source_I in sources:
+            expected_I = expected_I + of_source_I
+        return expected_I
+
+    def _log(self) -> np.ndarray:
+        """Log of the chance that an item is among the candidates that stand against all rows: (I,) float32."""
+        expected_I = self._expected()
+        # A positive needs a finite correction even where its chance is nil, as with a count of 0.
+        expected_I = np.where(expected_I > 0, expected_I, self._once or 1.0)
+        return np.log(-np.expm1(-expected_I)).astype(np.float32)
