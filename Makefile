@@ -31,12 +31,13 @@ lint: setup-test
 	$(PY) -m mypy
 
 test: lint
-	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(PY) -m pytest -n $(TEST_PROCESSES) --dist loadgroup $(PYTEST_ARGS)
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(PY) -m pytest -n $(TEST_PROCESSES) --dist loadgroup -m "not soak" $(PYTEST_ARGS)
 
 test-gpu: setup-test
 	$(PY) -m pytest tests/test_gpu.py tests/test_index.py::test_the_gpu_answers_as_the_cpu_does $(PYTEST_ARGS)
 
 soak: setup-test
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(PY) -m pytest -m soak
 	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(PY) -m tests.soak $(SOAK_ARGS)
 
 clean:

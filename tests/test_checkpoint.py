@@ -27,9 +27,9 @@ from trec_twotower.data.dataset import Dataset
 from trec_twotower.data.loading.loader import TrainBatches
 from trec_twotower.distributed.ranks import Ranks
 from trec_twotower.errors import ConfigError, DataError, TrainingError
-from trec_twotower.model import tensor_files
 from trec_twotower.storage.atomic import write_json
 from trec_twotower.storage.manifest import own_sha256, seal
+from trec_twotower.training.checkpoints import tensor_files
 from trec_twotower.training.checkpoints.checkpoint import Checkpoints, model_version
 from trec_twotower.training.checkpoints.checkpoint_io import PublishingWriter
 from trec_twotower.training.loop import train

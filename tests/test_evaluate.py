@@ -216,7 +216,7 @@ def test_drawn_negatives_come_by_request_and_are_named_for_it(cli, shop_copy):
     assert of_all["mrr"] > alike["mrr"]  # items of the own colour are the hard ones
     assert of_all["hit@10"] == alike["hit@10"] == 1.0  # seven items have no eleventh
     for options, message in (
-        (("--same", "colour"), "no negatives are drawn"),
+        (("--same", "colour"), "no negatives are sampled"),
         (("--sampled", "6", "--same", "colur"), "nearest: 'colour'"),
         (("--sampled", "-1"), "'sampled' is -1"),
     ):

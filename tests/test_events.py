@@ -549,6 +549,7 @@ print(made["counts"]["events_read"], resource.getrusage(resource.RUSAGE_SELF).ru
 """
 
 
+@pytest.mark.soak
 def test_memory_does_not_grow_with_the_log(tmp_path):
     """1.5 million events more, of 100 bytes each, go through without taking up 150 MB more."""
     import duckdb

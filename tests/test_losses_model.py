@@ -132,7 +132,7 @@ def test_a_parameter_of_another_loss_is_refused_with_its_mend(kind, name):
             "loss.regularization.alignment is set, which needs",
         ),
         (["loss.regularization.norm=-1"], "'loss.regularization.norm' is -1"),
-        (["loss.kind=ccl", "loss.log_q_strength=0.5"], "'loss' is of kind 'ccl', which has no log_q: remove it."),
+        (["loss.kind=ccl", "loss.log_q_strength=0.5"], "unknown key 'loss.log_q_strength'"),
         (["loss.kind=listwise"], "set loss.impressions.column and loss.impressions.labels"),
         (
             ["loss.kind=listwise", "loss.impressions={column: shown}"],
@@ -236,7 +236,7 @@ def test_the_strength_of_log_q_is_a_factor_of_the_batchs(kind, worlds, lone_rank
 def test_a_batch_without_the_pairs_that_the_config_wants_is_no_batch(worlds, lone_rank):
     config, batch = worlds["event"]
     model = inner_model(build_model(with_loss(config, impressions=GIVEN), lone_rank))
-    with pytest.raises(AssertionError, match=r"loss\.given is set"):
+    with pytest.raises(AssertionError, match=r"loss\.impressions is set"):
         model(batch)
 
 

@@ -246,13 +246,15 @@ def test_refreshing_without_a_search_or_with_too_few_items_is_refused(small_worl
     with pytest.raises(ConfigError, match=r"refresh needs a search for neighbours: give train\(\) that of the index"):
         training.train(config_of(small_world, tmp_path / "run"), lone_rank)
     loss = {"negatives": {"refresh": {"every": 2, "neighbor_range": [29, 40], "count": 3}}}
-    with pytest.raises(ConfigError, match=r"ranks begins with 29, but the catalogue has only 28 items beside each"):
+    with pytest.raises(
+        ConfigError, match=r"neighbor_range begins with 29, but the catalogue has only 28 items beside each"
+    ):
         train(event_config(small_world, tmp_path / "other", loss=loss), lone_rank)
 
 
 def test_batches_that_are_taken_ahead_are_refused_beside_a_refresh(small_world, tmp_path):
     with pytest.raises(
-        ConfigError, match=r"train\.pipeline is 'sparse_dist', which takes batches ahead of the step, but those"
+        ConfigError, match=r"train\.pipeline is 'sparse_dist', which reads batches ahead of the step, but those"
     ):
         config_of(small_world, tmp_path, train={"pipeline": "sparse_dist"})
 

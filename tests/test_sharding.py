@@ -123,13 +123,13 @@ def test_a_width_that_is_asked_for_holds_for_any_number_of_ranks():
 @pytest.mark.parametrize(
     ("spec", "said"),
     [
-        ({"sharding": "column_wise", "shard_columns": 6}, "shard_columns is 6 with sharding column_wise and dim 24"),
+        ({"sharding": "column_wise", "shard_columns": 6}, "shard_columns 6 with sharding column_wise and dim 24"),
         ({"sharding": "column_wise", "shard_columns": 16}, "multiple of 4 that divides dim"),
         ({"sharding": "row_wise", "shard_columns": 8}, "it belongs to column_wise"),
-        ({"cache_share": 0.5}, "cache_share is 0.5, but kernel fused has no cache"),
+        ({"cache_share": 0.5}, "cache_share 0.5, but kernel fused has no cache"),
         ({"kernel": "fused_uvm", "cache_share": 0.5}, "kernel fused_uvm has no cache"),
-        ({"sharding": "data_parallel", "dtype": "fp16"}, "dtype fp16 need another sharding"),
-        ({"sharding": "data_parallel", "kernel": "fused_uvm"}, "kernel fused_uvm and dtype fp32 need another"),
+        ({"sharding": "data_parallel", "dtype": "fp16"}, "dtype fp16: choose another sharding"),
+        ({"sharding": "data_parallel", "kernel": "fused_uvm"}, "kernel fused_uvm and dtype fp32: choose another"),
     ],
 )
 def test_settings_of_a_table_that_clash_are_refused(spec, said):

@@ -578,6 +578,7 @@ def test_the_history_suffices_to_come_near_the_best(default):
     assert hits / len(user) > 0.75 * default[1]["best_reachable"]["recall@10"]
 
 
+@pytest.mark.soak
 def test_memory_does_not_grow_with_the_rows(tmp_path):
     """Peak resident memory of two processes, one making ten times the rows of the other."""
     script = (

@@ -186,7 +186,7 @@ def test_at_the_end_it_stands_beside_what_was_trained(write_dataset, tmp_path, l
     out = capsys.readouterr().out
     assert "  skipped  table history: not in that run" in out and "are filled by the closed form" in out
     *_, last = out.splitlines()  # 40 rows in batches of 8, three times
-    assert re.fullmatch(r"trained 15 steps in \d+s .*, then added the closed form of train\.start: .*/run", last)
+    assert re.fullmatch(r"trained 15 steps in \d+s .*, then added the closed form of train\.spectral: .*/run", last)
 
     def vectors(folder: Path) -> tuple[np.ndarray, np.ndarray]:
         loaded = load_model(Run.open(folder), lone_rank)

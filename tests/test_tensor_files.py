@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from trec_twotower.model.tensor_files import read_tensors, write_tensors
+from trec_twotower.training.checkpoints.tensor_files import read_tensors, write_tensors
 
 TENSORS = {
     "odd": torch.tensor([True, False, True]),

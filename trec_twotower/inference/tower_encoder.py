@@ -40,13 +40,13 @@ from trec_twotower.inference.export import vector_column
 from trec_twotower.inference.exported_program import ProgramError, export_program, program_inputs
 from trec_twotower.inference.model_loader import load_model
 from trec_twotower.model.encode import encode
-from trec_twotower.model.tensor_files import read_tensors, write_tensors
 from trec_twotower.model.two_tower import SIDES, TwoTower
 from trec_twotower.ops.key_table import KeyTable
 from trec_twotower.ops.ragged import Lists
 from trec_twotower.storage.artifacts import SealedFolder, new_folder
 from trec_twotower.storage.atomic import read_json, write_file, write_json
 from trec_twotower.storage.manifest import MANIFEST, seal
+from trec_twotower.training.checkpoints.tensor_files import read_tensors, write_tensors
 from trec_twotower.training.model_builder import build_whole_model
 from trec_twotower.training.run_dir import Run
 

@@ -33,11 +33,11 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from trec_twotower.errors import DataError
-from trec_twotower.model.tensor_files import DTYPE_NAMES, DTYPES, is_size, write_tensors
 from trec_twotower.storage.artifacts import SealedFolder, publish_folder, remove_folder
 from trec_twotower.storage.atomic import naming
 from trec_twotower.storage.fault_point import fault_point
 from trec_twotower.storage.manifest import MANIFEST, Digest, seal
+from trec_twotower.training.checkpoints.tensor_files import DTYPE_NAMES, DTYPES, is_size, write_tensors
 
 TENSORS = "tensors"  # in the manifest: {tensor: {"dtype", "size", "chunks": [{"at", "size", "file", "begin"}]}}
 READ_BYTES = 64 << 20  # rows of a chunk that are read together
