@@ -111,7 +111,7 @@ def config_of(folder: Path, options: argparse.Namespace) -> Any:
 def sources_of(folder: Path, options: argparse.Namespace, *, learned: bool = True, mapped: bool = True) -> Any:
     """The dataset through the config; with `learned`, by statistics that need no pass over the data."""
     from trec_twotower.data.dataset import Dataset
-    from trec_twotower.data.feature_dataset import Sources, open_cache
+    from trec_twotower.data.feature_dataset import FeatureDataset, open_cache
     from trec_twotower.data.features.transform import Statistics
 
     config = config_of(folder, options)
@@ -119,7 +119,7 @@ def sources_of(folder: Path, options: argparse.Namespace, *, learned: bool = Tru
     cache = open_cache(config.data) if mapped else None
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # such as that there is no room
-        return Sources(Dataset(config.data.dataset), config.feature_schema, config.data.rows, given, cache)
+        return FeatureDataset(Dataset(config.data.dataset), config.feature_schema, config.data.rows, given, cache)
 
 
 def files_of(folder: Path) -> list[Path]:
@@ -132,10 +132,10 @@ def cache_of(folder: Path) -> Path:
 
 
 def build(folder: Path, options: argparse.Namespace) -> dict[str, float]:
-    from trec_twotower.data.feature_dataset import Sources
+    from trec_twotower.data.feature_dataset import FeatureDataset
 
     started = time.perf_counter()
-    sources: Sources = sources_of(folder, options)
+    sources: FeatureDataset = sources_of(folder, options)
     built = time.perf_counter()
     peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     learned_from = time.perf_counter()

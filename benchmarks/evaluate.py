@@ -25,13 +25,13 @@ from machine import headline, write_figures
 
 from trec_twotower.evaluation.metrics import mean_metrics, ranking_metrics
 from trec_twotower.index import ExactItems, exact_search
-from trec_twotower.ops.ragged import Lists
+from trec_twotower.ops.ragged import Ragged
 
 K, DIM, BLOCK, ROUNDS = 20, 64, 1024, 3
 GOWALLA_ITEMS = 40_981
 
 
-def ours(user_QD: np.ndarray, item_ID: np.ndarray, seen: Lists, positives: Lists) -> dict[str, float]:
+def ours(user_QD: np.ndarray, item_ID: np.ndarray, seen: Ragged, positives: Ragged) -> dict[str, float]:
     """As `evaluate` does it."""
     items = ExactItems(item_ID)
     ranked = np.empty((len(user_QD), K), np.int64)
@@ -41,7 +41,7 @@ def ours(user_QD: np.ndarray, item_ID: np.ndarray, seen: Lists, positives: Lists
     return mean_metrics(ranking_metrics(ranked, positives, [K]))
 
 
-def by_numpy(user_QD: np.ndarray, item_ID: np.ndarray, seen: Lists, positives: Lists) -> dict[str, float]:
+def by_numpy(user_QD: np.ndarray, item_ID: np.ndarray, seen: Ragged, positives: Ragged) -> dict[str, float]:
     """As one writes it down first."""
     discount = 1 / np.log2(np.arange(2, K + 2))
     totals = dict.fromkeys(("recall", "ndcg", "hit", "mrr", "map", "precision"), 0.0)
@@ -70,7 +70,7 @@ def by_numpy(user_QD: np.ndarray, item_ID: np.ndarray, seen: Lists, positives: L
     return {f"{name}@{K}": total / len(user_QD) for name, total in totals.items()}
 
 
-def drawn_lists(num_users: int, rng: np.random.Generator) -> tuple[Lists, Lists]:
+def drawn_lists(num_users: int, rng: np.random.Generator) -> tuple[Ragged, Ragged]:
     """Seen and wanted items as many as Gowalla's, 27 and 7 a user, no item both."""
     seen, wanted = [], []
     for _ in range(num_users):
@@ -78,10 +78,10 @@ def drawn_lists(num_users: int, rng: np.random.Generator) -> tuple[Lists, Lists]
         items = rng.permutation(np.unique(rng.integers(0, GOWALLA_ITEMS, sum(sizes))))
         seen.append(items[sizes[1] :])
         wanted.append(items[: sizes[1]])
-    return Lists.from_lists(seen), Lists.from_lists(wanted)
+    return Ragged.from_lists(seen), Ragged.from_lists(wanted)
 
 
-def gowalla_lists(folder: Path, num_users: int) -> tuple[Lists, Lists]:
+def gowalla_lists(folder: Path, num_users: int) -> tuple[Ragged, Ragged]:
     """Those of the first users of train.txt and test.txt: a line is the user, then the items."""
 
     def read(name: str) -> dict[int, list[int]]:
@@ -90,7 +90,7 @@ def gowalla_lists(folder: Path, num_users: int) -> tuple[Lists, Lists]:
 
     train, test = read("train.txt"), read("test.txt")
     users = sorted(train.keys() & test.keys())[:num_users]
-    return Lists.from_lists(train[user] for user in users), Lists.from_lists(test[user] for user in users)
+    return Ragged.from_lists(train[user] for user in users), Ragged.from_lists(test[user] for user in users)
 
 
 def main() -> None:

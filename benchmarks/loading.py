@@ -192,12 +192,12 @@ def notebook(folder: Path, num_rows: int) -> int:
 def batches_of(folder: Path, *, masked: bool = False, config: Any = None, **data: Any) -> Any:
     """The batches of the log on one rank; `config` stands in for the usual one, but for `data`."""
     from trec_twotower.data.dataset import Dataset
-    from trec_twotower.data.feature_dataset import Sources
+    from trec_twotower.data.feature_dataset import FeatureDataset
     from trec_twotower.data.loading.loader import TrainBatches
 
     config = config or config_of(folder, masked=masked)
     config = config.model_copy(update={"data": config.data.model_copy(update=data)})
-    sources = Sources(Dataset(config.data.dataset), config.feature_schema, config.data.rows)
+    sources = FeatureDataset(Dataset(config.data.dataset), config.feature_schema, config.data.rows)
     counts = np.ones(len(sources.catalogue), np.int64)
     return TrainBatches(sources, config.data, config.loss, counts, (0, 1))
 

@@ -101,14 +101,14 @@ class Bench:
         from trec_twotower.config.features import build_feature
         from trec_twotower.config.schema import Schema
         from trec_twotower.data.dataset import Dataset
-        from trec_twotower.data.feature_dataset import Sources
+        from trec_twotower.data.feature_dataset import FeatureDataset
         from trec_twotower.data.held_out import HeldOut
 
         self.place, self.split, self.ranks, self.rankings, self.seeds = place, split, ranks, rankings, seeds
         item = build_feature(name="item_id", kind="id", buckets=1 << 17, dim=4)
         dataset = Dataset(place / "data")
         rows = "user" if dataset.train.has("positives") else "event"
-        self.sources = Sources(dataset, Schema({"item_id": _table(item)}, (), (item,)), rows)
+        self.sources = FeatureDataset(dataset, Schema({"item_id": _table(item)}, (), (item,)), rows)
         self.held_out = HeldOut.read(self.sources, "test")
         self.evaluate = EvaluateConfig(k=(split.k,), best=f"recall@{split.k}")
 

@@ -303,12 +303,12 @@ class Stepper:
         from itertools import islice
 
         from trec_twotower.data.dataset import Dataset
-        from trec_twotower.data.feature_dataset import Sources
+        from trec_twotower.data.feature_dataset import FeatureDataset
         from trec_twotower.data.loading.loader import TrainBatches
         from trec_twotower.training.model_builder import build_model
         from trec_twotower.training.optimizer import RunOptimizer
 
-        sources = Sources(Dataset(config.data.dataset), config.feature_schema, config.data.rows)
+        sources = FeatureDataset(Dataset(config.data.dataset), config.feature_schema, config.data.rows)
         batches = TrainBatches(sources, config.data, config.loss, sources.item_counts(), (0, 1))
         self.batches = list(islice(batches.since(0, STEPS * 4), STEPS * 4))
         self.model = build_model(config, ranks)

@@ -87,7 +87,7 @@ def torchrec_naive(folder: Path, num_batches: int) -> Step:
     import torch
     import torch.nn.functional as F
 
-    from trec_twotower.model.embeddings import build_tables
+    from trec_twotower.model.embeddings import build_embedding_bag_collection
     from trec_twotower.training.optimizer import RunOptimizer, fuse_table_updates
     from trec_twotower.training.sharding import shard
 
@@ -97,7 +97,7 @@ def torchrec_naive(folder: Path, num_batches: int) -> Step:
     class Naive(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.tables, self.lists = build_tables(schema), None
+            self.tables, self.lists = build_embedding_bag_collection(schema), None
             self.user, self.item = mlp(schema.layout.input_width("user")), mlp(schema.layout.input_width("item"))
 
         def forward(self, sparse: Any, user_number: Any, item_number: Any) -> Any:

@@ -19,7 +19,7 @@ from trec_twotower.config.model import TableSpec
 from trec_twotower.config.schema import Schema
 from trec_twotower.data.arrow_types import plain_array, plain_type
 from trec_twotower.data.dataset import Dataset
-from trec_twotower.data.feature_dataset import Sources
+from trec_twotower.data.feature_dataset import FeatureDataset
 from trec_twotower.data.features.hash_column import hash_column
 from trec_twotower.data.features.transform import transform
 from trec_twotower.data.held_out import HeldOut
@@ -101,14 +101,14 @@ def column(values: list[Any], kind: pa.DataType) -> pa.Array:
     return pa.array(values, kind)
 
 
-def sources(write_dataset, folder, array: pa.Array, feature: FeatureSpec) -> Sources:
+def sources(write_dataset, folder, array: pa.Array, feature: FeatureSpec) -> FeatureDataset:
     """A dataset whose items have `array` as column x, seen by one feature of it."""
     ids = pa.array([10 + n for n in range(len(array))])
     if not folder.is_dir():
         write_dataset(folder, train=pa.table({"user_id": ids, "item_id": ids}), items=pa.table(
             {"item_id": ids, "x": array}))  # fmt: skip
     user = build_feature(name="user_id", kind="id", buckets=9, dim=4)
-    return Sources(Dataset(folder), Schema.build({}, (user,), (feature,)), "event")
+    return FeatureDataset(Dataset(folder), Schema.build({}, (user,), (feature,)), "event")
 
 
 def values_of(found) -> dict[str, Any]:
@@ -170,7 +170,7 @@ def test_ids_of_any_type_find_each_other(write_dataset, tmp_path, kind):
         table = TableSpec(buckets=100, dim=4)
         user = build_feature(name="history", kind="bag", table="item")
         item = build_feature(name="item_id", kind="id", table="item")
-        made = Sources(Dataset(folder), Schema.build({"item": table}, (user,), (item,)), "event")
+        made = FeatureDataset(Dataset(folder), Schema.build({"item": table}, (user,), (item,)), "event")
         assert made.item_counts().tolist() == [1, 1, 1]
         held_out = HeldOut.read(made, "valid")
         assert held_out.positives.values.tolist() == [2, 1, 0]
@@ -186,9 +186,9 @@ def test_ids_that_differ_in_sign_alone_are_not_taken_for_each_other(write_datase
     user, item = build_feature(name="user_id", kind="id", **OWN), build_feature(name="item_id", kind="id", **OWN)
     schema = Schema.build({}, (user,), (item,))
 
-    def read(name: str, ids: pa.Array, catalogue: pa.Array) -> Sources:
+    def read(name: str, ids: pa.Array, catalogue: pa.Array) -> FeatureDataset:
         train = pa.table({"user_id": [1] * len(ids), "item_id": ids})
-        return Sources(
+        return FeatureDataset(
             Dataset(write_dataset(tmp_path / name, train=train, items=pa.table({"item_id": catalogue}))), schema,
             "event")  # fmt: skip
 
@@ -222,7 +222,7 @@ def test_columns_next_to_lists_of_ids_may_have_any_type(write_dataset, tmp_path,
         train = pa.table({"user_id": [1, 2], "item_id": [5, 6], "history": pa.array([None, [5, 6]]), "x": x})
         folder = write_dataset(tmp_path / str(number), train=train, items=pa.table({"item_id": [5, 6]}))
         item = build_feature(name="item_id", kind="id", table="item")
-        made = Sources(
+        made = FeatureDataset(
             Dataset(folder), Schema.build({"item": TableSpec(buckets=9, dim=4)}, (feature,), (item,)), "event"
         )
         split = made.dataset.train
@@ -253,7 +253,7 @@ def test_a_part_where_nobody_has_a_history_yet_is_read(write_dataset, tmp_path, 
     user = (build_feature(name="history", kind="bag", table="item"), build_feature(name="age", kind="number"),
             build_feature(name="country", kind="category", **OWN))  # fmt: skip
     item = build_feature(name="item_id", kind="id", table="item")
-    made = Sources(Dataset(folder), Schema.build({"item": TableSpec(buckets=9, dim=4)}, user, (item,)), "event")
+    made = FeatureDataset(Dataset(folder), Schema.build({"item": TableSpec(buckets=9, dim=4)}, user, (item,)), "event")
     held_out = HeldOut.read(made, "valid")
     assert held_out.user.sparse["history"].values.tolist() == [] and held_out.seen.values.tolist() == []
     assert held_out.user.numbers["age"].tolist() == [[0, 1], [0, 1]]
@@ -269,7 +269,7 @@ def test_a_part_with_positives_of_no_type_has_nothing_to_evaluate(write_dataset,
     )
     user, item = build_feature(name="user_id", kind="id", **OWN), build_feature(name="item_id", kind="id", **OWN)
     with pytest.raises(DataError, match=f"{folder}/valid: no row has anything to find"):
-        HeldOut.read(Sources(Dataset(folder), Schema.build({}, (user,), (item,)), "event"), "valid")
+        HeldOut.read(FeatureDataset(Dataset(folder), Schema.build({}, (user,), (item,)), "event"), "valid")
 
 
 # Plain arrays
@@ -329,12 +329,12 @@ def test_features_read_the_column_of_exactly_their_name(write_dataset, tmp_path)
     user = build_feature(name="user_id", kind="id", **OWN)
     for name in ("brand", "Brand", "BRAND"):
         feature = build_feature(name="f", kind="category", column=name, **OWN)
-        found = Sources(Dataset(folder), Schema.build({}, (user,), (feature,)), "event").catalogue.columns
+        found = FeatureDataset(Dataset(folder), Schema.build({}, (user,), (feature,)), "event").catalogue.columns
         expected = transform([feature], {"f": feature.own_table}, {}, items.select([name]), "here")
         assert found.sparse["f"].values.tolist() == expected.sparse["f"].values.tolist()
     feature = build_feature(name="f", kind="category", column="bRand", **OWN)
     with pytest.raises(ConfigError, match=r"has no column 'bRand'.*nearest"):
-        Sources(Dataset(folder), Schema.build({}, (user,), (feature,)), "event")
+        FeatureDataset(Dataset(folder), Schema.build({}, (user,), (feature,)), "event")
 
 
 def test_two_columns_of_one_name_are_refused(write_dataset, tmp_path):

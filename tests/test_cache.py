@@ -14,7 +14,7 @@ from trec_twotower.data.loading import row_cache as caching
 from trec_twotower.data.loading.examples import Examples
 from trec_twotower.data.loading.row_cache import Cache
 from trec_twotower.data.split import RowGroup
-from trec_twotower.ops.ragged import Lists
+from trec_twotower.ops.ragged import Ragged
 
 GROUP = RowGroup(Path("train/part.parquet"), 0, 0, 3)
 
@@ -22,13 +22,13 @@ GROUP = RowGroup(Path("train/part.parquet"), 0, 0, 3)
 def examples() -> Examples:
     """Three rows with a column of every kind."""
     sparse = {
-        "country": Lists.singles(np.array([5, 0, 7], np.int32)),
-        "words": Lists(np.array([0, 2, 2, 3]), np.array([4, 1, 9], np.int32), np.array([0.5, 2, 1], np.float32)),
+        "country": Ragged.singles(np.array([5, 0, 7], np.int32)),
+        "words": Ragged(np.array([0, 2, 2, 3]), np.array([4, 1, 9], np.int32), np.array([0.5, 2, 1], np.float32)),
     }
     numbers = {"age": np.array([[0.25, 0], [0, 1], [-1.5, 0]], np.float32)}
-    history = Lists(np.array([0, 1, 3, 3]), np.array([11, 2**31, 13], np.uint32))
+    history = Ragged(np.array([0, 1, 3, 3]), np.array([11, 2**31, 13], np.uint32))
     weight = np.array([1, 0.5, 2], np.float32)
-    return Examples(Columns(3, sparse, numbers), Lists.singles(np.array([8, 2, 8])), None, history, weight)
+    return Examples(Columns(3, sparse, numbers), Ragged.singles(np.array([8, 2, 8])), None, history, weight)
 
 
 def plain(found: Examples) -> list:

@@ -25,7 +25,7 @@ from trec_twotower.config.model import TableSpec
 from trec_twotower.config.schema import Schema
 from trec_twotower.data import item_table as catalogue_module
 from trec_twotower.data.dataset import Dataset
-from trec_twotower.data.feature_dataset import Sources
+from trec_twotower.data.feature_dataset import FeatureDataset
 from trec_twotower.data.features.transform import Statistics, transform
 from trec_twotower.data.item_table import Catalogue
 from trec_twotower.data.split import Split
@@ -581,7 +581,7 @@ def test_users_are_mapped_beside_the_items(tmp_path, write_dataset, rng, cache, 
     user = (build_feature(name="user_id", kind="id", table="item"), build_feature(name="age", kind="number"))
     schema = Schema.build(TABLES, user, tuple(FEATURES))
     for _ in range(2):
-        sources = Sources(Dataset(folder), schema, "event", cache=CacheFolder(cache.root, 10**9))
+        sources = FeatureDataset(Dataset(folder), schema, "event", cache=CacheFolder(cache.root, 10**9))
         assert sources.item_rows(train["item_id"].combine_chunks(), "here").tolist() == [2, 0, 41]
         assert sources.user_features(train, "here").numbers["age"].tolist() == [[1, 0], [0, 1], [-1, 0]]
     assert written == ["disk", "disk"]

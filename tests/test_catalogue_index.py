@@ -13,7 +13,7 @@ from trec_twotower.errors import ConfigError, DataError
 from trec_twotower.index import ItemIndex, build_index
 from trec_twotower.index.aligned_index import CatalogueIndex, aligned
 from trec_twotower.ops.hashing import id_keys
-from trec_twotower.ops.ragged import Lists
+from trec_twotower.ops.ragged import Ragged
 
 NUM_ITEMS, NUM_USERS, K = 60, 12, 10
 
@@ -65,7 +65,7 @@ def test_searches_find_what_all_scores_say_in_rows_of_the_catalogue(index, vecto
     assert isinstance(found, CatalogueIndex) and len(found) == NUM_ITEMS
     said = capsys.readouterr().err
     assert ("the index lacks 25 items of data/items, such as item_id" in said) == bool(num_new)
-    seen = Lists.from_lists([rng.choice(len(ids), 7, replace=False) for _ in range(NUM_USERS)])
+    seen = Ragged.from_lists([rng.choice(len(ids), 7, replace=False) for _ in range(NUM_USERS)])
     mask_I = rng.random(len(ids)) < 0.6
     for allowed in (None, mask_I):
         score_BK, row_BK = found.search(user_BD, K, seen=seen, allowed=None if allowed is None else found.allow(mask_I))
@@ -83,7 +83,7 @@ def test_rows_that_run_short_end_in_none(index, vectors):
     ids = np.arange(100, 100 + NUM_ITEMS)[::-1].copy()
     found = aligned(index, Items(ids), warns=False)
     allowed = found.allow(np.arange(NUM_ITEMS) < 3)
-    score_BK, row_BK = found.search_unseen(vectors[1], K, Lists.empty(NUM_USERS))
+    score_BK, row_BK = found.search_unseen(vectors[1], K, Ragged.empty(NUM_USERS))
     assert (row_BK >= 0).all() and np.isfinite(score_BK).all()
     score_BK, row_BK = found.search(vectors[1], K, allowed=allowed)
     assert (np.sort(row_BK[:, :3]) == [0, 1, 2]).all() and (row_BK[:, 3:] == -1).all()

@@ -17,7 +17,7 @@ from trec_twotower.config.features import build_feature
 from trec_twotower.config.model import TableSpec
 from trec_twotower.config.schema import Schema
 from trec_twotower.data.dataset import Dataset
-from trec_twotower.data.feature_dataset import Sources
+from trec_twotower.data.feature_dataset import FeatureDataset
 from trec_twotower.data.loading.loader import TrainBatches
 from trec_twotower.errors import ConfigError
 
@@ -38,7 +38,7 @@ def folder(tmp_path, rng, write_dataset) -> Path:
 def batches_of(folder: Path, share: tuple[int, int] = (0, 1), **data: Any) -> TrainBatches:
     settings = {"batch_size": BATCH, "shuffle_rows": 20, "drop_last": True} | data
     config = DataConfig(dataset=folder, **settings)
-    sources = Sources(Dataset(config.dataset), SCHEMA, config.rows)
+    sources = FeatureDataset(Dataset(config.dataset), SCHEMA, config.rows)
     return TrainBatches(sources, config, build_loss(), sources.item_counts(), share)
 
 

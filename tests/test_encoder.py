@@ -165,7 +165,7 @@ def test_steps_with_attributes_gaps_and_actions_are_those_of_the_dataset(shop_ta
     from trec_twotower.config.loading import parse_yaml
     from trec_twotower.config.run_config import RunConfig
     from trec_twotower.data.dataset import Dataset
-    from trec_twotower.data.feature_dataset import Sources
+    from trec_twotower.data.feature_dataset import FeatureDataset
     from trec_twotower.distributed.ranks import Ranks
     from trec_twotower.inference.tower_encoder import Encoder, Parts, _steps
     from trec_twotower.model.embeddings import fill_tables
@@ -188,7 +188,7 @@ def test_steps_with_attributes_gaps_and_actions_are_those_of_the_dataset(shop_ta
     parts = {name: longer(shop_tables[name]) for name in ("train", "test")}
     dataset = write_dataset(tmp_path / "shop", **parts, items=shop_tables["items"])
     config = validate(RunConfig, parse_yaml(STEPS.replace("DATASET", str(dataset)), "STEPS"), "the test's config")
-    sources = Sources(Dataset(dataset), config.feature_schema, "event")
+    sources = FeatureDataset(Dataset(dataset), config.feature_schema, "event")
     torch.manual_seed(0)
     model = build_whole_model(config).eval()
     fill_tables(model, config.feature_schema, 1)

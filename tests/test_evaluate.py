@@ -16,7 +16,7 @@ from trec_twotower.evaluation.baselines import ItemToItem, SpectralTowers
 from trec_twotower.evaluation.evaluator import exactly
 from trec_twotower.evaluation.result_text import format_table
 from trec_twotower.evaluation.slices import make_slices
-from trec_twotower.ops.ragged import Lists
+from trec_twotower.ops.ragged import Ragged
 from trec_twotower.training.spectral_initialization import Taken
 
 
@@ -286,7 +286,7 @@ def test_item_to_item_equals_sets_of_who_took_what(lone_rank, rng):
     baseline = ItemToItem.of(taken, count, lone_rank)
     seen = [rng.permutation(26)[: rng.integers(0, 8)].tolist() for _ in range(60)] + [list(range(26)), [3, 3, 4]]
     for k in (5, 26):
-        ranked = baseline.rankings(Lists.from_lists(seen), k)
+        ranked = baseline.rankings(Ragged.from_lists(seen), k)
         for row, each in zip(ranked.tolist(), seen, strict=True):
             expected = item_to_item_written_out(pairs, 26, each, k, count)
             items = [item for item in row if item >= 0]
@@ -305,7 +305,7 @@ def test_svd_towers_score_the_sum_of_what_a_user_took(lone_rank, rng):
     towers = SpectralTowers.of(Taken(user_P, item_P, 40, 12), 99, count, lone_rank)
     assert towers.item_ID.shape == (12, 12)  # no more than there is
     seen = [[1, 4, 7], [2], [], [5, 5, 9]]
-    ranked = towers.rankings(Lists.from_lists(seen), 6)
+    ranked = towers.rankings(Ragged.from_lists(seen), 6)
     for row, items in zip(ranked.tolist(), seen, strict=True):
         score = towers.history_ID[sorted(set(items))].sum(axis=0) @ towers.item_ID.T if items else count
         unseen = [item for item in np.argsort(-score, kind="stable").tolist() if item not in items]
@@ -333,9 +333,9 @@ def test_every_item_is_scored_and_equals_go_by_row(num_items, k, rng, monkeypatc
         order = sorted((item for item in range(num_items) if item not in mine), key=lambda item: (-score[item], item))
         expected.append([*order[:k], *[-1] * (k - len(order))])
     search = exactly(item_ID, lone_rank)
-    assert search(user_BD, k, Lists.from_lists(seen)).tolist() == expected
+    assert search(user_BD, k, Ragged.from_lists(seen)).tolist() == expected
 
 
 def test_users_without_a_place_are_refused(lone_rank):
     with pytest.raises(DataError, match="NaN or infinity"):
-        exactly(np.ones((3, 2), np.float32), lone_rank)(np.full((1, 2), np.nan, np.float32), 1, Lists.empty(1))
+        exactly(np.ones((3, 2), np.float32), lone_rank)(np.full((1, 2), np.nan, np.float32), 1, Ragged.empty(1))

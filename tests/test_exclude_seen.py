@@ -17,7 +17,7 @@ from trec_twotower.data.features.transform import Columns
 from trec_twotower.data.held_out import HeldOut
 from trec_twotower.evaluation.baselines import ItemToItem, SpectralTowers
 from trec_twotower.evaluation.sampled_metrics import Negatives, sampled_metrics
-from trec_twotower.ops.ragged import Lists
+from trec_twotower.ops.ragged import Ragged
 from trec_twotower.serving.retriever import Retriever
 from trec_twotower.training.spectral_initialization import Taken
 
@@ -188,7 +188,7 @@ def test_recommendations_follow_the_setting(cli, repeats_copy):
 
 def held_out(positives: list[list[int]], seen: list[list[int]]) -> HeldOut:
     user_ids = pa.array(range(len(seen)))
-    return HeldOut(user_ids, Columns({}, {}, {}), Lists.from_lists(positives), Lists.from_lists(seen))
+    return HeldOut(user_ids, Columns({}, {}, {}), Ragged.from_lists(positives), Ragged.from_lists(seen))
 
 
 def test_the_excluded_items_by_hand():
@@ -201,10 +201,10 @@ def test_the_excluded_items_by_hand():
 
 def test_a_value_is_looked_for_on_its_own_row_alone(rng):
     lists = [[rng.integers(-1, 6, size=rng.integers(0, 5)).tolist() for _ in range(40)] for _ in range(2)]
-    one, other = map(Lists.from_lists, lists)
+    one, other = map(Ragged.from_lists, lists)
     expected = [value >= 0 and value in mine for mine, others in zip(*lists, strict=True) for value in others]
     assert one.hold(other).tolist() == expected
-    assert Lists.empty(3).hold(Lists.from_lists([[1], [], [2]])).tolist() == [False, False]
+    assert Ragged.empty(3).hold(Ragged.from_lists([[1], [], [2]])).tolist() == [False, False]
 
 
 def test_baselines_use_the_history_and_leave_out_what_is_excluded(lone_rank, rng):
@@ -214,7 +214,7 @@ def test_baselines_use_the_history_and_leave_out_what_is_excluded(lone_rank, rng
     pairs = Taken(user_P, item_P, 40, 12)
     history = [[1, 4, 7], [2], [], [5, 9]]
     for excluded in ([[], [], [], []], [[4], [3], [1], [9, 0]], history):
-        given = Lists.from_lists(history), 12, Lists.from_lists(excluded)
+        given = Ragged.from_lists(history), 12, Ragged.from_lists(excluded)
         svd = SpectralTowers.of(pairs, 99, count, lone_rank)
         ranked = svd.rankings(*given)
         for row, seen, out in zip(ranked.tolist(), history, excluded, strict=True):
@@ -237,8 +237,8 @@ def test_baselines_use_the_history_and_leave_out_what_is_excluded(lone_rank, rng
 def test_a_positive_that_is_excluded_is_never_hit_among_drawn_negatives():
     item_ID = np.array([[9.0], [1.0], [1.0], [1.0]])
     negatives, user_BD = Negatives.uniform(4, 3), np.ones((2, 1))
-    positives = Lists.from_lists([[0], [0, 1]])
-    places = negatives.ranks(item_ID, user_BD, positives, Lists.from_lists([[0], []]), 0)
+    positives = Ragged.from_lists([[0], [0, 1]])
+    places = negatives.ranks(item_ID, user_BD, positives, Ragged.from_lists([[0], []]), 0)
     assert places[0] == np.inf and places[1] == 1
     metrics = sampled_metrics(places, positives, [2])
     assert metrics["hit@2"][0] == metrics["ndcg@2"][0] == metrics["mrr"][0] == 0

@@ -28,7 +28,7 @@ from trec_twotower.config.model import TableSpec, auto_dim
 from trec_twotower.config.run_config import RunConfig
 from trec_twotower.config.schema import Schema
 from trec_twotower.data.dataset import Dataset
-from trec_twotower.data.feature_dataset import Sources
+from trec_twotower.data.feature_dataset import FeatureDataset
 from trec_twotower.data.feature_report import OwnItems, coverage, describe_coverage, own_items
 from trec_twotower.data.features.external_files import check_files
 from trec_twotower.data.features.hash_column import hash_column
@@ -36,7 +36,7 @@ from trec_twotower.data.features.numeric import Statistics
 from trec_twotower.data.features.transform import transform
 from trec_twotower.data.features.vocabulary import in_vocabulary, make_vocabulary, read_words, words_of_file
 from trec_twotower.data.loading.batch import make_batch
-from trec_twotower.data.loading.reader import UnitReader, without_own
+from trec_twotower.data.loading.reader import UnitReader, drop_target_items
 from trec_twotower.errors import ConfigError, DataError
 from trec_twotower.model.tower_inputs import Pooled, concatenate_features
 from trec_twotower.training.loop import train
@@ -190,7 +190,7 @@ def test_two_hashes_keep_ids_apart_that_one_would_confuse(tmp_path, write_datase
     for hashes in (1, 2):
         feature = build_feature(name="item_id", kind="id", buckets=500, dim=4, hashes=hashes)
         user = build_feature(name="user_id", kind="id", buckets=9, dim=4)
-        of_item = coverage(Sources(Dataset(folder), Schema.build({}, (user,), (feature,)), "event"))[1]
+        of_item = coverage(FeatureDataset(Dataset(folder), Schema.build({}, (user,), (feature,)), "event"))[1]
         assert (of_item.distinct, of_item.buckets, of_item.null) == (1000, 500, 0.0)
         shares[hashes] = of_item.collided
     assert shares[1] == pytest.approx(1 - (1 - 1 / 500) ** 999, abs=0.05) and shares[2] < 0.02
@@ -318,7 +318,7 @@ def test_what_the_data_hold_is_told_by_feature(leaky):
     schema = Schema.build(
         {}, (HISTORY, brand(buckets=3), build_feature(name="user_id", kind="id", buckets=1, dim=4)), (item,)
     )
-    sources = Sources(Dataset(leaky), schema, "event")
+    sources = FeatureDataset(Dataset(leaky), schema, "event")
     history, of_brand, user, of_item = coverage(sources)
     assert (history.null, history.distinct, history.collided, history.new) == (pytest.approx(1 / 3), 2, 0.0, 0.5)
     assert (of_brand.null, of_brand.distinct, of_brand.buckets) == (pytest.approx(1 / 3), 2, 3)
@@ -336,17 +336,17 @@ def test_what_the_data_hold_is_told_by_feature(leaky):
 
 def test_a_history_without_the_rows_own_item(leaky):
     table = Dataset(leaky).train.table(["item_id", "history", "share"])
-    found = without_own(table, ["history", "share"], "here", refuses=False)
+    found = drop_target_items(table, ["history", "share"], "here", refuses=False)
     assert found["history"].to_pylist() == [["a"], ["a", None], []]
     assert found["share"].to_pylist() == [[1.0], [2.0, 3.0], []]
     with pytest.raises(DataError, match=r"here, row 1: its history holds the item that it asks for \(1 rows of this"):
-        without_own(table, ["history", "share"], "here", refuses=True)
+        drop_target_items(table, ["history", "share"], "here", refuses=True)
 
 
 @pytest.mark.parametrize(("target_in_history", "lengths"), [("keep", [1, 3, 0]), ("drop", [1, 1, 0])])
 def test_own_items_are_left_out_where_rows_are_read(leaky, target_in_history, lengths):
     schema = Schema.build({}, (HISTORY,), (build_feature(name="item_id", kind="id", buckets=9, dim=4),))
-    sources = Sources(Dataset(leaky), schema, "event")
+    sources = FeatureDataset(Dataset(leaky), schema, "event")
     data = DataConfig(dataset=leaky, target_in_history=target_in_history)
     reader = UnitReader(sources, data, build_loss(mask_history=False), 0, 1)
     [group] = sources.dataset.train.row_groups
@@ -377,10 +377,10 @@ def test_every_list_of_items_is_looked_through_for_the_rows_own(tmp_path, write_
     tags = build_feature(name="tags", kind="bag", buckets=9, dim=4)
     liked = build_feature(name="liked", kind="bag", table="item")
     tables, item = {"item": TableSpec(buckets=64, dim=4)}, build_feature(name="item_id", kind="id", table="item")
-    sources = Sources(dataset, Schema.build(tables, (clicks, tags), (item,)), "event")
+    sources = FeatureDataset(dataset, Schema.build(tables, (clicks, tags), (item,)), "event")
     [group] = dataset.train.row_groups
 
-    def reader(target_in_history: str, sources: Sources = sources) -> UnitReader:
+    def reader(target_in_history: str, sources: FeatureDataset = sources) -> UnitReader:
         return UnitReader(
             sources, DataConfig(dataset=dataset.folder, target_in_history=target_in_history), build_loss(), 0, 1
         )
@@ -400,8 +400,8 @@ def test_every_list_of_items_is_looked_through_for_the_rows_own(tmp_path, write_
     with pytest.raises(DataError, match="row 0: its history holds the item that it asks for"):
         next(reader("error")._blocks(group, 0, 3))
     with pytest.raises(DataError, match=r"row 0: its clicks holds the item that it asks for \(2 rows"):
-        without_own(dataset.train.table(["item_id", "clicks", "when"]), ["clicks", "when"], "here", refuses=True)
-    with_liked = Sources(dataset, Schema.build(tables, (clicks, tags, liked), (item,)), "event")
+        drop_target_items(dataset.train.table(["item_id", "clicks", "when"]), ["clicks", "when"], "here", refuses=True)
+    with_liked = FeatureDataset(dataset, Schema.build(tables, (clicks, tags, liked), (item,)), "event")
     with pytest.raises(ConfigError, match=r"user feature 'liked' reads lists of items in .*users, one list for all"):
         reader("drop", with_liked)
     assert "in their history or clicks" in describe_coverage(with_liked)
@@ -432,7 +432,7 @@ def test_collisions_are_those_of_the_rows_that_are_looked_up(tmp_path, write_dat
     folder = write_dataset(tmp_path / "d", items=items, train=train)
     colour = build_feature(name="colour", kind="category", buckets=30, dim=4)
     user = build_feature(name="user_id", kind="id", buckets=9, dim=4)
-    sources = Sources(Dataset(folder), Schema.build({}, (user,), (colour,)), "event")
+    sources = FeatureDataset(Dataset(folder), Schema.build({}, (user,), (colour,)), "event")
     row = transform([colour], {"colour": colour.own_table}, {}, items, "here").sparse["colour"].values
     shared = sum(np.count_nonzero(row == each) > 1 for each in row)
     assert coverage(sources)[1].collided == pytest.approx(shared / 40)
@@ -446,7 +446,7 @@ def test_a_drawn_history_is_the_same_items_by_both_hashes(tmp_path, write_datase
     table = TableSpec(buckets=1 << 20, dim=4, hashes=2)
     history = build_feature(name="history", kind="bag", table="t")
     item = build_feature(name="item_id", kind="id", table="t")
-    sources = Sources(Dataset(folder), Schema.build({"t": table}, (history,), (item,)), "user")
+    sources = FeatureDataset(Dataset(folder), Schema.build({"t": table}, (history,), (item,)), "user")
     reader = UnitReader(sources, DataConfig(dataset=folder, rows="user"), build_loss(), 0, 1)
     [group] = sources.dataset.train.row_groups
     rows = reader._drawn(next(reader._blocks(group, 0, 2))[1], 0, 0)

@@ -17,7 +17,7 @@ from trec_twotower.config.schema import Schema
 from trec_twotower.data.features import numeric as numbers
 from trec_twotower.data.features.numeric import Statistics, learn_statistics, number_values
 from trec_twotower.errors import ConfigError
-from trec_twotower.ops.ragged import Lists
+from trec_twotower.ops.ragged import Ragged
 
 ID = build_feature(name="item_id", kind="id", buckets=8, dim=4)
 VALUES = st.lists(st.none() | st.integers(-20, 20).map(float), min_size=1, max_size=40)
@@ -35,7 +35,7 @@ def normalize(feature: FeatureSpec, array: pa.Array, statistics: Statistics) -> 
     return numbers.normalize(feature, *number_values(feature, array, "here"), statistics)
 
 
-def binned(feature: FeatureSpec, array: pa.Array, statistics: Statistics) -> Lists:
+def binned(feature: FeatureSpec, array: pa.Array, statistics: Statistics) -> Ragged:
     return numbers.binned(feature, *number_values(feature, array, "here"), statistics)
 
 

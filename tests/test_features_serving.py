@@ -20,7 +20,7 @@ from trec_twotower.config.features import build_feature
 from trec_twotower.config.model import TableSpec
 from trec_twotower.config.schema import Schema
 from trec_twotower.data.dataset import Dataset
-from trec_twotower.data.feature_dataset import Sources
+from trec_twotower.data.feature_dataset import FeatureDataset
 from trec_twotower.data.features.numeric import Statistics
 from trec_twotower.data.features.transform import Columns
 from trec_twotower.data.loading.reader import UnitReader
@@ -166,12 +166,12 @@ def rewrite(folder: Path, **parts: tuple[list[dict[str, Any]], dict[str, pa.Data
 def test_a_row_that_is_trained_on_is_the_same_user_served(folder, rows):
     """Statistics and vocabularies are learned from the rows; serving takes them as the run has kept them."""
     rewrite(folder, train=(rows, TYPES))
-    trained = Sources(Dataset(folder), SCHEMA, "event")
+    trained = FeatureDataset(Dataset(folder), SCHEMA, "event")
     reader = UnitReader(trained, DataConfig(dataset=folder), build_loss(), 0, 1)
     [group] = trained.dataset.train.row_groups
     read = next(reader._blocks(group, 0, len(rows)))[1].user
     assert set(read.sparse) | set(read.numbers) >= {feature.name for feature in USER}
-    served = Sources(Dataset(folder), SCHEMA, "event", trained.statistics)
+    served = FeatureDataset(Dataset(folder), SCHEMA, "event", trained.statistics)
     columns = served.user_columns()
     for number, row in enumerate(rows):
         state = {name: row[name] for name in columns if row[name] is not None}
@@ -185,7 +185,7 @@ def test_what_users_says_of_a_user_may_be_given_or_is_looked_up(folder, rows, ab
     """As training reads the user: of one whom users/ knows, of one whom it does not, and of one who has moved."""
     ids = {row["user_id"]: {"user_id": row["user_id"], **about[number]} for number, row in enumerate(rows)}
     rewrite(folder, train=(rows, TYPES), users=(list(ids.values()), OF_USERS))
-    trained = Sources(Dataset(folder), WITH_STATIC, "event")
+    trained = FeatureDataset(Dataset(folder), WITH_STATIC, "event")
     row = data.draw(st.sampled_from(rows))
     state = {name: row[name] for name in trained.user_columns()}
     profile = {name: value for name, value in ids[row["user_id"]].items() if name != "user_id"}
@@ -198,23 +198,23 @@ def test_what_users_says_of_a_user_may_be_given_or_is_looked_up(folder, rows, ab
     # The same user in a users/ that does not know him; what is then not said is null.
     stranger = {"user_id": row["user_id"] ^ 1, **dict.fromkeys(profile)}
     rewrite(folder, train=(rows, TYPES), users=([stranger], OF_USERS))
-    elsewhere = Sources(Dataset(folder), WITH_STATIC, "event", trained.statistics)
+    elsewhere = FeatureDataset(Dataset(folder), WITH_STATIC, "event", trained.statistics)
     same(expected, asked(elsewhere, {**state, **profile}))
     unknown = asked(elsewhere, {**state, **new})
     # Both as training reads it where users/ says so itself.
     for found, base in ((moved, profile), (unknown, dict.fromkeys(profile))):
         rewrite(folder, train=(rows, TYPES), users=([{"user_id": key, **base, **new} for key in ids], OF_USERS))
-        there = Sources(Dataset(folder), WITH_STATIC, "event", trained.statistics)
+        there = FeatureDataset(Dataset(folder), WITH_STATIC, "event", trained.statistics)
         same(read_as_trained(there, rows.index(row)), found)
 
 
-def read_as_trained(sources: Sources, number: int) -> Columns:
+def read_as_trained(sources: FeatureDataset, number: int) -> Columns:
     reader = UnitReader(sources, DataConfig(dataset=sources.dataset.folder), build_loss(), 0, 1)
     [group] = sources.dataset.train.row_groups
     return next(reader._blocks(group, 0, group.num_rows))[1].user.take(np.array([number]))
 
 
-def asked(sources: Sources, state: dict[str, Any]) -> Columns:
+def asked(sources: FeatureDataset, state: dict[str, Any]) -> Columns:
     return sources.state_features(state_table(sources, state, "the state"), "the state")
 
 
@@ -222,7 +222,7 @@ def test_a_state_that_does_not_fit_is_refused_in_words(folder):
     row = dict.fromkeys(TYPES) | {"user_id": 7, "item_id": ITEMS[0]}
     profile = dict.fromkeys(OF_USERS) | {"user_id": 7}
     rewrite(folder, train=([row], TYPES), users=([profile], OF_USERS))
-    sources = Sources(Dataset(folder), WITH_STATIC, "event", {name: Statistics() for name in LEARNED})
+    sources = FeatureDataset(Dataset(folder), WITH_STATIC, "event", {name: Statistics() for name in LEARNED})
     for state in ({"user_id": 2**64}, {"user_id": -(2**63) - 1}, {"device": 2**31}, {"plan": 2**31}, {"city": 3}):
         with pytest.raises(DataError, match="the state does not have the types of"):
             state_table(sources, state, "the state")

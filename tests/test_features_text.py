@@ -26,7 +26,7 @@ from trec_twotower.data.features.column_checks import check_kind
 from trec_twotower.data.features.hash_column import hash_column
 from trec_twotower.data.features.text import _most_tokens, check_folder, text_keys, tokens
 from trec_twotower.data.features.transform import Columns, put_pooling_divisor, transform
-from trec_twotower.data.loading.batch import Listed
+from trec_twotower.data.loading.batch import JaggedLookup
 from trec_twotower.distributed.ranks import Ranks
 from trec_twotower.errors import ConfigError, DataError
 from trec_twotower.inference.exported_program import export_program, program_inputs
@@ -114,10 +114,10 @@ def read_by(model: Path, **changes) -> FeatureSpec:
     )
 
 
-def listed(feature: FeatureSpec, texts: list[str | None]) -> Listed:
+def listed(feature: FeatureSpec, texts: list[str | None]) -> JaggedLookup:
     lists = tokens(feature, pa.array(texts, pa.string()))
     length, place = (torch.from_numpy(values.astype(np.int64)) for values in (lists.lengths, lists.values))
-    return Listed(length, place=place)
+    return JaggedLookup(length, place=place)
 
 
 TEXTS = ["red shoe", None, "blue hat old", "red shoe", "book", "red unheard-of"]

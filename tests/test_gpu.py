@@ -19,7 +19,7 @@ from trec_twotower.config.base import as_values
 from trec_twotower.config.data import DataConfig
 from trec_twotower.config.loading import to_yaml
 from trec_twotower.data.dataset import Dataset
-from trec_twotower.data.feature_dataset import Sources
+from trec_twotower.data.feature_dataset import FeatureDataset
 from trec_twotower.data.loading.loader import TrainBatches
 from trec_twotower.data.negatives.samplers import count_items
 from trec_twotower.model.losses import LOSSES, Pairs, Relations
@@ -110,7 +110,7 @@ def test_tables_in_host_memory_train_as_those_on_the_device(small_world, tmp_pat
 
 def test_batches_are_pinned_and_their_copies_are_the_same(small_world):
     config = event_config(small_world, Path("nowhere"))
-    sources = Sources(Dataset(small_world / "events"), config.feature_schema, "event")
+    sources = FeatureDataset(Dataset(small_world / "events"), config.feature_schema, "event")
     loss = build_loss(**{"negatives": {"sampled": 5}})
     data = DataConfig(dataset=small_world / "events", batch_size=16)
     batches = TrainBatches(sources, data, loss, count_items(sources, loss), (0, 1), pin_memory=True)

@@ -15,7 +15,7 @@ from trec_twotower.index import item_index as search
 from trec_twotower.index.backends import gpu, kinds
 from trec_twotower.index.backends.faiss_backend import uses_gpu
 from trec_twotower.index.searcher import SearchEffort
-from trec_twotower.ops.ragged import Lists
+from trec_twotower.ops.ragged import Ragged
 from trec_twotower.storage.manifest import own_sha256, seal
 
 
@@ -112,7 +112,7 @@ def test_the_recall_holds_for_users_who_have_seen_many_of_their_best_items(world
     user_BD = world.user_BD[:200]
     rng = np.random.default_rng(2)
     seen = [rng.permutation(best)[:75].tolist() for best in best_written_out(world.item_ID, user_BD, 150)]
-    _, found = world.index.search_unseen(user_BD, 20, Lists.from_lists(seen))
+    _, found = world.index.search_unseen(user_BD, 20, Ragged.from_lists(seen))
     assert recall(found, best_written_out(world.item_ID, user_BD, 20, seen)) >= 0.985
 
 
@@ -124,7 +124,7 @@ def test_an_answer_is_sorted_whole_and_of_unseen_items(world):
     seen[8] += [-1, 5_000, 99_999]  # not in the catalogue
     user_BD = world.user_BD[: len(seen)]
     for k in (1, 20, 300):
-        score_BK, item_row_BK = world.index.search_unseen(user_BD, k, Lists.from_lists(seen))
+        score_BK, item_row_BK = world.index.search_unseen(user_BD, k, Ragged.from_lists(seen))
         assert_well_formed(world.item_ID, user_BD, score_BK, item_row_BK, k, seen)
     score_BK, item_row_BK = world.index.search(user_BD, 20)
     assert_well_formed(world.item_ID, user_BD, score_BK, item_row_BK, 20, [[] for _ in seen])
@@ -144,7 +144,7 @@ def test_rows_that_run_short_are_searched_again_in_more_lists(world, num_seen):
     best = best_written_out(world.item_ID, user_BD, 5_000)
     seen = [each[:num_seen] for each in best]
     for k in (20, 1_900, 5_000):
-        score_BK, item_row_BK = hasty.search_unseen(user_BD, k, Lists.from_lists(seen))
+        score_BK, item_row_BK = hasty.search_unseen(user_BD, k, Ragged.from_lists(seen))
         assert_well_formed(world.item_ID, user_BD, score_BK, item_row_BK, k, seen)
     num_unseen = 5_000 - num_seen
     found, expected = item_row_BK[:, :num_unseen], np.array([each[num_seen:] for each in best])
@@ -328,7 +328,7 @@ def test_a_search_that_cannot_be_is_refused(world):
     with pytest.raises(ConfigError, match=r"have 5 numbers but the items' of the index 32"):
         world.index.search(user_BD[:, :5], 10)
     with pytest.raises(ConfigError, match="4 users but 2 lists"):
-        world.index.search_unseen(user_BD, 10, Lists.empty(2))
+        world.index.search_unseen(user_BD, 10, Ragged.empty(2))
     user_BD = user_BD.copy()
     user_BD[2, 0] = np.nan
     with pytest.raises(DataError, match=r"1 of 4 user vectors .* in rows \[2\]"):
@@ -360,7 +360,7 @@ def test_exact_search_equals_sorting_every_score(monkeypatch, blocks, keeps):
     seen[3], seen[4] = list(range(530)), list(range(528)) * 2
     user_BD.flags.writeable = False  # as Arrow gives them
     for k in (1, 25, 530, 600):
-        score_BK, item_row_BK = exact_search(items, user_BD, k, Lists.from_lists(seen), device="cpu")
+        score_BK, item_row_BK = exact_search(items, user_BD, k, Ragged.from_lists(seen), device="cpu")
         assert_well_formed(item_ID, user_BD, score_BK, item_row_BK, k, seen)
         for row, best in zip(item_row_BK, best_written_out(item_ID, user_BD, k, seen), strict=True):
             np.testing.assert_array_equal(row[: len(best)], best)
@@ -380,7 +380,7 @@ def saved(tmp_path):
 
 def test_a_loaded_index_answers_as_the_saved_one(saved):
     loaded = ItemIndex.load(saved.folder, model_version="m1", device="cpu")
-    seen = Lists.from_lists([list(range(user)) for user in range(200)])
+    seen = Ragged.from_lists([list(range(user)) for user in range(200)])
     for before, after in zip(
         saved.index.search_unseen(saved.user_BD, 30, seen),
         loaded.search_unseen(saved.user_BD, 30, seen),

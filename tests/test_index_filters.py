@@ -10,7 +10,7 @@ from tests.test_index import clustered, settings
 from trec_twotower.errors import ConfigError, DataError
 from trec_twotower.index import build_index, filters, mask_of
 from trec_twotower.index.filters import choose_strategy
-from trec_twotower.ops.ragged import Lists
+from trec_twotower.ops.ragged import Ragged
 
 STRATEGIES = ("exact", "selector", None)
 
@@ -80,7 +80,7 @@ def test_an_answer_is_never_short_of_items_that_there_are(world, strategy):
         worst = np.argsort(item_ID @ user_1D[0])[:30]
         mask_I = np.zeros(len(item_ID), bool)
         mask_I[worst] = True
-        seen = Lists(np.array([0, 12]), worst[:12])
+        seen = Ragged(np.array([0, 12]), worst[:12])
         _, (found_K,) = index.search(user_1D, 25, seen=seen, allowed=index.allow(mask_I, strategy))
         assert set(found_K[:18]) == set(worst[12:].tolist())
         assert found_K[18:].tolist() == [-1] * 7

@@ -21,7 +21,7 @@ from trec_twotower.index.searcher import SearchEffort
 from trec_twotower.index.training import rows_of
 from trec_twotower.inference import export
 from trec_twotower.inference.export import VectorFiles
-from trec_twotower.ops.ragged import Lists
+from trec_twotower.ops.ragged import Ragged
 
 KINDS = (
     ("Flat", 1),
@@ -56,7 +56,7 @@ def test_every_kind_reaches_the_target_and_answers_whole_and_maps_to_the_same(ve
     seen = [rng.permutation(2_000)[:size].tolist() for size in rng.integers(0, 2_000, size=38)]
     seen += [list(range(2_000)), list(range(1_995))]
     for k in (10, 2_000):
-        score_BK, item_row_BK = index.search(user_BD, k, seen=Lists.from_lists(seen))
+        score_BK, item_row_BK = index.search(user_BD, k, seen=Ragged.from_lists(seen))
         for user, (score, row) in enumerate(zip(score_BK, item_row_BK, strict=True)):
             num_found = min(k, 2_000 - len(set(seen[user])))
             assert len(set(row[:num_found].tolist())) == num_found and not set(row.tolist()) & set(seen[user])
@@ -119,7 +119,7 @@ def test_users_of_several_vectors_get_the_best_by_any_of_them(vectors):
     shift_BMD = 0.1 * np.random.default_rng(1).standard_normal((20, 3, 32), dtype=np.float32)
     user_BMD = user_QD[:20, None] + shift_BMD  # so near each other that they share items
     seen = [[row] for row in np.random.default_rng(0).integers(0, 2_000, size=20).tolist()]
-    score_BK, item_row_BK = index.search_merged(user_BMD, 15, seen=Lists.from_lists(seen))
+    score_BK, item_row_BK = index.search_merged(user_BMD, 15, seen=Ragged.from_lists(seen))
     for user in range(20):
         best_I = (item_ID.astype(np.float64) @ user_BMD[user].T.astype(np.float64)).max(axis=1)
         best_I[seen[user]] = -np.inf

@@ -7,7 +7,7 @@ import pytest
 
 from tests.test_index import settings
 from trec_twotower.index import ExactItems, build_index, exact, exact_search
-from trec_twotower.ops.ragged import Lists
+from trec_twotower.ops.ragged import Ragged
 from trec_twotower.serving.business_rules import Rules, apply_rules
 
 KINDS = (
@@ -74,7 +74,7 @@ def index(request, world):
 def test_an_answer_is_the_head_of_every_longer_one_alone_and_in_any_batch(world, index, strategy):
     user_BD = world[1][:60]
     rng = np.random.default_rng(1)
-    seen = Lists.from_lists([rng.integers(0, 2_000, size).tolist() for size in rng.integers(0, 40, 60)])
+    seen = Ragged.from_lists([rng.integers(0, 2_000, size).tolist() for size in rng.integers(0, 40, 60)])
     mask_I = rng.random(2_000) < 0.4
     allowed = None if strategy == "unfiltered" else index.allow(mask_I, strategy)
     for lists in (None, seen):
@@ -144,7 +144,7 @@ def test_exact_search_orders_equals_by_row(world, monkeypatch, num_users, k):
     rng = np.random.default_rng(2)
     seen = [rng.integers(0, 2_000, size).tolist() for size in rng.integers(0, 1_500, num_users)]
     rows = best_by_row(item_ID, user_BD, k, which_I, seen)
-    item_row_BK = exact_search(item_ID, user_BD, k, Lists.from_lists(seen), device="cpu")[1]
+    item_row_BK = exact_search(item_ID, user_BD, k, Ragged.from_lists(seen), device="cpu")[1]
     for found_K, wanted in zip(item_row_BK, rows, strict=True):
         assert found_K[: len(wanted)].tolist() == wanted and (found_K[len(wanted) :] == -1).all()
 

@@ -23,13 +23,13 @@ from trec_twotower.config.losses import LossConfig, NegativesConfig
 from trec_twotower.config.model import TableSpec
 from trec_twotower.config.schema import Schema
 from trec_twotower.data.dataset import Dataset
-from trec_twotower.data.feature_dataset import Sources
+from trec_twotower.data.feature_dataset import FeatureDataset
 from trec_twotower.data.features.transform import Statistics
 from trec_twotower.data.held_out import HeldOut
-from trec_twotower.data.loading.batch import Batch, Listed
+from trec_twotower.data.loading.batch import Batch, JaggedLookup
 from trec_twotower.data.loading.loader import TrainBatches
 from trec_twotower.data.loading.pairs import Pairs, Targets
-from trec_twotower.data.negatives.samplers import Evenly
+from trec_twotower.data.negatives.samplers import UniformSampler
 from trec_twotower.errors import ConfigError, DataError
 
 # A table so large that a bucket is the id itself: a batch can be read back.
@@ -92,7 +92,7 @@ def worlds(tmp_path_factory, write_dataset):
 
 @pytest.fixture(scope="module")
 def sources(worlds):
-    return {rows: Sources(Dataset(folder), SCHEMA, rows) for rows, folder in worlds.items()}
+    return {rows: FeatureDataset(Dataset(folder), SCHEMA, rows) for rows, folder in worlds.items()}
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +103,7 @@ def rows_of(worlds):
     return found
 
 
-def batches_of(source: Sources, share=(0, 1), *, loss: LossConfig | None = None, **data) -> TrainBatches:
+def batches_of(source: FeatureDataset, share=(0, 1), *, loss: LossConfig | None = None, **data) -> TrainBatches:
     """The batches of one rank; small windows, so that an epoch has several."""
     settings = {"rows": source.rows, "batch_size": 10, "shuffle_rows": 20} | data
     config = DataConfig(dataset=source.dataset.folder, **settings)
@@ -339,7 +339,7 @@ def test_candidates_are_the_positives_and_the_sample_each_once_in_the_order_of_t
             places = [ITEMS.index(item) for item in items_of([batch])]
             assert places == sorted(set(places))
             positives = {ITEMS.index(item) for row in rows_in([batch]) for item, _ in row.positives}
-            drawn = set(Evenly(15, len(ITEMS), made.data.seed).draw(step, np.empty(0, np.int64)).tolist())
+            drawn = set(UniformSampler(15, len(ITEMS), made.data.seed).draw(step, np.empty(0, np.int64)).tolist())
             assert set(places) == positives | drawn
             assert batch.is_negative_C.tolist() == [in_batch or place in drawn for place in places]
             assert torch.equal(batch.log_q_C, torch.from_numpy(made.log_q_I[places]))
@@ -401,7 +401,7 @@ def test_weights_of_a_bag_stand_beside_its_ids_and_ones_beside_all_others(tmp_pa
     train = pa.table({"user_id": [70, 80, 90], "item_id": [3, 1, 2]})
     weighted = build_feature(name="tags", kind="bag", table="id", weights="w")
     schema = Schema.build({"id": ID}, (USER,), (weighted, ITEM))
-    source = Sources(Dataset(write_dataset(tmp_path / "d", items=items, train=train)), schema, "event")
+    source = FeatureDataset(Dataset(write_dataset(tmp_path / "d", items=items, train=train)), schema, "event")
     (batch,) = epoch_of(batches_of(source, batch_size=3))
     users = [ids[0] for ids in features_of(batch)["user:user_id"]]
     assert sorted(users) == [70, 80, 90]
@@ -415,7 +415,7 @@ def test_weights_of_a_bag_stand_beside_its_ids_and_ones_beside_all_others(tmp_pa
 
 def test_a_users_items_are_split_and_nothing_is_lost(sources, rows_of):
     schema = Schema.build({"id": ID}, (ROW, HISTORY.model_copy(update={"max_length": None}), USER, AGE), SCHEMA.item)
-    source = Sources(Dataset(sources["user"].dataset.folder), schema, "user")
+    source = FeatureDataset(Dataset(sources["user"].dataset.folder), schema, "user")
     for epoch in range(5):
         for batch in epoch_of(batches_of(source), epoch):
             candidates = set(items_of([batch]))
@@ -444,7 +444,7 @@ def test_with_no_share_of_input_all_items_are_asked_for(tmp_path, write_dataset)
     train = pa.table({"user_id": range(12), "positives": positives})
     schema = Schema.build({"id": ID}, (ROW.model_copy(update={"name": "user_id"}),), (ITEM,))
     folder = write_dataset(tmp_path / "d", items=pa.table({"item_id": [1, 2, 3, 4, 5]}), train=train)
-    made = epoch_of(batches_of(Sources(Dataset(folder), schema, "user"), batch_size=6, input_share=0))
+    made = epoch_of(batches_of(FeatureDataset(Dataset(folder), schema, "user"), batch_size=6, input_share=0))
     targets = []
     for batch in made:
         items = items_of([batch])
@@ -462,7 +462,7 @@ def test_the_share_of_input_is_near_its_setting(tmp_path, write_dataset, share):
     users = pa.table({"user_id": range(50), "positives": [ITEMS] * 50})
     schema = Schema.build({"id": ID}, (USER, HISTORY.model_copy(update={"max_length": None})), (ITEM,))
     folder = write_dataset(tmp_path / "d", row_group_size=10, items=pa.table({"item_id": ITEMS}), train=users)
-    made = batches_of(Sources(Dataset(folder), schema, "user"), batch_size=50, input_share=share)
+    made = batches_of(FeatureDataset(Dataset(folder), schema, "user"), batch_size=50, input_share=share)
     inputs = [tuple(ids) for batch in made.since(0, 10) for ids in features_of(batch)["user:history"][:50]]
     assert len(set(inputs)) == 10 * 50  # users with the same items are split each in their own way
     n = 10 * 50 * 60
@@ -475,7 +475,7 @@ def test_an_item_that_stands_twice_falls_on_one_side(tmp_path, write_dataset):
     train = pa.table({"user_id": range(60), "positives": positives})
     schema = Schema.build({"id": ID}, (ROW.model_copy(update={"name": "user_id"}), HISTORY), (ITEM,))
     folder = write_dataset(tmp_path / "d", items=pa.table({"item_id": [1, 2, 3, 4, 5]}), train=train)
-    made = batches_of(Sources(Dataset(folder), schema, "user"), batch_size=30)
+    made = batches_of(FeatureDataset(Dataset(folder), schema, "user"), batch_size=30)
     for batch in made.since(0, 20):
         inputs = [set(ids) for ids in features_of(batch)["user:history"]][:30]
         items = items_of([batch])
@@ -518,7 +518,7 @@ def test_an_error_of_the_thread_is_raised_where_the_batches_are_taken(tmp_path, 
     train = pa.table({"user_id": [1, 2, 3, 4], "item_id": [10, 10, 10, 10], "age": [1.0, 1.0, 1.0, float("nan")]})
     schema = Schema.build({"id": ID}, (USER, AGE), (ITEM,))
     folder = write_dataset(tmp_path / "d", row_group_size=1, items=pa.table({"item_id": [10]}), train=train)
-    source = Sources(Dataset(folder), schema, "event", {"user:age": Statistics()})
+    source = FeatureDataset(Dataset(folder), schema, "event", {"user:age": Statistics()})
     made = batches_of(source, batch_size=2, shuffle_rows=1)
     taken, others = [], readers()
     with pytest.raises(DataError, match=r"part-0\.parquet, row group 3, column 'age': 1 of 1 .* in row 0"):
@@ -540,7 +540,7 @@ def tiny(tmp_path, write_dataset):
             "train": pa.table({"user_id": [1, 2], "item_id": [10, 20]}),
         }
         folder = write_dataset(tmp_path / f"d{len(list(tmp_path.iterdir()))}", **(good | parts))
-        return Sources(Dataset(folder), Schema.build({"id": ID}, tuple(user), tuple(item)), rows)
+        return FeatureDataset(Dataset(folder), Schema.build({"id": ID}, tuple(user), tuple(item)), rows)
 
     return read
 
@@ -619,7 +619,7 @@ def test_ids_that_are_text_here_and_numbers_there_are_refused(tmp_path, write_da
         {"id": TableSpec(buckets=8, dim=4)}, user, (build_feature(name="item_id", kind="id", table="id"),)
     )
     with pytest.raises(DataError, match=said):
-        HeldOut.read(Sources(Dataset(write_dataset(tmp_path / "d", **tables)), schema, "event"), "test")
+        HeldOut.read(FeatureDataset(Dataset(write_dataset(tmp_path / "d", **tables)), schema, "event"), "test")
 
 
 def test_a_user_without_a_row_in_users_is_named(tiny):
@@ -633,7 +633,7 @@ def test_a_bad_number_in_train_is_named_by_group_and_row(tmp_path, write_dataset
     train = pa.table({"user_id": [1, 2, 3], "item_id": [10, 10, 10], "age": [1.0, 2.0, float("inf")]})
     folder = write_dataset(tmp_path / "d", row_group_size=2, items=pa.table({"item_id": [10]}), train=train)
     with pytest.raises(DataError, match=r"train/part-0\.parquet, row group 1, column 'age': .* in row 0"):
-        Sources(Dataset(folder), Schema.build({"id": ID}, (AGE,), (ITEM,)), "event")
+        FeatureDataset(Dataset(folder), Schema.build({"id": ID}, (AGE,), (ITEM,)), "event")
 
 
 @pytest.mark.parametrize("weight", [[1.0, -1.0], [1.0, math.nan], [1.0, None], [1.0, math.inf], [1.0, 1e16]])
@@ -767,8 +767,8 @@ def full_batch() -> Batch:
     tensors = {
         part.name: tensor() for part in fields(Batch) if "Tensor" in str(part.type) and "Keyed" not in str(part.type)
     }
-    whole = Listed(**{part.name: tensor() for part in fields(Listed)})
-    listed = {"x": whole, "y": Listed(place=tensor())}
+    whole = JaggedLookup(**{part.name: tensor() for part in fields(JaggedLookup)})
+    listed = {"x": whole, "y": JaggedLookup(place=tensor())}
     targets = Targets(*(Pairs(*(tensor() for _ in fields(Pairs))) for _ in fields(Targets)))
     return Batch(
         **tensors,

@@ -25,9 +25,9 @@ from trec_twotower.index import build_index, exact_search
 from trec_twotower.inference.export import VECTORS, VectorFiles, _write
 from trec_twotower.model.losses import LOSSES, Hardest, Pairs, Relations
 from trec_twotower.model.losses import chunked as blocks
-from trec_twotower.model.multi_interest import attended, gaussian_item, gaussian_user, likeness, uses
+from trec_twotower.model.multi_interest import gaussian_item, gaussian_user, label_aware_attention, likeness, uses
 from trec_twotower.model.sequence_encoders import ENCODERS
-from trec_twotower.ops.ragged import Lists
+from trec_twotower.ops.ragged import Ragged
 
 ROWS, COLUMNS, INTERESTS, DIM, TEMPERATURE = 4, 9, 3, 5, 0.5
 
@@ -127,7 +127,7 @@ def test_twice_the_same_vector_costs_what_it_costs_once(kind, vectors):
 def test_attention_by_the_positive_is_the_mean_written_out(vectors):
     user_BMD, item_CD = (each.detach() for each in vectors)
     column_B = torch.tensor([1, 4, 7, 2])
-    made = attended(user_BMD, item_CD, Pairs(torch.arange(ROWS), column_B), 2.0, is_unit=True)
+    made = label_aware_attention(user_BMD, item_CD, Pairs(torch.arange(ROWS), column_B), 2.0, is_unit=True)
     for row, column in enumerate(column_B):
         weight_M = (2.0 * (user_BMD[row] @ item_CD[column])).softmax(0)
         assert torch.allclose(made[row], F.normalize((weight_M[:, None] * user_BMD[row]).sum(0), dim=0), atol=1e-6)
@@ -151,7 +151,7 @@ def test_one_search_of_all_vectors_finds_the_best_by_any(factory, rng):
     user_BMD = rng.normal(size=(40, 3, 8)).astype(np.float32)
     user_BMD[:10, 1] = user_BMD[:10, 0]  # whose lists are the same
     user_BMD[5, 2] = 0.9 * user_BMD[5, 0]
-    seen = Lists.from_lists([rng.choice(300, 20, replace=False) for _ in range(40)])
+    seen = Ragged.from_lists([rng.choice(300, 20, replace=False) for _ in range(40)])
     score_BI = np.einsum("bmd,id->bmi", user_BMD, item_ID).max(axis=1)
     score_BI[seen.rows, seen.values] = -np.inf
     best_BK = np.argsort(-score_BI, axis=1, kind="stable")[:, :12]
@@ -169,7 +169,7 @@ def test_one_search_of_all_vectors_finds_the_best_by_any(factory, rng):
     assert mask_I[found_BK[found_BK >= 0]].all() and (score_BK[:, 1:] <= score_BK[:, :-1]).all()
 
 
-def seen_of(seen: Lists) -> list[np.ndarray]:
+def seen_of(seen: Ragged) -> list[np.ndarray]:
     return np.split(seen.values, seen.offsets[1:-1])
 
 

@@ -18,7 +18,7 @@ from trec_twotower.ops import bucket_kernels, hashing, kernels, key_table, ragge
 from trec_twotower.ops.compilation import LINE_BYTES
 from trec_twotower.ops.hashing import fingerprints, hash_to_bucket, mix, mix_array
 from trec_twotower.ops.key_table import KeyTable, pairs_by_fingerprint
-from trec_twotower.ops.ragged import Lists
+from trec_twotower.ops.ragged import Ragged
 
 KEYS = st.lists(st.integers(-(2**63), 2**63 - 1), max_size=60)
 
@@ -40,9 +40,9 @@ def test_buckets_and_fingerprints_are_computed_from_the_mix(rng, num_buckets):
 def test_taken_lists_are_those_of_plain_python(rows, data):
     wanted = data.draw(st.lists(st.integers(0, len(rows) - 1), max_size=30))
     for dtype in (np.int32, np.int64, np.uint32):
-        lists = Lists.from_lists(rows)
+        lists = Ragged.from_lists(rows)
         weights = np.arange(len(lists.values), dtype=np.float32)
-        taken = Lists(lists.offsets, lists.values.astype(dtype), weights).take(np.array(wanted, np.int64))
+        taken = Ragged(lists.offsets, lists.values.astype(dtype), weights).take(np.array(wanted, np.int64))
         flat = np.array([value for row in wanted for value in rows[row]], np.int64).astype(dtype)
         assert taken.values.dtype == dtype and taken.values.tolist() == flat.tolist()
         assert taken.lengths.tolist() == [len(rows[row]) for row in wanted]
@@ -67,7 +67,7 @@ def test_a_read_only_or_strided_column_is_taken_as_any_other():
     """As memory-mapped files and slices of wider arrays are."""
     values = np.arange(20, dtype=np.int32)
     values.flags.writeable = False
-    lists = Lists(np.array([0, 2, 5, 10]), values[::2])
+    lists = Ragged(np.array([0, 2, 5, 10]), values[::2])
     assert lists.take(np.array([2, 0])).values.tolist() == [10, 12, 14, 16, 18, 0, 2]
 
 
@@ -200,8 +200,8 @@ def test_every_kernel_does_what_its_source_does_in_plain_python(rng):
 def test_pairs_by_fingerprint_are_those_of_a_loop(candidates, rows):
     """Every item of a row that is a candidate, each time it stands there, in the rows' order."""
     item_C = np.array(sorted(candidates), np.int64)
-    lists = Lists.from_lists(rows)
-    hashed = Lists(lists.offsets, fingerprints(lists.values))
+    lists = Ragged.from_lists(rows)
+    hashed = Ragged(lists.offsets, fingerprints(lists.values))
     row, column = pairs_by_fingerprint(hashed, fingerprints(item_C))
     place = {int(item): number for number, item in enumerate(item_C)}
     assert list(zip(row.tolist(), column.tolist(), strict=True)) == [

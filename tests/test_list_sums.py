@@ -69,7 +69,7 @@ def test_dropout_leaves_out_a_share_and_keeps_the_mean():
 
 
 def test_heads_make_the_same_either_way(monkeypatch):
-    from trec_twotower.data.loading.batch import Listed
+    from trec_twotower.data.loading.batch import JaggedLookup
 
     vector_UD, place_N, length_B, _ = lists()
     feature = build_feature(
@@ -80,6 +80,6 @@ def test_heads_make_the_same_either_way(monkeypatch):
         for weight in part.parameters():
             weight.add_(torch.randn_like(weight))
     assert is_supported(vector_UD)
-    fast = part(vector_UD, Listed(length_B, place=place_N))
+    fast = part(vector_UD, JaggedLookup(length_B, place=place_N))
     monkeypatch.setattr("trec_twotower.model.sequence_encoders.is_supported", lambda vector: False)
-    assert torch.allclose(fast, part(vector_UD, Listed(length_B, place=place_N)), atol=1e-5)
+    assert torch.allclose(fast, part(vector_UD, JaggedLookup(length_B, place=place_N)), atol=1e-5)

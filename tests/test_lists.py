@@ -8,31 +8,31 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trec_twotower.ops.ragged import Lists, offsets_of, weights_of
+from trec_twotower.ops.ragged import Ragged, offsets_of, weights_of
 
 ROWS = st.lists(st.lists(st.integers(-1, 12), max_size=6), max_size=8)
 SOME_ROWS = ROWS.filter(bool)
 
 
-def plain(lists: Lists) -> list[list[int]]:
+def plain(lists: Ragged) -> list[list[int]]:
     ends = lists.offsets.tolist()
     return [lists.values[start:end].tolist() for start, end in pairwise(ends)]
 
 
-def plain_weights(lists: Lists) -> list[list[float]]:
-    return plain(Lists(lists.offsets, lists.weights))
+def plain_weights(lists: Ragged) -> list[list[float]]:
+    return plain(Ragged(lists.offsets, lists.weights))
 
 
-def weighted(rows: list[list[int]]) -> Lists:
+def weighted(rows: list[list[int]]) -> Ragged:
     """Each value with a weight that tells its row and place: 10 r + j."""
-    lists = Lists.from_lists(rows)
+    lists = Ragged.from_lists(rows)
     weights = [10.0 * r + j for r, row in enumerate(rows) for j in range(len(row))]
-    return Lists(lists.offsets, lists.values, np.array(weights, np.float32))
+    return Ragged(lists.offsets, lists.values, np.array(weights, np.float32))
 
 
 @given(ROWS)
 def test_lists_come_back(rows):
-    lists = Lists.from_lists(rows)
+    lists = Ragged.from_lists(rows)
     assert plain(lists) == rows
     assert len(lists) == len(rows)
     assert lists.lengths.tolist() == [len(row) for row in rows]
@@ -41,8 +41,8 @@ def test_lists_come_back(rows):
 
 
 def test_singles_and_empty():
-    assert plain(Lists.singles(np.array([7, 8]))) == [[7], [8]]
-    assert plain(Lists.empty(3)) == [[], [], []]
+    assert plain(Ragged.singles(np.array([7, 8]))) == [[7], [8]]
+    assert plain(Ragged.empty(3)) == [[], [], []]
     assert offsets_of([2, 0, 1]).tolist() == [0, 2, 2, 3]
 
 
@@ -74,19 +74,19 @@ def test_newest_keeps_the_last_values(rows, max_length):
 
 @given(ROWS)
 def test_distinct_is_the_sorted_set(rows):
-    assert plain(Lists.from_lists(rows).distinct()) == [sorted(set(row)) for row in rows]
+    assert plain(Ragged.from_lists(rows).distinct()) == [sorted(set(row)) for row in rows]
 
 
 @given(SOME_ROWS, st.integers(0, 4), st.data())
 def test_contain_is_membership_but_for_no_item(rows, width, data):
     asked = [[data.draw(st.integers(-1, 14)) for _ in range(width)] for _ in rows]
-    found = Lists.from_lists(rows).contain(np.array(asked, np.int64).reshape(len(rows), width))
+    found = Ragged.from_lists(rows).contain(np.array(asked, np.int64).reshape(len(rows), width))
     assert found.tolist() == [[v >= 0 and v in row for v in asks] for asks, row in zip(asked, rows, strict=True)]
 
 
 @given(st.lists(st.tuples(ROWS, st.booleans()), min_size=1, max_size=4))
 def test_concat_lays_rows_below_each_other_and_gives_weight_one_where_there_is_none(parts):
-    whole = Lists.concat([weighted(rows) if has_weights else Lists.from_lists(rows) for rows, has_weights in parts])
+    whole = Ragged.concat([weighted(rows) if has_weights else Ragged.from_lists(rows) for rows, has_weights in parts])
     assert plain(whole) == [row for rows, _ in parts for row in rows]
     if any(has_weights for _, has_weights in parts):
         assert plain_weights(whole) == [

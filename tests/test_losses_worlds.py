@@ -18,7 +18,7 @@ from trec_twotower.config.losses import LearnedTemperature
 from trec_twotower.config.model import TableSpec
 from trec_twotower.config.schema import Schema
 from trec_twotower.data.dataset import Dataset
-from trec_twotower.data.feature_dataset import Sources
+from trec_twotower.data.feature_dataset import FeatureDataset
 from trec_twotower.data.loading.loader import TrainBatches
 from trec_twotower.data.negatives.samplers import count_items
 from trec_twotower.model.losses import LOSSES, Pairs, Relations
@@ -140,7 +140,7 @@ def test_log_q_makes_the_sampled_optimum_that_of_the_full_softmax():
 
 
 @pytest.fixture(scope="module")
-def popularity_world(tmp_path_factory, write_dataset) -> tuple[Sources, Tensor]:
+def popularity_world(tmp_path_factory, write_dataset) -> tuple[FeatureDataset, Tensor]:
     """60 items that one and the same user takes in proportion to 1, 1/2, 1/3 ...; and the logs of their shares."""
     rng, num_items, num_rows = np.random.default_rng(0), 60, 12_000
     wanted_I = 1 / np.arange(1, num_items + 1)
@@ -154,7 +154,7 @@ def popularity_world(tmp_path_factory, write_dataset) -> tuple[Sources, Tensor]:
     table = TableSpec(buckets=num_items, dim=4, hashing="modulo")
     user, item_id = (build_feature(name=name, kind="id", table="t") for name in ("user_id", "item_id"))
     share_I = torch.from_numpy(np.bincount(item) / len(item))
-    return Sources(Dataset(folder), Schema.build({"t": table}, (user,), (item_id,)), "event"), share_I.log()
+    return FeatureDataset(Dataset(folder), Schema.build({"t": table}, (user,), (item_id,)), "event"), share_I.log()
 
 
 @pytest.mark.parametrize(
@@ -272,8 +272,8 @@ def planted(best: float) -> Callable[[Tensor], Tensor]:
     """
     random = torch.Generator().manual_seed(2)
     score_I = 2 * torch.rand(30, generator=random, dtype=torch.float64) - 1
-    taken_I = torch.softmax(score_I / best, 0)
-    positive = Pairs(torch.arange(30), torch.arange(30), taken_I)
+    interactions_I = torch.softmax(score_I / best, 0)
+    positive = Pairs(torch.arange(30), torch.arange(30), interactions_I)
     user_BD = torch.ones(30, 1, dtype=torch.float64)
     return lambda temperature: softmax(
         user_BD, score_I[:, None], Relations(positive, positive), temperature=temperature.double()

@@ -17,7 +17,7 @@ from trec_twotower.evaluation.metrics import (
     ranking_metrics,
     resampled_sums,
 )
-from trec_twotower.ops.ragged import Lists
+from trec_twotower.ops.ragged import Ragged
 from trec_twotower.ops.topk import blocks_by_length, find_repeats
 
 
@@ -38,7 +38,7 @@ def metrics_written_out(ranked, positives, k):
 
 def test_metrics_of_one_user_by_hand():
     """Items 5 3 8 9 ranked, 3 9 1 to find: hits at ranks 2 and 4."""
-    metrics = ranking_metrics(np.array([[5, 3, 8, 9]]), Lists.from_lists([[9, 1, 3]]), [1, 2, 4])
+    metrics = ranking_metrics(np.array([[5, 3, 8, 9]]), Ragged.from_lists([[9, 1, 3]]), [1, 2, 4])
     assert {name: value[0] for name, value in metrics.items() if name.endswith("@1")} == {
         "recall@1": 0.0, "ndcg@1": 0.0, "hit@1": 0.0, "mrr@1": 0.0, "map@1": 0.0, "precision@1": 0.0
     }  # fmt: skip
@@ -51,27 +51,27 @@ def test_metrics_of_one_user_by_hand():
 
 
 def test_recall_divides_by_all_positives_also_when_they_exceed_k():
-    metrics = ranking_metrics(np.array([[0, 1]]), Lists.from_lists([range(10)]), [2])
+    metrics = ranking_metrics(np.array([[0, 1]]), Ragged.from_lists([range(10)]), [2])
     assert metrics["recall@2"][0] == 0.2
     assert metrics["ndcg@2"][0] == pytest.approx(1.0)
 
 
 def test_a_positive_given_twice_counts_once():
     once, twice = (
-        ranking_metrics(np.array([[4, 2, 7]]), Lists.from_lists([wanted]), [3]) for wanted in ([7, 1], [7, 1, 7, 1, 1])
+        ranking_metrics(np.array([[4, 2, 7]]), Ragged.from_lists([wanted]), [3]) for wanted in ([7, 1], [7, 1, 7, 1, 1])
     )
     assert once == twice
 
 
 def test_no_item_is_a_miss_even_for_a_user_who_wants_row_zero():
-    metrics = ranking_metrics(np.array([[-1, -1, 0], [-1, -1, -1]]), Lists.from_lists([[0], [0]]), [3])
+    metrics = ranking_metrics(np.array([[-1, -1, 0], [-1, -1, -1]]), Ragged.from_lists([[0], [0]]), [3])
     assert metrics["mrr@3"].tolist() == [1 / 3, 0.0]
 
 
 def test_columns_a_ranking_lacks_are_misses():
-    metrics = ranking_metrics(np.array([[3]]), Lists.from_lists([[3, 4]]), [10])
+    metrics = ranking_metrics(np.array([[3]]), Ragged.from_lists([[3, 4]]), [10])
     assert metrics["precision@10"][0] == 0.1 and metrics["recall@10"][0] == 0.5
-    empty = ranking_metrics(np.empty((1, 0), dtype=np.int64), Lists.from_lists([[3]]), [10])
+    empty = ranking_metrics(np.empty((1, 0), dtype=np.int64), Ragged.from_lists([[3]]), [10])
     assert all(value.tolist() == [0.0] for value in empty.values())
 
 
@@ -86,7 +86,7 @@ def test_metrics_equal_the_definitions_written_out(data):
     wanted = [data.draw(st.lists(items, min_size=1, max_size=20)) for _ in range(num_users)]
     ks = data.draw(st.lists(st.integers(1, 15), min_size=1, max_size=3, unique=True))
     item_row_BK = np.array([row[:cut] + [-1] * (length - cut) for row, cut in zip(ranked, cuts, strict=True)])
-    metrics = ranking_metrics(item_row_BK, Lists.from_lists(wanted), ks)
+    metrics = ranking_metrics(item_row_BK, Ragged.from_lists(wanted), ks)
     assert metrics.keys() == {f"{name}@{k}" for name in METRICS for k in ks}
     for k in ks:
         for user in range(num_users):
@@ -99,7 +99,7 @@ def test_metrics_of_many_users_equal_the_definitions_written_out():
     rng = np.random.default_rng(0)
     item_row_BK = np.array([rng.permutation(200)[:50] for _ in range(400)])
     wanted = [rng.integers(0, 200, size=rng.integers(1, 60)).tolist() for _ in range(400)]
-    means = mean_metrics(ranking_metrics(item_row_BK, Lists.from_lists(wanted), [10, 50]))
+    means = mean_metrics(ranking_metrics(item_row_BK, Ragged.from_lists(wanted), [10, 50]))
     for k in (10, 50):
         each = [metrics_written_out(row, want, k) for row, want in zip(item_row_BK.tolist(), wanted, strict=True)]
         for name in each[0]:
@@ -108,24 +108,24 @@ def test_metrics_of_many_users_equal_the_definitions_written_out():
 
 def test_a_ranking_with_an_item_twice_is_void():
     with pytest.raises(ValueError, match=r"1 of 2 rankings contain an item twice, the first is row 1"):
-        ranking_metrics(np.array([[1, 2, -1, -1], [5, 3, 3, -1]]), Lists.from_lists([[1], [1]]), [4])
+        ranking_metrics(np.array([[1, 2, -1, -1], [5, 3, 3, -1]]), Ragged.from_lists([[1], [1]]), [4])
 
 
 def test_a_repeat_beyond_the_longest_k_is_not_looked_at():
-    metrics = ranking_metrics(np.array([[5, 3, 5]]), Lists.from_lists([[3]]), [2])
+    metrics = ranking_metrics(np.array([[5, 3, 5]]), Ragged.from_lists([[3]]), [2])
     assert metrics["recall@2"].tolist() == [1.0] and metrics["mrr@2"].tolist() == [0.5]
 
 
 def test_a_user_without_positives_is_refused():
     with pytest.raises(ValueError, match=r"1 of 2 users have no positives, the first is row 1"):
-        ranking_metrics(np.array([[1], [2]]), Lists.from_lists([[1], []]), [1])
+        ranking_metrics(np.array([[1], [2]]), Ragged.from_lists([[1], []]), [1])
 
 
 def test_rankings_and_positives_must_be_of_the_same_users():
     with pytest.raises(ValueError, match="2 rankings against the positives of 1 users"):
-        ranking_metrics(np.array([[1], [2]]), Lists.from_lists([[1]]), [1])
+        ranking_metrics(np.array([[1], [2]]), Ragged.from_lists([[1]]), [1])
     with pytest.raises(ValueError, match=r"k = \[0, 5\]"):
-        ranking_metrics(np.array([[1]]), Lists.from_lists([[1]]), [0, 5])
+        ranking_metrics(np.array([[1]]), Ragged.from_lists([[1]]), [0, 5])
 
 
 def test_sums_over_blocks_and_ranks_give_the_mean_over_all_users():
@@ -158,7 +158,7 @@ def test_metrics_among_some_items_are_those_of_users_who_want_only_these():
     item_row_BK[3, 5:] = -1
     wanted = [rng.integers(0, 30, size=rng.integers(1, 8)).tolist() for _ in range(50)]
     is_among_I = np.arange(30) % 3 == 0
-    found = Hits.of(item_row_BK, Lists.from_lists(wanted)).metrics_among(item_row_BK, is_among_I, [5, 12])
+    found = Hits.of(item_row_BK, Ragged.from_lists(wanted)).metrics_among(item_row_BK, is_among_I, [5, 12])
     left = [(row, [item for item in want if item % 3 == 0]) for row, want in zip(item_row_BK, wanted, strict=True)]
     left = [(row, want) for row, want in left if want]
     assert 20 < len(left) < 50
@@ -245,7 +245,7 @@ ragged = st.lists(st.lists(st.integers(0, 9), max_size=6), min_size=1, max_size=
 @settings(max_examples=100, deadline=None)
 @given(ragged, st.data())
 def test_lists_behave_as_the_lists_they_stand_for(lists, data):
-    held = Lists.from_lists(lists)
+    held = Ragged.from_lists(lists)
 
     def as_lists(each):
         return [each.values[a:b].tolist() for a, b in zip(each.offsets, each.offsets[1:], strict=False)]
@@ -263,7 +263,7 @@ def test_lists_behave_as_the_lists_they_stand_for(lists, data):
 
 
 def test_no_item_is_on_no_list_even_one_that_holds_minus_one():
-    lists = Lists.from_lists([[-1, 2], [-1]])
+    lists = Ragged.from_lists([[-1, 2], [-1]])
     assert lists.contain(np.array([[-1, 2], [-1, 3]])).tolist() == [[False, True], [False, False]]
 
 
@@ -288,7 +288,7 @@ def test_blocks_cover_every_user_once_and_bound_their_cells(monkeypatch):
 
 def test_popularity_leaves_out_what_each_user_has_seen():
     count_I = np.array([5, 9, 1, 9, 0])  # order: 1 3 0 2 4
-    seen = Lists.from_lists([[], [1, 0], [0, 1, 2, 3], [4, 4, 3]])
+    seen = Ragged.from_lists([[], [1, 0], [0, 1, 2, 3], [4, 4, 3]])
     assert popularity_ranking(count_I, seen, 3).tolist() == [[1, 3, 0], [3, 2, 4], [4, -1, -1], [1, 0, 2]]
 
 
@@ -301,7 +301,7 @@ def test_popularity_equals_a_loop_over_users(monkeypatch):
     for k in (1, 20, 200):
         expected = [[item for item in order if item not in set(each)][:k] for each in seen]
         expected = [each + [-1] * (k - len(each)) for each in expected]
-        assert popularity_ranking(count_I, Lists.from_lists(seen), k).tolist() == expected
+        assert popularity_ranking(count_I, Ragged.from_lists(seen), k).tolist() == expected
 
 
 def test_metrics_are_those_of_trec_eval(rng):
@@ -310,7 +310,7 @@ def test_metrics_are_those_of_trec_eval(rng):
     users, items, ks = 40, 60, (1, 5, 20)
     ranked = np.stack([rng.permutation(items)[: max(ks)] for _ in range(users)])
     positives = [rng.choice(items, rng.integers(1, 25), replace=False) for _ in range(users)]
-    ours = mean_metrics(ranking_metrics(ranked, Lists.from_lists(positives), ks))
+    ours = mean_metrics(ranking_metrics(ranked, Ragged.from_lists(positives), ks))
     wanted = {str(user): {str(item): 1 for item in taken} for user, taken in enumerate(positives)}
     run = {str(user): {str(item): float(-place) for place, item in enumerate(row)} for user, row in enumerate(ranked)}
     measures = {"recall": "R", "ndcg": "nDCG", "hit": "Success", "mrr": "RR", "precision": "P"}
@@ -322,5 +322,5 @@ def test_metrics_are_those_of_trec_eval(rng):
     [precision] = [ir_measures.parse_measure(f"AP@{ks[-1]}")]
     few = [user for user, taken in enumerate(positives) if len(taken) <= ks[-1]]
     each = {found.query_id: found.value for found in ir_measures.iter_calc([precision], wanted, run)}
-    of_ours = ranking_metrics(ranked, Lists.from_lists(positives), ks)[f"map@{ks[-1]}"]
+    of_ours = ranking_metrics(ranked, Ragged.from_lists(positives), ks)[f"map@{ks[-1]}"]
     assert [of_ours[user] for user in few] == pytest.approx([each[str(user)] for user in few], abs=1e-12)

@@ -21,11 +21,11 @@ from trec_twotower.data.features.transform import Columns, bucket
 from trec_twotower.data.loading.batch import make_batch
 from trec_twotower.distributed.ranks import Ranks
 from trec_twotower.errors import ConfigError
-from trec_twotower.model.embeddings import FILL_CELLS, build_tables, fill_tables
+from trec_twotower.model.embeddings import FILL_CELLS, build_embedding_bag_collection, fill_tables
 from trec_twotower.model.tower import Tower
 from trec_twotower.model.tower_inputs import Pooled, concatenate_features
 from trec_twotower.model.two_tower import TwoTower
-from trec_twotower.ops.ragged import Lists
+from trec_twotower.ops.ragged import Ragged
 from trec_twotower.training.model_builder import build_model, inner_model
 
 pytestmark = pytest.mark.filterwarnings(*SAID_BY_TORCHREC)
@@ -51,7 +51,7 @@ def one_table(buckets: int, dim: int, **settings: Any) -> Schema:
 
 
 def filled(schema: Schema, seed: int = 0) -> dict[str, torch.Tensor]:
-    held = build_tables(schema).to_empty(device="cpu")
+    held = build_embedding_bag_collection(schema).to_empty(device="cpu")
     fill_tables(held, schema, seed)
     return {name.split(".")[1]: value for name, value in held.state_dict().items()}
 
@@ -105,7 +105,7 @@ def test_shards_do_not_repeat_each_other(plan, on_two_ranks):
 # Pooling
 
 
-def pooled_by_hand(feature: dict[str, Any], row: dict[str, Any], weights: dict[str, np.ndarray]) -> np.ndarray:
+def pool_jagged(feature: dict[str, Any], row: dict[str, Any], weights: dict[str, np.ndarray]) -> np.ndarray:
     """A bag's vector in float64: each id's row, weighted, summed and divided as the feature says."""
     table = weights[feature["table"]]
     name = feature.get("column", feature["name"])
@@ -151,7 +151,7 @@ def test_what_enters_a_tower_is_pooled_by_hand(side, plan, num_ranks, small_worl
     features = [feature.model_dump(exclude_unset=True) for feature in config.feature_schema.features(side)]
     expected = [
         np.concatenate(
-            [pooled_by_hand(feature, row, weights) for feature in features if feature["kind"] != "number"]
+            [pool_jagged(feature, row, weights) for feature in features if feature["kind"] != "number"]
             + [numbers_by_hand(feature, row, rows) for feature in features if feature["kind"] == "number"]
         )
         for row in rows
@@ -179,7 +179,7 @@ def columns(schema: Schema, side: Any, *, ids: list[list[int]]) -> Columns:
     names = [feature.name for feature in schema.layout.table_features(side)]
     return Columns(
         len(ids),
-        {name: Lists.from_lists(ids) for name in names},
+        {name: Ragged.from_lists(ids) for name in names},
         {feature.name: np.zeros((len(ids), 2), np.float32) for feature in schema.layout.plain_numbers(side)},
     )
 

@@ -22,20 +22,20 @@ from trec_twotower.config.losses import LossConfig, TopKConfig
 from trec_twotower.config.model import TableSpec
 from trec_twotower.config.schema import Schema
 from trec_twotower.data.dataset import Dataset
-from trec_twotower.data.feature_dataset import Sources
+from trec_twotower.data.feature_dataset import FeatureDataset
 from trec_twotower.data.loading.batch import Batch
 from trec_twotower.data.loading.loader import TrainBatches
 from trec_twotower.data.negatives.samplers import (
-    ByPopularity,
-    Evenly,
-    OfTheSameCategory,
-    Refreshed,
+    PopularitySampler,
+    RefreshedNegatives,
+    SameCategorySampler,
+    UniformSampler,
     count_items,
     drawn_from,
 )
 from trec_twotower.errors import ConfigError, DataError
 from trec_twotower.ops.hashing import fingerprints
-from trec_twotower.ops.ragged import Lists
+from trec_twotower.ops.ragged import Ragged
 
 NUM_ITEMS, NUM_USERS, NUM_ROWS = 60, 90, 900
 ITEMS = [1000 + 7 * n for n in np.random.default_rng(5).permutation(NUM_ITEMS).tolist()]
@@ -57,7 +57,7 @@ def chi_square(counts: np.ndarray, expected: np.ndarray) -> float:
 
 
 def test_even_draws_are_even_and_anew_each_step():
-    draws = np.stack([Evenly(50, 200, seed=0).draw(step, NOTHING) for step in range(2_000)])
+    draws = np.stack([UniformSampler(50, 200, seed=0).draw(step, NOTHING) for step in range(2_000)])
     assert draws.min() >= 0 and draws.max() < 200
     counts = np.bincount(draws.reshape(-1), minlength=200)
     assert abs(chi_square(counts, np.full(200, draws.size / 200))) < 5
@@ -68,9 +68,9 @@ def test_even_draws_are_even_and_anew_each_step():
 
 TAKEN = np.array([0, 1, 1, 2, 5, 9, 30, 100])
 SAMPLERS = {
-    "evenly": lambda count, seed: Evenly(count, 8, seed),
-    "by popularity": lambda count, seed: ByPopularity(count, 0.75, TAKEN, seed),
-    "same": lambda count, seed: OfTheSameCategory(count, np.array([3, 3, 9, 9, 9, 0, 0, 0]), TAKEN, seed),
+    "evenly": lambda count, seed: UniformSampler(count, 8, seed),
+    "by popularity": lambda count, seed: PopularitySampler(count, 0.75, TAKEN, seed),
+    "same": lambda count, seed: SameCategorySampler(count, np.array([3, 3, 9, 9, 9, 0, 0, 0]), TAKEN, seed),
 }
 
 
@@ -87,7 +87,7 @@ def test_a_draw_depends_on_seed_and_step_and_those_before_it_alone(name):
 @pytest.mark.parametrize("power", [0.5, 0.75, 1.0, 2.0])
 def test_popular_items_are_drawn_in_proportion_to_the_power(power):
     """An item that nobody took is drawn as if one had."""
-    sampler = ByPopularity(64, power, TAKEN, seed=1)
+    sampler = PopularitySampler(64, power, TAKEN, seed=1)
     counts = np.bincount(np.concatenate([sampler.draw(step, NOTHING) for step in range(3_000)]), minlength=8)
     weight = np.array([max(int(taken), 1) ** power for taken in TAKEN])
     assert abs(chi_square(counts, counts.sum() * weight / weight.sum())) < 5
@@ -96,7 +96,7 @@ def test_popular_items_are_drawn_in_proportion_to_the_power(power):
 def test_an_item_of_the_same_category_is_any_of_those_of_a_positive():
     """Positives are drawn evenly, each as often as it stands there; then the items of its category."""
     shelf = np.array([3, 3, 9, 9, 9, 0, 0, 0])
-    sampler = OfTheSameCategory(64, shelf, TAKEN, seed=1)
+    sampler = SameCategorySampler(64, shelf, TAKEN, seed=1)
     taken = np.array([0, 0, 0, 4, 1])
     counts = np.bincount(np.concatenate([sampler.draw(step, taken) for step in range(3_000)]), minlength=8)
     expected = np.array([4 / 5 / 2, 4 / 5 / 2, 1 / 5 / 3, 1 / 5 / 3, 1 / 5 / 3, 0, 0, 0]) * counts.sum()
@@ -106,8 +106,8 @@ def test_an_item_of_the_same_category_is_any_of_those_of_a_positive():
 
 
 def test_a_row_draws_one_of_its_lists_evenly_and_from_that_evenly():
-    lists = Lists.from_lists([[10, 11], [12], [], [13, 14, 15]])
-    list_rows = Lists.from_lists([[0, 3], [], [-1], [2], [1, -1], [3]])
+    lists = Ragged.from_lists([[10, 11], [12], [], [13, 14, 15]])
+    list_rows = Ragged.from_lists([[0, 3], [], [-1], [2], [1, -1], [3]])
     drawn = [drawn_from(list_rows, lists, 5, 1, step) for step in range(4_000)]
     assert all(each.lengths[[1, 2, 3]].tolist() == [0, 0, 0] for each in drawn)
     assert {each.lengths[0] for each in drawn} == {each.lengths[5] for each in drawn} == {5}
@@ -174,7 +174,7 @@ def told(world):
 
 def batches_of(world, loss: LossConfig, share=(0, 1), rows="event", **data) -> TrainBatches:
     settings = {"batch_size": 20, "shuffle_rows": 200, "rows": rows} | data
-    sources = Sources(Dataset(world), SCHEMA, rows)
+    sources = FeatureDataset(Dataset(world), SCHEMA, rows)
     config = DataConfig(dataset=world, **settings)
     return TrainBatches(sources, config, loss, count_items(sources, loss), share)
 
@@ -255,7 +255,7 @@ def test_items_stand_against_all_rows_as_often_as_log_q_says(world, name, rows):
     if name == "refreshed":
         lists = [[(7 * n + k * k) % NUM_ITEMS for k in range(n % 6)] for n in range(40)]
         list_of_item = np.arange(NUM_ITEMS) - 20
-        made.negatives.refresh(Lists.from_lists(lists), np.maximum(list_of_item, -1))
+        made.negatives.refresh(Ragged.from_lists(lists), np.maximum(list_of_item, -1))
     seen, steps = np.zeros(NUM_ITEMS), 2700
     place = {item: row for row, item in enumerate(ITEMS)}
     for batch in made.since(0, steps):
@@ -308,7 +308,7 @@ def test_candidates_are_what_rows_took_and_name_and_those_stand_against_all_that
         rows = [told[number] for number in rows_of(batch)]
         items = candidates_of([batch])
         named = [pair for row in rows for pair in zip(row["shown"] or [], row["grade"] or [], strict=True)]
-        drawn = {ITEMS[row] for row in Evenly(3, NUM_ITEMS, 0).draw(step, NOTHING)}
+        drawn = {ITEMS[row] for row in UniformSampler(3, NUM_ITEMS, 0).draw(step, NOTHING)}
         taken, named_items = {row["item_id"] for row in rows}, {item for item, _ in named if item is not None}
         assert [ITEMS.index(item) for item in items] == sorted(
             {ITEMS.index(item) for item in taken | named_items | drawn}
@@ -422,9 +422,9 @@ def test_refreshed_lists_are_drawn_from_as_soon_as_they_are_there(world, told):
     made = batches_of(world, loss, prefetch=1)
     assert all(batch.targets.given is None for batch in made.since(0, 3))
     made.negatives.refresh(
-        Lists.from_lists([[3, 4], [9]]), np.where(np.arange(NUM_ITEMS) % 3 == 2, -1, np.arange(60) % 3)
+        Ragged.from_lists([[3, 4], [9]]), np.where(np.arange(NUM_ITEMS) % 3 == 2, -1, np.arange(60) % 3)
     )
-    assert isinstance(made.negatives.lists[-1], Refreshed)
+    assert isinstance(made.negatives.lists[-1], RefreshedNegatives)
     for batch in made.since(3, 8):
         for number, given in zip(rows_of(batch), given_of(batch, candidates_of([batch])), strict=True):
             group = ITEMS.index(told[number]["item_id"]) % 3

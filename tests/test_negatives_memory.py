@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from trec_twotower.model.cross_batch_memory import ItemQueue
+from trec_twotower.model.cross_batch_memory import CrossBatchMemory
 from trec_twotower.model.losses import LOSSES, Pairs, Relations
-from trec_twotower.model.losses.streaming_log_q import RATE, Frequency
+from trec_twotower.model.losses.streaming_log_q import RATE, StreamingLogQ
 from trec_twotower.ops.hashing import hash_to_bucket
 
 NUM_ITEMS, DIM = 40, 3
@@ -37,7 +37,7 @@ def step_of(rng, log_p_I: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, tor
 def test_the_queue_holds_the_last_whole_steps_each_item_as_it_was_last(rng, size):
     """Step by step against lists in plain Python: vectors, known pairs, corrections, and which columns stand."""
     log_p_I = torch.linspace(-3, -0.2, NUM_ITEMS)
-    queue = ItemQueue(size, DIM, 0.5, CPU)
+    queue = CrossBatchMemory(size, DIM, 0.5, CPU)
     steps: list[dict[int, tuple[list[float], float]]] = []
     held_most = 0
     for _ in range(60):
@@ -93,7 +93,7 @@ def test_an_item_is_in_the_set_as_often_as_its_correction_says(rng):
     Steps differ in size, so how many are held has to do with what they hold.
     """
     log_p_I = torch.linspace(-4, -0.5, NUM_ITEMS)
-    queue = ItemQueue(60, DIM, 1.0, CPU)
+    queue = CrossBatchMemory(60, DIM, 1.0, CPU)
     none = Pairs(torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64))
     seen, expected, steps = np.zeros(NUM_ITEMS), np.zeros(NUM_ITEMS), 4_000
     for _ in range(steps):
@@ -116,7 +116,7 @@ def test_an_item_is_in_the_set_as_often_as_its_correction_says(rng):
 def test_a_loss_beside_the_queue_is_that_of_all_columns_written_out(rng):
     """No gradient goes into what is kept; the negatives' part of a candidate's gradient is multiplied by its push."""
     log_p_I = torch.linspace(-3, -0.2, NUM_ITEMS)
-    queue = ItemQueue(200, DIM, 0.5, CPU)
+    queue = CrossBatchMemory(200, DIM, 0.5, CPU)
     for _ in range(5):
         item_CD, key_C, log_p_C, relations, listed = step_of(rng, log_p_I)
         user_BD = torch.from_numpy(rng.standard_normal((6, DIM)).astype(np.float32)).requires_grad_()
@@ -157,7 +157,7 @@ def test_items_are_pushed_as_by_the_softmax_over_the_whole_catalogue():
     item_ID[0] = -user_D  # the positive, whose own share is small
     none = Pairs(torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64))
     own = Pairs(torch.tensor([0]), torch.tensor([0]))
-    queue = ItemQueue(120, DIM, 1.0, CPU)
+    queue = CrossBatchMemory(120, DIM, 1.0, CPU)
     total_ID = torch.zeros(num_steps, NUM_ITEMS)
     for step in range(num_steps):
         drawn = np.flatnonzero(rng.random(NUM_ITEMS - 1) < log_p_I[1:].exp().numpy()) + 1
@@ -177,7 +177,7 @@ def test_items_are_pushed_as_by_the_softmax_over_the_whole_catalogue():
 
 def test_a_queue_that_was_saved_goes_on_as_it_would_have(rng):
     log_p_I = torch.linspace(-3, -0.2, NUM_ITEMS)
-    queue, other = ItemQueue(50, DIM, 0.5, CPU), ItemQueue(50, DIM, 0.5, CPU)
+    queue, other = CrossBatchMemory(50, DIM, 0.5, CPU), CrossBatchMemory(50, DIM, 0.5, CPU)
     steps = [step_of(rng, log_p_I) for _ in range(30)]
     for number, (item_CD, key_C, log_p_C, relations, listed) in enumerate(steps):
         if number == 17:
@@ -199,7 +199,7 @@ def test_what_a_history_holds_is_found_by_the_low_half_of_its_key(rng):
     """Against a loop: keys of 63 bits, of which some share the upper or the lower 32."""
     key_C = torch.unique(torch.from_numpy(rng.integers(0, 7, 30) << 32 | rng.integers(0, 2**32, 30)))
     key_C = torch.cat([key_C, key_C[:3] ^ (1 << 62)])
-    queue = ItemQueue(99, DIM, 0.0, CPU)
+    queue = CrossBatchMemory(99, DIM, 0.0, CPU)
     none = Pairs(torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64))
     no_relations = Relations(positive=none, known=none)
     never = torch.full((len(key_C),), -1.0)
@@ -217,7 +217,7 @@ def test_what_a_history_holds_is_found_by_the_low_half_of_its_key(rng):
 def test_of_a_step_without_room_so_many_are_kept_evenly(rng):
     """Of 40 candidates in 25 places, each is there in 25 of 40 steps (five standard errors), with that in its log q."""
     p_I = torch.linspace(0.05, 0.9, NUM_ITEMS)
-    queue, again = ItemQueue(25, DIM, 1.0, CPU), ItemQueue(25, DIM, 1.0, CPU)
+    queue, again = CrossBatchMemory(25, DIM, 1.0, CPU), CrossBatchMemory(25, DIM, 1.0, CPU)
     seen, steps = np.zeros(NUM_ITEMS), 2_000
     key_C = torch.arange(NUM_ITEMS)
     for _ in range(steps):
@@ -236,7 +236,7 @@ def test_of_a_step_without_room_so_many_are_kept_evenly(rng):
 
 def test_the_mean_gap_is_what_a_loop_makes_of_it(rng):
     """Against the recursion in plain Python, with collisions in both hashes, and items that never come."""
-    frequency, slots = Frequency(CPU, slots=16), 16
+    frequency, slots = StreamingLogQ(CPU, slots=16), 16
     last, gap, times = ({} for _ in range(3))
     for step in range(1, 400):
         key_C = np.flatnonzero(rng.random(NUM_ITEMS) < 0.3)
@@ -258,7 +258,7 @@ def test_the_mean_gap_is_what_a_loop_makes_of_it(rng):
 
 def test_the_estimate_comes_to_the_probability_with_which_items_come(rng):
     """Within five standard errors of a mean of so many gaps, which are 1 / p each, give or take sqrt(1 - p) of it."""
-    frequency, steps = Frequency(CPU, slots=1 << 12), 3_000
+    frequency, steps = StreamingLogQ(CPU, slots=1 << 12), 3_000
     p_I = np.geomspace(0.02, 1.0, NUM_ITEMS)
     for _ in range(steps):
         frequency(torch.from_numpy(np.flatnonzero(rng.random(NUM_ITEMS) < p_I)), None)
@@ -279,7 +279,7 @@ def test_items_that_share_a_slot_in_one_hash_are_told_apart_by_the_other(rng):
         for other in range(one + 1, NUM_ITEMS)
         if buckets[0, one] == buckets[0, other] and buckets[1, one] != buckets[1, other]
     )
-    frequency = Frequency(CPU, slots=16)
+    frequency = StreamingLogQ(CPU, slots=16)
     for step in range(1_000):
         frequency(torch.tensor([often] if step % 50 else [often, rarely]), None)
     frequency.eval()
@@ -288,6 +288,6 @@ def test_items_that_share_a_slot_in_one_hash_are_told_apart_by_the_other(rng):
 
 
 def test_evaluation_counts_no_step():
-    frequency = Frequency(CPU, slots=16).eval()
+    frequency = StreamingLogQ(CPU, slots=16).eval()
     frequency(torch.tensor([3]), None)
     assert not any(bool(buffer.any()) for buffer in frequency.buffers())

@@ -17,7 +17,7 @@ from trec_twotower.data.features.transform import Columns
 from trec_twotower.data.loading.batch import make_batch
 from trec_twotower.distributed.compat import lookup_modules
 from trec_twotower.errors import ConfigError
-from trec_twotower.ops.ragged import Lists
+from trec_twotower.ops.ragged import Ragged
 from trec_twotower.training.model_builder import build_model, inner_model
 from trec_twotower.training.optimizer import RunOptimizer, check_optimizer, rate_share
 
@@ -55,7 +55,7 @@ def only_table(model: torch.nn.Module) -> np.ndarray:
 
 
 def columns(name: str, lists: list[list[int]]) -> Columns:
-    return Columns(len(lists), {name: Lists.from_lists(lists)}, {})
+    return Columns(len(lists), {name: Ragged.from_lists(lists)}, {})
 
 
 @pytest.mark.parametrize("kind", ["sgd", "adagrad", "rowwise_adagrad"])

@@ -12,7 +12,7 @@ from trec_twotower.config.features import build_feature
 from trec_twotower.config.model import TableSpec
 from trec_twotower.config.schema import Schema
 from trec_twotower.data.dataset import Dataset
-from trec_twotower.data.feature_dataset import Sources
+from trec_twotower.data.feature_dataset import FeatureDataset
 from trec_twotower.data.loading.loader import TrainBatches
 
 ROWS, BATCH, STEPS = 61, 8, 12  # a step of 5 rows ends the epoch of 8 steps; then half of the next
@@ -43,7 +43,7 @@ def folder(request, tmp_path_factory, write_dataset):
 def steps_of(folder, rank: int, num_ranks: int, threads: int) -> list[list[int]]:
     """The rows of this rank, step by step, in their order."""
     dataset = Dataset(folder)
-    sources = Sources(dataset, SCHEMA, "event")
+    sources = FeatureDataset(dataset, SCHEMA, "event")
     data = DataConfig(dataset=str(folder), batch_size=BATCH, shuffle_rows=20, threads=threads, seed=3)
     counts = np.ones(len(sources.catalogue), np.int64)
     batches = TrainBatches(sources, data, build_loss(), counts, (rank, num_ranks))

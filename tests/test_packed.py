@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from trec_twotower.data.features.transform import Columns
 from trec_twotower.data.loading.examples import Examples, RowItems
-from trec_twotower.data.loading.step_buckets import Buffers, Layout, Packed, Packer, take
-from trec_twotower.ops.ragged import Lists
+from trec_twotower.data.loading.step_buckets import BucketedRows, Buffers, Layout, RowBucketer, take
+from trec_twotower.ops.ragged import Ragged
 
 # A row: id, list of ids, weighted words, two numbers, positives, history, weight, user's key.
 ROWS = st.lists(
@@ -30,10 +30,10 @@ ROWS = st.lists(
 )
 
 
-def lists_of(rows: list[list[Any]], dtype: type, weights: list[list[float]] | None = None) -> Lists:
+def lists_of(rows: list[list[Any]], dtype: type, weights: list[list[float]] | None = None) -> Ragged:
     offsets = np.cumsum([0, *map(len, rows)])
     flat = None if weights is None else np.array([value for row in weights for value in row], np.float32)
-    return Lists(offsets, np.array([value for row in rows for value in row], dtype), flat)
+    return Ragged(offsets, np.array([value for row in rows for value in row], dtype), flat)
 
 
 def examples_of(rows: list[tuple]) -> Examples:
@@ -41,7 +41,7 @@ def examples_of(rows: list[tuple]) -> Examples:
         map(list, zip(*rows, strict=True)) if rows else [[]] * 8
     )
     sparse = {
-        "country": Lists.singles(np.array(country, np.int32)),
+        "country": Ragged.singles(np.array(country, np.int32)),
         "wide": lists_of(wide, np.int64),
         "words": lists_of(
             [[word for word, _ in row] for row in words], np.int32, [[share for _, share in row] for row in words]
@@ -60,7 +60,7 @@ def examples_of(rows: list[tuple]) -> Examples:
 def rows_of(found: Examples) -> list[tuple]:
     """The rows again, as plain Python."""
 
-    def split(lists: Lists, values: np.ndarray) -> list[list]:
+    def split(lists: Ragged, values: np.ndarray) -> list[list]:
         return [part.tolist() for part in np.split(values, lists.offsets[1:-1])] if len(lists) else []
 
     words = found.user.sparse["words"]
@@ -81,9 +81,9 @@ def rows_of(found: Examples) -> list[tuple]:
     )
 
 
-def packed_of(rows: list[tuple], heap_of: list[int], num_heaps: int, cuts: list[int], buffers: Buffers) -> Packed:
+def packed_of(rows: list[tuple], heap_of: list[int], num_heaps: int, cuts: list[int], buffers: Buffers) -> BucketedRows:
     """The rows, added in parts, every second as a part of more rows."""
-    packer = Packer(np.array(heap_of, np.int32), num_heaps, buffers)
+    packer = RowBucketer(np.array(heap_of, np.int32), num_heaps, buffers)
     for number, (start, stop) in enumerate(zip([0, *cuts], [*cuts, len(rows)], strict=True)):
         packer.add(examples_of(rows[start:stop]) if number % 2 == 0 else examples_of(rows).slice(start, stop))
     return packer.finish()
@@ -116,7 +116,7 @@ def test_a_layout_says_itself():
 @given(ROWS, st.data())
 def test_items_alone_are_dealt_likewise(rows, data):
     heap_of = data.draw(st.lists(st.integers(0, 2), min_size=len(rows), max_size=len(rows)))
-    packer = Packer(np.array(heap_of, np.int32), 3, Buffers())
+    packer = RowBucketer(np.array(heap_of, np.int32), 3, Buffers())
     packer.add(examples_of(rows).items)
     packed = packer.finish()
     for heap in range(3):
@@ -143,7 +143,7 @@ def test_memory_is_used_again_when_its_rows_are_gone():
 def test_memory_grows_with_rows_that_are_longer_than_the_first():
     buffers = Buffers()
     rows = [(n, list(range(n * n)), [(1, 0.5)] * n, (1.0, 2.0), [n], [7] * n, 1.0, n) for n in range(120)]
-    packer = Packer(np.arange(120, dtype=np.int32) % 7, 7, buffers)
+    packer = RowBucketer(np.arange(120, dtype=np.int32) % 7, 7, buffers)
     packer.add(examples_of(rows[:10]))
     first = len(packer._words)
     packer.add(examples_of(rows[10:]))
@@ -154,7 +154,7 @@ def test_memory_grows_with_rows_that_are_longer_than_the_first():
 
 
 def test_rows_of_different_kinds_are_refused():
-    packer = Packer(np.zeros(2, np.int32), 1, Buffers())
+    packer = RowBucketer(np.zeros(2, np.int32), 1, Buffers())
     rows = [(1, [], [], (0.0, 0.0), [1], [], 1.0, 0)]
     packer.add(examples_of(rows))
     with pytest.raises(AssertionError, match="below"):

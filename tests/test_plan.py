@@ -17,7 +17,7 @@ from tests.ranks.worlds import event_config, tables, user_config
 from trec_twotower.config.base import validate
 from trec_twotower.config.run_config import RunConfig
 from trec_twotower.data.dataset import Dataset
-from trec_twotower.data.feature_dataset import Sources
+from trec_twotower.data.feature_dataset import FeatureDataset
 from trec_twotower.data.loading.loader import TrainBatches
 from trec_twotower.data.negatives.samplers import count_items
 from trec_twotower.distributed.host_memory import host_bytes
@@ -228,7 +228,7 @@ def test_lengths_are_those_of_batches(write_dataset, tmp_path, rows):
         },
     }, "here")  # fmt: skip
     lengths, _ = mean_lengths(config)
-    sources = Sources(Dataset(folder), config.feature_schema, rows)
+    sources = FeatureDataset(Dataset(folder), config.feature_schema, rows)
     counts = count_items(sources, config.loss)
     batches = [
         batch

@@ -16,7 +16,7 @@ from trec_twotower.config.losses import NegativesConfig
 from trec_twotower.config.model import TableSpec
 from trec_twotower.config.schema import Schema
 from trec_twotower.data.dataset import Dataset
-from trec_twotower.data.feature_dataset import Sources
+from trec_twotower.data.feature_dataset import FeatureDataset
 from trec_twotower.data.loading import order, reader
 from trec_twotower.data.loading.loader import TrainBatches
 from trec_twotower.data.loading.order import Interleaving, Window, windows_of
@@ -64,7 +64,7 @@ def folder(tmp_path, rng, write_dataset):
 def batches_of(folder, share=(0, 1), **data) -> TrainBatches:
     settings = {"rows": "event", "batch_size": 11, "shuffle_rows": 30} | data
     config = DataConfig(dataset=folder, **settings)
-    sources = Sources(Dataset(config.dataset), SCHEMA, config.rows)
+    sources = FeatureDataset(Dataset(config.dataset), SCHEMA, config.rows)
     loss = build_loss(negatives=NegativesConfig(sampled=5))
     return TrainBatches(sources, config, loss, sources.item_counts(), share)
 
@@ -285,10 +285,10 @@ def test_an_error_counts_rows_from_the_row_group_on_however_it_was_read(
     train = rows_of(rng, 40).set_column(7, "age", pa.array(age, from_pandas=False))
     items = pa.table({"item_id": np.arange(NUM_ITEMS) * 3, "price": rng.random(NUM_ITEMS)})
     folder = write_dataset(tmp_path / "d", row_group_size=16, items=items, train=[train])
-    statistics = Sources(
+    statistics = FeatureDataset(
         Dataset(write_dataset(tmp_path / "good", items=items, train=[rows_of(rng, 9)])), SCHEMA, "event"
     )
-    sources = Sources(Dataset(folder), SCHEMA, "event", statistics.statistics)
+    sources = FeatureDataset(Dataset(folder), SCHEMA, "event", statistics.statistics)
     data = DataConfig(dataset=folder, batch_size=11, threads=2)
     batches = TrainBatches(sources, data, build_loss(), sources.item_counts(), (0, 1))
     with pytest.raises(DataError, match=r"part-0\.parquet, row group 1, column 'age': 1 of 16 .* in row 13: "):

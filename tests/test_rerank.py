@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trec_twotower.errors import ConfigError
-from trec_twotower.ops.ragged import Lists
+from trec_twotower.ops.ragged import Ragged
 from trec_twotower.serving.business_rules import Rules, apply_rules
 
 
@@ -19,7 +19,7 @@ def test_without_rules_the_best_k_stay_as_they_are():
 
 
 def test_excluded_items_are_hidden_from_their_own_user_only():
-    rules = Rules(exclude=Lists.from_lists([[4], []]))
+    rules = Rules(exclude=Ragged.from_lists([[4], []]))
     assert shown([[3, 2, 1], [3, 2, 1]], [[7, 4, 9], [7, 4, 9]], 2, rules) == [[7, 9], [7, 4]]
 
 
@@ -43,7 +43,7 @@ def test_groups_are_limited_and_items_in_none_are_not():
 
 
 def test_a_hidden_item_takes_no_place_in_its_group():
-    rules = Rules(exclude=Lists.from_lists([[0]]), group_I=np.array([0, 0, 1]), max_per_group=1)
+    rules = Rules(exclude=Ragged.from_lists([[0]]), group_I=np.array([0, 0, 1]), max_per_group=1)
     assert shown([[3, 2, 1]], [[0, 1, 2]], 2, rules) == [[1, 2]]
 
 
@@ -101,7 +101,7 @@ def test_rules_equal_a_loop_over_users(data):
     group = data.draw(st.lists(st.integers(-1, 2), **per_item))
     max_per_group, k = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 10))
     rules = Rules(
-        exclude=Lists.from_lists(exclude),
+        exclude=Ragged.from_lists(exclude),
         hidden_I=np.array(hidden),
         boost_I=np.array(boost),
         group_I=np.array(group),

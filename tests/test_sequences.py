@@ -19,7 +19,7 @@ from trec_twotower.config.features import build_feature
 from trec_twotower.config.model import TableSpec
 from trec_twotower.config.schema import Schema
 from trec_twotower.data.dataset import Dataset
-from trec_twotower.data.feature_dataset import Sources
+from trec_twotower.data.feature_dataset import FeatureDataset
 from trec_twotower.data.features.hash_column import hash_column
 from trec_twotower.data.features.transform import Columns, transform
 from trec_twotower.data.loading.batch import make_batch
@@ -166,11 +166,11 @@ def test_a_sequence_of_users_or_of_drawn_halves_is_refused(world, tmp_path):
     pq.write_table(pa.table({"item_id": [1]}), tmp_path / "items/a.parquet")
     pq.write_table(pa.table({"user_id": [1], "positives": [[1]], "item_id": [1]}), tmp_path / "train/a.parquet")
     with pytest.raises(ConfigError, match="drawn here: make it a bag"):
-        Sources(Dataset(tmp_path), schema, "user")
+        FeatureDataset(Dataset(tmp_path), schema, "user")
     (tmp_path / "users").mkdir()
     pq.write_table(pa.table({"user_id": [1], "history": [[1]]}), tmp_path / "users/a.parquet")
     with pytest.raises(ConfigError, match="is a sequence, but its column 'history' is in"):
-        Sources(Dataset(tmp_path), schema, "event")
+        FeatureDataset(Dataset(tmp_path), schema, "event")
 
 
 # From lists to the tower
@@ -181,7 +181,7 @@ def test_what_enters_the_tower_equals_the_sum_written_out(kind, world, tmp_path,
     """Each step: its row, the delta's, its item's tags (scaled, pooled by sqrtn), colour, gap and action."""
     config = steps_config(world, tmp_path, history={"encoder": {"kind": kind}})
     schema = config.feature_schema
-    sources = Sources(Dataset(world), schema, "event")
+    sources = FeatureDataset(Dataset(world), schema, "event")
     rows = sources.dataset.train.table(sources.user_columns())
     columns = sources.user_features(rows, "the test")
     model = inner_model(build_model(config, lone_rank)).eval()
@@ -232,7 +232,7 @@ def _whole(state: dict[str, Any], name: str) -> torch.Tensor:
 
 def test_items_stand_once_in_a_batch_however_many_steps_take_them(world, tmp_path):
     config = steps_config(world, tmp_path)
-    sources = Sources(Dataset(world), config.feature_schema, "event")
+    sources = FeatureDataset(Dataset(world), config.feature_schema, "event")
     rows = sources.dataset.train.table(sources.user_columns())
     batch = make_batch(config.feature_schema, sources.user_features(rows, "the test"))
     taken = {item for history in rows["history"].to_pylist() for item in (history or [])[-5:]}
@@ -360,7 +360,7 @@ def test_every_part_is_indexed_and_recommends(case, made, lone_rank):
 
 
 def test_a_state_with_an_unknown_column_or_type_is_refused(world, tmp_path):
-    sources = Sources(Dataset(world), steps_config(world, tmp_path).feature_schema, "event")
+    sources = FeatureDataset(Dataset(world), steps_config(world, tmp_path).feature_schema, "event")
     with pytest.raises(ConfigError, match=r"has a column 'histori', which no user feature reads.*'history'"):
         state_table(sources, {"histori": [1]}, "state 0")
     with pytest.raises(DataError, match="state 0 does not have the types of"):

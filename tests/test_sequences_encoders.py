@@ -13,7 +13,7 @@ from tests.kinds import ENCODER_PARAMETERS
 from trec_twotower.config.feature_spec import FeatureSpec
 from trec_twotower.config.features import build_feature
 from trec_twotower.config.model import EncoderSpec, build_encoder
-from trec_twotower.data.loading.batch import Listed
+from trec_twotower.data.loading.batch import JaggedLookup
 from trec_twotower.errors import ConfigError
 from trec_twotower.model.sequence_encoders import (
     ENCODERS,
@@ -338,7 +338,7 @@ def test_encoders_that_know_order_solve_a_world_of_the_newest_step():
     assert all(each > mean + 0.4 for each in found.values()), (found, mean)
 
 
-def told_apart(feature: FeatureSpec, listed: Listed, target: Tensor, items: int) -> float:
+def told_apart(feature: FeatureSpec, listed: JaggedLookup, target: Tensor, items: int) -> float:
     """How many of a half that was not trained on find their target among the items of their steps."""
     torch.manual_seed(0)
     reader, last = SequenceInput(feature, DIM), torch.nn.Linear(DIM, items)
@@ -352,7 +352,7 @@ def told_apart(feature: FeatureSpec, listed: Listed, target: Tensor, items: int)
                  (listed.place, listed.gap, listed.action)]  # fmt: skip
         number = 0 if part.start is None else 1
         place, gap, action = (None if each is None else each[number] for each in parts)
-        halves.append(Listed(listed.length[part], place=place, gap=gap, action=action))
+        halves.append(JaggedLookup(listed.length[part], place=place, gap=gap, action=action))
 
     for _ in range(100):
         optimizer.zero_grad()
@@ -374,7 +374,7 @@ def test_attention_to_what_stands_beside_a_step_solves_a_world_of_marked_steps(b
     at_B = torch.randint(steps, (rows,), generator=generator)
     mark_BL = torch.where(torch.arange(steps) == at_B[:, None], 9, 3)
     length_B = torch.full((rows,), steps)
-    marked = Listed(length_B, place=item_BL.flatten(), gap=mark_BL.flatten(), action=mark_BL.flatten())
+    marked = JaggedLookup(length_B, place=item_BL.flatten(), gap=mark_BL.flatten(), action=mark_BL.flatten())
     target = item_BL[torch.arange(rows), at_B]
 
     def found(kind: str, **marks: str) -> float:

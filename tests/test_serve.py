@@ -53,7 +53,7 @@ def test_what_a_user_took_is_not_shown_where_the_catalogue_lacks_some_of_it(
     """The history of a user of test/, and of one who is given as a state, holds an item that was withdrawn."""
     from trec_twotower.config.loading import load_config
     from trec_twotower.data.dataset import Dataset
-    from trec_twotower.data.loading.loader import Sources
+    from trec_twotower.data.loading.loader import FeatureDataset
     from trec_twotower.serving.retriever import Retriever
 
     test = shop_tables["test"]
@@ -61,7 +61,7 @@ def test_what_a_user_took_is_not_shown_where_the_catalogue_lacks_some_of_it(
     row |= {"history": [*row["history"][:2], "withdrawn", "green-9"], "history_weight": [1.0, 2.0, 3.0, 4.0]}
     row |= {"positives": ["withdrawn"]}
     dataset = write_dataset(tmp_path / "shop", **{**shop_tables, "test": pa.Table.from_pylist([row], test.schema)})
-    sources = Sources(Dataset(dataset), load_config(shop.config).feature_schema, "event")
+    sources = FeatureDataset(Dataset(dataset), load_config(shop.config).feature_schema, "event")
     there = Retriever(replace(retriever.loaded, sources=sources), retriever.index, retriever.ranks)
     (stored,) = there.recommend(["user-1"], k=40)
     (given,) = there.recommend_now([{name: row[name] for name in ("user_id", "history", "history_weight")}], k=40)
@@ -74,7 +74,7 @@ def test_rules_look_on_until_they_have_found_as_many_as_were_asked_for():
     """The best 300 of 400 items are of one group, of which one item is shown; the others are in none."""
     from trec_twotower.config.evaluation import IndexConfig
     from trec_twotower.index import build_index
-    from trec_twotower.ops.ragged import Lists
+    from trec_twotower.ops.ragged import Ragged
     from trec_twotower.serving.business_rules import Rules
     from trec_twotower.serving.retriever import Retriever
 
@@ -82,13 +82,13 @@ def test_rules_look_on_until_they_have_found_as_many_as_were_asked_for():
     user_BD = np.array([[1.0, 0.0]], np.float32)
     found = Retriever(None, build_index(item_ID, user_BD, IndexConfig()), None)  # type: ignore[arg-type]
     rules = Rules(group_I=np.where(np.arange(400) < 300, 0, -1), max_per_group=1)
-    seen = Lists.from_lists([[0, 301]])
+    seen = Ragged.from_lists([[0, 301]])
     score_BK, item_row_BK = found._ranked(user_BD, 5, seen, None, rules)
     assert item_row_BK.tolist() == [[1, 300, 302, 303, 304]] and score_BK.tolist() == [[399, 100, 98, 97, 96]]
     allowed = found.index.allow(np.arange(400) < 302)
     assert found._ranked(user_BD, 5, seen, allowed, rules)[1].tolist() == [[1, 300, -1, -1, -1]]
     # A boost lifts what is among the best 2 * tuned_k + 50, and nothing from behind them.
-    nobody = Lists.from_lists([[]])
+    nobody = Ragged.from_lists([[]])
     fetched = 2 * found.index.tuned_k(5) + 50
     for item, best in ((fetched - 1, [fetched - 1, 0, 1, 2, 3]), (fetched, [0, 1, 2, 3, 4])):
         boosted = Rules(boost_I=np.where(np.arange(400) == item, 1000.0, 0.0))
@@ -255,12 +255,12 @@ def test_the_newest_row_of_a_user_counts(shop, shop_tables, write_dataset, tmp_p
     """test/ before valid/ before train/, and there the last row."""
     from trec_twotower.config.loading import load_config
     from trec_twotower.data.dataset import Dataset
-    from trec_twotower.data.loading.loader import Sources
+    from trec_twotower.data.loading.loader import FeatureDataset
     from trec_twotower.serving.user_state import find_user
 
     config = load_config(shop.config)
     dataset = write_dataset(tmp_path / "shop", row_group_size=50, **shop_tables)
-    sources = Sources(Dataset(dataset), config.feature_schema, "event")
+    sources = FeatureDataset(Dataset(dataset), config.feature_schema, "event")
     for split, num_seen in (("test", 5), ("valid", 4), ("train", 3)):
         for user in ("user-0", "user-40", "user-79"):
             row, found_in = find_user(sources, user)
@@ -303,12 +303,12 @@ def nobody(shop_tables: dict[str, pa.Table]) -> pa.Table:
 def test_a_split_without_a_column_of_the_towers_is_named(shop, shop_tables, write_dataset, tmp_path):
     from trec_twotower.config.loading import load_config
     from trec_twotower.data.dataset import Dataset
-    from trec_twotower.data.loading.loader import Sources
+    from trec_twotower.data.loading.loader import FeatureDataset
     from trec_twotower.serving.user_state import find_user
 
     tables = {**shop_tables, "test": shop_tables["test"].drop_columns(["history_weight"])}
     dataset = write_dataset(tmp_path / "shop", **tables)
-    sources = Sources(Dataset(dataset), load_config(shop.config).feature_schema, "event")
+    sources = FeatureDataset(Dataset(dataset), load_config(shop.config).feature_schema, "event")
     with pytest.raises(ConfigError, match="test has no column 'history_weight'"):
         find_user(sources, "user-1")
 

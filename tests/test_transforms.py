@@ -34,7 +34,7 @@ from trec_twotower.data.item_table import check_side
 from trec_twotower.data.split import Split
 from trec_twotower.errors import DataError
 from trec_twotower.ops.hashing import mix
-from trec_twotower.ops.ragged import Lists
+from trec_twotower.ops.ragged import Ragged
 
 MIX = TableSpec(buckets=50, dim=4, seed=3)
 MODULO = TableSpec(buckets=50, dim=4, hashing="modulo")
@@ -61,12 +61,12 @@ def slow_bag(rows, weights, spec: TableSpec, max_length: int | None) -> tuple[li
     return buckets, kept_weights
 
 
-def plain(lists: Lists) -> list[list]:
+def plain(lists: Ragged) -> list[list]:
     return [part.tolist() for part in np.split(lists.values, lists.offsets[1:-1])] if len(lists) else []
 
 
-def plain_weights(lists: Lists) -> list[list]:
-    return plain(Lists(lists.offsets, lists.weights))
+def plain_weights(lists: Ragged) -> list[list]:
+    return plain(Ragged(lists.offsets, lists.weights))
 
 
 def bag_of(**changes) -> FeatureSpec:
@@ -206,7 +206,7 @@ def test_a_category_of_one_bucket_is_that_bucket():
 WEIGHTED_ROWS = st.lists(st.lists(st.tuples(st.integers(0, 9), st.floats(0.125, 8, width=32)), max_size=4), max_size=5)
 
 
-def divisors(feature: FeatureSpec, lists: Lists) -> np.ndarray:
+def divisors(feature: FeatureSpec, lists: Ragged) -> np.ndarray:
     """Those of the lists' rows; what stands behind them must be left alone."""
     out = np.full(len(lists) + 1, 7, np.float32)
     put_pooling_divisor(feature, lists, out)
@@ -217,9 +217,9 @@ def divisors(feature: FeatureSpec, lists: Lists) -> np.ndarray:
 @given(WEIGHTED_ROWS, st.booleans(), st.sampled_from([1.0, 0.25, 3.0]))
 def test_dividing_the_sum_gives_the_pooling_of_the_name(rows, is_weighted, scale):
     """Times the feature's scale."""
-    lists = Lists.from_lists([[v for v, _ in row] for row in rows])
+    lists = Ragged.from_lists([[v for v, _ in row] for row in rows])
     if is_weighted:
-        lists = Lists(lists.offsets, lists.values, np.array([w for row in rows for _, w in row], np.float32))
+        lists = Ragged(lists.offsets, lists.values, np.array([w for row in rows for _, w in row], np.float32))
     weights = [[w if is_weighted else 1.0 for _, w in row] for row in rows]
     expected = {
         "sum": [1.0 for _ in rows],
@@ -232,14 +232,14 @@ def test_dividing_the_sum_gives_the_pooling_of_the_name(rows, is_weighted, scale
 
 
 def test_weights_that_cancel_divide_by_one():
-    lists = Lists(np.array([0, 2, 4]), np.arange(4), np.array([1, -1, 0, 0], np.float32))
+    lists = Ragged(np.array([0, 2, 4]), np.arange(4), np.array([1, -1, 0, 0], np.float32))
     assert divisors(bag_of(pooling="mean"), lists).tolist() == [1.0, 1.0]
     np.testing.assert_allclose(divisors(bag_of(pooling="sqrtn"), lists), [math.sqrt(2), 1.0])
 
 
 def test_single_ids_are_not_divided():
     feature = build_feature(name="f", kind="id", table="t")
-    assert divisors(feature, Lists.singles(np.arange(3))).tolist() == [1, 1, 1]
+    assert divisors(feature, Ragged.singles(np.arange(3))).tolist() == [1, 1, 1]
 
 
 # Numbers
@@ -401,7 +401,7 @@ def test_a_table_is_transformed_feature_by_feature():
 
 def test_lists_that_are_given_stand_for_a_column_that_is_not_read():
     feature = bag_of(max_length=2, pooling="sqrtn")
-    given_lists = {"tags": Lists.from_lists([[51, 52, 53], [], [4]])}
+    given_lists = {"tags": Ragged.from_lists([[51, 52, 53], [], [4]])}
     columns = transform([feature], {"t": MODULO}, {}, TABLE.drop(["tags"]), "here", given_lists)
     assert plain(columns.sparse["tags"]) == [[2, 3], [], [4]]
     uncut = transform([feature], {"t": MODULO}, {}, TABLE.drop(["tags"]), "here", given_lists, uncut=True)

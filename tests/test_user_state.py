@@ -16,7 +16,7 @@ from trec_twotower.config.feature_spec import FeatureSpec
 from trec_twotower.config.features import build_feature
 from trec_twotower.config.schema import Schema
 from trec_twotower.data.dataset import Dataset
-from trec_twotower.data.feature_dataset import Sources
+from trec_twotower.data.feature_dataset import FeatureDataset
 from trec_twotower.data.features.hash_column import hash_column
 from trec_twotower.serving.user_state import newest_state, with_interactions
 
@@ -186,11 +186,11 @@ def test_dictionaries_and_large_lists_are_extended():
 # ---------------------------------------------------------------- states of a dataset
 
 
-def sources(folder: Path, *user: FeatureSpec, rows: str = "event") -> Sources:
-    return Sources(Dataset(folder), Schema.build({}, user, (ITEM,)), rows)
+def sources(folder: Path, *user: FeatureSpec, rows: str = "event") -> FeatureDataset:
+    return FeatureDataset(Dataset(folder), Schema.build({}, user, (ITEM,)), rows)
 
 
-def items_of(found: Sources, row_lists: Any) -> list[str]:
+def items_of(found: FeatureDataset, row_lists: Any) -> list[str]:
     return found.catalogue.ids.take(pa.array(row_lists.values)).to_pylist()
 
 

@@ -350,11 +350,11 @@ def _features(options: argparse.Namespace) -> int:
     config = _config(options)
     _quiet()
     from trec_twotower.data.dataset import Dataset
-    from trec_twotower.data.feature_dataset import Sources, open_cache
+    from trec_twotower.data.feature_dataset import FeatureDataset, open_cache
     from trec_twotower.data.feature_report import describe_coverage
 
     dataset, cache = Dataset.of(config.data), open_cache(config.data)
-    print(describe_coverage(Sources(dataset, config.feature_schema, config.data.rows, cache=cache)))
+    print(describe_coverage(FeatureDataset(dataset, config.feature_schema, config.data.rows, cache=cache)))
     return 0
 
 

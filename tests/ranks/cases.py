@@ -28,7 +28,7 @@ from trec_twotower.config.run_config import RunConfig  # noqa: E402
 from trec_twotower.config.schema import Schema  # noqa: E402
 from trec_twotower.config.training import SpectralConfig  # noqa: E402
 from trec_twotower.data.dataset import Dataset  # noqa: E402
-from trec_twotower.data.feature_dataset import Sources  # noqa: E402
+from trec_twotower.data.feature_dataset import FeatureDataset  # noqa: E402
 from trec_twotower.data.features.transform import Columns  # noqa: E402
 from trec_twotower.distributed.ranks import Ranks, start_ranks  # noqa: E402
 from trec_twotower.errors import DataError, TrainingError  # noqa: E402
@@ -99,7 +99,7 @@ class Work:
         """What the closed form makes of both kinds of rows: users' scores, which no turn of the space changes."""
         for name, rows in (("events", "event"), ("users", "user")):
             schema = event_config(self.world, self.out).feature_schema
-            sources = Sources(Dataset(self.world / name), Schema(schema.tables, (), schema.item), rows)
+            sources = FeatureDataset(Dataset(self.world / name), Schema(schema.tables, (), schema.item), rows)
             taken = Taken.read(sources, self.ranks)
             history_ID, item_ID = spectral_tables(taken, 5, SpectralConfig(history="history"), 7, self.ranks)
             pairs = self.ranks.collect(list(zip(taken.user_P.tolist(), taken.item_P.tolist(), strict=True)))
@@ -179,7 +179,9 @@ class Work:
 
     def tower_inputs(self) -> None:
         """What enters each tower for all events and all items, and the vectors that leave it."""
-        sources = Sources(Dataset(self.world / "events"), event_config(self.world, self.out).feature_schema, "event")
+        sources = FeatureDataset(
+            Dataset(self.world / "events"), event_config(self.world, self.out).feature_schema, "event"
+        )
         table = sources.dataset.train.table(sources.user_columns())
         columns = {"user": sources.user_features(table, "the test"), "item": sources.catalogue.columns}
         encoding.BLOCK_ROWS = 4  # blocks and shares that do not come out even

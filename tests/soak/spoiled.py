@@ -87,9 +87,9 @@ def _read_index(folder: Path) -> Any:
 def _read_dataset(folder: Path) -> Any:
     """All its tables, and what training takes from it: the declared columns, hashed."""
     from trec_twotower.data.dataset import ITEM_ID, Dataset
-    from trec_twotower.data.feature_dataset import Sources
+    from trec_twotower.data.feature_dataset import FeatureDataset
 
-    sources = Sources(Dataset(folder), config(folder, folder).feature_schema, "event")
+    sources = FeatureDataset(Dataset(folder), config(folder, folder).feature_schema, "event")
     splits = [sources.dataset.split(name) for name in ("train", "items", "test")]
     found: list[Any] = [sources.dataset.fingerprint, sources.catalogue.keys.tobytes()]
     found += [split.table(list(split.columns)).to_pydict() for split in splits]

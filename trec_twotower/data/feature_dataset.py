@@ -24,7 +24,7 @@ from trec_twotower.data.item_table import Catalogue, check_side
 from trec_twotower.data.split import Split
 from trec_twotower.errors import ConfigError, DataError, nearest
 from trec_twotower.ops.hashing import is_id, is_text
-from trec_twotower.ops.ragged import Lists
+from trec_twotower.ops.ragged import Ragged
 from trec_twotower.storage.arrow_values import python_value
 from trec_twotower.storage.cache_dir import CacheFolder
 
@@ -41,11 +41,11 @@ class Counter(Protocol):
     def columns(self) -> Sequence[str]:
         """That it reads."""
 
-    def count(self, table: pa.Table, where: str, positives: Lists) -> np.ndarray:
+    def count(self, table: pa.Table, where: str, positives: Ragged) -> np.ndarray:
         """(I,) float64: of some rows, whose positives (catalogue rows) are these."""
 
 
-class Sources:
+class FeatureDataset:
     """A dataset seen through a schema: where each feature comes from, checked; catalogue and users, hashed.
 
     With `cache`, large ones are kept there and mapped by all processes of a host; without, they are in memory.
@@ -226,7 +226,7 @@ class Sources:
                 found[f"{side}:{feature.name}"] = learned
         return found
 
-    def over(self, dataset: Dataset) -> Sources:
+    def over(self, dataset: Dataset) -> FeatureDataset:
         """The same catalogue and users beside other training rows, whose columns agree with those checked here."""
         other = copy(self)
         other.dataset = dataset
@@ -237,7 +237,7 @@ class Sources:
         return sorted({USER_ID, *(column for feature in self.context for column in feature.source_columns)})
 
     def user_features(
-        self, table: pa.Table, where: str, given: Mapping[str, Lists] | None = None, *, uncut: bool = False
+        self, table: pa.Table, where: str, given: Mapping[str, Ragged] | None = None, *, uncut: bool = False
     ) -> Columns:
         """The features of the users of these rows: from the row itself, and from users/ by user_id.
 
@@ -256,7 +256,7 @@ class Sources:
             )
         return columns.beside(self.users.columns.take(rows))
 
-    def state_features(self, table: pa.Table, where: str, given: Mapping[str, Lists] | None = None) -> Columns:
+    def state_features(self, table: pa.Table, where: str, given: Mapping[str, Ragged] | None = None) -> Columns:
         """The features of one user at this moment, whom users/ need not know: of one row, as `state_table` makes it.
 
         A column of users/ that stands in the row counts before what users/ says of the user; for one who is not there,
@@ -289,7 +289,7 @@ class Sources:
         return sorted({name for each in self.static for name in each.source_columns if name not in of_rows})
 
     def _of_rows(
-        self, table: pa.Table, where: str, given: Mapping[str, Lists] | None, *, uncut: bool = False
+        self, table: pa.Table, where: str, given: Mapping[str, Ragged] | None, *, uncut: bool = False
     ) -> Columns:
         """The features that stand in the rows themselves."""
         return self.with_items(self._transformed(self.context, table, where, given, uncut=uncut))
@@ -303,7 +303,7 @@ class Sources:
         features: Sequence[FeatureSpec],
         table: pa.Table,
         where: str,
-        given: Mapping[str, Lists] | None = None,
+        given: Mapping[str, Ragged] | None = None,
         *,
         uncut: bool = False,
     ) -> Columns:
@@ -334,7 +334,7 @@ class Sources:
             "items): add it there, or leave these rows out."
         )
 
-    def item_row_lists(self, lists: pa.Array, where: str, *, known_only: bool = False) -> Lists:
+    def item_row_lists(self, lists: pa.Array, where: str, *, known_only: bool = False) -> Ragged:
         """Catalogue rows of lists of items; with `known_only`, items outside the catalogue are left out."""
         rows = self.catalogue.rows_of_lists(lists, where)
         unknown = rows.values < 0
@@ -346,13 +346,13 @@ class Sources:
             raise self.unknown(item, int(unknown.sum()), f"{where}, row {row:,}")
         return rows
 
-    def positives(self, table: pa.Table, where: str) -> Lists:
+    def positives(self, table: pa.Table, where: str) -> Ragged:
         """What the rows of a table took: catalogue rows."""
         column = POSITIVES if self.rows == "user" else ITEM_ID
         array, where = one_chunk(table[column]), f"{where}, column {column!r}"
         if self.rows == "user":
             return self.item_row_lists(array, where)
-        return Lists.singles(self.item_rows(array, where))
+        return Ragged.singles(self.item_rows(array, where))
 
     def item_counts(self, counters: Sequence[Counter] = ()) -> np.ndarray:
         """How often each item of the catalogue was taken in train: (I,) int64.
@@ -360,14 +360,14 @@ class Sources:
         With `counters` (1 + counters, I) float64, and behind that what each of them counted.
         """
         columns = {POSITIVES if self.rows == "user" else ITEM_ID, *(name for each in counters for name in each.columns)}
-        taken_I = np.zeros(len(self.catalogue), np.int64)
+        interactions_I = np.zeros(len(self.catalogue), np.int64)
         others = [np.zeros(len(self.catalogue)) for _ in counters]
         for group, table in self.dataset.train.tables(sorted(columns)):
             positives = self.positives(table, str(group))
-            taken_I += np.bincount(positives.values, minlength=len(taken_I))
+            interactions_I += np.bincount(positives.values, minlength=len(interactions_I))
             for counter, other_I in zip(counters, others, strict=True):
                 other_I += counter.count(table, str(group), positives)
-        return np.stack([taken_I.astype(np.float64), *others]) if counters else taken_I
+        return np.stack([interactions_I.astype(np.float64), *others]) if counters else interactions_I
 
 
 def _is_of_text(kind: pa.DataType) -> bool | None:

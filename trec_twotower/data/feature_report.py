@@ -12,7 +12,7 @@ from trec_twotower.config.base import Side
 from trec_twotower.config.feature_spec import HISTORY, FeatureSpec, ItemListFeature, TableFeature
 from trec_twotower.config.features import CategoryFeature, CrossFeature, TextFeature, VocabularyFeature
 from trec_twotower.data.dataset import ITEM_ID, POSITIVES
-from trec_twotower.data.feature_dataset import Sources
+from trec_twotower.data.feature_dataset import FeatureDataset
 from trec_twotower.data.features.text import text_keys
 from trec_twotower.data.features.transform import bucket, cross_keys, hashings, key_lists, one_chunk
 from trec_twotower.data.features.vocabulary import UNKNOWN_ROW, in_vocabulary
@@ -36,11 +36,11 @@ class Coverage:
     new: float | None = None  # of the values elsewhere (valid/, test/; items that no one took): not seen in training
 
 
-def coverage(sources: Sources) -> list[Coverage]:
+def coverage(sources: FeatureDataset) -> list[Coverage]:
     """All features, in one pass a feature; memory grows with the distinct ids of one."""
     dataset = sources.dataset
     elsewhere: list[Part] = [(dataset.split(name), None) for name in ("valid", "test") if dataset.has(name)]
-    taken_I = sources.item_counts() > 0
+    interactions_I = sources.item_counts() > 0
     found = []
     for feature in sources.context:
         found.append(_of(sources, "user", feature, [(dataset.train, None)], elsewhere))
@@ -48,7 +48,9 @@ def coverage(sources: Sources) -> list[Coverage]:
         assert dataset.users is not None
         found.append(_of(sources, "user", feature, [(dataset.users, None)], []))
     for feature in sources.schema.item:
-        found.append(_of(sources, "item", feature, [(dataset.items, taken_I)], [(dataset.items, ~taken_I)]))
+        found.append(
+            _of(sources, "item", feature, [(dataset.items, interactions_I)], [(dataset.items, ~interactions_I)])
+        )
     return found
 
 
@@ -69,7 +71,7 @@ class OwnItems:
         )
 
 
-def own_items(sources: Sources) -> OwnItems | None:
+def own_items(sources: FeatureDataset) -> OwnItems | None:
     """Counts them in a pass over train/; None where a row has no item of its own, or no lists."""
     if sources.rows == "user":
         return None
@@ -93,7 +95,7 @@ Part = tuple[Split, np.ndarray | None]  # of a split: which rows (bool), or all
 
 
 def _of(
-    sources: Sources,
+    sources: FeatureDataset,
     side: Side,
     feature: FeatureSpec,
     trained: Iterable[Part],
@@ -132,7 +134,7 @@ def _of(
     )
 
 
-def _tables(sources: Sources, feature: FeatureSpec, parts: Iterable[Part]) -> Iterator[tuple[pa.Table, str]]:
+def _tables(sources: FeatureDataset, feature: FeatureSpec, parts: Iterable[Part]) -> Iterator[tuple[pa.Table, str]]:
     """The feature's columns, its own first, row group by row group."""
     for split, mask in parts:
         columns = list(feature.value_columns)
@@ -159,13 +161,13 @@ def _keys(feature: FeatureSpec, table: pa.Table, where: str) -> np.ndarray:
     return id_keys(arrays[0].drop_null(), where)
 
 
-def _num_unknown(sources: Sources, side: Side, feature: FeatureSpec, array: pa.Array, where: str) -> int:
+def _num_unknown(sources: FeatureDataset, side: Side, feature: FeatureSpec, array: pa.Array, where: str) -> int:
     if not isinstance(feature, VocabularyFeature):
         return 0
     return int((in_vocabulary(array, sources.statistics[f"{side}:{feature.name}"], where) == UNKNOWN_ROW).sum())
 
 
-def _collisions(feature: FeatureSpec, sources: Sources, keys: np.ndarray) -> tuple[float | None, float | None]:
+def _collisions(feature: FeatureSpec, sources: FeatureDataset, keys: np.ndarray) -> tuple[float | None, float | None]:
     """The share of buckets that distinct keys fall into, and that of the keys which are not alone in theirs."""
     if isinstance(feature, VocabularyFeature):
         return None, None
@@ -178,7 +180,7 @@ def _collisions(feature: FeatureSpec, sources: Sources, keys: np.ndarray) -> tup
     return len(np.unique(rows)) / spec.buckets, collided
 
 
-def describe_coverage(sources: Sources) -> str:
+def describe_coverage(sources: FeatureDataset) -> str:
     """The coverage of all features as a table, and what to make of it."""
     lines = [
         f"{'feature':<28} {'kind':<9} {'null':>7} {'distinct':>11} {'rows':>11} {'used':>7} {'collided':>9} "

@@ -10,10 +10,10 @@ import pyarrow as pa
 
 from trec_twotower.config.feature_spec import HISTORY
 from trec_twotower.data.dataset import ITEM_ID, POSITIVES, SERVING, USER_ID
-from trec_twotower.data.feature_dataset import Sources
+from trec_twotower.data.feature_dataset import FeatureDataset
 from trec_twotower.data.features.transform import Columns, one_chunk
 from trec_twotower.errors import DataError
-from trec_twotower.ops.ragged import Lists
+from trec_twotower.ops.ragged import Ragged
 
 
 @dataclass(frozen=True)
@@ -22,11 +22,11 @@ class HeldOut:
 
     user_ids: pa.Array
     user: Columns
-    positives: Lists  # catalogue rows
-    seen: Lists  # catalogue rows: the items of the row's history
+    positives: Ragged  # catalogue rows
+    seen: Ragged  # catalogue rows: the items of the row's history
 
     @classmethod
-    def read(cls, sources: Sources, split_name: str, sample: int | None = None, seed: int = 0) -> HeldOut:
+    def read(cls, sources: FeatureDataset, split_name: str, sample: int | None = None, seed: int = 0) -> HeldOut:
         """Return all rows, or a seeded sample of them. Rows with nothing to find are left out, but for serving/."""
         split = sources.dataset.split(split_name)
         columns = set(sources.user_columns())
@@ -40,7 +40,7 @@ class HeldOut:
         table = split.table(sorted(columns))
         where = str(split.folder)
         if single:
-            positives = Lists.singles(sources.item_rows(one_chunk(table[ITEM_ID]), f"{where}, column {ITEM_ID!r}"))
+            positives = Ragged.singles(sources.item_rows(one_chunk(table[ITEM_ID]), f"{where}, column {ITEM_ID!r}"))
         else:
             positives = sources.item_row_lists(one_chunk(table[POSITIVES]), f"{where}, column {POSITIVES!r}")
         keep = np.arange(len(table)) if split_name == SERVING else np.flatnonzero(positives.lengths > 0)
@@ -49,16 +49,16 @@ class HeldOut:
         if not keep.size:
             raise DataError(f"{where}: no row has anything to find, so there is nothing to evaluate.")
         table = table.take(pa.array(keep)).combine_chunks()
-        seen = Lists.empty(len(keep))
+        seen = Ragged.empty(len(keep))
         if split.has(HISTORY):
             place = f"{where}, column {HISTORY!r}"
             seen = sources.item_row_lists(one_chunk(table[HISTORY]), place, known_only=True)
         return cls(one_chunk(table[USER_ID]), sources.user_features(table, where), positives.take(keep), seen)
 
-    def excluded(self, exclude_seen: bool | Literal["except_target"]) -> Lists:
+    def excluded(self, exclude_seen: bool | Literal["except_target"]) -> Ragged:
         """Return the items left out of each row's ranking, by the setting evaluate.exclude_seen."""
         if exclude_seen is False:
-            return Lists.empty(len(self))
+            return Ragged.empty(len(self))
         if exclude_seen is True:
             return self.seen
         return self.seen.where(~self.positives.hold(self.seen))

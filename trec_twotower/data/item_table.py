@@ -26,7 +26,7 @@ from trec_twotower.data.value_digests import mixed, value_digests
 from trec_twotower.errors import DataError
 from trec_twotower.ops.hashing import bucket_type, id_keys, is_text
 from trec_twotower.ops.key_table import KeyTable
-from trec_twotower.ops.ragged import Lists
+from trec_twotower.ops.ragged import Ragged
 from trec_twotower.storage.array_store import ArrayWriter, InMemory, mapped_arrays
 from trec_twotower.storage.arrow_values import exact_array, python_rows, python_value
 from trec_twotower.storage.cache_dir import CacheFolder, changed
@@ -93,10 +93,10 @@ class Catalogue:
         """The row of each outside id, -1 where there is none."""
         return self.rows_of_keys(id_keys(ids, where))
 
-    def rows_of_lists(self, lists: pa.Array, where: str) -> Lists:
+    def rows_of_lists(self, lists: pa.Array, where: str) -> Ragged:
         """The rows of lists of outside ids, -1 where there is none."""
         keys = key_lists(lists, where)
-        return Lists(keys.offsets, self.rows_of_keys(keys.values))
+        return Ragged(keys.offsets, self.rows_of_keys(keys.values))
 
     @property
     def total(self) -> int:
@@ -237,7 +237,7 @@ class _Hashing:
             found["ids"] = np.frombuffer(data or b"", np.uint8)[: found["id_offsets"][-1]]
         elif self.id_kind.bit_width < 64:
             found["ids"] = ids.cast(self.id_kind).to_numpy()
-        given = {self.id_column: Lists.singles(keys)} if self.reuses_keys else None
+        given = {self.id_column: Ragged.singles(keys)} if self.reuses_keys else None
         table = self.split.read(group, self.reads, dictionaries=True) if self.reads else pa.table({})
         digest = np.zeros(len(ids), np.uint64)
         for each in self._digests(table, group).values():
@@ -289,9 +289,9 @@ class _Hashing:
             for name in self._parts(feature):
                 if feature.is_ragged:
                     weights = arrays.get(f"weights:{name}")
-                    sparse[name] = Lists(arrays[f"offsets:{name}"], arrays[f"values:{name}"], weights)
+                    sparse[name] = Ragged(arrays[f"offsets:{name}"], arrays[f"values:{name}"], weights)
                 else:
-                    sparse[name] = Lists(arrays["counting"], arrays[f"values:{name}"], None, True)
+                    sparse[name] = Ragged(arrays["counting"], arrays[f"values:{name}"], None, True)
         return Columns(self.split.num_rows, sparse, numbers)
 
 

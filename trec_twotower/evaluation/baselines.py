@@ -13,7 +13,7 @@ from trec_twotower.distributed.ranks import Ranks
 from trec_twotower.evaluation.metrics import popularity_ranking
 from trec_twotower.index import ExactItems, exact_search
 from trec_twotower.ops.compilation import kernel
-from trec_twotower.ops.ragged import Lists, offsets_of, side_by_side
+from trec_twotower.ops.ragged import Ragged, offsets_of, side_by_side
 from trec_twotower.training.spectral_initialization import Taken, spectral_tables
 
 MOST_NEIGHBOURS = 100  # of an item
@@ -50,7 +50,7 @@ class ItemToItem:
         parts = ranks.collect((neighbour, likeness))
         return cls(np.concatenate([part[0] for part in parts]), np.concatenate([part[1] for part in parts]), count_I)
 
-    def rankings(self, history: Lists, k: int, excluded: Lists | None = None) -> np.ndarray:
+    def rankings(self, history: Ragged, k: int, excluded: Ragged | None = None) -> np.ndarray:
         """Return (users, k) item rows by the summed likeness to the items of the user's history; ties go by item row.
 
         Items on `excluded`, by default those of the history, are left out. After the items that are like any of the
@@ -63,7 +63,7 @@ class ItemToItem:
         found = ranked >= 0
         short = np.flatnonzero(~found[:, -1])
         if len(short):
-            taken = Lists(offsets_of(found[short].sum(axis=1)), ranked[short][found[short]])
+            taken = Ragged(offsets_of(found[short].sum(axis=1)), ranked[short][found[short]])
             rest = popularity_ranking(self.count_I, side_by_side(excluded.take(short), taken), k)
             for row, more in zip(short, rest, strict=True):
                 begun = int(found[row].sum())
@@ -88,13 +88,13 @@ class SpectralTowers:
         history, item = spectral_tables(taken, dim, start, 0, ranks)
         return cls(history.cpu().numpy(), item.cpu().numpy(), count_I)
 
-    def users(self, seen: Lists) -> np.ndarray:
+    def users(self, seen: Ragged) -> np.ndarray:
         """(users, D) float32; zero for those who took nothing."""
         seen = seen.distinct()
         bags = (torch.from_numpy(part) for part in (seen.values, self.history_ID, seen.offsets[:-1]))
         return functional.embedding_bag(*bags, mode="sum").numpy()
 
-    def rankings(self, history: Lists, k: int, excluded: Lists | None = None) -> np.ndarray:
+    def rankings(self, history: Ragged, k: int, excluded: Ragged | None = None) -> np.ndarray:
         """Return (users, k) item rows without those on `excluded`, by default the history.
 
         Users without a known item in their history get the most popular items.

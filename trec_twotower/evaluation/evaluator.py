@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from trec_twotower.config.base import validate
 from trec_twotower.config.evaluation import METRICS, EvaluateConfig
 from trec_twotower.data.dataset import SERVING
-from trec_twotower.data.feature_dataset import Sources
+from trec_twotower.data.feature_dataset import FeatureDataset
 from trec_twotower.data.held_out import HeldOut
 from trec_twotower.distributed.ranks import Ranks
 from trec_twotower.errors import ConfigError, nearest
@@ -43,20 +43,20 @@ from trec_twotower.index.aligned_index import CatalogueIndex, aligned
 from trec_twotower.inference.model_loader import load_model
 from trec_twotower.model.encode import encode, encode_everywhere
 from trec_twotower.model.two_tower import TwoTower
-from trec_twotower.ops.ragged import Lists, offsets_of
+from trec_twotower.ops.ragged import Ragged, offsets_of
 from trec_twotower.storage.atomic import naming, write_json
 from trec_twotower.training.collapse_guard import cosines, unit
 from trec_twotower.training.run_dir import Run
 from trec_twotower.training.spectral_initialization import Taken
 
-Search = Callable[[np.ndarray, int, Lists], np.ndarray]  # user vectors, k, seen -> item rows
+Search = Callable[[np.ndarray, int, Ragged], np.ndarray]  # user vectors, k, seen -> item rows
 
 
 @dataclass(frozen=True)
 class Evaluator:
     """The held-out users of this rank, and the metrics of rankings for them."""
 
-    sources: Sources
+    sources: FeatureDataset
     held_out: HeldOut  # this rank's share
     first_user: int  # position of that share among the users of all ranks
     config: EvaluateConfig
@@ -64,7 +64,7 @@ class Evaluator:
 
     @classmethod
     def of(
-        cls, sources: Sources, split: str, config: EvaluateConfig, ranks: Ranks, *, sample: int | None = None
+        cls, sources: FeatureDataset, split: str, config: EvaluateConfig, ranks: Ranks, *, sample: int | None = None
     ) -> Evaluator:
         parts = sorted(path.name for path in sources.dataset.folder.iterdir() if path.is_dir())
         known = [name for name in parts if name not in ("items", "users", SERVING)]
@@ -100,7 +100,7 @@ class Evaluator:
         return encode(model, "user", self.held_out.user, self.ranks).cpu().numpy()
 
     @cached_property
-    def excluded(self) -> Lists:
+    def excluded(self) -> Ragged:
         """The items excluded from each user's ranking."""
         return self.held_out.excluded(self.config.exclude_seen)
 
@@ -134,7 +134,7 @@ class Evaluator:
         return dict(zip(names, (total[1:] / max(total[0], 1)).tolist(), strict=True))
 
 
-def _unknown_split(sources: Sources, split: str, known: list[str]) -> ConfigError:
+def _unknown_split(sources: FeatureDataset, split: str, known: list[str]) -> ConfigError:
     folder, options = sources.dataset.folder, sources.dataset.description.get("options") or {}
     if options.get("split") == "none":
         return ConfigError(

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from trec_twotower.ops.ragged import Lists
+from trec_twotower.ops.ragged import Ragged
 from trec_twotower.ops.topk import MAX_CELLS, blocks_by_length, find_repeats, first_allowed
 
 
@@ -16,10 +16,10 @@ class Hits:
     """The positions of each user's ranking that hold a positive."""
 
     is_hit_BK: np.ndarray
-    positives: Lists  # distinct, at least one per user
+    positives: Ragged  # distinct, at least one per user
 
     @classmethod
-    def of(cls, item_row_BK: np.ndarray, positives: Lists) -> Hits:
+    def of(cls, item_row_BK: np.ndarray, positives: Ragged) -> Hits:
         """Return the hits of rankings `item_row_BK`, best first, -1 for no item. A repeated positive counts once.
 
         Raises ValueError for an item ranked twice and for a user without positives, who has no recall.
@@ -57,7 +57,7 @@ class Hits:
         return _metrics(is_hit_BK & is_among_I[item_row_BK[users, : is_hit_BK.shape[1]]], wanted[users], ks)
 
 
-def ranking_metrics(item_row_BK: np.ndarray, positives: Lists, ks: Sequence[int]) -> dict[str, np.ndarray]:
+def ranking_metrics(item_row_BK: np.ndarray, positives: Ragged, ks: Sequence[int]) -> dict[str, np.ndarray]:
     """The METRICS at each k, float64 (B,) each, keyed "recall@20"; raises ValueError as Hits.of does.
 
     Columns a ranking lacks are misses. recall: hits / all the user's positives, also when those exceed k.
@@ -198,7 +198,7 @@ class MetricSums:
         return {name: total / self.num_users for name, total in self.sums.items()}
 
 
-def popularity_ranking(count_I: np.ndarray, seen: Lists, k: int) -> np.ndarray:
+def popularity_ranking(count_I: np.ndarray, seen: Ragged, k: int) -> np.ndarray:
     """Return each user's `k` unseen items with most interactions, int64 (B, k).
 
     `count_I` has the interactions of each item; ties are ordered by item row; -1 where items run out.

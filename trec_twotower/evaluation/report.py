@@ -27,7 +27,7 @@ from trec_twotower.index import IndexReport, exact_search
 from trec_twotower.inference.export import Exported, read_export
 from trec_twotower.ops.hashing import id_keys
 from trec_twotower.ops.key_table import KeyTable
-from trec_twotower.ops.ragged import Lists
+from trec_twotower.ops.ragged import Ragged
 from trec_twotower.storage.arrow_values import format_item, python_rows, python_value, python_values
 from trec_twotower.storage.artifacts import read_manifest
 from trec_twotower.storage.atomic import read_json, write_file
@@ -282,7 +282,7 @@ def _users(run: Run, exported: Exported | None) -> list[dict[str, Any]] | None:
         for history, targets in zip(histories, positives, strict=True)
     ]
     k = min(NUM_ITEMS, len(exported.item_ID))
-    score_BK, item_row_BK = exact_search(exported.item_ID, exported.user_QD[chosen], k, Lists.from_lists(excluded))
+    score_BK, item_row_BK = exact_search(exported.item_ID, exported.user_QD[chosen], k, Ragged.from_lists(excluded))
     recent = [history[::-1][:NUM_RECENT] for history in histories]
     shown = np.unique([*item_row_BK[item_row_BK >= 0], *(item for items in recent for item in items)])
     file_rows = _rows_in_files(dataset.items, exported)[shown.astype(np.int64)]

@@ -13,7 +13,7 @@ import numpy as np
 
 from trec_twotower.ops.compilation import kernel
 from trec_twotower.ops.hashing import mix_key
-from trec_twotower.ops.ragged import Lists, offsets_of, side_by_side
+from trec_twotower.ops.ragged import Ragged, offsets_of, side_by_side
 
 TRIES = 20  # draws for each negative wanted, before a user gets fewer
 
@@ -40,8 +40,8 @@ class Negatives:
         self,
         item_ID: np.ndarray,
         user_BD: np.ndarray,
-        positives: Lists,
-        excluded: Lists,
+        positives: Ragged,
+        excluded: Ragged,
         first_user: int,
         seed: int = 0,
     ) -> np.ndarray:
@@ -65,7 +65,7 @@ class Negatives:
         return place_P
 
 
-def sampled_metrics(place_P: np.ndarray, positives: Lists, ks: Sequence[int]) -> dict[str, np.ndarray]:
+def sampled_metrics(place_P: np.ndarray, positives: Ragged, ks: Sequence[int]) -> dict[str, np.ndarray]:
     """(B,) each: hit@k and ndcg@k (1 / log2(1 + place) within k) and mrr, of each positive alone, the user's mean."""
     num_B = positives.lengths
     metrics = {}

@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 
 from trec_twotower.config.base import Side
 from trec_twotower.data.dataset import ITEM_ID, USER_ID
-from trec_twotower.data.feature_dataset import Sources
+from trec_twotower.data.feature_dataset import FeatureDataset
 from trec_twotower.data.features.transform import one_chunk
 from trec_twotower.data.held_out import HeldOut
 from trec_twotower.data.split import Split
@@ -35,7 +35,7 @@ class Slice:
 
 
 def make_slices(
-    names: Sequence[str], sources: Sources, held_out: HeldOut, split: str, count_I: np.ndarray
+    names: Sequence[str], sources: FeatureDataset, held_out: HeldOut, split: str, count_I: np.ndarray
 ) -> list[Slice]:
     """Return the slices of these names; labels are the same on all ranks.
 
@@ -78,7 +78,7 @@ def _octave(count: np.ndarray) -> np.ndarray:
 _OCTAVES = ("0", "1", *(f"{1 << power:,} - {(2 << power) - 1:,}" for power in range(1, 40)))
 
 
-def _of_users(name: str, column: str, sources: Sources, held_out: HeldOut, split_name: str) -> Slice:
+def _of_users(name: str, column: str, sources: FeatureDataset, held_out: HeldOut, split_name: str) -> Slice:
     """Return the slice by a column of the evaluated rows, else of users/."""
     split, users = sources.dataset.split(split_name), sources.dataset.users
     place = split if split.has(column) or users is None else users

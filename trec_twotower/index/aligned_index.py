@@ -13,7 +13,7 @@ from trec_twotower.data.item_table import Catalogue
 from trec_twotower.errors import DataError
 from trec_twotower.index import Allowed, IndexReport, ItemIndex
 from trec_twotower.ops.hashing import id_keys
-from trec_twotower.ops.ragged import Lists
+from trec_twotower.ops.ragged import Ragged
 from trec_twotower.storage.arrow_values import python_value
 
 
@@ -40,16 +40,16 @@ class CatalogueIndex:
         return self.index.tuned_k(k)
 
     def search(
-        self, user_BD: np.ndarray, k: int, *, seen: Lists | None = None, allowed: Allowed | None = None
+        self, user_BD: np.ndarray, k: int, *, seen: Ragged | None = None, allowed: Allowed | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
         """As ItemIndex.search; seen items and those found are rows of the catalogue."""
         if seen is not None:
             row = np.where(seen.values >= 0, self._index_row[seen.values], -1)
-            seen = Lists(seen.offsets, row).where(row >= 0)
+            seen = Ragged(seen.offsets, row).where(row >= 0)
         score_BK, row_BK = self.index.search(user_BD, k, seen=seen, allowed=allowed)
         return score_BK, np.where(row_BK >= 0, self._catalogue_row_I[row_BK], -1)
 
-    def search_unseen(self, user_BD: np.ndarray, k: int, seen: Lists) -> tuple[np.ndarray, np.ndarray]:
+    def search_unseen(self, user_BD: np.ndarray, k: int, seen: Ragged) -> tuple[np.ndarray, np.ndarray]:
         """As `search`, with a list of seen items for each user."""
         return self.search(user_BD, k, seen=seen)
 

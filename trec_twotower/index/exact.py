@@ -16,7 +16,7 @@ import torch
 from trec_twotower.errors import ConfigError
 from trec_twotower.index.backends.faiss_backend import BLAS_BATCH, Answer, Device, inner_products, knn
 from trec_twotower.index.backends.matrix import as_vectors, check_same_dim, norms
-from trec_twotower.ops.ragged import Lists
+from trec_twotower.ops.ragged import Ragged
 from trec_twotower.ops.topk import MAX_CELLS, blocks_by_length, find_repeats, first_allowed
 
 SPARE = 8  # candidates fetched beyond k, to see whether the k-th best ties with the next
@@ -103,7 +103,7 @@ def exact_search(
     items: np.ndarray | ExactItems,
     user_BD: np.ndarray,
     k: int,
-    seen: Lists | None = None,
+    seen: Ragged | None = None,
     *,
     device: Device = "auto",
 ) -> Answer:
@@ -234,7 +234,7 @@ def merge_vectors(found: Answer, num_users: int, k: int) -> Answer:
     return score_BK, item_row_BK
 
 
-def without_seen(found: Answer, seen: Lists, k: int) -> Answer:
+def without_seen(found: Answer, seen: Ragged, k: int) -> Answer:
     """Return the first `k` items of each row that are not on the user's list."""
     score_BC, item_row_BC = found
     keep_BC = (item_row_BC >= 0) & ~seen.contain(item_row_BC)

@@ -19,7 +19,7 @@ from trec_twotower.index.backends.matrix import as_vectors
 from trec_twotower.index.exact import empty_answer, merge_vectors, without_seen
 from trec_twotower.index.filters import Allowed, Strategy, choose_strategy
 from trec_twotower.index.searcher import SearchEffort, Searcher, effort_for
-from trec_twotower.ops.ragged import Lists
+from trec_twotower.ops.ragged import Ragged
 from trec_twotower.ops.topk import blocks_by_length
 from trec_twotower.storage.artifacts import SealedFolder, new_folder
 from trec_twotower.storage.manifest import MANIFEST, seal
@@ -125,7 +125,7 @@ class ItemIndex:
     # ------------------------------------------------------------ searching
 
     def search(
-        self, user_BD: np.ndarray, k: int, *, seen: Lists | None = None, allowed: Allowed | None = None
+        self, user_BD: np.ndarray, k: int, *, seen: Ragged | None = None, allowed: Allowed | None = None
     ) -> Answer:
         """Return the `k` items of highest score per user: scores float32 and item rows int64, best first.
 
@@ -152,12 +152,12 @@ class ItemIndex:
             score_BK[users], item_row_BK[users] = self._search_group(some_BD, k, some, allowed, effort)
         return score_BK, item_row_BK
 
-    def search_unseen(self, user_BD: np.ndarray, k: int, seen: Lists) -> Answer:
+    def search_unseen(self, user_BD: np.ndarray, k: int, seen: Ragged) -> Answer:
         """As `search`, with a list of seen items for each user."""
         return self.search(user_BD, k, seen=seen)
 
     def search_merged(
-        self, user_BMD: np.ndarray, k: int, *, seen: Lists | None = None, allowed: Allowed | None = None
+        self, user_BMD: np.ndarray, k: int, *, seen: Ragged | None = None, allowed: Allowed | None = None
     ) -> Answer:
         """As `search`, for users of M vectors each: the `k` items of highest score by any of a user's vectors.
 
@@ -203,7 +203,7 @@ class ItemIndex:
         effort = self._effort(k, 0, allowed)
         return choose_strategy(allowed, k, effort.scanned_share * len(self), self.dim)
 
-    def _check(self, user_BD: np.ndarray, k: int, seen: Lists | None, allowed: Allowed | None) -> None:
+    def _check(self, user_BD: np.ndarray, k: int, seen: Ragged | None, allowed: Allowed | None) -> None:
         if user_BD.shape[1] != self.dim:
             raise ConfigError(
                 f"The users' vectors have {user_BD.shape[1]} numbers but the items' of the index {self.dim}: "
@@ -219,7 +219,7 @@ class ItemIndex:
         if seen is not None and len(seen) != len(user_BD):
             raise ConfigError(f"{len(user_BD):,} users but {len(seen):,} lists of seen items: give one list each.")
 
-    def _seen_here(self, seen: Lists, allowed: Allowed | None) -> Lists | None:
+    def _seen_here(self, seen: Ragged, allowed: Allowed | None) -> Ragged | None:
         """Return the seen items once each, without those that cannot be found anyway; None if there are none."""
         seen = seen.distinct()
         is_here = (seen.values >= 0) & (seen.values < len(self))
@@ -250,7 +250,7 @@ class ItemIndex:
                     yield effort, np.sort(users[block[start : start + BLOCK]])
 
     def _search_group(
-        self, user_BD: np.ndarray, k: int, seen: Lists | None, allowed: Allowed | None, effort: SearchEffort
+        self, user_BD: np.ndarray, k: int, seen: Ragged | None, allowed: Allowed | None, effort: SearchEffort
     ) -> Answer:
         """Search to the given effort; answers that come back short again, more widely."""
         num_items = len(self) if allowed is None else len(allowed.item_rows)
@@ -301,7 +301,7 @@ class ItemIndex:
             score_BC[users], item_row_BC[users] = self._searcher.search(some_BD, width, each, allowed)
         return score_BC, item_row_BC
 
-    def _search_exactly(self, user_BD: np.ndarray, k: int, seen: Lists | None, allowed: Allowed | None) -> Answer:
+    def _search_exactly(self, user_BD: np.ndarray, k: int, seen: Ragged | None, allowed: Allowed | None) -> Answer:
         num_items = len(self) if allowed is None else len(allowed.item_rows)
         if seen is None:
             return _unseen(self._searcher.search_exactly(user_BD, min(k, num_items), allowed), None, k)
@@ -385,11 +385,11 @@ class ItemIndex:
         return index
 
 
-def _unseen(found: Answer, seen: Lists | None, k: int) -> Answer:
+def _unseen(found: Answer, seen: Ragged | None, k: int) -> Answer:
     """Return the first `k` items of each row that are not on the user's list, where there is one."""
     if seen is None and found[1].shape[1] == k:
         return found
-    return without_seen(found, Lists.empty(len(found[1])) if seen is None else seen, k)
+    return without_seen(found, Ragged.empty(len(found[1])) if seen is None else seen, k)
 
 
 def _read_index(sealed: SealedFolder, name: str, *, mapped: bool) -> Any:

@@ -15,7 +15,7 @@ from trec_twotower.errors import ConfigError
 from trec_twotower.index.backends.faiss_backend import Answer
 from trec_twotower.index.exact import RunningBest
 from trec_twotower.index.searcher import SearchEffort, Searcher
-from trec_twotower.ops.ragged import Lists
+from trec_twotower.ops.ragged import Ragged
 
 SAFE = 0.1  # share of the allowed misses that is left unused, since other users lose a little more
 FACTORS = (1, 2, 4, 8, 16)  # of k: the neighbours that searches are tuned for
@@ -33,7 +33,7 @@ class RecallJudge:
         worst_B = best.score_BK[:, k - 1]
         tied_B = worst_B - slack * np.linalg.norm(self.user_BD, axis=1)
         good_BC = (best.score_BK >= tied_B[:, None]) & (best.item_row_BK >= 0)
-        self._good = Lists(np.concatenate([[0], np.cumsum(good_BC.sum(axis=1))]), best.item_row_BK[good_BC])
+        self._good = Ragged(np.concatenate([[0], np.cumsum(good_BC.sum(axis=1))]), best.item_row_BK[good_BC])
         # Where more items tie than exact search was asked for, the score alone decides
         self._tied_B = np.where(good_BC.all(axis=1) & (best.score_BK.shape[1] > k), tied_B, np.inf)
 

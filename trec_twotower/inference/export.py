@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from trec_twotower.config.base import Side
 from trec_twotower.data.dataset import ITEM_ID, SERVING, USER_ID
-from trec_twotower.data.feature_dataset import Sources
+from trec_twotower.data.feature_dataset import FeatureDataset
 from trec_twotower.data.features.transform import Columns
 from trec_twotower.data.held_out import HeldOut
 from trec_twotower.data.split import Split
@@ -73,7 +73,7 @@ def export(loaded: LoadedModel, ranks: Ranks, *, columns: Sequence[str] = (), us
     return new.path
 
 
-def _part_with_users(sources: Sources, users: str | None) -> str | None:
+def _part_with_users(sources: FeatureDataset, users: str | None) -> str | None:
     """The part of the dataset whose users are exported; None where there is none."""
     known = [name for name in ("test", "valid", SERVING) if sources.dataset.has(name)]
     if users is None:
@@ -86,7 +86,7 @@ def _part_with_users(sources: Sources, users: str | None) -> str | None:
     return users
 
 
-def _known_columns(sources: Sources, columns: Sequence[str]) -> list[str]:
+def _known_columns(sources: FeatureDataset, columns: Sequence[str]) -> list[str]:
     split = sources.catalogue.split
     for name in columns:
         if name not in split.columns or name in (ITEM_ID, VECTOR):

@@ -18,11 +18,11 @@ from trec_twotower.config.base import Side
 from trec_twotower.config.features import SequenceFeature
 from trec_twotower.config.schema import Schema, bucket_names, lookup_key, sub_name
 from trec_twotower.data.features.transform import GAP_BUCKETS, Columns
-from trec_twotower.data.loading.batch import Listed, make_batch
+from trec_twotower.data.loading.batch import JaggedLookup, make_batch
 from trec_twotower.model.embeddings import table_parameters
-from trec_twotower.model.tower_inputs import Pooled, SideInputs, build_inputs, pooled_by_hand
+from trec_twotower.model.tower_inputs import Pooled, SideInputs, build_inputs, pool_jagged
 from trec_twotower.model.two_tower import TwoTower
-from trec_twotower.ops.ragged import Lists, offsets_of
+from trec_twotower.ops.ragged import Ragged, offsets_of
 
 ROWS = 5  # of the batch that is traced; any other number runs
 TOKENS = 8  # of a made-up vocabulary
@@ -59,8 +59,8 @@ class Program(nn.Module):
         self.tower = model.user_tower if side == "user" else model.item_tower
 
     def forward(self, inputs: dict[str, Tensor]) -> Tensor:
-        def listed(name: str) -> Listed:
-            return Listed(**{field: inputs.get(f"{name}/{field}") for field in _FIELDS})
+        def listed(name: str) -> JaggedLookup:
+            return JaggedLookup(**{field: inputs.get(f"{name}/{field}") for field in _FIELDS})
 
         vectors = {
             name: F.embedding(inputs[f"{name}/values"], self.tables[table]).float()
@@ -68,7 +68,7 @@ class Program(nn.Module):
         }
         pooled = Pooled()
         for name in self.bags:
-            vector = pooled_by_hand(vectors.pop(name), listed(name))
+            vector = pool_jagged(vectors.pop(name), listed(name))
             pooled.add(vector, {name: vector.shape[1]})
         by_hand = {name: listed(name) for name in (*vectors, *self.tokens)}
         side = SideInputs(self.tower, inputs["divisor"], inputs["number"])
@@ -160,11 +160,11 @@ def made_up(schema: Schema, side: Side, rows: int, rng: np.random.Generator) -> 
         weights = rng.random(offsets[-1]).astype(np.float32) if feature.is_weighted else None
         for name in names:
             values = rng.integers(0, top, offsets[-1]).astype(np.int32)
-            sparse[name] = Lists(offsets, values, weights, most == 1)
+            sparse[name] = Ragged(offsets, values, weights, most == 1)
         if not isinstance(feature, SequenceFeature):
             continue
         for part, top in (("gap", GAP_BUCKETS), ("action", feature.action_buckets), ("row", ROWS)):
-            sparse[sub_name(feature.name, part)] = Lists(offsets, rng.integers(0, top, offsets[-1]).astype(np.int32))
+            sparse[sub_name(feature.name, part)] = Ragged(offsets, rng.integers(0, top, offsets[-1]).astype(np.int32))
         if feature.attributes:
             items = made_up(schema, "item", ROWS, rng)
     return Columns(rows, sparse, numbers, items)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
-from trec_twotower.data.feature_dataset import Sources
+from trec_twotower.data.feature_dataset import FeatureDataset
 from trec_twotower.distributed.ranks import Ranks
 from trec_twotower.model.two_tower import TwoTower
 from trec_twotower.training.checkpoints.checkpoint import Checkpoints
@@ -19,14 +19,14 @@ class LoadedModel:
     """A run's towers with the weights of one checkpoint."""
 
     run: Run
-    sources: Sources
+    sources: FeatureDataset
     model: TwoTower
     version: str
     step: int
 
 
 def load_model(
-    run: Run, ranks: Ranks, which: str = "best", *, sources: Sources | None = None, is_sharded: bool = True
+    run: Run, ranks: Ranks, which: str = "best", *, sources: FeatureDataset | None = None, is_sharded: bool = True
 ) -> LoadedModel:
     """Return the model of a run's checkpoint ("best", "newest" or a step), ready to encode.
 

@@ -31,7 +31,7 @@ from trec_twotower.config.run_config import RunConfig
 from trec_twotower.config.schema import Schema
 from trec_twotower.data.arrow_types import plain_table
 from trec_twotower.data.dataset import ITEM_ID, USER_ID
-from trec_twotower.data.feature_dataset import Sources
+from trec_twotower.data.feature_dataset import FeatureDataset
 from trec_twotower.data.features.column_checks import check_kind
 from trec_twotower.data.features.transform import Columns, Statistics, transform
 from trec_twotower.distributed.ranks import Ranks, check_process, quiet_libraries
@@ -42,7 +42,7 @@ from trec_twotower.inference.model_loader import load_model
 from trec_twotower.model.encode import encode
 from trec_twotower.model.two_tower import SIDES, TwoTower
 from trec_twotower.ops.key_table import KeyTable
-from trec_twotower.ops.ragged import Lists
+from trec_twotower.ops.ragged import Ragged
 from trec_twotower.storage.artifacts import SealedFolder, new_folder
 from trec_twotower.storage.atomic import read_json, write_file, write_json
 from trec_twotower.storage.manifest import MANIFEST, seal
@@ -98,7 +98,7 @@ class Encoder:
         return self.config.model.vector_dim
 
     @classmethod
-    def of(cls, run: Run, sources: Sources, which: str = "best") -> Encoder:
+    def of(cls, run: Run, sources: FeatureDataset, which: str = "best") -> Encoder:
         """That of a run's checkpoint ("best", "newest" or a step), on the CPU; `sources` are the run's."""
         loaded = load_model(run, Ranks(0, 1, torch.device("cpu")), which, sources=sources, is_sharded=False)
         model = loaded.model
@@ -245,7 +245,7 @@ class Misfit(DataError):
     """Parts that do not make an encoder."""
 
 
-def _steps(sources: Sources) -> dict[str, np.ndarray]:
+def _steps(sources: FeatureDataset) -> dict[str, np.ndarray]:
     """What the steps of sequences need of the catalogue: keys, and the lists of the attributes."""
     if not sources.steps_have_attributes:
         return {}
@@ -276,7 +276,7 @@ def _catalogue_of_steps(schema: Schema, steps: Mapping[str, np.ndarray]) -> tupl
     return Columns(len(keys), sparse, {}), found.find
 
 
-def _lists(steps: Mapping[str, np.ndarray], name: str, num_rows: int, table: TableSpec) -> Lists:
+def _lists(steps: Mapping[str, np.ndarray], name: str, num_rows: int, table: TableSpec) -> Ragged:
     """The rows of a table that each item looks up for an attribute."""
     offsets, values = _array(steps, f"offsets:{name}", np.int64), _array(steps, f"values:{name}", np.integer)
     weights = _array(steps, f"weights:{name}", np.float32) if f"weights:{name}" in steps else None
@@ -284,7 +284,7 @@ def _lists(steps: Mapping[str, np.ndarray], name: str, num_rows: int, table: Tab
     is_whole = is_whole and (np.diff(offsets) >= 0).all() and (weights is None or len(weights) == len(values))
     if not is_whole or (len(values) and not 0 <= values.min() <= values.max() < table.buckets):
         raise Misfit(f"has lists of {name!r} in {STEPS} that do not fit the catalogue or the table")
-    return Lists(offsets, values, weights)
+    return Ragged(offsets, values, weights)
 
 
 def _array(steps: Mapping[str, np.ndarray], name: str, kind: Any) -> np.ndarray:

@@ -15,7 +15,7 @@ NEVER = -(1 << 62)
 FINGERPRINT = (1 << 32) - 1  # the bits of a key that are the item's fingerprint
 
 
-class ItemQueue(nn.Module):
+class CrossBatchMemory(nn.Module):
     """The last candidates that stood against all rows, in a ring of `size` places, the same on all ranks.
 
     It holds whole steps only (of a step with more candidates than there are places, a uniform sample of that size), and

@@ -42,7 +42,7 @@ def _keep(weights: Tensor) -> Tensor:
     return weights
 
 
-def build_tables(schema: Schema) -> EmbeddingBagCollection | None:
+def build_embedding_bag_collection(schema: Schema) -> EmbeddingBagCollection | None:
     """All tables whose bags are pooled, without memory yet; None where there are none.
 
     Every one pools by SUM (see put_pooling_divisor in data/transforms.py).
@@ -71,7 +71,7 @@ def build_tables(schema: Schema) -> EmbeddingBagCollection | None:
     )
 
 
-def build_lists(schema: Schema) -> EmbeddingCollection | None:
+def build_embedding_collection(schema: Schema) -> EmbeddingCollection | None:
     """All tables whose rows are wanted one by one, without memory yet; None where there are none."""
     if not schema.unpooled_tables:
         return None

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from trec_twotower.config.feature_spec import FeatureSpec
 from trec_twotower.config.features import LanguageModelFeature, NumericFeature, VectorFeature
 from trec_twotower.data.features.text import MAX_TOKENS, transformers
-from trec_twotower.data.loading.batch import Listed
+from trec_twotower.data.loading.batch import JaggedLookup
 from trec_twotower.errors import ConfigError
 from trec_twotower.ops.hashing import mix_torch
 
@@ -88,7 +88,7 @@ class TextInput(nn.Module):
             self.model.eval()
         return self
 
-    def forward(self, listed: Listed) -> Tensor:
+    def forward(self, listed: JaggedLookup) -> Tensor:
         """(rows, dim) of the rows' tokens."""
         assert listed.length is not None and listed.place is not None
         if torch.compiler.is_exporting():  # a program has no memory of texts, and no sizes that depend on numbers

@@ -9,7 +9,9 @@ from torch import Tensor
 from trec_twotower.model.losses import Pairs
 
 
-def attended(user_BMD: Tensor, item_CD: Tensor, positive: Pairs, sharpness: float, *, is_unit: bool) -> Tensor:
+def label_aware_attention(
+    user_BMD: Tensor, item_CD: Tensor, positive: Pairs, sharpness: float, *, is_unit: bool
+) -> Tensor:
     """(B, D): each row's vectors weighted by softmax(sharpness * score of its one positive); of length 1 if they are.
 
     The label-aware attention of MIND (Li et al. 2019), with an exponential in place of its power, which means nothing

@@ -29,7 +29,7 @@ from trec_twotower.config.model import (
     build_encoder,
 )
 from trec_twotower.data.features.transform import GAP_BUCKETS
-from trec_twotower.data.loading.batch import Listed
+from trec_twotower.data.loading.batch import JaggedLookup
 from trec_twotower.model.cpu.head_sums import head_sums, is_supported
 
 
@@ -53,7 +53,7 @@ class SequenceInput(nn.Module):
         self.dropout = Dropout(spec.dropout)
         self.encoder = ENCODERS[spec.kind](spec, dim, feature.max_length)
 
-    def forward(self, item_UD: Tensor, listed: Listed) -> Tensor:
+    def forward(self, item_UD: Tensor, listed: JaggedLookup) -> Tensor:
         """(B, D), or (B, M, D), of the distinct items' vectors and of how the rows' steps take them."""
         assert listed.place is not None and listed.length is not None
         if isinstance(self.encoder, Heads) and self.gap is None and self.action is None and is_supported(item_UD):
@@ -162,7 +162,7 @@ class Heads(SequenceEncoder):
         vector_BD = vector_BD.index_add(0, row_N, parts_NHP.flatten(1).to(vector_BD.dtype))
         return vector_BD + self.mix(vector_BD)
 
-    def of_items(self, item_UD: Tensor, listed: Listed, dropout: float) -> Tensor:
+    def of_items(self, item_UD: Tensor, listed: JaggedLookup, dropout: float) -> Tensor:
         """The same of steps that are distinct items' vectors and nothing else, without a copy for each step."""
         assert listed.place is not None and listed.length is not None
         age = torch.arange(len(self.log_weight_AH))

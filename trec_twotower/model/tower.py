@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from trec_twotower.config.model import TowerConfig
 from trec_twotower.config.training import TrainConfig
-from trec_twotower.data.loading.batch import Listed
+from trec_twotower.data.loading.batch import JaggedLookup
 from trec_twotower.distributed.compat import lerp_
 from trec_twotower.distributed.ranks import Ranks
 from trec_twotower.model.tower_layers import (
@@ -130,7 +130,7 @@ class Tower(nn.Module):
                 found |= part.figures(ranks)
         return found
 
-    def encode(self, name: str, *given: Tensor | Listed) -> Tensor:
+    def encode(self, name: str, *given: Tensor | JaggedLookup) -> Tensor:
         """(B, D): what the encoder of a feature makes of what it is given."""
         encoder = self.encoders[encoder_name(name)]
         if not self.training:

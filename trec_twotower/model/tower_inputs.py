@@ -15,7 +15,7 @@ from trec_twotower.config.base import Side
 from trec_twotower.config.features import SequenceFeature
 from trec_twotower.config.schema import Schema, delta_key, lookup_key, sub_name
 from trec_twotower.data.features.transform import divides
-from trec_twotower.data.loading.batch import Listed
+from trec_twotower.data.loading.batch import JaggedLookup
 from trec_twotower.model.tower import Tower
 from trec_twotower.model.tower_layers import aligned
 
@@ -57,7 +57,7 @@ def build_inputs(
     sides: Mapping[Side, SideInputs],
     pooled: Pooled,
     vectors: Mapping[str, Tensor],
-    listed: Mapping[str, Listed],
+    listed: Mapping[str, JaggedLookup],
 ) -> dict[Side, Tensor]:
     """Return the input of each side's tower, (rows, E); (rows, M, E) for users with several vectors.
 
@@ -92,7 +92,7 @@ def repeat_for_vectors(schema: Schema, feature_BE: Tensor, several_BMD: Tensor) 
 
 
 def encode_unpooled(
-    schema: Schema, sides: Mapping[Side, SideInputs], listed: Mapping[str, Listed], vectors: Mapping[str, Tensor]
+    schema: Schema, sides: Mapping[Side, SideInputs], listed: Mapping[str, JaggedLookup], vectors: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
     """Return the pooled bags and the users' encoded sequences by key, from embeddings that were looked up unpooled."""
     found = {}
@@ -101,20 +101,22 @@ def encode_unpooled(
         if name not in vectors or side not in sides:
             continue
         if not isinstance(feature, SequenceFeature):
-            found[name] = pooled_by_hand(vectors[name], listed[name])
+            found[name] = pool_jagged(vectors[name], listed[name])
             continue
         item_UD = vectors[name]
         if feature.delta:
             item_UD = item_UD + vectors[delta_key(name)]
         for attribute in feature.attributes:
             at = listed[sub_name(name, attribute)]
-            added = pooled_by_hand(vectors[sub_name(name, attribute)], at)
+            added = pool_jagged(vectors[sub_name(name, attribute)], at)
             item_UD = item_UD + (added if at.divisor is None else added / at.divisor[:, None])
         found[name] = sides[side].tower.encode(feature.name, item_UD, listed[name])
     return found
 
 
-def apply_layers(schema: Schema, side: Side, given: SideInputs, listed: Mapping[str, Listed]) -> dict[str, Tensor]:
+def apply_layers(
+    schema: Schema, side: Side, given: SideInputs, listed: Mapping[str, JaggedLookup]
+) -> dict[str, Tensor]:
     """Return the output of the features' own layers, which read numbers or tokens, by key."""
     found, first = {}, 0
     for feature in schema.layout.layer_features(side):
@@ -125,7 +127,7 @@ def apply_layers(schema: Schema, side: Side, given: SideInputs, listed: Mapping[
     return found
 
 
-def pooled_by_hand(vector_ND: Tensor, listed: Listed) -> Tensor:
+def pool_jagged(vector_ND: Tensor, listed: JaggedLookup) -> Tensor:
     """(entries, D): the sum of the vectors of each entry, weighted where there are weights.
 
     (Sizes are read from shapes here, since torch.export takes `len` for a constant.)

@@ -16,15 +16,15 @@ from trec_twotower.config.model import ModelConfig
 from trec_twotower.config.schema import Schema
 from trec_twotower.data.loading.batch import Batch
 from trec_twotower.distributed.ranks import Ranks
-from trec_twotower.model.cross_batch_memory import ItemQueue
-from trec_twotower.model.embeddings import build_lists, build_tables
+from trec_twotower.model.cross_batch_memory import CrossBatchMemory
+from trec_twotower.model.embeddings import build_embedding_bag_collection, build_embedding_collection
 from trec_twotower.model.feature_encoders import build_input
 from trec_twotower.model.finite_check import GradientCheck
 from trec_twotower.model.losses import LOSSES, Hardest, Relations
 from trec_twotower.model.losses.regularizers import alignment, nearness, squared_lengths
-from trec_twotower.model.losses.streaming_log_q import Frequency
+from trec_twotower.model.losses.streaming_log_q import StreamingLogQ
 from trec_twotower.model.losses.temperature import Temperature
-from trec_twotower.model.multi_interest import attended, gaussian_item, gaussian_user, likeness, uses
+from trec_twotower.model.multi_interest import gaussian_item, gaussian_user, label_aware_attention, likeness, uses
 from trec_twotower.model.sequence_encoders import SequenceInput
 from trec_twotower.model.step_diagnostics import Histogram, StepDiagnostics
 from trec_twotower.model.tower import Tower, encoder_name
@@ -46,8 +46,8 @@ class TwoTower(nn.Module):
         self.schema = schema
         self.loss = loss
         self.ranks = ranks
-        self.tables = build_tables(schema)
-        self.lists = build_lists(schema)
+        self.tables = build_embedding_bag_collection(schema)
+        self.lists = build_embedding_collection(schema)
         self.is_unit = is_unit = model.similarity == "cosine"
         self.is_gaussian = model.user_vector == "gaussian"
         sizes = (model.vector_dim, model.dim)  # a Gaussian user's tower makes a mean and a spread
@@ -83,9 +83,9 @@ class TwoTower(nn.Module):
             wanted = self.parameters_of_loss["precision"]
             self.parameters_of_loss["precision"] = wanted if wanted == "bf16_logits" else ranks.precision(wanted)
         self.temperature = None if learned is None else Temperature(learned, ranks.device)
-        self.frequency = Frequency(ranks.device) if loss.streams_log_q else None
+        self.frequency = StreamingLogQ(ranks.device) if loss.streams_log_q else None
         size = loss.negatives.cross_batch_memory
-        self.queue = ItemQueue(size, model.vector_dim, loss.log_q_strength, ranks.device) if size else None
+        self.queue = CrossBatchMemory(size, model.vector_dim, loss.log_q_strength, ranks.device) if size else None
 
     def encode_users(self, batch: Batch) -> Tensor:
         """(B, D); (B, M, D) where a user has several vectors."""
@@ -131,7 +131,7 @@ class TwoTower(nn.Module):
                 self.interest_uses = uses(user_BD, item_CD, relations.positive)
             if self.interests.score == "attention":
                 positive, sharpness = relations.positive, self.interests.sharpness
-                user_BD = attended(user_BD, item_CD, positive, sharpness, is_unit=self.is_unit)
+                user_BD = label_aware_attention(user_BD, item_CD, positive, sharpness, is_unit=self.is_unit)
         if with_diagnostics:
             self.diagnostics.record(user_BD, column_CD, among)
         loss = LOSSES[self.loss.kind](user_BD, column_CD, among, **parameters)
@@ -142,7 +142,7 @@ class TwoTower(nn.Module):
         return loss if alike is None else loss + alike
 
     def _with_queue(
-        self, queue: ItemQueue, item_CD: Tensor, log_p_C: Tensor, batch: Batch, relations: Relations
+        self, queue: CrossBatchMemory, item_CD: Tensor, log_p_C: Tensor, batch: Batch, relations: Relations
     ) -> tuple[Tensor, Relations]:
         """Return the candidates followed by those of earlier steps; in training, keep this step's for later ones."""
         assert batch.item_key_C is not None

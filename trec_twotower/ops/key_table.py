@@ -6,10 +6,10 @@ import numpy as np
 
 from trec_twotower.ops.compilation import kernel
 from trec_twotower.ops.hashing import mix_key
-from trec_twotower.ops.ragged import Lists
+from trec_twotower.ops.ragged import Ragged
 
 
-def pairs_by_fingerprint(lists: Lists, fingerprint_C: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def pairs_by_fingerprint(lists: Ragged, fingerprint_C: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return the pairs (row, candidate), both int64, of candidates whose fingerprint is in a row, ordered by row.
 
     Fingerprints (see hashing.fingerprints) are uint32. If two candidates share one, one of them is found. An item that

@@ -14,7 +14,7 @@ Run = slice  # rows start .. stop - 1; the class has a method with the name of t
 
 
 @dataclass(frozen=True, eq=False)
-class Lists:
+class Ragged:
     """A ragged array: row r holds values[offsets[r]:offsets[r + 1]], and the weights of that range if there are any.
 
     Three rows [7, 8], [], [9]:  offsets = [0, 2, 2, 3]  values = [7, 8, 9]
@@ -29,18 +29,18 @@ class Lists:
         assert self.offsets[0] == 0 and self.offsets[-1] == len(self.values), "offsets do not span the values"
 
     @classmethod
-    def from_lists(cls, lists: Iterable[Sequence[int]]) -> Lists:
+    def from_lists(cls, lists: Iterable[Sequence[int]]) -> Ragged:
         """Return the ragged int64 array of some sequences."""
         rows = [np.asarray(row, dtype=np.int64) for row in lists]
         return cls(offsets_of([len(row) for row in rows]), np.concatenate([np.empty(0, np.int64), *rows]))
 
     @classmethod
-    def singles(cls, values: np.ndarray) -> Lists:
+    def singles(cls, values: np.ndarray) -> Ragged:
         """Return an array with one value per row."""
         return cls(_counting(len(values) + 1), values, None, True)
 
     @classmethod
-    def empty(cls, num_rows: int) -> Lists:
+    def empty(cls, num_rows: int) -> Ragged:
         """Return an array of empty rows."""
         return cls(np.zeros(num_rows + 1, np.int64), np.empty(0, np.int64))
 
@@ -59,13 +59,13 @@ class Lists:
             return np.arange(len(self))
         return np.repeat(np.arange(len(self)), self.lengths)
 
-    def slice(self, start: int, stop: int) -> Lists:
+    def slice(self, start: int, stop: int) -> Ragged:
         """Return rows start .. stop - 1; the values are not copied."""
         if self.is_single:
-            return Lists.singles(self.values[start:stop])
+            return Ragged.singles(self.values[start:stop])
         offsets = self.offsets[start : stop + 1]
         part = np.s_[int(offsets[0]) : int(offsets[-1])]
-        return Lists(offsets - offsets[0], self.values[part], None if self.weights is None else self.weights[part])
+        return Ragged(offsets - offsets[0], self.values[part], None if self.weights is None else self.weights[part])
 
     def values_of(self, rows: Run) -> np.ndarray:
         """Return the values of rows start .. stop - 1 without a copy."""
@@ -73,10 +73,10 @@ class Lists:
             return self.values[rows]
         return self.values[self.offsets[rows.start] : self.offsets[rows.stop]]
 
-    def take(self, rows: np.ndarray) -> Lists:
+    def take(self, rows: np.ndarray) -> Ragged:
         """Return the rows with these indices, in this order."""
         if self.is_single:
-            return Lists.singles(self.values[rows])
+            return Ragged.singles(self.values[rows])
         starts, offsets = np.empty(len(rows), np.int64), np.empty(len(rows) + 1, np.int64)
         total = find_lists(self.offsets, rows, starts, offsets)
 
@@ -85,29 +85,29 @@ class Lists:
             copy_lists(np.ascontiguousarray(values), starts, offsets, out)
             return out
 
-        return Lists(offsets, copied(self.values), None if self.weights is None else copied(self.weights))
+        return Ragged(offsets, copied(self.values), None if self.weights is None else copied(self.weights))
 
-    def where(self, keep: np.ndarray) -> Lists:
+    def where(self, keep: np.ndarray) -> Ragged:
         """Return the array with only the values marked in `keep` (bool, one per value) and all rows."""
         kept = np.concatenate([[0], np.cumsum(keep)])
         weights = None if self.weights is None else self.weights[keep]
-        return Lists(kept[self.offsets].astype(np.int64), self.values[keep], weights)
+        return Ragged(kept[self.offsets].astype(np.int64), self.values[keep], weights)
 
-    def newest(self, max_length: int | None) -> Lists:
+    def newest(self, max_length: int | None) -> Ragged:
         """Return each row's last `max_length` values."""
         if max_length is None or not len(self.values) or int(self.lengths.max()) <= max_length:
             return self
         from_end = np.repeat(self.offsets[1:], self.lengths) - np.arange(len(self.values))
         return self.where(from_end <= max_length)
 
-    def distinct(self) -> Lists:
+    def distinct(self) -> Ragged:
         """Return each row's distinct values in rising order, without weights."""
         if not len(self.values):
             return self
         least = int(self.values.min())
         span = int(self.values.max()) - least + 1
         row, value = np.divmod(np.unique(self.rows * span + (self.values - least)), span)
-        return Lists(offsets_of(np.bincount(row, minlength=len(self))), value + least)
+        return Ragged(offsets_of(np.bincount(row, minlength=len(self))), value + least)
 
     def contain(self, item_row_BK: np.ndarray) -> np.ndarray:
         """Return bool of the same shape: whether the value is in its own row; -1 (no item) never is."""
@@ -121,7 +121,7 @@ class Lists:
         at_BK = np.minimum(np.searchsorted(key, wanted_BK), len(key) - 1)
         return (key[at_BK] == wanted_BK) & (item_row_BK >= 0)
 
-    def hold(self, other: Lists) -> np.ndarray:
+    def hold(self, other: Ragged) -> np.ndarray:
         """Return bool, one per value of `other`: whether the value is in the same row here; -1 (no item) never is."""
         assert len(other) == len(self), f"{len(other)} rows against {len(self)} lists"
         span = max(int(self.values.max(initial=0)), int(other.values.max(initial=0))) + 1
@@ -129,25 +129,25 @@ class Lists:
         return np.isin(other.rows * span + other.values, own) & (other.values >= 0)
 
     @staticmethod
-    def concat(parts: Sequence[Lists]) -> Lists:
+    def concat(parts: Sequence[Ragged]) -> Ragged:
         """Return the rows of all parts, one part after the other."""
         if len(parts) == 1:
             return parts[0]
         if all(part.is_single for part in parts):
-            return Lists.singles(np.concatenate([part.values for part in parts]))
+            return Ragged.singles(np.concatenate([part.values for part in parts]))
         weights = None
         if any(part.weights is not None for part in parts):
             weights = np.concatenate([weights_of(part) for part in parts])
         offsets = offsets_of(np.concatenate([part.lengths for part in parts]))
-        return Lists(offsets, np.concatenate([part.values for part in parts]), weights)
+        return Ragged(offsets, np.concatenate([part.values for part in parts]), weights)
 
 
-def side_by_side(first: Lists, second: Lists) -> Lists:
+def side_by_side(first: Ragged, second: Ragged) -> Ragged:
     """Return each row of `first` followed by the same row of `second`."""
-    both = Lists.concat([Lists(first.offsets, first.values), Lists(second.offsets, second.values)])
+    both = Ragged.concat([Ragged(first.offsets, first.values), Ragged(second.offsets, second.values)])
     order = np.arange(2 * len(first)).reshape(2, -1).T.reshape(-1)
     mixed = both.take(order)
-    return Lists(mixed.offsets[::2], mixed.values)
+    return Ragged(mixed.offsets[::2], mixed.values)
 
 
 def distinct(values: np.ndarray) -> np.ndarray:
@@ -174,7 +174,7 @@ def offsets_of(lengths: Sequence[int] | np.ndarray) -> np.ndarray:
     return offsets
 
 
-def weights_of(lists: Lists) -> np.ndarray:
+def weights_of(lists: Ragged) -> np.ndarray:
     """Return the weights, or ones if there are none."""
     return np.ones(len(lists.values), np.float32) if lists.weights is None else lists.weights
 

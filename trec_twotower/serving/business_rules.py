@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from trec_twotower.errors import ConfigError
-from trec_twotower.ops.ragged import Lists
+from trec_twotower.ops.ragged import Ragged
 from trec_twotower.ops.topk import find_repeats, first_allowed
 
 
@@ -15,7 +15,7 @@ from trec_twotower.ops.topk import find_repeats, first_allowed
 class Rules:
     """Rules on what may be shown. Per-item arrays are indexed by item row; a rule of None is off."""
 
-    exclude: Lists | None = None  # item rows never shown to each user, a list per row of scores
+    exclude: Ragged | None = None  # item rows never shown to each user, a list per row of scores
     hidden_I: np.ndarray | None = None  # bool: never shown to anyone (sold out, withdrawn)
     boost_I: np.ndarray | None = None  # added to the item's score
     group_I: np.ndarray | None = None  # code of the item's group (category, seller); -1 = in none

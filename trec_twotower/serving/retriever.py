@@ -19,7 +19,7 @@ from trec_twotower.index import Allowed, ItemIndex, mask_of
 from trec_twotower.index.aligned_index import CatalogueIndex, aligned
 from trec_twotower.inference.model_loader import LoadedModel, load_model
 from trec_twotower.model.encode import encode
-from trec_twotower.ops.ragged import Lists
+from trec_twotower.ops.ragged import Ragged
 from trec_twotower.serving.business_rules import Rules, apply_rules
 from trec_twotower.serving.user_state import UnknownUser, UserState, given_state, newest_state
 from trec_twotower.storage.arrow_values import python_values
@@ -192,7 +192,7 @@ class Retriever:
     ) -> Recommendations:
         sources = self.loaded.sources
         user_BD = encode(self.loaded.model, "user", state.features, self.ranks).cpu().numpy()
-        excluded = state.seen if self.loaded.run.config.evaluate.exclude_seen else Lists.empty(1)
+        excluded = state.seen if self.loaded.run.config.evaluate.exclude_seen else Ragged.empty(1)
         score_BK, item_row_BK = self._ranked(user_BD, k, excluded, allowed, rules)
         found = item_row_BK[0][item_row_BK[0] >= 0]
         about = sources.catalogue.words(found)
@@ -202,7 +202,7 @@ class Retriever:
         return Recommendations(state.user_id, items, sources.catalogue.words(newest))
 
     def _ranked(
-        self, user_BD: np.ndarray, k: int, seen: Lists, allowed: Allowed | None, rules: Rules | None
+        self, user_BD: np.ndarray, k: int, seen: Ragged, allowed: Allowed | None, rules: Rules | None
     ) -> tuple[np.ndarray, np.ndarray]:
         """Return scores and item rows: those of the index, or those that rules choose from more of them.
 

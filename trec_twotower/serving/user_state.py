@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 
 from trec_twotower.config.feature_spec import HISTORY, FeatureSpec
 from trec_twotower.data.dataset import ITEM_ID, POSITIVES, SERVING, USER_ID
-from trec_twotower.data.feature_dataset import Sources
+from trec_twotower.data.feature_dataset import FeatureDataset
 from trec_twotower.data.features.datetime_parts import PER_SECOND, counted, is_time
 from trec_twotower.data.features.numeric import is_number
 from trec_twotower.data.features.transform import Columns, key_lists, one_chunk
@@ -24,7 +24,7 @@ from trec_twotower.data.item_table import find_id
 from trec_twotower.data.split import Split
 from trec_twotower.errors import ConfigError, DataError, nearest
 from trec_twotower.ops.hashing import is_id, is_text
-from trec_twotower.ops.ragged import Lists, side_by_side
+from trec_twotower.ops.ragged import Ragged, side_by_side
 from trec_twotower.storage.arrow_values import python_value
 
 TIMESTAMP = "timestamp"  # the time of a row's event, as `prepare` writes it
@@ -42,10 +42,10 @@ class UserState:
 
     user_id: Any
     features: Columns
-    seen: Lists
+    seen: Ragged
 
 
-def newest_state(sources: Sources, user_id: Any) -> UserState:
+def newest_state(sources: FeatureDataset, user_id: Any) -> UserState:
     """Return the state after all interactions of the dataset, held-out ones included.
 
     Raises UnknownUser for a user without a row.
@@ -68,10 +68,10 @@ def newest_state(sources: Sources, user_id: Any) -> UserState:
     return UserState(python_value(row[USER_ID], 0), features, seen)
 
 
-def given_state(sources: Sources, state: Mapping[str, Any], where: str) -> UserState:
+def given_state(sources: FeatureDataset, state: Mapping[str, Any], where: str) -> UserState:
     """Return the state that a dict describes: columns of train/ and users/; see Retriever.recommend_now."""
     table = state_table(sources, state, where)
-    seen, given = Lists.empty(1), None
+    seen, given = Ragged.empty(1), None
     if HISTORY in table.column_names:
         history = one_chunk(table[HISTORY])
         seen = sources.item_row_lists(history, where, known_only=True)
@@ -79,7 +79,7 @@ def given_state(sources: Sources, state: Mapping[str, Any], where: str) -> UserS
     return UserState(python_value(table[USER_ID], 0), sources.state_features(table, where, given), seen)
 
 
-def state_table(sources: Sources, state: Mapping[str, Any], where: str) -> pa.Table:
+def state_table(sources: FeatureDataset, state: Mapping[str, Any], where: str) -> pa.Table:
     """Return one row with the columns that the user's features read, of the types that train/ has.
 
     Columns of users/ are among them where `state` has them.
@@ -104,7 +104,7 @@ def state_table(sources: Sources, state: Mapping[str, Any], where: str) -> pa.Ta
         raise DataError(f"{where} does not have the types of {sources.dataset.folder}: {error}") from None
 
 
-def find_user(sources: Sources, user_id: Any) -> tuple[pa.Table, Split]:
+def find_user(sources: FeatureDataset, user_id: Any) -> tuple[pa.Table, Split]:
     """Return a user's newest row and its part of the dataset: serving/, test/, valid/ or the last row of train/."""
     text = _id_text(user_id)
     for name in (SERVING, "test", "valid", "train"):

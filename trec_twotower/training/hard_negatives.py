@@ -14,13 +14,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from trec_twotower.data.feature_dataset import Sources
+from trec_twotower.data.feature_dataset import FeatureDataset
 from trec_twotower.distributed.ranks import Ranks
 from trec_twotower.errors import ConfigError
 from trec_twotower.model.encode import encode_everywhere
 from trec_twotower.model.two_tower import TwoTower
 from trec_twotower.ops.hashing import uniform
-from trec_twotower.ops.ragged import Lists, offsets_of
+from trec_twotower.ops.ragged import Ragged, offsets_of
 from trec_twotower.storage.artifacts import new_folder, open_sealed
 from trec_twotower.storage.manifest import MANIFEST, seal
 from trec_twotower.training.run_dir import Run
@@ -57,7 +57,7 @@ class HardNegatives:
             )
         self.config, self.run, self.ranks = config, run, ranks
         self.model, self.search, self.print_line = model, search, print_line
-        self._current: tuple[int, Lists, np.ndarray] | None = None  # step, lists, and the items that they are of
+        self._current: tuple[int, Ragged, np.ndarray] | None = None  # step, lists, and the items that they are of
 
         def remove_later() -> None:
             for path in self._path(step).parent.glob("step-*"):
@@ -66,7 +66,7 @@ class HardNegatives:
 
         ranks.once(remove_later)
 
-    def at(self, step: int, sources: Sources, count_I: np.ndarray) -> tuple[Lists, np.ndarray] | None:
+    def at(self, step: int, sources: FeatureDataset, count_I: np.ndarray) -> tuple[Ragged, np.ndarray] | None:
         """Return the lists for the batches from a step on, and the list of each item (-1: none).
 
         None before the first refresh. Raises DataError where the lists of an earlier step are gone.
@@ -85,7 +85,7 @@ class HardNegatives:
         list_of_item[items] = np.arange(len(items))
         return lists, list_of_item
 
-    def _mine(self, step: int, sources: Sources, count_I: np.ndarray) -> None:
+    def _mine(self, step: int, sources: FeatureDataset, count_I: np.ndarray) -> None:
         began = time.perf_counter()
         low, high = self.config.neighbor_range
         item_ID = encode_everywhere(self.model, "item", sources.catalogue.columns, self.ranks).float().cpu().numpy()
@@ -120,8 +120,8 @@ class HardNegatives:
         return self.run.folder / NEIGHBOURS / f"step-{step:08d}"
 
 
-def _read(path: Path) -> tuple[Lists, np.ndarray]:
+def _read(path: Path) -> tuple[Ragged, np.ndarray]:
     open_sealed(path, MEND)
     items, near_BK = np.load(path / "items.npy"), np.load(path / "neighbours.npy")
     is_item = near_BK >= 0
-    return Lists(offsets_of(is_item.sum(1)), near_BK[is_item]), items
+    return Ragged(offsets_of(is_item.sum(1)), near_BK[is_item]), items

@@ -14,10 +14,10 @@ from torch import Tensor
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from trec_twotower.config.run_config import TRAINED, RunConfig
-from trec_twotower.data.feature_dataset import Sources
+from trec_twotower.data.feature_dataset import FeatureDataset
 from trec_twotower.data.loading.batch import Batch
 from trec_twotower.data.loading.loader import TrainBatches
-from trec_twotower.data.loading.streaming import Epochs, Passes, Stream
+from trec_twotower.data.loading.streaming import Epochs, Stream, TrainData
 from trec_twotower.distributed.host_memory import peak_resident_bytes
 from trec_twotower.distributed.ranks import Ranks
 from trec_twotower.distributed.signals import StopSignals
@@ -201,7 +201,7 @@ class Trainer:
         if must_save or is_saved:
             self.checkpoints.save(self.state, self.model, self.optimizer, again=must_save)
 
-    def _fill_by_closed_form(self, sources: Sources) -> None:
+    def _fill_by_closed_form(self, sources: FeatureDataset) -> None:
         """Fill the tables that train.spectral names."""
         start = self.config.train.spectral
         if start is not None:
@@ -299,7 +299,7 @@ def await_rows(batches: Iterator[Batch], trainer: Trainer) -> Iterator[Batch]:
         yield batch
 
 
-def build_train_data(run: Run, sources: Sources, ranks: Ranks) -> Passes:
+def build_train_data(run: Run, sources: FeatureDataset, ranks: Ranks) -> TrainData:
     """Return the run's batches: of the epochs of a fixed dataset, or of a growing folder."""
     config, on_gpu = run.config, ranks.device.type == "cuda"
     ranks.once(run.check_files)
@@ -327,7 +327,7 @@ def seed_step(seed: int, step: int, rank: int) -> None:
     torch.manual_seed(mix(mix(mix(seed) ^ step) ^ rank))
 
 
-def finished_status(config: RunConfig, state: TrainerState, data: Passes, waiting_s: float) -> dict[str, Any]:
+def finished_status(config: RunConfig, state: TrainerState, data: TrainData, waiting_s: float) -> dict[str, Any]:
     """Return what status.json reports of a finished training; `waiting_s` is part of its training time."""
     is_stream = config.data.follow is not None
     return {

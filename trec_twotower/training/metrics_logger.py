@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from trec_twotower.data.loading.streaming import Passes
+from trec_twotower.data.loading.streaming import TrainData
 from trec_twotower.distributed.host_memory import resident_bytes
 from trec_twotower.distributed.ranks import Ranks
 from trec_twotower.model.step_diagnostics import Histogram
@@ -107,7 +107,7 @@ class RunLog:
 class MetricsLogger:
     """Logs training steps and validations: which ones, and what about them."""
 
-    def __init__(self, run: Run, ranks: Ranks, data: Passes, stopwatch: Stopwatch, step: int) -> None:
+    def __init__(self, run: Run, ranks: Ranks, data: TrainData, stopwatch: Stopwatch, step: int) -> None:
         """`step` is the one that the run resumes at; lines of later steps are removed."""
         self.ranks, self.data, self.stopwatch = ranks, data, stopwatch
         self.log_every = run.config.train.log_every

@@ -14,7 +14,7 @@ from trec_twotower.config.base import as_values, validate
 from trec_twotower.config.loading import read_yaml, to_yaml
 from trec_twotower.config.run_config import TRAINED, RunConfig, check_same_run
 from trec_twotower.data.dataset import POSITIVES, Dataset
-from trec_twotower.data.feature_dataset import Sources, open_cache
+from trec_twotower.data.feature_dataset import FeatureDataset, open_cache
 from trec_twotower.data.feature_report import OwnItems, own_items
 from trec_twotower.data.features.external_files import external_files
 from trec_twotower.data.features.transform import Statistics
@@ -91,7 +91,7 @@ class Run:
             raise ConfigError(_no_run(folder))
         return cls(folder, validate(RunConfig, read_yaml(path), str(path)))
 
-    def initialize(self, ranks: Ranks) -> Sources | None:
+    def initialize(self, ranks: Ranks) -> FeatureDataset | None:
         """Learn from the dataset what its features need, write it to the run directory, and return the dataset.
 
         Return None where the run has been initialized before. Nothing is written unless the dataset can be trained on:
@@ -101,13 +101,13 @@ class Run:
             return None
         ranks.once(self._check_dataset)
         generations = self.generations(ranks)
-        learned: list[Sources] = []  # on the first rank
+        learned: list[FeatureDataset] = []  # on the first rank
 
         def learn() -> dict[str, dict[str, Any]]:
             cache = open_cache(self.config.data)
             cache.check()
             first = self._first_dataset(generations)
-            sources = Sources(first, self.config.feature_schema, self.config.data.rows, cache=cache)
+            sources = FeatureDataset(first, self.config.feature_schema, self.config.data.rows, cache=cache)
             count_NI = count_items(sources, self.config.loss)
             self._check_trainable(sources, count_NI)
             self._write_learned(sources, count_NI, generations)
@@ -118,7 +118,7 @@ class Run:
         numbers = ranks.once(learn)
         return learned[0] if learned else self._sources(numbers, generations)
 
-    def open_dataset(self, ranks: Ranks, *, for_training: bool = False) -> Sources:
+    def open_dataset(self, ranks: Ranks, *, for_training: bool = False) -> FeatureDataset:
         """Return the dataset of a run that has been initialized, with the statistics learned then.
 
         Raises DataError where it is not the dataset that the run began with; unless `for_training`, items may have
@@ -141,13 +141,13 @@ class Run:
         """Return the rows that the run learned from: of a growing folder, those of generation 0."""
         return Dataset.of(self.config.data) if generations is None else generations.dataset(0, 0)
 
-    def _sources(self, numbers: dict[str, dict[str, Any]], generations: Generations | None) -> Sources:
+    def _sources(self, numbers: dict[str, dict[str, Any]], generations: Generations | None) -> FeatureDataset:
         dataset = Dataset.of(self.config.data) if generations is None else generations.dataset()
         statistics = {name: Statistics(**values) for name, values in numbers.items()}
         cache = open_cache(self.config.data)
-        return Sources(dataset, self.config.feature_schema, self.config.data.rows, statistics, cache)
+        return FeatureDataset(dataset, self.config.feature_schema, self.config.data.rows, statistics, cache)
 
-    def _check_trainable(self, sources: Sources, count_NI: np.ndarray) -> None:
+    def _check_trainable(self, sources: FeatureDataset, count_NI: np.ndarray) -> None:
         """Raise what reading batches of this dataset would raise, before anything is written."""
         if not np.atleast_2d(count_NI)[0].any():
             train = sources.dataset.train
@@ -158,7 +158,7 @@ class Run:
         uncached = self.config.data.model_copy(update={"cache": None})
         TrainBatches(sources, uncached, self.config.loss, count_NI, share=(0, 1))
 
-    def _write_learned(self, sources: Sources, count_NI: np.ndarray, generations: Generations | None) -> None:
+    def _write_learned(self, sources: FeatureDataset, count_NI: np.ndarray, generations: Generations | None) -> None:
         """Write the config, the counts and STATISTICS, which comes last: with it the run is initialized."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self.write_config()
@@ -191,7 +191,7 @@ class Run:
             raise DataError(f"{path} is damaged (its sha256 differs): {LEARN_AGAIN}")
         return found
 
-    def _check_known(self, sources: Sources, trains: bool) -> str | None:
+    def _check_known(self, sources: FeatureDataset, trains: bool) -> str | None:
         """Return a notice of new items, or None; raises DataError where items or users are not what they were."""
         grows = self.config.data.follow is not None
         users = self.learned()["users"]

@@ -22,7 +22,7 @@ from trec_twotower.config.schema import Schema, delta_key, lookup_key, sub_name
 from trec_twotower.data.dataset import POSITIVES, TRAIN_USERS
 from trec_twotower.data.parquet_files import UNREADABLE, folder_of, parquet_files
 from trec_twotower.errors import ConfigError, DataError
-from trec_twotower.model.embeddings import build_lists, build_tables, table_parameters
+from trec_twotower.model.embeddings import build_embedding_bag_collection, build_embedding_collection, table_parameters
 from trec_twotower.training.optimizer import check_optimizer, fuse_table_updates, state_bytes
 from trec_twotower.training.sharding import (
     CACHE_SHARE,
@@ -86,8 +86,8 @@ class OnlyTables(nn.Module):
     def __init__(self, schema: Schema) -> None:
         super().__init__()
         self.schema = schema
-        self.tables = build_tables(schema)
-        self.lists = build_lists(schema)
+        self.tables = build_embedding_bag_collection(schema)
+        self.lists = build_embedding_collection(schema)
         self.weights = table_parameters(self)
 
     def keys_by_table(self) -> dict[str, list[str]]:

@@ -32,7 +32,7 @@ from trec_twotower.config.model import Pooling
 from trec_twotower.config.schema import Schema
 from trec_twotower.config.training import SpectralConfig
 from trec_twotower.data.dataset import ITEM_ID, POSITIVES, USER_ID
-from trec_twotower.data.feature_dataset import Sources
+from trec_twotower.data.feature_dataset import FeatureDataset
 from trec_twotower.data.features.transform import buckets, one_chunk
 from trec_twotower.distributed.ranks import Ranks
 from trec_twotower.errors import ConfigError, DataError
@@ -53,7 +53,7 @@ class Taken:
     num_items: int
 
     @classmethod
-    def read(cls, sources: Sources, ranks: Ranks) -> Taken:
+    def read(cls, sources: FeatureDataset, ranks: Ranks) -> Taken:
         """This rank's share of the users in train/.
 
         With a row a user the ranks share the row groups; with a row an event each keeps the users whose id falls to it.
@@ -162,7 +162,7 @@ def spread(taken: Taken, history_ID: Tensor, item_ID: Tensor, pooling: Pooling, 
 
 
 def start_spectral(
-    model: nn.Module, schema: Schema, start: SpectralConfig, sources: Sources, seed: int, ranks: Ranks
+    model: nn.Module, schema: Schema, start: SpectralConfig, sources: FeatureDataset, seed: int, ranks: Ranks
 ) -> None:
     """Give the two tables their closed form, in place; all ranks call together.
 

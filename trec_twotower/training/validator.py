@@ -7,8 +7,8 @@ from collections.abc import Callable
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from trec_twotower.config.run_config import RunConfig
-from trec_twotower.data.feature_dataset import Sources
-from trec_twotower.data.loading.streaming import Passes
+from trec_twotower.data.feature_dataset import FeatureDataset
+from trec_twotower.data.loading.streaming import TrainData
 from trec_twotower.model.two_tower import TwoTower
 from trec_twotower.training.checkpoints.trainer_state import Stopwatch, TrainerState, is_scheduled
 from trec_twotower.training.collapse_guard import HasBaseline, baseline_name
@@ -17,13 +17,13 @@ from trec_twotower.training.model_builder import inner_model
 from trec_twotower.training.pipeline import TrainPipeline
 
 Evaluate = Callable[[TwoTower], dict[str, float]]
-MakeEvaluate = Callable[[Sources], Evaluate | None]
+MakeEvaluate = Callable[[FeatureDataset], Evaluate | None]
 
 
 class Measurement:
     """The evaluation of a dataset, made again when the dataset has new items or users."""
 
-    def __init__(self, make: MakeEvaluate | None, data: Passes) -> None:
+    def __init__(self, make: MakeEvaluate | None, data: TrainData) -> None:
         self.make, self.data = make, data
         self._begin()
 

@@ -13,7 +13,7 @@ import pyarrow as pa
 from trec_twotower.config.features import NumberFeature, NumericFeature
 from trec_twotower.errors import DataError
 from trec_twotower.ops.hashing import id_keys, uniform
-from trec_twotower.ops.ragged import Lists
+from trec_twotower.ops.ragged import Ragged
 from trec_twotower.storage.arrow_values import exact_array
 
 LARGEST = float(np.finfo(np.float32).max)
@@ -109,7 +109,7 @@ def share_below(value: np.ndarray, quantiles: tuple[float, ...]) -> np.ndarray:
     return np.interp(value, distinct, middle)
 
 
-def binned(feature: NumericFeature, value: np.ndarray, missing: np.ndarray, statistics: Statistics) -> Lists:
+def binned(feature: NumericFeature, value: np.ndarray, missing: np.ndarray, statistics: Statistics) -> Ragged:
     """The bin of each number as rows of the feature's table, of which the first is null's.
 
     The bin of a value is how many of the points it has reached. If soft, the points have rows themselves, and a value
@@ -119,7 +119,7 @@ def binned(feature: NumericFeature, value: np.ndarray, missing: np.ndarray, stat
     points = np.array(feature.bins if isinstance(feature.bins, tuple) else statistics.points, np.float64)
     if not feature.soft:
         row = np.searchsorted(points, value, side="right") + 1
-        return Lists.singles(np.where(missing, NULL_BIN, row).astype(np.int32))
+        return Ragged.singles(np.where(missing, NULL_BIN, row).astype(np.int32))
     if len(points) < 2:  # all values are alike
         below, share = np.zeros(len(value), np.int64), np.zeros(len(value))
         above = below
@@ -131,7 +131,7 @@ def binned(feature: NumericFeature, value: np.ndarray, missing: np.ndarray, stat
     weights = np.stack([1.0 - share, share], axis=1)
     weights[missing] = (1.0, 0.0)
     offsets = 2 * np.arange(len(value) + 1)
-    return Lists(offsets, rows.astype(np.int32).reshape(-1), weights.astype(np.float32).reshape(-1))
+    return Ragged(offsets, rows.astype(np.int32).reshape(-1), weights.astype(np.float32).reshape(-1))
 
 
 def learn_statistics(feature: NumericFeature, parts: Iterable[tuple[np.ndarray, np.ndarray]]) -> Statistics:

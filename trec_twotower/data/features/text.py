@@ -17,7 +17,7 @@ import xxhash
 from trec_twotower.config.features import LanguageModelFeature, TextFeature
 from trec_twotower.errors import ConfigError
 from trec_twotower.ops.hashing import mix_array
-from trec_twotower.ops.ragged import Lists, offsets_of, side_by_side
+from trec_twotower.ops.ragged import Ragged, offsets_of, side_by_side
 from trec_twotower.storage.arrow_values import python_values
 
 WORD = re.compile(r"\w+")
@@ -40,7 +40,7 @@ def parts_of_word(word: str, least: int, most: int) -> list[str]:
     ]
 
 
-def text_keys(feature: TextFeature, array: pa.Array) -> Lists:
+def text_keys(feature: TextFeature, array: pa.Array) -> Ragged:
     """The 64-bit keys of each text's runs of words, then of its words' parts; of null none.
 
     A word's key is that of a string id; a run's is mixed of its words' as in a cross; a part's is that of `#` and it,
@@ -50,18 +50,18 @@ def text_keys(feature: TextFeature, array: pa.Array) -> Lists:
     texts = [words_of(text or "")[: feature.max_length] for text in python_values(encoded.dictionary)]
     number: dict[str, int] = {}
     flat = np.array([number.setdefault(word, len(number)) for text in texts for word in text], np.int64)
-    words = Lists(offsets_of([len(text) for text in texts]), flat)
+    words = Ragged(offsets_of([len(text) for text in texts]), flat)
     key_W = _keys(number)
     found = [_runs(words, key_W, length) for length in range(1, feature.words + 1)]
     if feature.characters is not None:
         parts = [[f"#{part}" for part in parts_of_word(word, *feature.characters)] for word in number]
-        lists = Lists(offsets_of([len(each) for each in parts]), _keys(part for each in parts for part in each))
+        lists = Ragged(offsets_of([len(each) for each in parts]), _keys(part for each in parts for part in each))
         taken = lists.take(flat)
-        found.append(Lists(taken.offsets[words.offsets], taken.values))
+        found.append(Ragged(taken.offsets[words.offsets], taken.values))
     keys = found[0]
     for other in found[1:]:
         keys = side_by_side(keys, other)
-    keys = Lists.concat([keys, Lists(np.zeros(2, np.int64), keys.values[:0])])  # the last row is null's
+    keys = Ragged.concat([keys, Ragged(np.zeros(2, np.int64), keys.values[:0])])  # the last row is null's
     return keys.take(encoded.indices.fill_null(len(texts)).to_numpy(zero_copy_only=False).astype(np.int64))
 
 
@@ -69,18 +69,18 @@ def _keys(words: Any) -> np.ndarray:
     return np.array([xxhash.xxh3_64_intdigest(word.encode()) for word in words], np.uint64).view(np.int64)
 
 
-def _runs(words: Lists, key_W: np.ndarray, length: int) -> Lists:
+def _runs(words: Ragged, key_W: np.ndarray, length: int) -> Ragged:
     """The keys of all runs of `length` words of each text."""
     key = key_W[words.values]
     if length == 1:
-        return Lists(words.offsets, key)
+        return Ragged(words.offsets, key)
     counts = np.maximum(words.lengths - (length - 1), 0).astype(np.int64)
     offsets = offsets_of(counts)
     first = np.repeat(words.offsets[:-1] - offsets[:-1], counts) + np.arange(offsets[-1])
     state = mix_array(key[first].view(np.uint64))
     for place in range(1, length):
         state = mix_array(key[first + place].view(np.uint64) ^ state)
-    return Lists(offsets, state.view(np.int64))
+    return Ragged(offsets, state.view(np.int64))
 
 
 # What a language model reads
@@ -164,7 +164,7 @@ def _tokenizer(folder: str) -> Any:
         raise ConfigError(f"{folder} has no tokenizer that transformers can read: {error}") from None
 
 
-def tokens(feature: LanguageModelFeature, array: pa.Array) -> Lists:
+def tokens(feature: LanguageModelFeature, array: pa.Array) -> Ragged:
     """The first `max_length` tokens of each text, with the marks that its model wants (int32); of null none."""
     encoded = array if pa.types.is_dictionary(array.type) else array.dictionary_encode()
     texts = [text or "" for text in python_values(encoded.dictionary)]
@@ -173,6 +173,6 @@ def tokens(feature: LanguageModelFeature, array: pa.Array) -> Lists:
         with _borrowed:
             tokenizer = _tokenizer(feature.folder)
             found = tokenizer(texts, truncation=True, max_length=feature.max_length or MAX_TOKENS)["input_ids"]
-    lists = Lists.from_lists([*found, []])
+    lists = Ragged.from_lists([*found, []])
     taken = lists.take(encoded.indices.fill_null(len(texts)).to_numpy(zero_copy_only=False).astype(np.int64))
-    return Lists(taken.offsets, taken.values.astype(np.int32))
+    return Ragged(taken.offsets, taken.values.astype(np.int32))

@@ -35,7 +35,7 @@ from trec_twotower.data.features.vocabulary import in_vocabulary
 from trec_twotower.errors import DataError
 from trec_twotower.ops.hashing import bucket_type, hash_to_bucket, id_keys, mix_array, modulo_bucket
 from trec_twotower.ops.kernels import put_divisors
-from trec_twotower.ops.ragged import Lists
+from trec_twotower.ops.ragged import Ragged
 
 NULL_KEY = np.int64(0x4E554C4C2D4B4559)  # stands for null in a cross
 GAP_BUCKETS = 40  # of the time between two steps: 0 where there is none before, then by powers of two
@@ -55,7 +55,7 @@ class Columns:
     """
 
     num_rows: int
-    sparse: Mapping[str, Lists]
+    sparse: Mapping[str, Ragged]
     numbers: Mapping[str, np.ndarray]  # float32 (rows, num_numbers)
     items: Columns | None = None  # where steps have attributes: the features of the whole catalogue
 
@@ -93,7 +93,7 @@ class Columns:
         first = parts[0]
         return Columns(
             sum(part.num_rows for part in parts),
-            {name: Lists.concat([part.sparse[name] for part in parts]) for name in first.sparse},
+            {name: Ragged.concat([part.sparse[name] for part in parts]) for name in first.sparse},
             {name: np.concatenate([part.numbers[name] for part in parts]) for name in first.numbers},
             parts[-1].items,
         )
@@ -113,7 +113,7 @@ def transform(
     statistics: Mapping[str, Statistics],
     table: pa.Table,
     where: str,
-    given: Mapping[str, Lists] | None = None,
+    given: Mapping[str, Ragged] | None = None,
     *,
     uncut: bool = False,
     item_rows: Callable[[np.ndarray], np.ndarray] | None = None,
@@ -131,7 +131,7 @@ def transform(
         if given is not None and column in given:
             keys = given[column] if uncut else given[column].newest(feature.length_limit)
             for part, spec in hashings(feature, tables[feature.table_name]):
-                sparse[part] = Lists(keys.offsets, bucket(spec, keys.values), keys.weights)
+                sparse[part] = Ragged(keys.offsets, bucket(spec, keys.values), keys.weights)
             continue
         match feature:
             case VectorFeature():
@@ -146,7 +146,7 @@ def transform(
                 spec = tables[feature.table_name]
                 sparse |= sequence(feature, spec, one_chunk(table[column]), table, place, item_rows)
             case VocabularyFeature():
-                sparse[name] = Lists.singles(in_vocabulary(one_chunk(table[column]), statistics[name], place))
+                sparse[name] = Ragged.singles(in_vocabulary(one_chunk(table[column]), statistics[name], place))
             case _:
                 for part, spec in hashings(feature, tables[feature.table_name]):
                     sparse[part] = looked_up(feature, spec, table, where)
@@ -159,24 +159,24 @@ def hashings(feature: FeatureSpec, spec: TableSpec) -> list[tuple[str, TableSpec
     return list(zip(bucket_names(feature.name, spec), (spec, second), strict=False))
 
 
-def looked_up(feature: FeatureSpec, spec: TableSpec, table: pa.Table, where: str) -> Lists:
+def looked_up(feature: FeatureSpec, spec: TableSpec, table: pa.Table, where: str) -> Ragged:
     """The table rows that each row of an Arrow table looks up for a feature."""
     array, place = one_chunk(table[feature.source_column]), f"{where}, column {feature.source_column!r}"
     match feature:
         case TimeFeature():
-            return Lists.singles(parts(feature, array, place))
+            return Ragged.singles(parts(feature, array, place))
         case CrossFeature():
             crossed = ((one_chunk(table[column]), f"{where}, column {column!r}") for column in feature.columns)
-            return Lists.singles(bucket(spec, cross_keys(crossed)))
+            return Ragged.singles(bucket(spec, cross_keys(crossed)))
         case BagFeature():
             weights = one_chunk(table[feature.weights]) if feature.weights else None
             return bag(feature, spec, array, weights, place, table)
         case TextFeature():
             keys = text_keys(feature, array)
-            return Lists(keys.offsets, bucket(spec, keys.values))
+            return Ragged(keys.offsets, bucket(spec, keys.values))
         case CategoryFeature():
-            return Lists.singles(category(spec, array, place))
-    return Lists.singles(buckets(spec, array, place))
+            return Ragged.singles(category(spec, array, place))
+    return Ragged.singles(buckets(spec, array, place))
 
 
 def numeric(feature: NumericFeature, table: pa.Table, where: str) -> tuple[np.ndarray, np.ndarray]:
@@ -237,7 +237,7 @@ def bag(
     weights: pa.Array | None,
     where: str,
     beside_it: pa.Table | None = None,
-) -> Lists:
+) -> Ragged:
     """Hashed lists, cut to the newest `max_length`, null elements dropped; times are among the columns beside it."""
     hashed = _element_lists(array, where, lambda ids: buckets(spec, ids, where))
     if weights is not None:
@@ -248,7 +248,7 @@ def bag(
     return hashed.newest(feature.max_length)
 
 
-def with_decay(feature: BagFeature, lists: Lists, ids: pa.Array, table: pa.Table, where: str) -> Lists:
+def with_decay(feature: BagFeature, lists: Ragged, ids: pa.Array, table: pa.Table, where: str) -> Ragged:
     """`lists`, which were made of `ids`, whose weights are halved for each half life that has passed since.
 
     Until the newest element of the row, or until the time in `until` where the row has one.
@@ -271,7 +271,7 @@ def with_decay(feature: BagFeature, lists: Lists, ids: pa.Array, table: pa.Table
         end_s = np.where(missing, end_s, until_s)
     age_days = (np.repeat(end_s, lists.lengths) - time_s) / DAY_S
     weight = np.exp2(-age_days / feature.half_life_days).astype(np.float32)
-    return Lists(lists.offsets, lists.values, weight if lists.weights is None else weight * lists.weights)
+    return Ragged(lists.offsets, lists.values, weight if lists.weights is None else weight * lists.weights)
 
 
 def sequence(
@@ -281,29 +281,29 @@ def sequence(
     table: pa.Table,
     where: str,
     item_rows: Callable[[np.ndarray], np.ndarray] | None,
-) -> dict[str, Lists]:
+) -> dict[str, Ragged]:
     """Hashed lists and what stands beside their steps, cut to the newest `max_length`, null elements dropped."""
     name = feature.name
     keys = key_lists(ids, where)
-    found = {name: Lists(keys.offsets, bucket(spec, keys.values))}
+    found = {name: Ragged(keys.offsets, bucket(spec, keys.values))}
     if feature.attributes:
         assert item_rows is not None
-        found[sub_name(name, "row")] = Lists(keys.offsets, item_rows(keys.values))
+        found[sub_name(name, "row")] = Ragged(keys.offsets, item_rows(keys.values))
     if feature.times:
         times = one_chunk(table[feature.times])
         check_times(feature.times, times.type, where)
         gaps = gap_buckets(feature, beside(ids, times, where, feature.times), keys, where)
-        found[sub_name(name, "gap")] = Lists(keys.offsets, gaps)
+        found[sub_name(name, "gap")] = Ragged(keys.offsets, gaps)
     if feature.actions:
         actions = one_chunk(table[feature.actions])
         check_actions(feature.actions, actions.type, where)
         actions = beside(ids, actions, where, feature.actions)
         of_actions = TableSpec(buckets=feature.action_buckets, dim=1)
-        found[sub_name(name, "action")] = Lists(keys.offsets, category(of_actions, actions, where))
+        found[sub_name(name, "action")] = Ragged(keys.offsets, category(of_actions, actions, where))
     return {part: lists.newest(feature.max_length) for part, lists in found.items()}
 
 
-def gap_buckets(feature: ItemListFeature, times: pa.Array, steps: Lists, where: str) -> np.ndarray:
+def gap_buckets(feature: ItemListFeature, times: pa.Array, steps: Ragged, where: str) -> np.ndarray:
     """The bucket of each step's distance in seconds from the step before it: 1 + log2(1 + seconds), 0 for the first."""
     value, is_first = rising_seconds(feature, times, steps, where)
     gap = np.where(is_first, 0.0, np.diff(value, prepend=value[:1]))
@@ -312,7 +312,7 @@ def gap_buckets(feature: ItemListFeature, times: pa.Array, steps: Lists, where: 
 
 
 def rising_seconds(
-    feature: ItemListFeature, times: pa.Array, steps: Lists, where: str
+    feature: ItemListFeature, times: pa.Array, steps: Ragged, where: str
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the time of each step in seconds (float64), and which steps are the first of their row.
 
@@ -333,12 +333,12 @@ def rising_seconds(
     return value, is_first
 
 
-def key_lists(array: pa.Array, where: str) -> Lists:
+def key_lists(array: pa.Array, where: str) -> Ragged:
     """The 64-bit keys of a column of lists of ids; null lists are empty, null elements are dropped."""
     return _element_lists(array, where, lambda ids: id_keys(ids, where))
 
 
-def _element_lists(array: pa.Array, where: str, of_ids: Callable[[pa.Array], np.ndarray]) -> Lists:
+def _element_lists(array: pa.Array, where: str, of_ids: Callable[[pa.Array], np.ndarray]) -> Ragged:
     """What `of_ids` makes of the elements of a column of lists of ids, less the null ones."""
     if not is_id_list(array.type):
         raise DataError(f"{where}: is {array.type}, but a list of integers or strings is needed.")
@@ -347,10 +347,10 @@ def _element_lists(array: pa.Array, where: str, of_ids: Callable[[pa.Array], np.
     elements = array.flatten()
     offsets = _offsets(array)
     if not elements.null_count:
-        return Lists(offsets, of_ids(elements))
+        return Ragged(offsets, of_ids(elements))
     valid = elements.is_valid().to_numpy(zero_copy_only=False)
     kept = np.concatenate([[0], np.cumsum(valid)])
-    return Lists(kept[offsets].astype(np.int64), of_ids(elements.drop_null()))
+    return Ragged(kept[offsets].astype(np.int64), of_ids(elements.drop_null()))
 
 
 def _offsets(array: pa.Array) -> np.ndarray:
@@ -359,8 +359,8 @@ def _offsets(array: pa.Array) -> np.ndarray:
 
 
 def with_weights(
-    lists: Lists, ids: pa.Array, weights: pa.Array, where: str, column: str, what: str = "weight"
-) -> Lists:
+    lists: Ragged, ids: pa.Array, weights: pa.Array, where: str, column: str, what: str = "weight"
+) -> Ragged:
     """`lists`, which were made of `ids`, with the numbers that stand beside these in another column, `column`."""
     check_weights(column, weights.type, where)
     flat = beside(ids, weights, where, column, what)
@@ -371,7 +371,7 @@ def with_weights(
         raise DataError(
             f"{where}, row {row:,}: the {what}s in {column!r} hold null, NaN or infinity: write finite numbers."
         )
-    return Lists(lists.offsets, lists.values, values)
+    return Ragged(lists.offsets, lists.values, values)
 
 
 def beside(ids: pa.Array, other: pa.Array, where: str, column: str, what: str = "value") -> pa.Array:
@@ -395,7 +395,7 @@ def divides(feature: FeatureSpec) -> bool:
     return feature.pooling_mode != "sum" or feature.output_scale != 1.0
 
 
-def put_pooling_divisor(feature: FeatureSpec, lists: Lists, out: np.ndarray) -> None:
+def put_pooling_divisor(feature: FeatureSpec, lists: Ragged, out: np.ndarray) -> None:
     """Into `out` what the sum of a row's vectors is divided by: 1, the sum of weights, or the root of that of squares.
 
     And by 1 / scale; rows of `out` behind those of the lists stay as they are.

@@ -19,11 +19,11 @@ from trec_twotower.config.schema import Schema, delta_key, lookup_key, sub_name
 from trec_twotower.data.features.transform import Columns, divides, put_pooling_divisor
 from trec_twotower.data.loading.pairs import Targets
 from trec_twotower.ops.kernels import put_lengths
-from trec_twotower.ops.ragged import Lists, weights_of
+from trec_twotower.ops.ragged import Ragged, weights_of
 
 
 @dataclass
-class Listed:
+class JaggedLookup:
     """How the ids of one key are to be put together, whose vectors are looked up one by one.
 
     Of a bag (or ids) one entry a row; of a sequence's attribute or of its items, one entry a distinct item. Where there
@@ -37,8 +37,8 @@ class Listed:
     gap: Tensor | None = None  # of a sequence: buckets
     action: Tensor | None = None
 
-    def each(self, change: Any) -> Listed:
-        return Listed(**{name: None if value is None else change(value) for name, value in vars(self).items()})
+    def each(self, change: Any) -> JaggedLookup:
+        return JaggedLookup(**{name: None if value is None else change(value) for name, value in vars(self).items()})
 
 
 @dataclass
@@ -73,7 +73,7 @@ class Batch(Pipelineable):
     item_key_C: Tensor | None = None  # what tells a candidate from others in all steps (63 bits), where asked for
     # Where there are sequences: the ids whose vectors are wanted one by one, each key's in one row, and how they lie.
     sequences: KeyedJaggedTensor | None = None
-    listed: dict[str, Listed] = field(default_factory=dict)
+    listed: dict[str, JaggedLookup] = field(default_factory=dict)
 
     def to(self, device: torch.device, non_blocking: bool = False) -> Batch:
         return self._each(lambda value: value.to(device=device, non_blocking=non_blocking))
@@ -142,8 +142,10 @@ def make_batch(
         batch.sequences, batch.listed = _sequences(schema, sides)
     for feature in schema.layout.layer_features("item"):
         if feature.has_tokens:
-            tokens = Lists.empty(0) if item is None else item.sparse[feature.name]
-            batch.listed[lookup_key("item", feature)] = Listed(_index(tokens.lengths), place=_index(tokens.values))
+            tokens = Ragged.empty(0) if item is None else item.sparse[feature.name]
+            batch.listed[lookup_key("item", feature)] = JaggedLookup(
+                _index(tokens.lengths), place=_index(tokens.values)
+            )
     if candidates is not None and targets is not None:
         batch.item_sizes = candidates.sizes
         batch.log_q_C = _tensor(candidates.log_q)
@@ -190,21 +192,21 @@ def _keyed_jagged(schema: Schema, sides: Sides, num_rows: int) -> tuple[KeyedJag
     return sparse, divisors
 
 
-def _sequences(schema: Schema, sides: Sides) -> tuple[KeyedJaggedTensor, dict[str, Listed]]:
+def _sequences(schema: Schema, sides: Sides) -> tuple[KeyedJaggedTensor, dict[str, JaggedLookup]]:
     """The ids of all listed keys, each key in one row (so that ranks need not agree on a number), and how they lie.
 
     Of a sequence every item stands once, however many steps of the rows it takes.
     """
     values: dict[str, np.ndarray] = {}
-    listed: dict[str, Listed] = {}
+    listed: dict[str, JaggedLookup] = {}
     for side, feature in schema.layout.table_pairs:
         name, columns = lookup_key(side, feature), sides[side]
         if feature.table_name not in schema.unpooled_tables:
             continue
-        bags = Lists.empty(0) if columns is None else columns.sparse[feature.name]
+        bags = Ragged.empty(0) if columns is None else columns.sparse[feature.name]
         if not isinstance(feature, SequenceFeature):
             if bags.is_single:
-                values[name], listed[name] = bags.values, Listed(weight=_tensor(bags.weights))
+                values[name], listed[name] = bags.values, JaggedLookup(weight=_tensor(bags.weights))
             else:
                 values[name], listed[name] = _distinct(bags)
             continue
@@ -220,7 +222,7 @@ def _sequences(schema: Schema, sides: Sides) -> tuple[KeyedJaggedTensor, dict[st
         item_U, place = np.unique(item, return_inverse=True)
         row_U, bucket_U = np.divmod(item_U, buckets)
         values[name] = bucket_U
-        listed[name] = Listed(
+        listed[name] = JaggedLookup(
             torch.from_numpy(bags.lengths.astype(np.int64)),
             place=torch.from_numpy(place.astype(np.int64)),
             gap=_index(parts.get("gap")),
@@ -248,23 +250,23 @@ def _sequences(schema: Schema, sides: Sides) -> tuple[KeyedJaggedTensor, dict[st
     ), listed
 
 
-def _distinct(bags: Lists) -> tuple[np.ndarray, Listed]:
+def _distinct(bags: Ragged) -> tuple[np.ndarray, JaggedLookup]:
     """What is to be looked up for some lists, each id once, and how the lists take it."""
     id_U, place = np.unique(bags.values, return_inverse=True)
     length = torch.from_numpy(bags.lengths.astype(np.int64))
-    return id_U, Listed(length, _tensor(bags.weights), place=torch.from_numpy(place.astype(np.int64)))
+    return id_U, JaggedLookup(length, _tensor(bags.weights), place=torch.from_numpy(place.astype(np.int64)))
 
 
 def _index(values: np.ndarray | None) -> Tensor | None:
     return None if values is None else torch.from_numpy(values.astype(np.int64))
 
 
-def _attributes(feature: FeatureSpec, catalogue: Columns | None, row_U: np.ndarray) -> Lists:
+def _attributes(feature: FeatureSpec, catalogue: Columns | None, row_U: np.ndarray) -> Ragged:
     """The lists of an item feature of these catalogue rows; those of no row (-1) are empty."""
     if catalogue is None:
         assert not (row_U >= 0).any(), "steps have attributes, but their columns come without a catalogue"
-        return Lists.empty(len(row_U))
-    lists = catalogue.sparse[feature.name].take(np.maximum(row_U, 0)) if len(row_U) else Lists.empty(0)
+        return Ragged.empty(len(row_U))
+    lists = catalogue.sparse[feature.name].take(np.maximum(row_U, 0)) if len(row_U) else Ragged.empty(0)
     is_known = row_U >= 0
     if is_known.all():
         return lists

@@ -9,11 +9,11 @@ from typing import Any, Self
 import numpy as np
 
 from trec_twotower.data.features.transform import Columns
-from trec_twotower.ops.ragged import Lists
+from trec_twotower.ops.ragged import Ragged
 
 
 class _ByRow:
-    """A dataclass of arrays, Lists and Columns that have one entry a row each; None where there are none."""
+    """A dataclass of arrays, Ragged and Columns that have one entry a row each; None where there are none."""
 
     def take(self, rows: np.ndarray) -> Self:
         """The given rows, in the given order."""
@@ -50,8 +50,8 @@ def _names(kind: Any) -> list[str]:
 class RowItems(_ByRow):
     """What every rank knows of each row, its own or not: the candidates of a step come from them."""
 
-    positives: Lists  # catalogue rows
-    given: Lists | None = None  # catalogue rows that the rows name beside these, with labels as weights
+    positives: Ragged  # catalogue rows
+    given: Ragged | None = None  # catalogue rows that the rows name beside these, with labels as weights
     user_key: np.ndarray | None = None  # int64: the user's id, see hashing.py
 
 
@@ -60,12 +60,12 @@ class Examples(_ByRow):
     """Some training rows, hashed."""
 
     user: Columns
-    positives: Lists  # catalogue rows
-    known: Lists | None = None  # catalogue rows that are no negatives, beside the positives
-    history: Lists | None = None  # the same by fingerprint, of items that may be outside the catalogue
+    positives: Ragged  # catalogue rows
+    known: Ragged | None = None  # catalogue rows that are no negatives, beside the positives
+    history: Ragged | None = None  # the same by fingerprint, of items that may be outside the catalogue
     weight: np.ndarray | None = None  # float32, one a row; None: 1
-    given: Lists | None = None  # as in RowItems
-    given_weight: Lists | None = None  # float32, as long as those
+    given: Ragged | None = None  # as in RowItems
+    given_weight: Ragged | None = None  # float32, as long as those
     user_key: np.ndarray | None = None  # as in RowItems
 
     @property

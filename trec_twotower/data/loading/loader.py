@@ -19,7 +19,7 @@ import numpy as np
 
 from trec_twotower.config.data import DataConfig
 from trec_twotower.config.losses import LossConfig
-from trec_twotower.data.feature_dataset import Sources
+from trec_twotower.data.feature_dataset import FeatureDataset
 from trec_twotower.data.loading.batch import Batch, make_batch
 from trec_twotower.data.loading.examples import Examples
 from trec_twotower.data.loading.order import Interleaving, Window, windows_of
@@ -30,12 +30,12 @@ from trec_twotower.data.negatives.candidates import CandidateSets
 from trec_twotower.data.negatives.samplers import StepItems
 from trec_twotower.data.negatives.step_negatives import Negatives
 from trec_twotower.errors import ConfigError
-from trec_twotower.ops.ragged import Lists
+from trec_twotower.ops.ragged import Ragged
 
 ROWS_AHEAD = 1 << 17  # in batches that are made but not taken
 
 # (step, sources, how often each item was taken) -> lists of items, and which of them is each item's (-1: none).
-ListsAt = Callable[[int, Sources, np.ndarray], tuple[Lists, np.ndarray] | None]
+HardNegativeProvider = Callable[[int, FeatureDataset, np.ndarray], tuple[Ragged, np.ndarray] | None]
 
 
 class TrainBatches:
@@ -47,7 +47,7 @@ class TrainBatches:
 
     def __init__(
         self,
-        sources: Sources,
+        sources: FeatureDataset,
         data: DataConfig,
         loss: LossConfig,
         count_I: np.ndarray,
@@ -73,7 +73,7 @@ class TrainBatches:
                 f"{self.num_rows:,} rows: set it to {self.num_rows:,} or less."
             )
         self.first_step, self.first_epoch = first_step, first_epoch
-        self.rows_per_epoch = rows_taken(self.num_rows, data)
+        self.rows_per_epoch = used_rows_per_epoch(self.num_rows, data)
         self.steps_per_epoch = -(-self.rows_per_epoch // data.batch_size)
         self.reader = UnitReader(sources, data, loss, self.rank, self.num_ranks)
         self.negatives = Negatives(sources, data, loss, count_I, counted_rows or self.num_rows)
@@ -84,14 +84,14 @@ class TrainBatches:
     @property
     def item_counts(self) -> np.ndarray:
         """How often each item is a positive of the rows that were counted, (I,)."""
-        return self.negatives.facts.taken_I
+        return self.negatives.facts.interactions_I
 
     @property
     def log_q_I(self) -> np.ndarray:
         """Log of the probability that an item is among a step's candidates, (I,)."""
         return self.negatives.log_I
 
-    def since(self, step: int, end: int, lists_at: ListsAt | None = None) -> Iterator[Batch]:
+    def since(self, step: int, end: int, lists_at: HardNegativeProvider | None = None) -> Iterator[Batch]:
         """Batches of the steps step .. end - 1; an error in the data is raised at the step that needs the row."""
         pool: _Pool = ThreadPoolExecutor(self.data.threads, "reader") if self.data.threads else _Inline()
         try:
@@ -108,7 +108,7 @@ class TrainBatches:
         low, high, epoch = self._places(step)
         return rows_at(self.windows(epoch), low, high, self.data.seed)
 
-    def _ahead(self, pool: _Pool, step: int, end: int, lists_at: ListsAt | None) -> Iterator[Batch]:
+    def _ahead(self, pool: _Pool, step: int, end: int, lists_at: HardNegativeProvider | None) -> Iterator[Batch]:
         """Keeps `prefetch` batches and, where there are threads, units of the next window under way."""
         windows = self._windows_since(step, end)
         held: deque[_Held] = deque()
@@ -142,9 +142,9 @@ class TrainBatches:
                 step += 1
             yield made.popleft().result()
 
-    def _refresh(self, step: int, lists_at: ListsAt) -> None:
+    def _refresh(self, step: int, lists_at: HardNegativeProvider) -> None:
         """Let the batches from this step on draw from the lists that are valid then."""
-        lists = lists_at(step, self.sources, self.negatives.facts.taken_I)
+        lists = lists_at(step, self.sources, self.negatives.facts.interactions_I)
         if lists is not None:
             self.negatives.refresh(*lists)
 
@@ -238,7 +238,7 @@ class _Held:
         return [(rows.result(), heap) for rows, low, high in zip(self.rows, first, end, strict=True) if low < high]
 
 
-def rows_taken(num_rows: int, data: DataConfig) -> int:
+def used_rows_per_epoch(num_rows: int, data: DataConfig) -> int:
     """How many of an epoch's rows come in its batches."""
     return num_rows - num_rows % data.batch_size if data.drop_last else num_rows
 

@@ -20,20 +20,20 @@ from trec_twotower.config.feature_spec import HISTORY
 from trec_twotower.config.losses import LossConfig
 from trec_twotower.config.schema import bucket_names
 from trec_twotower.data.dataset import ITEM_ID, POSITIVES, USER_ID
-from trec_twotower.data.feature_dataset import Sources
+from trec_twotower.data.feature_dataset import FeatureDataset
 from trec_twotower.data.features.numeric import is_number
 from trec_twotower.data.features.transform import beside, key_lists, one_chunk
 from trec_twotower.data.loading.examples import Examples, RowItems
 from trec_twotower.data.loading.order import Unit
 from trec_twotower.data.loading.row_cache import Cache
-from trec_twotower.data.loading.step_buckets import Buffers, Packed, Packer
+from trec_twotower.data.loading.step_buckets import BucketedRows, Buffers, RowBucketer
 from trec_twotower.data.negatives.mined import MOST_WEIGHT, check_given, given_columns, read_given
 from trec_twotower.data.split import RowGroup
 from trec_twotower.distributed.host_memory import keep_freed
 from trec_twotower.errors import DataError
 from trec_twotower.ops.bucket_kernels import mark_heaps
 from trec_twotower.ops.hashing import fingerprints, id_keys, uniform
-from trec_twotower.ops.ragged import Lists
+from trec_twotower.ops.ragged import Ragged
 
 WEIGHT = "weight"
 BLOCK_ROWS = 1 << 17  # decoded and hashed at a time: less would have its pages zeroed anew each time
@@ -47,8 +47,8 @@ class UnitRows:
     A heap's rows stand as in the files, and this rank's are a run of them.
     """
 
-    mine: Packed
-    items: Packed | None = None  # of all ranks' rows; None: all are this rank's
+    mine: BucketedRows
+    items: BucketedRows | None = None  # of all ranks' rows; None: all are this rank's
     rows_per_rank: np.ndarray | None = None  # (heaps, ranks)
 
     def num_rows(self, heap: int) -> list[int]:
@@ -61,7 +61,7 @@ class UnitRows:
 class UnitReader:
     """Reads units of the training rows for one rank."""
 
-    def __init__(self, sources: Sources, data: DataConfig, loss: LossConfig, rank: int, num_ranks: int) -> None:
+    def __init__(self, sources: FeatureDataset, data: DataConfig, loss: LossConfig, rank: int, num_ranks: int) -> None:
         self.sources = sources
         self.data = data
         self.loss = loss
@@ -105,7 +105,7 @@ class UnitReader:
         bounds = unit.window_rows * np.arange(self.num_ranks + 1) // self.num_ranks - unit.first
         bounds = np.clip(bounds, 0, unit.num_rows)
         low, high = bounds[self.rank : self.rank + 2].tolist()
-        items = Packer(heap_of, num_heaps, Buffers())
+        items = RowBucketer(heap_of, num_heaps, Buffers())
         self._add_items(items, _parts(unit, 0, low), unit.epoch)
         mine = self._packed(_parts(unit, low, high), heap_of[low:high], num_heaps, unit.epoch, items)
         self._add_items(items, _parts(unit, high, unit.num_rows), unit.epoch)
@@ -118,10 +118,10 @@ class UnitReader:
         heap_of: np.ndarray,
         num_heaps: int,
         epoch: int,
-        items: Packer | None = None,
-    ) -> Packed:
+        items: RowBucketer | None = None,
+    ) -> BucketedRows:
         """These rows of row groups, whose heaps `heap_of` has; what every rank knows of them goes into `items`, too."""
-        packer = Packer(heap_of, num_heaps, self._buffers)
+        packer = RowBucketer(heap_of, num_heaps, self._buffers)
         for group, start, stop in parts:
             kept = self._kept(group)
             blocks = self._blocks(group, start, stop) if kept is None else [(start, kept.slice(start, stop))]
@@ -134,7 +134,7 @@ class UnitReader:
             packer.add(self._nothing)
         return packer.finish()
 
-    def _add_items(self, items: Packer, parts: list[tuple[RowGroup, int, int]], epoch: int) -> None:
+    def _add_items(self, items: RowBucketer, parts: list[tuple[RowGroup, int, int]], epoch: int) -> None:
         for part in parts:
             items.add(self._items(*part, epoch))
 
@@ -187,19 +187,19 @@ class UnitReader:
     def _hash(self, table: pa.Table, where: str) -> Examples:
         """What does not depend on the epoch; drawn features hold all of a row's items yet."""
         for columns in self.own_lists:
-            table = without_own(table, columns, where, refuses=self.data.target_in_history == "error")
+            table = drop_target_items(table, columns, where, refuses=self.data.target_in_history == "error")
         positives = self.sources.positives(table, where)
         given, history = None, None
         if self.is_by_user:
             given = {HISTORY: key_lists(one_chunk(table[POSITIVES]), where)}
         if self.masks_history:
             keys = key_lists(one_chunk(table[HISTORY]), f"{where}, column {HISTORY!r}")
-            history = Lists(keys.offsets, fingerprints(keys.values))
+            history = Ragged(keys.offsets, fingerprints(keys.values))
         user = self.sources.user_features(table, where, given, uncut=self.is_by_user)
         own, own_weight, user_key = self._own(table, where)
         return Examples(user, positives, None, history, self._weights(table, where), own, own_weight, user_key)
 
-    def _own(self, table: pa.Table, where: str) -> tuple[Lists | None, Lists | None, np.ndarray | None]:
+    def _own(self, table: pa.Table, where: str) -> tuple[Ragged | None, Ragged | None, np.ndarray | None]:
         """Given items, their weights and users' keys, each where the loss asks for it."""
         items = weight = user_key = None
         if self.given is not None:
@@ -273,7 +273,7 @@ def _parts(unit: Unit, low: int, high: int) -> list[tuple[RowGroup, int, int]]:
     return parts
 
 
-def without_own(table: pa.Table, columns: list[str], where: str, *, refuses: bool) -> pa.Table:
+def drop_target_items(table: pa.Table, columns: list[str], where: str, *, refuses: bool) -> pa.Table:
     """Rows whose list lacks the item that the row asks for: it is left out of all these columns, or a DataError.
 
     The first column is of the ids, and the others stand beside it.
@@ -301,7 +301,7 @@ def without_own(table: pa.Table, columns: list[str], where: str, *, refuses: boo
     return table
 
 
-def draw_inputs(items: Lists, first_row: int, data: DataConfig, epoch: int) -> np.ndarray:
+def draw_inputs(items: Ragged, first_row: int, data: DataConfig, epoch: int) -> np.ndarray:
     """Return which of the users' items become input in an epoch (bool): `input_share` of them, never all of a user's.
 
     The draw depends on the item, not on its position: an item that a user's row has twice is on one side.

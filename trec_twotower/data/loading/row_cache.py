@@ -20,11 +20,11 @@ import xxhash
 
 from trec_twotower.config.data import DataConfig
 from trec_twotower.data.dataset import PARTS_OF_ROWS
-from trec_twotower.data.feature_dataset import Sources, open_cache
+from trec_twotower.data.feature_dataset import FeatureDataset, open_cache
 from trec_twotower.data.loading.examples import Examples
 from trec_twotower.data.loading.step_buckets import WEIGHTS, Layout, assembled, parts_of
 from trec_twotower.data.split import RowGroup
-from trec_twotower.ops.ragged import Lists
+from trec_twotower.ops.ragged import Ragged
 from trec_twotower.storage.cache_dir import changed, size_of
 
 FORMAT = 4
@@ -41,7 +41,7 @@ class Cache:
         self._verified: set[tuple[int, int]] = set()  # files, by inode and time of their last change
 
     @classmethod
-    def open(cls, data: DataConfig, sources: Sources, settings: Mapping[str, object]) -> Cache:
+    def open(cls, data: DataConfig, sources: FeatureDataset, settings: Mapping[str, object]) -> Cache:
         """The cache's folder, marked as used; of other fingerprints, the longest unused go until all fit `cache_gb`.
 
         `settings` are what else decides which columns are kept, and how.
@@ -131,7 +131,7 @@ def _to_arrow(rows: Examples) -> pa.RecordBatch:
     """A column a field; what they make together says the schema's metadata."""
     layout, columns = Layout.of(rows), {}
     for field, (name, part) in zip(layout.fields, parts_of(rows), strict=True):
-        values = pa.array((part.values if isinstance(part, Lists) else part).reshape(-1))
+        values = pa.array((part.values if isinstance(part, Ragged) else part).reshape(-1))
         if not field.count:
             if part.weights is not None:
                 values = pa.StructArray.from_arrays([values, pa.array(part.weights)], ["value", "weight"])

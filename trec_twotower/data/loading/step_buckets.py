@@ -31,7 +31,7 @@ from trec_twotower.data.features.transform import Columns
 from trec_twotower.data.loading.examples import Examples, RowItems
 from trec_twotower.ops.bucket_kernels import copy_heap, place_rows, put_columns, put_lists
 from trec_twotower.ops.compilation import LINE_BYTES
-from trec_twotower.ops.ragged import Lists
+from trec_twotower.ops.ragged import Ragged
 
 WORD_BYTES = 4
 LINE_WORDS = LINE_BYTES // WORD_BYTES
@@ -48,7 +48,7 @@ class Field:
     name: str
     dtype: str
     count: int = 0  # values a row; 0: a list
-    is_single: bool = False  # is a Lists all the same
+    is_single: bool = False  # is a Ragged all the same
     weight: str | None = None  # of a list: the type of its weights
 
     @property
@@ -127,7 +127,7 @@ def _one(layout: Layout) -> Layout:
 
 
 @dataclass(frozen=True, eq=False)
-class Packed:
+class BucketedRows:
     """Some rows by heaps."""
 
     layout: Layout
@@ -171,13 +171,13 @@ class Buffers:
         with self._lock:
             self._free.append(buffer)
 
-    def lend(self, packed: Packed, buffer: np.ndarray) -> Packed:
+    def lend(self, packed: BucketedRows, buffer: np.ndarray) -> BucketedRows:
         """`packed`, with whose end its buffer is free again."""
         weakref.finalize(packed, self.give, buffer).atexit = False
         return packed
 
 
-class Packer:
+class RowBucketer:
     """Deals rows into the heaps of one Packed."""
 
     def __init__(self, heap_of: np.ndarray, num_heaps: int, buffers: Buffers) -> None:
@@ -220,9 +220,9 @@ class Packer:
         self._used = put_lists(table, heap_of, places, self._words, self._used, bounds)
         self._bounds.append(bounds)
 
-    def finish(self) -> Packed:
+    def finish(self) -> BucketedRows:
         assert self._layout is not None and self._rows == len(self._heap_of)
-        packed = Packed(self._layout, self._starts, self._words[: self._used], np.stack(self._bounds))
+        packed = BucketedRows(self._layout, self._starts, self._words[: self._used], np.stack(self._bounds))
         return self._buffers.lend(packed, self._words)
 
     def _check(self, layout: Layout) -> Layout:
@@ -248,7 +248,7 @@ class Packer:
         self._words = larger
 
 
-def take(parts: Sequence[tuple[Packed, int]]) -> Any:
+def take(parts: Sequence[tuple[BucketedRows, int]]) -> Any:
     """Return a heap of each part in turn, as the Examples or RowItems that they were made of."""
     layout = parts[0][0].layout
     assert all(packed.layout is layout or packed.layout == layout for packed, _ in parts), "rows of different kinds"
@@ -283,9 +283,9 @@ def assembled(layout: Layout, num_rows: int, values: Mapping[str, np.ndarray], o
     for field, home, name in layout.homes:
         array = values[field.name]
         if not field.count:
-            found[home][name] = Lists(next(of_lists), array, values.get(field.name + WEIGHTS))
+            found[home][name] = Ragged(next(of_lists), array, values.get(field.name + WEIGHTS))
         elif field.is_single:
-            found[home][name] = Lists.singles(array)
+            found[home][name] = Ragged.singles(array)
         else:
             found[home][name] = array.reshape(num_rows, field.count) if home == NUMBER else array
     if layout.kind == Examples.__name__:
@@ -294,7 +294,7 @@ def assembled(layout: Layout, num_rows: int, values: Mapping[str, np.ndarray], o
 
 
 def parts_of(rows: Examples | RowItems) -> Iterable[tuple[str, Any]]:
-    """All Lists and arrays of some rows, by name."""
+    """All Ragged and arrays of some rows, by name."""
     for field in fields(rows):
         value = getattr(rows, field.name)
         if isinstance(value, Columns):
@@ -304,7 +304,7 @@ def parts_of(rows: Examples | RowItems) -> Iterable[tuple[str, Any]]:
             yield field.name, value
 
 
-def _field(name: str, value: Lists | np.ndarray) -> Field:
+def _field(name: str, value: Ragged | np.ndarray) -> Field:
     array = value if isinstance(value, np.ndarray) else value.values
     assert array.itemsize % WORD_BYTES == 0, f"{name}: {array.dtype} is no number of words"
     if isinstance(value, np.ndarray):

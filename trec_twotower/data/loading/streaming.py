@@ -25,10 +25,10 @@ import pyarrow as pa
 from trec_twotower.config.data import DataConfig, FollowConfig
 from trec_twotower.config.losses import LossConfig
 from trec_twotower.data.dataset import Dataset
-from trec_twotower.data.feature_dataset import Sources
+from trec_twotower.data.feature_dataset import FeatureDataset
 from trec_twotower.data.feature_report import own_items
 from trec_twotower.data.loading.batch import Batch
-from trec_twotower.data.loading.loader import ListsAt, TrainBatches, rows_taken
+from trec_twotower.data.loading.loader import HardNegativeProvider, TrainBatches, used_rows_per_epoch
 from trec_twotower.data.loading.step_rows import StepRows
 from trec_twotower.data.negatives.samplers import count_items
 from trec_twotower.data.parquet_files import folder_of, parquet_files, refuse_partitions, refuse_tables, rows_if_whole
@@ -55,11 +55,11 @@ def _sleep(seconds: float, is_stopped: Callable[[], bool]) -> bool:
     return seconds > 0
 
 
-class Passes(Protocol):
+class TrainData(Protocol):
     """Batches from any step on, and where a step stands among them."""
 
     @property
-    def sources(self) -> Sources:
+    def sources(self) -> FeatureDataset:
         """What the batch that came last is from."""
 
     @property
@@ -71,7 +71,7 @@ class Passes(Protocol):
         """As far as is known yet."""
 
     def since(
-        self, step: int, lists_at: ListsAt | None = None, is_stopped: Callable[[], bool] = never
+        self, step: int, lists_at: HardNegativeProvider | None = None, is_stopped: Callable[[], bool] = never
     ) -> Iterator[Batch]:
         """Yield the batches of this step and all later ones.
 
@@ -102,7 +102,7 @@ class Epochs:
         self.epochs = epochs
 
     @property
-    def sources(self) -> Sources:
+    def sources(self) -> FeatureDataset:
         return self.batches.sources
 
     @property
@@ -114,7 +114,7 @@ class Epochs:
         return self.batches.steps_per_epoch * self.epochs
 
     def since(
-        self, step: int, lists_at: ListsAt | None = None, is_stopped: Callable[[], bool] = never
+        self, step: int, lists_at: HardNegativeProvider | None = None, is_stopped: Callable[[], bool] = never
     ) -> Iterator[Batch]:
         return self.batches.since(step, self.num_steps, lists_at)
 
@@ -143,7 +143,7 @@ class Generation:
     num_rows: int  # of those in train/
 
     def num_steps(self, data: DataConfig) -> int:
-        return -(-rows_taken(self.num_rows, data) // data.batch_size)
+        return -(-used_rows_per_epoch(self.num_rows, data) // data.batch_size)
 
     def is_changed(self, folder: Path) -> bool:
         """Whether a file is gone or has another size."""
@@ -195,7 +195,7 @@ class Generations:
         """These and one more, of the whole files that have come since; None while they have no rows for a step."""
         found = {part: self._new_files(part) for part in PARTS}
         num_rows = sum(rows for _, rows in found["train"].values())
-        if rows_taken(num_rows, data) == 0:
+        if used_rows_per_epoch(num_rows, data) == 0:
             return None
         files = {part: {name: size for name, (size, _) in of_part.items()} for part, of_part in found.items()}
         return Generations(self.folder, (*self.taken, Generation(files, num_rows)), self._columns)
@@ -281,7 +281,7 @@ class Stream:
     def __init__(
         self,
         generations: Generations,
-        sources: Sources,
+        sources: FeatureDataset,
         data: DataConfig,
         loss: LossConfig,
         run_dir: Path,
@@ -299,12 +299,15 @@ class Stream:
         self.pin_memory = pin_memory
         self._has_ended = False
         self._current: TrainBatches | None = None
-        self._found: tuple[int, Sources] | None = None  # what the first rank has made of a generation to come
+        self._found: tuple[int, FeatureDataset] | None = None  # what the first rank has made of a generation to come
         self._know(generations)
 
     def _know(self, generations: Generations) -> None:
         self.generations = generations
-        self._rows = [0, *accumulate(rows_taken(generation.num_rows, self.data) for generation in generations.taken)]
+        self._rows = [
+            0,
+            *accumulate(used_rows_per_epoch(generation.num_rows, self.data) for generation in generations.taken),
+        ]
         self._ends = list(accumulate(generation.num_steps(self.data) for generation in generations.taken))
 
     @property
@@ -316,7 +319,7 @@ class Stream:
         return self._ends[-1]
 
     def since(
-        self, step: int, lists_at: ListsAt | None = None, is_stopped: Callable[[], bool] = never
+        self, step: int, lists_at: HardNegativeProvider | None = None, is_stopped: Callable[[], bool] = never
     ) -> Iterator[Batch]:
         number = bisect_right(self._ends, step)
         while number < len(self._ends) or self._grows(is_stopped):
@@ -400,7 +403,7 @@ class Stream:
         """How long one may wait yet."""
         return math.inf if self.follow.idle_s is None else began + self.follow.idle_s - time.monotonic()
 
-    def _sources_of(self, generations: Generations, number: int) -> Sources:
+    def _sources_of(self, generations: Generations, number: int) -> FeatureDataset:
         """The rows of a generation, with the items and users it knows."""
         if self._found is not None and self._found[0] == number:
             return self._found[1]
@@ -408,9 +411,11 @@ class Stream:
         assert dataset.files is not None and last.files is not None
         if all(list(dataset.files[part].items()) == list(last.files[part].items()) for part in ("items", "users")):
             return self.sources.over(dataset)
-        return Sources(dataset, self.sources.schema, self.sources.rows, self.sources.statistics, self.sources.cache)
+        return FeatureDataset(
+            dataset, self.sources.schema, self.sources.rows, self.sources.statistics, self.sources.cache
+        )
 
-    def _count(self, generations: Generations, number: int, sources: Sources) -> None:
+    def _count(self, generations: Generations, number: int, sources: FeatureDataset) -> None:
         """Write how often each item was taken up to a generation, from the counts before it where they are there."""
         before = counts_path(self.run_dir, number - 1)
         if number and before.is_file():

@@ -10,7 +10,7 @@ import numpy as np
 
 from trec_twotower.config.losses import LossConfig
 from trec_twotower.data.dataset import USER_ID
-from trec_twotower.data.feature_dataset import Sources
+from trec_twotower.data.feature_dataset import FeatureDataset
 from trec_twotower.data.loading.batch import Candidates
 from trec_twotower.data.loading.examples import Examples
 from trec_twotower.data.loading.pairs import Pairs, Targets
@@ -20,7 +20,7 @@ from trec_twotower.data.negatives.step_negatives import Negatives
 from trec_twotower.ops.hashing import fingerprints, mix_array
 from trec_twotower.ops.kernels import find_columns, mark_distinct
 from trec_twotower.ops.key_table import pairs_by_fingerprint
-from trec_twotower.ops.ragged import Lists, distinct
+from trec_twotower.ops.ragged import Ragged, distinct
 
 WORDS_AN_ITEM = 32  # words of bits that are gone through for an item: by then sorting is as fast
 
@@ -29,7 +29,7 @@ class CandidateSets:
     """Makes the candidates of any step of a run, in any thread."""
 
     def __init__(
-        self, sources: Sources, loss: LossConfig, negatives: Negatives, num_ranks: int, *, masks_history: bool
+        self, sources: FeatureDataset, loss: LossConfig, negatives: Negatives, num_ranks: int, *, masks_history: bool
     ) -> None:
         self.loss = loss
         self.negatives = negatives
@@ -66,7 +66,7 @@ class CandidateSets:
         finally:
             column_I[item_row] = -1
 
-    def _set(self, items: StepItems, lists: Sequence[Lists]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _set(self, items: StepItems, lists: Sequence[Ragged]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The candidates, which of them stand against all rows, and each catalogue row's place among them."""
         shared = [items.taken] if self.loss.negatives.in_batch else []
         shared += [sampler.draw(items.step, items.taken) for sampler in self.negatives.samplers]
@@ -88,7 +88,7 @@ class CandidateSets:
             is_negative[column_I[part]] = True
         return item_row, is_negative, column_I
 
-    def _targets(self, mine: Examples, own: Sequence[Lists], item_row: np.ndarray, column_I: np.ndarray) -> Targets:
+    def _targets(self, mine: Examples, own: Sequence[Ragged], item_row: np.ndarray, column_I: np.ndarray) -> Targets:
         """The pairs of this rank's rows; `own` are the items that they bring themselves, by source."""
         positives = mine.positives
         row, column = positives.rows, column_I[positives.values]
@@ -124,7 +124,7 @@ class CandidateSets:
             count = find_columns(lists.offsets, lists.values, list_of_row, column_I, row, column)
             yield row[:count], column[:count]
 
-    def _given(self, mine: Examples, own: Sequence[Lists], column_I: np.ndarray) -> Pairs:
+    def _given(self, mine: Examples, own: Sequence[Ragged], column_I: np.ndarray) -> Pairs:
         """Return the pairs that the rows name themselves."""
         label = [np.zeros(len(each.values), np.float32) if each.weights is None else each.weights for each in own]
         weight = [np.ones(len(each.values), np.float32) for each in own]
@@ -133,7 +133,7 @@ class CandidateSets:
         column = [column_I[each.values] for each in own]
         return Pairs.from_numpy(*map(np.concatenate, ([each.rows for each in own], column, weight, label)))
 
-    def _masked_keys(self, mine: Examples, own: Sequence[Lists]) -> Pairs:
+    def _masked_keys(self, mine: Examples, own: Sequence[Ragged]) -> Pairs:
         """Return rows, and keys of all items that are no negatives of theirs, candidates or not."""
         lists = [each for each in (mine.positives, mine.known, *own) if each is not None]
         pairs = [(each.rows, self._key(each.values)) for each in lists]

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 from trec_twotower.config.losses import ImpressionsConfig, LossConfig
 from trec_twotower.data.arrow_types import plain_table, plain_type
 from trec_twotower.data.dataset import ITEM_ID, USER_ID
-from trec_twotower.data.feature_dataset import Sources
+from trec_twotower.data.feature_dataset import FeatureDataset
 from trec_twotower.data.features.column_checks import check_weights, is_id_list
 from trec_twotower.data.features.transform import key_lists, one_chunk, with_weights
 from trec_twotower.data.parquet_files import UNREADABLE
@@ -19,7 +19,7 @@ from trec_twotower.data.split import Split
 from trec_twotower.errors import ConfigError, DataError, nearest
 from trec_twotower.ops.hashing import id_keys, is_id, is_text
 from trec_twotower.ops.key_table import KeyTable
-from trec_twotower.ops.ragged import Lists
+from trec_twotower.ops.ragged import Ragged
 from trec_twotower.storage.arrow_values import python_value
 
 MOST_WEIGHT = 1e15  # in the loss: the square of a gradient of 1e19 is beyond float32
@@ -43,7 +43,7 @@ def given_columns(given: ImpressionsConfig) -> list[str]:
     return [name for name in (given.column, given.labels, given.weights) if name is not None]
 
 
-def read_given(sources: Sources, loss: LossConfig, table: pa.Table, where: str) -> tuple[Lists, Lists | None]:
+def read_given(sources: FeatureDataset, loss: LossConfig, table: pa.Table, where: str) -> tuple[Ragged, Ragged | None]:
     """The items that the rows of a table name beside their positives, and how much each of them weighs.
 
     Catalogue rows, with the labels as weights where there are some, and lists of float32 as long. Items outside the
@@ -53,7 +53,7 @@ def read_given(sources: Sources, loss: LossConfig, table: pa.Table, where: str) 
     assert given is not None
     ids, place = one_chunk(table[given.column]), f"{where}, column {given.column!r}"
     keys = key_lists(ids, place)
-    items = Lists(keys.offsets, sources.catalogue.rows_of_keys(keys.values))
+    items = Ragged(keys.offsets, sources.catalogue.rows_of_keys(keys.values))
     if given.labels is not None:
         items = with_weights(items, ids, one_chunk(table[given.labels]), place, given.labels, "label")
         assert items.weights is not None
@@ -79,10 +79,10 @@ def read_given(sources: Sources, loss: LossConfig, table: pa.Table, where: str) 
         if given.unknown == "error":
             raise _unknown(sources, items, ids, place, "loss.impressions.unknown")
         items, weights = items.where(is_known), None if weights is None else weights[is_known]
-    return items, None if weights is None else Lists(items.offsets, weights)
+    return items, None if weights is None else Ragged(items.offsets, weights)
 
 
-def _unknown(sources: Sources, items: Lists, ids: pa.Array, place: str, setting: str) -> DataError:
+def _unknown(sources: FeatureDataset, items: Ragged, ids: pa.Array, place: str, setting: str) -> DataError:
     is_unknown = items.values < 0
     row = int(items.rows[is_unknown][0])
     item = python_value(ids.flatten().drop_null(), int(is_unknown.argmax()))
@@ -93,13 +93,13 @@ def _unknown(sources: Sources, items: Lists, ids: pa.Array, place: str, setting:
 class KeyedLists:
     """Items by the 64-bit key of an item or a user: a Parquet file, read whole."""
 
-    def __init__(self, keys: np.ndarray, lists: Lists, slots: np.ndarray) -> None:
+    def __init__(self, keys: np.ndarray, lists: Ragged, slots: np.ndarray) -> None:
         self.lists = lists  # catalogue rows, int32
         self._table = KeyTable(keys, slots)
 
     @classmethod
     def read(
-        cls, path: Path, key: str, items: str, sources: Sources, setting: str, *, skips_unknown: bool
+        cls, path: Path, key: str, items: str, sources: FeatureDataset, setting: str, *, skips_unknown: bool
     ) -> KeyedLists:
         """The column `items` by the column `key` (user_id or item_id); `setting` is what names the file in the config.
 
@@ -143,7 +143,7 @@ class KeyedLists:
             raise DataError(
                 f"{path}: {key} {name!r} stands in rows {first:,} and {second:,}: keep one row with all its items."
             )
-        return cls(keys, Lists(lists.offsets, lists.values.astype(np.int32)), slots)
+        return cls(keys, Ragged(lists.offsets, lists.values.astype(np.int32)), slots)
 
     def rows_of(self, keys: np.ndarray) -> np.ndarray:
         """The list of each key, -1 where it has none."""

@@ -20,13 +20,13 @@ import pyarrow as pa
 
 from trec_twotower.config.losses import ImpressionsConfig, LossConfig, MinedConfig, NegativesConfig, RefreshConfig
 from trec_twotower.data.dataset import ITEM_ID, USER_ID
-from trec_twotower.data.feature_dataset import Counter, Sources
+from trec_twotower.data.feature_dataset import Counter, FeatureDataset
 from trec_twotower.data.features.transform import one_chunk
 from trec_twotower.data.loading.examples import RowItems
 from trec_twotower.data.negatives.mined import KeyedLists, check_given, given_columns, read_given
 from trec_twotower.ops.hashing import id_keys, mix, uniform
 from trec_twotower.ops.kernels import draw_from_lists
-from trec_twotower.ops.ragged import Lists, distinct, offsets_of
+from trec_twotower.ops.ragged import Ragged, distinct, offsets_of
 
 # Keep these draws apart from others of the same seed.
 _SAMPLED, _SAME_POSITIVE, _SAME_ITEM, _MINED, _REFRESHED = 0x6E6567, 0x73616D, 0x73616E, 0x6D696E, 0x726566
@@ -45,11 +45,11 @@ class StepItems:
         return self.rows.positives.values
 
     @property
-    def positives(self) -> Lists:
+    def positives(self) -> Ragged:
         return self.rows.positives
 
     @property
-    def given(self) -> Lists:
+    def given(self) -> Ragged:
         assert self.rows.given is not None
         return self.rows.given
 
@@ -64,7 +64,7 @@ class Facts:
     """What is known of the items and the steps when the sources of negatives are made."""
 
     num_items: int
-    taken_I: np.ndarray  # how often each was taken
+    interactions_I: np.ndarray  # how often each was taken
     batch_size: int
     seed: int
     catalogue_values: Callable[[str], np.ndarray]  # the bucket of every item in a feature of one id a row
@@ -83,7 +83,7 @@ class Sampler(ABC):
         """Catalogue rows, the same on all ranks; `taken` are the step's positives."""
 
 
-class Everything(Sampler):
+class FullCatalogue(Sampler):
     """The whole catalogue, in every step."""
 
     def __init__(self, num_items: int) -> None:
@@ -94,7 +94,7 @@ class Everything(Sampler):
         return np.arange(self.num_items)
 
 
-class Evenly(Sampler):
+class UniformSampler(Sampler):
     """So many draws from the catalogue, every item as likely as any other."""
 
     def __init__(self, count: int, num_items: int, seed: int) -> None:
@@ -106,13 +106,13 @@ class Evenly(Sampler):
         return (draw * self.num_items).astype(np.int64)
 
 
-class ByPopularity(Sampler):
+class PopularitySampler(Sampler):
     """So many draws, an item that was taken n times in proportion to n ** power; one that never was as if once."""
 
-    def __init__(self, count: int, power: float, taken_I: np.ndarray, seed: int, kind: int = _SAMPLED) -> None:
+    def __init__(self, count: int, power: float, interactions_I: np.ndarray, seed: int, kind: int = _SAMPLED) -> None:
         """`kind` keeps the draws apart from others of the same seed."""
         self.count, self.seed, self.kind = count, seed, kind
-        weight_I = np.maximum(taken_I, 1).astype(np.float64) ** power
+        weight_I = np.maximum(interactions_I, 1).astype(np.float64) ** power
         self.cumulative_I = np.cumsum(weight_I / weight_I.sum())
         self.expected_I = -count * _log_of_missing(weight_I / weight_I.sum())
 
@@ -121,18 +121,18 @@ class ByPopularity(Sampler):
         return np.searchsorted(self.cumulative_I, draw, side="right")
 
 
-class OfTheSameCategory(Sampler):
+class SameCategorySampler(Sampler):
     """So many draws from the step's positives, each of which brings any item of its category.
 
     A category is a bucket of the feature: two that share one are one here.
     """
 
-    def __init__(self, count: int, category_I: np.ndarray, taken_I: np.ndarray, seed: int) -> None:
+    def __init__(self, count: int, category_I: np.ndarray, interactions_I: np.ndarray, seed: int) -> None:
         self.count, self.seed = count, seed
         _, self.category_I, size_K = np.unique(category_I, return_inverse=True, return_counts=True)
         self.offset_K = offsets_of(size_K)
         self.item_I = np.argsort(self.category_I, kind="stable")
-        share_K = np.bincount(self.category_I, taken_I) / max(taken_I.sum(), 1)
+        share_K = np.bincount(self.category_I, interactions_I) / max(interactions_I.sum(), 1)
         self.expected_I = -count * _log_of_missing((share_K / size_K)[self.category_I])
 
     def draw(self, step: int, taken: np.ndarray) -> np.ndarray:
@@ -147,20 +147,20 @@ class OfTheSameCategory(Sampler):
 
 def _sampled(config: NegativesConfig, facts: Facts) -> Sampler | None:
     if config.sampled == "all":
-        return Everything(facts.num_items)
+        return FullCatalogue(facts.num_items)
     if not config.sampled:
         return None
     count = _at_most_all("sampled", config.sampled, facts.num_items)
     if config.power:
-        return ByPopularity(count, config.power, facts.taken_I, facts.seed)
-    return Evenly(count, facts.num_items, facts.seed)
+        return PopularitySampler(count, config.power, facts.interactions_I, facts.seed)
+    return UniformSampler(count, facts.num_items, facts.seed)
 
 
 def _popular(config: NegativesConfig, facts: Facts) -> Sampler | None:
     if config.popular is None:
         return None
     count = _at_most_all("popular.count", config.popular.count, facts.num_items)
-    return ByPopularity(count, config.popular.power, facts.taken_I, facts.seed, _POPULAR)
+    return PopularitySampler(count, config.popular.power, facts.interactions_I, facts.seed, _POPULAR)
 
 
 def _at_most_all(name: str, count: int, num_items: int) -> int:
@@ -177,8 +177,11 @@ def _at_most_all(name: str, count: int, num_items: int) -> int:
 def _same(config: NegativesConfig, facts: Facts) -> Sampler | None:
     if config.same_category is None:
         return None
-    return OfTheSameCategory(
-        config.same_category.count, facts.catalogue_values(config.same_category.feature), facts.taken_I, facts.seed
+    return SameCategorySampler(
+        config.same_category.count,
+        facts.catalogue_values(config.same_category.feature),
+        facts.interactions_I,
+        facts.seed,
     )
 
 
@@ -199,11 +202,11 @@ class RowLists(ABC):
     expected_I: np.ndarray  # as a sampler's
 
     @abstractmethod
-    def of(self, items: StepItems) -> Lists:
+    def of(self, items: StepItems) -> Ragged:
         """The items of every row of a step, with their labels as weights; without any, the rows refused them all."""
 
 
-class Given(RowLists):
+class ImpressionNegatives(RowLists):
     """What a column of the training rows names; see ImpressionsConfig."""
 
     def __init__(self, config: ImpressionsConfig, share_I: np.ndarray, facts: Facts) -> None:
@@ -211,14 +214,16 @@ class Given(RowLists):
         self.shared = config.shared
         self.expected_I = -facts.batch_size * _log_of_missing(share_I)
 
-    def of(self, items: StepItems) -> Lists:
+    def of(self, items: StepItems) -> Ragged:
         return items.given
 
 
-class Mined(RowLists):
+class MinedNegatives(RowLists):
     """Draws from the lists of a file; see MinedConfig."""
 
-    def __init__(self, config: MinedConfig, lists: KeyedLists, share_I: np.ndarray, sources: Sources, facts: Facts):
+    def __init__(
+        self, config: MinedConfig, lists: KeyedLists, share_I: np.ndarray, sources: FeatureDataset, facts: Facts
+    ):
         """`share_I`: in how many of the training rows each item is drawn, if `config.key` is user_id; else keys'."""
         self.config, self.lists, self.seed = config, lists, facts.seed
         self.shared = config.shared
@@ -228,20 +233,20 @@ class Mined(RowLists):
             share_I = drawn_share(lists.lists, self.list_of_item, share_I, config.count)
         self.expected_I = -facts.batch_size * _log_of_missing(share_I)
 
-    def of(self, items: StepItems) -> Lists:
+    def of(self, items: StepItems) -> Ragged:
         if self.list_of_item is not None:
             positives = items.positives
-            list_rows = Lists(positives.offsets, self.list_of_item[positives.values])
+            list_rows = Ragged(positives.offsets, self.list_of_item[positives.values])
         else:
-            list_rows = Lists.singles(self.lists.rows_of(items.user_key))
+            list_rows = Ragged.singles(self.lists.rows_of(items.user_key))
         return drawn_from(list_rows, self.lists.lists, self.config.count, _MINED, self.seed, items.step)
 
 
-class Refreshed(RowLists):
+class RefreshedNegatives(RowLists):
     """Draws from lists by item that are made while the model is trained; see RefreshConfig."""
 
     def __init__(
-        self, config: RefreshConfig, lists: Lists, list_of_item: np.ndarray, key_share_I: np.ndarray, facts: Facts
+        self, config: RefreshConfig, lists: Ragged, list_of_item: np.ndarray, key_share_I: np.ndarray, facts: Facts
     ) -> None:
         """`list_of_item`: which of `lists` is an item's, -1: it has none."""
         self.config, self.lists, self.seed = config, lists, facts.seed
@@ -250,13 +255,13 @@ class Refreshed(RowLists):
         share_I = drawn_share(lists, list_of_item, key_share_I, config.count)
         self.expected_I = -facts.batch_size * _log_of_missing(share_I)
 
-    def of(self, items: StepItems) -> Lists:
+    def of(self, items: StepItems) -> Ragged:
         positives = items.positives
-        list_rows = Lists(positives.offsets, self.list_of_item[positives.values])
+        list_rows = Ragged(positives.offsets, self.list_of_item[positives.values])
         return drawn_from(list_rows, self.lists, self.config.count, _REFRESHED, self.seed, items.step)
 
 
-def drawn_from(list_rows: Lists, lists: Lists, count: int, *seeds: int) -> Lists:
+def drawn_from(list_rows: Ragged, lists: Ragged, count: int, *seeds: int) -> Ragged:
     """For each row `count` draws from one of its lists (rows of `lists`, -1: none), which is drawn evenly before."""
     state = 0
     for seed in seeds:
@@ -265,17 +270,17 @@ def drawn_from(list_rows: Lists, lists: Lists, count: int, *seeds: int) -> Lists
     total = draw_from_lists(
         list_rows.offsets, list_rows.values, lists.offsets, lists.values, count, np.uint64(state), offsets, out
     )
-    return Lists(offsets, out[:total])
+    return Ragged(offsets, out[:total])
 
 
-def drawn_share(lists: Lists, list_of_item: np.ndarray, key_share_I: np.ndarray, count: int) -> np.ndarray:
+def drawn_share(lists: Ragged, list_of_item: np.ndarray, key_share_I: np.ndarray, count: int) -> np.ndarray:
     """(I,): the chance that a row draws each item, if the list it draws from is item k's with chance key_share_I[k]."""
     has_list = list_of_item >= 0
     share_L = np.bincount(list_of_item[has_list], key_share_I[has_list], minlength=len(lists))
     return share_of_lists(lists, share_L, count, len(list_of_item))
 
 
-def share_of_lists(lists: Lists, share_L: np.ndarray, count: int, num_items: int) -> np.ndarray:
+def share_of_lists(lists: Ragged, share_L: np.ndarray, count: int, num_items: int) -> np.ndarray:
     """(I,): the sum over lists of their share, times the chance that `count` even draws from one bring each item.
 
     What stands twice in a list is taken for two.
@@ -290,11 +295,11 @@ def share_of_lists(lists: Lists, share_L: np.ndarray, count: int, num_items: int
 class _RefusedItems:
     """Of how many rows each item is refused."""
 
-    def __init__(self, sources: Sources, loss: LossConfig, given: ImpressionsConfig) -> None:
+    def __init__(self, sources: FeatureDataset, loss: LossConfig, given: ImpressionsConfig) -> None:
         self.sources, self.loss = sources, loss
         self.columns = given_columns(given)
 
-    def count(self, table: pa.Table, where: str, positives: Lists) -> np.ndarray:
+    def count(self, table: pa.Table, where: str, positives: Ragged) -> np.ndarray:
         items, _ = read_given(self.sources, self.loss, table, where)
         if items.weights is not None:
             items = items.where(items.weights <= 0)
@@ -306,11 +311,11 @@ class _RefusedItems:
 class _UsersItems:
     """In how many rows each item is drawn from the user's list."""
 
-    def __init__(self, sources: Sources, lists: KeyedLists, count: int) -> None:
+    def __init__(self, sources: FeatureDataset, lists: KeyedLists, count: int) -> None:
         self.sources, self.lists, self.draws = sources, lists, count
         self.columns = [USER_ID]
 
-    def count(self, table: pa.Table, where: str, positives: Lists) -> np.ndarray:
+    def count(self, table: pa.Table, where: str, positives: Ragged) -> np.ndarray:
         list_of_row = self.lists.rows_of(id_keys(one_chunk(table[USER_ID]), where))
         rows_L = np.bincount(list_of_row[list_of_row >= 0], minlength=len(self.lists.lists)).astype(np.float64)
         return share_of_lists(self.lists.lists, rows_L, self.draws, len(self.sources.catalogue))
@@ -324,7 +329,7 @@ class _EvenOverRows:
     def __init__(self, num_items: int) -> None:
         self.num_items = num_items
 
-    def count(self, table: pa.Table, where: str, positives: Lists) -> np.ndarray:
+    def count(self, table: pa.Table, where: str, positives: Ragged) -> np.ndarray:
         share = 1 / np.repeat(positives.lengths, positives.lengths)
         return np.bincount(positives.values, share, minlength=self.num_items)
 
@@ -341,7 +346,7 @@ def counted(loss: LossConfig, rows: str) -> list[str]:
     return [word for word, is_wanted in wanted.items() if is_wanted]
 
 
-def count_items(sources: Sources, loss: LossConfig) -> np.ndarray:
+def count_items(sources: FeatureDataset, loss: LossConfig) -> np.ndarray:
     """How often each item was taken in train, (I,); in further rows what else the loss's negatives need counted."""
     counters: list[Counter] = []
     for word in counted(loss, sources.rows):
@@ -358,7 +363,7 @@ def count_items(sources: Sources, loss: LossConfig) -> np.ndarray:
     return sources.item_counts(counters)
 
 
-def read_mined(sources: Sources, mined: MinedConfig) -> KeyedLists:
+def read_mined(sources: FeatureDataset, mined: MinedConfig) -> KeyedLists:
     return KeyedLists.read(
         mined.file, mined.key, "negatives", sources, "loss.negatives.mined.file", skips_unknown=mined.unknown == "skip"
     )

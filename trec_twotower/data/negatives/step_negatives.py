@@ -6,21 +6,21 @@ import numpy as np
 
 from trec_twotower.config.data import DataConfig
 from trec_twotower.config.losses import LossConfig
-from trec_twotower.data.feature_dataset import Sources
+from trec_twotower.data.feature_dataset import FeatureDataset
 
 # Keep these draws apart from others of the same seed.
 from trec_twotower.data.negatives.samplers import (
     SAMPLERS,
     Facts,
-    Given,
-    Mined,
-    Refreshed,
+    ImpressionNegatives,
+    MinedNegatives,
+    RefreshedNegatives,
     RowLists,
     counted,
     read_mined,
 )
 from trec_twotower.errors import ConfigError
-from trec_twotower.ops.ragged import Lists
+from trec_twotower.ops.ragged import Ragged
 
 
 class Negatives:
@@ -36,22 +36,28 @@ class Negatives:
     """
 
     def __init__(
-        self, sources: Sources, data: DataConfig, loss: LossConfig, count_NI: np.ndarray, counted_rows: int
+        self, sources: FeatureDataset, data: DataConfig, loss: LossConfig, count_NI: np.ndarray, counted_rows: int
     ) -> None:
         """`count_NI` is what count_items counted in so many rows."""
         self.loss = loss
-        taken_I, *others = np.atleast_2d(count_NI)
+        interactions_I, *others = np.atleast_2d(count_NI)
         num_items = len(sources.catalogue)
         words = counted(loss, sources.rows)
         assert len(others) == len(words), f"{len(others)} counts beside those of positives, not {words}"
         share = {word: count_I / counted_rows for word, count_I in zip(words, others, strict=True)}
         self.facts = facts = Facts(
-            num_items, taken_I, data.batch_size, data.seed, lambda name: sources.catalogue.columns.sparse[name].values
+            num_items,
+            interactions_I,
+            data.batch_size,
+            data.seed,
+            lambda name: sources.catalogue.columns.sparse[name].values,
         )
         is_by_user = data.rows == "user"
-        draws = taken_I.sum() / counted_rows * (1 - data.input_share if is_by_user else 1) * data.batch_size
-        self._once = draws / max(taken_I.sum(), 1)  # positives that a step draws of an item, for each time it was taken
-        self._key_share_I = share.get("key", taken_I / counted_rows)
+        draws = interactions_I.sum() / counted_rows * (1 - data.input_share if is_by_user else 1) * data.batch_size
+        self._once = draws / max(
+            interactions_I.sum(), 1
+        )  # positives that a step draws of an item, for each time it was taken
+        self._key_share_I = share.get("key", interactions_I / counted_rows)
         refresh = loss.negatives.refresh
         if refresh is not None and refresh.neighbor_range[0] >= num_items:
             raise ConfigError(
@@ -62,19 +68,19 @@ class Negatives:
         self.samplers = [sampler for sampler in made if sampler is not None]
         self._lists: list[RowLists] = []
         if loss.impressions is not None:
-            self._lists.append(Given(loss.impressions, share["given"], facts))
+            self._lists.append(ImpressionNegatives(loss.impressions, share["given"], facts))
         if (mined := loss.negatives.mined) is not None:
             share_I = share.get("mined", self._key_share_I)
-            self._lists.append(Mined(mined, read_mined(sources, mined), share_I, sources, facts))
+            self._lists.append(MinedNegatives(mined, read_mined(sources, mined), share_I, sources, facts))
         self.lists = list(self._lists)
         self.log_I = self._log()
         self._check_queue()
 
-    def refresh(self, lists: Lists, list_of_item: np.ndarray) -> None:
+    def refresh(self, lists: Ragged, list_of_item: np.ndarray) -> None:
         """Let rows draw from these lists from now on, in place of those before."""
         config = self.loss.negatives.refresh
         assert config is not None
-        self.lists = [*self._lists, Refreshed(config, lists, list_of_item, self._key_share_I, self.facts)]
+        self.lists = [*self._lists, RefreshedNegatives(config, lists, list_of_item, self._key_share_I, self.facts)]
         self.log_I = self._log()
 
     def _check_queue(self) -> None:
@@ -89,8 +95,8 @@ class Negatives:
 
     def _expected(self) -> np.ndarray:
         """-log of the chance that an item is not among the candidates that stand against all rows: (I,)."""
-        taken_I = self.facts.taken_I
-        expected_I = taken_I * self._once if self.loss.negatives.in_batch else np.zeros(len(taken_I))
+        interactions_I = self.facts.interactions_I
+        expected_I = interactions_I * self._once if self.loss.negatives.in_batch else np.zeros(len(interactions_I))
         sources = [sampler.expected_I for sampler in self.samplers]
         sources += [lists.expected_I for lists in self.lists if lists.shared]
         for of_source_I in sources:

@@ -22,7 +22,7 @@ def exponentiate(logit_bC: Tensor, offset_C: Tensor | None = None) -> tuple[Tens
     Returns the rows' sums and their peaks, (b,) each. Exact to some 2e-7; what is below exp(-87) becomes 0. A row
     without anything above -inf has the peak 0.
     """
-    if not are_ours(logit_bC):
+    if not use_numba_kernels(logit_bC):
         if offset_C is not None:
             logit_bC.add_(offset_C)
         peak_b = logit_bC.amax(1) if logit_bC.shape[1] else logit_bC.new_zeros(len(logit_bC))
@@ -38,7 +38,7 @@ def exponentiate(logit_bC: Tensor, offset_C: Tensor | None = None) -> tuple[Tens
 def dots(one_ND: Tensor, one_P: Tensor, other_MD: Tensor, other_P: Tensor) -> Tensor:
     """(P,): the product of row one_P[p] of the one with row other_P[p] of the other."""
     found_P = one_ND.new_empty(one_P.shape[0])
-    if are_ours(one_ND, other_MD):
+    if use_numba_kernels(one_ND, other_MD):
         _check_rows(one_P, one_ND)
         _check_rows(other_P, other_MD)
         _dots(*(each.detach().numpy() for each in (one_ND, one_P, other_MD, other_P, found_P)))
@@ -50,7 +50,7 @@ def dots(one_ND: Tensor, one_P: Tensor, other_MD: Tensor, other_P: Tensor) -> Te
 
 def add_products(into_ND: Tensor, into_P: Tensor, weight_P: Tensor, from_MD: Tensor, from_P: Tensor) -> None:
     """Add weight_P[p] times row from_P[p] to row into_P[p], one p after the other."""
-    if are_ours(into_ND, from_MD):
+    if use_numba_kernels(into_ND, from_MD):
         _check_rows(into_P, into_ND)
         _check_rows(from_P, from_MD)
         _add_products(*(each.detach().numpy() for each in (into_ND, into_P, weight_P, from_MD, from_P)))
@@ -59,7 +59,7 @@ def add_products(into_ND: Tensor, into_P: Tensor, weight_P: Tensor, from_MD: Ten
         into_ND.index_add_(0, into_P[part], weight_P[part, None] * from_MD[from_P[part]])
 
 
-def are_ours(*matrices: Tensor) -> bool:
+def use_numba_kernels(*matrices: Tensor) -> bool:
     """Whether kernels are made for them, and better."""
     return torch.get_num_threads() <= MOST_THREADS and all(
         each.dtype == torch.float32 and each.is_cpu and each.is_contiguous() for each in matrices

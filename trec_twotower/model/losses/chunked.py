@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from trec_twotower.data.loading.pairs import Pairs
 from trec_twotower.model.cpu.bf16_padding import STEP, filled_up, narrowed, whole_steps
-from trec_twotower.model.cpu.loss_kernels import add_products, are_ours, dots
+from trec_twotower.model.cpu.loss_kernels import add_products, dots, use_numba_kernels
 from trec_twotower.model.losses.negative_cells import BestVectors, NegativeCells, best_vectors
 from trec_twotower.model.losses.relations import Relations
 
@@ -60,7 +60,7 @@ class Block:
 
 
 @dataclass
-class Slopes:
+class LossGradients:
     """What a block costs, and its derivatives with respect to the logits."""
 
     loss: Tensor  # scalar
@@ -69,7 +69,7 @@ class Slopes:
     pair_p: Tensor
 
 
-Rule = Callable[[Block], Slopes]
+Rule = Callable[[Block], LossGradients]
 
 
 def scaled(user_BD: Tensor, item_CD: Tensor, temperature: float | Tensor = 1.0) -> tuple[Tensor, Tensor]:
@@ -93,7 +93,7 @@ def pair_logits(user_BD: Tensor, item_CD: Tensor, pairs: Pairs) -> Tensor:
         return _PairLogits.apply(user_BD, item_CD, pairs.row_P, pairs.column_P)
 
 
-def in_blocks(
+def chunked_loss(
     user_BD: Tensor,
     item_CD: Tensor,
     relations: Relations,
@@ -133,7 +133,7 @@ def in_blocks(
         step = WHOLE_LINES if precision == "fp32" else STEP
         width = whole_steps(item_CD.shape[0], user_BD.device, step)
         negatives = NegativeCells.of(user_BD.detach(), item_CD.detach(), relations, given_apart, width, weights)
-        return _InBlocks.apply(
+        return _ChunkedLoss.apply(
             user_BD,
             item_CD,
             logit_P,
@@ -172,7 +172,7 @@ def rows_a_block(num_columns: int, device: torch.device, is_narrow: bool) -> int
     return max(BLOCK_ROWS, cells // max(num_columns, 1))
 
 
-class _InBlocks(torch.autograd.Function):
+class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
@@ -199,7 +199,7 @@ class _InBlocks(torch.autograd.Function):
         room = user_BD.new_empty(min(size, num_rows), width)  # one block, used again and again
         # What is opened has its offset already, and the hardest and the best of several are known only with it.
         is_late = adds_offset and negatives.hardest is None and user_BD.ndim == 2 and not len(negatives.opened)
-        is_late = is_late and are_ours(room)  # torch would take a pass of its own
+        is_late = is_late and use_numba_kernels(room)  # torch would take a pass of its own
         late_W, early_W = (negatives.offset_W, None) if is_late else (None, negatives.offset_W)
         item_WD = filled_up(item_CD, width)
         narrow_WD = item_WD if narrow == item_CD.dtype else narrowed(item_CD, width)

@@ -95,10 +95,10 @@ class NegativeCells:
             weight_bW = self.weights(room_bW, logit_bW)
             return weight_bW, weight_bW.sum(1)
         if self.hardest is not None:
-            self.lower_the_others(logit_bW)
+            self.down_weight_others(logit_bW)
         return None, self.num_negatives_B[rows]
 
-    def lower_the_others(self, logit_bW: Tensor) -> None:
+    def down_weight_others(self, logit_bW: Tensor) -> None:
         """Add the log of their weight to the logits of all but a row's hardest negatives, in place."""
         assert self.hardest is not None
         # Compared without log q: with it, the rarest items would be the hardest as long as scores are close together.

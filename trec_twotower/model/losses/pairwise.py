@@ -9,9 +9,9 @@ from torch import Tensor
 
 from trec_twotower.model.losses.chunked import (
     Block,
+    LossGradients,
     Precision,
-    Slopes,
-    in_blocks,
+    chunked_loss,
     scaled,
     softplus_sum,
     weighted_sum,
@@ -40,7 +40,7 @@ def bpr(
         return total_p
 
     user_BD, item_CD = scaled(user_BD, item_CD, temperature)
-    return in_blocks(user_BD, item_CD, relations, _each_pair(cost), weights=True, precision=precision)
+    return chunked_loss(user_BD, item_CD, relations, _each_pair(cost), weights=True, precision=precision)
 
 
 def margin(
@@ -63,17 +63,17 @@ def margin(
         return total_p
 
     user_BD, item_CD = scaled(user_BD, item_CD)
-    return in_blocks(user_BD, item_CD, relations, _each_pair(cost), weights=True, precision=precision)
+    return chunked_loss(user_BD, item_CD, relations, _each_pair(cost), weights=True, precision=precision)
 
 
-def _each_pair(cost: Callable[[Tensor, Tensor | None], Tensor]) -> Callable[[Block], Slopes]:
+def _each_pair(cost: Callable[[Tensor, Tensor | None], Tensor]) -> Callable[[Block], LossGradients]:
     """Return a rule from the cost of the gaps l_n - l_p, (pairs, W) and -inf where there is no negative.
 
     `cost` gets the gaps and the negatives' weights. It returns the weighted sums over negatives, and turns the gaps
     into their slopes.
     """
 
-    def rule(block: Block) -> Slopes:
+    def rule(block: Block) -> LossGradients:
         weight_p = block.weight_p * block.mean_factor()[block.row_p]
         loss = block.logit_bW.new_zeros(())
         pair_p = torch.zeros_like(block.logit_p)
@@ -94,6 +94,6 @@ def _each_pair(cost: Callable[[Tensor, Tensor | None], Tensor]) -> Callable[[Blo
             pair_p[part] = -gap_pW.sum(1)
             if not is_one_each:
                 cell_bW.index_add_(0, block.row_p[part], gap_pW)
-        return Slopes(loss=loss, cell_bW=cell_bW, factor_b=torch.ones_like(block.total_weight_b), pair_p=pair_p)
+        return LossGradients(loss=loss, cell_bW=cell_bW, factor_b=torch.ones_like(block.total_weight_b), pair_p=pair_p)
 
     return rule

@@ -9,9 +9,9 @@ from torch import Tensor
 from trec_twotower.data.loading.pairs import Pairs
 from trec_twotower.model.losses.chunked import (
     Block,
+    LossGradients,
     Precision,
-    Slopes,
-    in_blocks,
+    chunked_loss,
     pair_logits,
     scaled,
     softplus_sum,
@@ -56,18 +56,18 @@ def bce(
             torch.cat([pairs.labels(logit_P), given.labels(logit_P)]),
         )
 
-    def rule(block: Block) -> Slopes:
+    def rule(block: Block) -> LossGradients:
         taken_b = block.per_row(block.weight_p * block.label_p)
         factor_b = negative_weight * taken_b * block.mean_factor()
         pair_p = -block.label_p * F.logsigmoid(block.logit_p) - (1 - block.label_p) * F.logsigmoid(-block.logit_p)
-        return Slopes(
+        return LossGradients(
             loss=(factor_b * softplus_sum(block.logit_bW)).sum() + (block.weight_p * pair_p).sum(),
             cell_bW=block.logit_bW.sigmoid_(),
             factor_b=factor_b,
             pair_p=block.weight_p * (torch.sigmoid(block.logit_p) - block.label_p),
         )
 
-    return in_blocks(
+    return chunked_loss(
         user_BD, item_CD, relations, rule, pairs=pairs, logit_P=logit_P, given_apart=True, precision=precision
     )
 
@@ -96,14 +96,14 @@ def ccl(
     above the margin, and the push is 0 or negative_weight times the pull: training does not leave that state.
     """
 
-    def rule(block: Block) -> Slopes:
+    def rule(block: Block) -> LossGradients:
         slope_bW = block.logit_bW.sub_(margin).clamp_(min=0).div_(1 - margin)
         weighted_bW = slope_bW if block.weight_bW is None else slope_bW * block.weight_bW
         cost_b = (1 - margin) / 2 * weighted_sum(slope_bW, weighted_bW)
         constant_b = torch.minimum(negative_weight * block.mean_factor(), 1 / weighted_bW.sum(1))
         factor_b = constant_b * block.per_row(block.weight_p)
         loss = (factor_b * cost_b).sum() + (block.weight_p * (1 - block.logit_p)).sum()
-        return Slopes(loss=loss, cell_bW=weighted_bW, factor_b=factor_b, pair_p=-block.weight_p)
+        return LossGradients(loss=loss, cell_bW=weighted_bW, factor_b=factor_b, pair_p=-block.weight_p)
 
     user_BD, item_CD = scaled(user_BD, item_CD)
-    return in_blocks(user_BD, item_CD, relations, rule, weights=True, precision=precision)
+    return chunked_loss(user_BD, item_CD, relations, rule, weights=True, precision=precision)

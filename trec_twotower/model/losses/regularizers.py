@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from trec_twotower.data.loading.pairs import Pairs
-from trec_twotower.model.losses.chunked import Block, Slopes, in_blocks, met, pair_logits, scaled
+from trec_twotower.model.losses.chunked import Block, LossGradients, chunked_loss, met, pair_logits, scaled
 from trec_twotower.model.losses.relations import Relations
 
 
@@ -39,8 +39,8 @@ def nearness(vector_ND: Tensor, first: int, num_rows: int) -> Tensor:
         log_q_C=vector_ND.new_full((vector_ND.shape[0],), 4.0),
     )
 
-    def rule(block: Block) -> Slopes:
+    def rule(block: Block) -> LossGradients:
         cell_bW = block.logit_bW.exp_()
-        return Slopes(cell_bW.sum(), cell_bW, torch.ones_like(block.total_weight_b), block.logit_p)
+        return LossGradients(cell_bW.sum(), cell_bW, torch.ones_like(block.total_weight_b), block.logit_p)
 
-    return in_blocks(part_BD, vector_ND, relations, rule)
+    return chunked_loss(part_BD, vector_ND, relations, rule)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trec_twotower.model.cpu.loss_kernels import exponentiate
-from trec_twotower.model.losses.chunked import Block, Precision, Slopes, in_blocks, row_log_sum_exp, scaled
+from trec_twotower.model.losses.chunked import Block, LossGradients, Precision, chunked_loss, row_log_sum_exp, scaled
 from trec_twotower.model.losses.relations import Relations
 
 
@@ -29,16 +29,16 @@ def softmax(
     correction logQ is that of Bengio and Senecal (2008) and Yi et al. (2019).
     """
     user_BD, item_CD = scaled(user_BD, item_CD, temperature)
-    return in_blocks(user_BD, item_CD, relations, _softmax, adds_offset=True, precision=precision)
+    return chunked_loss(user_BD, item_CD, relations, _softmax, adds_offset=True, precision=precision)
 
 
-def _softmax(block: Block) -> Slopes:
+def _softmax(block: Block) -> LossGradients:
     total_b, log_total_b = _exponentials(block)
     # With L = log(sum over the row's negatives of exp(l)), positive p costs log(1 + exp(L - l_p)): only the negatives
     # are shifted together, so positives far apart do not push each other out of range.
     margin_p = log_total_b[block.row_p] - block.logit_p
     missed_p = block.weight_p * torch.sigmoid(margin_p)  # what the softmax gives to negatives
-    return Slopes(
+    return LossGradients(
         loss=-torch.dot(block.weight_p, F.logsigmoid(-margin_p)),
         cell_bW=block.logit_bW,
         factor_b=block.per_row(missed_p) / total_b.clamp(min=1.0),
@@ -67,7 +67,7 @@ def bsl(
     Wu et al. 2023, "BSL: Understanding and Improving Softmax Loss for Recommendation", divided by their tau_2.
     """
 
-    def rule(block: Block) -> Slopes:
+    def rule(block: Block) -> LossGradients:
         total_b, log_total_b = _exponentials(block)
         weight_b = block.per_row(block.weight_p) * (block.total_weight_b > 0)
         value_p = block.logit_p / temperature_ratio + block.weight_p.log()
@@ -76,7 +76,7 @@ def bsl(
         positive_b = temperature_ratio * (log_sum_b - weight_b.where(is_counted_b, 1.0).log())
         negative_b = log_total_b.where(is_counted_b, 0.0)
         share_p = (value_p - log_sum_b[block.row_p]).exp()
-        return Slopes(
+        return LossGradients(
             loss=(weight_b * (negative_b - positive_b)).sum(),
             cell_bW=block.logit_bW,
             factor_b=weight_b / total_b.clamp(min=1.0),
@@ -84,7 +84,7 @@ def bsl(
         )
 
     user_BD, item_CD = scaled(user_BD, item_CD, temperature)
-    return in_blocks(user_BD, item_CD, relations, rule, adds_offset=True, precision=precision)
+    return chunked_loss(user_BD, item_CD, relations, rule, adds_offset=True, precision=precision)
 
 
 def _exponentials(block: Block) -> tuple[Tensor, Tensor]:

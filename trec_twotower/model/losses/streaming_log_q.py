@@ -16,7 +16,7 @@ HASHES = 2  # items that share a slot come more often together: the longest gap 
 SLOTS = 1 << 20
 
 
-class Frequency(nn.Module):
+class StreamingLogQ(nn.Module):
     """Log of the probability that an item is a candidate of a step; the same on all ranks, which see the same steps.
 
     The first gaps are averaged evenly: an item that came n times up to step t has a mean gap of t / n.

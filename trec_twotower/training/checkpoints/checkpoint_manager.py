@@ -11,7 +11,7 @@ from typing import Any
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from trec_twotower.config.run_config import binding, config_hash
-from trec_twotower.data.loading.streaming import Passes
+from trec_twotower.data.loading.streaming import TrainData
 from trec_twotower.distributed.ranks import Ranks
 from trec_twotower.distributed.watchdog import Heartbeat
 from trec_twotower.errors import ConfigError
@@ -29,7 +29,7 @@ class CheckpointManager:
         self,
         run: Run,
         ranks: Ranks,
-        data: Passes,
+        data: TrainData,
         heartbeat: Heartbeat,
         stopwatch: Stopwatch,
         check: Callable[[], None],

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from trec_twotower.data.loading.streaming import Passes
+from trec_twotower.data.loading.streaming import TrainData
 
 
 @dataclass
@@ -58,7 +58,7 @@ class TrainerState:
         self.owes_evaluation = is_due
 
 
-def is_scheduled(step: int, every: int | None, data: Passes) -> bool:
+def is_scheduled(step: int, every: int | None, data: TrainData) -> bool:
     """Return whether something is due after a step: every `every` steps (None: after each pass), and after the last."""
     is_time = step % every == 0 if every is not None else data.is_end(step)
     return is_time or data.is_over(step)

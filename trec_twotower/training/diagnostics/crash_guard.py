@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from trec_twotower.data.loading.streaming import Passes
+from trec_twotower.data.loading.streaming import TrainData
 from trec_twotower.distributed.ranks import Ranks
 from trec_twotower.errors import TrainingError
 from trec_twotower.storage.atomic import naming
@@ -28,7 +28,7 @@ class CrashGuard:
         self._file: int | None = None
         self._record: dict[str, Any] = {}
 
-    def begin(self, step: int, data: Passes) -> None:
+    def begin(self, step: int, data: TrainData) -> None:
         """Record a start at `step`; raises TrainingError on all ranks where too many before it got no further."""
 
         def record_start() -> list[int]:
@@ -69,7 +69,7 @@ class CrashGuard:
         with naming(self.path):
             os.pwrite(self._file, json.dumps(note).encode().ljust(1024), 0)  # in place: it is written every step
 
-    def _message(self, step: int, crashed_in: list[int], data: Passes) -> str:
+    def _message(self, step: int, crashed_in: list[int], data: TrainData) -> str:
         last = crashed_in[-1]
         rows = "; ".join(map(str, data.rows_of(last - 1))) or "rows of the newest files"
         return (

@@ -12,7 +12,7 @@ from torch import Tensor
 from trec_twotower.config.base import Side
 from trec_twotower.config.schema import Schema
 from trec_twotower.data.loading.batch import Batch
-from trec_twotower.data.loading.streaming import Passes
+from trec_twotower.data.loading.streaming import TrainData
 from trec_twotower.distributed.ranks import Ranks
 from trec_twotower.storage.atomic import write_json
 
@@ -20,7 +20,7 @@ ABSURD = 1e6  # row weights and normalised numbers beyond it are named when a lo
 
 
 def write_step_report(
-    folder: Path, ranks: Ranks, step: int, found: str, loss: float, batch: Batch, data: Passes
+    folder: Path, ranks: Ranks, step: int, found: str, loss: float, batch: Batch, data: TrainData
 ) -> None:
     """Write FOLDER/rank-0.json and so on: the step's rows by file, and what this rank's batch holds."""
     ranks.together(lambda: folder.mkdir(parents=True, exist_ok=True))
