@@ -8,7 +8,7 @@ import sys
 import time
 from pathlib import Path
 
-from tests.test_reader import batches_of, contents
+from tests.data.loading.test_reader import batches_of, contents
 
 
 def main(folder: Path, cache: Path, out: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.test_reader import BOTH, batches_of, contents, folder  # noqa: F401 - a fixture
+from tests.data.loading.test_reader import BOTH, batches_of, contents, folder  # noqa: F401 - a fixture
 from trec_twotower.data.features.transform import Columns
 from trec_twotower.data.loading import row_cache as caching
 from trec_twotower.data.loading.examples import Examples

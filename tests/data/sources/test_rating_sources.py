@@ -16,7 +16,7 @@ import pytest
 from trec_twotower.data.sources import prepare
 from trec_twotower.errors import ConfigError, DataError
 
-CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+CONFIGS = Path(__file__).resolve().parents[3] / "configs"
 DAY_MS = 86_400_000
 START_MS = 1_600_000_000_000  # 2020-09-13
 

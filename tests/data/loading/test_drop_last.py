@@ -11,7 +11,7 @@ import pyarrow as pa
 import pytest
 
 from tests.kinds import build_loss
-from tests.test_reader import ITEM, NUM_ITEMS, rows_of
+from tests.data.loading.test_reader import ITEM, NUM_ITEMS, rows_of
 from trec_twotower.config.data import DataConfig
 from trec_twotower.config.features import build_feature
 from trec_twotower.config.model import TableSpec

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tests.test_reading_values import HEADER, read, refusal, write, write_json
+from tests.data.sources.test_reading_values import HEADER, read, refusal, write, write_json
 from trec_twotower.data.sources import parse_options, prepare
 from trec_twotower.errors import ConfigError, DataError
 
@@ -452,7 +452,7 @@ SAMPLES: dict[str, dict[str, bytes]] = {
 
 def documented() -> dict[str, list[str]]:
     """The arguments of each log of the table of public logs."""
-    page = (Path(__file__).resolve().parent.parent / "docs" / "data.md").read_text(encoding="utf-8")
+    page = (Path(__file__).resolve().parents[3] / "docs" / "data.md").read_text(encoding="utf-8")
     table = page[page.index("#### Public logs") : page.index("### Splits")]
     rows = [line.strip("| \n").split(" | ", 1) for line in table.splitlines() if line.startswith("| ")]
     return {name: shlex.split(command.strip("`")) for name, command in rows if command.startswith("`events=")}

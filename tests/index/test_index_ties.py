@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tests.test_index import settings
+from tests.index.test_index import settings
 from trec_twotower.index import ExactItems, build_index, exact, exact_search
 from trec_twotower.ops.ragged import Ragged
 from trec_twotower.serving.business_rules import Rules, apply_rules

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from tests.test_features_serving import same
+from tests.data.features.test_features_serving import same
 from trec_twotower.config.feature_spec import FeatureSpec
 from trec_twotower.config.features import build_feature
 from trec_twotower.config.schema import Schema

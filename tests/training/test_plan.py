@@ -33,7 +33,7 @@ from trec_twotower.training.sharding_plan import (
 )
 
 pytestmark = pytest.mark.filterwarnings(*SAID_BY_TORCHREC)
-LARGE = Path(__file__).resolve().parent.parent / "configs/large.yaml"
+LARGE = Path(__file__).resolve().parents[2] / "configs/large.yaml"
 
 
 def test_the_plan_has_the_bytes_of_every_shard():

@@ -20,7 +20,7 @@ from trec_twotower.config.run_config import RunConfig, binding, check_same_run, 
 from trec_twotower.config.training import OptimizerConfig, TrainConfig
 from trec_twotower.errors import ConfigError, nearest
 
-SHIPPED = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
+SHIPPED = sorted((Path(__file__).resolve().parents[2] / "configs").glob("*.yaml"))
 SMALL = """
 data: {dataset: data/d}
 tables: {item: {buckets: 100, dim: 8}}
@@ -528,7 +528,7 @@ def test_a_setting_that_an_older_run_has_not_is_at_its_default_there():
 
 
 def test_the_page_on_training_shows_a_config_that_holds_and_every_setting_it_names_is_one():
-    page = (Path(__file__).parent.parent / "docs" / "training.md").read_text()
+    page = (Path(__file__).resolve().parents[2] / "docs" / "training.md").read_text()
     [shown] = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
     validate(TrainConfig, parse_yaml(shown, "docs/training.md")["train"], "docs/training.md")
     for prefix, model in (("train.", TrainConfig), ("train.optimizer.", OptimizerConfig), ("tables.NAME.", TableSpec)):

@@ -12,8 +12,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from tests.data.loading.test_stream import GROWN, config_of, expected, folder, items, publish, rows  # noqa: F401 - a fixture
 from tests.ranks.launch import SAID_BY_TORCHREC
-from tests.test_stream import GROWN, config_of, expected, folder, items, publish, rows  # noqa: F401 - a fixture
 from trec_twotower.config.base import as_values
 from trec_twotower.config.loading import to_yaml
 from trec_twotower.config.run_config import RunConfig

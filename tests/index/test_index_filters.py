@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from tests.test_index import clustered, settings
+from tests.index.test_index import clustered, settings
 from trec_twotower.errors import ConfigError, DataError
 from trec_twotower.index import build_index, filters, mask_of
 from trec_twotower.index.filters import choose_strategy

@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from tests.kinds import WITH_HARDEST
-from tests.test_losses import CASES, KINDS, assert_equal, block_of
+from tests.model.losses.test_losses import CASES, KINDS, assert_equal, block_of
 from trec_twotower.model.losses import LOSSES, Hardest, Pairs, Relations
 
 SELECTING = [kind for kind in KINDS if KINDS[kind][0] in WITH_HARDEST]

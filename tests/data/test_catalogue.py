@@ -38,7 +38,7 @@ from trec_twotower.storage.array_store import InMemory, OnDisk, open_arrays
 from trec_twotower.storage.cache_dir import CacheFolder, size_of
 from trec_twotower.training.run_dir import Run
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 TABLES = {
     "item": TableSpec(buckets=1000, dim=4),
     "colour": TableSpec(buckets=50, dim=4, seed=3),

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from tests import test_stream as streaming
+from tests.data.loading import test_stream as streaming
 from tests.kinds import build_loss
 from tests.ranks.launch import SAID_BY_TORCHREC
 from tests.ranks.states import whole_state

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tests.test_reading_values import read, refusal, write, write_json
+from tests.data.sources.test_reading_values import read, refusal, write, write_json
 from trec_twotower.errors import ConfigError, DataError
 
 INSTANT = 1_333_476_009  # 2012-04-03 18:00:09 UTC

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 LAUNCHER = ROOT / "launch/torchrun.sh"
 SHOW = '#!/bin/sh\necho ARGS "$@"\nenv\n'  # stands in for Python: shows what it was called with
 

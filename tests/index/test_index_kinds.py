@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tests.test_index import best_written_out, clustered, recall, settings
+from tests.index.test_index import best_written_out, clustered, recall, settings
 from trec_twotower.config.evaluation import IndexConfig
 from trec_twotower.errors import ConfigError, DataError
 from trec_twotower.index import ItemIndex, Matrix, build_index, choose_recipe, faiss, training
