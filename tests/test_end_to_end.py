@@ -57,7 +57,7 @@ def score_slowly(ranked: dict[Any, list[Any]], test: list[dict[str, Any]], k: in
 
 def recommended(out: str) -> list[tuple[float, str]]:
     """Score and item id of each line that `recommend` prints."""
-    lines = out.split("and gets:")[1].splitlines()
+    lines = out.split("and is recommended:")[1].splitlines()
     return [(float(line.split()[1]), re.findall(r"\[(\S+)\]$", line)[0]) for line in lines if line.strip()]
 
 
@@ -324,7 +324,7 @@ def test_a_dataset_of_words_for_ids_goes_all_the_way(shop_copy, cli, shop_tables
     assert [item for _, item in answer] == sorted(score, key=score.__getitem__, reverse=True)[:10]
     for found, item in answer:
         assert score[item] == pytest.approx(found, abs=2e-4)
-    shown = said.out.split("and gets:")[0].splitlines()[1:]
+    shown = said.out.split("and is recommended:")[0].splitlines()[1:]
     assert [line.split(" (")[0].strip() for line in shown] == [
         f"A {item.replace('-', ' no. ')}" for item in history[::-1][:5]
     ]

@@ -293,10 +293,10 @@ def _recommend(options: argparse.Namespace) -> int:
             if answer.error is not None:
                 print(f"trec-twotower recommend: {printable(answer.error)}", file=sys.stderr, flush=True)
                 continue
-            print(f"User {printable(answer.user_id)} took last:")
+            print(f"User {printable(answer.user_id)} interacted last with:")
             for about in answer.history:
                 print(f"      {format_item(about)}")
-            print("and gets:")
+            print("and is recommended:")
             for place, item in enumerate(answer.items, 1):
                 print(f"  {place:>3}  {item.score:>8.4f}  {format_item(item.about)}  [{printable(item.item_id)}]")
     return 0 if any(answer.is_known for answer in answers) else DataError.exit_code

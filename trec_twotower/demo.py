@@ -51,9 +51,9 @@ def run_demo(folder: Path, num_ranks: int | None = None) -> int:
             return code
     status = read_json(run / "status.json")
     print(
-        f"\nThe whole way took {time.perf_counter() - started:.0f} s, of which training {status['train_s']:.0f} s "
-        f"({status['rows_per_s']:,.0f} rows/s on {status['num_ranks']} ranks, at most "
-        f"{status['peak_rank_bytes'] / 2**20:,.0f} MiB each)."
+        f"\nTotal {time.perf_counter() - started:.0f} s (training {status['train_s']:.0f} s, "
+        f"{status['rows_per_s']:,.0f} rows/s on {status['num_ranks']} ranks, peak RSS "
+        f"{status['peak_rank_bytes'] / 2**20:,.0f} MiB per rank)."
     )
     print(f"dataset  {dataset}")
     print(f"run      {run}  (config.yaml, metrics.jsonl, checkpoints/, export/, index/, evaluation.json, report.html)")

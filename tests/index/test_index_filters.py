@@ -87,7 +87,7 @@ def test_an_answer_is_never_short_of_items_that_there_are(world, strategy):
 
 
 def test_allowed_items_are_all_scored_where_they_are_no_more_than_a_search_scans(world):
-    """The rule of docs/index.md, from counts alone: the same strategy for the same filter, k and index."""
+    """The rule of docs/retrieval-index.md, from counts alone: the same strategy for the same filter, k and index."""
     item_ID, _, index = world
     for k in (1, 10, 20, 200):
         for num_allowed in (1, 15, 100, 400, 1_000, 3_000, 5_999):

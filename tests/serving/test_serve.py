@@ -289,7 +289,7 @@ def test_a_user_of_other_parts_gets_no_item_that_was_taken(cli, shop, shop_table
     taken = row["history"] if split == "train" else [*row["history"], *row["positives"]]
     listed = re.findall(r"\[(\S+)\]$", said.out, flags=re.MULTILINE)
     assert set(listed) == set(shop_tables["items"]["item_id"].to_pylist()) - set(taken)
-    shown = said.out.split("and gets:")[0].splitlines()[1:]
+    shown = said.out.split("and is recommended:")[0].splitlines()[1:]
     assert [line.split(" (")[0].strip() for line in shown] == [
         f"A {item.replace('-', ' no. ')}" for item in reversed(taken)
     ]

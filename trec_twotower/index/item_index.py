@@ -199,7 +199,7 @@ class ItemIndex:
         return allowed
 
     def strategy_of(self, allowed: Allowed, k: int) -> Strategy:
-        """Return how a search for `k` of the allowed items is made, by their number (docs/index.md)."""
+        """Return how a search for `k` of the allowed items is made, by their number (docs/retrieval-index.md)."""
         effort = self._effort(k, 0, allowed)
         return choose_strategy(allowed, k, effort.scanned_share * len(self), self.dim)
 

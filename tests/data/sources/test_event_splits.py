@@ -319,7 +319,7 @@ def test_a_final_fit_trains_exports_indexes_and_recommends(cli, tmp_path):
     newest = [row["item_id"] for row in pq.read_table(log).to_pylist() if row["user_id"] == 7]
     said = cli("recommend", final, "--user", "7", "--k", "5")
     assert said.code == 0, said.err
-    took, gets = said.out.split("and gets:")
+    took, gets = said.out.split("and is recommended:")
     assert f"item {newest[-1]}" in took.splitlines()[1]
     assert not {f"[{item}]" for item in newest} & set(gets.split())
     exported = pa.concat_tables(pq.read_table(path) for path in (final / "export").glob("users-*.parquet"))
