@@ -124,7 +124,9 @@ def _evaluate(sub: argparse.ArgumentParser) -> None:
         help="also metrics over N drawn items in place of the catalogue, as papers do",
     )
     sub.add_argument(
-        "--same", metavar="COLUMN", help="with --sampled: also of items alike in this column, such as the category"
+        "--same",
+        metavar="COLUMN",
+        help="with --sampled: also of items with the same value of this column, such as the category",
     )
     sub.add_argument("--rankings", type=Path, metavar="FILE", help="also write user_id, item_ids as Parquet")
 
