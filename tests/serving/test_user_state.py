@@ -61,6 +61,18 @@ ALIGNED: dict[str, tuple[dict[str, Any], dict[str, Any], str, list[Any]]] = {
         "history_times",
         [utc(10), utc(20), utc(25), utc(25)],
     ),
+    "times: milliseconds beside a timestamp": (
+        {"times": "history_times", "unit": "ms"},
+        {"history_times": [10_000, 20_000], "timestamp": utc(25.5)},
+        "history_times",
+        [10_000, 20_000, 25_500, 25_500],
+    ),
+    "times: a number is in milliseconds as well": (
+        {"times": "history_times", "unit": "ms"},
+        {"history_times": [10_000, 20_000], "timestamp": 25_500},
+        "history_times",
+        [10_000, 20_000, 25_500, 25_500],
+    ),
     "times: nanoseconds do not fall": (
         {"times": "history_times"},
         {

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from trec_twotower.config.feature_spec import HISTORY, FeatureSpec
+from trec_twotower.config.feature_spec import HISTORY, FeatureSpec, ItemListFeature, TimeUnit
 from trec_twotower.data.dataset import ITEM_ID, POSITIVES, SERVING, USER_ID
 from trec_twotower.data.feature_dataset import FeatureDataset
 from trec_twotower.data.features.datetime_parts import PER_SECOND, counted, is_time
@@ -189,27 +189,28 @@ def _time(row: pa.Table, column: str, feature: FeatureSpec) -> pa.Array:
     """Return the time of the row's own interactions (one element), not before those of the list."""
     times = _elements(row[column]).drop_null()
     newest = times.slice(max(len(times) - 1, 0))
-    newest_s = _seconds(newest) if len(newest) else -np.inf
+    unit: TimeUnit = feature.unit if isinstance(feature, ItemListFeature) else "s"  # of plain numbers
+    newest_s = _seconds(newest, unit) if len(newest) else -np.inf
     for name in (feature.side_columns.get("until"), *_own_names(column), TIMESTAMP):
         own = None if name is None else _scalar(row, name)
         if own is None or not is_time(own.type):
             continue
-        own_s = _seconds(own.cast(pa.timestamp("s")) if pa.types.is_date(own.type) else own)
+        own_s = _seconds(own.cast(pa.timestamp("s")) if pa.types.is_date(own.type) else own, unit)
         if newest_s <= own_s < np.inf:
             if pa.types.is_timestamp(times.type):
                 return (
                     pa.array([round(own_s * 1e6)]).cast(pa.timestamp("us", times.type.tz)).cast(times.type, safe=False)
                 )
-            return pa.array([own_s]).cast(times.type, safe=False)
+            return pa.array([own_s * PER_SECOND[unit]]).cast(times.type, safe=False)
     return newest if len(newest) else pa.array([0]).cast(times.type)
 
 
-def _seconds(time: pa.Array) -> float:
-    """Return one time in seconds; plain numbers are seconds, as they are in lists of times."""
-    second = 1
+def _seconds(time: pa.Array, unit: TimeUnit) -> float:
+    """Return one time in seconds; plain numbers are in `unit`, as in the lists of times of the feature."""
+    second = PER_SECOND[unit]
     if pa.types.is_timestamp(time.type):
-        time, unit = counted(time)
-        second = PER_SECOND[unit]
+        time, own_unit = counted(time)
+        second = PER_SECOND[own_unit]
     return float(time[0].as_py()) / second
 
 
