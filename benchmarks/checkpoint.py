@@ -72,7 +72,7 @@ def saving(job: Job, folder: Path, saves: int) -> dict[str, float]:
     """Saves in the background with steps beside them, and plain ones, in turn."""
     import torch.distributed.checkpoint as dcp
 
-    from trec_twotower.training.checkpoints.checkpoint import _state
+    from trec_twotower.training.checkpoints.checkpoint import state_of
 
     batches = list(batches_of(folder / "log", threads=0).since(0, 20))
     usual_s = statistics.median([job.step(batch) for batch in batches][4:])
@@ -90,7 +90,7 @@ def saving(job: Job, folder: Path, saves: int) -> dict[str, float]:
         by = folder / "plain"
         shutil.rmtree(by, ignore_errors=True)
         started = time.perf_counter()
-        dcp.save(_state(job.model, job.optimizer), checkpoint_id=by, no_dist=True)
+        dcp.save(state_of(job.model, job.optimizer), checkpoint_id=by, no_dist=True)
         plain_s = time.perf_counter() - started
         shutil.rmtree(by)
         if number:  # the first one makes the copy's memory
