@@ -31,7 +31,7 @@ lint: setup-test
 	$(PY) -m mypy
 
 test: lint
-	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(PY) -m pytest -n $(TEST_PROCESSES) --dist loadgroup -m "not soak" $(PYTEST_ARGS)
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(PY) -m pytest -n $(TEST_PROCESSES) --dist loadfile -m "not soak" $(PYTEST_ARGS)
 
 test-gpu: setup-test
 	$(PY) -m pytest tests/test_gpu.py tests/index/test_index.py::test_the_gpu_answers_as_the_cpu_does $(PYTEST_ARGS)

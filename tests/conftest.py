@@ -102,14 +102,3 @@ def lone_rank() -> Iterator[Any]:
     _quiet()
     with start_ranks() as ranks:
         yield ranks
-
-
-_OF_ALL_CASES = {"on_one_rank", "on_two_ranks"}  # the dearest fixtures: made once, so their tests share a process
-
-
-@pytest.hookimpl(trylast=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Where tests run in several processes, those of a file stay together, and so do those of the dearest fixtures."""
-    for item in items:
-        shares = _OF_ALL_CASES & set(getattr(item, "fixturenames", ()))
-        item.add_marker(pytest.mark.xdist_group("all cases" if shares else item.path.name))

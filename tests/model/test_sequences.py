@@ -26,6 +26,7 @@ from trec_twotower.data.loading.batch import make_batch
 from trec_twotower.errors import ConfigError, DataError
 from trec_twotower.index import build_index
 from trec_twotower.inference.export import read_export
+from trec_twotower.model.tower_inputs import SideInputs, build_inputs
 from trec_twotower.serving.retriever import Retriever
 from trec_twotower.serving.user_state import state_table
 from trec_twotower.training.model_builder import build_model, inner_model
@@ -195,7 +196,10 @@ def test_what_enters_the_tower_equals_the_sum_written_out(kind, world, tmp_path,
         weights["history_delta"] += torch.randn(weights["history_delta"].shape)  # in place: the model's own
         seen: list[torch.Tensor] = []
         encoder.encoder.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
-        pooled, _ = model._pooled(make_batch(schema, columns, sources.catalogue.columns))
+        batch = make_batch(schema, columns, sources.catalogue.columns)
+        pooled, vectors = model._lookup(batch)
+        given = SideInputs(model.user_tower, batch.user_divisor_BF, batch.user_number_BN)
+        build_inputs(schema, {"user": given}, pooled, vectors, batch.listed)  # adds what is encoded to `pooled`
     item_feature = {feature.name: feature for feature in schema.item}
     table = rows.to_pylist()
     expected = []
