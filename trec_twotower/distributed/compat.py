@@ -1,4 +1,4 @@
-"""Private names of torch, torchrec and fbgemm that this package depends on, each behind one function.
+"""Private names of torch, torchrec and fbgemm that this package depends on, each in one function.
 
 A name with a public replacement falls back to it. A name without one raises UnsupportedVersion, which reports the
 installed version and the versions that this module was tested with.

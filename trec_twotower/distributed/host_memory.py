@@ -13,7 +13,9 @@ import pyarrow as pa
 CGROUPS = Path("/sys/fs/cgroup")
 KEPT_BYTES = 1 << 27  # freed at the end of the heap, before any of it is given back
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
-_LARGEST_OF_HEAP = 1 << 25  # the largest block that glibc takes from its heap: it learns no larger one by itself either
+_LARGEST_OF_HEAP = (
+    1 << 25
+)  # the largest block that glibc allocates from its heap; its dynamic threshold never exceeds this either
 
 
 def host_bytes(cgroups: Path = CGROUPS, membership: Path = Path("/proc/self/cgroup")) -> int:
@@ -57,8 +59,8 @@ def peak_resident_bytes() -> int:
 def keep_freed() -> bool:
     """Have the C library keep blocks of some MB that are freed: whoever reads makes and frees such all the time.
 
-    glibc else gives them back to the system and has them zeroed anew: a tenth of a reader's time. What the environment
-    says of malloc (the launcher's settings do) counts before. Returns whether it was done.
+    otherwise glibc returns them to the system, which zeroes them again: a tenth of a reader's time. Settings of malloc
+    in the environment (such as the launcher's) take precedence. Returns whether it was done.
     """
     if "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", "") or any(name.startswith("MALLOC_") for name in os.environ):
         return False

@@ -16,7 +16,7 @@ from typing import Any
 
 AGENT_PID = "TREC_TT_AGENT_PID"  # as in preemption.py; this module also runs where the package is not installed
 
-# What torch's agent logs whenever ranks fail or are stopped; this module says it once, in one line.
+# What torch's agent logs whenever ranks fail or are stopped; this module prints it once, in one line.
 _SAID_BY_US = ("failed (exitcode", "Sending process", "Received %s death signal", "Got termination signal")
 _AGENT_LOGGERS = (
     "torch.distributed.elastic.multiprocessing.api",
@@ -30,9 +30,11 @@ def main(args: list[str] | None = None) -> int:
     """Run torchrun with `args`; the exit code is 0, that of the first failed rank, or 128 + the signal."""
     os.environ[AGENT_PID] = str(os.getpid())  # ranks do not outlive it
     with tempfile.TemporaryDirectory(prefix="trec-twotower-") as said_dir:
-        os.environ["TREC_TT_SAID_DIR"] = said_dir  # where ranks that find the same mistake agree who tells it
+        os.environ["TREC_TT_SAID_DIR"] = (
+            said_dir  # where ranks that find the same error agree on the rank that prints it
+        )
         code = _run([f"--signals-to-handle={_SIGNALS}", *(sys.argv[1:] if args is None else args)])
-        left = Path(said_dir) / "exit_code"  # by ranks that were told to stop, and ended as if nothing had failed
+        left = Path(said_dir) / "exit_code"  # written by ranks that were stopped by a signal and ended without failure
         return int(left.read_text()) if left.is_file() else code
 
 
@@ -72,7 +74,7 @@ def _first_failure(failures: dict[int, Any]) -> int:
 def _order(failure: Any) -> tuple[bool, int, bool]:
     """Sort key, causes first: the agent ends the rest by SIGTERM, and a rank that lost a peer exits with 1.
 
-    Timestamps are whole seconds, so ranks that fell together are told apart by what befell them.
+    Timestamps are whole seconds, so ranks that failed in the same second are ordered by the kind of their failure.
     """
     stopped = failure.exitcode in (-signal.SIGTERM, 128 + signal.SIGTERM)
     echo = failure.exitcode in (1, -signal.SIGABRT)

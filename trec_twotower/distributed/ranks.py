@@ -67,7 +67,7 @@ class Ranks:
     def precision(self, wanted: Literal["auto", "fp32", "bf16"]) -> Literal["fp32", "bf16"]:
         """What products are made of: for `auto` bf16 where this device multiplies such numbers faster, else fp32.
 
-        TREC_TWOTOWER_PRECISION in the environment says what auto means instead.
+        TREC_TWOTOWER_PRECISION in the environment overrides `auto`.
         """
         word = os.environ.get("TREC_TWOTOWER_PRECISION", "auto") if wanted == "auto" else wanted
         match word:
@@ -118,7 +118,7 @@ class Ranks:
         set_collective_timeout(timedelta(seconds=self.timeout_s))
 
     def new_group(self) -> dist.ProcessGroup:
-        """A group of all ranks for messages between CPUs that run beside others'."""
+        """Return a group of all ranks for messages between CPUs, independent of the default group."""
         group = dist.new_group(backend="gloo", timeout=timedelta(seconds=self.timeout_s))
         assert isinstance(group, dist.ProcessGroup)
         return group
@@ -178,7 +178,7 @@ def _multiplies_bf16(device: torch.device) -> bool:
 
 
 def _able_to_travel(error: Exception) -> Exception:
-    """The error itself, or one that says the same where other processes cannot be sent it (they would wait for it)."""
+    """Return the error, or one with the same message if it cannot be pickled (other ranks would wait for it)."""
     try:
         pickle.loads(pickle.dumps(error))
     except Exception:
@@ -204,7 +204,7 @@ class _AllGather(torch.autograd.Function):
         return mine, None
 
 
-# What torchrec says through the root logger of tables that are not sharded, and of starts without torchrun.
+# Messages of torchrec through the root logger about tables that are not sharded, and starts without torchrun.
 _NO_NEWS = ("Sharding spec not found", "Could not determine LOCAL_WORLD_SIZE")
 
 
@@ -262,7 +262,7 @@ def usable_device(wanted: Wanted = "auto", local_rank: int = 0, local_ranks: int
 
 
 def _hides_gpus() -> bool:
-    """Whether the environment says that the CPU is meant."""
+    """Return whether the environment selects the CPU."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     return visible in ("", "-1") or os.environ.get("TREC_TT_DEVICE") == "cpu"
 
@@ -359,8 +359,8 @@ def start_ranks(
     finally:
         if ranks is not None:
             ranks.end()
-        # NCCL takes its communicators down on all ranks together: where others still wait for this one in a collective,
-        # it would wait for them, and the error with it. The end of the process takes them down as well.
+        # NCCL destroys its communicators on all ranks together: if other ranks still wait for this one in a collective,
+        # this call would wait for them, and the error would not be shown. The end of the process destroys them too.
         if not (has_failed and num_ranks > 1 and place.type == "cuda"):
             dist.destroy_process_group()
 

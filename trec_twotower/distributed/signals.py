@@ -1,4 +1,4 @@
-"""Being told to stop: signals that wait for the end of a step, and ranks that do not outlive their launcher."""
+"""Stop signals, which wait for the end of a step, and ranks that end with their launcher."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which rank is where: told to the others every second, and said when one does not answer."""
+"""The phase of each rank: published every second, and reported when a rank does not answer."""
 
 from __future__ import annotations
 
@@ -82,10 +82,10 @@ class Heartbeat:
                 if self._is_over.wait(BEAT_S):
                     return
         except dist.DistError:
-            self._is_store_gone.set()  # the next collective fails and says so
+            self._is_store_gone.set()  # the next collective fails and reports it
 
     def _others(self) -> str:
-        """What is known of the other ranks, in words; `_mistake` becomes what one of them has found."""
+        """Return the known state of the other ranks as text; `_mistake` is set to the error that one of them found."""
         said: list[str] = []
         asking = threading.Thread(target=self._ask, args=(said,), daemon=True)
         asking.start()
@@ -116,14 +116,14 @@ class Heartbeat:
 
 
 def is_lost(error: BaseException) -> bool:
-    """Whether it says that another rank did not answer."""
+    """Return whether the error reports that another rank did not answer."""
     if isinstance(error, dist.DistError):
         return True
     return type(error) is RuntimeError and any(word in str(error) for word in LOST)
 
 
 def cause_of(error: BaseException) -> str:
-    """What torch's error says first, without its advice and the place in its source."""
+    """Return the first part of torch's error, without its advice and source location."""
     line = (str(error).strip() or type(error).__name__).splitlines()[0]
     line = line.partition(". This is typically caused")[0]
     return line.rpartition("] ")[2][:160] if line.startswith("[") else line[:160]

@@ -1,4 +1,4 @@
-"""What a model should beat: items that were taken together, and two towers in closed form."""
+"""Baselines: item-to-item co-occurrence, and two towers from a truncated SVD."""
 
 from __future__ import annotations
 
@@ -17,13 +17,15 @@ from trec_twotower.ops.ragged import Ragged, offsets_of, side_by_side
 from trec_twotower.training.spectral_initialization import Taken, spectral_tables
 
 MOST_NEIGHBOURS = 100  # of an item
-MOST_TAKEN = 1000  # items of a user: one who took more says little of what goes together
+MOST_TAKEN = (
+    1000  # items of a user; users with more are not counted, as they carry little information about co-occurrence
+)
 KEPT_CELLS = 1 << 27  # neighbours of all items
 
 
 @dataclass(frozen=True)
 class ItemToItem:
-    """Each item's nearest by the cosine of who took them (Sarwar et al. 2001): |both| / sqrt(|one| |other|)."""
+    """Each item's nearest by the cosine of their users (Sarwar et al. 2001): |both| / sqrt(|one| |other|)."""
 
     neighbour_IN: np.ndarray  # int32 item rows, nearest first; -1 where there are no more
     likeness_IN: np.ndarray  # float32
@@ -73,7 +75,7 @@ class ItemToItem:
 
 @dataclass(frozen=True)
 class SpectralTowers:
-    """The two towers of spectral.py, untrained: a user is the sum over what he took, scored by the inner product."""
+    """Untrained towers from a truncated SVD: a user is the sum over the history, scored by the inner product."""
 
     history_ID: np.ndarray
     item_ID: np.ndarray
@@ -89,7 +91,7 @@ class SpectralTowers:
         return cls(history.cpu().numpy(), item.cpu().numpy(), count_I)
 
     def users(self, seen: Ragged) -> np.ndarray:
-        """(users, D) float32; zero for those who took nothing."""
+        """Return (users, D) float32; zero for users without items."""
         seen = seen.distinct()
         bags = (torch.from_numpy(part) for part in (seen.values, self.history_ID, seen.offsets[:-1]))
         return functional.embedding_bag(*bags, mode="sum").numpy()
@@ -108,7 +110,7 @@ class SpectralTowers:
 
 
 def popularity_vectors(count_I: np.ndarray, num_users: int) -> tuple[np.ndarray, np.ndarray]:
-    """Items (I, 1) and users (B, 1) whose inner products are how often the items were taken."""
+    """Return items (I, 1) and users (B, 1) whose inner products are the numbers of interactions."""
     return np.asarray(count_I, np.float32)[:, None], np.ones((num_users, 1), np.float32)
 
 

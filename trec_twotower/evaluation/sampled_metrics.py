@@ -1,4 +1,4 @@
-"""Metrics over a few drawn items in place of the whole catalogue, as many papers give them.
+"""Metrics over a few sampled items instead of the full catalogue, as in many papers.
 
 They are far higher than those over the catalogue and may order contenders otherwise (Krichene & Rendle 2020), so they
 are only computed where asked for, and named for what they are.
@@ -20,7 +20,7 @@ TRIES = 20  # draws for each negative wanted, before a user gets fewer
 
 @dataclass(frozen=True)
 class Negatives:
-    """From which items those are drawn that stand beside a positive: all, or those of its own part."""
+    """Where the negatives of a positive are sampled from: all items, or those with the same value of a column."""
 
     name: str  # uniform, or same COLUMN
     count: int  # for each positive

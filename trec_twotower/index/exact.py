@@ -20,7 +20,7 @@ from trec_twotower.ops.ragged import Ragged
 from trec_twotower.ops.topk import MAX_CELLS, blocks_by_length, find_repeats, first_allowed
 
 SPARE = 8  # candidates fetched beyond k, to see whether the k-th best ties with the next
-MORE = 4  # times as many are fetched while it does
+MORE = 4  # factor by which a repeated search fetches more
 ROUNDING = 8 * 2.0**-24  # two float32 sums of one inner product differ by less, x sqrt(dim) |user| |item|
 USER_BLOCK, ITEM_BLOCK = 256, 1 << 17  # scores that a GPU holds at a time: 128 MiB
 

@@ -61,8 +61,8 @@ def check_mask(mask_I: np.ndarray, num_items: int) -> np.ndarray:
 def choose_strategy(allowed: Allowed, k: int, scanned_items: float, dim: int) -> Strategy:
     """Return how to search the allowed items for `k`, from counts alone.
 
-    "exact" scores all of them, if they are no more than an unfiltered search for as many items as contain `k` allowed
-    ones would scan (`scanned_items`), or if `k` asks for all. "selector" scans lists or a graph and skips the others.
+    "exact" scores all of them, if they are no more than an unfiltered search for the number of items that contains `k`
+    allowed ones would scan (`scanned_items`), or if `k` asks for all. "selector" scans lists or a graph and skips the others.
     """
     if k >= len(allowed.item_rows):
         return "exact"

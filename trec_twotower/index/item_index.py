@@ -62,7 +62,7 @@ class IndexReport:
         return min(self.curve, key=lambda point: abs(point[1] - self.scanned_share))[2]
 
     def summary(self) -> str:
-        """Return a line that says what was built and what it reaches."""
+        """Return a line with what was built and the recall that it reaches."""
         kind = f"{self.shards} x {self.kind}" if self.shards > 1 else self.kind
         lists = f"{self.efforts[0].breadth:,} of {self.lists:,} lists and " if self.lists else ""
         most = f" (at most {self.scanned_most:.1%} for 99 of 100 users)" if self.lists else ""
@@ -228,7 +228,7 @@ class ItemIndex:
         return (seen if is_here.all() else seen.where(is_here)) if is_here.any() else None
 
     def _effort(self, k: int, num_seen: int, allowed: Allowed | None) -> SearchEffort:
-        """Return the effort that finds `k` allowed and unseen items: that of the neighbours which contain so many.
+        """Return the effort that finds `k` allowed and unseen items: that of the neighbours which contain them.
 
         It is the same for every `k` up to a tuned one, so that a shorter answer is the head of a longer one.
         """
@@ -425,7 +425,7 @@ def _how_to_map(manifest: dict[str, Any]) -> int:
 
 
 def _head_digest(path: Path) -> str:
-    """Of accidents alone it is to tell, and that in a hundredth of a millisecond."""
+    """Return a digest that detects accidental changes only, in a hundredth of a millisecond."""
     with path.open("rb") as file:
         return f"xxh3-{xxhash.xxh3_64_hexdigest(file.read(HEAD_BYTES))}"
 

@@ -1,4 +1,4 @@
-"""Items near items: what training takes its hardest negatives from."""
+"""Nearest items of items, from which training samples hard negatives."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from trec_twotower.index.searcher import SearchEffort, Searcher
 from trec_twotower.ops.topk import first_allowed
 
 EXACT_ITEMS = 1 << 16  # of a larger catalogue the neighbours are those that an inverted file finds
-LISTS_SCANNED = 32  # one list of so many
+LISTS_SCANNED = 32  # items per list
 BLOCK = 4096  # items searched for at a time
 
 

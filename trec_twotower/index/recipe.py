@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from trec_twotower.config.evaluation import IndexConfig
 from trec_twotower.errors import ConfigError
 
-EXACT_ITEMS = 16_384  # up to so many, scoring all of them is as fast as choosing which to score
-GRAPH_LISTS = 16_384  # from so many on, the lists are themselves found through a graph
+EXACT_ITEMS = 16_384  # up to this number, scoring all items is as fast as selecting some
+GRAPH_LISTS = 16_384  # from this number on, a graph finds the lists
 SHARD_BYTES = 16 << 30  # a file, and a GPU's share, stays below
 SHARD_ITEMS, MOST_SHARDS = 64, 256  # a search goes through all shards: more, of fewer items, serve nobody
 POINTS_PER_LIST = 39  # FAISS's own floor of training points for a centroid worth its name
@@ -35,8 +35,8 @@ def choose_recipe(num_items: int, dim: int, config: IndexConfig, *, on_gpu: bool
     """Return the recipe of `config.factory`, else the fastest of ours that fits into `config.memory_gb`.
 
     Lists of half-precision vectors: half the bytes of float32 go through the processor, and the rounding costs no
-    recall. Up to EXACT_ITEMS stay in float32, whose scores are exact. Less memory than that takes 8-bit lists. Raises
-    ConfigError where nothing fits.
+    recall. Up to EXACT_ITEMS stay in float32, whose scores are exact. With less memory than that, lists have 8-bit
+    codes. Raises ConfigError where nothing fits.
     """
     if config.factory is not None:
         lists = Recipe(config.factory).lists
@@ -87,7 +87,7 @@ def choose_lists(num_items: int, config: IndexConfig) -> int:
 
 
 def _list_recipes(num_items: int, lists: int, dim: int, on_gpu: bool) -> dict[str, float]:
-    """Factory strings, the fastest first, and the bytes an item takes in each."""
+    """Return factory strings, the fastest first, with their bytes per item."""
     coarse = f"IVF{lists}" if lists < GRAPH_LISTS or on_gpu else f"IVF{lists}_HNSW32"
     half, eighth = {f"{coarse},SQfp16": 2.0 * dim + ID_BYTES}, {f"{coarse},SQ8": 1.0 * dim + ID_BYTES}
     if num_items <= EXACT_ITEMS:

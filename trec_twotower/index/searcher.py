@@ -28,7 +28,7 @@ from trec_twotower.index.exact import (
 )
 from trec_twotower.index.filters import Allowed, Strategy, check_mask
 
-SAMPLE_ITEMS = 2048  # items that tell the rank of a score
+SAMPLE_ITEMS = 2048  # items from which the rank of a score is estimated
 FEWEST_ABOVE = 8  # of them must score higher for the rank to be known
 
 

@@ -28,8 +28,8 @@ from trec_twotower.index.backends.matrix import Vectors
 from trec_twotower.index.backends.shard import Shard
 from trec_twotower.index.recipe import GRAPH_LISTS
 
-POINTS = 48  # training points per list, where there are so many items
-CODE_POINTS = 65_536  # training points of codes, where there are so many items
+POINTS = 48  # training points per list, if there are enough items
+CODE_POINTS = 65_536  # training points of codes, if there are enough items
 FEWEST_POINTS = 256  # centroids of 8-bit codes; fewer items are repeated
 UNHIT = 1.0  # weight of an item that no user is known to want, where the mean number of hits counts 1
 
@@ -114,7 +114,7 @@ def probing_centroids(
 
 
 def _scanned(centroid_LD: np.ndarray, list_BK: np.ndarray, vector_BD: np.ndarray, size_L: np.ndarray) -> float:
-    """Return the items per user in as many best lists as contain 99 % of the given ones."""
+    """Return the items per user in the number of best lists that contains 99 % of the given ones."""
     nprobe = rank_share(vector_BD, centroid_LD, list_BK, 0.99)
     best_BP = np.argsort(-(vector_BD @ centroid_LD.T), axis=1, kind="stable")[:, :nprobe]
     return float(size_L[best_BP].sum(axis=1).mean())

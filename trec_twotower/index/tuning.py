@@ -46,7 +46,7 @@ class RecallJudge:
 def tune(
     searcher: Searcher, tuned_for: Sequence[RecallJudge], reported_on: RecallJudge, config: IndexConfig
 ) -> dict[str, Any]:
-    """Return what the report says of the searches that reach the target recall; sets the searcher's refinement.
+    """Return the part of the report about the searches that reach the target recall; sets the searcher's refinement.
 
     `tuned_for` has judges of rising k, `reported_on` judges the first k for other users. Raises ConfigError where
     scanning everything does not reach the target.

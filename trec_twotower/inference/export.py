@@ -148,8 +148,8 @@ def _write(
 ) -> str | None:
     """Encode and write this rank's share of the rows; returns what is wrong with the vectors, if anything is.
 
-    `kinds` are of what stands before the vectors, the ids first; `beside` gives that for rows from and to, as
-    `vectors_of` gives the vectors, for which all ranks call together.
+    `kinds` are the types of the columns before the vectors, the ids first; `beside` returns these columns for a range
+    of rows, as `vectors_of` returns the vectors, for which all ranks call together.
     """
     mine = ranks.share(num_rows)
     path = folder / f"{what}-{ranks.rank:05d}-of-{ranks.num_ranks:05d}.parquet"

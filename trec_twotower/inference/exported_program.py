@@ -34,7 +34,7 @@ class ProgramError(RuntimeError):
 
 
 class Program(nn.Module):
-    """One side's tables and tower. `forward` takes the tensors of `program_inputs` by name, gives vectors:
+    """One side's tables and tower. `forward` maps the tensors of `program_inputs`, by name, to vectors:
 
     KEY/values   int64, the table rows of all rows' ids below each other; KEY is such as user:history
     KEY/length   int64, how many of them each row has (of a sequence's items and their attributes: each distinct item)
@@ -79,7 +79,7 @@ _FIELDS = ("length", "weight", "divisor", "place", "gap", "action")
 
 
 def program_inputs(schema: Schema, side: Side, columns: Columns) -> dict[str, Tensor]:
-    """The tensors that a side's program takes for these rows."""
+    """Return the input tensors of a side's program for these rows."""
     batch = make_batch(schema, columns, None) if side == "user" else make_batch(schema, None, columns)
     divisor, number = batch.user_divisor_BF, batch.user_number_BN
     if side == "item":
@@ -105,7 +105,7 @@ def program_inputs(schema: Schema, side: Side, columns: Columns) -> dict[str, Te
 def export_program(model: TwoTower, side: Side) -> Any:
     """The torch.export.ExportedProgram of a side, for any number of rows; ProgramError where torch cannot have it.
 
-    It is compared with the model on batches of other sizes: a size that tracing took for fixed would show.
+    It is compared with the model on batches of other sizes: a size that tracing has fixed would be noticed.
     """
     program = Program(model, side).eval()
     schema, rng = model.schema, np.random.default_rng(0)

@@ -134,7 +134,7 @@ class Encoder:
             raise DataError(f"{folder} {error}: do not trust it; {MEND}") from None
 
     def save(self, folder: Path) -> dict[str, str]:
-        """Write the folder, whole or not at all; tells of each side's program "ok", or why there is none."""
+        """Write the folder completely or not at all; return for each side's program "ok", or why there is none."""
         with new_folder(folder) as temporary:
             write_file(temporary / CONFIG, to_yaml(self.parts.config))
             write_json(temporary / LEARNED, self.parts.statistics)
@@ -164,7 +164,7 @@ class Encoder:
             return encode(self.model, side, features, self._ranks()).cpu().numpy()
 
     def with_vectors(self, side: Side, rows: pa.Table | pa.RecordBatch) -> pa.RecordBatch:
-        """The rows' ids beside their vectors, as the export has them: for mapInArrow or map_batches."""
+        """Return ids and vectors of the rows, as in the export: for mapInArrow or map_batches."""
         _check_side(side)
         name = USER_ID if side == "user" else ITEM_ID
         table = _table(rows)
@@ -200,7 +200,7 @@ class Encoder:
         return columns if find is None else Columns(columns.num_rows, columns.sparse, columns.numbers, self._items)
 
     def inputs(self, side: Side, rows: pa.Table | pa.RecordBatch) -> dict[str, Tensor]:
-        """What the exported program of this side takes for these rows."""
+        """Return the inputs of the exported program of this side for these rows."""
         return program_inputs(self.schema, side, self.features(side, rows))
 
     def _ranks(self) -> Ranks:

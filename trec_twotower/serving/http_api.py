@@ -43,8 +43,8 @@ from trec_twotower.storage.manifest import MANIFEST
 MAX_BODY_BYTES = 1 << 20
 MAX_USERS = 256  # of one request
 KEPT_FILTERS = 64  # a filter is a mask of the catalogue, made once
-IDLE_S = 30  # a connection that says nothing for so long is closed
-STOP_S = 20  # for requests under way when the server is told to stop
+IDLE_S = 30  # an idle connection is closed after this time
+STOP_S = 20  # for requests in progress when the server is stopped
 LATENCIES_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
 ROUTES = {"/recommend": "POST", "/health": "GET", "/version": "GET", "/metrics": "GET"}
 ASKS = ("users", "states", "k", "history", "where", "only", "without", "boost", "most")
@@ -74,7 +74,7 @@ class Service:
         self._groups: dict[str, np.ndarray] = {}
 
     def _marked(self) -> tuple[int, int] | None:
-        """Changes when another index takes the place of the one that is there; None where none is."""
+        """Return a value that changes when the index is replaced; None without an index."""
         try:
             stat = (self.run_dir / "index" / MANIFEST).stat()
         except FileNotFoundError:
@@ -188,7 +188,7 @@ class Service:
         return one_chunk(split.table([column])[column])
 
     def _group(self, column: str) -> np.ndarray:
-        """The group of each item by what the column says; -1 for null, which is none."""
+        """Return the group of each item by the value of the column; -1 for null."""
         if column not in self._groups:
             array = self._column(column)
             if pa.types.is_nested(array.type):
@@ -233,7 +233,7 @@ def _told(answer: Recommendations) -> dict[str, Any]:
 
 
 class Measured:
-    """How often each path was asked, with which status, and how long it took."""
+    """Request counts by path and status, and latencies."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -325,7 +325,7 @@ class _Handler(BaseHTTPRequestHandler):
         return "trec-twotower"
 
     def log_message(self, format: str, *arguments: Any) -> None:
-        """Nothing: /metrics tells."""
+        """Log nothing: /metrics has the counts."""
 
     def do_GET(self) -> None:
         self._answer()
@@ -389,7 +389,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _content(self) -> bytes:
         lengths = self.headers.get_all("Content-Length", [])
-        if "Transfer-Encoding" in self.headers or len(lengths) > 1:  # who takes another end would see a request there
+        if (
+            "Transfer-Encoding" in self.headers or len(lengths) > 1
+        ):  # a parser that accepts another end would see a request there
             raise Refused(411, "Send the body in one piece, with one Content-Length and no Transfer-Encoding.")
         if not lengths:
             if self.command == "POST":
@@ -421,7 +423,7 @@ def _without_nan(value: Any) -> Any:
 def serve(
     run_dir: Path, host: str, port: int, *, checkpoint: str, max_k: int, reload_s: float, mapped: bool = False
 ) -> None:
-    """Answer until SIGTERM or Ctrl-C; raises ConfigError where the place is taken or the run is not ready."""
+    """Answer until SIGTERM or Ctrl-C; raises ConfigError if the port is in use or the run is not ready."""
     service = Service(run_dir, checkpoint, max_k, mapped)
     try:
         server = Server(host, port, service)

@@ -183,7 +183,7 @@ def _exchange(one: Path, other: Path) -> bool:
 
 
 def _temporary_path(path: Path, what: str) -> Path:
-    """Return a new name next to `path`. The time tells apart processes of two containers with the same number."""
+    """Return a new name next to `path`. The time distinguishes processes of two containers with the same number."""
     return path.with_name(f".{path.name}.{what}-{os.getpid()}-{time.time_ns()}")
 
 
@@ -307,7 +307,7 @@ def read_manifest(folder: Path, fix: str, format: int = FORMAT) -> dict[str, Any
 
 
 def _open_files(folder: Path, handle: int, fix: str, format: int) -> tuple[Manifest, dict[str, int]]:
-    """Return the manifest of the folder behind the descriptor `handle`, and a descriptor of each of its files."""
+    """Return the manifest of the folder with the descriptor `handle`, and a descriptor of each of its files."""
     manifest = _manifest_in(folder, handle, fix, format)
     _allow_files(len(manifest.facts["files"]))
     files: dict[str, int] = {}

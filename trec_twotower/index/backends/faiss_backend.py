@@ -55,7 +55,7 @@ def inner_products(user_BD: np.ndarray, item_ID: np.ndarray, item_row_BK: np.nda
 def sequential_search() -> Any:
     """Return search parameters by which a flat index scores by a loop, never by BLAS.
 
-    Its scores are then those of `inner_products`. FAISS takes the loop wherever a selector is given.
+    Its scores are then those of `inner_products`. FAISS uses the loop whenever a selector is given.
     """
     return faiss.SearchParameters(sel=faiss.IDSelectorAll())
 

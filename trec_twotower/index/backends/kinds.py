@@ -94,7 +94,7 @@ class GraphSearcher(Searcher):
         return self.num_items
 
     def breadth_for(self, user_BD: np.ndarray, item_row_BK: np.ndarray, share: float) -> int:
-        return item_row_BK.shape[1] + SPARE  # as many as a search fetches: nothing is known without walking
+        return item_row_BK.shape[1] + SPARE  # the number that a search fetches: a graph must be walked to know more
 
     def scanned_shares(self, user_BD: np.ndarray, effort: SearchEffort) -> np.ndarray:
         faiss.cvar.hnsw_stats.reset()
@@ -226,7 +226,7 @@ class ListSearcher(Searcher):
         return Probes(*self._quantizer.search(vector_BD, num_lists, params=parameters))
 
     def _list_parameters(self, num_lists: int, bits: np.ndarray | None = None) -> Any:
-        """Return FAISS's parameters for so many lists; those without a filter are kept, as they take long to make."""
+        """Return FAISS's parameters for a number of lists; those without a filter are cached."""
         if bits is None and num_lists in self._parameters:
             return self._parameters[num_lists]
         parameters = faiss.SearchParametersIVF(nprobe=num_lists, **_selector(bits))

@@ -1,4 +1,4 @@
-"""One FAISS index taken apart: transforms of the vectors, the index that is scanned, and the codes that refine."""
+"""The parts of one FAISS index: transforms of the vectors, the index that is scanned, and the codes that refine."""
 
 from __future__ import annotations
 
