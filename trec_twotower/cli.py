@@ -66,7 +66,7 @@ def _run(words: list[str], name: str, *, is_own_process: bool) -> int:
         print_once(f"trec-twotower {name}: {lost}", is_own=True)
         return 1
     except OSError as error:
-        if isinstance(error, BrokenPipeError) and is_unread(sys.stdout):  # as behind `| head`
+        if isinstance(error, BrokenPipeError) and is_unread(sys.stdout):  # as with `| head`
             return 128 + signal.SIGPIPE
         print_once(f"trec-twotower {name}: {error.strerror or error}: {error.filename or ''}".rstrip(": "))
         return 1

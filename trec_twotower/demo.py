@@ -1,4 +1,4 @@
-"""`demo`: every stage in turn on a generated world, each by the command a user would type."""
+"""`demo`: every stage in turn on a synthetic dataset, each with the command that a user would type."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CONFIG = package_file("configs/demo.yaml")
 
 
 def usual_ranks() -> int:
-    """Two, but not more than there are GPUs, of which a rank takes one."""
+    """Return two, but at most the number of GPUs, one per rank."""
     import torch
 
     return min(2, torch.cuda.device_count() or 2)

@@ -35,8 +35,8 @@ def leave(code: int) -> NoReturn:
     """End this process at once.
 
     gloo's threads outlive the process group where a sharded model still refers to it. One that lets go of its last
-    tensor while the interpreter is being taken down cannot get the interpreter's lock, and aborts the process. NCCL's
-    group, left behind by an error, would wait for ranks that wait for this one.
+    tensor while the interpreter shuts down cannot get the interpreter's lock, and aborts the process. NCCL's
+    group, left by an error, would wait for ranks that wait for this one.
     """
     with contextlib.suppress(OSError):  # nobody reads on, as with `| head`
         sys.stdout.flush()
@@ -49,7 +49,7 @@ def is_unread(stream: TextIO) -> bool:
     poll = select.poll()
     try:
         poll.register(stream, 0)
-    except OSError:  # no file of the system: something in Python that catches what is said
+    except OSError:  # not a file of the system but a Python object that captures the output
         return False
     return any(event & select.POLLERR for _, event in poll.poll(0))
 

@@ -62,7 +62,8 @@ def choose_strategy(allowed: Allowed, k: int, scanned_items: float, dim: int) ->
     """Return how to search the allowed items for `k`, from counts alone.
 
     "exact" scores all of them, if they are no more than an unfiltered search for the number of items that contains `k`
-    allowed ones would scan (`scanned_items`), or if `k` asks for all. "selector" scans lists or a graph and skips the others.
+    allowed ones would scan (`scanned_items`), or if `k` asks for all. "selector" scans lists or a graph and skips the
+    others.
     """
     if k >= len(allowed.item_rows):
         return "exact"

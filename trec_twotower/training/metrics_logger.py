@@ -36,7 +36,7 @@ class RunLog:
             whole = self.path.read_text().split("\n")[:-1]  # a line that was cut short has no newline
             lines = [line for line in whole if json.loads(line)["step"] <= step]
             write_file(self.path, "".join(line + "\n" for line in lines))
-        # An open file stays this run's where the folder is moved and another takes its place.
+        # An open file belongs to this run even if the directory is moved and replaced by another.
         self._file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         self._close = weakref.finalize(self, os.close, self._file)
         self.board_folder = run.folder / "tensorboard"

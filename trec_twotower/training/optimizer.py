@@ -31,7 +31,7 @@ _TABLE_OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
     "partial_rowwise_adam": PartialRowWiseAdam,
     "lamb": LAMB,
 }
-# Numbers that each keeps beside a table: per weight, and per row of a shard.
+# Optimizer state of each, in numbers: per weight, and per row of a shard.
 _STATES = {
     torch.optim.SGD: (0, 0),
     torch.optim.Adagrad: (1, 0),
@@ -115,7 +115,7 @@ class RunOptimizer:
         self._towers = [module for module in model.modules() if isinstance(module, Tower)]
         self._step = 0
         self._gradient_norm: Tensor | None = None
-        # Adam's count of steps, which fbgemm keeps beside the state and raises in every forward pass, evaluation's too.
+        # Adam's step count, which fbgemm keeps apart from the state and increments in every forward pass, in evaluation too.
         self._counted = [module for module in lookup_modules(model) if hasattr(module, "iter_cpu")]
         optimizers: list[tuple[str, Any]] = [("tables", self._tables)]
         if dense:
@@ -183,7 +183,7 @@ class RunOptimizer:
 
 
 def _prepare_state(optimizer: KeyedOptimizerWrapper) -> None:
-    """Make the state that a checkpoint loads into; the dummy step this takes must not count, nor move a weight."""
+    """Make the state that a checkpoint loads into; the dummy step for this must neither count nor change a weight."""
     for group in optimizer.param_groups:  # set_rates gives the rate; weight decay asks for no gradient
         group["lr"] = 0.0
     optimizer.init_state()

@@ -32,8 +32,8 @@ AUTO = [ShardingType.TABLE_WISE.value, ShardingType.ROW_WISE.value]
 # planner knows of no lengths. One kind for all also means one exchange of ids, and not one for each kind.
 SHARED = [ShardingType.ROW_WISE.value]
 FREE_SHARE = 0.05  # of a rank's memory, which the planner leaves for everything but the tables
-CACHE_SHARE = 0.2  # of a table's rows, which fused_uvm_caching keeps on the GPU where the config says nothing
-# torchrec tells of every step of its planner, at length.
+CACHE_SHARE = 0.2  # default share of a table's rows that fused_uvm_caching keeps on the GPU
+# torchrec logs every step of its planner.
 LOUD = (
     "torchrec.distributed.planner",
     "torchrec.distributed.utils",

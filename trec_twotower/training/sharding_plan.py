@@ -36,7 +36,7 @@ from trec_twotower.training.sharding import (
 from trec_twotower.training.spectral_initialization import check_start
 
 ASSUMED_TOKENS, ASSUMED_PARTS = 8, 12  # tokens of a text, and parts of a token where characters are hashed
-ASSUMED_IDS = 20  # ids of a bag whose length neither the data nor max_length tells
+ASSUMED_IDS = 20  # ids of a bag whose length is known neither from the data nor from max_length
 
 
 def describe_plan(config: RunConfig, num_ranks: int, gpu_gb: float | None = None) -> str:

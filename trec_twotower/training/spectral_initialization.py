@@ -1,4 +1,4 @@
-"""A closed form of who took what, as the first weights of two tables.
+"""Spectral initialization: a truncated SVD of the interaction matrix as initial weights of two tables.
 
 With R the matrix of users and items (train alone), n_u and d_i its row and column sums:
 
@@ -45,7 +45,7 @@ BLOCK_ROWS = 1 << 16  # users whose products are held at a time
 
 @dataclass(frozen=True)
 class Taken:
-    """Who took what, each pair once: users 0 .. num_users - 1 of this rank, in rising order, and catalogue rows."""
+    """User-item pairs, each once: users 0 .. num_users - 1 of this rank, in rising order, and catalogue rows."""
 
     user_P: np.ndarray
     item_P: np.ndarray
@@ -131,7 +131,7 @@ def spectral_tables(taken: Taken, dim: int, start: SpectralConfig, seed: int, ra
     vector_ID = basis_IK @ vectors.flip(1)[:, :dim].float()
 
     count = torch.from_numpy(count_I).to(ranks.device)
-    is_taken = (count > 0).float()[:, None]  # an item that nobody took has no place: zero
+    is_taken = (count > 0).float()[:, None]  # an item without interactions is zero
     count = count.clamp(min=1)[:, None]
     relative_D = strength_D / strength_D[0].clamp(min=1e-30)
     history_ID = vector_ID * count**-start.history_power * relative_D**start.spectrum_power * is_taken

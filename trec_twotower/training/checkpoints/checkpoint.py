@@ -72,7 +72,7 @@ class Checkpoints:
         self.wait()
         self._snapshot.take(state_of(model, optimizer))
         fault_point("save:copied", step)
-        if self._group is None:  # its own, because its messages run beside those of the training
+        if self._group is None:  # a group of its own, because its messages are independent of those of the training
             self._group = self.ranks.new_group()
         facts = {"format": FORMAT, "step": step, "num_ranks": self.ranks.num_ranks, **facts}
         file_name = f"rank-{self.ranks.rank:05d}-of-{self.ranks.num_ranks:05d}.safetensors"
@@ -109,7 +109,7 @@ class Checkpoints:
             self.wait(CLOSE_S)
 
     def _explained(self, writer: PublishingWriter, error: BaseException) -> BaseException:
-        """The error of a save, as one that says how to fix it."""
+        """Return the error of a save with a message on how to fix it."""
         rank, cause = self.ranks.rank, error
         if isinstance(error, CheckpointException):
             rank, wrapped = next(iter(error.failures.items()))
@@ -262,7 +262,7 @@ class Checkpoints:
             raise DataError(f"{path / MANIFEST} is missing: {MEND}") from None
 
     def _misfits(self, state: dict[str, Any], there: Mapping[str, torch.Size], *, is_whole: bool) -> dict[str, str]:
-        """The tensors of all ranks that the checkpoint has not, or in another size, and those of it that none takes."""
+        """Return the tensors that the checkpoint lacks or has in another size, and those that no rank has."""
         here: dict[str, tuple[int, ...]] = {}
         for sizes in self.ranks.collect({name: whole_size(value) for name, value in state.items()}):
             here |= sizes
@@ -289,7 +289,7 @@ class Checkpoints:
 
 
 class _Save(threading.Thread):
-    """One save, beside the training or in its place."""
+    """One save, in the background or in the foreground."""
 
     def __init__(
         self, writer: PublishingWriter, snapshot: Snapshot, group: dist.ProcessGroup, device: torch.device

@@ -1,7 +1,7 @@
 """Storage of torch.distributed.checkpoint: tensors as plain bytes, with a manifest, published whole or not at all.
 
-Each rank writes one file in the safetensors format. The manifest says which part of which tensor is where, and has the
-SHA-256 of each file, taken while it was written. Nothing is pickled, so that a checkpoint from elsewhere can neither
+Each rank writes one file in the safetensors format. The manifest has the place of every part of every tensor, and the
+SHA-256 of each file, computed while it was written. Nothing is pickled, so that a checkpoint from elsewhere can neither
 execute code nor ask for more memory than its files hold.
 
 torch's own HuggingFaceStorageWriter does not fit: it keys tensors by name, so that of two shards of one table on a rank
@@ -166,7 +166,7 @@ def _name_of(index: MetadataIndex) -> str:
 
 
 def _described(metadata: Metadata, places: Mapping[MetadataIndex, Place]) -> dict[str, Any]:
-    """What the manifest says of the tensors."""
+    """Return the description of the tensors for the manifest."""
     described = {}
     for name, entry in metadata.state_dict_metadata.items():
         assert isinstance(entry, TensorStorageMetadata)
@@ -260,7 +260,7 @@ class TensorReader(StorageReader):
         return content.view(dtype).reshape(count, *size)
 
     def _entry(self, name: str, entry: Any) -> TensorStorageMetadata:
-        """What the manifest says of a tensor, checked against the files."""
+        """Return the description of a tensor in the manifest, checked against the files."""
         if not isinstance(entry, dict) or entry.get("dtype") not in DTYPES or not is_size(entry.get("size")):
             raise self._refusal(f"does not describe the tensor {name!r}")
         dtype, size = DTYPES[entry["dtype"]], torch.Size(entry["size"])

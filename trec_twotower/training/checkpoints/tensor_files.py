@@ -29,7 +29,7 @@ def write_tensors(
 ) -> tuple[dict[str, int], Digest]:
     """Write tensors of the CPU; returns at which byte each begins, and the digest of what was meant to be written.
 
-    Those of larger numbers come first, so that each is aligned to its numbers. `after_each` is called behind each.
+    Those of larger numbers come first, so that each is aligned to its numbers. `after_each` is called after each.
     """
     order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
     entries, end = {}, 0

@@ -37,7 +37,7 @@ class TrainerState:
         return self.step - len(self.losses)
 
     def advance(self, losses: Sequence[float], train_s: float) -> None:
-        """Count one more step, which took `train_s` seconds; `losses` are those known since the step before."""
+        """Count one more step, with its `train_s` seconds; `losses` are those known since the step before."""
         self.step += 1
         self.losses.extend(losses)
         self.train_s += train_s
@@ -48,7 +48,7 @@ class TrainerState:
         self.losses, self.logged_s = [], self.train_s
 
     def note_validation(self, metric: str, value: float, evaluate_s: float) -> None:
-        """Record the validation of this step, which took `evaluate_s` seconds."""
+        """Record the validation of this step, with its `evaluate_s` seconds."""
         self.valid = {"metric": metric, "value": value}
         self.evaluate_s += evaluate_s
         self.owes_evaluation = False

@@ -2,7 +2,7 @@
 
 A weight is copied where both models mean the same by it. The rows of a vocabulary are matched by word, those of bins by
 value, the columns of a layer by the feature that they read. What means something else (a table with another hash, a
-layer behind another layer) keeps its first weights, and the report names the reason.
+layer after another layer) keeps its first weights, and the report names the reason.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Transfer:
 
 
 def transfers(new: Layout, old: Layout) -> list[Transfer]:
-    """What becomes of each weight of a new model, given those of an old one."""
+    """Return how each weight of a new model is initialized from those of an old one."""
     return [_transfer(weight, old.get(key)) for key, weight in new.items()]
 
 

@@ -1,4 +1,4 @@
-"""What each weight of a model stands for, as far as another run's weights can be compared with it.
+"""The meaning of each weight of a model, for comparison with the weights of another run.
 
 The rows of a table stand for ids by a hash, for words or for bins of numbers; the columns of a layer for the features
 that it reads; a layer for its place among the others.
@@ -60,7 +60,7 @@ class Words:
     num_rows: int
 
 
-# What each index along a dimension stands for (a range: the age of a step); None: nothing but its number.
+# The meaning of each index along a dimension (a range: the age of a step); None: its number only.
 Axis = Sequence[Hashable] | Words | Bins | None
 
 
@@ -196,7 +196,7 @@ def _hashing(spec: TableSpec) -> dict[str, Any]:
 
 
 def _rows_of(feature: FeatureSpec) -> str:
-    """What a hashed row of a table stands for, as this feature reads it."""
+    """Return the meaning of a hashed row of a table for this feature."""
     match feature:
         case CategoryFeature():
             return "category (row 0 is null's)"
@@ -217,7 +217,7 @@ class _TowerParts:
         self.columns = _columns(schema, side)
         self.parts = _of_parts(schema, side)
         self.whole: list[Hashable] = [label for part in self.columns for label in part]
-        self.reads: list[Hashable] | None = self.whole  # what the next layer's input stands for; None: for nothing
+        self.reads: list[Hashable] | None = self.whole  # the meaning of the next layer's input; None: none
         self.behind = "features"  # the part that the next layer follows
         self.num_linear = 0
 
@@ -285,7 +285,7 @@ class _TowerParts:
 
 
 def _columns(schema: Schema, side: Side) -> list[list[Hashable]]:
-    """What each column of a tower's input stands for, in the order of FeatureLayout.part_widths."""
+    """Return the meaning of each column of a tower's input, in the order of FeatureLayout.part_widths."""
     found: list[list[Hashable]] = []
     for feature in schema.layout.table_features(side):
         found.append(_labels(feature, schema.table_of(feature).dim, "table"))
@@ -301,7 +301,7 @@ def _labels(feature: FeatureSpec, width: int, kind: str) -> list[Hashable]:
 
 
 def _of_parts(schema: Schema, side: Side) -> list[Hashable]:
-    """What each of a tower's gates stands for: one feature, or all plain numbers."""
+    """Return the meaning of each gate of a tower: one feature, or all plain numbers."""
     numbers = frozenset(feature.name for feature in schema.layout.plain_numbers(side))
     named: list[Hashable] = [
         feature.name for feature in (*schema.layout.table_features(side), *schema.layout.layer_features(side))

@@ -20,7 +20,7 @@ GPU_STEPS = 10  # between agreements on GPUs, where each one waits for all queue
 
 
 class StepMonitor:
-    """One collective that ends a step on all ranks alike.
+    """One collective that ends a step in the same way on all ranks.
 
     On CPUs the ranks agree in every step, before the backward pass, which updates the tables at once: a loss that is
     not finite changes nothing. On GPUs they agree after every GPU_STEPS steps, and after each step whose losses are
