@@ -115,7 +115,7 @@ class RunOptimizer:
         self._towers = [module for module in model.modules() if isinstance(module, Tower)]
         self._step = 0
         self._gradient_norm: Tensor | None = None
-        # Adam's step count, which fbgemm keeps apart from the state and increments in every forward pass, in evaluation too.
+        # Adam's step count; fbgemm increments it in every forward pass, in evaluation too.
         self._counted = [module for module in lookup_modules(model) if hasattr(module, "iter_cpu")]
         optimizers: list[tuple[str, Any]] = [("tables", self._tables)]
         if dense:
