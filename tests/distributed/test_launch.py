@@ -251,3 +251,19 @@ def test_machines_that_do_not_meet_are_one_line(launch, tmp_path):
     assert "torchrun: the machines of this job did not find each other" in job.stderr
     assert "Traceback" not in job.stderr
     assert time.monotonic() - start_s < 30
+
+
+@pytest.mark.timeout(60)
+def test_ctrl_c_inside_exec_while_torch_is_imported_ends_with_130(tmp_path):
+    """Python then sends itself SIGINT at exit, although the KeyboardInterrupt was caught."""
+    torch = tmp_path / "torch"
+    torch.mkdir()
+    (torch / "__init__.py").write_text('exec("raise KeyboardInterrupt")')
+    job = subprocess.run(
+        [sys.executable, "-m", "trec_twotower.distributed.launcher", "-m", "trec_twotower", "show"],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert (job.returncode, job.stderr) == (130, "torchrun: stopped by SIGINT.\n")

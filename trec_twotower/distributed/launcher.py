@@ -12,7 +12,7 @@ import signal
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 AGENT_PID = "TREC_TT_AGENT_PID"  # as in preemption.py; this module also runs where the package is not installed
 
@@ -86,8 +86,22 @@ def _say(message: str, exit_code: int) -> int:
     return exit_code
 
 
-if __name__ == "__main__":
+def _main_process() -> NoReturn:
+    """Run the launcher and end this process.
+
+    Python sends itself SIGINT at exit if Ctrl-C came inside `exec(text)`, which dataclasses call while torch is
+    imported, even when the KeyboardInterrupt was caught. os._exit keeps the exit code.
+    """
     try:
-        sys.exit(main())
+        code = main()
     except KeyboardInterrupt:  # while torch was being imported
-        sys.exit(_say("stopped by SIGINT", 128 + signal.SIGINT))
+        code = _say("stopped by SIGINT", 128 + signal.SIGINT)
+    if code == 128 + signal.SIGINT:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    _main_process()
