@@ -1,4 +1,4 @@
-"""The documents, the package and the help texts use the standard terms of the field, not the project's earlier private phrases."""
+"""Documents, modules and help texts use the standard terms of the field, not the project's earlier private phrases."""
 
 from __future__ import annotations
 
