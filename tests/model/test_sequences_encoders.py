@@ -17,7 +17,6 @@ from trec_twotower.data.loading.batch import JaggedLookup
 from trec_twotower.errors import ConfigError
 from trec_twotower.model.sequence_encoders import (
     ENCODERS,
-    Dropout,
     Heads,
     Routing,
     SelfAttention,
@@ -266,17 +265,6 @@ def test_self_attention_equals_the_weighted_means_written_out():
         weight_LM = encoder.outward(torch.tanh(encoder.inward(placed_LD))).softmax(0)
         expected = torch.stack([(weight_LM[:, m, None] * part_LD).sum(0) for m in range(2)])
         assert close(encoder(step_ND, length_B)[row], expected)
-
-
-def test_dropout_keeps_the_mean_and_a_share_of_the_numbers():
-    torch.manual_seed(0)
-    dropped = Dropout(0.6)(torch.ones(1001, 33))
-    assert sorted(dropped.unique().tolist()) == pytest.approx([0.0, 256 / 102])  # .6 is 154 / 256, nearly
-    assert float((dropped == 0).float().mean()) == pytest.approx(0.6, abs=0.01)
-    assert float(dropped.mean()) == pytest.approx(1.0, abs=0.02)
-    columns = (dropped == 0).float()
-    assert float((columns[:, 0] * columns[:, 1]).mean()) == pytest.approx(0.36, abs=0.05)  # neighbours are independent
-    assert Dropout(0.6).eval()(columns).equal(columns) and Dropout(0.0)(columns).equal(columns)
 
 
 def test_turned_products_depend_on_distances_alone():

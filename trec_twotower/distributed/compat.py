@@ -7,7 +7,7 @@ installed version and the versions that this module was tested with.
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from typing import Any, Literal
 
@@ -99,20 +99,3 @@ def lookup_modules(model: nn.Module) -> Iterator[nn.Module]:
             raise UnsupportedVersion("torchrec", f"{type(collection).__name__}._lookups")
         for lookup in lookups or ():
             yield from lookup.modules()
-
-
-def replace_forward(module: nn.Module, forward: Callable[..., Tensor]) -> None:
-    """Replace the forward pass of one module instance, which fbgemm's tables have no hook for.
-
-    `nn.Module.__call__` looks `forward` up on the instance, so that the class and other instances keep theirs.
-    """
-    module.forward = forward
-
-
-def fbgemm_cpu_update(name: str) -> Callable[..., None]:
-    """Return fbgemm's fused update of a table on CPU, such as "rowwise_adagrad"."""
-    operator = f"split_embedding_backward_codegen_{name}_cpu"
-    found = getattr(torch.ops.fbgemm, operator, None)
-    if found is None:
-        raise UnsupportedVersion("fbgemm-gpu", f"torch.ops.fbgemm.{operator}")
-    return found

@@ -30,7 +30,6 @@ from trec_twotower.config.model import (
 )
 from trec_twotower.data.features.transform import GAP_BUCKETS
 from trec_twotower.data.loading.batch import JaggedLookup
-from trec_twotower.model.cpu.head_sums import head_sums, is_supported
 
 
 class SequenceEncoder(nn.Module, ABC):
@@ -50,14 +49,12 @@ class SequenceInput(nn.Module):
         # They start at zero: what a gap or an action says is learned as a difference from saying nothing.
         self.gap = _zeros(GAP_BUCKETS, dim) if feature.times else None
         self.action = _zeros(feature.action_buckets, dim) if feature.actions else None
-        self.dropout = Dropout(spec.dropout)
+        self.dropout = nn.Dropout(spec.dropout)
         self.encoder = ENCODERS[spec.kind](spec, dim, feature.max_length)
 
     def forward(self, item_UD: Tensor, listed: JaggedLookup) -> Tensor:
         """(B, D), or (B, M, D), of the distinct items' vectors and of how the rows' steps take them."""
         assert listed.place is not None and listed.length is not None
-        if isinstance(self.encoder, Heads) and self.gap is None and self.action is None and is_supported(item_UD):
-            return self.encoder.of_items(item_UD, listed, self.dropout.share if self.training else 0.0)
         step_ND = F.embedding(listed.place, item_UD)
         if self.gap is not None:
             assert listed.gap is not None
@@ -66,25 +63,6 @@ class SequenceInput(nn.Module):
             assert listed.action is not None
             step_ND = step_ND + self.action(listed.action)
         return self.encoder(self.dropout(step_ND), listed.length)
-
-
-class Dropout(nn.Module):
-    """Zero for a share of the numbers in training, the others scaled up; the share is rounded to a 256th.
-
-    torch's own draws a float each, which took a fifth of a step of wide sequences on CPU; this one draws a byte.
-    """
-
-    def __init__(self, share: float) -> None:
-        super().__init__()
-        self.share = share
-        self.least = round(share * 256)
-
-    def forward(self, value: Tensor) -> Tensor:
-        if not self.training or not self.least:
-            return value
-        words = torch.empty(-(-value.numel() // 8), dtype=torch.int64, device=value.device).random_(-(1 << 63), None)
-        is_kept = words.view(torch.uint8)[: value.numel()].view_as(value) >= self.least
-        return value * (is_kept * (256 / max(256 - self.least, 1)))
 
 
 def _zeros(rows: int, dim: int) -> nn.Embedding:
@@ -160,15 +138,6 @@ class Heads(SequenceEncoder):
         parts_NHP = step_ND.unflatten(1, (self.heads, -1)) * weight_NH[..., None]
         vector_BD = step_ND.new_zeros(length_B.shape[0], step_ND.shape[1])
         vector_BD = vector_BD.index_add(0, row_N, parts_NHP.flatten(1).to(vector_BD.dtype))
-        return vector_BD + self.mix(vector_BD)
-
-    def of_items(self, item_UD: Tensor, listed: JaggedLookup, dropout: float) -> Tensor:
-        """The same of steps that are distinct items' vectors and nothing else, without a copy for each step."""
-        assert listed.place is not None and listed.length is not None
-        age = torch.arange(len(self.log_weight_AH))
-        # (lengths, ages, H): a row's weights depend on its length alone; older than its oldest step there is nothing.
-        log_weight_LAH = self.log_weight_AH.masked_fill((age > age[:, None])[..., None], -math.inf)
-        vector_BD = head_sums(item_UD, listed.place, listed.length, log_weight_LAH.softmax(1), dropout)
         return vector_BD + self.mix(vector_BD)
 
 

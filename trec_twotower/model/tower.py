@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from itertools import accumulate
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -15,7 +16,6 @@ from trec_twotower.data.loading.batch import JaggedLookup
 from trec_twotower.distributed.compat import lerp_
 from trec_twotower.distributed.ranks import Ranks
 from trec_twotower.model.tower_layers import (
-    AlignedLinear,
     Crosses,
     Experts,
     FeatureDropout,
@@ -24,7 +24,6 @@ from trec_twotower.model.tower_layers import (
     ShortLong,
     Summed,
     Unit,
-    unit,
 )
 
 
@@ -74,10 +73,10 @@ class Tower(nn.Module):
             layers.append(Experts(width, config.experts))
         width, *hidden_widths = config.layer_widths(widths, dim)
         for hidden in hidden_widths:
-            layers += [AlignedLinear(width, hidden), nn.ReLU()]
+            layers += [nn.Linear(width, hidden), nn.ReLU()]
             width = hidden
         if config.project:
-            layers.append(AlignedLinear(width, dim))
+            layers.append(nn.Linear(width, dim))
         self.layers = nn.Sequential(*layers)
         ends = list(accumulate(widths))
         self._wide = [slice(ends[number] - widths[number], ends[number]) for number in map(place, config.wide)]
@@ -114,7 +113,7 @@ class Tower(nn.Module):
             vector_BD = vector_BD + feature_BE[:, part]
         if on_raw is not None:
             on_raw(vector_BD)
-        vector_BD = unit(vector_BD) if self.is_unit else vector_BD
+        vector_BD = F.normalize(vector_BD, dim=1) if self.is_unit else vector_BD
         return vector_BD if self._output is None else self._output(vector_BD)
 
     def penalty(self, ranks: Ranks) -> Tensor | None:

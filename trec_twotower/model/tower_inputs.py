@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from trec_twotower.config.base import Side
 from trec_twotower.config.features import SequenceFeature
@@ -17,7 +15,6 @@ from trec_twotower.config.schema import Schema, delta_key, lookup_key, sub_name
 from trec_twotower.data.features.transform import divides
 from trec_twotower.data.loading.batch import JaggedLookup
 from trec_twotower.model.tower import Tower
-from trec_twotower.model.tower_layers import aligned
 
 
 @dataclass
@@ -151,89 +148,21 @@ def pool_jagged(vector_ND: Tensor, listed: JaggedLookup) -> Tensor:
 def concatenate_features(
     schema: Schema, pooled: Pooled, sides: Mapping[Side, tuple[Tensor, Tensor]]
 ) -> dict[Side, Tensor]:
-    """(rows, E) of each side that is asked for.
+    """Return (rows, E) for each requested side: pooled bags, the outputs of layers, then numbers.
 
-    That is its pooled bags, divided as their pooling says, what layers made, then its numbers. `sides` holds each one's
-    divisors, (rows, features), and those numbers.
+    `sides` holds each side's divisors, (rows, features), and its numbers, (rows, N). A bag's sum is divided by its
+    divisor, where its pooling asks for one.
     """
-    pieces: list[_Piece] = []
-    for number, side in enumerate(sides):
-        first = 0
-        for column, feature in enumerate([*schema.layout.table_features(side), *schema.layout.layer_features(side)]):
+    made: dict[Side, Tensor] = {}
+    for side, (divisor_BF, number_BN) in sides.items():
+        rows, parts = divisor_BF.shape[0], []
+        bags = schema.layout.table_features(side)
+        for column, feature in enumerate(bags):
             name = lookup_key(side, feature)
-            source, columns = pooled.places[name]
-            after = first + columns.stop - columns.start
-            is_bag = column < len(schema.layout.table_features(side))
-            divisor = column if is_bag and divides(feature) else None
-            pieces.append(_Piece(number, slice(first, after), source, columns, divisor))
-            if is_bag and schema.table_of(feature).hashes == 2:
-                source, columns = pooled.places[sub_name(name, "2")]
-                pieces.append(_Piece(number, slice(first, after), source, columns, divisor, is_added=True))
-            first = after
-    made = _TowerInputs.apply(pieces, list(sides.values()), *pooled.sources)
-    return dict(zip(sides, made, strict=True))
-
-
-@dataclass(frozen=True)
-class _Piece:
-    """One feature: columns of a tower's input, and where they come from."""
-
-    side: int
-    columns: slice
-    source: int
-    source_columns: slice
-    divisor: int | None
-    is_added: bool = False  # to the piece before it
-
-
-class _TowerInputs(torch.autograd.Function):
-    """Every number is read and written once, in both directions; by torch, divided and joined, more often."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, pieces: list[_Piece], sides: list[tuple[Tensor, Tensor]], *sources: Tensor
-    ) -> tuple[Tensor, ...]:
-        ctx.pieces, ctx.divisors = pieces, [divisor for divisor, _ in sides]
-        ctx.likes = [(each.shape, each.dtype) for each in sources]
-        made = []
-        for side, (divisor, numbers) in enumerate(sides):
-            mine = [piece for piece in pieces if piece.side == side]
-            width = mine[-1].columns.stop if mine else 0
-            rows = divisor.shape[0]
-            input_BE = aligned(numbers, rows, width + numbers.shape[1])
-            input_BE[:, width:] = numbers
-            for piece in mine:
-                part = sources[piece.source][:rows, piece.source_columns]
-                by = None if piece.divisor is None else divisor[:, piece.divisor : piece.divisor + 1]
-                if piece.is_added:
-                    input_BE[:, piece.columns] += part if by is None else part / by
-                elif by is None:
-                    input_BE[:, piece.columns] = part
-                elif torch.compiler.is_exporting():  # a program with `out=` runs without gradients only
-                    input_BE[:, piece.columns] = part / by
-                else:
-                    torch.div(part, by, out=input_BE[:, piece.columns])
-            made.append(input_BE)
-        return tuple(made)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        # Keys that no side here asked for get zeros.
-        asked = [0] * len(ctx.likes)
-        for piece in ctx.pieces:
-            asked[piece.source] += piece.source_columns.stop - piece.source_columns.start
-        found = [
-            (gradients[0].new_empty if width == shape[1] else gradients[0].new_zeros)(shape, dtype=dtype)
-            for (shape, dtype), width in zip(ctx.likes, asked, strict=True)
-        ]
-        for piece in ctx.pieces:
-            gradient, divisor = gradients[piece.side][:, piece.columns], ctx.divisors[piece.side]
-            into = found[piece.source][:, piece.source_columns]
-            into[len(divisor) :] = 0
-            if piece.divisor is None:
-                into[: len(divisor)] = gradient
-            else:
-                by = divisor[:, piece.divisor : piece.divisor + 1]
-                torch.div(gradient, by, out=into[: len(divisor)])
-        return None, None, *found
+            part = pooled[name][:rows]
+            if schema.table_of(feature).hashes == 2:
+                part = part + pooled[sub_name(name, "2")][:rows]
+            parts.append(part / divisor_BF[:, column : column + 1] if divides(feature) else part)
+        parts += [pooled[lookup_key(side, feature)][:rows] for feature in schema.layout.layer_features(side)]
+        made[side] = torch.cat([*(part.to(number_BN.dtype) for part in parts), number_BN], dim=1)
+    return made

@@ -6,107 +6,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from trec_twotower.config.model import ExpertsConfig, GatingConfig
 from trec_twotower.distributed.ranks import Ranks
-from trec_twotower.model.cpu.bf16_padding import narrowed, whole_steps
-
-CACHE_LINE = 16  # float32 numbers
-SHORTEST = 1e-12  # as F.normalize has it
-
-
-def aligned(like: Tensor, rows: int, columns: int) -> Tensor:
-    """(rows, columns) without values, of `like`'s type, whose rows begin whole cache lines apart.
-
-    MKL takes 1.5 to 1.8 times as long for rows of 322 numbers that lie end to end as for those of 320.
-    """
-    return like.new_empty(rows, -(-columns // CACHE_LINE) * CACHE_LINE)[:, :columns]
-
-
-def unit(vector_BD: Tensor) -> Tensor:
-    """Each row divided by its length; rows shorter than SHORTEST by that. `F.normalize`, in fewer passes backward."""
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-        return F.normalize(vector_BD, dim=1)
-    return _Unit.apply(vector_BD)
-
-
-class _Unit(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, vector_BD: Tensor) -> Tensor:
-        length_B1 = torch.linalg.vector_norm(vector_BD, dim=1, keepdim=True).clamp_(min=SHORTEST)
-        unit_BD = vector_BD / length_B1
-        ctx.save_for_backward(unit_BD, length_B1)
-        return unit_BD
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        unit_BD, length_B1 = ctx.saved_tensors
-        along_B1 = torch.linalg.vecdot(unit_BD, gradients[0])[:, None] * (length_B1 > SHORTEST)
-        return torch.addcmul(gradients[0], unit_BD, along_B1, value=-1).div_(length_B1)
-
-
-class AlignedLinear(nn.Linear):
-    """A linear layer of any number of inputs, whose gradient is `aligned`; of bfloat16 numbers on CPU see narrow.py."""
-
-    def forward(self, feature_BE: Tensor) -> Tensor:
-        kind = feature_BE.device.type
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-            return super().forward(feature_BE)
-        if torch.is_autocast_enabled(kind):
-            is_ours = kind == "cpu" and torch.get_autocast_dtype(kind) == torch.bfloat16
-            return _NarrowLinear.apply(feature_BE, self.weight, self.bias) if is_ours else super().forward(feature_BE)
-        if feature_BE.dtype != self.weight.dtype:
-            return super().forward(feature_BE)
-        return _AlignedLinear.apply(feature_BE, self.weight, self.bias)
-
-
-class _AlignedLinear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, feature_BE: Tensor, weight_HE: Tensor, bias_H: Tensor) -> Tensor:
-        ctx.save_for_backward(feature_BE, weight_HE)
-        return F.linear(feature_BE, weight_HE, bias_H)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (gradient_BH,) = gradients
-        feature_BE, weight_HE = ctx.saved_tensors
-        of_feature = None
-        if ctx.needs_input_grad[0]:
-            of_feature = torch.mm(gradient_BH, weight_HE, out=aligned(gradient_BH, *feature_BE.shape))
-        return of_feature, gradient_BH.T @ feature_BE, gradient_BH.sum(0)
-
-
-class _NarrowLinear(torch.autograd.Function):
-    """What autocast makes of a linear layer, with as many rows as `whole_steps` says."""
-
-    @staticmethod
-    def forward(ctx: Any, feature_BE: Tensor, weight_HE: Tensor, bias_H: Tensor) -> Tensor:
-        num_rows = whole_steps(len(feature_BE), feature_BE.device)
-        narrow_BE, narrow_HE = narrowed(feature_BE, num_rows), weight_HE.bfloat16()
-        ctx.save_for_backward(narrow_BE, narrow_HE)
-        ctx.kinds = feature_BE.dtype, weight_HE.dtype
-        with torch.autocast(feature_BE.device.type, enabled=False):
-            return torch.addmm(bias_H.bfloat16(), narrow_BE, narrow_HE.T)[: len(feature_BE)]
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (gradient_BH,) = gradients
-        narrow_BE, narrow_HE = ctx.saved_tensors
-        of_feature, of_weight = ctx.kinds
-        narrow_BH, of_input = narrowed(gradient_BH, len(narrow_BE)), None
-        if ctx.needs_input_grad[0]:
-            of_input = (narrow_BH @ narrow_HE)[: len(gradient_BH)].to(of_feature)
-        return of_input, (narrow_BH.T @ narrow_BE).to(of_weight), gradient_BH.sum(0, dtype=of_weight)
 
 
 class Summed(nn.Module):

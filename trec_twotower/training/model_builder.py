@@ -7,7 +7,6 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from trec_twotower.config.run_config import RunConfig
 from trec_twotower.distributed.ranks import Ranks
-from trec_twotower.model.cpu.embedding_update import accelerate_updates
 from trec_twotower.model.embeddings import fill_tables
 from trec_twotower.model.two_tower import TwoTower
 from trec_twotower.training.optimizer import check_optimizer, fuse_table_updates
@@ -35,7 +34,6 @@ def build_model(config: RunConfig, ranks: Ranks, *, for_training: bool = True) -
         fuse_table_updates(model, config.train.optimizer)
     sharded = shard(model, schema, ranks, config.data.batch_size // ranks.num_ranks + 1)
     if for_training:
-        accelerate_updates(sharded)
         fill_tables(sharded, schema, config.train.seed)
     return sharded
 

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from tests.kinds import WITH_LOG_Q
-from trec_twotower.model.losses import LOSSES, Hardest, Pairs, Relations
+from trec_twotower.model.losses import LOSSES, Hardest, Pairs, Relations, pair_products
 from trec_twotower.model.losses import chunked as blocks
 from trec_twotower.model.losses.regularizers import alignment, nearness, squared_lengths
 
@@ -633,6 +633,7 @@ def test_memory_grows_with_rows_and_columns_not_with_their_product(kind, monkeyp
     whose vectors together would be larger."""
     num_rows, num_columns, dim = 300, 400, 5
     block_of(monkeypatch, 5 * num_columns)
+    monkeypatch.setitem(pair_products.CHUNK_NUMBERS, "cpu", 5 * num_columns)
     positives = [(row, (row + step) % num_columns, 1.0) for row in range(num_rows) for step in range(3)]
     given = [(row, (row + 7) % num_columns, 1.0, 1.0) for row in range(num_rows)]
     case = Case(num_rows, num_columns, positives, given=given)

@@ -19,9 +19,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from trec_twotower.data.loading.pairs import Pairs
-from trec_twotower.model.cpu.bf16_padding import STEP, filled_up, narrowed, whole_steps
-from trec_twotower.model.cpu.loss_kernels import add_products, dots, use_numba_kernels
 from trec_twotower.model.losses.negative_cells import BestVectors, NegativeCells, best_vectors
+from trec_twotower.model.losses.pair_products import add_products, dots
 from trec_twotower.model.losses.relations import Relations
 
 Precision = Literal["fp32", "bf16", "bf16_logits"]
@@ -31,19 +30,14 @@ Precision = Literal["fp32", "bf16", "bf16_logits"]
 # arranges the candidates anew for each; on a GPU enough to keep it busy.
 BLOCK_CELLS = {"cpu": 1 << 19, "cuda": 1 << 26}
 BLOCK_ROWS = 96
-WHOLE_LINES = 16  # float32 in a cache line: products on CPUs are a tenth slower where rows begin within one
 
 
 @dataclass
 class Block:
-    """Some rows: the logits of all their negatives, and their pairs. A rule may overwrite the logits.
+    """Some rows: the logits of all their negatives, and their pairs. A rule may overwrite the logits."""
 
-    W: the candidates and, on CPUs, some columns behind them that are nobody's negatives.
-    """
-
-    logit_bW: Tensor  # -inf where a cell is no negative
-    offset_W: Tensor | None  # what the rule is to add to the logits, if it said that it would
-    weight_bW: Tensor | None  # of each negative, for rules that weight; None: 1 each
+    logit_bC: Tensor  # -inf where a cell is no negative
+    weight_bC: Tensor | None  # of each negative, for rules that weight; None: 1 each
     total_weight_b: Tensor  # of a row's negatives
     row_p: Tensor  # of the block, rising
     logit_p: Tensor
@@ -64,7 +58,7 @@ class LossGradients:
     """What a block costs, and its derivatives with respect to the logits."""
 
     loss: Tensor  # scalar
-    cell_bW: Tensor  # but for a factor of the row, and 0 where a cell is no negative
+    cell_bC: Tensor  # but for a factor of the row, and 0 where a cell is no negative
     factor_b: Tensor
     pair_p: Tensor
 
@@ -102,7 +96,6 @@ def chunked_loss(
     pairs: Pairs | None = None,
     logit_P: Tensor | None = None,
     given_apart: bool = False,
-    adds_offset: bool = False,
     weights: bool = False,
     precision: Precision = "fp32",
 ) -> Tensor:
@@ -110,9 +103,8 @@ def chunked_loss(
 
     The rule sees the logits u . v - log q of each row's negatives, and the row's `pairs` (default: the positives, with
     logits corrected alike). Row i's negatives are the columns in `is_negative_C` and what it refused, but no pair it
-    knows; with `given_apart` no given pair either, whatever its label. A rule that reads all logits once more anyway
-    may say `adds_offset`: then -log q may be in `Block.offset_W` and not in the logits. With `weights` the logits are
-    u . v, and `Block.weight_bW` has 1 / q and the weight of negatives that are not among the hardest; a rule without
+    knows; with `given_apart` no given pair either, whatever its label. With `weights` the logits are
+    u . v, and `Block.weight_bC` has 1 / q and the weight of negatives that are not among the hardest; a rule without
     gets that weight as its log, added to the logits. With precision bf16 the
     gradients' products are made of bfloat16 numbers (relative error some 1e-3); logits and sums stay as they are. With
     bf16_logits the negatives' logits are made of such numbers, too, and rounded to them before log q is taken off.
@@ -130,9 +122,7 @@ def chunked_loss(
         order_P = None if _is_rising(pairs.row_P) else torch.argsort(pairs.row_P, stable=True)
         parts = [pairs.row_P, pairs.column_P, logit_P, pairs.weights(logit_P).detach(), pairs.labels(logit_P).detach()]
         row_P, column_P, logit_P, weight_P, label_P = parts if order_P is None else [part[order_P] for part in parts]
-        step = WHOLE_LINES if precision == "fp32" else STEP
-        width = whole_steps(item_CD.shape[0], user_BD.device, step)
-        negatives = NegativeCells.of(user_BD.detach(), item_CD.detach(), relations, given_apart, width, weights)
+        negatives = NegativeCells.of(user_BD.detach(), item_CD.detach(), relations, given_apart, weights)
         return _ChunkedLoss.apply(
             user_BD,
             item_CD,
@@ -140,7 +130,6 @@ def chunked_loss(
             (row_P, column_P if has_own_pairs else None, weight_P, label_P),
             negatives,
             rule,
-            adds_offset,
             precision,
             relations.push_C,
         )
@@ -182,71 +171,64 @@ class _ChunkedLoss(torch.autograd.Function):
         pairs: tuple[Tensor, Tensor | None, Tensor, Tensor],
         negatives: NegativeCells,
         rule: Rule,
-        adds_offset: bool,
         precision: Precision,
         push_C: Tensor | None,
     ) -> Tensor:
         row_P, column_P, weight_P, label_P = pairs
         num_rows, num_columns = user_BD.shape[0], item_CD.shape[0]
-        width = len(negatives.offset_W)
         narrow = user_BD.dtype if precision == "fp32" else torch.bfloat16
-        size = rows_a_block(width, user_BD.device, narrow != user_BD.dtype)
+        size = rows_a_block(num_columns, user_BD.device, narrow != user_BD.dtype)
         size = -(-num_rows // -(-num_rows // size)) if num_rows else size  # blocks of like size
         edges_P, edges_shut, edges_opened = negatives.block_edges(row_P, num_rows, size)
-        cells = max(size * width, 1)
+        cells = max(size * num_columns, 1)
         row_p, shut, opened = row_P % size, negatives.shut % cells, negatives.opened % cells  # within their blocks
 
-        room = user_BD.new_empty(min(size, num_rows), width)  # one block, used again and again
-        # What is opened has its offset already, and the hardest and the best of several are known only with it.
-        is_late = adds_offset and negatives.hardest is None and user_BD.ndim == 2 and not len(negatives.opened)
-        is_late = is_late and use_numba_kernels(room)  # torch would take a pass of its own
-        late_W, early_W = (negatives.offset_W, None) if is_late else (None, negatives.offset_W)
-        item_WD = filled_up(item_CD, width)
-        narrow_WD = item_WD if narrow == item_CD.dtype else narrowed(item_CD, width)
+        room = user_BD.new_empty(min(size, num_rows), num_columns)  # one block, used again and again
+        narrow_CD = item_CD.to(narrow)
         loss = user_BD.new_zeros(())
         user_BMD = user_BD if user_BD.ndim == 3 else user_BD[:, None]
         num_vectors = user_BMD.shape[1]
         grad_user_BMD = torch.empty_like(user_BMD) if num_columns else torch.zeros_like(user_BMD)
-        grad_item_DW = torch.zeros_like(item_WD.T, memory_format=torch.contiguous_format)
+        grad_item_DC = torch.zeros_like(item_CD.T, memory_format=torch.contiguous_format)
         grad_logit_P = torch.zeros_like(logit_P)
         several = BestVectors(room) if num_vectors > 1 else None
-        weight_room = None if negatives.weight_W is None else torch.empty_like(room)
+        weight_room = None if negatives.weight_C is None else torch.empty_like(room)
         narrow_room = None if narrow == room.dtype else torch.empty_like(room, dtype=narrow)
         for number, start in enumerate(range(0, num_rows if num_columns else 0, size)):
             stop = min(start + size, num_rows)
             mine = slice(edges_P[number], edges_P[number + 1])
             part_bMD = user_BMD[start:stop]
-            logit_bW = room[: stop - start]
-            narrow_bW = None if narrow_room is None else narrow_room[: stop - start]
+            logit_bC = room[: stop - start]
+            narrow_bC = None if narrow_room is None else narrow_room[: stop - start]
             if precision == "bf16_logits":
-                _narrow_products(logit_bW, narrow_bW, part_bMD[:, 0].to(narrow), narrow_WD, early_W)
+                _narrow_products(logit_bC, narrow_bC, part_bMD[:, 0].to(narrow), narrow_CD, negatives.offset_C)
             else:
-                _products(logit_bW, part_bMD[:, 0], item_WD, early_W)
+                torch.addmm(negatives.offset_C, part_bMD[:, 0], item_CD.T, out=logit_bC)
             if several is not None:
-                several.raise_to_best(logit_bW, negatives.offset_W, part_bMD, item_WD)
+                several.raise_to_best(logit_bC, negatives.offset_C, part_bMD, item_CD)
             negatives.mask(
-                logit_bW,
+                logit_bC,
                 shut[edges_shut[number] : edges_shut[number + 1]],
                 opened,
                 slice(edges_opened[number], edges_opened[number + 1]),
                 several,
             )
             own_room = None if weight_room is None else weight_room[: stop - start]
-            weights = negatives.weigh(own_room, logit_bW, slice(start, stop))
+            weights = negatives.weigh(own_room, logit_bC, slice(start, stop))
             pair_values = (each[mine] for each in (row_p, logit_P, weight_P, label_P))
-            slopes = rule(Block(logit_bW, late_W, *weights, *pair_values))
+            slopes = rule(Block(logit_bC, *weights, *pair_values))
             loss += slopes.loss
             grad_logit_P[mine] = slopes.pair_p
             factor_b1 = slopes.factor_b[:, None]
             for vector in range(num_vectors):
-                cell_bW = slopes.cell_bW if several is None else several.of(vector, slopes.cell_bW)
-                cell_bW = cell_bW if narrow_bW is None else narrow_bW.copy_(cell_bW)
+                cell_bC = slopes.cell_bC if several is None else several.of(vector, slopes.cell_bC)
+                cell_bC = cell_bC if narrow_bC is None else narrow_bC.copy_(cell_bC)
                 weighted_Db = (factor_b1 * part_bMD[:, vector]).to(narrow).T
                 grad_bD = grad_user_BMD[start:stop, vector]
-                _add_gradients(grad_bD, grad_item_DW, cell_bW, weighted_Db, narrow_WD)
+                _add_gradients(grad_bD, grad_item_DC, cell_bC, weighted_Db, narrow_CD)
                 grad_bD *= factor_b1
         del room, narrow_room, several, weight_room
-        grad_user_BD, grad_item_CD = grad_user_BMD.view_as(user_BD), grad_item_DW[:, :num_columns].T.contiguous()
+        grad_user_BD, grad_item_CD = grad_user_BMD.view_as(user_BD), grad_item_DC.T.contiguous()
         if push_C is not None:
             grad_item_CD *= push_C[:, None]
         if column_P is not None:
@@ -258,41 +240,32 @@ class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        return *(made * gradients[0] for made in ctx.saved_tensors), None, None, None, None, None, None
-
-
-def _products(logit_bW: Tensor, user_bD: Tensor, item_WD: Tensor, offset_W: Tensor | None) -> None:
-    """Write the dot products of users and items, plus `offset_W`, into `logit_bW`."""
-    if offset_W is None:
-        torch.mm(user_bD, item_WD.T, out=logit_bW)
-    else:
-        torch.addmm(offset_W, user_bD, item_WD.T, out=logit_bW)
+        return *(made * gradients[0] for made in ctx.saved_tensors), None, None, None, None, None
 
 
 def _narrow_products(
-    logit_bW: Tensor, narrow_bW: Tensor | None, user_bD: Tensor, item_WD: Tensor, offset_W: Tensor | None
+    logit_bC: Tensor, narrow_bC: Tensor | None, user_bD: Tensor, item_WD: Tensor, offset_C: Tensor
 ) -> None:
-    """The same of bfloat16 vectors; the products are bfloat16 numbers, which are written to `narrow_bW` first."""
-    assert narrow_bW is not None
-    torch.mm(user_bD, item_WD.T, out=narrow_bW)
-    logit_bW.copy_(narrow_bW)
-    if offset_W is not None:
-        logit_bW += offset_W
+    """Write the dot products of bfloat16 vectors, rounded to bfloat16, plus `offset_C` into `logit_bC`."""
+    assert narrow_bC is not None
+    torch.mm(user_bD, item_WD.T, out=narrow_bC)
+    logit_bC.copy_(narrow_bC)
+    logit_bC += offset_C
 
 
 def _add_gradients(
-    grad_bD: Tensor, grad_item_DW: Tensor, slope_bW: Tensor, weighted_Db: Tensor, item_WD: Tensor
+    grad_bD: Tensor, grad_item_DC: Tensor, slope_bC: Tensor, weighted_Db: Tensor, item_WD: Tensor
 ) -> None:
-    """Write the gradient of a block of users to `grad_bD`, and add that of the items to `grad_item_DW`.
+    """Write the gradient of a block of users to `grad_bD`, and add that of the items to `grad_item_DC`.
 
-    The latter is (D, W), since this product is faster than its transpose.
+    The latter is (D, C), since this product is faster than its transpose.
     """
-    if slope_bW.dtype == grad_bD.dtype:
-        torch.mm(slope_bW, item_WD, out=grad_bD)
-        grad_item_DW.addmm_(weighted_Db, slope_bW)
+    if slope_bC.dtype == grad_bD.dtype:
+        torch.mm(slope_bC, item_WD, out=grad_bD)
+        grad_item_DC.addmm_(weighted_Db, slope_bC)
     else:
-        grad_bD.copy_(slope_bW @ item_WD)
-        grad_item_DW += weighted_Db @ slope_bW
+        grad_bD.copy_(slope_bC @ item_WD)
+        grad_item_DC += weighted_Db @ slope_bC
 
 
 class _PairLogits(torch.autograd.Function):

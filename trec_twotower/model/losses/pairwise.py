@@ -34,9 +34,9 @@ def bpr(
     Rendle et al. 2009, "BPR: Bayesian Personalized Ranking from Implicit Feedback".
     """
 
-    def cost(gap_pW: Tensor, weight_pW: Tensor | None) -> Tensor:
-        total_p = softplus_sum(gap_pW, weight_pW)
-        gap_pW.sigmoid_()
+    def cost(gap_pC: Tensor, weight_pC: Tensor | None) -> Tensor:
+        total_p = softplus_sum(gap_pC, weight_pC)
+        gap_pC.sigmoid_()
         return total_p
 
     user_BD, item_CD = scaled(user_BD, item_CD, temperature)
@@ -57,9 +57,9 @@ def margin(
     weights by rank.
     """
 
-    def cost(gap_pW: Tensor, weight_pW: Tensor | None) -> Tensor:
-        total_p = weighted_sum(gap_pW.add_(margin).clamp_(min=0), weight_pW)
-        gap_pW.sign_()
+    def cost(gap_pC: Tensor, weight_pC: Tensor | None) -> Tensor:
+        total_p = weighted_sum(gap_pC.add_(margin).clamp_(min=0), weight_pC)
+        gap_pC.sign_()
         return total_p
 
     user_BD, item_CD = scaled(user_BD, item_CD)
@@ -67,7 +67,7 @@ def margin(
 
 
 def _each_pair(cost: Callable[[Tensor, Tensor | None], Tensor]) -> Callable[[Block], LossGradients]:
-    """Return a rule from the cost of the gaps l_n - l_p, (pairs, W) and -inf where there is no negative.
+    """Return a rule from the cost of the gaps l_n - l_p, (pairs, C) and -inf where there is no negative.
 
     `cost` gets the gaps and the negatives' weights. It returns the weighted sums over negatives, and turns the gaps
     into their slopes.
@@ -75,25 +75,25 @@ def _each_pair(cost: Callable[[Tensor, Tensor | None], Tensor]) -> Callable[[Blo
 
     def rule(block: Block) -> LossGradients:
         weight_p = block.weight_p * block.mean_factor()[block.row_p]
-        loss = block.logit_bW.new_zeros(())
+        loss = block.logit_bC.new_zeros(())
         pair_p = torch.zeros_like(block.logit_p)
-        num_rows = len(block.logit_bW)
+        num_rows = len(block.logit_bC)
         is_one_each = torch.equal(block.row_p, torch.arange(num_rows, device=block.row_p.device))
-        cell_bW = block.logit_bW if is_one_each else torch.zeros_like(block.logit_bW)
+        cell_bC = block.logit_bC if is_one_each else torch.zeros_like(block.logit_bC)
         for start in range(0, len(block.row_p), num_rows):  # as many pairs at a time as the block has rows
             part = slice(start, start + num_rows)
-            gap_pW = cell_bW if is_one_each else block.logit_bW[block.row_p[part]]  # one each: all in place
-            gap_pW.sub_(block.logit_p[part, None])
-            weight_pW = block.weight_bW
-            if weight_pW is not None and not is_one_each:
-                weight_pW = weight_pW[block.row_p[part]]
-            loss += (weight_p[part] * cost(gap_pW, weight_pW)).sum()
-            gap_pW.mul_(weight_p[part, None])
-            if weight_pW is not None:
-                gap_pW.mul_(weight_pW)
-            pair_p[part] = -gap_pW.sum(1)
+            gap_pC = cell_bC if is_one_each else block.logit_bC[block.row_p[part]]  # one each: all in place
+            gap_pC.sub_(block.logit_p[part, None])
+            weight_pC = block.weight_bC
+            if weight_pC is not None and not is_one_each:
+                weight_pC = weight_pC[block.row_p[part]]
+            loss += (weight_p[part] * cost(gap_pC, weight_pC)).sum()
+            gap_pC.mul_(weight_p[part, None])
+            if weight_pC is not None:
+                gap_pC.mul_(weight_pC)
+            pair_p[part] = -gap_pC.sum(1)
             if not is_one_each:
-                cell_bW.index_add_(0, block.row_p[part], gap_pW)
-        return LossGradients(loss=loss, cell_bW=cell_bW, factor_b=torch.ones_like(block.total_weight_b), pair_p=pair_p)
+                cell_bC.index_add_(0, block.row_p[part], gap_pC)
+        return LossGradients(loss=loss, cell_bC=cell_bC, factor_b=torch.ones_like(block.total_weight_b), pair_p=pair_p)
 
     return rule

@@ -61,8 +61,8 @@ def bce(
         factor_b = negative_weight * taken_b * block.mean_factor()
         pair_p = -block.label_p * F.logsigmoid(block.logit_p) - (1 - block.label_p) * F.logsigmoid(-block.logit_p)
         return LossGradients(
-            loss=(factor_b * softplus_sum(block.logit_bW)).sum() + (block.weight_p * pair_p).sum(),
-            cell_bW=block.logit_bW.sigmoid_(),
+            loss=(factor_b * softplus_sum(block.logit_bC)).sum() + (block.weight_p * pair_p).sum(),
+            cell_bC=block.logit_bC.sigmoid_(),
             factor_b=factor_b,
             pair_p=block.weight_p * (torch.sigmoid(block.logit_p) - block.label_p),
         )
@@ -97,13 +97,13 @@ def ccl(
     """
 
     def rule(block: Block) -> LossGradients:
-        slope_bW = block.logit_bW.sub_(margin).clamp_(min=0).div_(1 - margin)
-        weighted_bW = slope_bW if block.weight_bW is None else slope_bW * block.weight_bW
-        cost_b = (1 - margin) / 2 * weighted_sum(slope_bW, weighted_bW)
-        constant_b = torch.minimum(negative_weight * block.mean_factor(), 1 / weighted_bW.sum(1))
+        slope_bC = block.logit_bC.sub_(margin).clamp_(min=0).div_(1 - margin)
+        weighted_bC = slope_bC if block.weight_bC is None else slope_bC * block.weight_bC
+        cost_b = (1 - margin) / 2 * weighted_sum(slope_bC, weighted_bC)
+        constant_b = torch.minimum(negative_weight * block.mean_factor(), 1 / weighted_bC.sum(1))
         factor_b = constant_b * block.per_row(block.weight_p)
         loss = (factor_b * cost_b).sum() + (block.weight_p * (1 - block.logit_p)).sum()
-        return LossGradients(loss=loss, cell_bW=weighted_bW, factor_b=factor_b, pair_p=-block.weight_p)
+        return LossGradients(loss=loss, cell_bC=weighted_bC, factor_b=factor_b, pair_p=-block.weight_p)
 
     user_BD, item_CD = scaled(user_BD, item_CD)
     return chunked_loss(user_BD, item_CD, relations, rule, weights=True, precision=precision)

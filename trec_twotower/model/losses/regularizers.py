@@ -40,7 +40,7 @@ def nearness(vector_ND: Tensor, first: int, num_rows: int) -> Tensor:
     )
 
     def rule(block: Block) -> LossGradients:
-        cell_bW = block.logit_bW.exp_()
-        return LossGradients(cell_bW.sum(), cell_bW, torch.ones_like(block.total_weight_b), block.logit_p)
+        cell_bC = block.logit_bC.exp_()
+        return LossGradients(cell_bC.sum(), cell_bC, torch.ones_like(block.total_weight_b), block.logit_p)
 
     return chunked_loss(part_BD, vector_ND, relations, rule)

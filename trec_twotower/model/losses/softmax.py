@@ -6,7 +6,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trec_twotower.model.cpu.loss_kernels import exponentiate
 from trec_twotower.model.losses.chunked import Block, LossGradients, Precision, chunked_loss, row_log_sum_exp, scaled
 from trec_twotower.model.losses.relations import Relations
 
@@ -29,7 +28,7 @@ def softmax(
     correction logQ is that of Bengio and Senecal (2008) and Yi et al. (2019).
     """
     user_BD, item_CD = scaled(user_BD, item_CD, temperature)
-    return chunked_loss(user_BD, item_CD, relations, _softmax, adds_offset=True, precision=precision)
+    return chunked_loss(user_BD, item_CD, relations, _softmax, precision=precision)
 
 
 def _softmax(block: Block) -> LossGradients:
@@ -40,7 +39,7 @@ def _softmax(block: Block) -> LossGradients:
     missed_p = block.weight_p * torch.sigmoid(margin_p)  # what the softmax gives to negatives
     return LossGradients(
         loss=-torch.dot(block.weight_p, F.logsigmoid(-margin_p)),
-        cell_bW=block.logit_bW,
+        cell_bC=block.logit_bC,
         factor_b=block.per_row(missed_p) / total_b.clamp(min=1.0),
         pair_p=-missed_p,
     )
@@ -78,13 +77,13 @@ def bsl(
         share_p = (value_p - log_sum_b[block.row_p]).exp()
         return LossGradients(
             loss=(weight_b * (negative_b - positive_b)).sum(),
-            cell_bW=block.logit_bW,
+            cell_bC=block.logit_bC,
             factor_b=weight_b / total_b.clamp(min=1.0),
             pair_p=-weight_b[block.row_p] * share_p,
         )
 
     user_BD, item_CD = scaled(user_BD, item_CD, temperature)
-    return chunked_loss(user_BD, item_CD, relations, rule, adds_offset=True, precision=precision)
+    return chunked_loss(user_BD, item_CD, relations, rule, precision=precision)
 
 
 def _exponentials(block: Block) -> tuple[Tensor, Tensor]:
@@ -92,5 +91,8 @@ def _exponentials(block: Block) -> tuple[Tensor, Tensor]:
 
     A sum is at least 1, the largest logit's own part, and 0 where a row has no negatives.
     """
-    total_b, peak_b = exponentiate(block.logit_bW, block.offset_W)
+    logit_bC = block.logit_bC
+    peak_b = logit_bC.amax(1) if logit_bC.shape[1] else logit_bC.new_zeros(len(logit_bC))
+    peak_b = peak_b.where(~peak_b.isneginf(), 0.0)
+    total_b = logit_bC.sub_(peak_b[:, None]).exp_().sum(1)
     return total_b, peak_b + total_b.log()

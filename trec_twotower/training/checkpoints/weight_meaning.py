@@ -35,7 +35,7 @@ from trec_twotower.data.features.numeric import Statistics
 from trec_twotower.errors import ConfigError
 from trec_twotower.model.embeddings import table_in
 from trec_twotower.model.tower import Tower, average_of, encoder_name
-from trec_twotower.model.tower_layers import AlignedLinear, Crosses, Experts, FeatureGates, Missing, ShortLong, Summed
+from trec_twotower.model.tower_layers import Crosses, Experts, FeatureGates, Missing, ShortLong, Summed
 from trec_twotower.training.run_dir import STATISTICS, Run
 
 FORGOTTEN = ("frequency.", "queue.")  # what a run remembers of its own steps
@@ -226,8 +226,8 @@ class _TowerParts:
         for index, module in enumerate(tower.layers):
             behind = self.behind
             role, axes = self._look(module)
-            settings = {"input": behind} if isinstance(module, AlignedLinear | Experts) else {}
-            if isinstance(module, Summed | ShortLong | Experts | AlignedLinear):
+            settings = {"input": behind} if isinstance(module, nn.Linear | Experts) else {}
+            if isinstance(module, Summed | ShortLong | Experts | nn.Linear):
                 self.behind, self.reads = role, None
             for name, each in axes.items():
                 yield index, role, name, each, settings
@@ -252,7 +252,7 @@ class _TowerParts:
             case Experts():
                 names = ["router", *(f"experts.{number}.0" for number in range(len(module.experts)))]
                 return "experts", self._linear(*names)
-            case AlignedLinear():
+            case nn.Linear():
                 is_last = self.config.project and self.num_linear == len(self.config.mlp)
                 self.num_linear += 1
                 return "last layer" if is_last else f"hidden layer {self.num_linear}", self._linear("")
