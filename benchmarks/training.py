@@ -1,6 +1,6 @@
 """How fast a step is: against other ways to write it, against the machine's floor, and from Parquet to weights.
 
-    python benchmarks/training.py [--rows 2000000] [--batches 62] [--rounds 3] [--only step e2e ranks large_ranks]
+    python benchmarks/training.py [--rows 2000000] [--batches 62] [--rounds 3] [--only step e2e threads ranks large_ranks]
                                   [--tfrs-python PATH] [--json FILE]
 
 The log of benchmarks/loading.py: tables of 1 M users and 200,000 items at dim 64, towers 128-64, batch 4096, three
@@ -23,6 +23,7 @@ e2e_vs_notebook         rows per second from Parquet, ours over the notebook's
 e2e_vs_step             rows per second from Parquet over those with batches made beforehand, both tuned
 step_over_floor         our float32 step over the machine's floor: its products at the measured rate of large ones, and
                         every table row gathered, pooled and updated once at the measured rates
+threads_2_vs_1          rows per second of `train` on one rank with two threads and two cores, over one thread, one core
 ranks_2_vs_1            rows per second of `train` on two ranks and two cores, over one rank on one core; with --only
                         large_ranks ranks_2_vs_1_16384, at a batch of 16,384
 """
@@ -48,7 +49,7 @@ from machine import headline, write_figures
 BATCH, DIM, HIDDEN, COUNTRY_ROWS = 4096, 64, 128, 1_000  # as config_of says
 TUNED = "glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=17179869184:glibc.malloc.top_pad=268435456"
 LARGE = 16_384  # a batch that the same two ranks share
-PARTS = ("step", "e2e", "ranks", "large_ranks")  # by default all but the last
+PARTS = ("step", "e2e", "threads", "ranks", "large_ranks")  # by default all but the last
 WARM = 6
 NOTEBOOK_STEPS, NOTEBOOK_NEGATIVES = 4, 4
 Step = Callable[[int], None]
@@ -408,19 +409,19 @@ def on_one_core(words: list[str], *, tuned: bool) -> dict[str, float]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def ranks_rate(folder: Path, num_ranks: int, place: Path, batch: int) -> float:
-    """Rows per second of `train` in its steady state, a core a rank; a line of its log is of 81,920 rows."""
+def train_rate(folder: Path, num_ranks: int, num_threads: int, place: Path, batch: int) -> float:
+    """Return rows per second of `train` in its steady state, one core per thread; a log line covers 81,920 rows."""
     from trec_twotower.config.base import as_values
     from trec_twotower.config.loading import to_yaml
 
-    path, out = place / "training.yaml", place / f"ranks-{num_ranks}-{time.monotonic_ns()}"
+    path, out = place / "training.yaml", place / f"ranks-{num_ranks}-{num_threads}-{time.monotonic_ns()}"
     path.write_text(to_yaml(as_values(config_of(folder, batch_size=batch))))
     words = [ROOT / "launch/torchrun.sh", "--ranks", num_ranks, "train", path, f"run_dir={out}"]
     words.append(f"train.log_every={20 * BATCH // batch}")
-    cores = sorted(os.sched_getaffinity(0))[:num_ranks]
+    cores = sorted(os.sched_getaffinity(0))[: num_ranks * num_threads]
     subprocess.run(
         [str(word) for word in words], check=True, cwd=ROOT, stdout=subprocess.DEVNULL,
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, preexec_fn=lambda: os.sched_setaffinity(0, cores),
+        env={**os.environ, "OMP_NUM_THREADS": str(num_threads)}, preexec_fn=lambda: os.sched_setaffinity(0, cores),
     )  # fmt: skip
     logged = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return statistics.median([line["rows_per_s"] for line in logged if "rows_per_s" in line][1:])
@@ -454,7 +455,11 @@ def measure(folder: Path, place: Path, options: argparse.Namespace, parts: Seque
 
     def over_ranks(batch: int) -> Iterator[tuple[str, float]]:
         for count in (1, 2):
-            yield f"ranks_{count}_rows_per_s", ranks_rate(folder, count, place, batch)
+            yield f"ranks_{count}_rows_per_s", train_rate(folder, count, 1, place, batch)
+
+    def over_threads() -> Iterator[tuple[str, float]]:
+        for count in (1, 2):
+            yield f"threads_{count}_rows_per_s", train_rate(folder, 1, count, place, BATCH)
 
     figures: dict[str, float] = {}
     if "step" in parts:
@@ -471,6 +476,9 @@ def measure(folder: Path, place: Path, options: argparse.Namespace, parts: Seque
         figures |= rounds(from_parquet, options.rounds)
         figures["e2e_vs_notebook"] = figures["e2e_rows_per_s"] / figures["notebook_rows_per_s"]
         figures["e2e_vs_step"] = figures["e2e_rows_per_s"] / figures["step_rows_per_s"]
+    if "threads" in parts:
+        figures |= rounds(over_threads, options.rounds)
+        figures["threads_2_vs_1"] = figures["threads_2_rows_per_s"] / figures["threads_1_rows_per_s"]
     for part, batch, word in (("ranks", BATCH, ""), ("large_ranks", LARGE, f"_{LARGE}")):
         if part in parts:
             found = rounds(partial(over_ranks, batch), options.rounds)
@@ -498,7 +506,7 @@ def main() -> None:
         folder = ((options.keep or Path(temporary)) / f"log-{options.rows}").resolve()
         if not folder.exists():
             generate(folder, options.rows)
-        figures = measure(folder, Path(temporary), options, options.only or PARTS[:3])
+        figures = measure(folder, Path(temporary), options, options.only or PARTS[:4])
     for name, value in figures.items():
         print(f"{name:<34}{value:>16,.5f}")
     write_figures(options.json, figures)

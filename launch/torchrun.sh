@@ -65,8 +65,10 @@ fi
 
 # Each attempt after a restart gets a store of its own, without the addresses of the dead ranks.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
-# One thread a rank; more pay on a machine with many more cores than ranks.
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+# Without a GPU the ranks share the cores. With one, the tables and towers are on the GPU and a rank needs one thread.
+threads=1
+[[ $gpus -gt 0 ]] || threads=$(($(nproc) / ranks))
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}
 # glibc else gives the blocks of every step back to the kernel and asks for them again: twice the time on CPU.
 if [[ ${GLIBC_TUNABLES:-} != *glibc.malloc* ]]; then
     malloc=glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=17179869184

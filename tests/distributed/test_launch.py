@@ -202,8 +202,11 @@ def test_environment_is_completed_but_not_overruled(shown, monkeypatch):
         monkeypatch.delenv(name, raising=False)
     _, environ = shown("train")
     assert environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] == "1"
-    assert environ["OMP_NUM_THREADS"] == "1"
+    cores = len(os.sched_getaffinity(0))
+    assert environ["OMP_NUM_THREADS"] == str(cores)  # one rank without a GPU
     assert "glibc.malloc.trim_threshold=17179869184" in environ["GLIBC_TUNABLES"]
+    assert shown("--ranks", str(2 * cores), "train")[1]["OMP_NUM_THREADS"] == "1"
+    assert shown("train", CUDA_VISIBLE_DEVICES="0")[1]["OMP_NUM_THREADS"] == "1"
     _, environ = shown("train", OMP_NUM_THREADS="8", GLIBC_TUNABLES="glibc.malloc.arena_max=2")
     assert (environ["OMP_NUM_THREADS"], environ["GLIBC_TUNABLES"]) == ("8", "glibc.malloc.arena_max=2")
     _, environ = shown("train", GLIBC_TUNABLES="glibc.cpu.x86_ibt=off")
