@@ -1,7 +1,8 @@
-"""The losses, each a function of two sets of vectors and how they relate, by the word that config gives it.
+"""The losses by their name in the config.
 
-All have the same face: `loss(user_BD, item_CD, relations, **parameters)` gives a scalar, the sum over the rows; the
-parameters are those of its class in `config/losses.py`. A new loss is a function here, a class there, and a test.
+All have the same signature: `loss(user_BD, item_CD, relations, **parameters)` returns the sum over the rows.
+The parameters are fields of its class in `config/losses.py`.
+A new loss is a function here, a class there and a test.
 """
 
 from collections.abc import Callable

@@ -1,11 +1,11 @@
-"""The matrix of B rows by C candidates, walked in blocks of rows and never held whole.
+"""Losses over the B x C matrix of logits, computed in blocks of rows: the whole matrix is never in memory.
 
-A loss says what a block of rows costs and how that changes with each logit (a `Rule`); here the logits are made, cells
-that are no negatives taken out, and the rule's slopes turned into gradients by two further products. All of it happens
-in the forward pass, so nothing of a block outlives it: memory is O(B + C + pairs + block).
+A `Rule` returns the loss of a block of rows and its derivative with respect to each logit. This module computes the
+logits, masks cells that are not negatives, and turns the derivatives into gradients with two matrix multiplications.
+Both happen in the forward pass, so memory is O(B + C + pairs + block).
 
-Of users with several vectors, (B, M, D), a logit is the highest by any of them, exactly as they are searched for, and
-its slope goes to that one: M times the products.
+A multi-interest user has M vectors, (B, M, D). Its logit is the maximum over the vectors, as in retrieval, and the
+gradient goes to the vector that has the maximum. This costs M times the matrix multiplications.
 """
 
 from __future__ import annotations
@@ -25,40 +25,39 @@ from trec_twotower.model.losses.relations import Relations
 
 Precision = Literal["fp32", "bf16", "bf16_logits"]
 
-# Cells of the matrix at a time. On CPU 2 MiB of float32, so that a block is still in the cache when it is read again,
-# but not so few rows that products of theirs are slow, and twice as many where products are of bfloat16, since oneDNN
-# arranges the candidates anew for each; on a GPU enough to keep it busy.
+# Cells per block. On CPU 2 MiB of float32, which stays in the cache, and twice that for bfloat16, since oneDNN reorders
+# the candidates for each matrix multiplication. On a GPU a block is large enough to keep it busy.
 BLOCK_CELLS = {"cpu": 1 << 19, "cuda": 1 << 26}
 BLOCK_ROWS = 96
 
 
 @dataclass
 class Block:
-    """Some rows: the logits of all their negatives, and their pairs. A rule may overwrite the logits."""
+    """A block of rows: the logits of their negatives, and their pairs. A rule may overwrite the logits."""
 
-    logit_bC: Tensor  # -inf where a cell is no negative
-    weight_bC: Tensor | None  # of each negative, for rules that weight; None: 1 each
-    total_weight_b: Tensor  # of a row's negatives
-    row_p: Tensor  # of the block, rising
+    logit_bC: Tensor  # -inf where a cell is not a negative
+    weight_bC: Tensor | None  # weight of each negative; None: all 1
+    total_weight_b: Tensor  # sum over the negatives of each row
+    row_p: Tensor  # row within the block, ascending
     logit_p: Tensor
     weight_p: Tensor
     label_p: Tensor
 
     def mean_factor(self) -> Tensor:
-        """(b,): 1 / the total weight of a row's negatives; 1 for a row without."""
+        """Return (b,): 1 / the total weight of a row's negatives; 1 for a row without."""
         return 1 / self.total_weight_b.where(self.total_weight_b > 0, 1.0)
 
     def per_row(self, value_p: Tensor) -> Tensor:
-        """(b,): the sum over each row's pairs."""
+        """Return (b,): the sum over each row's pairs."""
         return torch.zeros_like(self.total_weight_b).index_add_(0, self.row_p, value_p)
 
 
 @dataclass
 class LossGradients:
-    """What a block costs, and its derivatives with respect to the logits."""
+    """The loss of a block and its derivatives with respect to the logits."""
 
     loss: Tensor  # scalar
-    cell_bC: Tensor  # but for a factor of the row, and 0 where a cell is no negative
+    cell_bC: Tensor  # to be multiplied by factor_b; 0 where a cell is not a negative
     factor_b: Tensor
     pair_p: Tensor
 
@@ -67,13 +66,13 @@ Rule = Callable[[Block], LossGradients]
 
 
 def scaled(user_BD: Tensor, item_CD: Tensor, temperature: float | Tensor = 1.0) -> tuple[Tensor, Tensor]:
-    """Vectors whose products are logits, in float32 at least; a temperature that is a tensor gets its gradient."""
+    """Return vectors whose dot products are logits, in float32 or float64. A learned temperature gets its gradient."""
     wide = torch.float64 if user_BD.dtype == torch.float64 else torch.float32
     return user_BD.to(wide) / temperature, item_CD.to(wide)
 
 
-def met(user_BD: Tensor, item_CD: Tensor, pairs: Pairs) -> tuple[Tensor, Pairs]:
-    """One vector a row, and the pairs: of users with several, all vectors, and each pair's of the highest product."""
+def select_vectors(user_BD: Tensor, item_CD: Tensor, pairs: Pairs) -> tuple[Tensor, Pairs]:
+    """Return vectors as (rows, D) and the pairs with the row of the user vector that has the highest dot product."""
     if user_BD.ndim == 2:
         return user_BD, pairs
     best_P = best_vectors(user_BD.detach(), item_CD.detach(), pairs.row_P, pairs.column_P)
@@ -81,8 +80,8 @@ def met(user_BD: Tensor, item_CD: Tensor, pairs: Pairs) -> tuple[Tensor, Pairs]:
 
 
 def pair_logits(user_BD: Tensor, item_CD: Tensor, pairs: Pairs) -> Tensor:
-    """(P,): the products of the vectors of each pair, without keeping P vectors."""
-    user_BD, pairs = met(user_BD, item_CD, pairs)
+    """Return (P,): the dot product of each pair, without holding P vectors in memory."""
+    user_BD, pairs = select_vectors(user_BD, item_CD, pairs)
     with torch.autocast(user_BD.device.type, enabled=False):
         return _PairLogits.apply(user_BD, item_CD, pairs.row_P, pairs.column_P)
 
@@ -99,17 +98,19 @@ def chunked_loss(
     weights: bool = False,
     precision: Precision = "fp32",
 ) -> Tensor:
-    """The sum over blocks of what `rule` makes of them; a scalar with gradients for the vectors and `logit_P`.
+    """Return the sum of the rule's loss over all blocks: a scalar with gradients for the vectors and `logit_P`.
 
-    The rule sees the logits u . v - log q of each row's negatives, and the row's `pairs` (default: the positives, with
-    logits corrected alike). Row i's negatives are the columns in `is_negative_C` and what it refused, but no pair it
-    knows; with `given_apart` no given pair either, whatever its label. With `weights` the logits are
-    u . v, and `Block.weight_bC` has 1 / q and the weight of negatives that are not among the hardest; a rule without
-    gets that weight as its log, added to the logits. With precision bf16 the
-    gradients' products are made of bfloat16 numbers (relative error some 1e-3); logits and sums stay as they are. With
-    bf16_logits the negatives' logits are made of such numbers, too, and rounded to them before log q is taken off.
+    The rule sees the logits u . v - log q of each row's negatives and of the row's `pairs` (default: the positives).
+    The negatives of a row are the columns in `is_negative_C` and the pairs with label 0 or less, without known pairs;
+    with `given_apart` without any given pair.
+
+    With `weights` the logits are u . v, and `Block.weight_bC` holds 1 / q times the weight of negatives that are not
+    among the hardest. Without it, the log of that weight is added to the logits.
+
+    With precision "bf16" the matrix multiplications of the gradients are in bfloat16 (relative error about 1e-3). With
+    "bf16_logits" the logits of the negatives are, too, and are rounded to bfloat16 before log q is subtracted.
     """
-    has_own_pairs = pairs is None and user_BD.ndim == 2  # their gradients are made here, too
+    has_own_pairs = pairs is None and user_BD.ndim == 2  # _ChunkedLoss computes their gradients
     with torch.autocast(user_BD.device.type, enabled=False):
         if pairs is None:
             pairs = relations.positive
@@ -136,7 +137,7 @@ def chunked_loss(
 
 
 def row_log_sum_exp(value_P: Tensor, row_P: Tensor, num_rows: int) -> Tensor:
-    """(rows,): log of the sum of exp over each row's pairs; 0 for a row without."""
+    """Return (rows,): the log of the sum of exp over the pairs of each row; 0 for a row without pairs."""
     peak = value_P.new_full((num_rows,), float("-inf"))
     peak = peak.scatter_reduce(0, row_P, value_P.detach(), "amax")
     peak = peak.where(peak > float("-inf"), 0.0)
@@ -145,14 +146,14 @@ def row_log_sum_exp(value_P: Tensor, row_P: Tensor, num_rows: int) -> Tensor:
 
 
 def softplus_sum(value_bC: Tensor, weight_bC: Tensor | None = None) -> Tensor:
-    """(b,): the (weighted) sums over rows of log(1 + exp(value)), of values of any size, with one block of scratch."""
+    """Return (b,): the (weighted) sum of log(1 + exp(value)) of each row, without overflow."""
     scratch_bC = value_bC.abs().neg_().exp_().log1p_()
     total_b = weighted_sum(scratch_bC, weight_bC)
     return total_b + weighted_sum(torch.clamp(value_bC, min=0, out=scratch_bC), weight_bC)
 
 
 def weighted_sum(value_bC: Tensor, weight_bC: Tensor | None) -> Tensor:
-    """(b,): the sums over rows of weight * value; without weights, of the values."""
+    """Return (b,): the sum of weight * value of each row; without weights, of the values."""
     return value_bC.sum(1) if weight_bC is None else torch.linalg.vecdot(value_bC, weight_bC)
 
 
@@ -178,12 +179,16 @@ class _ChunkedLoss(torch.autograd.Function):
         num_rows, num_columns = user_BD.shape[0], item_CD.shape[0]
         narrow = user_BD.dtype if precision == "fp32" else torch.bfloat16
         size = rows_a_block(num_columns, user_BD.device, narrow != user_BD.dtype)
-        size = -(-num_rows // -(-num_rows // size)) if num_rows else size  # blocks of like size
+        size = -(-num_rows // -(-num_rows // size)) if num_rows else size  # blocks of nearly equal size
         edges_P, edges_shut, edges_opened = negatives.block_edges(row_P, num_rows, size)
         cells = max(size * num_columns, 1)
-        row_p, shut, opened = row_P % size, negatives.shut % cells, negatives.opened % cells  # within their blocks
+        row_p, shut, opened = (
+            row_P % size,
+            negatives.shut % cells,
+            negatives.opened % cells,
+        )  # indices within their block
 
-        room = user_BD.new_empty(min(size, num_rows), num_columns)  # one block, used again and again
+        room = user_BD.new_empty(min(size, num_rows), num_columns)  # one block, reused
         narrow_CD = item_CD.to(narrow)
         loss = user_BD.new_zeros(())
         user_BMD = user_BD if user_BD.ndim == 3 else user_BD[:, None]
@@ -258,7 +263,7 @@ def _add_gradients(
 ) -> None:
     """Write the gradient of a block of users to `grad_bD`, and add that of the items to `grad_item_DC`.
 
-    The latter is (D, C), since this product is faster than its transpose.
+    `grad_item_DC` is (D, C), because this matrix multiplication is faster than its transpose.
     """
     if slope_bC.dtype == grad_bD.dtype:
         torch.mm(slope_bC, item_WD, out=grad_bD)

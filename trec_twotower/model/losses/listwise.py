@@ -1,4 +1,4 @@
-"""Losses over the lists that the data give."""
+"""Losses over lists of items with grades."""
 
 from __future__ import annotations
 
@@ -20,7 +20,9 @@ def listwise(
     temperature: float | Tensor = 1.0,
     grades: Grades = "share",
 ) -> Tensor:
-    """Cross-entropy between a row's graded list and the softmax over it, in nats; other candidates play no part.
+    """Return the cross-entropy between the grades of a row's list and the softmax over the list, in nats.
+
+    Other candidates are not used.
 
         sum over the row's given pairs g of  -weight_g * t_g * log softmax(l)_g,     l = u . v / temperature
 

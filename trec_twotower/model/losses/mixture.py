@@ -1,4 +1,4 @@
-"""Losses made of others."""
+"""Weighted sums of other losses."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def softmax_bce(
     negative_weight: float = 1.0,
     precision: Precision = "fp32",
 ) -> Tensor:
-    """softmax_share * `softmax` + (1 - softmax_share) * `bce`: the one ranks, the other calibrates."""
+    """Return softmax_share * `softmax` + (1 - softmax_share) * `bce`: softmax ranks, bce calibrates."""
     ranking = softmax(user_BD, item_CD, relations, temperature=temperature, precision=precision)
     calibration = bce(
         user_BD, item_CD, relations, temperature=temperature, negative_weight=negative_weight, precision=precision

@@ -1,4 +1,4 @@
-"""Which cells of a block of logits are negatives, with what weight; the best of the vectors of multi-interest users."""
+"""Masks and weights of the negatives of a block of logits, and the best vector of multi-interest users."""
 
 from __future__ import annotations
 
@@ -14,16 +14,18 @@ from trec_twotower.model.losses.relations import Hardest, Relations, cells_of
 
 @dataclass(frozen=True)
 class NegativeCells:
-    """Which cells are negatives: columns by their offset, and cells by number (row * C + column), rising, distinct."""
+    """The negatives of all rows: an offset per column, and exceptions by cell, ascending and distinct.
 
-    offset_C: Tensor  # -log q, and -inf for columns that are not everybody's negatives
-    shut: Tensor  # cells of negative columns that are none
-    opened: Tensor  # cells of other columns that are some
+    The number of a cell is row * C + column."""
+
+    offset_C: Tensor  # -log q; -inf for columns that are not negatives of all rows
+    shut: Tensor  # cells that are not negatives, in columns that are negatives of all rows
+    opened: Tensor  # cells that are negatives, in other columns
     opened_logit: Tensor
-    opened_best: Tensor  # which of a row's vectors that is of
+    opened_best: Tensor  # index of the user vector that has the logit
     num_negatives_B: Tensor
     hardest: Hardest | None
-    weight_C: Tensor | None  # for a rule that weights: of each column, 0 where it is not everybody's negative
+    weight_C: Tensor | None  # weight of each column for weighting rules; 0 where it is not a negative of all rows
 
     @classmethod
     def of(
@@ -75,7 +77,7 @@ class NegativeCells:
                 several.best_bC.view(-1).index_copy_(0, opened[part], self.opened_best[part].to(torch.int8))
 
     def block_edges(self, row_P: Tensor, num_rows: int, size: int) -> tuple[list[int], list[int], list[int]]:
-        """Return where the pairs, the shut and the opened cells of each block of `size` rows begin."""
+        """Return the start of each block of `size` rows among the pairs, the shut cells and the opened cells."""
         edges = torch.arange(0, num_rows + size, size, device=row_P.device).clamp_(max=num_rows)
         width = len(self.offset_C)
         return (
@@ -85,7 +87,7 @@ class NegativeCells:
         )
 
     def weigh(self, room_bC: Tensor | None, logit_bC: Tensor, rows: slice) -> tuple[Tensor | None, Tensor]:
-        """Return the weights of a block's negatives, in `room_bC` if there are any, and their total of each row."""
+        """Return the weights of a block's negatives, written to `room_bC`, and their sum per row."""
         if room_bC is not None:
             weight_bC = self.weights(room_bC, logit_bC)
             return weight_bC, weight_bC.sum(1)
@@ -94,18 +96,18 @@ class NegativeCells:
         return None, self.num_negatives_B[rows]
 
     def down_weight_others(self, logit_bC: Tensor) -> None:
-        """Add the log of their weight to the logits of all but a row's hardest negatives, in place."""
+        """Add the log of their weight to the logits of all negatives except the hardest of each row, in place."""
         assert self.hardest is not None
-        # Compared without log q: with it, the rarest items would be the hardest as long as scores are close together.
+        # Scores are compared without log q: with it, rare items would be the hardest while scores are close together.
         score_bC = logit_bC - self.offset_C.where(self.offset_C.isfinite(), 0.0)
         place_bK = score_bC.topk(self.hardest.count, dim=1, sorted=False).indices
         top_bK = logit_bC.gather(1, place_bK)
         logit_bC.add_(math.log(self.hardest.others)).scatter_(1, place_bK, top_bK)
 
     def weights(self, room_bC: Tensor, logit_bC: Tensor) -> Tensor:
-        """The weights of a block's negatives, made in `room_bC`; 0 where a cell is none."""
+        """Return the weights of a block's negatives, written to `room_bC`; 0 where a cell is not a negative."""
         assert self.weight_C is not None
-        weight_bC = room_bC.copy_(self.weight_C.where(self.weight_C > 0, 1.0))  # 1 is for what is opened
+        weight_bC = room_bC.copy_(self.weight_C.where(self.weight_C > 0, 1.0))  # 1 for opened cells
         weight_bC.masked_fill_(logit_bC.isneginf(), 0.0)
         if self.hardest is not None:
             place_bK = logit_bC.topk(self.hardest.count, dim=1, sorted=False).indices
@@ -115,14 +117,14 @@ class NegativeCells:
 
 
 class BestVectors:
-    """A block of users with several vectors: which of them each cell's logit is of."""
+    """The index of the user vector that has the highest logit, for each cell of a block."""
 
     def __init__(self, room: Tensor) -> None:
         self._room, self.best_vectors = torch.empty_like(room), torch.empty_like(room, dtype=torch.int8)
         self.best_bC = self.best_vectors
 
     def raise_to_best(self, logit_bC: Tensor, offset_C: Tensor, part_bMD: Tensor, item_WD: Tensor) -> None:
-        """Raise the first vectors' logits to those of the vectors that score higher."""
+        """Replace the logits of the first vectors by the maximum over all vectors."""
         rows, num_vectors = part_bMD.shape[:2]
         self.best_bC = self.best_vectors[:rows].zero_()
         for vector in range(1, num_vectors):
@@ -131,12 +133,12 @@ class BestVectors:
             torch.maximum(logit_bC, other_bC, out=logit_bC)
 
     def of(self, vector: int, cell_bC: Tensor) -> Tensor:
-        """The cells that are one vector's, the others 0."""
+        """Return the cells whose best vector is `vector`; 0 elsewhere."""
         return torch.mul(cell_bC, self.best_bC == vector, out=self._room[: len(cell_bC)])
 
 
 def best_vectors(user_BMD: Tensor, item_CD: Tensor, row_P: Tensor, column_P: Tensor) -> Tensor:
-    """(P,): which of the row's vectors has the highest product with the item."""
+    """Return (P,): the index of the row's vector with the highest dot product with the item."""
     num_vectors = user_BMD.shape[1]
     if num_vectors == 1:
         return torch.zeros_like(row_P)
@@ -146,6 +148,6 @@ def best_vectors(user_BMD: Tensor, item_CD: Tensor, row_P: Tensor, column_P: Ten
 
 
 def _distinct(values: Tensor) -> Tensor:
-    """Rising, each once."""
+    """Return the distinct values in ascending order."""
     is_done = len(values) < 2 or bool((values[1:] > values[:-1]).all())
     return values if is_done else torch.unique(values)

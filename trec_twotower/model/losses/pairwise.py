@@ -1,4 +1,4 @@
-"""Losses of a positive against each negative of its row by itself."""
+"""Losses that compare a positive with each negative of its row."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ def bpr(
     temperature: float | Tensor = 1.0,
     precision: Precision = "fp32",
 ) -> Tensor:
-    """The weighted sum over positives of the mean over their row's negatives of -log sigmoid(l_p - l_n), in nats.
+    """Return the weighted sum over positives of the mean over their negatives of -log sigmoid(l_p - l_n), in nats.
 
-    l = u . v / temperature. With log q the mean has the weights 1 / q, which make candidates that are drawn by
-    popularity an even sample of the catalogue; without, popular items are pushed down as often as they are drawn.
+    l = u . v / temperature. With log q the mean has the weights 1 / q, so that candidates sampled by popularity count
+    like a uniform sample of the catalogue. Without log q, popular items are negatives as often as they are sampled.
     Rendle et al. 2009, "BPR: Bayesian Personalized Ranking from Implicit Feedback".
     """
 
@@ -51,10 +51,9 @@ def margin(
     margin: float = 0.2,
     precision: Precision = "fp32",
 ) -> Tensor:
-    """The weighted sum over positives of the mean over their row's negatives of max(0, margin - s_p + s_n).
+    """Return the weighted sum over positives of the mean over their negatives of max(0, margin - s_p + s_n).
 
-    s = u . v; the mean has the weights of `bpr`. The ranking hinge, as in WSABIE (Weston et al. 2011) without its
-    weights by rank.
+    s = u . v. The mean has the weights of `bpr`. This is the hinge of WSABIE (Weston et al. 2011) without rank weights.
     """
 
     def cost(gap_pC: Tensor, weight_pC: Tensor | None) -> Tensor:
@@ -69,8 +68,8 @@ def margin(
 def _each_pair(cost: Callable[[Tensor, Tensor | None], Tensor]) -> Callable[[Block], LossGradients]:
     """Return a rule from the cost of the gaps l_n - l_p, (pairs, C) and -inf where there is no negative.
 
-    `cost` gets the gaps and the negatives' weights. It returns the weighted sums over negatives, and turns the gaps
-    into their slopes.
+    `cost` gets the gaps and the negatives' weights. It returns the weighted sums over negatives, and overwrites the
+    gaps with their derivatives.
     """
 
     def rule(block: Block) -> LossGradients:
@@ -80,9 +79,9 @@ def _each_pair(cost: Callable[[Tensor, Tensor | None], Tensor]) -> Callable[[Blo
         num_rows = len(block.logit_bC)
         is_one_each = torch.equal(block.row_p, torch.arange(num_rows, device=block.row_p.device))
         cell_bC = block.logit_bC if is_one_each else torch.zeros_like(block.logit_bC)
-        for start in range(0, len(block.row_p), num_rows):  # as many pairs at a time as the block has rows
+        for start in range(0, len(block.row_p), num_rows):  # num_rows pairs at a time
             part = slice(start, start + num_rows)
-            gap_pC = cell_bC if is_one_each else block.logit_bC[block.row_p[part]]  # one each: all in place
+            gap_pC = cell_bC if is_one_each else block.logit_bC[block.row_p[part]]  # with one pair per row, in place
             gap_pC.sub_(block.logit_p[part, None])
             weight_pC = block.weight_bC
             if weight_pC is not None and not is_one_each:

@@ -1,4 +1,4 @@
-"""Losses that look at each cell by itself."""
+"""Losses with one term per cell."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ def bce(
     negative_weight: float = 1.0,
     precision: Precision = "fp32",
 ) -> Tensor:
-    """Binary cross-entropy of positives, given pairs with labels in 0 .. 1, and the negatives of each row, in nats.
+    """Return the binary cross-entropy of positives, given pairs with labels 0 to 1, and negatives, in nats.
 
-    A pair of weight w and label y costs w * (y * softplus(-l) + (1 - y) * softplus(l)); positives have label 1. A row's
-    N negatives together weigh `negative_weight` times its w * y:
+    A pair of weight w and label y has the loss w * (y * softplus(-l) + (1 - y) * softplus(l)). Positives have label 1.
+    The N negatives of a row together have the weight `negative_weight` * w * y:
 
         negative_weight * (sum of w * y) / N * sum over n of softplus(l_n)
 
-    The logits are u . v / temperature, less log q for positives and negatives. So corrected, the best score of an item
-    that a row takes with probability p is log(p / (1 - p) * N / negative_weight), however often it is a candidate;
-    without the correction popular items lose log q (noise-contrastive estimation, Gutmann and Hyvärinen 2010; Mnih and
-    Teh 2012). Given pairs are outcomes of what was shown, not samples, and stay uncorrected; one that a row refused but
-    knows is left out.
+    The logits are u . v / temperature, less log q for positives and negatives. With this correction, the
+    optimal score of an item with interaction probability p is log(p / (1 - p) * N / negative_weight), however often it
+    is a candidate. Without it, the optimum is lower by log q for popular items (noise-contrastive estimation, Gutmann
+    and Hyvärinen 2010; Mnih and Teh 2012). Given pairs are impressions, not samples, and get no correction. A given
+    pair with label 0 that is also a known pair is ignored.
     """
     user_BD, item_CD = scaled(user_BD, item_CD, temperature)
     pairs = relations.positive
@@ -81,19 +81,19 @@ def ccl(
     negative_weight: float = 150.0,
     precision: Precision = "fp32",
 ) -> Tensor:
-    """Cosine contrastive loss: positives to cosine 1, negatives below a margin.
+    """Return the cosine contrastive loss, which moves positives to cosine 1 and negatives below a margin.
 
-    With unit vectors, s = u . v, a row of positives p with weights w_p that sum to W and of N negatives costs
+    With unit vectors, s = u . v, a row of positives p with weights w_p that sum to W and N negatives has the loss
 
         sum over p of w_p * (1 - s_p)  +  c * W * sum over n of h(s_n)
 
     h(s) is max(0, s - margin)² / (2 * (1 - margin)); its slope h' is 0 at the margin and 1 at cosine 1. c is
-    negative_weight / N, but at most 1 / (sum over n of h'(s_n)): the negatives together never push harder than the
-    positives pull. The gradient treats c as a constant.
+    negative_weight / N, but at most 1 / (sum over n of h'(s_n)): the gradient of the
+    negatives is never larger than that of the positives. The gradient treats c as a constant.
 
     Mao et al. 2021, "SimpleX: A Simple and Strong Baseline for Collaborative Filtering", has a plain hinge and no
-    limit. There, as long as all vectors point in about the same direction, either none or all negatives of a row are
-    above the margin, and the push is 0 or negative_weight times the pull: training does not leave that state.
+    limit. There, while all vectors point in nearly the same direction, none or all negatives of a row are above the
+    margin, and training does not leave that state.
     """
 
     def rule(block: Block) -> LossGradients:

@@ -1,4 +1,4 @@
-"""Losses with the log of a sum of exponentials over each row's negatives."""
+"""Softmax losses: log-sum-exp over the negatives of each row."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ def softmax(
     temperature: float | Tensor = 1.0,
     precision: Precision = "fp32",
 ) -> Tensor:
-    """The weighted sum over positives of -log softmax of the positive among itself and its row's negatives, in nats.
+    """Return the weighted sum over positives of -log softmax over the positive and its row's negatives, in nats.
 
-    With logits l_ij = u_i . v_j / temperature - log q_j, positive p of row i and column j costs
+    With logits l_ij = u_i . v_j / temperature - log q_j, positive p of row i and column j has the loss
 
         weight_p * (log(exp(l_ij) + sum over negatives n of row i of exp(l_in)) - l_ij)
 
-    so that several positives of a row do not stand against each other. InfoNCE (van den Oord et al. 2018); the
-    correction logQ is that of Bengio and Senecal (2008) and Yi et al. (2019).
+    so that the positives of a row are not negatives of each other. InfoNCE (van den Oord et al. 2018) with the
+    logQ correction of Bengio and Senecal (2008) and Yi et al. (2019).
     """
     user_BD, item_CD = scaled(user_BD, item_CD, temperature)
     return chunked_loss(user_BD, item_CD, relations, _softmax, precision=precision)
@@ -33,10 +33,10 @@ def softmax(
 
 def _softmax(block: Block) -> LossGradients:
     total_b, log_total_b = _exponentials(block)
-    # With L = log(sum over the row's negatives of exp(l)), positive p costs log(1 + exp(L - l_p)): only the negatives
-    # are shifted together, so positives far apart do not push each other out of range.
+    # With L = log(sum over the row's negatives of exp(l)), the loss of positive p is log(1 + exp(L - l_p)). Only the
+    # negatives share a shift, so positives of very different size cause no overflow.
     margin_p = log_total_b[block.row_p] - block.logit_p
-    missed_p = block.weight_p * torch.sigmoid(margin_p)  # what the softmax gives to negatives
+    missed_p = block.weight_p * torch.sigmoid(margin_p)  # probability of the negatives
     return LossGradients(
         loss=-torch.dot(block.weight_p, F.logsigmoid(-margin_p)),
         cell_bC=block.logit_bC,
@@ -54,15 +54,15 @@ def bsl(
     temperature_ratio: float = 1.0,
     precision: Precision = "fp32",
 ) -> Tensor:
-    """Bilateral softmax: the log of an expected exponential on the positives' side as well, in nats.
+    """Return the bilateral softmax loss, which has a log-sum-exp over the positives as well, in nats.
 
-    A row of positives p with weights w_p, which sum to W, and negatives n costs
+    A row of positives p with weights w_p, which sum to W, and negatives n has the loss
 
         W * (log(sum over n of exp(l_n)) - r * log(sum over p of w_p / W * exp(l_p / r)))
 
-    with the logits of `softmax` and r = `temperature_ratio`, the positives' temperature in units of the negatives'. The
-    larger r is, the less do positives with low logits count, which may be noise. Rows without negatives cost nothing. A
-    row with one positive does not depend on r: it is the softmax with the positive left out of the denominator.
+    with the logits of `softmax` and r = `temperature_ratio`, the positives' temperature in units of the negatives'. A
+    larger r lowers the weight of positives with low logits, which may be noise. The loss of a row without negatives is
+    0. That of a row with one positive does not depend on r: it is the softmax without the positive in the denominator.
     Wu et al. 2023, "BSL: Understanding and Improving Softmax Loss for Recommendation", divided by their tau_2.
     """
 
@@ -87,9 +87,9 @@ def bsl(
 
 
 def _exponentials(block: Block) -> tuple[Tensor, Tensor]:
-    """Turn each row into exp(logit - its maximum); returns the rows' sums, and the logs of their unshifted sums.
+    """Overwrite each row with exp(logit - maximum); return the row sums and the log-sum-exp of each row.
 
-    A sum is at least 1, the largest logit's own part, and 0 where a row has no negatives.
+    A row sum is at least 1, the term of the largest logit, and 0 for a row without negatives.
     """
     logit_bC = block.logit_bC
     peak_b = logit_bC.amax(1) if logit_bC.shape[1] else logit_bC.new_zeros(len(logit_bC))

@@ -1,7 +1,7 @@
-"""How often an item is a candidate, from the steps at which it was one: nothing has to be counted beforehand.
+"""Streaming estimate of the sampling probability of items, from the steps at which they were candidates.
 
-Yi et al. 2019, "Sampling-Bias-Corrected Neural Modeling for Large Corpus Item Recommendations", algorithm 2: by hash of
-the item, the step at which it last came and the mean gap between two such steps, whose inverse is the probability.
+Yi et al. 2019, "Sampling-Bias-Corrected Neural Modeling for Large Corpus Item Recommendations", algorithm 2. For each
+hash of an item, it keeps the last step with the item and the mean gap between such steps. 1 / gap is the probability.
 """
 
 from __future__ import annotations
@@ -11,15 +11,15 @@ from torch import Tensor, nn
 
 from trec_twotower.ops.hashing import hash_to_bucket_torch
 
-RATE = 0.01  # what a new gap counts, once 1 / RATE of them have been averaged evenly
-HASHES = 2  # items that share a slot come more often together: the longest gap is believed
+RATE = 0.01  # weight of a new gap in the moving average, after 1 / RATE gaps
+HASHES = 2  # independent hashes; a collision shortens a gap, so the longest of them is used
 SLOTS = 1 << 20
 
 
 class StreamingLogQ(nn.Module):
-    """Log of the probability that an item is a candidate of a step; the same on all ranks, which see the same steps.
+    """Log of the probability that an item is a candidate of a step. All ranks see the same steps and agree.
 
-    The first gaps are averaged evenly: an item that came n times up to step t has a mean gap of t / n.
+    The first 1 / RATE gaps have equal weights: an item seen n times up to step t has a mean gap of t / n.
     """
 
     def __init__(self, device: torch.device, slots: int | None = None) -> None:
@@ -35,13 +35,13 @@ class StreamingLogQ(nn.Module):
         self.register_buffer("step", torch.zeros(1, dtype=torch.int32, device=device))
 
     def forget(self) -> None:
-        """Begin anew."""
+        """Forget all items."""
         for buffer in self.buffers():
             buffer.zero_()
 
     @torch.no_grad()
     def forward(self, key_C: Tensor, is_negative_C: Tensor | None) -> Tensor:
-        """(C,) float32, for a step's candidates by their keys; those that stand against all rows have come now."""
+        """Return (C,) float32 for the candidates of a step, and record those that are negatives of all rows."""
         if self.training:
             self.step += 1
             self._take(key_C if is_negative_C is None else key_C[is_negative_C])
@@ -49,14 +49,14 @@ class StreamingLogQ(nn.Module):
         for number in range(HASHES):
             slot_C = hash_to_bucket_torch(key_C, self.slots, number)
             gap = self.gap_HN[number, slot_C]
-            # One that never came might have come in the next step.
+            # An item that was never seen might be seen in the next step.
             gap_C = torch.maximum(gap_C, gap.where(self.times_HN[number, slot_C] > 0, (self.step + 1).to(gap.dtype)))
         return -gap_C.log()
 
     def _take(self, key_N: Tensor) -> None:
         for number in range(HASHES):
             slot_N = hash_to_bucket_torch(key_N, self.slots, number)
-            # Two items of one slot write the same.
+            # Two items in one slot write the same value.
             times_N = self.times_HN[number, slot_N] + 1
             gap_N = self.gap_HN[number, slot_N]
             now_N = (self.step - self.last_HN[number, slot_N]).to(gap_N.dtype)

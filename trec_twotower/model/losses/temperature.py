@@ -1,4 +1,4 @@
-"""A temperature that is learned between two bounds."""
+"""A learned temperature between two bounds."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from trec_twotower.config.losses import LearnedTemperature
 
 
 class Temperature(nn.Module):
-    """A scalar t with log t = log low + (log high - log low) * sigmoid(x), x being the parameter.
+    """Scalar t with log t = log low + (log high - log low) * sigmoid(x), x is the parameter.
 
-    So it never leaves its bounds, and has a gradient everywhere between them.
+    t stays within its bounds and has a gradient everywhere between them.
     """
 
     def __init__(self, config: LearnedTemperature, device: torch.device) -> None:
@@ -24,5 +24,5 @@ class Temperature(nn.Module):
         self.position = nn.Parameter(torch.tensor(math.log(share / (1 - share)), device=device))
 
     def forward(self) -> Tensor:
-        """The temperature, a scalar with gradient."""
+        """Return the temperature, a scalar with gradient."""
         return self.low * (self.log_range * torch.sigmoid(self.position)).exp()
