@@ -1,1 +1,1 @@
-"""The two towers: tables, layers, loss."""
+"""The two-tower model: embedding tables, towers, losses."""

@@ -1,4 +1,4 @@
-"""Candidates of earlier steps, whose vectors stand as they were then: Wang et al. 2020, "Cross-Batch Memory"."""
+"""Cross-batch memory: candidates of earlier steps as additional negatives (Wang et al. 2020, "Cross-Batch Memory")."""
 
 from __future__ import annotations
 
@@ -12,24 +12,23 @@ from trec_twotower.model.losses import Pairs, Relations
 from trec_twotower.ops.hashing import mix_torch
 
 NEVER = -(1 << 62)
-FINGERPRINT = (1 << 32) - 1  # the bits of a key that are the item's fingerprint
+FINGERPRINT = (1 << 32) - 1  # bits of a key that hold the fingerprint of the item
 
 
 class CrossBatchMemory(nn.Module):
-    """The last candidates that stood against all rows, in a ring of `size` places, the same on all ranks.
+    """A ring buffer of the last `size` candidates that were negatives of all rows; equal on all ranks.
 
-    It holds whole steps only (of a step with more candidates than there are places, a uniform sample of that size), and
-    an item once: as it was when it was last a candidate. With the step's own candidates it makes up one set, which an
-    item is in with probability P = 1 - (1 - p) ** (1 + steps held), if p is its probability to be a candidate of one
-    step.
+    It holds whole steps only (a uniform sample of a step with more than `size` candidates). An item is in it once, with
+    its newest vector. If p is the probability that an item is a candidate of one step, it is in the buffer or in the
+    current step with probability P = 1 - (1 - p) ** (1 + steps held).
 
-    Without the queue, a loss corrects a candidate by the strength `log_q` times log p. With it, by log P - log p more:
-    in expectation the loss is what it is without the queue, from a larger sample.
+    Without the memory, a loss corrects a candidate by `log_q` * log p. With it, log P - log p is added, so that the
+    expected loss is the same, from a larger sample.
 
-    A vector that is held gets no gradient, so an item is pushed away from users only at steps that have it as their
-    own candidate: with probability p in place of P, while its positives pull it at full strength. Left so, all items
-    move to the users' mean direction. Therefore the push on a candidate of the step is multiplied by P / p, which makes
-    it, in expectation, that of the loss over the whole set (`Relations.push_C`).
+    A vector in the memory gets no gradient. An item would be pushed away from users only in steps that have it as their
+    own candidate, with probability p instead of P, while its positives pull it at full strength. All items would move
+    to the mean direction of the users. Therefore the gradient of a candidate as a negative is multiplied by P / p,
+    which makes its expectation that of the loss over the whole set (`Relations.push_C`).
     """
 
     def __init__(self, size: int, dim: int, log_q: float, device: torch.device) -> None:
@@ -43,15 +42,16 @@ class CrossBatchMemory(nn.Module):
         self.is_first_Q: Tensor
         self.count: Tensor
         self.register_buffer("vector_QD", torch.zeros(size, dim, device=device))
-        self.register_buffer("key_Q", torch.zeros(size, dtype=torch.int64, device=device))  # Batch.item_key_C; -1: none
-        self.register_buffer("log_p_Q", torch.zeros(size, device=device))  # of being a candidate, when it was one
-        # How many had come before its step. A place whose step has lost its first item holds nothing any more.
+        # Batch.item_key_C; -1 where empty
+        self.register_buffer("key_Q", torch.zeros(size, dtype=torch.int64, device=device))
+        self.register_buffer("log_p_Q", torch.zeros(size, device=device))  # log p at the step of the candidate
+        # Number of candidates before the step of a slot. A step is invalid once its first candidate is overwritten.
         self.register_buffer("first_Q", torch.full((size,), NEVER, dtype=torch.int64, device=device))
         self.register_buffer("is_first_Q", torch.zeros(size, dtype=torch.bool, device=device))
-        self.register_buffer("count", torch.zeros(1, dtype=torch.int64, device=device))  # that have come
+        self.register_buffer("count", torch.zeros(1, dtype=torch.int64, device=device))  # candidates so far
 
     def forget(self) -> None:
-        """Hold nothing."""
+        """Clear the memory."""
         self.first_Q.fill_(NEVER)
 
     def beside(
@@ -59,9 +59,9 @@ class CrossBatchMemory(nn.Module):
     ) -> tuple[Tensor, Relations]:
         """Return the step's candidates followed by those of earlier steps, and how all of them relate to the rows.
 
-        An item that is a negative of all rows in this step counts as it is now. `log_p_C` are the logs of p. `listed`
-        are the keys (as columns) that are no negatives of a row; for items of histories it has ~fingerprint, which is
-        negative, in place of the key.
+        An item that is a negative of all rows in this step has its current vector. `log_p_C` is log p. `listed` has the
+        keys (as columns) that are not negatives of a row; for history items ~fingerprint, which is negative, instead
+        of the key.
         """
         is_whole_Q = self.first_Q >= self.count - self.size
         is_negative_C = relations.is_negative_C
@@ -92,14 +92,14 @@ class CrossBatchMemory(nn.Module):
 
     @torch.no_grad()
     def push(self, item_CD: Tensor, key_C: Tensor, log_p_C: Tensor, is_negative_C: Tensor | None) -> None:
-        """Add a step's candidates that are negatives of all rows."""
+        """Add the candidates of a step that are negatives of all rows."""
         parts = (item_CD.detach(), key_C, log_p_C)
         if is_negative_C is not None:
             vector_ND, key_N, log_p_N = (part[is_negative_C] for part in parts)
         else:
             vector_ND, key_N, log_p_N = parts
         count = len(key_N)
-        if count > self.size:  # as many drawn evenly, the same on all ranks
+        if count > self.size:  # a uniform sample, equal on all ranks
             kept = torch.argsort(mix_torch(key_N ^ mix_torch(self.count)))[: self.size]
             vector_ND, key_N = vector_ND[kept], key_N[kept]
             log_p_N = log_p_N[kept] + math.log(self.size / count)
@@ -118,7 +118,7 @@ class CrossBatchMemory(nn.Module):
 
 
 def _found(listed: Pairs, key_K: Tensor) -> tuple[Tensor, Tensor]:
-    """Of the pairs those whose key, or fingerprint, is one of `key_K` (rising): rows, and places there."""
+    """Return the pairs whose key or fingerprint is in `key_K` (ascending): their rows, and their positions in it."""
     if not len(key_K):
         return listed.row_P[:0], listed.column_P[:0]
     is_key = listed.column_P >= 0
@@ -131,12 +131,12 @@ def _found(listed: Pairs, key_K: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _places(wanted_P: Tensor, rising_K: Tensor) -> Tensor:
-    """Where each stands among `rising_K`, -1: nowhere."""
+    """Return the position of each value in `rising_K`, -1 where it is not there."""
     place = torch.searchsorted(rising_K, wanted_P).clamp_(max=len(rising_K) - 1)
     return torch.where(rising_K[place] == wanted_P, place, -1)
 
 
 def _at_least_once(log_p: Tensor, times: Tensor) -> Tensor:
-    """log(1 - (1 - p) ** times)."""
+    """Return log(1 - (1 - p) ** times)."""
     log_missed = torch.log1p(-log_p.double().clamp(max=0).exp()) * times
     return torch.log(-torch.expm1(log_missed)).to(log_p.dtype)

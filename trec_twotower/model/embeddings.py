@@ -1,7 +1,8 @@
-"""The tables of both towers: one EmbeddingBagCollection, its pooling, and its first weights.
+"""The embedding tables of both towers and their initialization.
 
-Tables that a sequence looks up are in an EmbeddingCollection beside it, with all that look up the same ones: a weight
-in both would be silently split into two by sharding. Their bags are pooled by hand.
+Tables of pooled features are in one EmbeddingBagCollection. Tables that a sequence looks up are in an
+EmbeddingCollection, with all other features of these tables, because sharding would silently split a weight that is in
+both collections. The bags of such features are pooled by `pool_jagged`.
 """
 
 from __future__ import annotations
@@ -18,17 +19,17 @@ from trec_twotower.config.schema import Schema
 from trec_twotower.distributed.compat import local_shards
 from trec_twotower.ops.hashing import mix, mix_torch
 
-# Weights that are filled together: scratch that stays in a CPU's cache, or few launches on a GPU.
+# Weights that are filled at a time: they fit into a CPU's cache, or need few kernel launches on a GPU.
 FILL_CELLS = {"cpu": 1 << 18, "cuda": 1 << 22}
 
 
-COLLECTIONS = ("embedding_bags", "embeddings")  # what torchrec calls the tables in both kinds of collection
+COLLECTIONS = ("embedding_bags", "embeddings")  # names of the tables in torchrec's collections
 
 
 def table_in(name: str) -> str | None:
-    """The table that a weight or a state of this name is of; None where it is of something else.
+    """Return the table of a weight or optimizer state by its name; None for anything else.
 
-    A language model has `embeddings`, too: a table's stand first, or in the model's `tables` or `lists`.
+    A language model also has `embeddings`; a table's are at the start of the name, or in `tables` or `lists`.
     """
     parts = name.split(".")
     for before, part, after in zip([None, *parts], parts, parts[1:], strict=False):
@@ -43,9 +44,9 @@ def _keep(weights: Tensor) -> Tensor:
 
 
 def build_embedding_bag_collection(schema: Schema) -> EmbeddingBagCollection | None:
-    """All tables whose bags are pooled, without memory yet; None where there are none.
+    """Return the tables with pooled features, on the meta device; None if there are none.
 
-    Every one pools by SUM (see put_pooling_divisor in data/transforms.py).
+    All pool by SUM (see `put_pooling_divisor` in data/features/transform.py).
     """
     features: dict[str, list[str]] = {name: [] for name in schema.tables if name not in schema.unpooled_tables}
     for lookup in schema.layout.pooled_lookups:
@@ -72,7 +73,7 @@ def build_embedding_bag_collection(schema: Schema) -> EmbeddingBagCollection | N
 
 
 def build_embedding_collection(schema: Schema) -> EmbeddingCollection | None:
-    """All tables whose rows are wanted one by one, without memory yet; None where there are none."""
+    """Return the tables with unpooled features, on the meta device; None if there are none."""
     if not schema.unpooled_tables:
         return None
     return EmbeddingCollection(
@@ -93,7 +94,7 @@ def build_embedding_collection(schema: Schema) -> EmbeddingCollection | None:
 
 
 def table_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The weight of each table of a model that is not sharded yet."""
+    """Yield the weight of each table of a model that is not sharded."""
     found = {}
     for collection in (model.tables, model.lists):
         if collection is not None:
@@ -103,7 +104,7 @@ def table_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def table_shards(model: nn.Module) -> Iterator[tuple[str, Tensor, tuple[int, int]]]:
-    """Each piece of a table on this rank: the table's name, the weights, and the piece's first row and column."""
+    """Yield each shard of a table on this rank: table name, weights, and the first row and column of the shard."""
     for name, value in model.state_dict().items():
         table = table_in(name)
         if table is None:
@@ -113,10 +114,10 @@ def table_shards(model: nn.Module) -> Iterator[tuple[str, Tensor, tuple[int, int
 
 
 def fill_tables(model: nn.Module, schema: Schema, seed: int) -> None:
-    """Start every table from a function of (seed, table, row, column), uniform in ±start_scale.
+    """Initialize every table with a function of (seed, table, row, column), uniform in ±start_scale.
 
-    To be called after sharding, which throws earlier weights away. The weights depend neither on the number of ranks
-    nor on the plan, and no two shards repeat each other.
+    Call this after sharding, which discards earlier weights. The weights depend neither on the number of ranks nor on
+    the sharding plan, and shards do not repeat each other.
     """
     for table, weights, (first_row, first_column) in table_shards(model):
         spec = schema.tables[table]

@@ -1,4 +1,4 @@
-"""Vectors of many users or items, block by block, from a model that is spread over the ranks."""
+"""Encode many users or items in blocks with a sharded model."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from trec_twotower.data.loading.batch import make_batch
 from trec_twotower.distributed.ranks import Ranks
 from trec_twotower.model.two_tower import TwoTower
 
-BLOCK_ROWS = 8192  # rows encoded together
+BLOCK_ROWS = 8192  # rows per block
 
 
 @torch.no_grad()
 def encode(model: TwoTower, side: Side, columns: Columns, ranks: Ranks) -> Tensor:
-    """(rows, D): the vectors of this rank's `columns`, in their order; all ranks call together, with any row counts.
+    """Return (rows, D): the vectors of this rank's `columns`. All ranks call together, with any number of rows.
 
     Raises ConfigError after the end of the ranks' `start_ranks` block.
     """
@@ -27,10 +27,10 @@ def encode(model: TwoTower, side: Side, columns: Columns, ranks: Ranks) -> Tenso
     schema = model.schema
     largest = max(ranks.sizes(columns.num_rows))
     vectors = []
-    for start in range(0, max(largest, 1), BLOCK_ROWS):  # once at least: no rows are still (0, D)
+    for start in range(0, max(largest, 1), BLOCK_ROWS):  # at least once, so that the result of no rows is (0, D)
         part = columns.take(np.arange(min(start, columns.num_rows), min(start + BLOCK_ROWS, columns.num_rows)))
         user, item = (part, None) if side == "user" else (None, part)
-        # Row-wise tables want batches of one size on all ranks.
+        # Row-wise sharded tables need batches of the same size on all ranks.
         batch = make_batch(schema, user, item, num_rows=min(BLOCK_ROWS, largest - start)).to(ranks.device)
         vectors.append(model.encode_users(batch) if side == "user" else model.encode_items(batch))
     model.train(was_training)
@@ -38,12 +38,12 @@ def encode(model: TwoTower, side: Side, columns: Columns, ranks: Ranks) -> Tenso
 
 
 def encode_share(model: TwoTower, side: Side, columns: Columns, ranks: Ranks) -> Tensor:
-    """The vectors of this rank's share of `columns`, which all ranks hold."""
+    """Return the vectors of this rank's share of `columns`, which all ranks have."""
     mine = ranks.share(columns.num_rows)
     return encode(model, side, columns.slice(mine.start, mine.stop), ranks)
 
 
 def encode_everywhere(model: TwoTower, side: Side, columns: Columns, ranks: Ranks) -> Tensor:
-    """All vectors on every rank, each rank having made its share."""
+    """Return all vectors on every rank; each rank encodes its share."""
     mine = encode_share(model, side, columns, ranks)
     return ranks.gather(mine, ranks.sizes(mine.shape[0])).detach()

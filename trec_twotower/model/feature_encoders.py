@@ -1,4 +1,4 @@
-"""Layers between a feature's numbers or tokens and the tower that takes them: one class a kind."""
+"""Encoders of numeric, text and vector features: one class per kind."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from trec_twotower.data.loading.batch import JaggedLookup
 from trec_twotower.errors import ConfigError
 from trec_twotower.ops.hashing import mix_torch
 
-ENCODED_AT_ONCE = 256  # texts, where no gradient is kept
-START_SPREAD = 1.0  # standard deviation of the waves' first frequencies
+ENCODED_AT_ONCE = 256  # texts per forward pass without gradients
+START_SPREAD = 1.0  # standard deviation of the initial frequencies
 
 
 def build_input(feature: FeatureSpec) -> nn.Module:
-    """The layers of a feature that has some: (rows, its numbers) or Listed tokens in, (rows, layers_width) out."""
+    """Encoder of a feature: (rows, numbers of the feature) or tokens (JaggedLookup) in, (rows, layers_width) out."""
     match feature:
         case VectorFeature():
             return VectorInput(feature)
@@ -33,7 +33,7 @@ def build_input(feature: FeatureSpec) -> nn.Module:
 
 
 class VectorInput(nn.Module):
-    """Vectors made elsewhere, projected where there is a `dim`; a learned vector stands for those that are missing."""
+    """Precomputed vectors, projected if the feature has a `dim`, with a learned vector for missing ones."""
 
     def __init__(self, feature: VectorFeature) -> None:
         super().__init__()
@@ -41,14 +41,14 @@ class VectorInput(nn.Module):
         self.missing = nn.Parameter(torch.zeros(feature.dim or feature.size))
 
     def forward(self, number_BN: Tensor) -> Tensor:
-        """The last of the numbers says whether the others are missing."""
+        """Return (rows, width). The last number of a row is 1 where the others are missing."""
         return torch.where(number_BN[:, -1:] > 0, self.missing, self.project(number_BN[:, :-1]))
 
 
 class WavesInput(nn.Module):
-    """A number as itself and as sine and cosine of learned frequencies, through a layer (Gorishniy et al. 2022, PLR).
+    """A number with sines and cosines of learned frequencies, followed by a layer (PLR, Gorishniy et al. 2022).
 
-    relu(W [x, sin 2πcx, cos 2πcx, is missing] + b) with frequencies c that start at random.
+    relu(W [x, sin 2πcx, cos 2πcx, is missing] + b) with random initial frequencies c.
     """
 
     def __init__(self, feature: NumericFeature) -> None:
@@ -58,16 +58,16 @@ class WavesInput(nn.Module):
         self.layer = nn.Linear(2 * feature.frequencies + 2, feature.dim)
 
     def forward(self, number_BN: Tensor) -> Tensor:
-        """A normalised value, and whether it is missing."""
+        """Return (rows, dim) from a normalized value and whether it is missing."""
         angle_BF = 2 * math.pi * number_BN[:, :1] * self.frequency
         return F.relu(self.layer(torch.cat([number_BN, angle_BF.sin(), angle_BF.cos()], dim=1)))
 
 
 class TextInput(nn.Module):
-    """A language model's mean over a text's tokens, projected; a learned vector stands for texts that are missing.
+    """The mean of a language model's token vectors, projected, with a learned vector for missing texts.
 
-    The model reads each distinct text of a batch once. What it made is kept and not made again as long as its weights
-    stay: all the while if it is frozen, from one training step to the next if not.
+    The model encodes each distinct text of a batch once. Its outputs are cached while its weights do not change: always
+    if it is frozen, otherwise until the next training step.
     """
 
     def __init__(self, feature: LanguageModelFeature) -> None:
@@ -79,7 +79,7 @@ class TextInput(nn.Module):
         _tune(self.model, feature)
         self.project = nn.Linear(width, feature.dim)
         self.missing = nn.Parameter(torch.zeros(feature.dim))
-        self._place: dict[int, int] = {}  # of a text that is kept, by its hash
+        self._place: dict[int, int] = {}  # index of a cached text by its hash
         self._kept: list[Tensor] = []
 
     def train(self, mode: bool = True) -> TextInput:
@@ -89,9 +89,9 @@ class TextInput(nn.Module):
         return self
 
     def forward(self, listed: JaggedLookup) -> Tensor:
-        """(rows, dim) of the rows' tokens."""
+        """Return (rows, dim) from the tokens of the rows."""
         assert listed.length is not None and listed.place is not None
-        if torch.compiler.is_exporting():  # a program has no memory of texts, and no sizes that depend on numbers
+        if torch.compiler.is_exporting():  # an exported program has no cache, and no sizes that depend on values
             token_BL, is_there_BL = _padded(listed.length, listed.place, self.most_tokens)
             vector_BD = self.project(self._mean(token_BL, is_there_BL))
             return torch.where(listed.length[:, None] > 0, vector_BD, self.missing)
@@ -109,12 +109,12 @@ class TextInput(nn.Module):
         return torch.where(listed.length[:, None] > 0, vector_BD, self.missing)
 
     def forget(self) -> None:
-        """Let go of what is kept: the weights are about to change."""
+        """Clear the cache, because the weights are about to change."""
         self._place, self._kept = {}, []
 
     @torch.no_grad()
     def _known(self, key_U: Tensor, token_UL: Tensor, is_there_UL: Tensor) -> Tensor:
-        """What the model makes of some texts, of which it reads those that are new."""
+        """Return the outputs for these texts; only texts that are not cached are encoded."""
         keys = key_U.tolist()
         new = [number for number, key in enumerate(keys) if key not in self._place]
         for start in range(0, len(new), ENCODED_AT_ONCE):
@@ -130,24 +130,24 @@ class TextInput(nn.Module):
         return self._kept[0][torch.tensor([self._place[key] for key in keys], device=key_U.device)]
 
     def _read(self, token_UL: Tensor, is_there_UL: Tensor) -> Tensor:
-        """(texts, its width): the mean of the last layer over each text's tokens."""
-        if not len(token_UL):  # one text that no one asked for, so that its weights have a gradient, zero
+        """Return (texts, model width): the mean of the last layer over the tokens of each text."""
+        if not len(token_UL):  # one dummy text, so that the weights get a gradient of zero
             one = torch.zeros(1, 1, dtype=torch.int64, device=token_UL.device)
             return self._read(one, one.bool().logical_not())[:0]
         longest = max(int(is_there_UL.sum(1).max()), 1)
         return self._mean(token_UL[:, :longest], is_there_UL[:, :longest])
 
     def _mean(self, token_UL: Tensor, is_there_UL: Tensor) -> Tensor:
-        """(texts, its width): the mean of the last layer over the tokens that are there."""
+        """Return (texts, model width): the mean of the last layer over tokens that are not padding."""
         is_there_UL = is_there_UL.clone()
-        is_there_UL[:, 0] = True  # a text without tokens is thrown away later
+        is_there_UL[:, 0] = True  # a text without tokens is dropped later
         state_ULW = self.model(input_ids=token_UL, attention_mask=is_there_UL.long()).last_hidden_state
         weight_UL1 = is_there_UL[..., None].to(state_ULW.dtype)
         return ((state_ULW * weight_UL1).sum(1) / weight_UL1.sum(1)).float()
 
 
 def _padded(length_B: Tensor, token_N: Tensor, longest: int | None = None) -> tuple[Tensor, Tensor]:
-    """(rows, longest) tokens, 0 behind each row's last, and which are there; by default as wide as the longest row."""
+    """Return (rows, longest) tokens, padded with 0, and the mask of tokens; `longest` is the longest row by default."""
     if longest is None:
         longest = max(int(length_B.max()) if len(length_B) else 0, 1)
     is_there_BL = torch.arange(longest, device=length_B.device) < length_B[:, None]
@@ -156,7 +156,7 @@ def _padded(length_B: Tensor, token_N: Tensor, longest: int | None = None) -> tu
 
 
 def _hashed(token_BL: Tensor, is_there_BL: Tensor) -> Tensor:
-    """64 bits of each row's tokens; padding is none of them."""
+    """Return a 64-bit hash of the tokens of each row, without padding."""
     place_L = torch.arange(token_BL.shape[1], device=token_BL.device)
     mixed_BL = mix_torch(mix_torch(token_BL) + (place_L << 32))
     return (mixed_BL * is_there_BL).sum(1)
@@ -170,12 +170,12 @@ def _load(feature: LanguageModelFeature) -> Any:
         return auto.from_pretrained(feature.folder, local_files_only=True, use_safetensors=True, dtype=torch.float32)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ConfigError(
-            f"feature {feature.name!r}: {feature.folder} has no model that transformers can read: {error}"
+            f"feature {feature.name!r}: {feature.folder} contains no model that transformers can load: {error}"
         ) from None
 
 
 def _try(model: Any, feature: LanguageModelFeature) -> int:
-    """The width of what the model makes of a text of one token; raises ConfigError where it makes nothing of it."""
+    """Return the output width of the model. Raises ConfigError if it cannot encode a text of one token."""
     one = torch.zeros(1, 1, dtype=torch.int64)
     try:
         with torch.no_grad():
@@ -189,7 +189,7 @@ def _try(model: Any, feature: LanguageModelFeature) -> int:
 
 
 def _tune(model: Any, feature: LanguageModelFeature) -> None:
-    """Let those weights be trained that `tune` names, as far as they have a part in what the model makes."""
+    """Make the weights that `tune` names trainable, except those that the output does not depend on."""
     model.eval()
     model.requires_grad_(feature.tune == "all")
     if isinstance(feature.tune, int):
@@ -198,7 +198,7 @@ def _tune(model: Any, feature: LanguageModelFeature) -> None:
             layer.requires_grad_(True)
     if feature.tune == "frozen":
         return
-    # Weights that a gradient never reaches (such as of a pooler) would keep ranks waiting for it.
+    # Ranks would wait for the gradients of weights that get none, such as those of a pooler.
     one = torch.zeros(1, 1, dtype=torch.int64)
     model(input_ids=one, attention_mask=torch.ones_like(one)).last_hidden_state.sum().backward()
     for weight in model.parameters():
@@ -207,7 +207,7 @@ def _tune(model: Any, feature: LanguageModelFeature) -> None:
 
 
 def _layers(model: Any, feature: LanguageModelFeature) -> list[nn.Module]:
-    """The model's layers, from the first to the last."""
+    """Return the layers of the model, first to last."""
 
     def lists() -> Iterator[nn.ModuleList]:
         return (each for each in model.modules() if isinstance(each, nn.ModuleList))

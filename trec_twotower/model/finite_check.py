@@ -19,9 +19,9 @@ from trec_twotower.errors import TrainingError
 
 
 class NotFiniteError(TrainingError):
-    """A loss or gradient that is NaN or infinite; raised on all ranks together.
+    """A loss or gradient is NaN or infinite; raised on all ranks together.
 
-    `step` counts from 1 and `loss` is this rank's loss of that step; None where the raiser does not know them.
+    `step` starts at 1. `loss` is this rank's loss of the step. Either is None if unknown.
     """
 
     def __init__(self, message: str, step: int | None = None, loss: float | None = None) -> None:
@@ -30,11 +30,11 @@ class NotFiniteError(TrainingError):
 
 
 class GradientCheck:
-    """Checks the gradients of one model, backward pass by backward pass."""
+    """Checks the gradients of one model in every backward pass."""
 
     def __init__(self, ranks: Ranks) -> None:
         self.ranks = ranks
-        self._num_failed: Tensor | None = None  # on the device; None before the first backward pass of a GPU
+        self._num_failed: Tensor | None = None  # on the device; None before the first backward pass on a GPU
 
     def gate(self, looked_up: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Tensor]:
         """Return `looked_up` unchanged; its backward pass checks its gradients and those of `weights`.
@@ -49,8 +49,8 @@ class GradientCheck:
         return None if self._num_failed is None else self._num_failed.clone()
 
     def check(self, gradients: Sequence[Tensor]) -> None:
-        """Raise NotFiniteError where a gradient is not finite on any rank; on GPUs count it instead."""
-        # A sum is finite exactly where all its terms are (short of values that no training survives).
+        """Raise NotFiniteError if a gradient is not finite on any rank; on GPUs count it instead."""
+        # A sum is finite if and only if all its terms are, apart from overflow.
         is_finite = torch.stack([gradient.sum() for gradient in gradients]).isfinite().all()
         if is_finite.is_cuda:
             if self._num_failed is None:

@@ -1,4 +1,4 @@
-"""Users whose vectors are more than a point: several of them, or a mean with a variance."""
+"""Users with several vectors, or with a mean and a variance."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from trec_twotower.model.losses import Pairs
 def label_aware_attention(
     user_BMD: Tensor, item_CD: Tensor, positive: Pairs, sharpness: float, *, is_unit: bool
 ) -> Tensor:
-    """(B, D): each row's vectors weighted by softmax(sharpness * score of its one positive); of length 1 if they are.
+    """Return (B, D): the sum of each row's vectors, weighted by softmax(sharpness * score of the row's positive).
 
-    The label-aware attention of MIND (Li et al. 2019), with an exponential in place of its power, which means nothing
-    for scores below 0. All candidates meet this one vector. It costs as little as one vector a user, but the positive
-    chooses who it is told from, so that vectors may learn to cover all items alike, whoever the user is.
+    Label-aware attention of MIND (Li et al. 2019), with an exponential instead of a power, which is undefined for
+    scores below 0. Unit vectors give a unit vector. All candidates are scored with this vector, so the loss costs as
+    much as with one vector per user. But the positive selects the vector that is trained, so vectors can learn to cover
+    all items equally, independent of the user.
     """
     assert torch.equal(positive.row_P, torch.arange(len(user_BMD), device=user_BMD.device)), "one positive a row"
     score_BM = torch.einsum("bmd,bd->bm", user_BMD, item_CD[positive.column_P])
@@ -25,7 +26,7 @@ def label_aware_attention(
 
 
 def likeness(user_BMD: Tensor) -> Tensor:
-    """(B,): the mean over pairs of a user's vectors of max(0, cosine)²; 0 where all are at right angles or further."""
+    """Return (B,): the mean of max(0, cosine)² over pairs of a user's vectors; 0 if no cosine is above 0."""
     num_vectors = user_BMD.shape[1]
     unit_BMD = F.normalize(user_BMD, dim=2)
     cosine_BMM = unit_BMD @ unit_BMD.transpose(1, 2)
@@ -35,27 +36,27 @@ def likeness(user_BMD: Tensor) -> Tensor:
 
 @torch.no_grad()
 def uses(user_BMD: Tensor, item_CD: Tensor, positive: Pairs) -> Tensor:
-    """(P, M): 1 for the one of a row's vectors that scores a positive highest."""
+    """Return (P, M): 1 for the vector of the row with the highest score of a positive, else 0."""
     score_PM = torch.einsum("pmd,pd->pm", user_BMD[positive.row_P], item_CD[positive.column_P])
     return F.one_hot(score_PM.argmax(1), user_BMD.shape[1])
 
 
 def gaussian_user(raw_BE: Tensor, *, is_unit: bool) -> Tensor:
-    """(B, 2 D) of a tower's (B, 2 D): the mean, brought to length 1 where vectors are, and half the variance over t.
+    """Return (B, 2 D) from a tower's (B, 2 D): the mean, normalized for cosine similarity, and variance / (2 t).
 
     A user is a normal distribution of points u with mean m and a variance s² for each number. The score of an item is
-    the log of its expected similarity exp(u . v / t), which is the softmax's own at temperature t:
+    the log of its expected similarity exp(u . v / t), the term of a softmax with temperature t:
 
         t * log E[exp(u . v / t)] = m . v + s²/(2 t) . v²
 
-    (the moment generating function of a normal distribution), so one inner product of [m, s²/(2 t)] with [v, v²]: the
-    tower makes s²/(2 t) as it is, above 0. A wide number favours items far out to either side along it.
+    (the moment generating function of a normal distribution). It is the dot product of [m, s²/(2 t)] and [v, v²]. The
+    tower outputs s²/(2 t), which is positive. A dimension with a large variance favours items with large values.
     """
     mean_BD, spread_BD = raw_BE.chunk(2, dim=1)
-    # Begins as nearly a point
+    # The initial variance is small
     return torch.cat([F.normalize(mean_BD, dim=1) if is_unit else mean_BD, F.softplus(spread_BD - 3.0)], dim=1)
 
 
 def gaussian_item(item_SD: Tensor) -> Tensor:
-    """(S, 2 D): [v, v²], what a Gaussian user meets."""
+    """Return (S, 2 D): [v, v²], the item vectors for Gaussian users."""
     return torch.cat([item_SD, item_SD.square()], dim=1)

@@ -1,7 +1,7 @@
-"""A sequence's steps, oldest first, as one vector: the encoders behind one face.
+"""Sequence encoders: one vector, or several, from the steps of a sequence, oldest first.
 
-Steps lie below each other, those of row 0 first (N of them, of B rows of `length_B`); nothing is padded unless an
-encoder does so for itself, and then at the end. A row without steps becomes the zero vector.
+All rows' steps are concatenated, (N, D), with `length_B` steps per row. An encoder that needs padding adds it itself,
+after the last step. A row without steps gets the zero vector.
 """
 
 from __future__ import annotations
@@ -33,27 +33,27 @@ from trec_twotower.data.loading.batch import JaggedLookup
 
 
 class SequenceEncoder(nn.Module, ABC):
-    """Makes one vector of each row's steps, as wide as theirs, or M vectors."""
+    """Base class: encodes the steps of each row to one vector of the same width, or to M vectors."""
 
     @abstractmethod
     def forward(self, step_ND: Tensor, length_B: Tensor) -> Tensor:
-        """(B, D), or (B, M, D), of the steps (N, D), of which each row has `length_B`."""
+        """Return (B, D), or (B, M, D), from the steps (N, D), `length_B` per row."""
 
 
 class SequenceInput(nn.Module):
-    """One sequence feature: its steps' vectors put together, and encoded."""
+    """One sequence feature: adds up the vectors of each step and encodes the sequence."""
 
     def __init__(self, feature: SequenceFeature, dim: int) -> None:
         super().__init__()
         spec = feature.encoder
-        # They start at zero: what a gap or an action says is learned as a difference from saying nothing.
+        # They start at zero: the model learns the difference that a gap or an action makes.
         self.gap = _zeros(GAP_BUCKETS, dim) if feature.times else None
         self.action = _zeros(feature.action_buckets, dim) if feature.actions else None
         self.dropout = nn.Dropout(spec.dropout)
         self.encoder = ENCODERS[spec.kind](spec, dim, feature.max_length)
 
     def forward(self, item_UD: Tensor, listed: JaggedLookup) -> Tensor:
-        """(B, D), or (B, M, D), of the distinct items' vectors and of how the rows' steps take them."""
+        """Return (B, D), or (B, M, D), from the vectors of distinct items and the item index of each step."""
         assert listed.place is not None and listed.length is not None
         step_ND = F.embedding(listed.place, item_UD)
         if self.gap is not None:
@@ -72,20 +72,20 @@ def _zeros(rows: int, dim: int) -> nn.Embedding:
 
 
 def rows_of(length_B: Tensor, num_steps: int) -> Tensor:
-    """(N,): the row of each step."""
+    """Return (N,): the row of each step."""
     rows = torch.arange(length_B.shape[0], device=length_B.device)
     return torch.repeat_interleave(rows, length_B, output_size=num_steps)
 
 
 def ages_of(length_B: Tensor, row_N: Tensor) -> Tensor:
-    """(N,): how many steps of its row are newer; 0 for the newest."""
+    """Return (N,): the number of newer steps in the same row; 0 for the newest."""
     return length_B.cumsum(0)[row_N] - 1 - torch.arange(row_N.shape[0], device=row_N.device)
 
 
 def padded(step_ND: Tensor, length_B: Tensor, max_length: int) -> tuple[Tensor, Tensor]:
-    """(B, L, D) with zeros behind each row's newest step, and (B, L), where there is a step; L is at least 1.
+    """Return (B, L, D), padded with zeros after the newest step, and the (B, L) mask of steps; L is at least 1.
 
-    torch.export cannot have a width that depends on numbers: there L is `max_length`.
+    For torch.export, which allows no size that depends on values, L is `max_length`.
     """
     is_fixed = torch.compiler.is_exporting() or not length_B.shape[0]
     longest = max_length if is_fixed else max(int(length_B.max()), 1)
@@ -95,14 +95,14 @@ def padded(step_ND: Tensor, length_B: Tensor, max_length: int) -> tuple[Tensor, 
 
 
 def newest(step_BLD: Tensor, length_B: Tensor) -> Tensor:
-    """(B, D): each row's newest step of padded ones, zeros where there is none."""
+    """Return (B, D): the newest step of each row of padded steps; zeros for a row without steps."""
     at_B = (length_B - 1).clamp(min=0)
     vector_BD = step_BLD[torch.arange(length_B.shape[0], device=length_B.device), at_B]
     return vector_BD * (length_B > 0)[:, None]
 
 
 class Mean(SequenceEncoder):
-    """The mean of the steps; their order does not count."""
+    """The mean of the steps, independent of their order."""
 
     def __init__(self, spec: MeanEncoderSpec, dim: int, max_length: int) -> None:
         super().__init__()
@@ -114,10 +114,10 @@ class Mean(SequenceEncoder):
 
 
 class Heads(SequenceEncoder):
-    """Weighted means, one a head (a part of the vector), the weights learned by how old a step is.
+    """A weighted mean per head (a slice of the vector), with learned weights by the age of a step.
 
-    Head h weighs a step of age a (0: the newest) by softmax over its row of w[h, a], which starts at -rate_h * a; the
-    rates go from `fastest` to `slowest` in equal ratios, from short memory to long. Then h + W h, W zero at the start.
+    Head h weights a step of age a (0: the newest) by a softmax over the row of w[h, a], which starts at -rate_h * a.
+    The rates form a geometric sequence from `fastest` to `slowest`. The result is h + W h, with W = 0 at the start.
     """
 
     def __init__(self, spec: HeadsEncoderSpec, dim: int, max_length: int) -> None:
@@ -130,7 +130,7 @@ class Heads(SequenceEncoder):
 
     def forward(self, step_ND: Tensor, length_B: Tensor) -> Tensor:
         row_N = rows_of(length_B, step_ND.shape[0])
-        # A row's sum of weights depends on its length alone.
+        # The normalizer of a row depends on its length only.
         log_sum_AH = torch.logcumsumexp(self.log_weight_AH, dim=0)
         log_sum_BH = F.embedding((length_B - 1).clamp(min=0), log_sum_AH)
         log_weight_NH = F.embedding(ages_of(length_B, row_N), self.log_weight_AH)
@@ -142,7 +142,7 @@ class Heads(SequenceEncoder):
 
 
 class Gru(SequenceEncoder):
-    """The state of a gated recurrent unit after the newest step (Cho et al. 2014; GRU4Rec)."""
+    """The state of a GRU after the newest step (Cho et al. 2014; GRU4Rec)."""
 
     def __init__(self, spec: GruEncoderSpec, dim: int, max_length: int) -> None:
         super().__init__()
@@ -155,9 +155,9 @@ class Gru(SequenceEncoder):
 
 
 class Cnn(SequenceEncoder):
-    """Causal convolutions, each twice as far apart as the one before, added to what they read (Yuan et al. 2019).
+    """Causal convolutions with doubling dilation and residual connections (NextItNet, Yuan et al. 2019).
 
-    The result is the newest step's plus the mean of all, so that no step is out of sight.
+    The result is the output at the newest step plus the mean over all steps, so that every step contributes.
     """
 
     def __init__(self, spec: CnnEncoderSpec, dim: int, max_length: int) -> None:
@@ -177,10 +177,10 @@ class Cnn(SequenceEncoder):
 
 
 class Transformer(SequenceEncoder):
-    """Blocks of self-attention and a layer of four times the width, both behind a normalisation (as in SASRec).
+    """Pre-norm transformer blocks: self-attention and a layer of four times the width (as in SASRec).
 
-    Places are counted from the newest step, by a learned vector each or by turning keys and queries (RoFormer, Su et
-    al. 2021). Causal: the newest step's output; otherwise the mean of all.
+    Positions count from the newest step, as learned embeddings or as rotary embeddings (RoFormer, Su et al. 2021). With
+    causal attention the result is the output at the newest step, otherwise the mean of all outputs.
     """
 
     def __init__(self, spec: TransformerEncoderSpec, dim: int, max_length: int) -> None:
@@ -201,7 +201,7 @@ class Transformer(SequenceEncoder):
         seen_BLL = is_step_BL[:, None, :].expand(-1, order_L.shape[0], -1)
         if self.is_causal:
             seen_BLL = seen_BLL & (order_L <= order_L[:, None])
-        seen_BLL = seen_BLL | torch.eye(order_L.shape[0], dtype=torch.bool, device=step_ND.device)  # else 0 / 0
+        seen_BLL = seen_BLL | torch.eye(order_L.shape[0], dtype=torch.bool, device=step_ND.device)  # avoids 0 / 0
         for block in self.blocks:
             step_BLD = block(step_BLD, seen_BLL, order_L)
         step_BLD = self.last(step_BLD)
@@ -211,7 +211,7 @@ class Transformer(SequenceEncoder):
 
 
 class _Block(nn.Module):
-    """x + attention(norm x), then x + wide(norm x)."""
+    """Return x + attention(norm x), then x + wide(norm x)."""
 
     def __init__(self, dim: int, heads: int, dropout: float, is_rotary: bool) -> None:
         super().__init__()
@@ -232,7 +232,7 @@ class _Block(nn.Module):
 
 
 def turned(part: Tensor, order_L: Tensor) -> Tensor:
-    """(..., L, P) with each pair of numbers turned by its place, so that products depend on distances alone."""
+    """Return (..., L, P) with rotary positions: dot products depend on distances only."""
     half = part.shape[-1] // 2
     rate_P = 10_000.0 ** (-torch.arange(half, device=part.device) / half)
     angle_LP = order_L[:, None] * rate_P
@@ -242,7 +242,7 @@ def turned(part: Tensor, order_L: Tensor) -> Tensor:
 
 
 class Attention(SequenceEncoder):
-    """Weighted means, one a head, by how well each step answers a learned question; order does not count."""
+    """A weighted mean per head, by attention of a learned query to the steps, independent of their order."""
 
     def __init__(self, spec: AttentionEncoderSpec, dim: int, max_length: int) -> None:
         super().__init__()
@@ -254,7 +254,7 @@ class Attention(SequenceEncoder):
     def forward(self, step_ND: Tensor, length_B: Tensor) -> Tensor:
         step_BLD, is_step_BL = padded(step_ND, length_B, self.max_length)
         logit_BLH = self.question(step_BLD).masked_fill(~is_step_BL[..., None], -math.inf)
-        # A row without steps weighs its padding, which is zero, evenly.
+        # A row without steps averages its padding, which is zero.
         logit_BLH = logit_BLH.masked_fill((length_B == 0)[:, None, None], 0.0)
         value_BLHP = self.value(step_BLD).unflatten(-1, (self.heads, -1))
         vector_BD = torch.einsum("blh,blhp->bhp", logit_BLH.softmax(1), value_BLHP).flatten(1)
@@ -262,7 +262,7 @@ class Attention(SequenceEncoder):
 
 
 class Hierarchical(SequenceEncoder):
-    """A unit over each segment of steps (counted from the newest), and another encoder over the segments' states."""
+    """A GRU over each segment of steps (counted from the newest), and another encoder over the segments' states."""
 
     def __init__(self, spec: HierarchicalEncoderSpec, dim: int, max_length: int) -> None:
         super().__init__()
@@ -276,19 +276,20 @@ class Hierarchical(SequenceEncoder):
         length_G = torch.full((int(segments_B.sum()),), self.segment, device=length_B.device)
         has_steps_B = length_B > 0
         first_B = (segments_B.cumsum(0) - segments_B)[has_steps_B]
-        length_G[first_B] = (length_B - (segments_B - 1) * self.segment)[has_steps_B]  # the oldest may be short
+        # The oldest segment may be shorter.
+        length_G[first_B] = (length_B - (segments_B - 1) * self.segment)[has_steps_B]
         return self.over(self.within(step_ND, length_G), segments_B)
 
 
 class Routing(SequenceEncoder):
-    """M interests among which steps are shared out by agreement: capsules (Sabour et al. 2017), as in MIND (Li 2019).
+    """M interests by dynamic routing (Sabour et al. 2017), as in MIND (Li et al. 2019).
 
-    With e_n = S step_n, step n gives interest m the weight w_nm = softmax over m of b_nm; so many times over
+    With e_n = S step_n, step n has the weight w_nm = softmax over m of b_nm for interest m. Each iteration computes
 
         interest_m = squash(sum over n of w_nm * e_n),    b_nm <- b_nm + interest_m . e_n
 
-    with squash(z) = |z|² / (1 + |z|²) * z / |z|. MIND draws the first b at random, that interests may differ; here it
-    is e_n . start_m with learned starts, so that a user's interests are the same each time, and in whatever order.
+    with squash(z) = |z|² / (1 + |z|²) * z / |z|. MIND initializes b at random, so that interests
+    differ. Here b is e_n . start_m with learned starts, so that the interests of a user are deterministic.
     """
 
     def __init__(self, spec: RoutingEncoderSpec, dim: int, max_length: int) -> None:
@@ -310,15 +311,15 @@ class Routing(SequenceEncoder):
 
 
 def squashed(vector: Tensor) -> Tensor:
-    """Vectors of the same direction, and of lengths |z|² / (1 + |z|²)."""
+    """Return vectors of the same direction with lengths |z|² / (1 + |z|²)."""
     square = vector.square().sum(-1, keepdim=True)
     return vector * (square + 1e-12).sqrt() / (1 + square)
 
 
 class SelfAttention(SequenceEncoder):
-    """M weighted means of the steps, the weights of each a softmax over steps of W2 tanh(W1 (step + place)).
+    """M weighted means of the steps, each with the weights softmax over steps of W2 tanh(W1 (step + position)).
 
-    Lin et al. 2017; as interests, and with places (counted from the newest step), ComiRec-SA, Cen et al. 2020.
+    Lin et al. 2017. As interests, with positions counted from the newest step: ComiRec-SA, Cen et al. 2020.
     """
 
     def __init__(self, spec: SelfAttentionEncoderSpec, dim: int, max_length: int) -> None:
@@ -333,7 +334,7 @@ class SelfAttention(SequenceEncoder):
         logit_NM = self.outward(torch.tanh(self.inward(step_ND + place_ND)))
         step_BLD, is_step_BL = padded(step_ND, length_B, self.max_length)
         logit_BLM, _ = padded(logit_NM, length_B, self.max_length)
-        # A row without steps weighs its padding, which is zero, evenly.
+        # A row without steps averages its padding, which is zero.
         is_hidden_BL = ~is_step_BL & (length_B > 0)[:, None]
         weight_BLM = logit_BLM.masked_fill(is_hidden_BL[..., None], -math.inf).softmax(1)
         return weight_BLM.transpose(1, 2) @ step_BLD.to(weight_BLM.dtype)

@@ -22,13 +22,13 @@ _PRODUCT_EDGES = np.concatenate([-_WIDE[::-1], [0.0], _WIDE])
 
 @dataclass(frozen=True)
 class Histogram:
-    """Counts between rising edges; values beyond the outer edges count in the outer bins."""
+    """Counts between ascending edges; values beyond the outer edges count in the outer bins."""
 
     edges: np.ndarray
     counts: np.ndarray  # one fewer than edges
 
     def mean(self) -> float:
-        """Return the mean, with every value at the middle of its bin; 0 where there are none."""
+        """Return the mean, with every value at the middle of its bin; 0 if there are no values."""
         middle = (self.edges[1:] + self.edges[:-1]) / 2
         return float(self.counts @ middle / max(self.counts.sum(), 1.0))
 

@@ -1,4 +1,4 @@
-"""A tower: from one side's features to its vectors."""
+"""A tower: from the features of users or items to their vectors."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ from trec_twotower.model.tower_layers import (
 class Tower(nn.Module):
     """Hidden layers with ReLU, then (unless `project` is off) a linear layer to `dim`; E in, D out.
 
-    How it computes while it is trained, `trains_as` says; vectors are float32 in any case. With an average (`ema`), it
-    encodes with the averaged weights when it is not being trained, and keeps both.
+    `trains_as` sets precision, micro-batches and averaging for training. Vectors are always float32. With averaging
+    (`ema`), the tower keeps the weights and their average, and encodes with the average outside training.
     """
 
     def __init__(
@@ -44,9 +44,9 @@ class Tower(nn.Module):
         place: Callable[[str], int] = lambda name: 0,
         output: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
-        """`widths` are those of the features that enter side by side; `place` returns which of them a name is.
+        """`widths` are the widths of the concatenated features; `place` returns the index of a feature by name.
 
-        `output` is applied to the vectors last.
+        `output` is applied to the vectors.
         """
         super().__init__()
         self._output = output
@@ -80,17 +80,17 @@ class Tower(nn.Module):
         self.layers = nn.Sequential(*layers)
         ends = list(accumulate(widths))
         self._wide = [slice(ends[number] - widths[number], ends[number]) for number in map(place, config.wide)]
-        self.encoders = nn.ModuleDict()  # of sequences, and of features with layers of their own, by `encoder_name`
+        self.encoders = nn.ModuleDict()  # encoders of sequences, texts, numbers and vectors by `encoder_name`
         self._compiled: Callable[[Tensor], Tensor] | None = None
         self._precision = "fp32"
         self._encodes_narrow = False
         self._micro_batch: int | None = None
-        self._averaged: list[str] = []  # weights that have an average
+        self._averaged: list[str] = []  # names of the averaged weights
 
     def trains_as(self, config: TrainConfig, ranks: Ranks) -> None:
-        """Take the precision, the rows at a time and the average that a config asks for; before the first step."""
+        """Set precision, micro-batch and averaging by the config; call it before the first step."""
         self._precision = ranks.precision(config.precision)
-        # Encoders of sequences (recurrent ones, softmax over steps) compute so only where it is asked for.
+        # Sequence encoders (GRUs, softmax over steps) use bfloat16 only if the config requests it explicitly.
         self._encodes_narrow = config.precision == "bf16"
         self._micro_batch = config.micro_batch
         if config.compile:
@@ -117,12 +117,12 @@ class Tower(nn.Module):
         return vector_BD if self._output is None else self._output(vector_BD)
 
     def penalty(self, ranks: Ranks) -> Tensor | None:
-        """What its experts add to the loss of the last batch; None where nothing. All ranks call together."""
+        """Return the penalty of the experts for the last batch, or None without experts. All ranks call together."""
         added = [part.penalty(ranks) for part in self.layers if isinstance(part, Experts) and part.config.top_k]
         return added[0] if added else None
 
     def figures(self, ranks: Ranks) -> dict[str, float]:
-        """What its parts tell of the last batch of all ranks (of `micro_batch`, its last rows); all call together."""
+        """Return the metrics of the layers for the last (micro-)batch of all ranks, which call together."""
         found: dict[str, float] = {}
         for part in self.layers:
             if isinstance(part, ShortLong | Experts):
@@ -130,7 +130,7 @@ class Tower(nn.Module):
         return found
 
     def encode(self, name: str, *given: Tensor | JaggedLookup) -> Tensor:
-        """(B, D): what the encoder of a feature makes of what it is given."""
+        """Return (B, D): the output of a feature's encoder."""
         encoder = self.encoders[encoder_name(name)]
         if not self.training:
             return self._averaging(encoder, f"encoders.{encoder_name(name)}.", *given)
@@ -140,7 +140,7 @@ class Tower(nn.Module):
             return encoder(*given).float()
 
     def _averaging(self, part: nn.Module, prefix: str, *inputs: object) -> Tensor:
-        """What a part of this tower makes of its inputs, with averaged weights where there are some."""
+        """Return the output of a part of this tower, with averaged weights if there are any."""
         averages = {
             name.removeprefix(prefix): getattr(self, average_of(name))
             for name in self._averaged
@@ -149,9 +149,9 @@ class Tower(nn.Module):
         return torch.func.functional_call(part, averages, inputs) if averages else part(*inputs)
 
     def _in_parts(self, feature_BE: Tensor) -> Tensor:
-        """All rows, or `micro_batch` of them at a time, of which the backward pass recomputes what it needs.
+        """Encode all rows, or `micro_batch` rows at a time, with activation checkpointing.
 
-        The loss and the tables see one batch either way, so that the tables are updated once, as from one pass.
+        The loss and the tables see one batch either way, so the tables are updated once.
         """
         size = self._micro_batch
         if size is None or len(feature_BE) <= size:
@@ -168,14 +168,14 @@ class Tower(nn.Module):
 
     @torch.no_grad()
     def begin_average(self) -> None:
-        """average = weight."""
+        """Set each average to its weight."""
         weights = dict(self.named_parameters())
         for name in self._averaged:
             getattr(self, average_of(name)).copy_(weights[name])
 
     @torch.no_grad()
     def move_average(self, decay: float) -> None:
-        """average = decay * average + (1 - decay) * weight."""
+        """Update each average: decay * average + (1 - decay) * weight."""
         weights = dict(self.named_parameters())
         averages = [getattr(self, average_of(name)) for name in self._averaged]
         if averages:
@@ -183,10 +183,10 @@ class Tower(nn.Module):
 
 
 def encoder_name(feature: str) -> str:
-    """Under which a feature's encoder is kept: a ModuleDict has names such as `items` and `type` for itself."""
+    """Return the key of a feature's encoder: a ModuleDict reserves names such as `items` and `type`."""
     return f"of_{feature}"
 
 
 def average_of(name: str) -> str:
-    """The name of a weight's average."""
+    """Return the buffer name of the average of a weight."""
     return "average_" + name.removeprefix("layers.").replace(".", "_")

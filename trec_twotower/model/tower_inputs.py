@@ -1,4 +1,4 @@
-"""From looked-up embeddings to what enters a tower: the same path for training, encoding and torch.export."""
+"""From looked-up embeddings to tower inputs: the same path for training, encoding and torch.export."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from trec_twotower.model.tower import Tower
 
 @dataclass
 class Pooled:
-    """What was looked up, side by side in a few tensors, and by key where it lies there: which tensor, which columns.
+    """Looked-up values in a few tensors, and the tensor and columns of each key.
 
-    A tensor may have more rows than a side.
+    A tensor may have more rows than a side has.
     """
 
     sources: list[Tensor] = field(default_factory=list)
     places: dict[str, tuple[int, slice]] = field(default_factory=dict)
 
     def add(self, values: Tensor, widths: Mapping[str, int]) -> None:
-        """One more tensor, of keys in the order of its columns."""
+        """Add a tensor whose columns are these keys in order."""
         first = 0
         for name, width in widths.items():
             self.places[name] = len(self.sources), slice(first, first + width)
@@ -42,7 +42,7 @@ class Pooled:
 
 @dataclass(frozen=True)
 class SideInputs:
-    """One side's tower, the divisors (rows, features) of its pooled sums, and its numbers (rows, N)."""
+    """The tower of a side, the divisors (rows, features) of its pooled sums, and its numbers (rows, N)."""
 
     tower: Tower
     divisor: Tensor
@@ -56,10 +56,10 @@ def build_inputs(
     vectors: Mapping[str, Tensor],
     listed: Mapping[str, JaggedLookup],
 ) -> dict[Side, Tensor]:
-    """Return the input of each side's tower, (rows, E); (rows, M, E) for users with several vectors.
+    """Return the input of each side's tower, (rows, E); (rows, M, E) for multi-interest users.
 
-    `pooled` has the pooled bags of one EmbeddingBagCollection, `vectors` the embeddings of one EmbeddingCollection by
-    key, and `listed` how the latter are arranged.
+    `pooled` has the pooled bags of the EmbeddingBagCollection, `vectors` the embeddings of the EmbeddingCollection by
+    key, and `listed` the layout of the latter.
     """
     several_BMD = None
     for name, vector in encode_unpooled(schema, sides, listed, vectors).items():
@@ -79,7 +79,7 @@ def build_inputs(
 
 
 def repeat_for_vectors(schema: Schema, feature_BE: Tensor, several_BMD: Tensor) -> Tensor:
-    """Return (B, M, E): each of a user's vectors next to the other features, which all of them share."""
+    """Return (B, M, E): each vector of a user, concatenated with the user's other features."""
     assert schema.multi_interest_feature is not None
     place = schema.layout.part_index("user", schema.multi_interest_feature.name)
     first = sum(schema.layout.part_widths("user")[:place])
@@ -125,9 +125,9 @@ def apply_layers(
 
 
 def pool_jagged(vector_ND: Tensor, listed: JaggedLookup) -> Tensor:
-    """(entries, D): the sum of the vectors of each entry, weighted where there are weights.
+    """Return (entries, D): the (weighted) sum of the vectors of each entry.
 
-    (Sizes are read from shapes here, since torch.export takes `len` for a constant.)
+    Sizes come from shapes, because torch.export treats `len` as a constant.
     """
     if listed.place is not None:
         assert listed.length is not None

@@ -1,6 +1,6 @@
-"""What a tower may do with its features before its layers: each a module of (B, E), the features side by side.
+"""Optional layers of a tower: modules on (B, E), the concatenated features.
 
-`widths` are the features' in their order; where there are numbers, the last is of all of them together.
+`widths` are the widths of the features in order. The last one covers all numbers.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from trec_twotower.distributed.ranks import Ranks
 
 
 class Summed(nn.Module):
-    """The sum of features, each as wide as the others."""
+    """The sum of features of equal width."""
 
     def __init__(self, count: int) -> None:
         super().__init__()
@@ -28,9 +28,9 @@ class Summed(nn.Module):
 
 
 class FeatureDropout(nn.Module):
-    """In training zero for some features of some rows, whole: the tower learns to do without them (DropoutNet).
+    """Dropout of whole features in training, so that the tower learns to work without them (DropoutNet).
 
-    Nothing is scaled up: a feature that is missing later is zero, too.
+    Values are not scaled up, because a missing feature is zero as well.
     """
 
     rate_F: Tensor
@@ -48,9 +48,9 @@ class FeatureDropout(nn.Module):
 
 
 class Missing(nn.Module):
-    """A learned vector in place of a feature that is zero: dropped, an empty list, an id that no row has trained.
+    """Adds a learned vector where a feature is zero: dropped, an empty bag, an id without training rows.
 
-    It is added, so that the gradient still reaches the feature: the row of an id that starts at zero leaves it so.
+    It is added, so that the gradient still reaches the feature and table rows that start at zero are trained.
     """
 
     def __init__(self, widths: Sequence[int], places: Sequence[int]) -> None:
@@ -67,9 +67,9 @@ class Missing(nn.Module):
 
 
 class FeatureGates(nn.Module):
-    """Each feature times a weight between 0 and 2 that is made of all of them (squeeze and excitation; FiBiNET).
+    """Multiplies each feature by a weight between 0 and 2, a function of all features (SENET; FiBiNET).
 
-    With `by`, of those features alone: a context that says which of the others to believe. All weights start at 1.
+    With `by`, the weights depend on these features only, such as a context. All weights start at 1.
     """
 
     def __init__(self, widths: Sequence[int], config: GatingConfig, by: Sequence[int]) -> None:
@@ -84,15 +84,15 @@ class FeatureGates(nn.Module):
     def forward(self, feature_BE: Tensor) -> Tensor:
         parts = feature_BE.split(self.widths, dim=1)
         if self.by:
-            told = torch.cat([parts[number] for number in self.by], dim=1)
+            context = torch.cat([parts[number] for number in self.by], dim=1)
         else:
-            told = torch.stack([part.mean(1) for part in parts], dim=1)
-        weight_BF = 2 * torch.sigmoid(self.excite(F.relu(self.squeeze(told))))
+            context = torch.stack([part.mean(1) for part in parts], dim=1)
+        weight_BF = 2 * torch.sigmoid(self.excite(F.relu(self.squeeze(context))))
         return feature_BE * _spread(weight_BF, self.widths)
 
 
 class Unit(nn.Module):
-    """Some features, together, divided by their length; rows in which they are zero stay so."""
+    """Normalizes the concatenation of some features to length 1; zero rows stay zero."""
 
     def __init__(self, widths: Sequence[int], places: Sequence[int]) -> None:
         super().__init__()
@@ -109,7 +109,7 @@ class Unit(nn.Module):
 
 
 class Crosses(nn.Module):
-    """x0 * (W x + b) + x, so many times over: products of features, of one degree more each (DCN-v2, Wang 2021)."""
+    """Cross layers x0 * (W x + b) + x (DCN-v2, Wang et al. 2021)."""
 
     def __init__(self, width: int, count: int) -> None:
         super().__init__()
@@ -123,9 +123,9 @@ class Crosses(nn.Module):
 
 
 class ShortLong(nn.Module):
-    """g * short + (1 - g) * long, number by number, g from 0 to 1 and made of all features (SDM, Lv et al. 2019).
+    """g * short + (1 - g) * long, elementwise, with a gate g in [0, 1] from all features (SDM, Lv et al. 2019).
 
-    `short_term` are the features of what a user does now; all others are long. Each part has a linear layer to `dim`.
+    `short` are the indices of short-term features; all others are long-term. Each group has a linear layer to `dim`.
     """
 
     def __init__(self, widths: Sequence[int], short: Sequence[int], dim: int) -> None:
@@ -134,7 +134,7 @@ class ShortLong(nn.Module):
         of_short = sum(widths[number] for number in short)
         self.short, self.long = nn.Linear(of_short, dim), nn.Linear(sum(widths) - of_short, dim)
         self.gate = nn.Linear(sum(widths), dim)
-        self.gate_B: Tensor | None = None  # of this rank's last batch, the mean over numbers
+        self.gate_B: Tensor | None = None  # mean gate per row of this rank's last batch
 
     def forward(self, feature_BE: Tensor) -> Tensor:
         parts = list(zip(feature_BE.split(self.widths, dim=1), self.is_short, strict=True))
@@ -145,15 +145,15 @@ class ShortLong(nn.Module):
         return gate_BD * short_BD + (1 - gate_BD) * long_BD
 
     def figures(self, ranks: Ranks) -> dict[str, float]:
-        """The mean gate of the last batch of all ranks, which call together."""
+        """Return the mean gate of the last batch over all ranks, which call together."""
         return row_means(["gate"], None if self.gate_B is None else self.gate_B[:, None], ranks)
 
 
 class Experts(nn.Module):
-    """A mean of layers of their own, weighted by what a router makes of the row; with `top_k`, of its best few alone.
+    """Mixture of experts: a mean of layers, weighted by a router; with `top_k`, of the best `top_k` layers per row.
 
-    For the few (Shazeer et al. 2017) `penalty` asks that experts be used alike: K sum_e f_e P_e, where f_e is the
-    share of rows whose best expert is e and P_e the mean of its weights (Fedus et al. 2021); 1 where all are alike.
+    With `top_k` (Shazeer et al. 2017), `penalty` balances the load: K sum_e f_e P_e, where f_e is the share of rows
+    whose best expert is e, and P_e is the mean weight of e (Fedus et al. 2021). It is 1 for equal load.
     """
 
     def __init__(self, width: int, config: ExpertsConfig) -> None:
@@ -163,8 +163,8 @@ class Experts(nn.Module):
         self.experts = nn.ModuleList(
             nn.Sequential(nn.Linear(width, config.width), nn.ReLU()) for _ in range(config.count)
         )
-        self.weight_BK: Tensor | None = None  # of the last batch, all experts' before `top_k` ...
-        self.used_BK: Tensor | None = None  # ... and with it: what each expert's layer counted for
+        self.weight_BK: Tensor | None = None  # router weights of the last batch
+        self.used_BK: Tensor | None = None  # the same after `top_k`
 
     def forward(self, feature_BE: Tensor) -> Tensor:
         logit_BK = self.router(feature_BE)
@@ -177,7 +177,7 @@ class Experts(nn.Module):
         return (weight_BK[..., None] * each_BKW).sum(1)
 
     def penalty(self, ranks: Ranks) -> Tensor:
-        """Of the last batch of all ranks, scaled so that the mean over ranks is the whole; all ranks call together."""
+        """Return the penalty of the last batch, scaled so that its mean over ranks is the total; all ranks call it."""
         assert self.weight_BK is not None
         count = self.config.count
         best_K = torch.bincount(self.weight_BK.argmax(1), minlength=count)
@@ -187,17 +187,17 @@ class Experts(nn.Module):
         return self.config.balance * count * (used_K / rows * self.weight_BK.sum(0)).sum() * share
 
     def figures(self, ranks: Ranks) -> dict[str, float]:
-        """Each expert's mean weight in the last batch of all ranks, which call together; `top_k` leaves others at 0."""
+        """Return the mean weight of each expert in the last batch of all ranks, which call together."""
         return row_means([f"expert_{number}" for number in range(self.config.count)], self.used_BK, ranks)
 
 
 def row_means(names: Sequence[str], value_BK: Tensor | None, ranks: Ranks) -> dict[str, float]:
-    """The mean of each column over the rows of all ranks; nothing where there are no rows."""
+    """Return the mean of each column over the rows of all ranks; empty if there are no rows."""
     mine_K = np.zeros(len(names)) if value_BK is None else value_BK.double().sum(0).cpu().numpy()
     rows, *sums = ranks.sum(np.array([0 if value_BK is None else len(value_BK), *mine_K])).tolist()
     return {name: value / rows for name, value in zip(names, sums, strict=True)} if rows else {}
 
 
 def _spread(value_BF: Tensor, widths: Sequence[int]) -> Tensor:
-    """(B, E): one number a feature, for each of the feature's columns."""
+    """Return (B, E): the number of each feature, repeated for its columns."""
     return torch.cat([value_BF[:, number, None].expand(-1, width) for number, width in enumerate(widths)], dim=1)

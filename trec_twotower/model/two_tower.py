@@ -1,4 +1,4 @@
-"""The one model: for training, export, evaluation and serving."""
+"""The two-tower model of training, export, evaluation and serving."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ SIDES: tuple[Side, Side] = ("user", "item")
 
 
 class TwoTower(nn.Module):
-    """Users and items as vectors of one space: score = user . item.
+    """Maps users and items to vectors with score = user . item.
 
-    `forward` gives this rank's part of the loss; `encode_users` and `encode_items` the vectors. All three look up
-    sharded tables, so all ranks call them together, a rank without rows with an empty batch.
+    `forward` returns this rank's loss, `encode_users` and `encode_items` return vectors. All three look up sharded
+    tables, so all ranks call them together, a rank without rows with an empty batch.
     """
 
     def __init__(self, schema: Schema, model: ModelConfig, loss: LossConfig, ranks: Ranks) -> None:
@@ -50,7 +50,7 @@ class TwoTower(nn.Module):
         self.lists = build_embedding_collection(schema)
         self.is_unit = is_unit = model.similarity == "cosine"
         self.is_gaussian = model.user_vector == "gaussian"
-        sizes = (model.vector_dim, model.dim)  # a Gaussian user's tower makes a mean and a spread
+        sizes = (model.vector_dim, model.dim)  # the tower of Gaussian users outputs a mean and a variance
         outputs = (partial(gaussian_user, is_unit=is_unit), gaussian_item) if self.is_gaussian else (None, None)
         self.user_tower, self.item_tower = (
             Tower(
@@ -70,7 +70,7 @@ class TwoTower(nn.Module):
             self.user_tower.encoders[encoder_name(sequence.name)] = encoder
         self.vectors_per_user = schema.vectors_per_user  # M
         self.interests = loss.interests or InterestsConfig()
-        self.interest_uses: Tensor | None = None  # of this rank's last logged batch
+        self.interest_uses: Tensor | None = None  # this rank's last logged batch
         for side in SIDES:
             for feature in schema.layout.layer_features(side):
                 self._tower(side).encoders[encoder_name(feature.name)] = build_input(feature)
@@ -88,11 +88,11 @@ class TwoTower(nn.Module):
         self.queue = CrossBatchMemory(size, model.vector_dim, loss.log_q_strength, ranks.device) if size else None
 
     def encode_users(self, batch: Batch) -> Tensor:
-        """(B, D); (B, M, D) where a user has several vectors."""
+        """Return (B, D), or (B, M, D) for multi-interest users."""
         return self.user_tower(self._inputs(batch, "user")["user"])
 
     def encode_items(self, batch: Batch) -> Tensor:
-        """(S, D)."""
+        """Return (S, D)."""
         return self.item_tower(self._inputs(batch, "item")["item"])
 
     def forward(self, batch: Batch, *, with_diagnostics: bool = False) -> Tensor:
@@ -153,7 +153,7 @@ class TwoTower(nn.Module):
         return both
 
     def forget(self) -> None:
-        """Let go of what is remembered of earlier steps: they were another run's."""
+        """Clear the memory of earlier steps, which belong to another run."""
         for memory in (self.frequency, self.queue):
             if memory is not None:
                 memory.forget()
@@ -161,7 +161,7 @@ class TwoTower(nn.Module):
     def _regularised(
         self, user_BD: Tensor, item_CD: Tensor, batch: Batch, relations: Relations, share: float
     ) -> Tensor:
-        """What loss.regularization adds, scaled as the loss is."""
+        """Return the terms of loss.regularization, scaled like the loss."""
         wanted = self.loss.regularization
         added = user_BD.new_zeros(())
         if wanted.norm:
@@ -177,10 +177,10 @@ class TwoTower(nn.Module):
         return added
 
     def _uniformity(self, vector_ND: Tensor, sizes: list[int]) -> Tensor:
-        """Of vectors that all ranks hold: each compares its share with all of them.
+        """Return the uniformity of the vectors of all ranks; each rank compares its share with all of them.
 
-        The log is of the sum over ranks; so that the mean of their gradients is that of the log, each adds its own part
-        as many times as there are ranks.
+        The log is of the sum over ranks. Each rank multiplies its own part by the number of ranks, so that the mean of
+        their gradients is the gradient of the log.
         """
         rank, num_ranks, total = self.ranks.rank, self.ranks.num_ranks, sum(sizes)
         if total < 2:
@@ -190,7 +190,7 @@ class TwoTower(nn.Module):
         return (mine - mine.detach()) * (num_ranks / everyone) + math.log(everyone / (total * (total - 1)))
 
     def figures(self) -> dict[str, float | Histogram]:
-        """What the log should show beside the loss; all ranks call together."""
+        """Return the metrics to log next to the loss. All ranks call together."""
         temperature = {} if self.temperature is None else {"temperature": self.temperature().item()}
         parts = {
             f"{side}_{name}": value
@@ -204,14 +204,14 @@ class TwoTower(nn.Module):
 
     @property
     def has_cosine_scores(self) -> bool:
-        """Whether a score is a cosine, or the highest of several."""
+        """Return whether a score is a cosine, or the highest of several."""
         return self.is_unit and not self.is_gaussian
 
     def _tower(self, side: Side) -> Tower:
         return self.user_tower if side == "user" else self.item_tower
 
     def _inputs(self, batch: Batch, *sides: Side) -> dict[Side, Tensor]:
-        """Return what enters each side's tower: (rows, E); (rows, M, E) for users with several vectors."""
+        """Return the input of each tower: (rows, E); (rows, M, E) for multi-interest users."""
         given: dict[Side, SideInputs] = {
             "user": SideInputs(self.user_tower, batch.user_divisor_BF, batch.user_number_BN),
             "item": SideInputs(self.item_tower, batch.item_divisor_SF, batch.item_number_SN),
