@@ -580,7 +580,7 @@ FILE_MISTAKES = {
     "no lists": ({"item_id": [10], "negatives": [20]}, DataError, r"'negatives' is int64, but lists"),
     "text": ({"item_id": ["10"], "negatives": [[20]]}, DataError, r"'item_id' is string, but the ids of .* int64"),
     "other text": ({"item_id": [10], "negatives": [["a"]]}, DataError, r"'negatives' is string, but .* int64"),
-    "twice": ({"item_id": [10, 20, 10], "negatives": [[20], [], []]}, DataError, r"10 stands in rows 0 and 2"),
+    "twice": ({"item_id": [10, 20, 10], "negatives": [[20], [], []]}, DataError, r"10 is in rows 0 and 2"),
     "unknown": ({"item_id": [10, 20], "negatives": [[20], [30, 99]]}, DataError,
                 r"column 'negatives', row 1: item 99 is not in .*loss\.negatives\.mined\.unknown: skip"),
     "null": ({"item_id": [10, None], "negatives": [[20], [30]]}, DataError, r"1 of 2 ids are null"),

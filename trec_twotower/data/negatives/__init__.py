@@ -1,1 +1,1 @@
-"""Where negatives come from: samplers, mined lists, candidates."""
+"""Negatives: samplers, mined lists and the candidates of a step."""

@@ -1,4 +1,4 @@
-"""The candidates of a step, and how its rows relate to them: what they took, know, and name themselves."""
+"""The candidates of a step and their pairs with its rows: positives, known items and impressions."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from trec_twotower.ops.kernels import find_columns, mark_distinct
 from trec_twotower.ops.key_table import pairs_by_fingerprint
 from trec_twotower.ops.ragged import Ragged, distinct
 
-WORDS_AN_ITEM = 32  # words of bits that are gone through for an item: by then sorting is as fast
+WORDS_AN_ITEM = 32  # 64-bit words of the bitmap per item; above this, sorting is as fast
 
 
 class CandidateSets:
-    """Makes the candidates of any step of a run, in any thread."""
+    """Builds the candidates of any step of a run, from any thread."""
 
     def __init__(
         self, sources: FeatureDataset, loss: LossConfig, negatives: Negatives, num_ranks: int, *, masks_history: bool
@@ -45,9 +45,9 @@ class CandidateSets:
         self._scratch = threading.local()
 
     def of(self, items: StepItems, mine: Examples, my_places: Callable[[], np.ndarray]) -> tuple[Candidates, Targets]:
-        """The candidates of a step, the same on all ranks, and the pairs of this rank's rows with them.
+        """Return the candidates of a step, equal on all ranks, and the pairs of this rank's rows with them.
 
-        `my_places` says where this rank's rows stand among those of all ranks; it is asked only where that matters.
+        `my_places` returns the positions of this rank's rows among those of all ranks. It is called only if needed.
         """
         lists = [source.of(items) for source in self.negatives.lists]
         item_row, is_negative, column_I = self._set(items, lists)
@@ -67,7 +67,7 @@ class CandidateSets:
             column_I[item_row] = -1
 
     def _set(self, items: StepItems, lists: Sequence[Ragged]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The candidates, which of them stand against all rows, and each catalogue row's place among them."""
+        """Return the candidates, whether each is a negative of all rows, and the position of each catalogue row."""
         shared = [items.taken] if self.loss.negatives.in_batch else []
         shared += [sampler.draw(items.step, items.taken) for sampler in self.negatives.samplers]
         others = [] if self.loss.negatives.in_batch else [items.taken]
@@ -89,7 +89,7 @@ class CandidateSets:
         return item_row, is_negative, column_I
 
     def _targets(self, mine: Examples, own: Sequence[Ragged], item_row: np.ndarray, column_I: np.ndarray) -> Targets:
-        """The pairs of this rank's rows; `own` are the items that they bring themselves, by source."""
+        """Return the pairs of this rank's rows. `own` are the rows' own items by source."""
         positives = mine.positives
         row, column = positives.rows, column_I[positives.values]
         weight = np.ones(len(row), np.float32)
@@ -109,7 +109,7 @@ class CandidateSets:
     def _known(
         self, mine: Examples, item_row: np.ndarray, column_I: np.ndarray
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Pairs of rows and candidates that are no negatives of theirs, beside the positives."""
+        """Return the pairs of rows and candidates that are not negatives of the row, in addition to the positives."""
         if mine.known is not None:
             column = column_I[mine.known.values]
             is_candidate = column >= 0
@@ -120,25 +120,29 @@ class CandidateSets:
         if self.known is not None:
             lists, list_of_row = self.known.lists, self._list_of_row(mine)
             longest = lists.lengths[list_of_row[list_of_row >= 0]].sum()
-            row, column = (np.empty(longest + 1, np.int64) for _ in range(2))  # the last place is for no pair
+            row, column = (
+                np.empty(longest + 1, np.int64) for _ in range(2)
+            )  # the last position is for items that are no candidates
             count = find_columns(lists.offsets, lists.values, list_of_row, column_I, row, column)
             yield row[:count], column[:count]
 
     def _given(self, mine: Examples, own: Sequence[Ragged], column_I: np.ndarray) -> Pairs:
-        """Return the pairs that the rows name themselves."""
+        """Return the pairs of the rows with their own items."""
         label = [np.zeros(len(each.values), np.float32) if each.weights is None else each.weights for each in own]
         weight = [np.ones(len(each.values), np.float32) for each in own]
-        if mine.given_weight is not None:  # of the column that rows name, which is the first source
+        if mine.given_weight is not None:  # the impressions column is the first source
             weight[0] = mine.given_weight.values
         column = [column_I[each.values] for each in own]
         return Pairs.from_numpy(*map(np.concatenate, ([each.rows for each in own], column, weight, label)))
 
     def _masked_keys(self, mine: Examples, own: Sequence[Ragged]) -> Pairs:
-        """Return rows, and keys of all items that are no negatives of theirs, candidates or not."""
+        """Return rows and the keys of all items that are not negatives of them, candidates or not."""
         lists = [each for each in (mine.positives, mine.known, *own) if each is not None]
         pairs = [(each.rows, self._key(each.values)) for each in lists]
         if mine.history is not None:
-            pairs.append((mine.history.rows, ~mine.history.values.astype(np.int64)))  # a fingerprint: see ItemQueue
+            pairs.append(
+                (mine.history.rows, ~mine.history.values.astype(np.int64))
+            )  # a fingerprint: see CrossBatchMemory
         if self.known is not None:
             list_of_row = self._list_of_row(mine)
             has_list = np.flatnonzero(list_of_row >= 0)
@@ -148,28 +152,30 @@ class CandidateSets:
         return Pairs.from_numpy(np.concatenate(row), np.concatenate(key))
 
     def _list_of_row(self, mine: Examples) -> np.ndarray:
-        """Which list of `known` is each row's, -1: it has none."""
+        """Return the list of `known` of each row, -1 for a row without."""
         assert self.known is not None and mine.user_key is not None
         return self.known.rows_of(mine.user_key)
 
     def _key(self, item_row: np.ndarray) -> np.ndarray:
-        """What tells items apart in all steps, and is the same when the catalogue has grown: 63 bits of their mix.
+        """Return a key for each item: 63 bits of its hash, which do not change when the catalogue grows.
 
-        The low 32 of them are the item's fingerprint.
+        The low 32 bits are the fingerprint of the item.
         """
         return (mix_array(self.catalogue_keys[item_row]) & np.uint64((1 << 63) - 1)).view(np.int64)
 
     def _distinct(self, item_rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Each catalogue row once, rising; and its place among them, or -1: this thread's array, to be wiped after use.
+        """Return the distinct catalogue rows, ascending, and the position of every catalogue row in them, or -1.
 
-        By bits where they are few for what is asked, else by sorting.
+        The positions are in an array of this thread, which the caller resets after use.
+
+        A bitmap finds them if it is small for the number of rows, else sorting does.
         """
         if not hasattr(self._scratch, "column_I"):
             self._scratch.column_I = np.full(self.num_items, -1, np.int64)
             self._scratch.bits = np.zeros(-(-self.num_items // 64), np.uint64)
         column_I: np.ndarray = self._scratch.column_I
         if len(self._scratch.bits) > WORDS_AN_ITEM * len(item_rows):
-            item_row = distinct(item_rows.astype(np.int32)).astype(np.int64)  # sorts twice as fast
+            item_row = distinct(item_rows.astype(np.int32)).astype(np.int64)  # int32 sorts twice as fast
             column_I[item_row] = np.arange(len(item_row))
             return item_row, column_I
         out = np.empty(min(len(item_rows), self.num_items), np.int64)

@@ -1,4 +1,4 @@
-"""Lists of items beside the positives: in a column of the training rows, or in a file, by item or user."""
+"""Lists of items in addition to the positives: in a column of the training rows, or in a file by item or user."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from trec_twotower.ops.key_table import KeyTable
 from trec_twotower.ops.ragged import Ragged
 from trec_twotower.storage.arrow_values import python_value
 
-MOST_WEIGHT = 1e15  # in the loss: the square of a gradient of 1e19 is beyond float32
+MOST_WEIGHT = 1e15  # weight in the loss: the square of a gradient of 1e19 overflows float32
 
 
 def check_given(train: Split, given: ImpressionsConfig) -> None:
-    """Raises ConfigError or DataError where a column of `given` is missing from train/ or of the wrong type."""
+    """Raise ConfigError or DataError if a column of `given` is missing from train/ or has the wrong type."""
     kind = train.require(given.column, "loss.impressions.column names")
     if not is_id_list(kind):
         raise DataError(
@@ -44,10 +44,10 @@ def given_columns(given: ImpressionsConfig) -> list[str]:
 
 
 def read_given(sources: FeatureDataset, loss: LossConfig, table: pa.Table, where: str) -> tuple[Ragged, Ragged | None]:
-    """The items that the rows of a table name beside their positives, and how much each of them weighs.
+    """Return the items of the impressions column of each row, and the weight of each.
 
-    Catalogue rows, with the labels as weights where there are some, and lists of float32 as long. Items outside the
-    catalogue are left out, or a DataError, as `loss.impressions.unknown` says.
+    Items are catalogue rows, with their labels as weights, if any. The weights are float32 lists of the same lengths.
+    Items outside the catalogue are skipped or raise DataError, by `loss.impressions.unknown`.
     """
     given = loss.impressions
     assert given is not None
@@ -61,8 +61,8 @@ def read_given(sources: FeatureDataset, loss: LossConfig, table: pa.Table, where
         if loss.learns_graded_labels and is_outside.any():
             row, label = int(items.rows[is_outside][0]), items.weights[is_outside][0]
             raise DataError(
-                f"{place}, row {row:,}: {given.labels!r} has the label {label:g}, but loss.kind {loss.kind} takes "
-                "labels from 0 to 1: divide them by the highest, or choose another kind."
+                f"{place}, row {row:,}: {given.labels!r} has the label {label:g}, but loss.kind {loss.kind} needs "
+                "labels from 0 to 1: divide them by the largest, or set another kind."
             )
     weights = None
     if given.weights is not None:
@@ -87,11 +87,11 @@ def _unknown(sources: FeatureDataset, items: Ragged, ids: pa.Array, place: str, 
     row = int(items.rows[is_unknown][0])
     item = python_value(ids.flatten().drop_null(), int(is_unknown.argmax()))
     error = sources.unknown(item, int(is_unknown.sum()), f"{place}, row {row:,}")
-    return DataError(f"{error} ({setting}: skip leaves out such items alone.)")
+    return DataError(f"{error} ({setting}: skip ignores such items only.)")
 
 
 class KeyedLists:
-    """Items by the 64-bit key of an item or a user: a Parquet file, read whole."""
+    """Lists of items by the 64-bit key of an item or a user, from a Parquet file."""
 
     def __init__(self, keys: np.ndarray, lists: Ragged, slots: np.ndarray) -> None:
         self.lists = lists  # catalogue rows, int32
@@ -101,9 +101,9 @@ class KeyedLists:
     def read(
         cls, path: Path, key: str, items: str, sources: FeatureDataset, setting: str, *, skips_unknown: bool
     ) -> KeyedLists:
-        """The column `items` by the column `key` (user_id or item_id); `setting` is what names the file in the config.
+        """Read the column `items` by the column `key` (user_id or item_id). `setting` is the config key of the file.
 
-        Raises ConfigError where the file or a column is missing, DataError where the content cannot be used.
+        Raises ConfigError if the file or a column is missing, DataError for invalid content.
         """
         if not path.is_file():
             near = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
@@ -141,16 +141,16 @@ class KeyedLists:
             first, second = doubles[0].tolist()
             name = python_value(table[key], second)
             raise DataError(
-                f"{path}: {key} {name!r} stands in rows {first:,} and {second:,}: keep one row with all its items."
+                f"{path}: {key} {name!r} is in rows {first:,} and {second:,}: keep one row with all its items."
             )
         return cls(keys, Ragged(lists.offsets, lists.values.astype(np.int32)), slots)
 
     def rows_of(self, keys: np.ndarray) -> np.ndarray:
-        """The list of each key, -1 where it has none."""
+        """Return the list of each key, -1 for a key without one."""
         return self._table.find(keys)
 
 
 def _check_alike(here: str, kind: pa.DataType, there: str, other: pa.DataType) -> None:
-    """Text and integers never meet: raises DataError."""
+    """Raise DataError if one column is text and the other is integers."""
     if not is_id(kind) or is_text(kind) != is_text(other):
-        raise DataError(f"{here} is {kind}, but the ids of {there} are {other}: write them alike.")
+        raise DataError(f"{here} is {kind}, but the ids of {there} are {other}: use one type for both.")
