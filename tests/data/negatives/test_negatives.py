@@ -517,7 +517,7 @@ def test_a_queue_without_room_for_a_step_is_refused_before_it(tiny):
     assert tiny({"negatives": {"sampled": 3, "cross_batch_memory": 3}}).candidates.keeps_list
     with pytest.raises(
         ConfigError,
-        match=rf"cross_batch_memory is 2, but a step has some {mean:.0f} candidates .* \(such as {8 * mean:.0f}\)",
+        match=rf"cross_batch_memory is 2, but a step adds about {mean:.0f} candidates.*\(such as {8 * mean:.0f}\)",
     ):
         tiny({"negatives": {"sampled": 3, "cross_batch_memory": 2}})
 

@@ -68,9 +68,9 @@ class CandidateSets:
 
     def _set(self, items: StepItems, lists: Sequence[Ragged]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return the candidates, whether each is a negative of all rows, and the position of each catalogue row."""
-        shared = [items.taken] if self.loss.negatives.in_batch else []
-        shared += [sampler.draw(items.step, items.taken) for sampler in self.negatives.samplers]
-        others = [] if self.loss.negatives.in_batch else [items.taken]
+        shared = [items.positive_items] if self.loss.negatives.in_batch else []
+        shared += [sampler.draw(items.step, items.positive_items) for sampler in self.negatives.samplers]
+        others = [] if self.loss.negatives.in_batch else [items.positive_items]
         for source, brought in zip(self.negatives.lists, lists, strict=True):
             is_refused = None if brought.weights is None else brought.weights <= 0
             if not source.shared:

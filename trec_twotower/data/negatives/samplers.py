@@ -41,7 +41,7 @@ class StepItems:
     rows: RowItems
 
     @property
-    def positives(self) -> np.ndarray:
+    def positive_items(self) -> np.ndarray:
         return self.rows.positives.values
 
     @property
