@@ -1,1 +1,1 @@
-"""From Parquet to a Batch: hashing, transforms, catalogue, interactions, candidates."""
+"""From Parquet to batches: datasets, features, negatives, loading and sources."""

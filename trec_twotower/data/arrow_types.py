@@ -1,4 +1,4 @@
-"""Arrow types as this package reads them: writers have many types for one thing, and each thing is read as one.
+"""Arrow types as this package reads them: one type for each kind of value, whichever type the writer used.
 
 Text is `string` or `large_string`, a list is `list` or `large_list` (of floating-point numbers also `fixed_size_list`),
 and no column is a dictionary, run-end encoded, a view or an extension. Numbers of types for which Arrow lacks functions
@@ -57,7 +57,7 @@ def is_plain(kind: pa.DataType) -> bool:
 def plain_array(array: pa.Array, *, keeps_dictionaries: bool = False) -> pa.Array:
     """Return the same values with a plain type; with `keeps_dictionaries`, text may stay dictionary-encoded.
 
-    Raises pa.ArrowException where the values do not fit, such as text beyond 2 GiB.
+    Raises pa.ArrowException if the values do not fit, such as text beyond 2 GiB.
     """
     kind = array.type
     if is_plain(kind):
@@ -151,8 +151,8 @@ def _list_of_fixed_size(array: pa.FixedSizeListArray) -> pa.Array:
 
 
 def widest(one: pa.DataType, other: pa.DataType) -> pa.DataType | None:
-    """The type that holds both without loss: the wider integer, the wider float, lists of such; else None."""
-    if one == other or pa.types.is_null(other):  # a file whose column is null throughout has no type to tell
+    """Return the type that holds both without loss: the wider integer or float, or lists of it; else None."""
+    if one == other or pa.types.is_null(other):  # a column of nulls has no type
         return one
     if pa.types.is_null(one):
         return other
@@ -167,7 +167,7 @@ def widest(one: pa.DataType, other: pa.DataType) -> pa.DataType | None:
 
 
 def is_wider(wide: pa.DataType, kind: pa.DataType) -> bool:
-    """Whether numbers of the type `wide`, which holds `kind`, need not fit into that."""
+    """Return whether numbers of the type `wide`, which holds `kind`, may not fit into `kind`."""
     if is_list(wide) and is_list(kind):
         return is_wider(wide.value_type, kind.value_type)
     return wide != kind and not pa.types.is_null(kind) and not is_text(wide)

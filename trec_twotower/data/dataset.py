@@ -1,4 +1,4 @@
-"""A dataset folder: which files, how many rows, which columns; read by row group."""
+"""A dataset directory: its parts, files, row counts and columns."""
 
 from __future__ import annotations
 
@@ -27,16 +27,19 @@ from trec_twotower.ops.hashing import is_id
 from trec_twotower.storage.manifest import own_sha256
 
 USER_ID, ITEM_ID, POSITIVES = "user_id", "item_id", "positives"
-SERVING = "serving"  # the part with each user's whole history and nothing to find
-TRAIN, TRAIN_USERS = "train", "train_users"  # the folders of training rows: of either kind, of users beside events
+SERVING = "serving"  # the part with the whole history of each user and no held-out items
+TRAIN, TRAIN_USERS = (
+    "train",
+    "train_users",
+)  # the folders of training rows: per event or per user, and per user in addition to events
 PARTS_OF_ROWS = (TRAIN, TRAIN_USERS, "valid", "test")
 
 
 class Dataset:
-    """The folder that `prepare`, or anything else that writes Parquet, has made.
+    """A dataset directory, written by `prepare` or by any other writer of Parquet.
 
-    `files` are, for some of its parts, the files that are meant, as Split takes them; so is `like`, for train/. Without
-    `files` those of a part that dataset.yaml describes are the ones that it lists, but for a folder that `grows`.
+    `files` are the files of some parts, as in Split; `like` is Split's for train/. By default a part has the files that
+    dataset.yaml lists, except in a folder that `grows`.
     """
 
     def __init__(
@@ -53,12 +56,12 @@ class Dataset:
         self._train = TRAIN
         self.folder = folder = folder_of(folder)
         if folder.is_file():
-            raise DataError(f"{folder} is a file: a dataset is a folder with train/ and items/, made by `prepare`.")
+            raise DataError(f"{folder} is a file: a dataset is a folder with train/ and items/, written by `prepare`.")
         if not folder.is_dir():
             near = [path.name for path in folder.parent.iterdir()] if folder.parent.is_dir() else []
             where = "" if hasattr(folder, "fs") or folder.is_absolute() else f" in {Path.cwd()}"
             raise DataError(
-                f"There is no dataset folder {folder}{where}{nearest(folder.name, near)}: make it with `prepare`."
+                f"There is no dataset folder {folder}{where}{nearest(folder.name, near)}: create it with `prepare`."
             )
         for name in ("train", "items"):
             if not (folder / name).is_dir():
@@ -66,13 +69,13 @@ class Dataset:
 
     @classmethod
     def of(cls, data: DataConfig) -> Dataset:
-        """The one that a config names, with all its files."""
+        """Return the dataset of a config, with all its files."""
         return cls(data.dataset, grows=data.follow is not None).by(data.rows)
 
     def by(self, rows: str) -> Dataset:
-        """The same, seen by event or by user: its training rows are those of train_users/ where that is so and there.
+        """Return the dataset with training rows per event or per user (those of train_users/, if it exists).
 
-        Of a folder that grows, those of train/.
+        In a folder that grows, training rows are always those of train/.
         """
         is_apart = rows == "user" and self.files is None and not self._grows and self.has(TRAIN_USERS)
         place = TRAIN_USERS if is_apart else TRAIN
@@ -124,7 +127,7 @@ class Dataset:
         return split
 
     def _check_files(self, name: str, described: set[str]) -> None:
-        """Raises DataError where a part has other files than dataset.yaml lists of it."""
+        """Raise DataError if a part has other files than those in dataset.yaml."""
         found = {path.name for path in parquet_files(self.folder / name)}
         odd = [
             f"{'has no' if is_lacking else 'also has'} {_few(files)}, {'' if is_lacking else 'un'}listed there"
@@ -133,34 +136,34 @@ class Dataset:
         ]
         if odd:
             raise DataError(
-                f"{self.folder / name} is not what {self.folder / DESCRIPTION} says: it {' and '.join(odd)}. Make the "
-                f"dataset again; or, where the files are as you want them, remove {DESCRIPTION} (of a folder that "
+                f"{self.folder / name} differs from {self.folder / DESCRIPTION}: it {' and '.join(odd)}. Create the "
+                f"dataset again; or, if the files are intended, remove {DESCRIPTION} (of a folder that "
                 "grows, set data.follow)."
             )
 
     @cached_property
     def description(self) -> dict[str, Any]:
-        """dataset.yaml, or nothing where somebody else made the folder."""
+        """Return the content of dataset.yaml; empty if there is none."""
         path = self.folder / DESCRIPTION
         described = read_yaml(path) or {} if path.is_file() else {}
         if not isinstance(described, dict):
-            raise DataError(f"{path} does not describe a dataset: make it again, or remove it.")
+            raise DataError(f"{path} does not describe a dataset: create it again, or remove it.")
         if "sha256" in described and described["sha256"] != own_sha256(described):
-            raise DataError(f"{path} is damaged or was changed (its own sha256 differs): make it again, or remove it.")
+            raise DataError(f"{path} is damaged or was changed (its sha256 differs): create it again, or remove it.")
         return described
 
     @cached_property
     def _described_files(self) -> dict[str, dict[str, Any]]:
         files = self.description.get("files") or {}
         if not isinstance(files, dict) or not all(isinstance(facts, dict) for facts in files.values()):
-            raise DataError(f"{self.folder / DESCRIPTION} does not list its files: make it again, or remove it.")
+            raise DataError(f"{self.folder / DESCRIPTION} does not list its files: create it again, or remove it.")
         return files
 
     @cached_property
     def fingerprint(self) -> str:
-        """Twelve hex digits that change when the rows do: names and sizes of the files of train/, valid/ and test/.
+        """Return a hash of the file names and sizes of train/, valid/ and test/: twelve hex digits.
 
-        Where only some files are meant, of those alone, also of items/ and users/.
+        If only some files are selected, the hash covers these, also of items/ and users/.
         """
         digest = hashlib.sha256()
         if self.files is not None:
@@ -173,7 +176,7 @@ class Dataset:
 
     @cached_property
     def described_fingerprint(self) -> str | None:
-        """Twelve hex digits of the digests that dataset.yaml has of those files; None where there are none."""
+        """Return twelve hex digits of the digests of those files in dataset.yaml; None if it has none."""
         facts = {name: each.get("sha256") for name, each in self._described_files.items()
                  if Path(name).parent.name in PARTS_OF_ROWS}  # fmt: skip
         if not facts or self.files is not None:
@@ -181,7 +184,7 @@ class Dataset:
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
 
     def paths(self, part: str) -> list[Path]:
-        """Return the Parquet files that lie in a part of the dataset; none where there is no such part."""
+        """Return the Parquet files of a part of the dataset; an empty list if there is no such part."""
         folder = self.folder / part
         return parquet_files(folder) if folder.is_dir() else []
 
@@ -189,7 +192,7 @@ class Dataset:
     def _check_ids(split: Split, column: str) -> None:
         if not split.has(column):
             raise DataError(
-                f"{split.folder} has no column {column!r}{nearest(column, split.columns)}: every row must name its "
+                f"{split.folder} has no column {column!r}{nearest(column, split.columns)}: every row needs its "
                 f"{column.removesuffix('_id')}."
             )
         if not is_id(split.columns[column]):
@@ -199,6 +202,6 @@ class Dataset:
 
 
 def _few(names: set[str]) -> str:
-    """Some names, or the first of them and how many others there are."""
+    """Return a list of a few names, or the first one and the number of others."""
     first, *others = sorted(names)
     return ", ".join([first, *others]) if len(others) < 3 else f"{first} and {len(others):,} other files"

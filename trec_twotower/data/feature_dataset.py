@@ -1,4 +1,4 @@
-"""A dataset seen through a schema: where each feature comes from, checked, and the catalogue."""
+"""A dataset with a schema: the source of each feature, checked, and the catalogue of items."""
 
 from __future__ import annotations
 
@@ -35,20 +35,20 @@ def open_cache(data: DataConfig) -> CacheFolder:
 
 
 class Counter(Protocol):
-    """Counts something of every item in the pass over the training rows that counts how often each was taken."""
+    """Counts something per item in the pass over the training rows that counts interactions."""
 
     @property
     def columns(self) -> Sequence[str]:
-        """That it reads."""
+        """The columns that `count` reads."""
 
     def count(self, table: pa.Table, where: str, positives: Ragged) -> np.ndarray:
-        """(I,) float64: of some rows, whose positives (catalogue rows) are these."""
+        """Return (I,) float64: the counts over some rows with these positives (catalogue rows)."""
 
 
 class FeatureDataset:
-    """A dataset seen through a schema: where each feature comes from, checked; catalogue and users, hashed.
+    """A dataset with a schema: the source of each feature, checked; catalogue and users, hashed.
 
-    With `cache`, large ones are kept there and mapped by all processes of a host; without, they are in memory.
+    With `cache`, large ones are stored there and mapped by all processes of a host. Otherwise they are in memory.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class FeatureDataset:
         return {name: self.statistics[f"{side}:{name}"] for name in learning}
 
     def _placed(self) -> tuple[list[FeatureSpec], list[FeatureSpec]]:
-        """The user features that stand in the rows, and those that stand in users/."""
+        """Return the user features of the rows, and those of users/."""
         train, users = self.dataset.train, self.dataset.users
         context, static = [], []
         for feature in self.schema.user:
@@ -93,14 +93,14 @@ class FeatureDataset:
                     check_side([feature], train)
                 elif not isinstance(feature, BagFeature) or feature.side_columns:
                     raise ConfigError(
-                        f"user feature {feature.name!r} reads {HISTORY!r}, which is drawn here: make it a bag without "
-                        "weights or times."
+                        f"user feature {feature.name!r} reads {HISTORY!r}, which is sampled per epoch here: make it "
+                        "a bag without weights or times."
                     )
             elif users is not None and users.has(feature.source_column) and feature.source_column != USER_ID:
                 if isinstance(feature, SequenceFeature):
                     raise ConfigError(
                         f"user feature {feature.name!r} is a sequence, but its column {feature.source_column!r} is in "
-                        f"{users.folder}, which does not change from row to row: write it into {train.folder}."
+                        f"{users.folder}, which has one value per user: write it into {train.folder}."
                     )
                 static.append(feature)
                 check_side([feature], users)
@@ -114,9 +114,9 @@ class FeatureDataset:
         return context, static
 
     def lists_of_items(self) -> list[list[str]]:
-        """The columns of train/ whose lists may hold the item that a row asks for, each with those beside it.
+        """Return the columns of train/ whose lists may contain the target item, each with its parallel columns.
 
-        They are `history`, and what features of the rows with the item id's own table read.
+        They are `history` and the columns of row features that share the table of the item id.
         """
         history = [HISTORY] if self.dataset.train.has(HISTORY) else []
         found = []
@@ -129,51 +129,51 @@ class FeatureDataset:
 
     @property
     def _of_items(self) -> list[FeatureSpec]:
-        """The users' lists of items, as far as tables tell."""
+        """Return the user features that are lists of items: those that share the table of the item id."""
         ids = [each for each in self.schema.item if isinstance(each, IdFeature) and each.source_column == ITEM_ID]
         tables = {each.table_name for each in ids}
         return [each for each in self.schema.user if isinstance(each, ItemListFeature) and each.table_name in tables]
 
     def check_lists_of_items(self) -> None:
-        """Raises ConfigError for such a feature of users/, whose list is the same in all of a user's rows."""
+        """Raise ConfigError for such a feature in users/, whose list is the same in all rows of a user."""
         for feature in self._of_items:
             if feature in self.static:
                 assert self.dataset.users is not None
                 raise ConfigError(
                     f"data.target_in_history is not keep, but user feature {feature.name!r} reads lists of items in "
-                    f"{self.dataset.users.folder}, one list for all of a user's rows, in which the item of each cannot "
-                    f"be looked for: write column {feature.source_column!r} into {self.dataset.train.folder}, or set "
+                    f"{self.dataset.users.folder}, which has one list for all rows of a user: "
+                    f"write column {feature.source_column!r} into {self.dataset.train.folder}, or set "
                     "data.target_in_history: keep."
                 )
 
     def _is_drawn(self, column: str) -> bool:
-        """With a row per user the history is a part of the row's own positives."""
+        """Check the columns of `data.rows`: with one row per user, the history is a part of the row's positives."""
         return self.rows == "user" and column == HISTORY
 
     def _check_targets(self) -> None:
         train = self.dataset.train
         wanted, other = (POSITIVES, "event") if self.rows == "user" else (ITEM_ID, "user")
         if not train.has(wanted):
-            beside = " (or train_users/ beside it, as `prepare ... rows=both` does)" if self.rows == "user" else ""
+            beside = " (or train_users/ next to it, as `prepare ... rows=both` does)" if self.rows == "user" else ""
             raise ConfigError(
                 f"data.rows is {self.rows!r}, which needs the column {wanted!r} in {train.folder}, but its columns are "
                 f"{', '.join(train.columns)}: set data.rows: {other}, or write {wanted!r}{beside}."
             )
 
     def check_ids(self, split: Split) -> None:
-        """Raise DataError where ids of `split` have a type that makes them other ids than those of other parts."""
+        """Raise DataError if the id type of `split` makes its ids differ from those of other parts."""
         self._check_types(split)
         self._check_signs(split)
 
     def _id_columns(self) -> list[tuple[str, Split, str]]:
-        """Return columns of ids, each with the part and the column whose ids they are."""
+        """Return the id columns, each with the part and column that it refers to."""
         items, users = self.dataset.items, self.dataset.users
         of_items = (ITEM_ID, POSITIVES, HISTORY, *(each.source_column for each in self._of_items))
         pairs = [(column, items, ITEM_ID) for column in dict.fromkeys(of_items)]
         return [*pairs, *([(USER_ID, users, USER_ID)] if users is not None and self.static else [])]
 
     def _check_signs(self, split: Split) -> None:
-        """Raise DataError where 2^63 and above in one part have the 64 bits of negative integers in another."""
+        """Raise DataError if ids of 2^63 and above in one part have the bits of negative integers in another."""
         for column, other, name in self._id_columns():
             catalogue = self.catalogue if name == ITEM_ID else self.users
             if column not in split.columns or catalogue is None:
@@ -190,7 +190,7 @@ class FeatureDataset:
                 )
 
     def _check_types(self, split: Split) -> None:
-        """Raise DataError where `split` has as text what others have as integers: nothing would be the same id."""
+        """Raise DataError if `split` has ids as text that other parts have as integers: no id would match."""
         train = self.dataset.train
         for column, other, name in [*self._id_columns(), *((each, train, each) for each in self.user_columns())]:
             if column not in split.columns or name not in other.columns:
@@ -203,7 +203,7 @@ class FeatureDataset:
                 )
 
     def learn(self) -> dict[str, Statistics]:
-        """What features learn of their columns: one pass over those of train, users/ and items/."""
+        """Learn statistics and vocabularies of the features in one pass over train/, users/ and items/."""
         found = {}
         places: list[tuple[str, list[FeatureSpec], Split | None]] = [
             ("item", list(self.schema.item), self.dataset.items),
@@ -227,21 +227,21 @@ class FeatureDataset:
         return found
 
     def over(self, dataset: Dataset) -> FeatureDataset:
-        """The same catalogue and users beside other training rows, whose columns agree with those checked here."""
+        """Return a dataset with the same catalogue and users and other training rows of the same columns."""
         other = copy(self)
         other.dataset = dataset
         return other
 
     def user_columns(self) -> list[str]:
-        """The columns of a row that user_features reads."""
+        """Return the columns of a row that `user_features` reads."""
         return sorted({USER_ID, *(column for feature in self.context for column in feature.source_columns)})
 
     def user_features(
         self, table: pa.Table, where: str, given: Mapping[str, Ragged] | None = None, *, uncut: bool = False
     ) -> Columns:
-        """The features of the users of these rows: from the row itself, and from users/ by user_id.
+        """Return the features of the users of these rows, from the row itself and from users/ by user_id.
 
-        `given` has 64-bit keys for columns that are made rather than read; `uncut` leaves those longer than max_length.
+        `given` has 64-bit keys for computed columns; `uncut` columns are not cut to max_length.
         """
         columns = self._of_rows(table, where, given, uncut=uncut)
         if self.users is None:
@@ -252,15 +252,15 @@ class FeatureDataset:
             first = int(np.flatnonzero(rows < 0)[0])
             raise DataError(
                 f"{where}: user {python_value(ids, first)!r} is not in {self.users.split.folder} "
-                f"({int((rows < 0).sum()):,} rows name such users): write a row for each user there."
+                f"({int((rows < 0).sum()):,} rows have such users): write one row for each user there."
             )
         return columns.beside(self.users.columns.take(rows))
 
     def state_features(self, table: pa.Table, where: str, given: Mapping[str, Ragged] | None = None) -> Columns:
-        """The features of one user at this moment, whom users/ need not know: of one row, as `state_table` makes it.
+        """Return the features of one user from one row (`state_table`). The user may be missing in users/.
 
-        A column of users/ that stands in the row counts before what users/ says of the user; for one who is not there,
-        or has no id, the others are null.
+        A column of users/ that is in the row overrides the value in users/. The other columns
+        are null for a user without an id or a row in users/.
         """
         columns = self._of_rows(table, where, given)
         if self.users is None:
@@ -284,14 +284,14 @@ class FeatureDataset:
         return columns.beside(made)
 
     def static_columns(self) -> list[str]:
-        """The columns of users/ that user_features reads, but for those that it reads of the row itself."""
+        """Return the columns that `user_features` reads from users/, without those that it reads from the row."""
         of_rows = self.user_columns()
         return sorted({name for each in self.static for name in each.source_columns if name not in of_rows})
 
     def _of_rows(
         self, table: pa.Table, where: str, given: Mapping[str, Ragged] | None, *, uncut: bool = False
     ) -> Columns:
-        """The features that stand in the rows themselves."""
+        """Return the features whose columns are in the rows."""
         return self.with_items(self._transformed(self.context, table, where, given, uncut=uncut))
 
     def history_features(self, table: pa.Table, where: str) -> Columns:
@@ -316,11 +316,11 @@ class FeatureDataset:
         return any(feature.attributes for feature in self.schema.sequences)
 
     def with_items(self, columns: Columns) -> Columns:
-        """Users' columns beside the catalogue that their steps' attributes stand in."""
+        """Return the columns of users, with the catalogue columns for the attributes of their sequences."""
         return replace(columns, items=self.catalogue.columns) if self.steps_have_attributes else columns
 
     def item_rows(self, ids: pa.Array, where: str) -> np.ndarray:
-        """The catalogue row of each item; an unknown item is a DataError."""
+        """Return the catalogue row of each item. Raises DataError for an unknown item."""
         rows = self.catalogue.rows_of(ids, where)
         if (rows < 0).any():
             first = int(np.flatnonzero(rows < 0)[0])
@@ -328,14 +328,14 @@ class FeatureDataset:
         return rows
 
     def unknown(self, item: object, count: int, where: str) -> DataError:
-        """What to say of an item that is in no catalogue."""
+        """Return the error for an item that is not in the catalogue."""
         return DataError(
             f"{where}: item {item!r} is not in the catalogue {self.dataset.items.folder} ({count:,} entries name such "
-            "items): add it there, or leave these rows out."
+            "items): add it there, or remove these rows."
         )
 
     def item_row_lists(self, lists: pa.Array, where: str, *, known_only: bool = False) -> Ragged:
-        """Catalogue rows of lists of items; with `known_only`, items outside the catalogue are left out."""
+        """Return the catalogue rows of lists of items; with `known_only`, without items outside the catalogue."""
         rows = self.catalogue.rows_of_lists(lists, where)
         unknown = rows.values < 0
         if unknown.any():
@@ -347,7 +347,7 @@ class FeatureDataset:
         return rows
 
     def positives(self, table: pa.Table, where: str) -> Ragged:
-        """What the rows of a table took: catalogue rows."""
+        """Return the positives of the rows of a table, as catalogue rows."""
         column = POSITIVES if self.rows == "user" else ITEM_ID
         array, where = one_chunk(table[column]), f"{where}, column {column!r}"
         if self.rows == "user":
@@ -355,9 +355,9 @@ class FeatureDataset:
         return Ragged.singles(self.item_rows(array, where))
 
     def item_counts(self, counters: Sequence[Counter] = ()) -> np.ndarray:
-        """How often each item of the catalogue was taken in train: (I,) int64.
+        """Return (I,) int64: the number of interactions of each item in train/.
 
-        With `counters` (1 + counters, I) float64, and behind that what each of them counted.
+        With `counters`, return (1 + counters, I) float64: the interactions, then the result of each counter.
         """
         columns = {POSITIVES if self.rows == "user" else ITEM_ID, *(name for each in counters for name in each.columns)}
         interactions_I = np.zeros(len(self.catalogue), np.int64)
@@ -371,6 +371,6 @@ class FeatureDataset:
 
 
 def _is_of_text(kind: pa.DataType) -> bool | None:
-    """Whether ids, or lists of ids, are text; None where the column holds neither text nor integers."""
+    """Return whether ids, or lists of ids, are text; None if the column has neither text nor integers."""
     kind = kind.value_type if is_list(kind) else kind
     return is_text(kind) if is_id(kind) else None

@@ -1,4 +1,4 @@
-"""How well tables fit the data: what is null, unknown or new in each column, and which ids share a row."""
+"""Report of the features: null, unknown and new values of each column, and collisions in its table."""
 
 from __future__ import annotations
 
@@ -22,22 +22,24 @@ from trec_twotower.ops.hashing import id_keys
 
 @dataclass(frozen=True)
 class Coverage:
-    """One feature in one pass over the data; shares are None where the question makes no sense."""
+    """The figures of one feature; shares are None where they do not apply."""
 
     side: Side
     name: str
     kind: str
-    null: float  # of the rows
-    distinct: int | None = None  # ids, or words of a text
+    null: float  # share of rows that are null
+    distinct: int | None = None  # number of distinct ids or tokens
     buckets: int | None = None
-    used: float | None = None  # of the buckets
-    collided: float | None = None  # of the distinct ids: those that share every row of theirs with another
-    unknown: float | None = None  # of the values: those that a vocabulary lacks
-    new: float | None = None  # of the values elsewhere (valid/, test/; items that no one took): not seen in training
+    used: float | None = None  # share of buckets that have an id
+    collided: float | None = None  # share of distinct ids that share all their table rows with another id
+    unknown: float | None = None  # share of values that are not in the vocabulary
+    new: float | None = (
+        None  # share of values of valid/, test/ and items without interactions that are not seen in training
+    )
 
 
 def coverage(sources: FeatureDataset) -> list[Coverage]:
-    """All features, in one pass a feature; memory grows with the distinct ids of one."""
+    """Compute the figures of all features, one pass per feature. Memory grows with the distinct ids of one feature."""
     dataset = sources.dataset
     elsewhere: list[Part] = [(dataset.split(name), None) for name in ("valid", "test") if dataset.has(name)]
     interactions_I = sources.item_counts() > 0
@@ -56,23 +58,23 @@ def coverage(sources: FeatureDataset) -> list[Coverage]:
 
 @dataclass(frozen=True)
 class OwnItems:
-    """How often the lists of training rows hold the item that the row asks for."""
+    """How often the lists of training rows contain the target item of the row."""
 
-    rows: int  # that have such a list
-    elements: int  # of all lists together
-    columns: list[str]  # of the lists that were looked through
+    rows: int  # rows with such a list
+    elements: int  # elements that are the target
+    columns: list[str]  # columns of the lists
 
     @property
     def in_words(self) -> str:
-        """What `data.target_in_history: drop` does with them."""
+        """Return a message about the effect of `data.target_in_history: drop`."""
         return (
-            f"data.target_in_history: drop leaves {self.elements:,} elements out of {', '.join(self.columns)}, in "
-            f"{self.rows:,} rows of train/ that ask for the same item"
+            f"data.target_in_history: drop removes {self.elements:,} elements from {', '.join(self.columns)}, in "
+            f"{self.rows:,} rows of train/ with the same target item"
         )
 
 
 def own_items(sources: FeatureDataset) -> OwnItems | None:
-    """Counts them in a pass over train/; None where a row has no item of its own, or no lists."""
+    """Return the counts from a pass over train/; None if rows have no target item or no lists."""
     if sources.rows == "user":
         return None
     columns = [each[0] for each in sources.lists_of_items()]
@@ -91,7 +93,7 @@ def own_items(sources: FeatureDataset) -> OwnItems | None:
     return OwnItems(rows, elements, columns)
 
 
-Part = tuple[Split, np.ndarray | None]  # of a split: which rows (bool), or all
+Part = tuple[Split, np.ndarray | None]  # a split, and a mask of its rows or None for all
 
 
 def _of(
@@ -135,11 +137,11 @@ def _of(
 
 
 def _tables(sources: FeatureDataset, feature: FeatureSpec, parts: Iterable[Part]) -> Iterator[tuple[pa.Table, str]]:
-    """The feature's columns, its own first, row group by row group."""
+    """Yield the columns of the feature, its own column first, per row group."""
     for split, mask in parts:
         columns = list(feature.value_columns)
         if sources.rows == "user" and columns == [HISTORY] and split.name == "train":
-            columns = [POSITIVES]  # of which a part is drawn as history
+            columns = [POSITIVES]  # a part of which is sampled as history
         if not all(split.has(column) for column in columns):
             continue
         for group, table in split.tables(columns):
@@ -149,7 +151,7 @@ def _tables(sources: FeatureDataset, feature: FeatureSpec, parts: Iterable[Part]
 
 
 def _keys(feature: FeatureSpec, table: pa.Table, where: str) -> np.ndarray:
-    """The 64-bit keys of all values of some rows."""
+    """Return the 64-bit keys of all values of some rows."""
     arrays = [one_chunk(column) for column in table.columns]
     match feature:
         case ItemListFeature():
@@ -168,11 +170,11 @@ def _num_unknown(sources: FeatureDataset, side: Side, feature: FeatureSpec, arra
 
 
 def _collisions(feature: FeatureSpec, sources: FeatureDataset, keys: np.ndarray) -> tuple[float | None, float | None]:
-    """The share of buckets that distinct keys fall into, and that of the keys which are not alone in theirs."""
+    """Return the share of buckets with a key, and the share of keys that share their bucket."""
     if isinstance(feature, VocabularyFeature):
         return None, None
     spec = sources.schema.table_of(feature)
-    if isinstance(feature, CategoryFeature) and spec.buckets > 1:  # the first row is null's
+    if isinstance(feature, CategoryFeature) and spec.buckets > 1:  # row 0 is for null
         spec = spec.model_copy(update={"buckets": spec.buckets - 1})
     rows = np.stack([bucket(each, keys) for _, each in hashings(feature, spec)], axis=1)
     _, place, counts = np.unique(rows, axis=0, return_inverse=True, return_counts=True)
@@ -181,7 +183,7 @@ def _collisions(feature: FeatureSpec, sources: FeatureDataset, keys: np.ndarray)
 
 
 def describe_coverage(sources: FeatureDataset) -> str:
-    """The coverage of all features as a table, and what to make of it."""
+    """Return the figures of all features as a table with a legend."""
     lines = [
         f"{'feature':<28} {'kind':<9} {'null':>7} {'distinct':>11} {'rows':>11} {'used':>7} {'collided':>9} "
         f"{'unknown':>8} {'new':>7}"
@@ -195,12 +197,16 @@ def describe_coverage(sources: FeatureDataset) -> str:
             f"{shares[1]:>7} {shares[2]:>9} {shares[3]:>8} {new:>7}"
         )
     lines += [
-        "null: of the rows. distinct: ids of what is trained on. used: table rows that they fall into. collided: ids",
-        "that share all their table rows with another. unknown: values that the vocabulary lacks. new: values of",
-        "valid/ and test/, or of items that no one took in train/, that training never sees.",
+        "null: share of rows. distinct: ids in training. used: share of table rows that have an id. collided: ids",
+        "that share all their table rows with another id. unknown: values not in the vocabulary. new: values of",
+        "valid/, test/ and items without interactions in train/ that training never sees.",
     ]
     if (own := own_items(sources)) is not None:
-        mend = "" if not own.rows else ": unless things are taken again and again, set data.target_in_history: drop"
+        advice = (
+            ""
+            if not own.rows
+            else ": unless users interact with the same items repeatedly, set data.target_in_history: drop"
+        )
         share, where = own.rows / max(sources.dataset.train.num_rows, 1), " or ".join(own.columns)
-        lines.append(f"{share:.2%} of the rows of train/ have the item that they ask for in their {where}{mend}.")
+        lines.append(f"{share:.2%} of the rows of train/ have their target item in their {where}{advice}.")
     return "\n".join(lines)

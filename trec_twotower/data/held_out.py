@@ -1,4 +1,4 @@
-"""The rows of valid/ or test/: who is asked about, what is to be found, and what is left out of the ranking."""
+"""The rows of valid/ or test/: users, held-out items and items that are excluded from the ranking."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from trec_twotower.ops.ragged import Ragged
 
 @dataclass(frozen=True)
 class HeldOut:
-    """The rows of valid/ or test/: who is asked about, what is to be found, and what is left out of the ranking."""
+    """The users, held-out items and histories of valid/ or test/."""
 
     user_ids: pa.Array
     user: Columns
@@ -27,14 +27,14 @@ class HeldOut:
 
     @classmethod
     def read(cls, sources: FeatureDataset, split_name: str, sample: int | None = None, seed: int = 0) -> HeldOut:
-        """Return all rows, or a seeded sample of them. Rows with nothing to find are left out, but for serving/."""
+        """Return all rows, or a seeded sample of them, without rows that have no held-out item (except in serving/)."""
         split = sources.dataset.split(split_name)
         columns = set(sources.user_columns())
         for column in columns:
             split.require(column, "the user tower reads")
         single = not split.has(POSITIVES)
         if single:
-            split.require(ITEM_ID, f"names what to find (there is no {POSITIVES!r} either)")
+            split.require(ITEM_ID, f"holds the held-out items (there is no {POSITIVES!r} either)")
         sources.check_ids(split)
         columns |= {ITEM_ID if single else POSITIVES} | ({HISTORY} if split.has(HISTORY) else set())
         table = split.table(sorted(columns))
@@ -47,7 +47,7 @@ class HeldOut:
         if sample is not None and sample < len(keep):
             keep = np.sort(np.random.default_rng(seed).choice(keep, sample, replace=False))
         if not keep.size:
-            raise DataError(f"{where}: no row has anything to find, so there is nothing to evaluate.")
+            raise DataError(f"{where}: no row has a held-out item, so there is nothing to evaluate.")
         table = table.take(pa.array(keep)).combine_chunks()
         seen = Ragged.empty(len(keep))
         if split.has(HISTORY):
@@ -56,7 +56,7 @@ class HeldOut:
         return cls(one_chunk(table[USER_ID]), sources.user_features(table, where), positives.take(keep), seen)
 
     def excluded(self, exclude_seen: bool | Literal["except_target"]) -> Ragged:
-        """Return the items left out of each row's ranking, by the setting evaluate.exclude_seen."""
+        """Return the items that are excluded from each row's ranking by evaluate.exclude_seen."""
         if exclude_seen is False:
             return Ragged.empty(len(self))
         if exclude_seen is True:

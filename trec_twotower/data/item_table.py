@@ -31,21 +31,21 @@ from trec_twotower.storage.array_store import ArrayWriter, InMemory, mapped_arra
 from trec_twotower.storage.arrow_values import exact_array, python_rows, python_value
 from trec_twotower.storage.cache_dir import CacheFolder, changed
 
-FORMAT = 2  # of the arrays and of what the features become in them: another number has them made again
-MAPPED_CELLS = 1 << 20  # ids and features of all rows: a catalogue of more is mapped
-MAX_THREADS = 4  # that hash a catalogue
+FORMAT = 2  # format version of the arrays; another number rebuilds them
+MAPPED_CELLS = 1 << 20  # bytes of ids and features; a larger catalogue is memory-mapped
+MAX_THREADS = 4  # threads that hash a catalogue
 
 T = TypeVar("T")
 S = TypeVar("S")
 
 
 class Catalogue:
-    """One row a thing: its outside id, and its features as Columns.
+    """A table of items (or users): ids, and features as Columns, one row each.
 
-    `row` is the position in the files' order: the `item_row` of export and index. A large catalogue is hashed into
-    files of the cache folder by the first process that asks for it; every other maps them, so that the ranks of a host
-    hold them once. Without a cache folder, or where it has no room, it is in memory. Raises DataError for an id that is
-    null or stands twice.
+    `row` is the position in the files' order: the `item_row` of export and index. The first
+    process hashes a large catalogue into files of the cache folder; the others map these files, so that the ranks of
+    a host share one copy. Without a cache folder, or if it is full, the catalogue is in memory. Raises DataError for
+    an id that is null or not unique.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class Catalogue:
             except OSError as error:
                 warnings.warn(
                     f"The cache folder cannot hold {split.folder} hashed ({error}), so every rank has it in memory: "
-                    "name a folder with room in data.cache.",
+                    "set data.cache to a folder with enough space.",
                     stacklevel=2,
                 )
         if arrays is None:
@@ -75,7 +75,7 @@ class Catalogue:
             source.write(in_memory)
             arrays = in_memory.arrays()
         self.keys = arrays["keys"]
-        self.digests = arrays["digests"]  # uint32, of each row's values in the columns that features read
+        self.digests = arrays["digests"]  # uint32 per row: digest of the columns that features read
         self.digested = source.digested
         self._source = source
         self.ids = source.ids(arrays)
@@ -86,21 +86,21 @@ class Catalogue:
         return len(self.ids)
 
     def rows_of_keys(self, keys: np.ndarray) -> np.ndarray:
-        """The row of each 64-bit key, -1 where there is none."""
+        """Return the row of each 64-bit key, -1 if there is none."""
         return self._table.find(keys)
 
     def rows_of(self, ids: pa.Array, where: str) -> np.ndarray:
-        """The row of each outside id, -1 where there is none."""
+        """Return the row of each id, -1 if there is none."""
         return self.rows_of_keys(id_keys(ids, where))
 
     def rows_of_lists(self, lists: pa.Array, where: str) -> Ragged:
-        """The rows of lists of outside ids, -1 where there is none."""
+        """Return the rows of lists of ids, -1 if there is none."""
         keys = key_lists(lists, where)
         return Ragged(keys.offsets, self.rows_of_keys(keys.values))
 
     @property
     def total(self) -> int:
-        """The sum of the digests of all rows, each mixed with its key, modulo 2^64: the same in any order."""
+        """Return the sum modulo 2^64 of the digests of all rows, each mixed with its key, for any order of rows."""
         return int(mixed(self.keys, self.digests.astype(np.uint64)).sum(dtype=np.uint64))
 
     def column_sums(self, is_meant: np.ndarray) -> dict[str, int]:
@@ -117,12 +117,12 @@ class Catalogue:
         return sums
 
     def row(self, row: int, columns: list[str]) -> pa.Table:
-        """What the files say of one row in these columns."""
+        """Return the values of one row in these columns."""
         group = next(each for each in self.split.row_groups if row < each.first_row + each.num_rows)
         return self.split.read(group, columns).slice(row - group.first_row, 1)
 
     def words(self, rows: np.ndarray) -> list[dict[str, Any]]:
-        """Everything the files say of these rows, for people to read."""
+        """Return all columns of these rows for display."""
         wanted = np.asarray(rows)
         found: dict[int, dict[str, Any]] = {}
         for group in self.split.row_groups:
@@ -135,14 +135,14 @@ class Catalogue:
 
 
 class _Hashing:
-    """How the files of a split become arrays, and those a catalogue.
+    """Builds the arrays of a catalogue from the files of a split.
 
     keys               the 64-bit key of every row's id, and `slots`, the table that finds them
     digests            32 bits of a digest of every row's values
-    ids                the ids themselves where they are not the keys: integers, or text with `id_offsets`
-    counting           0 .. rows, the offsets of all features with one value a row
-    values:FEATURE     buckets; of lists with offsets:FEATURE and, where they have some, weights:FEATURE
-    number:FEATURE     what enters the tower of features without table, such as a value and whether it is missing
+    ids                the ids if they are not the keys: integers, or text with `id_offsets`
+    counting           0 .. rows, the offsets of all features with one value per row
+    values:FEATURE     buckets; for lists with offsets:FEATURE and, if there are any, weights:FEATURE
+    number:FEATURE     tower inputs of features without a table, such as a value and whether it is missing
     """
 
     def __init__(
@@ -159,7 +159,7 @@ class _Hashing:
         self.tables = tables
         self.statistics = statistics
         self.id_kind = split.columns[id_column]
-        # The hashed ids serve those features that are the id; hashing text is the costly part.
+        # Features that read the id reuse the hashed ids, since hashing text is expensive.
         self.reuses_keys = all(
             isinstance(feature, IdFeature) for feature in features if id_column in feature.source_columns
         )
@@ -170,7 +170,7 @@ class _Hashing:
         self.is_large = split.num_rows * (1 + num_cells) > MAPPED_CELLS
 
     def facts(self) -> dict[str, Any]:
-        """All that the arrays depend on."""
+        """Return all that the arrays depend on."""
         paths = dict.fromkeys(group.path for group in self.split.row_groups)  # in the order of the rows
         sparse = [feature for feature in self.features if feature.looks_up_table]
         tables = {feature.table_name: self.tables[feature.table_name] for feature in sparse}
@@ -187,7 +187,7 @@ class _Hashing:
         }
 
     def write(self, arrays: ArrayWriter) -> None:
-        """Row group by row group, hashed by threads ahead of the writing."""
+        """Yield the arrays per row group, hashed ahead by threads."""
         num_rows = self.split.num_rows
         keys = arrays.reserve("keys", np.int64, num_rows)
         table = KeyTable(keys, arrays.reserve("slots", np.int32, KeyTable.num_slots(num_rows)))
@@ -219,12 +219,12 @@ class _Hashing:
         [group] = [group for group in self.split.row_groups if 0 <= first - group.first_row < group.num_rows]
         name = python_value(self.split.read(group, [self.id_column])[self.id_column], first - group.first_row)
         raise DataError(
-            f"{self.split.folder}: {self.id_column} {name!r} stands in rows {first:,} and {second:,} "
-            f"({len(doubles):,} such pairs): keep one row an id."
+            f"{self.split.folder}: {self.id_column} {name!r} is in rows {first:,} and {second:,} "
+            f"({len(doubles):,} such pairs): keep one row per id."
         )
 
     def _hashed(self, group: RowGroup) -> dict[str, np.ndarray]:
-        """The arrays of one row group."""
+        """Return the arrays of one row group."""
         where = str(group)
         ids = one_chunk(self.split.read(group, [self.id_column])[self.id_column])
         keys = id_keys(ids, f"{where}, column {self.id_column!r}")
@@ -268,11 +268,11 @@ class _Hashing:
         return {name: value_digests(one_chunk(table[name]), f"{group}, column {name!r}") for name in self.digested}
 
     def _parts(self, feature: FeatureSpec) -> list[str]:
-        """The names of its lists."""
+        """Return the names of the list features."""
         return [feature.name] if feature.has_tokens else bucket_names(feature.name, self.tables[feature.table_name])
 
     def ids(self, arrays: Mapping[str, np.ndarray]) -> pa.Array:
-        """Integers of the files' type, or large strings."""
+        """Return the ids: integers of the files' type, or large strings."""
         if is_text(self.id_kind):
             buffers = [None, pa.py_buffer(arrays["id_offsets"]), pa.py_buffer(arrays["ids"])]
             return pa.Array.from_buffers(pa.large_string(), len(arrays["keys"]), buffers)
@@ -296,7 +296,7 @@ class _Hashing:
 
 
 def _ahead(work: Callable[[S], T], things: Iterable[S], threads: int) -> Iterator[T]:
-    """work(thing) of each thing in their order, by threads that are a few things ahead."""
+    """Yield work(thing) for each thing in order, computed by threads a few things ahead."""
     if threads == 1:
         yield from map(work, things)
         return
@@ -315,7 +315,7 @@ def _ahead(work: Callable[[S], T], things: Iterable[S], threads: int) -> Iterato
 
 
 def check_side(features: list[FeatureSpec], split: Split) -> None:
-    """Raises ConfigError or DataError where a feature's column is missing from `split` or of the wrong type."""
+    """Raise ConfigError or DataError if a feature's column is missing from `split` or has the wrong type."""
     checks = {"weights": check_weights, "times": check_times, "actions": check_actions}
     for feature in features:
         for name in feature.value_columns:
@@ -329,7 +329,7 @@ def check_side(features: list[FeatureSpec], split: Split) -> None:
 
 
 def find_id(ids: pa.Array, text: str) -> int | None:
-    """The row of an id that a person typed, or None; bytes that are no UTF-8 stand in it as a shell has them."""
+    """Return the row of an id from the command line, or None. Bytes that are not UTF-8 are surrogate escapes in it."""
     try:
         value = exact_array([text]).cast(ids.type)[0]
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError):

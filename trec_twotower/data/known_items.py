@@ -21,7 +21,7 @@ from trec_twotower.ops.key_table import KeyTable
 from trec_twotower.storage.arrow_values import python_value
 from trec_twotower.storage.atomic import write_file
 
-ANOTHER_RUN = "train into another run_dir (--init-from RUN begins with this run's weights)."
+ANOTHER_RUN = "train into another run_dir (--init-from RUN starts with this run's weights)."
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class KnownItems:
 
     keys: np.ndarray  # (K,) int64, of their ids
     digests: np.ndarray  # (K,) uint32, of their values
-    sums: Mapping[str, int]  # by column, what Catalogue.column_sums has of all of them
+    sums: Mapping[str, int]  # Catalogue.column_sums by column
 
     @classmethod
     def of(cls, catalogue: Catalogue) -> KnownItems:
@@ -86,8 +86,8 @@ class KnownItems:
     def check(self, catalogue: Catalogue, run_dir: Path, *, grows: bool, trains: bool) -> str | None:
         """Return a notice of items that have been added, or None; raises DataError where the run cannot use items/.
 
-        Where training goes on, new items and another order are refused as well, unless it follows a folder that
-        `grows`: its candidates and counts go by the row.
+        If training continues, new items and another order are refused as well, unless it follows a folder that
+        `grows`, because candidates and counts are stored by row.
         """
         found, folder = self.compare(catalogue), catalogue.split.folder
         total = f"the {len(self.keys):,} items that {run_dir} began with"
@@ -103,7 +103,7 @@ class KnownItems:
             )
         if trains and found.is_reordered:
             raise DataError(
-                f"{folder} has {total} in another order, and what a run counts goes by the row: bring that order back, "
+                f"{folder} has {total} in another order, and the counts of a run are by row: restore that order, "
                 f"or {ANOTHER_RUN}"
             )
         if not len(found.added) or grows:
@@ -113,7 +113,7 @@ class KnownItems:
         )
         if trains:
             raise DataError(
-                f"{added}: a training's candidates are those that it began with. Take the new items away, or "
+                f"{added}: the candidates of a training are those that it started with. Remove the new items, or "
                 f"{ANOTHER_RUN} A catalogue that grows during the training needs data.follow."
             )
         return f"{added}: their vectors come from their features alone."
@@ -121,10 +121,10 @@ class KnownItems:
 
 @dataclass(frozen=True)
 class KnownUsers:
-    """What a run remembers of users/: enough to notice any change of a value that features read."""
+    """Digests of users/, which detect any change of a value that features read."""
 
     rows: int
-    total: int  # sum over all users of their digests, mixed with their keys
+    total: int  # sum over users of the digests, mixed with the keys
     sums: Mapping[str, int]  # the same by column
 
     @classmethod
@@ -147,12 +147,12 @@ class KnownUsers:
 
 @dataclass(frozen=True)
 class Difference:
-    """How a catalogue differs from the items that a run began with; rows are the catalogue's."""
+    """Differences between a catalogue and the items that a run started with; rows are the catalogue's."""
 
     added: np.ndarray  # rows of items that the run does not know
     num_removed: int
     changed: np.ndarray  # rows of items with other values
-    is_reordered: bool  # the known items are in another order, or others stand before them
+    is_reordered: bool  # the known items are in another order, or after new ones
 
 
 def _mask(size: int, without: np.ndarray) -> np.ndarray:

@@ -20,7 +20,7 @@ UNREADABLE = (OSError, pa.ArrowException, KeyError, UnicodeDecodeError)  # what 
 def parquet_files(folder: Path) -> list[Path]:
     """Return the Parquet files of a part, in the order of their rows; names with . or _ first are a writer's own.
 
-    Raises DataError for a name that is not UTF-8, which no message and no list of files could hold.
+    Raises DataError for a file name that is not UTF-8, which neither messages nor manifests can contain.
     """
     found = [path for path in folder.glob("*.parquet") if path.name[0] not in "._"]
     for path in found:
@@ -35,13 +35,13 @@ def refuse_other_endings(folder: Path) -> None:
         ending = path.name.rpartition(".")[2]
         if path.name[0] not in "._" and ending != "parquet" and ending.lower() in ("parquet", "parq", "pq"):
             raise DataError(
-                f"{path} would not be read, since it does not end with .parquet: rename it, or move it away."
+                f"{path} is ignored, because its name does not end with .parquet: rename it, or move it away."
             )
 
 
 def parquet_below(folder: Path) -> Iterator[Path]:
-    """Yield the Parquet files in folders below a part's, also behind links, but for those with . or _ first."""
-    if hasattr(folder, "fs"):  # listed by one request; such stores have no links
+    """Yield the Parquet files in subfolders of a part, also through links, except names that start with . or _."""
+    if hasattr(folder, "fs"):  # one request lists all; object stores have no links
         below = (path for path in sorted(folder.rglob("*.parquet")) if path.parent != folder)
     else:
         folders = (path for path in sorted(folder.iterdir()) if path.is_dir())
@@ -57,11 +57,11 @@ def refuse_tables(folder: Path) -> None:
 
 
 def refuse_partitions(folder: Path) -> None:
-    """Raise DataError where a folder that grows has files in Hive's partitions, which nobody would read."""
+    """Raise DataError if a folder that grows has files in Hive partitions, which would be ignored."""
     for path in sorted(folder.iterdir()):
         if "=" in path.name and path.is_dir() and any(path.rglob("*.parquet")):
             raise DataError(
-                f"{folder} has files in the partition {path.name}: the files of a part lie side by side. Write them "
+                f"{folder} has files in the partition {path.name}: a part must not have subfolders. Write them "
                 f"into {folder} itself, with {path.name.partition('=')[0]!r} as a column."
             )
 
@@ -75,7 +75,7 @@ def size_of(path: Path) -> int:
 
 
 def encoded_texts(file: pq.ParquetFile) -> set[str]:
-    """The paths of columns (list elements among them) whose text the first row group holds by dictionary."""
+    """Return the paths of text columns (or list elements) that are dictionary-encoded in the first row group."""
     if not file.metadata.num_row_groups:
         return set()
     chunks = file.metadata.row_group(0)
@@ -88,7 +88,7 @@ def encoded_texts(file: pq.ParquetFile) -> set[str]:
 
 
 def footer_digest(path: Path) -> str:
-    """ "xxh3-" and the XXH3-64 of a Parquet file's footer; of no sense where the file is none."""
+    """Return "xxh3-" and the XXH3-64 of the footer of a Parquet file."""
     with path.open("rb") as file:
         num_bytes = file.seek(0, os.SEEK_END)
         file.seek(max(num_bytes - 8, 0))
@@ -98,7 +98,7 @@ def footer_digest(path: Path) -> str:
 
 
 def rows_if_whole(path: Path) -> int | None:
-    """How many rows a Parquet file has; None where its footer cannot be read, as while it is being written."""
+    """Return the number of rows of a Parquet file; None if its footer is not readable, as while it is being written."""
     try:
         return open_parquet(path).metadata.num_rows
     except DataError:
@@ -109,7 +109,7 @@ _LIBRARIES = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "abfs": "adlfs", "az"
 
 
 def folder_of(place: Path | str) -> Path:
-    """A folder of this machine, or behind a URL that fsspec knows (s3://..., gs://..., memory://...).
+    """Return a local folder, or one at a URL that fsspec knows (s3://..., gs://..., memory://...).
 
     Raises ConfigError for a scheme that is unknown, or whose library is not installed.
     """
@@ -118,25 +118,25 @@ def folder_of(place: Path | str) -> Path:
 
         scheme = place.partition("://")[0]
         try:
-            there: Any = UPath(place)  # has the face of a Path
+            there: Any = UPath(place)  # has the methods of a Path
             _ = there.fs
         except ImportError as error:
             library = _LIBRARIES.get(scheme)
-            mend = f"pip install {library}" if library else "install what that says"
+            fix = f"pip install {library}" if library else "install the library that it needs"
             raise ConfigError(
-                f"The dataset is {place}, but what reads {scheme}:// is not installed ({error}): {mend}."
+                f"The dataset is {place}, but the library for {scheme}:// is not installed ({error}): {fix}."
             ) from None
         except ValueError:
             raise ConfigError(
-                f"The dataset is {place}, but fsspec knows no {scheme}://{nearest(scheme, _LIBRARIES)}: name a folder, "
-                "or a URL of such a scheme."
+                f"The dataset is {place}, but fsspec knows no {scheme}://{nearest(scheme, _LIBRARIES)}: give a folder, "
+                "or a URL with a known scheme."
             ) from None
         return there
     return Path(place)
 
 
 def open_parquet(path: Path, dictionaries: Iterable[str] = (), footer: pq.FileMetaData | None = None) -> pq.ParquetFile:
-    """The file: of this machine memory-mapped, pages checked against their checksums where they have some."""
+    """Open a Parquet file, memory-mapped if it is local; page checksums are verified if there are any."""
     is_here = not hasattr(path, "fs")
     try:
         file = pq.ParquetFile(
@@ -146,7 +146,7 @@ def open_parquet(path: Path, dictionaries: Iterable[str] = (), footer: pq.FileMe
             page_checksum_verification=True,
             read_dictionary=list(dictionaries),
         )
-        assert file.schema_arrow is not None  # decodes the names, which may be damaged as well
+        assert file.schema_arrow is not None  # decodes the column names, which may be damaged
         return file
     except UNREADABLE as error:
         raise DataError(f"{path} cannot be read as Parquet: {error}") from None

@@ -26,29 +26,29 @@ from trec_twotower.errors import ConfigError, DataError, nearest
 DESCRIPTION = "dataset.yaml"
 
 
-FOOTERS = 64  # kept of the files read last
+FOOTERS = 64  # open files that are kept
 
 
 @dataclass(frozen=True)
 class RowGroup:
-    """A run of rows that is decoded together, and where it stands among all rows of its split."""
+    """A row group, and its position among all rows of its split."""
 
     path: Path
-    number: int  # within the file
-    first_row: int  # within the split
+    number: int  # index within the file
+    first_row: int  # row within the split
     num_rows: int
 
     def __str__(self) -> str:
-        """Where a row that an error names is counted from."""
+        """Return the location for error messages; rows are counted within the row group."""
         return f"{self.path}, row group {self.number}"
 
 
 class Split:
-    """The Parquet files of one folder as one table; raises DataError for files that are not what they should be.
+    """The Parquet files of one folder as one table. Raises DataError for invalid files.
 
-    `files` are names and bytes of those that are meant, in order; by default all there are. `like` are the columns of
-    files read before these, which may be no wider. `footers` has, by name, what `footer_digest` gave when files were
-    written: pages have checksums, but of a footer with one flipped bit pyarrow may read other values, or abort.
+    `files` are the names and bytes of the selected files, in order; by default all files. `like` are the columns of
+    earlier files, whose types these may not exceed. `footers` has the `footer_digest` of each file when it was written:
+    pages have checksums, but with one flipped bit in a footer pyarrow may read other values or abort.
     """
 
     def __init__(
@@ -64,21 +64,21 @@ class Split:
         self.row_groups: list[RowGroup] = []
         self.columns: dict[str, pa.DataType] = dict(like or {})
         self._is_settled = like is not None
-        self._lacking: dict[str, Path] = {}  # columns that some files have and others not, with one that has not
+        self._lacking: dict[str, Path] = {}  # columns that only some files have, with a file that lacks it
         self._bytes = {} if files is None else {folder / name: size for name, size in files.items()}
-        self._opened: dict[Path, tuple[int, int]] = {}  # of local files: bytes, and when they were last changed
-        self._footers: dict[Path, pq.FileMetaData] = {}  # of many row groups, each would be a long read of its own
-        self._texts: set[str] = set()  # columns of text that Parquet holds as dictionaries
+        self._opened: dict[Path, tuple[int, int]] = {}  # bytes and modification time of local files
+        self._footers: dict[Path, pq.FileMetaData] = {}  # reads of many row groups would be slow
+        self._texts: set[str] = set()  # text columns that are dictionary-encoded
         paths = self._side_by_side() if files is None else list(self._bytes)
         if not paths:
-            raise DataError(f"{folder} holds no *.parquet files: run `trec-twotower prepare`, or put them there.")
+            raise DataError(f"{folder} contains no *.parquet files: run `trec-twotower prepare`, or add them.")
         first_row = 0
         for path in paths:
             self._check_bytes(path)
             if footers is not None and path.name in footers and footer_digest(path) != footers[path.name]:
                 raise DataError(
-                    f"{path} is not what {folder.parent / DESCRIPTION} says (its footer differs): it is damaged, or "
-                    f"was written anew; make the dataset again, or remove {DESCRIPTION}."
+                    f"{path} differs from {folder.parent / DESCRIPTION} (other footer): it is damaged, or "
+                    f"was rewritten; create the dataset again, or remove {DESCRIPTION}."
                 )
             file = open_parquet(path)
             self._agree(path, file.schema_arrow)
@@ -87,7 +87,7 @@ class Split:
             if sum(sizes) != file.metadata.num_rows:  # no checksum covers the footer
                 raise DataError(
                     f"{path} is damaged: its row groups have {sum(sizes):,} rows, the file {file.metadata.num_rows:,}: "
-                    "make it again."
+                    "create it again."
                 )
             for number, num_rows in enumerate(sizes):
                 if num_rows:
@@ -95,21 +95,21 @@ class Split:
                 first_row += num_rows
         self.num_rows = first_row
         if not self.num_rows:
-            raise DataError(f"{folder} has {len(paths)} files but not one row: there is nothing to read.")
+            raise DataError(f"{folder} has {len(paths)} files but no rows: there is nothing to read.")
 
     def _side_by_side(self) -> list[Path]:
-        """The part's files; raises DataError where there are others in folders below, as of Hive's partitions."""
+        """Return the files of the part. Raises DataError if there are files in subfolders, as in Hive partitions."""
         refuse_tables(self.folder)
         refuse_other_endings(self.folder)
         for path in parquet_below(self.folder):
             raise DataError(
-                f"{self.folder} has {path.relative_to(self.folder)} in a folder below: the files of a part lie side by "
-                "side. Move them up, or remove what is not meant; what a folder's name tells must be a column."
+                f"{self.folder} has {path.relative_to(self.folder)} in a subfolder, but a part must not have "
+                "subfolders. Move the files up, or remove them. A value in a folder name must become a column."
             )
         return parquet_files(self.folder)
 
     def _agree(self, path: Path, schema: pa.Schema) -> None:
-        """The split's columns are those that all files have, of one type or narrower and wider ones, in any order."""
+        """Check that all files have the same columns, in any order, with types of one kind."""
         found = {field.name: plain_type(field.type) for field in schema}
         if len(found) < len(schema):
             double = next(name for name in found if schema.names.count(name) > 1)
@@ -144,9 +144,9 @@ class Split:
                 )
 
     def _check_bytes(self, path: Path) -> None:
-        """Raises DataError for a file that is gone, of another size than it was said to have, or not the same any more.
+        """Raise DataError for a file that is gone, has another size than recorded, or was changed.
 
-        The last is asked of local files.
+        Changes are detected in local files only.
         """
         if path not in self._bytes:
             self._check_unchanged(path)
@@ -157,27 +157,27 @@ class Split:
         if size != self._bytes[path]:
             now = "is gone" if size is None else f"has {size:,} bytes"
             raise DataError(
-                f"{path} {now}, but had {self._bytes[path]:,} when this run took it: bring that file back, or train "
+                f"{path} {now}, but had {self._bytes[path]:,} when this run read it: restore that file, or train "
                 "into another run_dir."
             )
         self._check_unchanged(path)
 
     def _check_unchanged(self, path: Path) -> None:
-        """Raise DataError for a local file that was replaced or rewritten since this process opened it first.
+        """Raise DataError for a local file that was replaced or rewritten since this process first opened it.
 
-        Its rows would be read by the old file's footer, in the old file's order.
+        Its rows would be read with the footer and in the order of the old file.
         """
         if not isinstance(path, PosixPath) or not path.is_file():
             return
         found = path.stat()
         if self._opened.setdefault(path, (found.st_size, found.st_mtime_ns)) != (found.st_size, found.st_mtime_ns):
             raise DataError(
-                f"{path} was replaced or changed after this command had opened it: a dataset must stay as it is while "
-                "it is read. Run the command again; a run that has begun needs the old file back, or another run_dir."
+                f"{path} was replaced or changed after this command opened it: a dataset must not change while "
+                "it is read. Run the command again; an existing run needs the old file, or another run_dir."
             )
 
     def has(self, column: str) -> bool:
-        """Whether all files have it; raises DataError where only some do, since whoever asks would use it."""
+        """Return whether all files have the column. Raises DataError if only some have it."""
         if column in self._lacking:
             raise DataError(
                 f"{self._lacking[column]} has no column {column!r}, which other files of {self.folder} have: write it "
@@ -186,13 +186,13 @@ class Split:
         return column in self.columns
 
     def adopt_types(self, types: Mapping[str, pa.DataType]) -> None:
-        """Read columns that hold nothing but null, or lists of nothing, with these types of other parts."""
+        """Read columns of nulls or of empty lists with these types of other parts."""
         for name, kind in self.columns.items():
             if name in types and holds_null_alone(kind):
                 self.columns[name] = widest(kind, types[name]) or kind
 
     def require(self, column: str, why: str) -> pa.DataType:
-        """The column's type; raises ConfigError when the split has no such column."""
+        """Return the type of the column. Raises ConfigError if the split has no such column."""
         if not self.has(column):
             raise ConfigError(
                 f"{self.folder} has no column {column!r}, which {why}{nearest(column, self.columns)}: "
@@ -201,14 +201,14 @@ class Split:
         return self.columns[column]
 
     def read(self, group: RowGroup, columns: Sequence[str], *, dictionaries: bool = False) -> pa.Table:
-        """One row group, its columns each in one chunk; with `dictionaries`, text stays as Parquet encoded it."""
+        """Return one row group, each column in one chunk; with `dictionaries`, encoded text stays encoded."""
         [table] = self.blocks(group, columns, group.num_rows, dictionaries=dictionaries)
         return table
 
     def blocks(
         self, group: RowGroup, columns: Sequence[str], block_rows: int, *, dictionaries: bool = False
     ) -> Iterator[pa.Table]:
-        """`read`, so many rows at a time."""
+        """Yield the rows of `read` in blocks of `size` rows."""
         self._check_bytes(group.path)
         found = 0
         try:
@@ -224,14 +224,14 @@ class Split:
         except UNREADABLE as error:
             raise DataError(f"{group}{self._column_at_fault(group, columns)}: cannot be read: {error}") from None
         if found != group.num_rows:  # no checksum covers the footer
-            raise DataError(f"{group} is damaged: it holds {found:,} rows, its footer says {group.num_rows:,}.")
+            raise DataError(f"{group} is damaged: it has {found:,} rows, its footer has {group.num_rows:,}.")
 
     def _column_at_fault(self, group: RowGroup, columns: Sequence[str]) -> str:
-        """Names the first column that cannot be read by itself; nothing where that is not to be told."""
+        """Return the first column that cannot be read by itself, for messages; "" if there is none."""
         for name in columns:
             try:
                 open_parquet(group.path).read_row_group(group.number, columns=[name], use_threads=False)
-            except DataError:  # not even opened
+            except DataError:  # not readable at all
                 return ""
             except UNREADABLE:
                 return f", column {name!r}"
@@ -256,7 +256,7 @@ class Split:
             yield group, self.read(group, columns)
 
     def table(self, columns: Sequence[str]) -> pa.Table:
-        """The whole split, in memory."""
+        """Return the whole split as a table in memory."""
         return pa.concat_tables(table for _, table in self.tables(columns)).combine_chunks()
 
 

@@ -1,4 +1,4 @@
-"""Folders that belong to a table format: some of their Parquet files are not part of the table any more."""
+"""Detection of table formats: some Parquet files in their folders are no longer part of the table."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def refuse_table_format(folder: Path) -> None:
     """Raise DataError if `folder` is the root of a Delta Lake, Apache Iceberg or Apache Hudi table.
 
     Such a folder keeps files that updates, deletes and compactions have replaced: reading all of its Parquet files
-    counts rows twice or brings deleted rows back.
+    would count rows twice or restore deleted rows.
     """
     name = table_format(folder)
     if name is not None:

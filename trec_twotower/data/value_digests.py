@@ -1,6 +1,6 @@
 """64-bit digests of the values of a column: equal for equal values, whatever the type, file or row group they are in.
 
-A run keeps them of the columns that its features read, to notice when an item is not what it was.
+A run stores them for the columns that its features read, to detect items with changed values.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def _bits(array: pa.Array, where: str) -> np.ndarray:
 
 
 def _list_digests(array: pa.Array, where: str) -> np.ndarray:
-    """Return a digest of each list: of its length, and of the sum of its elements, each times a factor of its place."""
+    """Return a digest of each list: of its length and the sum of its elements, weighted by position."""
     digests = np.empty(len(array), np.uint64)
     array = array.fill_null(pa.scalar([], type=array.type)) if array.null_count else array
     offsets = array.offsets.to_numpy(zero_copy_only=False).astype(np.int64)
