@@ -1,1 +1,1 @@
-"""Where negatives come from: samplers, mined lists, candidates."""
+"""Negative sampling: samplers, mined lists and candidate sets."""
