@@ -580,7 +580,7 @@ FILE_MISTAKES = {
     "no lists": ({"item_id": [10], "negatives": [20]}, DataError, r"'negatives' is int64, but lists"),
     "text": ({"item_id": ["10"], "negatives": [[20]]}, DataError, r"'item_id' is string, but the ids of .* int64"),
     "other text": ({"item_id": [10], "negatives": [["a"]]}, DataError, r"'negatives' is string, but .* int64"),
-    "twice": ({"item_id": [10, 20, 10], "negatives": [[20], [], []]}, DataError, r"10 stands in rows 0 and 2"),
+    "twice": ({"item_id": [10, 20, 10], "negatives": [[20], [], []]}, DataError, r"10 is in rows 0 and 2"),
     "unknown": ({"item_id": [10, 20], "negatives": [[20], [30, 99]]}, DataError,
                 r"column 'negatives', row 1: item 99 is not in .*loss\.negatives\.mined\.unknown: skip"),
     "null": ({"item_id": [10, None], "negatives": [[20], [30]]}, DataError, r"1 of 2 ids are null"),
@@ -599,7 +599,7 @@ def test_a_file_that_cannot_be_used_is_refused_with_what_is_wrong(tiny, tmp_path
 def test_a_file_that_is_not_there_or_damaged_is_refused(tiny, tmp_path):
     known = tmp_path / "known.parquet"
     pq.write_table(pa.table({"user_id": [1], "item_ids": [[10]]}), known)
-    with pytest.raises(ConfigError, match=r"loss\.known is .*knwn\.parquet, which is no file \(nearest: 'known"):
+    with pytest.raises(ConfigError, match=r"loss\.known is .*knwn\.parquet, which is not a file \(nearest: 'known"):
         tiny({"known": str(tmp_path / "knwn.parquet")})
     known.write_bytes(known.read_bytes()[:-20])
     with pytest.raises(DataError, match=r"known\.parquet cannot be read as Parquet"):

@@ -1,4 +1,4 @@
-"""The candidates of a step, and how its rows relate to them: what they took, know, and name themselves."""
+"""The candidates of a step, and the pairs between its rows and them: positives, known items and impressions."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from trec_twotower.ops.kernels import find_columns, mark_distinct
 from trec_twotower.ops.key_table import pairs_by_fingerprint
 from trec_twotower.ops.ragged import Ragged, distinct
 
-WORDS_AN_ITEM = 32  # words of bits that are gone through for an item: by then sorting is as fast
+WORDS_PER_ITEM = 32  # 64-bit values scanned per item above which sorting is faster
 
 
 class CandidateSets:
-    """Makes the candidates of any step of a run, in any thread."""
+    """Builds the candidates of any step of a run, in any thread."""
 
     def __init__(
         self, sources: FeatureDataset, loss: LossConfig, negatives: Negatives, num_ranks: int, *, masks_history: bool
@@ -45,9 +45,9 @@ class CandidateSets:
         self._scratch = threading.local()
 
     def of(self, items: StepItems, mine: Examples, my_places: Callable[[], np.ndarray]) -> tuple[Candidates, Targets]:
-        """The candidates of a step, the same on all ranks, and the pairs of this rank's rows with them.
+        """Return the candidates of a step, the same on all ranks, and the pairs of this rank's rows with them.
 
-        `my_places` says where this rank's rows stand among those of all ranks; it is asked only where that matters.
+        `my_places` returns the places of this rank's rows among the rows of all ranks; it is called only if needed.
         """
         lists = [source.of(items) for source in self.negatives.lists]
         item_row, is_negative, column_I = self._set(items, lists)
@@ -67,19 +67,20 @@ class CandidateSets:
             column_I[item_row] = -1
 
     def _set(self, items: StepItems, lists: Sequence[Ragged]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The candidates, which of them stand against all rows, and each catalogue row's place among them."""
-        shared = [items.taken] if self.loss.negatives.in_batch else []
-        shared += [sampler.draw(items.step, items.taken) for sampler in self.negatives.samplers]
-        others = [] if self.loss.negatives.in_batch else [items.taken]
-        for source, brought in zip(self.negatives.lists, lists, strict=True):
-            is_refused = None if brought.weights is None else brought.weights <= 0
+        """Return the candidates, whether each is a negative of all rows, and the column of each catalogue row."""
+        positives = items.positives.values
+        shared = [positives] if self.loss.negatives.in_batch else []
+        shared += [sampler.draw(items.step, positives) for sampler in self.negatives.samplers]
+        others = [] if self.loss.negatives.in_batch else [positives]
+        for source, source_lists in zip(self.negatives.lists, lists, strict=True):
+            is_refused = None if source_lists.weights is None else source_lists.weights <= 0
             if not source.shared:
-                others.append(brought.values)
+                others.append(source_lists.values)
             elif is_refused is None:
-                shared.append(brought.values)
+                shared.append(source_lists.values)
             else:
-                shared.append(brought.values[is_refused])
-                others.append(brought.values[~is_refused])
+                shared.append(source_lists.values[is_refused])
+                others.append(source_lists.values[~is_refused])
         item_row, column_I = self._distinct(_joined([*shared, *others]))
         if not others:
             return item_row, np.ones(len(item_row), bool), column_I
@@ -89,7 +90,7 @@ class CandidateSets:
         return item_row, is_negative, column_I
 
     def _targets(self, mine: Examples, own: Sequence[Ragged], item_row: np.ndarray, column_I: np.ndarray) -> Targets:
-        """The pairs of this rank's rows; `own` are the items that they bring themselves, by source."""
+        """Return the pairs of this rank's rows; `own` holds the items of the rows' own lists, by source."""
         positives = mine.positives
         row, column = positives.rows, column_I[positives.values]
         weight = np.ones(len(row), np.float32)
@@ -109,7 +110,7 @@ class CandidateSets:
     def _known(
         self, mine: Examples, item_row: np.ndarray, column_I: np.ndarray
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Pairs of rows and candidates that are no negatives of theirs, beside the positives."""
+        """Yield pairs of rows and candidates that are not negatives of the rows, in addition to the positives."""
         if mine.known is not None:
             column = column_I[mine.known.values]
             is_candidate = column >= 0
@@ -120,21 +121,23 @@ class CandidateSets:
         if self.known is not None:
             lists, list_of_row = self.known.lists, self._list_of_row(mine)
             longest = lists.lengths[list_of_row[list_of_row >= 0]].sum()
-            row, column = (np.empty(longest + 1, np.int64) for _ in range(2))  # the last place is for no pair
+            row, column = (
+                np.empty(longest + 1, np.int64) for _ in range(2)
+            )  # the kernel may write one place beyond the pairs
             count = find_columns(lists.offsets, lists.values, list_of_row, column_I, row, column)
             yield row[:count], column[:count]
 
     def _given(self, mine: Examples, own: Sequence[Ragged], column_I: np.ndarray) -> Pairs:
-        """Return the pairs that the rows name themselves."""
+        """Return the pairs of the rows with the items of their own lists."""
         label = [np.zeros(len(each.values), np.float32) if each.weights is None else each.weights for each in own]
         weight = [np.ones(len(each.values), np.float32) for each in own]
-        if mine.given_weight is not None:  # of the column that rows name, which is the first source
+        if mine.given_weight is not None:  # the impressions, which are the first source
             weight[0] = mine.given_weight.values
         column = [column_I[each.values] for each in own]
         return Pairs.from_numpy(*map(np.concatenate, ([each.rows for each in own], column, weight, label)))
 
     def _masked_keys(self, mine: Examples, own: Sequence[Ragged]) -> Pairs:
-        """Return rows, and keys of all items that are no negatives of theirs, candidates or not."""
+        """Return rows, and the keys of all items that are not negatives of them, candidates or not."""
         lists = [each for each in (mine.positives, mine.known, *own) if each is not None]
         pairs = [(each.rows, self._key(each.values)) for each in lists]
         if mine.history is not None:
@@ -142,34 +145,35 @@ class CandidateSets:
         if self.known is not None:
             list_of_row = self._list_of_row(mine)
             has_list = np.flatnonzero(list_of_row >= 0)
-            listed = self.known.lists.take(list_of_row[has_list])
-            pairs.append((has_list[listed.rows], self._key(listed.values)))
+            lists_of_rows = self.known.lists.take(list_of_row[has_list])
+            pairs.append((has_list[lists_of_rows.rows], self._key(lists_of_rows.values)))
         row, key = zip(*pairs, strict=True)
         return Pairs.from_numpy(np.concatenate(row), np.concatenate(key))
 
     def _list_of_row(self, mine: Examples) -> np.ndarray:
-        """Which list of `known` is each row's, -1: it has none."""
+        """Return the number of each row's list in `known`, -1 if it has none."""
         assert self.known is not None and mine.user_key is not None
         return self.known.rows_of(mine.user_key)
 
     def _key(self, item_row: np.ndarray) -> np.ndarray:
-        """What tells items apart in all steps, and is the same when the catalogue has grown: 63 bits of their mix.
+        """Return 63-bit keys of items, which stay the same in all steps and when the catalogue grows.
 
-        The low 32 of them are the item's fingerprint.
+        The low 32 bits are the item's fingerprint.
         """
         return (mix_array(self.catalogue_keys[item_row]) & np.uint64((1 << 63) - 1)).view(np.int64)
 
     def _distinct(self, item_rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Each catalogue row once, rising; and its place among them, or -1: this thread's array, to be wiped after use.
+        """Return the distinct catalogue rows, ascending, and the column of each catalogue row (-1: none).
 
-        By bits where they are few for what is asked, else by sorting.
+        The second array belongs to this thread; the caller must reset it. A bitmap finds the distinct rows, or sorting
+        if the catalogue is large for the number of rows.
         """
         if not hasattr(self._scratch, "column_I"):
             self._scratch.column_I = np.full(self.num_items, -1, np.int64)
             self._scratch.bits = np.zeros(-(-self.num_items // 64), np.uint64)
         column_I: np.ndarray = self._scratch.column_I
-        if len(self._scratch.bits) > WORDS_AN_ITEM * len(item_rows):
-            item_row = distinct(item_rows.astype(np.int32)).astype(np.int64)  # sorts twice as fast
+        if len(self._scratch.bits) > WORDS_PER_ITEM * len(item_rows):
+            item_row = distinct(item_rows.astype(np.int32)).astype(np.int64)  # int32 sorts twice as fast
             column_I[item_row] = np.arange(len(item_row))
             return item_row, column_I
         out = np.empty(min(len(item_rows), self.num_items), np.int64)

@@ -1,9 +1,9 @@
-"""Where the items that a user did not take come from, and how likely each of them is to stand against a row.
+"""Sources of negatives, and the probability that each item is a negative in a step.
 
-A step's candidates are one set. Samplers bring items that stand against all rows; lists bring some against the row that
-names them, and, where they are shared, against the others. Each says how often a step brings every item, as -log of the
-chance that it does not; those add up over sources, which are drawn apart from each other. The log of what remains is
-log q. A new sampler is a class here, an entry in SAMPLERS, a word of NegativesConfig, and a test.
+The candidates of a step are one set. Samplers add negatives of all rows. Lists add negatives of the rows that name
+them, and of the other rows too if they are shared. Each source has `expected_I`: -log of the probability that a step
+does not draw the item. The sources are independent, so these values add up, and log q follows from the sum. A new
+sampler is a class in this module, an entry in SAMPLERS, an option of NegativesConfig, and a test.
 """
 
 from __future__ import annotations
@@ -28,21 +28,17 @@ from trec_twotower.ops.hashing import id_keys, mix, uniform
 from trec_twotower.ops.kernels import draw_from_lists
 from trec_twotower.ops.ragged import Ragged, distinct, offsets_of
 
-# Keep these draws apart from others of the same seed.
+# Seeds of independent random streams.
 _SAMPLED, _SAME_POSITIVE, _SAME_ITEM, _MINED, _REFRESHED = 0x6E6567, 0x73616D, 0x73616E, 0x6D696E, 0x726566
 _POPULAR = 0x706F70
 
 
 @dataclass(frozen=True)
 class StepItems:
-    """The items of a step's rows, those of all ranks, in an order that does not depend on how many these are."""
+    """The items of a step's rows over all ranks, in an order that does not depend on the number of ranks."""
 
     step: int
     rows: RowItems
-
-    @property
-    def taken(self) -> np.ndarray:
-        return self.rows.positives.values
 
     @property
     def positives(self) -> Ragged:
@@ -61,70 +57,70 @@ class StepItems:
 
 @dataclass(frozen=True)
 class Facts:
-    """What is known of the items and the steps when the sources of negatives are made."""
+    """The facts about items and steps that the sources of negatives are built from."""
 
     num_items: int
-    interactions_I: np.ndarray  # how often each was taken
+    interactions_I: np.ndarray  # number of interactions of each item
     batch_size: int
     seed: int
-    catalogue_values: Callable[[str], np.ndarray]  # the bucket of every item in a feature of one id a row
+    catalogue_values: Callable[[str], np.ndarray]  # feature with one id per item -> bucket of every item
 
 
-# ---------------------------------------------------------------- against all rows
+# ---------------------------------------------------------------- negatives of all rows
 
 
 class Sampler(ABC):
-    """Brings items that stand against all rows of a step that do not know them."""
+    """Draws negatives of all rows of a step, except the rows that know the item."""
 
-    expected_I: np.ndarray  # float64: -log of the chance that a step does not bring an item
+    expected_I: np.ndarray  # float64: -log of the probability that a step does not draw the item
 
     @abstractmethod
-    def draw(self, step: int, taken: np.ndarray) -> np.ndarray:
-        """Catalogue rows, the same on all ranks; `taken` are the step's positives."""
+    def draw(self, step: int, positives: np.ndarray) -> np.ndarray:
+        """Return catalogue rows, the same on all ranks; `positives` are those of the step."""
 
 
 class FullCatalogue(Sampler):
-    """The whole catalogue, in every step."""
+    """Returns the whole catalogue in every step."""
 
     def __init__(self, num_items: int) -> None:
         self.num_items = num_items
         self.expected_I = np.full(num_items, np.inf)
 
-    def draw(self, step: int, taken: np.ndarray) -> np.ndarray:
+    def draw(self, step: int, positives: np.ndarray) -> np.ndarray:
         return np.arange(self.num_items)
 
 
 class UniformSampler(Sampler):
-    """So many draws from the catalogue, every item as likely as any other."""
+    """Draws `count` items uniformly from the catalogue."""
 
     def __init__(self, count: int, num_items: int, seed: int) -> None:
         self.count, self.num_items, self.seed = count, num_items, seed
-        self.expected_I = np.full(num_items, -count * _log_of_missing(1 / num_items))
+        self.expected_I = np.full(num_items, -count * _log_complement(1 / num_items))
 
-    def draw(self, step: int, taken: np.ndarray) -> np.ndarray:
+    def draw(self, step: int, positives: np.ndarray) -> np.ndarray:
         draw = uniform(_SAMPLED, self.seed, step, np.arange(self.count))
         return (draw * self.num_items).astype(np.int64)
 
 
 class PopularitySampler(Sampler):
-    """So many draws, an item that was taken n times in proportion to n ** power; one that never was as if once."""
+    """Draws `count` items with probability proportional to max(interactions, 1) ** power."""
 
     def __init__(self, count: int, power: float, interactions_I: np.ndarray, seed: int, kind: int = _SAMPLED) -> None:
-        """`kind` keeps the draws apart from others of the same seed."""
+        """`kind` seeds an independent random stream."""
         self.count, self.seed, self.kind = count, seed, kind
         weight_I = np.maximum(interactions_I, 1).astype(np.float64) ** power
         self.cumulative_I = np.cumsum(weight_I / weight_I.sum())
-        self.expected_I = -count * _log_of_missing(weight_I / weight_I.sum())
+        self.expected_I = -count * _log_complement(weight_I / weight_I.sum())
 
-    def draw(self, step: int, taken: np.ndarray) -> np.ndarray:
+    def draw(self, step: int, positives: np.ndarray) -> np.ndarray:
         draw = uniform(self.kind, self.seed, step, np.arange(self.count)) * self.cumulative_I[-1]
         return np.searchsorted(self.cumulative_I, draw, side="right")
 
 
 class SameCategorySampler(Sampler):
-    """So many draws from the step's positives, each of which brings any item of its category.
+    """Draws `count` positives of the step, and an item from the category of each.
 
-    A category is a bucket of the feature: two that share one are one here.
+    A category is a bucket of the feature, so categories in the same bucket count as one.
     """
 
     def __init__(self, count: int, category_I: np.ndarray, interactions_I: np.ndarray, seed: int) -> None:
@@ -133,13 +129,13 @@ class SameCategorySampler(Sampler):
         self.offset_K = offsets_of(size_K)
         self.item_I = np.argsort(self.category_I, kind="stable")
         share_K = np.bincount(self.category_I, interactions_I) / max(interactions_I.sum(), 1)
-        self.expected_I = -count * _log_of_missing((share_K / size_K)[self.category_I])
+        self.expected_I = -count * _log_complement((share_K / size_K)[self.category_I])
 
-    def draw(self, step: int, taken: np.ndarray) -> np.ndarray:
-        if not len(taken):
-            return taken
+    def draw(self, step: int, positives: np.ndarray) -> np.ndarray:
+        if not len(positives):
+            return positives
         number = np.arange(self.count)
-        positive = taken[(uniform(_SAME_POSITIVE, self.seed, step, number) * len(taken)).astype(np.int64)]
+        positive = positives[(uniform(_SAME_POSITIVE, self.seed, step, number) * len(positives)).astype(np.int64)]
         category = self.category_I[positive]
         low, size = self.offset_K[category], np.diff(self.offset_K)[category]
         return self.item_I[low + (uniform(_SAME_ITEM, self.seed, step, number) * size).astype(np.int64)]
@@ -164,7 +160,7 @@ def _popular(config: NegativesConfig, facts: Facts) -> Sampler | None:
 
 
 def _at_most_all(name: str, count: int, num_items: int) -> int:
-    """Return `count`, or the number of items where that is less; then the first rank warns."""
+    """Return `count`, at most the number of items; the first rank warns if it is larger."""
     if count > num_items and os.environ.get("RANK", "0") == "0":
         warnings.warn(
             f"loss.negatives.{name} is {count:,}, but the catalogue has {num_items:,} items: {num_items:,} are drawn "
@@ -192,27 +188,27 @@ SAMPLERS: dict[str, Callable[[NegativesConfig, Facts], Sampler | None]] = {
 }
 
 
-# ---------------------------------------------------------------- against the row that names them
+# ---------------------------------------------------------------- negatives of the rows that name them
 
 
 class RowLists(ABC):
-    """Brings items against the rows that name them; where they are shared, against the other rows as well."""
+    """Returns negatives of single rows; shared ones are negatives of the other rows as well."""
 
     shared: bool
-    expected_I: np.ndarray  # as a sampler's
+    expected_I: np.ndarray  # as in Sampler
 
     @abstractmethod
     def of(self, items: StepItems) -> Ragged:
-        """The items of every row of a step, with their labels as weights; without any, the rows refused them all."""
+        """Return the items of every row of a step, with labels as weights; without weights, all labels are 0."""
 
 
 class ImpressionNegatives(RowLists):
-    """What a column of the training rows names; see ImpressionsConfig."""
+    """Returns the items in a column of the training rows; see ImpressionsConfig."""
 
     def __init__(self, config: ImpressionsConfig, share_I: np.ndarray, facts: Facts) -> None:
-        """`share_I`: of how many of the training rows each item is refused."""
+        """`share_I` is the share of training rows whose impressions include the item with a label of 0 or less."""
         self.shared = config.shared
-        self.expected_I = -facts.batch_size * _log_of_missing(share_I)
+        self.expected_I = -facts.batch_size * _log_complement(share_I)
 
     def of(self, items: StepItems) -> Ragged:
         return items.given
@@ -224,14 +220,14 @@ class MinedNegatives(RowLists):
     def __init__(
         self, config: MinedConfig, lists: KeyedLists, share_I: np.ndarray, sources: FeatureDataset, facts: Facts
     ):
-        """`share_I`: in how many of the training rows each item is drawn, if `config.key` is user_id; else keys'."""
+        """`share_I` is the share of training rows that draw each item (key user_id) or have it as key (item_id)."""
         self.config, self.lists, self.seed = config, lists, facts.seed
         self.shared = config.shared
         self.list_of_item: np.ndarray | None = None
         if config.key == ITEM_ID:
             self.list_of_item = lists.rows_of(sources.catalogue.keys)
             share_I = drawn_share(lists.lists, self.list_of_item, share_I, config.count)
-        self.expected_I = -facts.batch_size * _log_of_missing(share_I)
+        self.expected_I = -facts.batch_size * _log_complement(share_I)
 
     def of(self, items: StepItems) -> Ragged:
         if self.list_of_item is not None:
@@ -243,17 +239,17 @@ class MinedNegatives(RowLists):
 
 
 class RefreshedNegatives(RowLists):
-    """Draws from lists by item that are made while the model is trained; see RefreshConfig."""
+    """Draws from lists by item that are rebuilt during training; see RefreshConfig."""
 
     def __init__(
         self, config: RefreshConfig, lists: Ragged, list_of_item: np.ndarray, key_share_I: np.ndarray, facts: Facts
     ) -> None:
-        """`list_of_item`: which of `lists` is an item's, -1: it has none."""
+        """`list_of_item` is the number of each item's list in `lists`, -1 if it has none."""
         self.config, self.lists, self.seed = config, lists, facts.seed
         self.shared = config.shared
         self.list_of_item = list_of_item
         share_I = drawn_share(lists, list_of_item, key_share_I, config.count)
-        self.expected_I = -facts.batch_size * _log_of_missing(share_I)
+        self.expected_I = -facts.batch_size * _log_complement(share_I)
 
     def of(self, items: StepItems) -> Ragged:
         positives = items.positives
@@ -262,7 +258,7 @@ class RefreshedNegatives(RowLists):
 
 
 def drawn_from(list_rows: Ragged, lists: Ragged, count: int, *seeds: int) -> Ragged:
-    """For each row `count` draws from one of its lists (rows of `lists`, -1: none), which is drawn evenly before."""
+    """Return `count` draws for each row from one of its lists (rows of `lists`, -1: none), chosen uniformly."""
     state = 0
     for seed in seeds:
         state = mix(state ^ seed)
@@ -274,26 +270,26 @@ def drawn_from(list_rows: Ragged, lists: Ragged, count: int, *seeds: int) -> Rag
 
 
 def drawn_share(lists: Ragged, list_of_item: np.ndarray, key_share_I: np.ndarray, count: int) -> np.ndarray:
-    """(I,): the chance that a row draws each item, if the list it draws from is item k's with chance key_share_I[k]."""
+    """Return the probability (I,) that a row draws each item; it uses the list of item k with key_share_I[k]."""
     has_list = list_of_item >= 0
     share_L = np.bincount(list_of_item[has_list], key_share_I[has_list], minlength=len(lists))
     return share_of_lists(lists, share_L, count, len(list_of_item))
 
 
 def share_of_lists(lists: Ragged, share_L: np.ndarray, count: int, num_items: int) -> np.ndarray:
-    """(I,): the sum over lists of their share, times the chance that `count` even draws from one bring each item.
+    """Return the probability (I,) that `count` uniform draws from a list chosen by `share_L` include each item.
 
-    What stands twice in a list is taken for two.
+    Repeated items of a list count as different items.
     """
-    chance_L = -np.expm1(count * _log_of_missing(1 / np.maximum(lists.lengths, 1)))
-    return np.bincount(lists.values, np.repeat(share_L * chance_L, lists.lengths), minlength=num_items)
+    probability_L = -np.expm1(count * _log_complement(1 / np.maximum(lists.lengths, 1)))
+    return np.bincount(lists.values, np.repeat(share_L * probability_L, lists.lengths), minlength=num_items)
 
 
-# ---------------------------------------------------------------- counted in one pass over the training rows
+# ---------------------------------------------------------------- counts from one pass over the training rows
 
 
 class _RefusedItems:
-    """Of how many rows each item is refused."""
+    """Counts the rows whose impressions include each item with a label of 0 or less."""
 
     def __init__(self, sources: FeatureDataset, loss: LossConfig, given: ImpressionsConfig) -> None:
         self.sources, self.loss = sources, loss
@@ -304,12 +300,12 @@ class _RefusedItems:
         if items.weights is not None:
             items = items.where(items.weights <= 0)
         num_items = len(self.sources.catalogue)
-        once = distinct(items.rows * num_items + items.values)  # what stands twice in a row
-        return np.bincount(once % num_items, minlength=num_items).astype(np.float64)
+        row_items = distinct(items.rows * num_items + items.values)  # without repetitions in a row
+        return np.bincount(row_items % num_items, minlength=num_items).astype(np.float64)
 
 
 class _UsersItems:
-    """In how many rows each item is drawn from the user's list."""
+    """Counts the rows that draw each item from the user's list, as an expected value."""
 
     def __init__(self, sources: FeatureDataset, lists: KeyedLists, count: int) -> None:
         self.sources, self.lists, self.draws = sources, lists, count
@@ -322,7 +318,7 @@ class _UsersItems:
 
 
 class _EvenOverRows:
-    """How often each item is the one that is drawn evenly from a row's positives."""
+    """Counts how often a uniform choice from a row's positives is each item, as an expected value."""
 
     columns: Sequence[str] = ()
 
@@ -335,26 +331,26 @@ class _EvenOverRows:
 
 
 def counted(loss: LossConfig, rows: str) -> list[str]:
-    """What has to be counted beside how often an item was taken."""
+    """Return the names of the counts that are needed in addition to the interactions."""
     mined = loss.negatives.mined
     by_item = loss.negatives.refresh is not None or (mined is not None and mined.key == ITEM_ID)
-    wanted = {
+    needed = {
         "given": loss.impressions is not None,
         "mined": mined is not None and mined.key == USER_ID,
         "key": by_item and rows == "user",
     }
-    return [word for word, is_wanted in wanted.items() if is_wanted]
+    return [name for name, is_needed in needed.items() if is_needed]
 
 
 def count_items(sources: FeatureDataset, loss: LossConfig) -> np.ndarray:
-    """How often each item was taken in train, (I,); in further rows what else the loss's negatives need counted."""
+    """Return the interactions of each item in train (I,), or a row for each further count that the loss needs."""
     counters: list[Counter] = []
-    for word in counted(loss, sources.rows):
-        if word == "given":
+    for name in counted(loss, sources.rows):
+        if name == "given":
             assert loss.impressions is not None
             check_given(sources.dataset.train, loss.impressions)
             counters.append(_RefusedItems(sources, loss, loss.impressions))
-        elif word == "mined":
+        elif name == "mined":
             mined = loss.negatives.mined
             assert mined is not None
             counters.append(_UsersItems(sources, read_mined(sources, mined), mined.count))
@@ -364,15 +360,13 @@ def count_items(sources: FeatureDataset, loss: LossConfig) -> np.ndarray:
 
 
 def read_mined(sources: FeatureDataset, mined: MinedConfig) -> KeyedLists:
+    """Read the file of mined negatives."""
     return KeyedLists.read(
         mined.file, mined.key, "negatives", sources, "loss.negatives.mined.file", skips_unknown=mined.unknown == "skip"
     )
 
 
-# ---------------------------------------------------------------- all of it
-
-
-def _log_of_missing(chance: Any) -> Any:
-    """log(1 - chance), of chances that may exceed 1 by rounding."""
+def _log_complement(probability: Any) -> Any:
+    """Return log(1 - probability) for probabilities that may exceed 1 by rounding."""
     with np.errstate(divide="ignore"):
-        return np.log1p(-np.minimum(chance, 1.0))
+        return np.log1p(-np.minimum(probability, 1.0))
