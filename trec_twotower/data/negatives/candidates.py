@@ -103,7 +103,7 @@ class CandidateSets:
         return Targets(
             positive=Pairs.from_numpy(row, column, weight),
             known=Pairs.from_numpy(*(_joined(parts) for parts in zip(*known, strict=True))),
-            given=self._given(mine, own, column_I) if own else None,
+            given=self._list_pairs(mine, own, column_I) if own else None,
             masked_keys=self._masked_keys(mine, own) if self.keeps_list else None,
         )
 
@@ -127,7 +127,7 @@ class CandidateSets:
             count = find_columns(lists.offsets, lists.values, list_of_row, column_I, row, column)
             yield row[:count], column[:count]
 
-    def _given(self, mine: Examples, own: Sequence[Ragged], column_I: np.ndarray) -> Pairs:
+    def _list_pairs(self, mine: Examples, own: Sequence[Ragged], column_I: np.ndarray) -> Pairs:
         """Return the pairs of the rows with the items of their own lists."""
         label = [np.zeros(len(each.values), np.float32) if each.weights is None else each.weights for each in own]
         weight = [np.ones(len(each.values), np.float32) for each in own]
