@@ -126,7 +126,7 @@ def validate(shape: type[Shape], values: Any, origin: str) -> Shape:
 
 def _message(shape: Any, values: Any, detail: Any) -> str:
     """Return the sentence for one of pydantic's errors."""
-    location, found, message = detail["loc"], detail["input"], detail["msg"].replace("Tuple", "List")
+    location, value, message = detail["loc"], detail["input"], detail["msg"].replace("Tuple", "List")
     parts = _named(values, location)
     place = ".".join(parts)
     match detail["type"]:
@@ -138,19 +138,19 @@ def _message(shape: Any, values: Any, detail: Any) -> str:
             return f"unknown key {place!r}{nearest(str(location[-1]), _known_keys(shape, location[:-1]))}."
         case "missing":
             return f"{place!r} is missing: it has no default."
-        case "union_tag_not_found" if isinstance(found, Mapping):
+        case "union_tag_not_found" if isinstance(value, Mapping):
             return f"{'.'.join([*parts, 'kind'])!r} is missing: it has no default."
         case "union_tag_not_found" | "model_type":
             message = "input should be a group of settings"
         case "union_tag_invalid":
             titles = detail["ctx"]["expected_tags"].replace("'", "").split(", ")
-            hint = nearest(str(found["kind"]), dict.fromkeys(title.split(_TAG)[1] for title in titles))
-            return f"{'.'.join([*parts, 'kind'])!r} is {found['kind']!r}, which is not a kind{hint}."
+            hint = nearest(str(value["kind"]), dict.fromkeys(title.split(_TAG)[1] for title in titles))
+            return f"{'.'.join([*parts, 'kind'])!r} is {value['kind']!r}, which is not a kind{hint}."
         case "tuple_type":
             message = "input should be a list"
-        case "refused" if isinstance(found, Mapping):
+        case "refused" if isinstance(value, Mapping):
             return f"{place!r} {message}." if place else f"{message}."
-    return f"{place!r} is {found!r}: {message[0].lower()}{message[1:]}."
+    return f"{place!r} is {value!r}: {message[0].lower()}{message[1:]}."
 
 
 def _named(values: Any, location: Iterable[str | int]) -> list[str]:
@@ -183,4 +183,4 @@ def _group_in(annotation: Any) -> type[BaseModel]:
     """Return the first group of settings in an annotation, at any depth."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
-    return next((found for part in get_args(annotation) if (found := _group_in(part)) is not Settings), Settings)
+    return next((group for part in get_args(annotation) if (group := _group_in(part)) is not Settings), Settings)

@@ -50,9 +50,9 @@ def check_wide(config: RunConfig, schema: Schema) -> None:
         widths = dict(zip(schema.layout.part_names(side), schema.layout.part_widths(side), strict=True))
         for name in tower.wide:
             if widths.get(name) != config.model.dim:
-                found = f"is {widths[name]} wide" if name in widths else "is a plain number"
+                reason = f"is {widths[name]} wide" if name in widths else "is a plain number"
                 raise ConfigError(
-                    f"model.{side}_tower.wide names {name!r}, which {found}, but is added to a vector of model.dim = "
+                    f"model.{side}_tower.wide names {name!r}, which {reason}, but is added to a vector of model.dim = "
                     f"{config.model.dim}: give it that dim."
                 )
 
@@ -69,12 +69,12 @@ def check_missing(config: RunConfig, schema: Schema) -> None:
         for feature in schema.features(side):
             if feature.name not in (tower.missing_vectors or ()):
                 continue
-            found = f"model.{side}_tower.missing_vectors names {feature.name!r}"
+            place = f"model.{side}_tower.missing_vectors names {feature.name!r}"
             if feature in schema.layout.plain_numbers(side):
-                raise ConfigError(f"{found}, a number, which has an indicator of null: remove it.")
+                raise ConfigError(f"{place}, a number, which has an indicator of null: remove it.")
             if feature.has_row_per_value and (scale := schema.table_of(feature).start_scale) > 0:
                 raise ConfigError(
-                    f"{found}, but its table {feature.table_name!r} starts within ±{scale:.3g}, so that values without "
+                    f"{place}, but its table {feature.table_name!r} starts within ±{scale:.3g}, so that values without "
                     f"training rows are not zero: set tables.{feature.table_name}.init_scale: 0."
                 )
 
@@ -236,10 +236,10 @@ def check_same_category(config: RunConfig, schema: Schema) -> None:
     features = {feature.name: feature for feature in schema.item}
     if same is None or isinstance(features.get(same.feature), IdFeature | CategoryFeature | VocabularyFeature):
         return
-    found = f"is not under `item`{nearest(same.feature, features)}"
-    found = f"is of kind {features[same.feature].kind}" if same.feature in features else found
+    reason = f"is not under `item`{nearest(same.feature, features)}"
+    reason = f"is of kind {features[same.feature].kind}" if same.feature in features else reason
     raise ConfigError(
-        f"loss.negatives.same_category.feature is {same.feature!r}, which {found}: name an item feature of kind "
+        f"loss.negatives.same_category.feature is {same.feature!r}, which {reason}: name an item feature of kind "
         "category or id."
     )
 

@@ -20,7 +20,7 @@ from pydantic import (
 from trec_twotower.config.base import ByKind, KindSettings, Settings
 from trec_twotower.errors import ConfigError
 
-Unknown = Literal["error", "skip"]  # how items that are not in the catalogue are treated
+Unknown = Literal["error", "skip"]  # treatment of items that are not in the catalogue
 
 
 class SameCategoryConfig(Settings):
@@ -329,7 +329,7 @@ class ListwiseLoss(LossConfig):
             name for name in ("popular", "same_category", "cross_batch_memory") if getattr(self.negatives, name)
         ]:
             raise ConfigError(
-                f"loss.kind is listwise, which uses a row's own list alone, but loss.negatives has "
+                f"loss.kind is listwise, which uses only a row's own list, but loss.negatives has "
                 f"{', '.join(unused)}: remove it, or choose another kind."
             )
 

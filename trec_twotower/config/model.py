@@ -231,8 +231,8 @@ class TowerConfig(Settings):
     @model_validator(mode="after")
     def _check_combine(self) -> Self:
         if self.combine == "sum" and (self.crosses or self.short_term):
-            found = "short_term" if self.short_term else "crosses"
-            raise refusal(f"has {found}, which needs concatenated features, but combine is sum: set it to concat")
+            setting = "short_term" if self.short_term else "crosses"
+            raise refusal(f"has {setting}, which needs concatenated features, but combine is sum: set it to concat")
         return self
 
     @property

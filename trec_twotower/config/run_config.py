@@ -136,5 +136,5 @@ def differences(saved: Mapping[str, Any], config: RunConfig) -> str:
         is_new = name not in saved and name not in changed and saved.keys().isdisjoint(groups)
         if saved.get(name) != now.get(name) and not is_new:
             names.append(name)
-    shown = "; ".join(f"{name} was {saved.get(name)!r}, now {now.get(name)!r}" for name in names[:8])
-    return shown + (f" (and {len(names) - 8} more)" if len(names) > 8 else "")
+    text = "; ".join(f"{name} was {saved.get(name)!r}, now {now.get(name)!r}" for name in names[:8])
+    return text + (f" (and {len(names) - 8} more)" if len(names) > 8 else "")

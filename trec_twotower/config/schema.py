@@ -115,10 +115,10 @@ class Schema:
             dim = self.table_of(feature).dim
             for name in feature.attributes:
                 if name not in item_features or not item_features[name].looks_up_table:
-                    found = f"is not under `item`{nearest(name, item_features)}"
-                    found = "looks up no table" if name in item_features else found
+                    reason = f"is not under `item`{nearest(name, item_features)}"
+                    reason = "looks up no table" if name in item_features else reason
                     raise ConfigError(
-                        f"user feature {feature.name!r} has the attribute {name!r}, which {found}: name item features "
+                        f"user feature {feature.name!r} has the attribute {name!r}, which {reason}: name item features "
                         "that look up a table."
                     )
                 if (other := self.table_of(item_features[name]).dim) != dim:

@@ -23,9 +23,9 @@ def mark_distinct(values: np.ndarray, bits: np.ndarray, out: np.ndarray, place_o
         if block != np.uint64(0):
             bits[number] = np.uint64(0)
             while block != np.uint64(0):
-                found = 64 * number + lowest_bit(block)
-                out[count] = found
-                place_of[found] = count
+                lowest = 64 * number + lowest_bit(block)
+                out[count] = lowest
+                place_of[lowest] = count
                 count += 1
                 block &= block - np.uint64(1)
     return count
@@ -116,14 +116,14 @@ def find_columns(
     row_M: np.ndarray, column_M: np.ndarray,
 ) -> int:  # fmt: skip
     """Write the pairs of a row and a candidate in its list (-1: no list), ordered by row; returns their number."""
-    found = 0
+    num_pairs = 0
     for row in range(list_of_row.size):
-        chosen = list_of_row[row]
-        if chosen < 0:
+        number = list_of_row[row]
+        if number < 0:
             continue
-        for i in range(offsets[chosen], offsets[chosen + 1]):
+        for i in range(offsets[number], offsets[number + 1]):
             column = column_I[values[i]]
-            row_M[found] = row
-            column_M[found] = column
-            found += 1 if column >= 0 else 0
-    return found
+            row_M[num_pairs] = row
+            column_M[num_pairs] = column
+            num_pairs += 1 if column >= 0 else 0
+    return num_pairs

@@ -87,13 +87,13 @@ def find_keys(wanted: np.ndarray, keys: np.ndarray, slots: np.ndarray, shift: np
     for i in range(wanted.size):  # first probe of all keys, so that memory accesses overlap
         out[i] = slots[np.int64(mix_key(np.uint64(wanted[i])) >> shift)]
     for i in range(wanted.size):
-        found = out[i]
-        if found != 0 and keys[found - 1] != wanted[i]:
+        entry = out[i]
+        if entry != 0 and keys[entry - 1] != wanted[i]:
             slot = np.int64(mix_key(np.uint64(wanted[i])) >> shift)
-            while found != 0 and keys[found - 1] != wanted[i]:
+            while entry != 0 and keys[entry - 1] != wanted[i]:
                 slot = (slot + 1) & last
-                found = np.int64(slots[slot])
-        out[i] = found - 1
+                entry = np.int64(slots[slot])
+        out[i] = entry - 1
 
 
 @kernel
@@ -115,7 +115,7 @@ def find_fingerprints(
         while slots[slot] != np.uint64(0):
             slot = (slot + 1) & last
         slots[slot] = (fingerprint << np.uint64(32)) | np.uint64(column + 1)
-    found = 0
+    num_pairs = 0
     for row in range(offsets.size - 1):
         for i in range(offsets[row], offsets[row + 1]):
             fingerprint = np.uint64(values[i])
@@ -124,7 +124,7 @@ def find_fingerprints(
             while entry != np.uint64(0) and (entry >> np.uint64(32)) != fingerprint:
                 slot = (slot + 1) & last
                 entry = slots[slot]
-            row_M[found] = row
-            column_M[found] = np.int64(entry & low) - 1
-            found += int(entry != np.uint64(0))
-    return found
+            row_M[num_pairs] = row
+            column_M[num_pairs] = np.int64(entry & low) - 1
+            num_pairs += int(entry != np.uint64(0))
+    return num_pairs

@@ -114,12 +114,12 @@ def mapped_arrays(
     Raises OSError if the cache folder cannot hold them.
     """
     folder = cache.place(facts)
-    found = open_arrays(folder)
-    if found is None:
+    arrays = open_arrays(folder)
+    if arrays is None:
         with cache.alone():
-            found = open_arrays(folder) or _create(cache, folder, fill)
+            arrays = open_arrays(folder) or _create(cache, folder, fill)
     cache.use(folder)
-    return found
+    return arrays
 
 
 def _create(cache: CacheFolder, folder: Path, fill: Callable[[ArrayWriter], None]) -> dict[str, np.ndarray]:
@@ -130,10 +130,10 @@ def _create(cache: CacheFolder, folder: Path, fill: Callable[[ArrayWriter], None
             writer.finish()
         finally:
             writer.close()
-    found = open_arrays(folder)
-    if found is None:
+    arrays = open_arrays(folder)
+    if arrays is None:
         raise OSError(errno.EIO, f"{folder} cannot be read back")
-    return found
+    return arrays
 
 
 def open_arrays(folder: Path) -> dict[str, np.ndarray] | None:
@@ -165,10 +165,10 @@ def _digest(path: Path) -> str:
     block = memoryview(bytearray(BLOCK_BYTES))
     with path.open("rb", buffering=0) as file:
         num_blocks = -(-os.fstat(file.fileno()).st_size // BLOCK_BYTES)
-        wanted = min(num_blocks, VERIFIED_BYTES // BLOCK_BYTES)
-        for number in range(wanted):
-            if wanted < num_blocks:
-                file.seek(number * (num_blocks - 1) // (wanted - 1) * BLOCK_BYTES)
+        num_read = min(num_blocks, VERIFIED_BYTES // BLOCK_BYTES)
+        for number in range(num_read):
+            if num_read < num_blocks:
+                file.seek(number * (num_blocks - 1) // (num_read - 1) * BLOCK_BYTES)
             digest.update(block[: file.readinto(block)])
     return digest.hexdigest()
 

@@ -449,7 +449,7 @@ def test_a_drawn_history_is_the_same_items_by_both_hashes(tmp_path, write_datase
     sources = FeatureDataset(Dataset(folder), Schema.build({"t": table}, (history,), (item,)), "user")
     reader = UnitReader(sources, DataConfig(dataset=folder, rows="user"), build_loss(), 0, 1)
     [group] = sources.dataset.train.row_groups
-    rows = reader._drawn(next(reader._blocks(group, 0, 2))[1], 0, 0)
+    rows = reader._split_inputs(next(reader._blocks(group, 0, 2))[1], 0, 0)
     of_item = sources.catalogue.columns.sparse
     for name in ("history", "history@2"):
         drawn = rows.user.sparse[name]

@@ -644,7 +644,7 @@ def test_settings_that_do_not_fit_together_are_refused():
         refused({"log_q": 0, "log_q_estimate": "streaming"})
     with pytest.raises(ConfigError, match=r"in_batch: false and sampled: 0, so there are no negatives"):
         refused({"negatives": {"in_batch": False, "cross_batch_memory": 100}})
-    with pytest.raises(ConfigError, match=r"listwise, which uses a row's own list .* has cross_batch_memory"):
+    with pytest.raises(ConfigError, match=r"listwise, which uses only a row's own list, .* has cross_batch_memory"):
         refused({"kind": "listwise", "impressions": GRADED, "negatives": {"sampled": 5, "cross_batch_memory": 9}})
 
 

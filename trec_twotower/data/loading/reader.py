@@ -69,10 +69,12 @@ class UnitReader:
         train = sources.dataset.train
         self.is_by_user = data.rows == "user"
         self.masks_history = loss.mask_history and train.has(HISTORY) and not self.is_by_user
-        self.drawn = [feature for feature in sources.context if self.is_by_user and feature.source_column == HISTORY]
-        self.given = loss.impressions
-        if self.given is not None:
-            check_given(train, self.given)
+        self.sampled_features = [
+            feature for feature in sources.context if self.is_by_user and feature.source_column == HISTORY
+        ]
+        self.impressions = loss.impressions
+        if self.impressions is not None:
+            check_given(train, self.impressions)
         mined = loss.negatives.mined
         self.keeps_user_key = loss.known is not None or (mined is not None and mined.key == USER_ID)
         self.own_lists = []
@@ -86,12 +88,12 @@ class UnitReader:
     @property
     def _settings(self) -> dict[str, object]:
         """The settings that decide which columns are cached, apart from the data's."""
-        given = None if self.given is None else self.given.model_dump(exclude={"shared"})
+        impressions = None if self.impressions is None else self.impressions.model_dump(exclude={"shared"})
         settings: dict[str, object] = {"masks_history": self.loss.mask_history, "keeps_user_key": self.keeps_user_key}
         target_rule = (
             "keep" if self.data.target_in_history == "keep" else [self.data.target_in_history, *self.own_lists]
         )
-        return {**settings, "impressions": given, "target_in_history": target_rule}
+        return {**settings, "impressions": impressions, "target_in_history": target_rule}
 
     def read(self, unit: Unit, cuts: np.ndarray) -> UnitRows:
         """Decode and hash the rows of a unit, mostly without the interpreter lock.
@@ -130,7 +132,7 @@ class UnitReader:
             cached = self._cached(group)
             blocks = self._blocks(group, start, stop) if cached is None else [(start, cached.slice(start, stop))]
             for row, rows in blocks:
-                examples = self._drawn(rows, group.first_row + row, epoch)
+                examples = self._split_inputs(rows, group.first_row + row, epoch)
                 bucketer.add(examples)
                 if items is not None:
                     items.add(examples.items)
@@ -147,7 +149,7 @@ class UnitReader:
         """Zero rows with all columns, for units that other ranks own."""
         group = self.sources.dataset.train.row_groups[0]
         table = self.sources.dataset.train.read(group, self._columns(), dictionaries=True).slice(0, 0)
-        return self._drawn(self._hash(table, str(group)), 0, 0)
+        return self._split_inputs(self._hash(table, str(group)), 0, 0)
 
     def _cached(self, group: RowGroup) -> Examples | None:
         """Return the whole row group from the cache, adding it first if it is missing; None without a cache."""
@@ -176,7 +178,7 @@ class UnitReader:
 
     def _columns(self) -> list[str]:
         train = self.sources.dataset.train
-        columns = set(self.sources.user_columns()) - {feature.source_column for feature in self.drawn}
+        columns = set(self.sources.user_columns()) - {feature.source_column for feature in self.sampled_features}
         columns |= set(self._item_columns())
         columns |= {column for each in self.own_lists for column in each}
         columns |= ({HISTORY} if self.masks_history else set()) | ({WEIGHT} if train.has(WEIGHT) else set())
@@ -185,7 +187,7 @@ class UnitReader:
     def _item_columns(self) -> list[str]:
         """Return the columns that RowItems are built from."""
         columns = {POSITIVES} if self.is_by_user else {ITEM_ID}
-        columns |= set(given_columns(self.given)) if self.given is not None else set()
+        columns |= set(given_columns(self.impressions)) if self.impressions is not None else set()
         return sorted(columns | ({USER_ID} if self.keeps_user_key else set()))
 
     def _hash(self, table: pa.Table, where: str) -> Examples:
@@ -208,20 +210,20 @@ class UnitReader:
     def _extra_items(self, table: pa.Table, where: str) -> tuple[Ragged | None, Ragged | None, np.ndarray | None]:
         """Return the impressions, their weights and the user keys; each is None if the loss does not use it."""
         items = weight = user_key = None
-        if self.given is not None:
+        if self.impressions is not None:
             items, weight = read_given(self.sources, self.loss, table, where)
         if self.keeps_user_key:
             user_key = id_keys(one_chunk(table[USER_ID]), f"{where}, column {USER_ID!r}")
         return items, weight, user_key
 
-    def _drawn(self, rows: Examples, first_row: int, epoch: int) -> Examples:
+    def _split_inputs(self, rows: Examples, first_row: int, epoch: int) -> Examples:
         """Return the rows of an epoch: with one row per user, some items become input, the rest stay positives."""
         if not self.is_by_user:
             return rows
         items = rows.positives
         is_input = draw_inputs(items, first_row, self.data, epoch)
         sparse = dict(rows.user.sparse)
-        for feature in self.drawn:
+        for feature in self.sampled_features:
             for name in bucket_names(feature.name, self.sources.schema.table_of(feature)):
                 sparse[name] = sparse[name].where(is_input).newest(feature.length_limit)
         user = replace(rows.user, sparse=sparse)
@@ -236,8 +238,8 @@ class UnitReader:
         else:
             whole = self.sources.dataset.train.read(group, self._item_columns(), dictionaries=True)
             table = whole.slice(start, stop - start)
-            given, _, user_key = self._extra_items(table, _place(group, start))
-            items = RowItems(self.sources.positives(table, _place(group, start)), given, user_key)
+            impressions, _, user_key = self._extra_items(table, _place(group, start))
+            items = RowItems(self.sources.positives(table, _place(group, start)), impressions, user_key)
         if not self.is_by_user:
             return items
         is_input = draw_inputs(items.positives, group.first_row + start, self.data, epoch)

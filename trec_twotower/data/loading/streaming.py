@@ -194,17 +194,17 @@ class Generations:
 
     def with_new(self, data: DataConfig) -> Generations | None:
         """Return these generations and one of the new complete files; None if those have no rows for a step."""
-        found = {part: self._new_files(part) for part in PARTS}
-        num_rows = sum(rows for _, rows in found["train"].values())
+        new_files = {part: self._new_files(part) for part in PARTS}
+        num_rows = sum(rows for _, rows in new_files["train"].values())
         if used_rows_per_epoch(num_rows, data) == 0:
             return None
-        files = {part: {name: size for name, (size, _) in of_part.items()} for part, of_part in found.items()}
+        files = {part: {name: size for name, (size, _) in of_part.items()} for part, of_part in new_files.items()}
         return Generations(self.folder, (*self.taken, Generation(files, num_rows)), self._columns)
 
     def _new_files(self, part: str) -> dict[str, tuple[int, int]]:
         """Return the bytes and rows of the complete files of a part that are in no generation, by sorted name."""
         known = {name for generation in self.taken for name in generation.files[part]}
-        found = {}
+        new_files = {}
         folder = folder_of(self.folder) / part
         if folder.is_dir():
             refuse_tables(folder)
@@ -219,16 +219,16 @@ class Generations:
             if rows is None:
                 self.unreadable.add(f"{part}/{path.name}")
             else:
-                found[path.name] = (size, rows)
-        return found
+                new_files[path.name] = (size, rows)
+        return new_files
 
     def dataset(self, first: int = 0, last: int | None = None) -> Dataset:
         """Return the rows of some generations (default: all), with the items and users up to the last of them."""
         last = len(self.taken) - 1 if last is None else last
         files = {}
         for part in PARTS:
-            wanted = self.taken[first if part == "train" else 0 : last + 1]
-            files[part] = {name: size for generation in wanted for name, size in generation.files[part].items()}
+            generations = self.taken[first if part == "train" else 0 : last + 1]
+            files[part] = {name: size for generation in generations for name, size in generation.files[part].items()}
         return Dataset(self.folder, files, self.columns if last else None)
 
     @property
@@ -371,39 +371,39 @@ class Stream:
 
     def _grows(self, is_stopped: Callable[[], bool]) -> bool:
         """Wait for the next generation, at most as long as configured or until stopped; return whether it exists."""
-        began = time.monotonic()
+        start_s = time.monotonic()
         is_waiting = False
         while True:
-            found, left_s = self.ranks.once(lambda: (self._find_next(), self._left_s(began)))
-            if found is not None:
-                self._set_generations(found)
+            generations, remaining_s = self.ranks.once(lambda: (self._find_next(), self._remaining_s(start_s)))
+            if generations is not None:
+                self._set_generations(generations)
                 return True
-            if left_s > 0 and not is_waiting and self.ranks.is_first:
+            if remaining_s > 0 and not is_waiting and self.ranks.is_first:
                 print(f"waiting for new files in {self.sources.dataset.train.folder}", flush=True)
             is_waiting = True
-            self._has_ended = left_s <= 0
-            if self._has_ended or _sleep(min(self.follow.poll_s, left_s), is_stopped):
+            self._has_ended = remaining_s <= 0
+            if self._has_ended or _sleep(min(self.follow.poll_s, remaining_s), is_stopped):
                 return False
 
     def _find_next(self) -> Generations | None:
         """Return the generations with a new one, after writing them to stream.json; None without new files."""
         reported = set(self.generations.unreadable)
         self.generations.unreadable.clear()
-        found = self.generations.with_new(self.data)
+        generations = self.generations.with_new(self.data)
         for name in sorted(self.generations.unreadable - reported):
             print(f"{name} has no readable footer (yet): left out until it has one", flush=True)
-        if found is None:
+        if generations is None:
             return None
-        number = len(found.taken) - 1
+        number = len(generations.taken) - 1
         # Count first: unknown items and mismatched files must raise before the files are part of a generation.
-        self._next = number, self._generation_sources(found, number)
-        self._count(found, *self._next)
-        found.write(self.run_dir / STREAM)
-        return found
+        self._next = number, self._generation_sources(generations, number)
+        self._count(generations, *self._next)
+        generations.write(self.run_dir / STREAM)
+        return generations
 
-    def _left_s(self, began: float) -> float:
+    def _remaining_s(self, start_s: float) -> float:
         """Return the remaining waiting time in seconds."""
-        return math.inf if self.follow.idle_s is None else began + self.follow.idle_s - time.monotonic()
+        return math.inf if self.follow.idle_s is None else start_s + self.follow.idle_s - time.monotonic()
 
     def _generation_sources(self, generations: Generations, number: int) -> FeatureDataset:
         """Return the rows of a generation, with the items and users up to it."""
