@@ -190,9 +190,9 @@ def test_what_is_no_id_is_refused_by_its_type(array):
 
 @pytest.mark.parametrize("num_buckets", [0, -1, MAX_BUCKETS + 1])
 def test_a_table_has_between_one_and_two_to_the_32_buckets(num_buckets):
-    with pytest.raises(ValueError, match="must lie in 1"):
+    with pytest.raises(ValueError, match="must be in 1"):
         hash_to_bucket(np.array([1]), num_buckets)
-    with pytest.raises(ValueError, match="must lie in 1"):
+    with pytest.raises(ValueError, match="must be in 1"):
         hash_to_bucket_torch(torch.tensor([1]), num_buckets)
 
 

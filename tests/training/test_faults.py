@@ -146,9 +146,9 @@ def test_a_fault_strikes_where_it_is_told_and_nowhere_else(monkeypatch):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("save:betwen_files", r"'save:betwen_files', which is no fault point \(nearest: 'save:between_files'\)"),
-        ("save", "'save', which is no fault point"),
-        ("save:sealed:20", "'20' in 'save:sealed:20': what may follow the point is stepN, rankN"),
+        ("save:betwen_files", r"'save:betwen_files', which is not a fault point \(nearest: 'save:between_files'\)"),
+        ("save", "'save', which is not a fault point"),
+        ("save:sealed:20", "'20' in 'save:sealed:20': after the point, write one of stepN, rankN"),
         ("save:sealed:step", "'step' in"),
         ("save:sealed:explode", "'explode' in .*kill, stop, term, usr1, int, agent, full"),
     ],

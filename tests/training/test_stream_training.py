@@ -124,7 +124,7 @@ def test_a_bad_row_can_be_mended_while_no_saved_step_has_rows_of_its_file(folder
         train(config, lone_rank)
     publish(folder, "train/c.parquet", pa.concat_tables([good, rows(32, 1)]))
     train(config, lone_rank)
-    assert "The files of generation 1 have changed: they are taken anew" in capsys.readouterr().out
+    assert "The files of generation 1 have changed: they are read again" in capsys.readouterr().out
     assert [step for step, _ in losses(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
     undisturbed = with_settings(config_of(folder), tmp_path / "other")
     (folder / "train/c.parquet").rename(tmp_path / "c.parquet")

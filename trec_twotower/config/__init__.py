@@ -1,3 +1,3 @@
-"""Every setting, one file per section, and how a config is loaded."""
+"""All settings, one file per section, and the loading of configs."""
 
 from trec_twotower.config.evaluation import IndexConfig as IndexConfig

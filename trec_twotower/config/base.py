@@ -1,4 +1,4 @@
-"""What all settings share: base classes, validation, and the messages for mistakes."""
+"""Base classes of all settings, validation, and error messages."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from trec_twotower.errors import ConfigError, nearest
 Side = Literal["user", "item"]
 Seed = Annotated[int, Field(ge=0, lt=1 << 63)]
 Shape = TypeVar("Shape")
-# Settings that have a new name, by the pattern of their place.
+# New names of renamed settings, by the pattern of their old path.
 RENAMED_KEYS = {
     "data.own_item": "target_in_history",
     "model.*_tower.drop": "feature_dropout",
@@ -33,7 +33,7 @@ RENAMED_KEYS = {
     "train.spectral.at": "when",
     "train.spectral.spread": "score_std",
 }
-_TAG = "|"  # first character of a union member's tag, which messages leave out of a setting's place
+_TAG = "|"  # first character of a union member's tag, which messages leave out of a setting's path
 
 
 class Settings(BaseModel):
@@ -49,7 +49,7 @@ class KindSettings(Settings):
     """
 
     kind: str
-    variant: ClassVar[str] = ""  # a setting that chooses this class among those of its kind
+    variant: ClassVar[str] = ""  # setting that selects this class among those of its kind
 
     @classmethod
     def title(cls) -> str:
@@ -85,9 +85,9 @@ class KindSettings(Settings):
 
 @dataclass(frozen=True)
 class ByKind:
-    """Annotation of a family's root class: settings become the member that their `kind` names."""
+    """Annotation of a family's base class: settings become the subclass of their `kind`."""
 
-    default: str | None = None  # kind of settings that name none
+    default: str | None = None  # kind if the settings have none
 
     def __get_pydantic_core_schema__(self, family: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
         members: list[type[KindSettings]] = family.members()
@@ -106,12 +106,12 @@ class ByKind:
 
 
 def as_values(settings: BaseModel) -> dict[str, Any]:
-    """Return the settings as plain values, as YAML and JSON hold them."""
+    """Return the settings as plain values for YAML and JSON."""
     return settings.model_dump(mode="json")
 
 
 def refusal(message: str) -> PydanticCustomError:
-    """Return the error for a validator to raise; the message follows the setting's name and value, or group's name."""
+    """Return an error for validators; its message follows the name and value of the setting, or a group's name."""
     return PydanticCustomError("refused", "{message}", {"message": message})
 
 
@@ -126,7 +126,7 @@ def validate(shape: type[Shape], values: Any, origin: str) -> Shape:
 
 def _message(shape: Any, values: Any, detail: Any) -> str:
     """Return the sentence for one of pydantic's errors."""
-    location, found, message = detail["loc"], detail["input"], detail["msg"].replace("Tuple", "List")
+    location, value, message = detail["loc"], detail["input"], detail["msg"].replace("Tuple", "List")
     parts = _named(values, location)
     place = ".".join(parts)
     match detail["type"]:
@@ -138,33 +138,33 @@ def _message(shape: Any, values: Any, detail: Any) -> str:
             return f"unknown key {place!r}{nearest(str(location[-1]), _known_keys(shape, location[:-1]))}."
         case "missing":
             return f"{place!r} is missing: it has no default."
-        case "union_tag_not_found" if isinstance(found, Mapping):
+        case "union_tag_not_found" if isinstance(value, Mapping):
             return f"{'.'.join([*parts, 'kind'])!r} is missing: it has no default."
         case "union_tag_not_found" | "model_type":
             message = "input should be a group of settings"
         case "union_tag_invalid":
             titles = detail["ctx"]["expected_tags"].replace("'", "").split(", ")
-            near = nearest(str(found["kind"]), dict.fromkeys(title.split(_TAG)[1] for title in titles))
-            return f"{'.'.join([*parts, 'kind'])!r} is {found['kind']!r}, which is not a kind{near}."
+            hint = nearest(str(value["kind"]), dict.fromkeys(title.split(_TAG)[1] for title in titles))
+            return f"{'.'.join([*parts, 'kind'])!r} is {value['kind']!r}, which is not a kind{hint}."
         case "tuple_type":
             message = "input should be a list"
-        case "refused" if isinstance(found, Mapping):
+        case "refused" if isinstance(value, Mapping):
             return f"{place!r} {message}." if place else f"{message}."
-    return f"{place!r} is {found!r}: {message[0].lower()}{message[1:]}."
+    return f"{place!r} is {value!r}: {message[0].lower()}{message[1:]}."
 
 
 def _named(values: Any, location: Iterable[str | int]) -> list[str]:
     """Return the parts of a location as overrides write them: list elements by their `name`, without tags."""
-    found = []
+    names = []
     for part in location:
         if isinstance(values, list) and isinstance(part, int) and part < len(values):
             values = values[part]
             name = values.get("name") if isinstance(values, dict) else None
-            found.append(name if isinstance(name, str) and name else str(part))
+            names.append(name if isinstance(name, str) and name else str(part))
         elif isinstance(values, dict) and not str(part).startswith(_TAG):
             values = values.get(part)
-            found.append(str(part))
-    return found
+            names.append(str(part))
+    return names
 
 
 def _known_keys(shape: Any, location: Iterable[str | int]) -> list[str]:
@@ -180,7 +180,7 @@ def _known_keys(shape: Any, location: Iterable[str | int]) -> list[str]:
 
 
 def _group_in(annotation: Any) -> type[BaseModel]:
-    """Return the first group of settings that an annotation names, however deep."""
+    """Return the first group of settings in an annotation, at any depth."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
-    return next((found for part in get_args(annotation) if (found := _group_in(part)) is not Settings), Settings)
+    return next((group for part in get_args(annotation) if (group := _group_in(part)) is not Settings), Settings)

@@ -1,6 +1,6 @@
-"""Checks across sections: what each section allows by itself, but not together with the others.
+"""Checks across sections: combinations of settings that no section can reject on its own.
 
-Each check gets the config and its schema, and raises ConfigError.
+Each check receives the config and its schema, and raises ConfigError.
 """
 
 from __future__ import annotations
@@ -50,9 +50,9 @@ def check_wide(config: RunConfig, schema: Schema) -> None:
         widths = dict(zip(schema.layout.part_names(side), schema.layout.part_widths(side), strict=True))
         for name in tower.wide:
             if widths.get(name) != config.model.dim:
-                found = f"is {widths[name]} wide" if name in widths else "is a plain number"
+                reason = f"is {widths[name]} wide" if name in widths else "is a plain number"
                 raise ConfigError(
-                    f"model.{side}_tower.wide names {name!r}, which {found}, but is added to a vector of model.dim = "
+                    f"model.{side}_tower.wide names {name!r}, which {reason}, but is added to a vector of model.dim = "
                     f"{config.model.dim}: give it that dim."
                 )
 
@@ -64,23 +64,23 @@ def check_short(config: RunConfig, schema: Schema) -> None:
 
 
 def check_missing(config: RunConfig, schema: Schema) -> None:
-    """A missing feature is recognized by its zeros, so the initial rows of a table must be zero, too."""
+    """Require zero initial table rows, because a missing feature is recognized by its zeros."""
     for side, tower in config.model.towers:
         for feature in schema.features(side):
             if feature.name not in (tower.missing_vectors or ()):
                 continue
-            found = f"model.{side}_tower.missing_vectors names {feature.name!r}"
+            place = f"model.{side}_tower.missing_vectors names {feature.name!r}"
             if feature in schema.layout.plain_numbers(side):
-                raise ConfigError(f"{found}, a number, which has an indicator of null: remove it.")
+                raise ConfigError(f"{place}, a number, which has an indicator of null: remove it.")
             if feature.has_row_per_value and (scale := schema.table_of(feature).start_scale) > 0:
                 raise ConfigError(
-                    f"{found}, but its table {feature.table_name!r} starts within ±{scale:.3g}, so that values without "
+                    f"{place}, but its table {feature.table_name!r} starts within ±{scale:.3g}, so that values without "
                     f"training rows are not zero: set tables.{feature.table_name}.init_scale: 0."
                 )
 
 
 def check_dropped_ids(config: RunConfig, schema: Schema) -> None:
-    """Dropping an id prepares the tower for new ids, whose vectors must therefore be zero."""
+    """Require zero vectors of new ids, because dropping an id prepares the tower for them."""
     for side, tower in config.model.towers:
         for feature in schema.features(side):
             if not isinstance(feature, IdFeature) or not tower.feature_dropout.get(feature.name):
@@ -110,9 +110,9 @@ def check_projection(config: RunConfig, schema: Schema) -> None:
 def check_input_share(config: RunConfig, schema: Schema) -> None:
     if config.data.rows != "user" or config.data.input_share:
         return
-    filled = config.train.spectral.history if config.train.spectral is not None and config.ends_in_closed_form else None
+    spectral = config.train.spectral if config.ends_in_closed_form else None
     for feature in schema.user:
-        if feature.source_column == HISTORY and feature.name != filled:
+        if feature.source_column == HISTORY and (spectral is None or feature.name != spectral.history):
             raise ConfigError(
                 f"data.input_share is 0, so that all of a user's items are positives, but user feature "
                 f"{feature.name!r} reads the others, of which there are none: raise input_share, or remove the feature."
@@ -120,16 +120,16 @@ def check_input_share(config: RunConfig, schema: Schema) -> None:
 
 
 def check_closed_form(config: RunConfig, schema: Schema) -> None:
-    """The spectral and the trained part of a vector add up to one score only where no layer follows."""
-    start = config.train.spectral
-    if start is None or start.when != "after_training":
+    """Require that no layer follows the features: only then do the spectral and trained parts add up to one score."""
+    spectral = config.train.spectral
+    if spectral is None or spectral.when != "after_training":
         return
     wrong: dict[str, Any] = {
         "data.follow is set": config.data.follow,
         "model.user_vector is set": config.model.user_vector,
         f"model.similarity is {config.model.similarity}": config.model.similarity != "dot",
     }
-    for (side, tower), name in zip(config.model.towers, (start.history, start.item), strict=True):
+    for (side, tower), name in zip(config.model.towers, (spectral.history, spectral.item), strict=True):
         place = f"model.{side}_tower"
         for layer in ("project", "mlp", "gating", "crosses", "short_term", "experts"):
             wrong[f"{place} has {layer}"] = getattr(tower, layer)
@@ -161,9 +161,9 @@ def check_interests(config: RunConfig, schema: Schema) -> None:
 def check_gaussian(config: RunConfig, schema: Schema) -> None:
     if config.model.user_vector != "gaussian":
         return
-    several = schema.multi_interest_feature
+    interests = schema.multi_interest_feature
     wrong = {
-        f"user feature {several and several.name!r} makes several vectors per user": several,
+        f"user feature {interests and interests.name!r} makes several vectors per user": interests,
         "model.user_tower has project: false": not config.model.user_tower.project,
         "model.user_tower has wide features": config.model.user_tower.wide,
         **_needs_unit_length(config),
@@ -186,8 +186,8 @@ def _needs_unit_length(config: RunConfig) -> dict[str, Any]:
 
 
 def check_index_factory(config: RunConfig, schema: Schema) -> None:
-    several, factory = schema.multi_interest_feature, config.index.factory
-    if several is None or factory is None:
+    interests, factory = schema.multi_interest_feature, config.index.factory
+    if interests is None or factory is None:
         return
     wrong = {
         "divides each vector's scores by its own length": "L2norm" in factory and config.model.similarity == "dot",
@@ -196,7 +196,7 @@ def check_index_factory(config: RunConfig, schema: Schema) -> None:
     _refuse(
         wrong,
         f"index.factory {factory!r}",
-        f", but user feature {several.name!r} makes {schema.vectors_per_user} vectors per user, whose rankings are "
+        f", but user feature {interests.name!r} makes {schema.vectors_per_user} vectors per user, whose rankings are "
         "merged by score: remove factory, or set one of inner products, such as IVF1024,SQfp16.",
     )
 
@@ -236,19 +236,19 @@ def check_same_category(config: RunConfig, schema: Schema) -> None:
     features = {feature.name: feature for feature in schema.item}
     if same is None or isinstance(features.get(same.feature), IdFeature | CategoryFeature | VocabularyFeature):
         return
-    found = f"is not under `item`{nearest(same.feature, features)}"
-    found = f"is of kind {features[same.feature].kind}" if same.feature in features else found
+    reason = f"is not under `item`{nearest(same.feature, features)}"
+    reason = f"is of kind {features[same.feature].kind}" if same.feature in features else reason
     raise ConfigError(
-        f"loss.negatives.same_category.feature is {same.feature!r}, which {found}: name an item feature of kind "
+        f"loss.negatives.same_category.feature is {same.feature!r}, which {reason}: name an item feature of kind "
         "category or id."
     )
 
 
 def _refuse(wrong: Mapping[str, Any], before: str, after: str) -> None:
-    """Raise ConfigError for the first of these findings that is true, between the two parts of the message."""
-    for found, is_so in wrong.items():
-        if is_so:
-            raise ConfigError(f"{before} {found}{after}".strip())
+    """Raise ConfigError for the first finding that is true; the message is `before`, the finding and `after`."""
+    for finding, is_true in wrong.items():
+        if is_true:
+            raise ConfigError(f"{before} {finding}{after}".strip())
 
 
 CHECKS: tuple[Callable[[RunConfig, Schema], None], ...] = (

@@ -1,4 +1,4 @@
-"""Settings of what a run reads, and in which order."""
+"""Settings of the training data and its order."""
 
 from __future__ import annotations
 
@@ -26,25 +26,25 @@ class FollowConfig(Settings):
     idle_s: NonNegativeFloat | None = None  # seconds without a new file after which the run ends; default: never
 
 
-def _path_text(place: Any) -> Any:
-    return str(place) if isinstance(place, Path) else place
+def _path_text(path: Any) -> Any:
+    return str(path) if isinstance(path, Path) else path
 
 
 class DataConfig(Settings):
     dataset: Annotated[str, BeforeValidator(_path_text)]  # directory that `prepare` wrote, or a URL for fsspec
     rows: Literal["event", "user"] = "event"  # user: one row per user with all positives, of train_users/ if present
     batch_size: PositiveInt = 4096  # rows per step over all ranks
-    seed: Seed = 0  # seed of the order, of the split of a user's items and of the samples
+    seed: Seed = 0  # seed of the row order, the split of a user's items, and sampling
     shuffle_rows: PositiveInt = 1 << 19  # rows that are permuted together; memory grows with them
-    # rows: user - share of a user's items that is input, the rest are positives; 0: all are positives.
+    # Share of a user's items that become input with rows: user; the others are positives. 0: all are positives.
     input_share: float = Field(default=0.5, ge=0, lt=1)
-    threads: NonNegativeInt = 1  # threads that read, hash and build batches; 0: the training thread does
-    prefetch: PositiveInt | None = None  # batches built ahead; default: 32, or fewer large ones
+    threads: NonNegativeInt = 1  # threads that read, hash and build batches; 0: the training thread does this
+    prefetch: PositiveInt | None = None  # number of batches to prefetch; default: 32, or fewer if batches are large
     cache: Path | None = None  # directory for hashed rows, which later epochs read in place of Parquet
     cache_gb: PositiveFloat = 50.0  # size limit of that directory in GB
     # The target item of a row in the row's own history: keep it, drop it from the history, or raise an error.
     target_in_history: Literal["keep", "drop", "error"] = "keep"
-    drop_last: bool = False  # skip an epoch's last rows where they do not fill a batch
+    drop_last: bool = False  # skip the last rows of an epoch if they do not fill a batch
     follow: FollowConfig | None = None  # train on a growing directory, without epochs and cache
 
     @model_validator(mode="after")

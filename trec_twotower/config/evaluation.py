@@ -1,4 +1,4 @@
-"""Settings of evaluation and of the search index."""
+"""Settings of evaluation and the search index."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class EvaluateConfig(Settings):
     best: str = "recall@20"  # validation metric that selects the best step
     users: PositiveInt | None = None  # size of the seeded sample of users in training; default: all
     block: PositiveInt = 1024  # users scored together
-    # Items of a row's history are left out of its ranking: all, none, or all but those to find. `recommend` and
-    # `serve`, which look for no item, leave out all of them unless this is false.
+    # History items that are excluded from a row's ranking: true: all, false: none, except_target: all but the targets.
+    # `recommend` and `serve`, which have no targets, exclude all of them unless this is false.
     exclude_seen: bool | Literal["except_target"] = True
     # What `evaluate` reports in addition to the metrics:
     slices: tuple[str, ...] = SLICES  # metrics for groups of users or items
@@ -59,15 +59,15 @@ class EvaluateConfig(Settings):
 class IndexConfig(Settings):
     target_recall: float = Field(default=0.99, gt=0, le=1)  # share of exact search's best k, on held-out users
     k: PositiveInt = 100  # length of the rankings that the index is tuned for
-    memory_gb: PositiveFloat | None = None  # memory limit in GB; default: none
+    memory_gb: PositiveFloat | None = None  # memory limit of the index in GB; default: none
     factory: str | None = None  # FAISS factory string, such as IVF1024,SQfp16; default: chosen by the settings above
     lists: PositiveInt | None = None  # number of IVF lists; default: by the size of the catalogue
     shards: PositiveInt | None = None  # number of indexes that share the items; default: by their size
-    max_train_vectors: PositiveInt | None = None  # limits lists; default: 48 per list, and 65,536 for codes
+    max_train_vectors: PositiveInt | None = None  # limits lists; default: 48 per list, 65,536 for codes
     tune_users: PositiveInt = 4096  # number of users for tuning
     seed: Seed = 0
     device: Literal["auto", "cpu", "gpu"] = "auto"
-    blas_batch: PositiveInt = 4  # least batch of users that exact search scores by BLAS, smaller ones by FAISS's loop
+    blas_batch: PositiveInt = 4  # smallest user batch that exact search scores with BLAS; others use FAISS's loop
 
     @model_validator(mode="before")
     @classmethod
@@ -76,18 +76,18 @@ class IndexConfig(Settings):
         if isinstance(values, dict) and "latency" in values:
             if values["latency"] != "online":
                 raise ConfigError(
-                    f"index.latency is {values['latency']!r}, but the setting was removed: its other kind of index "
-                    "took many times as long to build and was slower in batches, too. Remove latency."
+                    f"index.latency is {values['latency']!r}, but the setting was removed: the other kind of index "
+                    "was many times slower to build, and slower in batches. Remove latency."
                 )
             values = {name: value for name, value in values.items() if name != "latency"}
         return values
 
     @model_validator(mode="after")
     def _check_factory(self) -> Self:
-        given = [name for name in ("lists", "memory_gb") if getattr(self, name) is not None]
-        if self.factory is not None and given:
+        conflicts = [name for name in ("lists", "memory_gb") if getattr(self, name) is not None]
+        if self.factory is not None and conflicts:
             raise ConfigError(
-                f"index.factory is {self.factory!r}, which determines the index, but index.{given[0]} is given, too: "
+                f"index.factory is {self.factory!r}, which determines the index, but index.{conflicts[0]} is set, too: "
                 "remove one of them."
             )
         return self

@@ -1,4 +1,4 @@
-"""The base classes of input features, and what data, model and training ask of them."""
+"""Base classes of input features, and the properties that data, model and training read."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class FeatureSpec(KindSettings):
 
     learns_from_data: ClassVar[bool] = False  # the run learns statistics or a vocabulary before the first step
     has_tokens: ClassVar[bool] = False  # a batch holds the tokens of a language model
-    # Each value has a table row of its own, which keeps its initial weights while no training row has the value.
+    # Each value has its own table row, which keeps its initial weights if no training row has the value.
     has_row_per_value: ClassVar[bool] = False
 
     name: str = Field(min_length=1)
@@ -47,12 +47,12 @@ class FeatureSpec(KindSettings):
 
     @property
     def shared_table(self) -> str | None:
-        """Return the declared table that the feature looks up."""
+        """Return the name of the declared table that the feature looks up; None if it has none."""
         return getattr(self, "table", None)
 
     @property
     def own_table(self) -> TableSpec | None:
-        """Return the table of its own that the feature looks up."""
+        """Return the feature's own table; None if it has none."""
         return None
 
     @property
@@ -61,12 +61,12 @@ class FeatureSpec(KindSettings):
 
     @property
     def table_name(self) -> str:
-        """Return the table that the feature looks up; its own has the feature's name."""
+        """Return the name of the table that the feature looks up; its own table has the feature's name."""
         return self.shared_table or self.name
 
     @property
     def layers_width(self) -> int | None:
-        """Return the width of what layers of the feature's own make; None: it has none."""
+        """Return the output width of the feature's own layers; None if it has none."""
         return None
 
     @property
@@ -75,7 +75,7 @@ class FeatureSpec(KindSettings):
 
     @property
     def num_numbers(self) -> int:
-        """Return how many float columns a batch holds of the feature."""
+        """Return the number of float columns of the feature in a batch."""
         return 0
 
     @property
@@ -90,7 +90,7 @@ class FeatureSpec(KindSettings):
 
     @property
     def length_limit(self) -> int | None:
-        """Return how many elements of a list count, the newest ones; None: all."""
+        """Return the number of newest list elements that are used; None: all."""
         return getattr(self, "max_length", None)
 
     @property
@@ -162,7 +162,7 @@ class PooledFeature(TableFeature):
 class ItemListFeature(ColumnFeature, TableFeature):
     """A list of ids per row, newest last; null and empty lists are the zero vector, null elements are ignored."""
 
-    max_length: PositiveInt | None = None  # number of elements that count, the newest ones
+    max_length: PositiveInt | None = None  # number of elements that are used, the newest ones
     times: str | None = None  # column of lists with a time per element, ascending: numbers or timestamps
     unit: TimeUnit = "s"  # unit of `times` that are plain numbers, which count from 1970
 

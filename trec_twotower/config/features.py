@@ -1,4 +1,4 @@
-"""The kinds of input features: one class per kind, each with its own settings."""
+"""The kinds of input features, one class per kind with its own settings."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from trec_twotower.errors import ConfigError, nearest
 LEARNED = "learned"  # `vocabulary: learned` means the values of the training data
 MAX_WORDS = 500_000  # entries of a vocabulary, which the run keeps in memory
 RESERVED_ROWS = 2  # table rows of a vocabulary that belong to null and to unknown values
-TIME_PARTS = {"hour": 24, "weekday": 7, "hour_of_week": 168, "month": 12}  # and how many values each has
+TIME_PARTS = {"hour": 24, "weekday": 7, "hour_of_week": 168, "month": 12}  # number of values of each part
 
 NonFinite = Literal["error", "missing"]
 
@@ -64,7 +64,7 @@ def read_words(path: str) -> list[str]:
 
 
 class VocabularyFeature(ColumnFeature):
-    """A category whose known values have a table row each, as have null and all unknown values together."""
+    """A category with one table row per known value, one for null, and one for all unknown values."""
 
     variant = "vocabulary"
     learns_from_data = True
@@ -119,9 +119,9 @@ class BagFeature(ItemListFeature, PooledFeature):
 
 
 class SequenceFeature(ItemListFeature):
-    """A list of ids per row whose order counts: an encoder makes one vector of its steps. For users only.
+    """An ordered list of ids per row, from which an encoder computes the vector. For users only.
 
-    A step's vector is the sum of the item's table row and, as far as set, embeddings of the time since the step before
+    A step's vector is the sum of the item's table row and, if set, embeddings of the time since the step before
     (`times`) and of its action, the item's own features, and a row of a second table (`delta`).
     """
 
@@ -139,7 +139,7 @@ class SequenceFeature(ItemListFeature):
 
 
 class CrossFeature(PooledFeature):
-    """The combination of two or three columns of ids or categories; null is a value like others."""
+    """The combination of two or three columns of ids or categories; null is a value like any other."""
 
     has_row_per_value = True
     kind: Literal["cross"] = "cross"
@@ -163,13 +163,13 @@ def _check_lengths(lengths: tuple[int, int] | None) -> tuple[int, int] | None:
 
 
 class TextFeature(ColumnFeature, PooledFeature):
-    """A string per row, whose words and parts of words are hashed and pooled."""
+    """A string per row, whose words and character n-grams are hashed and pooled."""
 
     kind: Literal["text"] = "text"
-    max_length: PositiveInt | None = None  # number of words that count, the first ones
+    max_length: PositiveInt | None = None  # number of words that are used, the first ones
     pooling: Pooling = "mean"
-    words: NonNegativeInt = 1  # longest run of words that is hashed as one; 0: no words
-    # Least and most characters of the parts of words that are hashed.
+    words: NonNegativeInt = 1  # length of the longest word n-gram that is hashed; 0: no words
+    # Shortest and longest character n-grams that are hashed.
     characters: Annotated[tuple[PositiveInt, PositiveInt] | None, AfterValidator(_check_lengths)] = None
 
     @model_validator(mode="after")
@@ -197,8 +197,8 @@ class LanguageModelFeature(ColumnFeature):
     kind: Literal["text"] = "text"
     folder: str  # directory of a Hugging Face model
     dim: PositiveInt  # width of the projection
-    max_length: PositiveInt | None = None  # number of tokens that count, the first ones
-    tune: Annotated[Literal["frozen", "all"] | int, BeforeValidator(_check_tune)] = "frozen"  # what is trained
+    max_length: PositiveInt | None = None  # number of tokens that are used, the first ones
+    tune: Annotated[Literal["frozen", "all"] | int, BeforeValidator(_check_tune)] = "frozen"  # layers that are trained
 
     @property
     def layers_width(self) -> int | None:
@@ -240,15 +240,15 @@ def _check_bins(bins: int | tuple[float, ...] | None) -> int | tuple[float, ...]
 
 
 class NumericFeature(ColumnFeature):
-    """A number per row, clipped and normalized, with an indicator of null; or rows of a table by bin; or waves."""
+    """A number per row: normalized with an indicator of null, binned into table rows, or encoded as waves."""
 
     learns_from_data = True
 
-    clip: Annotated[tuple[float | None, float | None] | None, AfterValidator(_check_clip)] = None  # least and most
+    clip: Annotated[tuple[float | None, float | None] | None, AfterValidator(_check_clip)] = None  # minimum and maximum
     normalize: Literal["zscore", "minmax", "log1p", "quantile", "none"] = Field(
         "zscore", validation_alias=AliasChoices("normalize", "normalise")
     )
-    # Number of bins of equal frequency, or the values where bins begin. Each bin has a table row, as has null.
+    # Number of bins of equal frequency, or the values where bins begin. Each bin and null have a table row.
     bins: Annotated[Annotated[int, Field(ge=2, le=10_000)] | tuple[float, ...] | None, AfterValidator(_check_bins)] = (
         None
     )
@@ -274,9 +274,9 @@ class NumericFeature(ColumnFeature):
             f"bins, to which normalize: {self.normalize} makes no difference: remove it": is_binned
             and self.normalize != "zscore",
         }
-        for found, is_so in wrong.items():
-            if is_so:
-                raise refusal(f"has {found}")
+        for finding, is_true in wrong.items():
+            if is_true:
+                raise refusal(f"has {finding}")
         return self
 
     @property

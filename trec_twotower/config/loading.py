@@ -1,4 +1,4 @@
-"""Reading and writing configs: strict YAML 1.2, overrides, validation."""
+"""Reads and writes configs: strict YAML 1.2, overrides, validation."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from trec_twotower.errors import ConfigError, nearest
 from trec_twotower.storage.package_files import shipped_configs
 
 MAX_YAML_BYTES = 64 << 20  # a longer file is not read into memory
-# What a scalar without quotes may be besides text: the core schema of YAML 1.2, in decimal.
+# Types of unquoted scalars other than text: the core schema of YAML 1.2, with decimal numbers only.
 _SCALARS = {
     "bool": re.compile(r"true|True|TRUE|false|False|FALSE"),
     "null": re.compile(r"~|null|Null|NULL|"),
@@ -38,7 +38,7 @@ _SCALARS = {
 class _Resolver(VersionedResolver):
     """Reads `no`, `12:30`, 0x10 and dates as text, 1e-3 as a number and 010 as ten."""
 
-    processing_version = (1, 2)  # a %YAML directive changes nothing
+    processing_version = (1, 2)  # %YAML directives are ignored
 
     def resolve(self, kind: Any, value: Any, implicit: Any) -> Any:
         if kind is not ScalarNode or not implicit[0]:
@@ -48,7 +48,7 @@ class _Resolver(VersionedResolver):
 
 
 class _Composer(Composer):
-    """Refuses aliases, which can expand ten lines beyond any memory, and keys that are lists or mappings."""
+    """Refuses aliases, which can expand a short text beyond any memory, and keys that are lists or mappings."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         event = self.parser.peek_event()
@@ -64,7 +64,7 @@ class _Composer(Composer):
 
 class _Representer(SafeRepresenter):
     def ignore_aliases(self, data: Any) -> bool:
-        """Write an object again where it occurs again, since aliases are refused when read."""
+        """Return True, so that a repeated object is written out: `parse_yaml` refuses aliases."""
         return True
 
     def represent_text(self, text: str) -> Any:
@@ -124,7 +124,7 @@ def to_yaml(value: Any) -> str:
 def load_config(path: Path | str, overrides: Iterable[str] = ()) -> RunConfig:
     """Return the config of a YAML file with `key.part=value` overrides; raises ConfigError.
 
-    Where there is no such file, the name of a shipped config is enough: `gowalla` or `configs/gowalla.yaml`.
+    If there is no such file, the name of a shipped config works too: `gowalla` or `configs/gowalla.yaml`.
     """
     path = _config_file(Path(path))
     values = read_yaml(path)
@@ -154,9 +154,9 @@ def with_index_settings(config: RunConfig, overrides: Iterable[str]) -> IndexCon
     for name in parse_overrides(overrides):
         if not name.startswith("index."):
             known = [f"index.{field}" for field in IndexConfig.model_fields]
-            near = nearest(f"index.{name}", known) if f"index.{name}" in known else ""
+            hint = nearest(f"index.{name}", known) if f"index.{name}" in known else ""
             raise ConfigError(
-                f"{name} is not an index setting{near}, and the run is trained already: override index settings only, "
+                f"{name} is not an index setting{hint}, and the run is trained already: override index settings only, "
                 "such as index.target_recall=0.95."
             )
     return validate(RunConfig, apply_overrides(as_values(config), overrides), "index settings").index
@@ -188,7 +188,7 @@ def apply_overrides(values: Mapping[str, Any], overrides: Iterable[str]) -> dict
 
 
 def _child(place: Any, part: str, name: str) -> Any:
-    """Return the group or list at `part`, which is created where a group lacks it."""
+    """Return the group or list at `part`; a group that lacks it gets an empty group."""
     if isinstance(place, list):
         child = place[_index(place, part, name)]
     else:

@@ -1,4 +1,4 @@
-"""Settings of the loss: its kind, the negatives, and what is added to it."""
+"""Settings of the loss: kind, negatives, impressions, regularization."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from pydantic import (
 from trec_twotower.config.base import ByKind, KindSettings, Settings
 from trec_twotower.errors import ConfigError
 
-Unknown = Literal["error", "skip"]  # how items that are not in the catalogue are treated
+Unknown = Literal["error", "skip"]  # treatment of items that are not in the catalogue
 
 
 class SameCategoryConfig(Settings):
-    """Negatives of the positives' own categories."""
+    """Negatives from the categories of the positives."""
 
     feature: str  # an item feature of kind id or category
     count: PositiveInt  # positives drawn per step over all ranks; each adds one item of its category
@@ -40,8 +40,8 @@ class PopularConfig(Settings):
 class MinedConfig(Settings):
     """Negatives that a file lists for each item or user."""
 
-    file: Path  # Parquet: the key's column, each id once, and `negatives`, lists of item ids
-    key: Literal["item_id", "user_id"] = "item_id"  # item_id: the row's positive
+    file: Path  # Parquet with the key column (each id once) and `negatives` (lists of item ids)
+    key: Literal["item_id", "user_id"] = "item_id"  # item_id: the lists belong to the row's positive
     count: PositiveInt  # draws per row from its list
     shared: bool = True  # the drawn items are negatives of the other rows, too
     unknown: Unknown = "error"
@@ -103,8 +103,8 @@ class NegativesConfig(Settings):
     same_category: SameCategoryConfig | None = None
     mined: MinedConfig | None = None
     refresh: RefreshConfig | None = None
-    cross_batch_memory: NonNegativeInt = 0  # candidates of earlier steps that are kept with their vectors
-    # Negatives of a row, those of the highest logits, that have more weight than the others.
+    cross_batch_memory: NonNegativeInt = 0  # number of earlier candidates that are stored with their vectors
+    # The negatives of a row with the highest logits have more weight than the others.
     top_k: Annotated[TopKConfig, BeforeValidator(_count_as_group)] | None = None
 
     @model_validator(mode="after")
@@ -127,11 +127,11 @@ class NegativesConfig(Settings):
 
 
 class ImpressionsConfig(Settings):
-    """Items that a training row lists itself: impressions, hard negatives, graded lists."""
+    """Items that a training row lists: impressions, hard negatives, graded lists."""
 
     column: str  # column of train/ with lists of item ids, empty or null where there are none
-    labels: str | None = None  # column of labels as long; 0: negative, above 0: positive or its grade; default: all 0
-    weights: str | None = None  # column of weights as long, for bce and listwise; default: all 1
+    labels: str | None = None  # column of labels, one per item; 0: negative, above 0: positive or grade; default: all 0
+    weights: str | None = None  # column of weights, one per item, for bce and listwise; default: all 1
     shared: bool = True  # a row's negatives are negatives of the other rows, too
     unknown: Unknown = "error"
 
@@ -154,11 +154,11 @@ class LearnedTemperature(Settings):
         return self
 
 
-Temperature = Annotated[  # scores are divided by it
+Temperature = Annotated[  # divisor of the scores
     Annotated[PositiveFloat, Tag("|number")] | Annotated[LearnedTemperature, Tag("|learned")],
     Discriminator(lambda value: "|learned" if isinstance(value, dict | LearnedTemperature) else "|number"),
 ]
-# The type of the gradients' matrix multiplications. Logits are fp32, but for the negatives' with bf16_logits.
+# Type of the gradients' matrix multiplications. Logits are fp32, except those of negatives with bf16_logits.
 LossPrecision = Literal["auto", "fp32", "bf16", "bf16_logits"]
 
 
@@ -173,8 +173,8 @@ class RegularizationConfig(Settings):
 class InterestsConfig(Settings):
     """Training of several vectors per user; see model/multi_interest.py."""
 
-    # max: an item's score is that of the user's best vector, as in search. attention: the row's positive weighs the
-    # vectors, and their one mean meets all items; cheaper by the number of vectors.
+    # max: an item's score is the maximum over the user's vectors, as in search. attention: all items are scored with
+    # one mean of the vectors, weighted by the row's positive, which divides the cost by the number of vectors.
     score: Literal["max", "attention"] = "max"
     sharpness: PositiveFloat = 10.0  # attention: weights are softmax(sharpness * score of the positive)
     diversity: NonNegativeFloat = 0.1  # weight of the loss term for similar vectors of one user
@@ -183,13 +183,13 @@ class InterestsConfig(Settings):
 class LossConfig(KindSettings):
     """The loss of a row's positives against the candidates; model/losses has the formulas."""
 
-    learns_graded_labels: ClassVar[bool] = False  # learns a listed item's label as a probability, from 0 to 1
-    supports_top_k: ClassVar[bool] = False  # may give a row's hardest negatives more weight
-    needs_unit_length: ClassVar[bool] = False  # is defined for vectors of length 1
+    learns_graded_labels: ClassVar[bool] = False  # learns the labels of impressions as probabilities, from 0 to 1
+    supports_top_k: ClassVar[bool] = False  # can give a row's hardest negatives more weight
+    needs_unit_length: ClassVar[bool] = False  # is defined only for vectors of length 1
 
     positive_power: NonNegativeFloat = 1.0  # each of a row's n positives has the weight n ** -positive_power
     mask_history: bool = True  # items of the row's history are not its negatives
-    known: Path | None = None  # Parquet with user_id and item_ids: more items that are not the user's negatives
+    known: Path | None = None  # Parquet with user_id and item_ids: further items that are not negatives of the user
     negatives: NegativesConfig = NegativesConfig()
     impressions: ImpressionsConfig | None = None
     regularization: RegularizationConfig = RegularizationConfig()
@@ -236,7 +236,7 @@ class LossConfig(KindSettings):
 
 
 class CorrectedLoss(LossConfig):
-    """A loss with logQ correction: an item that is often a candidate does not get lower scores for it."""
+    """A loss with logQ correction, which prevents lower scores for items that are often candidates."""
 
     log_q: float = Field(default=1.0, ge=0, le=1)  # strength of the correction
     # exact: from the counts of the training data; streaming: from the steps so far.
@@ -279,7 +279,7 @@ class SoftmaxBceLoss(CorrectedLoss):
     kind: Literal["softmax_bce"] = "softmax_bce"
     temperature: Temperature = 0.1
     precision: LossPrecision = "auto"
-    softmax_share: float = Field(default=0.5, ge=0, le=1)  # weight of the softmax loss; the rest is that of bce
+    softmax_share: float = Field(default=0.5, ge=0, le=1)  # weight of the softmax loss; bce has the rest
     negative_weight: PositiveFloat = 1.0  # weight of all negatives of a row together, in bce
 
 
@@ -310,14 +310,14 @@ class BprLoss(CorrectedLoss):
 class MarginLoss(CorrectedLoss):
     supports_top_k = True
     kind: Literal["margin"] = "margin"
-    margin: PositiveFloat = 0.2  # wanted difference between the scores of a positive and a negative
+    margin: PositiveFloat = 0.2  # target difference between the scores of a positive and a negative
     precision: LossPrecision = "auto"
 
 
 class ListwiseLoss(LossConfig):
     kind: Literal["listwise"] = "listwise"
     temperature: Temperature = 0.1
-    grades: Literal["share", "softmax"] = "share"  # how a list's labels become a distribution
+    grades: Literal["share", "softmax"] = "share"  # conversion of a list's labels to a distribution
 
     def _check_sources(self) -> None:
         if self.impressions is None or self.impressions.labels is None:
@@ -329,7 +329,7 @@ class ListwiseLoss(LossConfig):
             name for name in ("popular", "same_category", "cross_batch_memory") if getattr(self.negatives, name)
         ]:
             raise ConfigError(
-                f"loss.kind is listwise, which uses a row's own list alone, but loss.negatives has "
+                f"loss.kind is listwise, which uses only a row's own list, but loss.negatives has "
                 f"{', '.join(unused)}: remove it, or choose another kind."
             )
 

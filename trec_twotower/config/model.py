@@ -22,7 +22,7 @@ def auto_dim(buckets: int) -> int:
 
 
 def resolve_auto_dim(values: Any) -> Any:
-    """Return settings in which `dim: auto` has become the number that their `buckets` imply."""
+    """Return the settings with `dim: auto` replaced by the number that `buckets` implies."""
     if not isinstance(values, dict) or values.get("dim") != "auto":
         return values
     buckets = values.get("buckets")
@@ -86,7 +86,7 @@ class TableSpec(Settings):
 
 
 class EncoderSpec(KindSettings):
-    """What turns the steps of a sequence into a vector; see model/sequence_encoders.py."""
+    """An encoder of the steps of a sequence into a vector; see model/sequence_encoders.py."""
 
     dropout: Share = 0.0  # share of the numbers of a step's vector that are zero in training
 
@@ -96,7 +96,7 @@ class EncoderSpec(KindSettings):
         return 1
 
     def check_width(self, dim: int, name: str) -> None:
-        """Raise ConfigError where vectors of `dim` numbers do not fit; `name` is the feature's."""
+        """Raise ConfigError if the encoder does not support vectors of width `dim`; `name` is the feature's."""
 
 
 class MeanEncoderSpec(EncoderSpec):
@@ -104,7 +104,7 @@ class MeanEncoderSpec(EncoderSpec):
 
 
 class HeadedEncoderSpec(EncoderSpec):
-    """An encoder that splits vectors into parts, the heads, with weights or attention of their own."""
+    """An encoder that splits vectors into heads, each with its own weights or attention."""
 
     heads: PositiveInt = 1  # number of parts
 
@@ -139,7 +139,7 @@ class TransformerEncoderSpec(HeadedEncoderSpec):
     layers: PositiveInt = 1
     heads: PositiveInt = 2
     positions: Literal["learned", "rotary"] = "learned"  # position embedding, counted from the newest step
-    causal: bool = True  # a step attends to earlier steps alone, and the newest step's output is the result
+    causal: bool = True  # a step attends to earlier steps only, and the newest step's output is the result
 
     def check_width(self, dim: int, name: str) -> None:
         super().check_width(dim, name)
@@ -214,7 +214,7 @@ class ExpertsConfig(Settings):
 class TowerConfig(Settings):
     """A multi-layer perceptron from the features to the vector."""
 
-    # How features are combined; sum: all have one width and none is a number.
+    # How features are combined; sum needs features of one width and no plain numbers.
     combine: Literal["concat", "sum"] = "concat"
     mlp: tuple[PositiveInt, ...] = ()  # widths of the hidden layers, each with ReLU
     project: bool = True  # a last linear layer to model.dim; false: the last width must be model.dim
@@ -231,8 +231,8 @@ class TowerConfig(Settings):
     @model_validator(mode="after")
     def _check_combine(self) -> Self:
         if self.combine == "sum" and (self.crosses or self.short_term):
-            found = "short_term" if self.short_term else "crosses"
-            raise refusal(f"has {found}, which needs concatenated features, but combine is sum: set it to concat")
+            setting = "short_term" if self.short_term else "crosses"
+            raise refusal(f"has {setting}, which needs concatenated features, but combine is sum: set it to concat")
         return self
 
     @property

@@ -21,7 +21,7 @@ from trec_twotower.config.schema import Schema
 from trec_twotower.config.training import CheckpointConfig, TrainConfig
 from trec_twotower.errors import ConfigError
 
-# What may change when a run is resumed, because it changes neither batches nor weights.
+# Settings that may change when a run is resumed, because they change neither batches nor weights.
 _FREE_SETTINGS = """
     train.epochs train.log_every train.evaluate_every train.timeout_s train.first_timeout_s train.max_failures
     train.threads train.device train.profile_steps train.pipeline checkpoint evaluate index run_dir data.dataset
@@ -33,7 +33,7 @@ TRAINED = "trained"  # subdirectory for the run that is trained before spectral 
 
 
 class RunConfig(Settings):
-    """All settings of one run: what `train` gets, and what every later stage reads from the run directory."""
+    """All settings of one run, for `train` and, from the run directory, for every later stage."""
 
     data: DataConfig
     tables: dict[str, TableSpec] = Field(default_factory=dict)
@@ -65,17 +65,17 @@ class RunConfig(Settings):
 
     @property
     def without_closed_form(self) -> RunConfig:
-        """Return the config of what is trained before the closed form is added, in RUN/trained."""
-        start, schema = self.train.spectral, self.feature_schema
-        assert start is not None
-        user = [feature for feature in self.user if feature.name != start.history]
-        item = [feature for feature in self.item if feature.name != start.item]
-        [spectral] = [feature for feature in self.item if feature.name == start.item]
+        """Return the config of the run that is trained before spectral vectors are added, in RUN/trained."""
+        spectral, schema = self.train.spectral, self.feature_schema
+        assert spectral is not None
+        user = [feature for feature in self.user if feature.name != spectral.history]
+        item = [feature for feature in self.item if feature.name != spectral.item]
+        [item_id] = [feature for feature in self.item if feature.name == spectral.item]
         tables = {feature.table_name for feature in (*user, *item)}
         values = as_values(self)
         values["user"], values["item"] = [as_values(each) for each in user], [as_values(each) for each in item]
         values["tables"] = {name: as_values(table) for name, table in self.tables.items() if name in tables}
-        values["model"]["dim"] -= schema.table_of(spectral).dim
+        values["model"]["dim"] -= schema.table_of(item_id).dim
         values["train"]["spectral"] = None
         values["run_dir"] = None if self.run_dir is None else str(self.run_dir / TRAINED)
         return validate(RunConfig, values, "the config without train.spectral")
@@ -93,7 +93,9 @@ def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
         if place in _FREE or (place.startswith("tables.") and place.endswith(_PLACEMENT)):
             return
         if place == "data.follow":
-            flat[place] = None if value is None else {}  # whether a run follows, not how long it waits
+            flat[place] = (
+                None if value is None else {}
+            )  # identifies only whether the run follows, not how long it waits
         elif isinstance(value, dict):
             for name, inner in value.items():
                 add(inner, f"{place}.{name}" if place else name)
@@ -113,18 +115,18 @@ def config_hash(config: RunConfig) -> str:
     return hashlib.sha256(json.dumps(binding(config), sort_keys=True).encode()).hexdigest()[:12]
 
 
-def check_same_run(saved: RunConfig, given: RunConfig, run_dir: Path) -> None:
-    """Raise ConfigError listing the settings in which the config of a run directory differs from the one given."""
-    if found := differences(binding(saved), given):
+def check_same_run(saved: RunConfig, config: RunConfig, run_dir: Path) -> None:
+    """Raise ConfigError listing the settings in which the config of a run directory differs from `config`."""
+    if found := differences(binding(saved), config):
         raise ConfigError(
             f"{run_dir} belongs to another config: {found}. Set another run_dir=..., or restore these settings."
         )
 
 
 def differences(saved: Mapping[str, Any], config: RunConfig) -> str:
-    """Return the settings in which a saved `binding` differs from `config`, as text; empty where none does.
+    """Return the settings in which a saved `binding` differs from `config`, as text; empty if there are none.
 
-    A setting that the saved run does not know, because it is older, counts as being at its default.
+    A setting that the saved run lacks, because it is older, counts as its default.
     """
     now, changed = binding(config), _flat(config.model_dump(mode="json", exclude_defaults=True))
     names = []
@@ -134,5 +136,5 @@ def differences(saved: Mapping[str, Any], config: RunConfig) -> str:
         is_new = name not in saved and name not in changed and saved.keys().isdisjoint(groups)
         if saved.get(name) != now.get(name) and not is_new:
             names.append(name)
-    shown = "; ".join(f"{name} was {saved.get(name)!r}, now {now.get(name)!r}" for name in names[:8])
-    return shown + (f" (and {len(names) - 8} more)" if len(names) > 8 else "")
+    text = "; ".join(f"{name} was {saved.get(name)!r}, now {now.get(name)!r}" for name in names[:8])
+    return text + (f" (and {len(names) - 8} more)" if len(names) > 8 else "")

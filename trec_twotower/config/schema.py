@@ -12,7 +12,7 @@ from trec_twotower.config.features import SequenceFeature
 from trec_twotower.config.model import TableSpec
 from trec_twotower.errors import ConfigError, nearest
 
-ROW_ALIGNMENT = 4  # numbers: fbgemm's kernels read table rows in these
+ROW_ALIGNMENT = 4  # fbgemm's kernels read table rows in multiples of this many numbers
 _RESERVED = """
     T_destination add_module apply bfloat16 buffers call_super_init children clear compile cpu cuda double
     dump_patches eval extra_repr float forward get_buffer get_extra_state get_parameter get_submodule half ipu
@@ -58,7 +58,7 @@ class Schema:
     def build(
         cls, tables: Mapping[str, TableSpec], user: tuple[FeatureSpec, ...], item: tuple[FeatureSpec, ...]
     ) -> Schema:
-        """Return the schema in which every feature has its table; raises ConfigError where names or sizes clash."""
+        """Return the schema with the table of every feature; raises ConfigError if names or sizes conflict."""
         for side, features in (("user", user), ("item", item)):
             _check_names(side, features)
         schema = cls(_resolve_tables(tables, user, item), user, item)
@@ -92,7 +92,7 @@ class Schema:
 
     @cached_property
     def multi_interest_feature(self) -> SequenceFeature | None:
-        """Return the sequence that makes several vectors per user; None where a user has one."""
+        """Return the sequence that makes several vectors per user; None if users have one vector."""
         return next((feature for feature in self.sequences if feature.encoder.num_vectors > 1), None)
 
     @property
@@ -101,7 +101,7 @@ class Schema:
 
     @cached_property
     def unpooled_tables(self) -> frozenset[str]:
-        """Return the tables whose rows are looked up one by one: those of sequences and of their attributes."""
+        """Return the tables that are looked up without pooling: those of sequences and their attributes."""
         attributes = {feature.name: feature.table_name for feature in self.item if feature.looks_up_table}
         names = set()
         for feature in self.sequences:
@@ -115,10 +115,10 @@ class Schema:
             dim = self.table_of(feature).dim
             for name in feature.attributes:
                 if name not in item_features or not item_features[name].looks_up_table:
-                    found = f"is not under `item`{nearest(name, item_features)}"
-                    found = "looks up no table" if name in item_features else found
+                    reason = f"is not under `item`{nearest(name, item_features)}"
+                    reason = "looks up no table" if name in item_features else reason
                     raise ConfigError(
-                        f"user feature {feature.name!r} has the attribute {name!r}, which {found}: name item features "
+                        f"user feature {feature.name!r} has the attribute {name!r}, which {reason}: name item features "
                         "that look up a table."
                     )
                 if (other := self.table_of(item_features[name]).dim) != dim:
@@ -158,7 +158,7 @@ def _check_names(side: str, features: tuple[FeatureSpec, ...]) -> None:
 def _resolve_tables(
     declared: Mapping[str, TableSpec], user: tuple[FeatureSpec, ...], item: tuple[FeatureSpec, ...]
 ) -> dict[str, TableSpec]:
-    """Return the declared tables and those that features have of their own."""
+    """Return the declared tables and the features' own tables."""
     tables = dict(declared)
 
     def add(side: str, feature: FeatureSpec, name: str, spec: TableSpec) -> None:
@@ -189,7 +189,7 @@ def _resolve_tables(
 
 
 def _check_table(name: str, spec: TableSpec, *, is_declared: bool) -> None:
-    """Raise ConfigError where torch or its kernels cannot hold a table of this name or size."""
+    """Raise ConfigError if torch or its kernels do not support a table of this name or size."""
     subject = f"Table {name!r}" if is_declared else f"Feature {name!r} has a table of its own, which"
     if spec.dim % ROW_ALIGNMENT and spec.sharding != "data_parallel":  # torch itself looks up data-parallel tables
         lower = spec.dim - spec.dim % ROW_ALIGNMENT
@@ -235,24 +235,24 @@ class FeatureLayout:
         return self._by_side[side][1]
 
     def plain_numbers(self, side: Side) -> list[FeatureSpec]:
-        """Return the features that enter the tower as they are."""
+        """Return the features that enter the tower unchanged."""
         return self._by_side[side][2]
 
     def float_features(self, side: Side) -> list[FeatureSpec]:
-        """Return the features of which a batch holds float columns, in their order there."""
+        """Return the features with float columns in a batch, in the order of the columns."""
         return self._by_side[side][3]
 
     @cached_property
     def _by_side(self) -> dict[Side, tuple[list[FeatureSpec], ...]]:
-        found: dict[Side, tuple[list[FeatureSpec], ...]] = {}
+        by_side: dict[Side, tuple[list[FeatureSpec], ...]] = {}
         sides: tuple[Side, ...] = ("user", "item")
         for side in sides:
             features = self.schema.features(side)
             tables = [feature for feature in features if feature.looks_up_table]
             layers = [feature for feature in features if feature.has_layers]
             numbers = [each for each in features if not each.looks_up_table and not each.has_layers]
-            found[side] = (tables, layers, numbers, [each for each in (*layers, *numbers) if each.num_numbers])
-        return found
+            by_side[side] = (tables, layers, numbers, [each for each in (*layers, *numbers) if each.num_numbers])
+        return by_side
 
     @cached_property
     def table_pairs(self) -> tuple[tuple[Side, FeatureSpec], ...]:

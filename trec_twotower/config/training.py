@@ -10,7 +10,7 @@ from trec_twotower.config.base import Seed, Settings
 from trec_twotower.errors import ConfigError
 
 RateSchedule = Literal["constant", "linear", "cosine"]
-GPU_OPTIMIZERS = ("adam", "partial_rowwise_adam", "lamb")  # table optimizers that fbgemm has for GPUs alone
+GPU_OPTIMIZERS = ("adam", "partial_rowwise_adam", "lamb")  # table optimizers that fbgemm has only for GPUs
 
 
 class OptimizerConfig(Settings):
@@ -41,17 +41,17 @@ class OptimizerConfig(Settings):
 
 
 class SpectralConfig(Settings):
-    """Spectral initialization (truncated SVD) of a history's table and of the item's."""
+    """Spectral initialization (truncated SVD) of the history's table and the item's table."""
 
-    # start: the initial weights of training. end: set after training, which excludes both features.
+    # before_training: initial weights. after_training: added after training, which excludes both features.
     when: Literal["before_training", "after_training"] = "before_training"
-    history: str  # the user's bag of items
-    item: str = "item_id"  # the item's id
-    user_power: NonNegativeFloat = 0.4  # exponent by which users with many items weigh less
-    item_power: NonNegativeFloat = 0.4  # exponent by which popular items weigh less
-    history_power: NonNegativeFloat = 0.3  # exponent by which popular items weigh less in a history
-    length_power: float = 0.3  # exponent by which popular items score higher
-    spectrum_power: NonNegativeFloat = 0.3  # exponent of the singular values; 0: all directions weigh the same
+    history: str  # user feature: the bag of items
+    item: str = "item_id"  # item feature: the id
+    user_power: NonNegativeFloat = 0.4  # exponent that reduces the weight of users with many items
+    item_power: NonNegativeFloat = 0.4  # exponent that reduces the weight of popular items
+    history_power: NonNegativeFloat = 0.3  # exponent that reduces the weight of popular items in a history
+    length_power: float = 0.3  # exponent that raises the scores of popular items
+    spectrum_power: NonNegativeFloat = 0.3  # exponent of the singular values; 0: all directions have equal weight
     score_std: PositiveFloat | None = None  # standard deviation of the scores, users by items; default: not scaled
     oversampling: PositiveInt = 64  # directions beyond the tables' dim in the randomized SVD
     iterations: PositiveInt = 2  # power iterations of the randomized SVD
@@ -64,17 +64,17 @@ class TrainConfig(Settings):
     optimizer: OptimizerConfig = OptimizerConfig()
     # Type of the towers' matrix multiplications; weights, vectors and logits are fp32. auto: bf16 where it is faster.
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    micro_batch: PositiveInt | None = None  # rows that the towers process together, again in the backward pass
+    micro_batch: PositiveInt | None = None  # rows per forward pass of the towers, which the backward pass repeats
     pipeline: Literal["plain", "sparse_dist"] = "plain"  # sparse_dist: the next batch's ids are sent during a step
     compile: bool = False  # compile the towers with torch.compile
     profile_steps: NonNegativeInt = 0  # steps to trace into RUN/profile, after a few to warm up
     log_every: PositiveInt = 20  # steps between log lines
     evaluate_every: PositiveInt | None = None  # steps between evaluations; default: one per epoch
     timeout_s: PositiveInt = 300  # limit of a collective, after which the job ends
-    first_timeout_s: PositiveInt = 900  # the limit until the first step is done, since ranks start unevenly
+    first_timeout_s: PositiveInt = 900  # limit until the first step is done, because ranks start at different times
     max_failures: PositiveInt = 5  # failures in a row without a new checkpoint after which the run does not restart
     threads: NonNegativeInt = 0  # torch threads per rank; 0: OMP_NUM_THREADS, or the cores divided by the ranks
-    # auto: the GPUs of this machine, the CPU where there is none; a GPU that torch cannot use is an error.
+    # auto: the GPUs of this machine, or the CPU if there are none; a GPU that torch cannot use is an error.
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
 

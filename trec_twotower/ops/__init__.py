@@ -1,1 +1,1 @@
-"""Array operations that know nothing of datasets: ragged arrays, hashing, key table, top-k, numba kernels."""
+"""Array operations independent of datasets: ragged arrays, hashing, key table, top-k, numba kernels."""

@@ -1,4 +1,4 @@
-"""Kernels that distribute rows over the buckets of a step and collect a bucket's rows again (loading/step_buckets.py).
+"""Kernels that distribute rows over step buckets and collect the rows of a bucket (loading/step_buckets.py).
 
 A buffer is one array of 32-bit values. The columns of an Examples are passed by memory address, because a kernel is
 compiled for a fixed number of arrays and a schema has any number of columns.
@@ -12,20 +12,20 @@ from trec_twotower.ops.compilation import LINE_BYTES, copy_from, copy_run, int32
 
 
 @kernel
-def mark_heaps(order: np.ndarray, cuts: np.ndarray, heap_of: np.ndarray) -> None:
-    """Write the bucket of each row to `heap_of`; bucket h holds the rows order[cuts[h]:cuts[h + 1]]."""
-    for heap in range(cuts.size - 1):
-        for i in range(cuts[heap], cuts[heap + 1]):
-            heap_of[order[i]] = heap
+def mark_heaps(order: np.ndarray, cuts: np.ndarray, bucket_of: np.ndarray) -> None:
+    """Write the bucket of each row to `bucket_of`; bucket h holds the rows order[cuts[h]:cuts[h + 1]]."""
+    for bucket in range(cuts.size - 1):
+        for i in range(cuts[bucket], cuts[bucket + 1]):
+            bucket_of[order[i]] = bucket
 
 
 @kernel
-def place_rows(heap_of: np.ndarray, ends: np.ndarray, places: np.ndarray) -> None:
+def place_rows(bucket_of: np.ndarray, ends: np.ndarray, places: np.ndarray) -> None:
     """Write each row's target position to `places`; ends[h], the next free position of bucket h, is advanced."""
-    for row in range(heap_of.size):
-        heap = heap_of[row]
-        places[row] = ends[heap]
-        ends[heap] += 1
+    for row in range(bucket_of.size):
+        bucket = bucket_of[row]
+        places[row] = ends[bucket]
+        ends[bucket] += 1
 
 
 @kernel
@@ -47,7 +47,7 @@ def put_columns(columns: np.ndarray, places: np.ndarray, buffer: np.ndarray) -> 
 
 @kernel
 def put_lists(
-    lists: np.ndarray, heap_of: np.ndarray, places: np.ndarray, buffer: np.ndarray, at: int, bounds: np.ndarray
+    lists: np.ndarray, bucket_of: np.ndarray, places: np.ndarray, buffer: np.ndarray, at: int, bounds: np.ndarray
 ) -> int:
     """Write ragged columns: lengths to the rows' positions, then values, then weights, bucket by bucket from `at`.
 
@@ -64,22 +64,22 @@ def put_lists(
         for row in range(places.size):
             length = int64_at(offsets + 8 * row + 8) - int64_at(offsets + 8 * row)
             buffer[begin + places[row]] = length
-            counts[heap_of[row]] += length
+            counts[bucket_of[row]] += length
         for part in range(2, 6, 2):
             address, width = lists[field, part], lists[field, part + 1]
             if width == 0:
                 continue
-            for heap in range(counts.size):
-                bounds[array, heap, 0] = ends[heap] = at
-                at += counts[heap] * width
-                bounds[array, heap, 1] = at
+            for bucket in range(counts.size):
+                bounds[array, bucket, 0] = ends[bucket] = at
+                at += counts[bucket] * width
+                bounds[array, bucket, 1] = at
                 at += line
             last = int64_at(offsets + 8 * places.size) * width
             for row in range(places.size):
                 low = int64_at(offsets + 8 * row) * width
                 count = int64_at(offsets + 8 * row + 8) * width - low
-                to = ends[heap_of[row]]
-                ends[heap_of[row]] = to + count
+                to = ends[bucket_of[row]]
+                ends[bucket_of[row]] = to + count
                 if low + count + line <= last:  # no read past the last value
                     for k in range(0, count, line):
                         line_from(buffer, to + k, address + 4 * (low + k))
@@ -91,7 +91,7 @@ def put_lists(
 
 @kernel
 def copy_heap(
-    buffer: np.ndarray, starts: np.ndarray, bounds: np.ndarray, heap: int, at: int, offsets: np.ndarray, place: int,
+    buffer: np.ndarray, starts: np.ndarray, bounds: np.ndarray, bucket: int, at: int, offsets: np.ndarray, place: int,
     fixed: np.ndarray, lists: np.ndarray, out: np.ndarray,
 ) -> int:  # fmt: skip
     """Copy the rows of one bucket to each field's array in `out`, starting at row `at`; returns the row after the last.
@@ -101,8 +101,8 @@ def copy_heap(
     lengths, which follow after `place` values per row, the width of one value, and the start of its array in `out`.
     `offsets` of each ragged field are continued from `at`.
     """
-    num_rows, first = starts[starts.size - 1], starts[heap]
-    count = starts[heap + 1] - first
+    num_rows, first = starts[starts.size - 1], starts[bucket]
+    count = starts[bucket + 1] - first
     for field in range(fixed.shape[0]):
         width = fixed[field, 1]
         copy_run(out, fixed[field, 2] + at * width, buffer, num_rows * fixed[field, 0] + first * width, count * width)
@@ -114,8 +114,8 @@ def copy_heap(
     for array in range(lists.shape[0]):
         to = lists[array, 2] + offsets[lists[array, 0], at] * lists[array, 1]
         for part in range(bounds.shape[0]):
-            begin = bounds[part, array, heap, 0]
-            size = bounds[part, array, heap, 1] - begin
+            begin = bounds[part, array, bucket, 0]
+            size = bounds[part, array, bucket, 1] - begin
             copy_run(out, to, buffer, begin, size)
             to += size
     return at + count

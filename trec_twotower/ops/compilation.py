@@ -1,8 +1,8 @@
 """Compilation of loops with numba, and the memory intrinsics that those loops need.
 
-A compiled loop is several times faster than numpy's passes over whole arrays and does not hold the interpreter's lock,
-so reader threads do not wait for each other. The first call of a kernel compiles it (under a second). numba caches the
-result next to the module, or in the user's cache folder where that one cannot be written.
+A compiled loop is several times faster than numpy's passes over whole arrays and releases the interpreter lock, so
+reader threads run in parallel. The first call of a kernel compiles it (under a second). numba caches the
+result next to the module, or in the user's cache folder if that is not writable.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ def kernel(function: Kernel | None = None, **options: Any) -> Any:
         return partial(kernel, **options)
     try:
         return njit(nogil=True, cache=True, **options)(function)
-    except RuntimeError:  # numba found no folder that it can write the cache to
+    except RuntimeError:  # numba found no writable folder for the cache
         return njit(nogil=True, **options)(function)
 
 
 @intrinsic
 def copy_run(context: Any, out: Any, at: Any, values: Any, low: Any, count: Any) -> Any:
-    """Copy values[low : low + count] to out[at : at + count] by memcpy; a loop needs twice the time."""
+    """Copy values[low : low + count] to out[at : at + count] by memcpy, which needs half the time of a loop."""
     assert out.dtype == values.dtype and out.layout == values.layout == "C"
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -51,7 +51,7 @@ def copy_run(context: Any, out: Any, at: Any, values: Any, low: Any, count: Any)
 
 @intrinsic
 def copy_from(context: Any, out: Any, at: Any, address: Any, count: Any) -> Any:
-    """Copy `count` items from a memory address to out[at:], for arrays whose number and types are not known here."""
+    """Copy `count` items from a memory address to out[at:], for arrays unknown at compile time."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         array = make_array(signature.args[0])(context, builder, arguments[0])

@@ -1,12 +1,12 @@
-"""Hashing of external ids to table rows: the same result in numpy, in torch, in training and at serving.
+"""Hashing of external ids to table rows, with equal results in numpy and torch, in training and serving.
 
 An id is a 64-bit key (an int64 itself; the XXH3-64 of a string). Its bucket is
 
     mix(key ^ mix(seed)) >> 32, times num_buckets, >> 32
 
 where `mix` computes the first output of splitmix64 (Steele, Lea and Flood 2014) seeded with the key, and the last two
-steps are the multiply-shift reduction to a range (Lemire 2019), which needs no division. Both never change: tests hold
-golden values.
+steps are the multiply-shift reduction to a range (Lemire 2019), which needs no division. Neither ever changes: tests
+compare them with golden values.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ if TYPE_CHECKING:  # offline jobs hash without torch
 SPLITMIX_STEP = np.uint64(0x9E3779B97F4A7C15)  # 2^64 divided by the golden ratio
 SPLITMIX_FACTORS = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))
 MAX_BUCKETS = 1 << 32
-RECENT_STRINGS = 1 << 16  # keys of longer text columns are not kept
+RECENT_STRINGS = 1 << 16  # rows; keys of longer text columns are not cached
 _MASK = (1 << 64) - 1
 _FACTOR_1, _FACTOR_2 = SPLITMIX_FACTORS
 _SHIFT_1, _SHIFT_2, _SHIFT_3 = (np.uint64(bits) for bits in (30, 27, 31))
-_recent: deque[tuple[pa.Array, np.ndarray]] = deque(maxlen=16)  # the last short text columns and their keys
+_recent: deque[tuple[pa.Array, np.ndarray]] = deque(maxlen=16)  # recent short text columns and their keys
 
 
 @kernel
@@ -57,7 +57,7 @@ def mix_array(keys: np.ndarray) -> np.ndarray:
 
 
 def mix_torch(keys: Tensor) -> Tensor:
-    """Return the bits of `mix_key` of int64 keys as int64. Right shifts of torch copy the sign, hence the masks."""
+    """Return the bits of `mix_key` of int64 keys as int64. torch's right shifts copy the sign, hence the masks."""
     mixed = keys + signed(int(SPLITMIX_STEP))
     for shift, factor in ((_SHIFT_1, _FACTOR_1), (_SHIFT_2, _FACTOR_2), (_SHIFT_3, None)):
         mixed = mixed ^ ((mixed >> int(shift)) & ((1 << (64 - int(shift))) - 1))
@@ -92,7 +92,7 @@ def multiplicative_hash(key: np.uint64) -> np.uint64:
 
 
 def hash_to_bucket(keys: np.ndarray, num_buckets: int, seed: int = 0) -> np.ndarray:
-    """Return the bucket of every int64 (or uint64) key: 0 .. num_buckets - 1, int32 where that is wide enough."""
+    """Return the bucket of every int64 (or uint64) key: 0 .. num_buckets - 1, int32 if wide enough, else int64."""
     _check_buckets(num_buckets)
     if keys.dtype not in (np.int64, np.uint64):
         raise ValueError(f"keys are {keys.dtype}, but a key has 64 bits: cast them, as in keys.astype(np.int64).")
@@ -120,7 +120,7 @@ def bucket_type(num_buckets: int) -> type[np.signedinteger]:
 
 
 def fingerprints(keys: np.ndarray) -> np.ndarray:
-    """Return the low 32 bits (uint32) of each key's mix: two items have the same with probability 2^-32."""
+    """Return the low 32 bits (uint32) of each key's mix: two items collide with probability 2^-32."""
     out = np.empty(keys.size, np.uint32)
     _mix_keys(keys.view(np.uint64), out)
     return out
@@ -166,7 +166,7 @@ def is_id(kind: pa.DataType) -> bool:
 
 
 def _text_keys(ids: pa.Array) -> np.ndarray:
-    """Return the keys of strings; a distinct string is hashed once, and a recent array is not hashed again."""
+    """Return the keys of strings; distinct strings are hashed once, and recent arrays are cached."""
     for strings, keys in list(_recent):
         if _are_same(strings, ids):
             return keys
@@ -180,7 +180,7 @@ def _text_keys(ids: pa.Array) -> np.ndarray:
 
 
 def _are_same(one: pa.Array, other: pa.Array) -> bool:
-    """Return whether two arrays of strings are equal; slices of one table share their memory and need no comparison."""
+    """Return whether two arrays of strings are equal; arrays that share their memory need no comparison."""
     if len(one) != len(other):
         return False
     addresses = ([None if each is None else each.address for each in array.buffers()] for array in (one, other))
@@ -189,4 +189,4 @@ def _are_same(one: pa.Array, other: pa.Array) -> bool:
 
 def _check_buckets(num_buckets: int) -> None:
     if not 0 < num_buckets <= MAX_BUCKETS:
-        raise ValueError(f"num_buckets is {num_buckets:,}, but must lie in 1..{MAX_BUCKETS:,}.")
+        raise ValueError(f"num_buckets is {num_buckets:,}, but must be in 1..{MAX_BUCKETS:,}.")

@@ -1,4 +1,4 @@
-"""Compiled loops over single rows and ids that several modules use."""
+"""Compiled loops over rows and ids, shared by several modules."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from trec_twotower.ops.hashing import SPLITMIX_STEP, mix_key
 
 @kernel
 def mark_distinct(values: np.ndarray, bits: np.ndarray, out: np.ndarray, place_of: np.ndarray) -> int:
-    """Write the distinct values to `out`, rising, and each one's index there to `place_of`; returns their number.
+    """Write the distinct values to `out`, ascending, and their indices there to `place_of`; returns their number.
 
     `bits` is a bitmap over all possible values. It is zero before and after the call.
     """
@@ -23,9 +23,9 @@ def mark_distinct(values: np.ndarray, bits: np.ndarray, out: np.ndarray, place_o
         if block != np.uint64(0):
             bits[number] = np.uint64(0)
             while block != np.uint64(0):
-                found = 64 * number + lowest_bit(block)
-                out[count] = found
-                place_of[found] = count
+                lowest = 64 * number + lowest_bit(block)
+                out[count] = lowest
+                place_of[lowest] = count
                 count += 1
                 block &= block - np.uint64(1)
     return count
@@ -50,7 +50,7 @@ def put_divisors(offsets: np.ndarray, is_root: bool, scale: np.float32, out: np.
 def count_before(kinds: np.ndarray, places: np.ndarray, out: np.ndarray) -> None:
     """Write to out[p, kind] the number of elements of that kind before index places[p].
 
-    `places` is in rising order, and `out` is zero before the call.
+    `places` is ascending, and `out` is zero before the call.
     """
     at = 0
     for number in range(places.size):
@@ -65,7 +65,7 @@ def count_before(kinds: np.ndarray, places: np.ndarray, out: np.ndarray) -> None
 def shuffle(values: np.ndarray, seed: np.uint64) -> None:
     """Permute `values` in place, uniformly (Durstenfeld 1964), with the random numbers of splitmix64 from `seed`.
 
-    A random number below the bound needs no division and has no bias (Lemire 2019).
+    Bounded random numbers are unbiased and need no division (Lemire 2019).
     """
     state = seed
     for i in range(values.size - 1, 0, -1):
@@ -115,15 +115,15 @@ def find_columns(
     offsets: np.ndarray, values: np.ndarray, list_of_row: np.ndarray, column_I: np.ndarray,
     row_M: np.ndarray, column_M: np.ndarray,
 ) -> int:  # fmt: skip
-    """Write the pairs of a row and a candidate on its list (-1: no list), ordered by row; returns their number."""
-    found = 0
+    """Write the pairs of a row and a candidate in its list (-1: no list), ordered by row; returns their number."""
+    num_pairs = 0
     for row in range(list_of_row.size):
-        chosen = list_of_row[row]
-        if chosen < 0:
+        number = list_of_row[row]
+        if number < 0:
             continue
-        for i in range(offsets[chosen], offsets[chosen + 1]):
+        for i in range(offsets[number], offsets[number + 1]):
             column = column_I[values[i]]
-            row_M[found] = row
-            column_M[found] = column
-            found += 1 if column >= 0 else 0
-    return found
+            row_M[num_pairs] = row
+            column_M[num_pairs] = column
+            num_pairs += 1 if column >= 0 else 0
+    return num_pairs

@@ -1,4 +1,4 @@
-"""Hash tables that are probed for a whole column at once: ids of the catalogue, candidates of a step."""
+"""Hash tables that look up a whole column at once: ids of the catalogue, candidates of a step."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def pairs_by_fingerprint(lists: Ragged, fingerprint_C: np.ndarray) -> tuple[np.n
 
 
 class KeyTable:
-    """Distinct 64-bit keys by position: an open-addressing hash table that is probed for many keys at once.
+    """Maps distinct 64-bit keys to their positions: an open-addressing hash table that looks up many keys at once.
 
     The table is at most half full, so a probe reads 1.5 slots on average. A slot holds a position + 1; 0 marks an empty
     slot, so an array of zeros is an empty table.
@@ -84,16 +84,16 @@ def insert_keys(
 def find_keys(wanted: np.ndarray, keys: np.ndarray, slots: np.ndarray, shift: np.uint64, out: np.ndarray) -> None:
     """Write the position of each wanted key in a KeyTable to `out`, -1 for a key that is not in it."""
     last = slots.size - 1
-    for i in range(wanted.size):  # the first probes of all keys: none waits for the memory access of another
+    for i in range(wanted.size):  # first probe of all keys, so that memory accesses overlap
         out[i] = slots[np.int64(mix_key(np.uint64(wanted[i])) >> shift)]
     for i in range(wanted.size):
-        found = out[i]
-        if found != 0 and keys[found - 1] != wanted[i]:
+        entry = out[i]
+        if entry != 0 and keys[entry - 1] != wanted[i]:
             slot = np.int64(mix_key(np.uint64(wanted[i])) >> shift)
-            while found != 0 and keys[found - 1] != wanted[i]:
+            while entry != 0 and keys[entry - 1] != wanted[i]:
                 slot = (slot + 1) & last
-                found = np.int64(slots[slot])
-        out[i] = found - 1
+                entry = np.int64(slots[slot])
+        out[i] = entry - 1
 
 
 @kernel
@@ -103,8 +103,8 @@ def find_fingerprints(
 ) -> int:  # fmt: skip
     """Write the pairs of a row and a candidate whose fingerprint is in the row, ordered by row; returns their number.
 
-    A slot holds the fingerprint and the column + 1. A hit and a miss on an empty slot both need one read and no branch
-    that the processor cannot predict: half of all values may be found.
+    A slot holds the fingerprint and the column + 1. A hit and a miss on an empty slot both need one read and no
+    unpredictable branch, which matters because up to half of the values match.
     """
     last = slots.size - 1
     low = np.uint64(0xFFFFFFFF)
@@ -115,7 +115,7 @@ def find_fingerprints(
         while slots[slot] != np.uint64(0):
             slot = (slot + 1) & last
         slots[slot] = (fingerprint << np.uint64(32)) | np.uint64(column + 1)
-    found = 0
+    num_pairs = 0
     for row in range(offsets.size - 1):
         for i in range(offsets[row], offsets[row + 1]):
             fingerprint = np.uint64(values[i])
@@ -124,7 +124,7 @@ def find_fingerprints(
             while entry != np.uint64(0) and (entry >> np.uint64(32)) != fingerprint:
                 slot = (slot + 1) & last
                 entry = slots[slot]
-            row_M[found] = row
-            column_M[found] = np.int64(entry & low) - 1
-            found += int(entry != np.uint64(0))
-    return found
+            row_M[num_pairs] = row
+            column_M[num_pairs] = np.int64(entry & low) - 1
+            num_pairs += int(entry != np.uint64(0))
+    return num_pairs

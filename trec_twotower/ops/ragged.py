@@ -10,7 +10,7 @@ import numpy as np
 
 from trec_twotower.ops.compilation import LINE_BYTES, copy_run, kernel, line_from
 
-Run = slice  # rows start .. stop - 1; the class has a method with the name of the builtin
+Run = slice  # rows start .. stop - 1; an alias, because the class has a method `slice`
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,7 +30,7 @@ class Ragged:
 
     @classmethod
     def from_lists(cls, lists: Iterable[Sequence[int]]) -> Ragged:
-        """Return the ragged int64 array of some sequences."""
+        """Return the ragged int64 array with these sequences as rows."""
         rows = [np.asarray(row, dtype=np.int64) for row in lists]
         return cls(offsets_of([len(row) for row in rows]), np.concatenate([np.empty(0, np.int64), *rows]))
 
@@ -80,18 +80,18 @@ class Ragged:
         starts, offsets = np.empty(len(rows), np.int64), np.empty(len(rows) + 1, np.int64)
         total = find_lists(self.offsets, rows, starts, offsets)
 
-        def copied(values: np.ndarray) -> np.ndarray:
+        def copy(values: np.ndarray) -> np.ndarray:
             out = np.empty(total, values.dtype)
             copy_lists(np.ascontiguousarray(values), starts, offsets, out)
             return out
 
-        return Ragged(offsets, copied(self.values), None if self.weights is None else copied(self.weights))
+        return Ragged(offsets, copy(self.values), None if self.weights is None else copy(self.weights))
 
     def where(self, keep: np.ndarray) -> Ragged:
         """Return the array with only the values marked in `keep` (bool, one per value) and all rows."""
-        kept = np.concatenate([[0], np.cumsum(keep)])
+        num_before = np.concatenate([[0], np.cumsum(keep)])
         weights = None if self.weights is None else self.weights[keep]
-        return Ragged(kept[self.offsets].astype(np.int64), self.values[keep], weights)
+        return Ragged(num_before[self.offsets].astype(np.int64), self.values[keep], weights)
 
     def newest(self, max_length: int | None) -> Ragged:
         """Return each row's last `max_length` values."""
@@ -101,7 +101,7 @@ class Ragged:
         return self.where(from_end <= max_length)
 
     def distinct(self) -> Ragged:
-        """Return each row's distinct values in rising order, without weights."""
+        """Return each row's distinct values in ascending order, without weights."""
         if not len(self.values):
             return self
         least = int(self.values.min())
@@ -122,7 +122,7 @@ class Ragged:
         return (key[at_BK] == wanted_BK) & (item_row_BK >= 0)
 
     def hold(self, other: Ragged) -> np.ndarray:
-        """Return bool, one per value of `other`: whether the value is in the same row here; -1 (no item) never is."""
+        """Return bool per value of `other`: whether the same row of this array has it; -1 (no item) never is."""
         assert len(other) == len(self), f"{len(other)} rows against {len(self)} lists"
         span = max(int(self.values.max(initial=0)), int(other.values.max(initial=0))) + 1
         own = (self.rows * span + self.values)[self.values >= 0]
@@ -146,12 +146,12 @@ def side_by_side(first: Ragged, second: Ragged) -> Ragged:
     """Return each row of `first` followed by the same row of `second`."""
     both = Ragged.concat([Ragged(first.offsets, first.values), Ragged(second.offsets, second.values)])
     order = np.arange(2 * len(first)).reshape(2, -1).T.reshape(-1)
-    mixed = both.take(order)
-    return Ragged(mixed.offsets[::2], mixed.values)
+    interleaved = both.take(order)
+    return Ragged(interleaved.offsets[::2], interleaved.values)
 
 
 def distinct(values: np.ndarray) -> np.ndarray:
-    """Return the distinct values in rising order by sorting, which is faster here than the hash table of np.unique."""
+    """Return the distinct values in ascending order by sorting, which is faster here than np.unique's hash table."""
     values = np.sort(values)
     is_new = np.ones(len(values), bool)
     np.not_equal(values[1:], values[:-1], out=is_new[1:])
@@ -181,7 +181,7 @@ def weights_of(lists: Ragged) -> np.ndarray:
 
 @kernel
 def find_lists(offsets: np.ndarray, rows: np.ndarray, starts: np.ndarray, out_offsets: np.ndarray) -> int:
-    """Write where each of `rows` starts in the values, and the offsets of a copy of these rows; returns its end."""
+    """Write the start of each of `rows` in the values, and the offsets of a copy of these rows; returns its end."""
     end = 0
     out_offsets[0] = 0
     for i in range(rows.size):
@@ -194,7 +194,7 @@ def find_lists(offsets: np.ndarray, rows: np.ndarray, starts: np.ndarray, out_of
 
 @kernel
 def copy_lists(values: np.ndarray, starts: np.ndarray, out_offsets: np.ndarray, out: np.ndarray) -> None:
-    """Copy the rows that `find_lists` found, by whole cache lines: the surplus of a row is overwritten by the next.
+    """Copy the rows of `find_lists` by whole cache lines: the next row overwrites the surplus of a row.
 
     The two loops are separate, because a length that is still being loaded would delay all later copies.
     """

@@ -14,19 +14,19 @@ def first_allowed(is_allowed_BC: np.ndarray, k: int, *columns: tuple[np.ndarray,
     place_BC = np.cumsum(is_allowed_BC, axis=1) - 1
     row, column = np.nonzero(is_allowed_BC & (place_BC < k))
     place = place_BC[row, column]
-    packed = []
+    results = []
     for matrix_BC, fill_value in columns:
-        packed_BK = np.full((len(matrix_BC), k), fill_value, dtype=matrix_BC.dtype)
-        packed_BK[row, place] = matrix_BC[row, column]
-        packed.append(packed_BK)
-    return tuple(packed)
+        result_BK = np.full((len(matrix_BC), k), fill_value, dtype=matrix_BC.dtype)
+        result_BK[row, place] = matrix_BC[row, column]
+        results.append(result_BK)
+    return tuple(results)
 
 
 def blocks_by_length(lengths: np.ndarray, extra: int) -> Iterator[np.ndarray]:
     """Yield rows in groups of similar length; a group's rows x (longest + `extra`) is within MAX_CELLS.
 
-    One user with a long list then widens a small group only. A group's longest list (plus `extra`) is at most twice
-    its shortest.
+    A user with a long list therefore widens only a small group. The longest list of a group (plus `extra`) is at most
+    twice the shortest.
     """
     order = np.argsort(lengths, kind="stable")
     width = lengths[order] + extra
@@ -39,7 +39,7 @@ def blocks_by_length(lengths: np.ndarray, extra: int) -> Iterator[np.ndarray]:
 
 
 def find_repeats(item_row_BK: np.ndarray) -> np.ndarray:
-    """Return whether (bool, B x K) an entry repeats an item further left in its row; -1 (no item) never does."""
+    """Return whether (bool, B x K) an entry repeats an earlier item of its row; -1 (no item) never does."""
     order_BK = np.argsort(item_row_BK, axis=1, kind="stable")
     sorted_BK = np.take_along_axis(item_row_BK, order_BK, axis=1)
     is_repeat_BK = np.zeros(item_row_BK.shape, dtype=bool)

@@ -1,7 +1,7 @@
-"""Named arrays written in pieces: into memory, or into files that all processes of a host map.
+"""Named arrays that are written in parts, to memory or to files that all processes of a host map.
 
-A folder of mapped arrays is written under a temporary name, flushed and renamed. Its manifest has every array's type,
-size and XXH3-64. Files that differ from it are not used. A file that others map is never written.
+A folder of mapped arrays is written under a temporary name, flushed and renamed. Its manifest has the type, size and
+XXH3-64 of each array. Files that differ from it are not used. A mapped file is never written.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ VERIFIED_BYTES = 1 << 30  # in a larger file, evenly spaced blocks of this total
 
 
 class ArrayWriter(ABC):
-    """Stores arrays: those of known length are filled in place, others are appended in parts."""
+    """Stores arrays: arrays of known length are filled in place, the others are appended in parts."""
 
     @abstractmethod
     def reserve(self, name: str, dtype: type[np.generic], length: int) -> np.ndarray:
@@ -109,20 +109,20 @@ class OnDisk(ArrayWriter):
 def mapped_arrays(
     cache: CacheFolder, facts: Mapping[str, Any], fill: Callable[[ArrayWriter], None]
 ) -> dict[str, np.ndarray]:
-    """Return the mapped arrays that `fill` writes for these facts; one process writes them, the others wait.
+    """Return the mapped arrays that `fill` writes for these facts; one process writes them while the others wait.
 
     Raises OSError if the cache folder cannot hold them.
     """
     folder = cache.place(facts)
-    found = open_arrays(folder)
-    if found is None:
+    arrays = open_arrays(folder)
+    if arrays is None:
         with cache.alone():
-            found = open_arrays(folder) or _made(cache, folder, fill)
+            arrays = open_arrays(folder) or _create(cache, folder, fill)
     cache.use(folder)
-    return found
+    return arrays
 
 
-def _made(cache: CacheFolder, folder: Path, fill: Callable[[ArrayWriter], None]) -> dict[str, np.ndarray]:
+def _create(cache: CacheFolder, folder: Path, fill: Callable[[ArrayWriter], None]) -> dict[str, np.ndarray]:
     with new_folder(folder) as temporary:
         writer = OnDisk(temporary, cache.limit_bytes)
         try:
@@ -130,10 +130,10 @@ def _made(cache: CacheFolder, folder: Path, fill: Callable[[ArrayWriter], None])
             writer.finish()
         finally:
             writer.close()
-    found = open_arrays(folder)
-    if found is None:
+    arrays = open_arrays(folder)
+    if arrays is None:
         raise OSError(errno.EIO, f"{folder} cannot be read back")
-    return found
+    return arrays
 
 
 def open_arrays(folder: Path) -> dict[str, np.ndarray] | None:
@@ -142,33 +142,33 @@ def open_arrays(folder: Path) -> dict[str, np.ndarray] | None:
         manifest = read_json(folder / MANIFEST)
         if manifest["xxh3"] != _digest_of_list(manifest["arrays"]):
             return None
-        return {name: _mapped(folder, about) for name, about in manifest["arrays"].items()}
+        return {name: _map(folder, entry) for name, entry in manifest["arrays"].items()}
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
-def _mapped(folder: Path, about: dict[str, Any]) -> np.ndarray:
+def _map(folder: Path, entry: dict[str, Any]) -> np.ndarray:
     """Return the mapped content of a file; raises ValueError if it differs from the manifest."""
-    path = folder / about["file"]
+    path = folder / entry["file"]
     with path.open("rb") as file:
-        # The length first: reading a mapped page past the end of the file kills the process.
-        if os.fstat(file.fileno()).st_size != about["bytes"] or _digest(path) != about["xxh3"]:
+        # Check the length first: reading a mapped page past the end of the file kills the process.
+        if os.fstat(file.fileno()).st_size != entry["bytes"] or _digest(path) != entry["xxh3"]:
             raise ValueError(f"{path} differs from its manifest")
-        if not about["bytes"]:
-            return np.empty(0, about["dtype"])
-        return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), about["dtype"])
+        if not entry["bytes"]:
+            return np.empty(0, entry["dtype"])
+        return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), entry["dtype"])
 
 
 def _digest(path: Path) -> str:
-    """Return the XXH3-64 of a file, or of blocks of it (see VERIFIED_BYTES); read, so that a bad disk raises."""
+    """Return the XXH3-64 of a file, or of blocks of it (see VERIFIED_BYTES), without mapping: a bad disk must raise."""
     digest = xxhash.xxh3_64()
     block = memoryview(bytearray(BLOCK_BYTES))
     with path.open("rb", buffering=0) as file:
         num_blocks = -(-os.fstat(file.fileno()).st_size // BLOCK_BYTES)
-        wanted = min(num_blocks, VERIFIED_BYTES // BLOCK_BYTES)
-        for number in range(wanted):
-            if wanted < num_blocks:
-                file.seek(number * (num_blocks - 1) // (wanted - 1) * BLOCK_BYTES)
+        num_read = min(num_blocks, VERIFIED_BYTES // BLOCK_BYTES)
+        for number in range(num_read):
+            if num_read < num_blocks:
+                file.seek(number * (num_blocks - 1) // (num_read - 1) * BLOCK_BYTES)
             digest.update(block[: file.readinto(block)])
     return digest.hexdigest()
 

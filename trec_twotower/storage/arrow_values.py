@@ -11,20 +11,20 @@ import pyarrow as pa
 READABLE = "replace"  # for display: bytes that are not UTF-8 become U+FFFD
 EXACT = "surrogateescape"  # reversible: every byte is kept
 _CONTROLS: dict[int, str | None] = {
-    **dict.fromkeys((*range(0x20), *range(0x7F, 0xA0))),  # C0 and C1, the escape among them
-    **dict.fromkeys((*range(0x202A, 0x202F), *range(0x2066, 0x206A))),  # that reorder what follows on the line
+    **dict.fromkeys((*range(0x20), *range(0x7F, 0xA0))),  # C0 and C1, including the escape
+    **dict.fromkeys((*range(0x202A, 0x202F), *range(0x2066, 0x206A))),  # characters that reorder the rest of the line
     **dict.fromkeys(map(ord, "\t\n\v\f\r\x85\u2028\u2029"), " "),
 }
 
 
 def python_values(array: pa.Array | pa.ChunkedArray, errors: str = READABLE) -> list[Any]:
-    """Return `to_pylist` for all bytes and times that a column may hold; `errors` is that of bytes.decode.
+    """Return `to_pylist`, extended to all bytes and times that a column may hold; `errors` is that of bytes.decode.
 
     Times are truncated to microseconds, and become text if Python cannot represent the date.
     """
     try:
         return array.to_pylist()
-    except (ValueError, OverflowError):  # UnicodeDecodeError among them
+    except (ValueError, OverflowError):  # including UnicodeDecodeError
         pass
     if isinstance(array, pa.ChunkedArray):
         return [value for chunk in array.chunks for value in python_values(chunk, errors)]
@@ -36,7 +36,7 @@ def python_values(array: pa.Array | pa.ChunkedArray, errors: str = READABLE) -> 
         names = [field.name for field in kind]
         rows = zip(array.is_valid().to_pylist(), *fields, strict=True)
         return [dict(zip(names, values, strict=True)) if is_valid else None for is_valid, *values in rows]
-    if pa.types.is_nested(kind):  # lists; of other kinds no column is read
+    if pa.types.is_nested(kind):  # lists; columns of other nested types are not read
         return [None if not each.is_valid else python_values(each.values, errors) for each in array]
     if pa.types.is_temporal(kind):
         return _times(array)
@@ -47,12 +47,12 @@ def python_values(array: pa.Array | pa.ChunkedArray, errors: str = READABLE) -> 
 def _times(array: pa.Array) -> list[Any]:
     """Return times, dates or durations that `to_pylist` refuses."""
     kind = array.type
-    of_nanoseconds: tuple[tuple[bool, pa.DataType], ...] = (
+    microseconds: tuple[tuple[bool, pa.DataType], ...] = (
         (pa.types.is_timestamp(kind), pa.timestamp("us", getattr(kind, "tz", None))),
         (pa.types.is_duration(kind), pa.duration("us")),
         (pa.types.is_time64(kind), pa.time64("us")),
     )
-    coarser = [other for fits, other in of_nanoseconds if fits and kind.unit == "ns"]
+    coarser = [other for fits, other in microseconds if fits and kind.unit == "ns"]
     for other in (*coarser, pa.string()):
         try:
             return array.cast(other, safe=False).to_pylist()
@@ -74,7 +74,7 @@ def python_rows(table: pa.Table) -> list[dict[str, Any]]:
 
 
 def exact_array(values: Iterable[int | str]) -> pa.Array:
-    """Return the array of strings that were read with EXACT, or of integers."""
+    """Return the array of integers, or of strings that were decoded with EXACT."""
     values = list(values)
     if not values or not isinstance(values[0], str):
         return pa.array(values, None if values else pa.string())
@@ -84,13 +84,13 @@ def exact_array(values: Iterable[int | str]) -> pa.Array:
 
 def format_item(row: dict[str, Any]) -> str:
     """Return an item's row of the catalogue as one line: the title, then the other columns without the id."""
-    rest = [
+    details = [
         f"{name} {_short_text(value)}"
         for name, value in row.items()
         if name not in ("item_id", "title") and _is_readable(value)
     ]
     title = row.get("title") or f"item {row['item_id']}"
-    return printable(f"{title}" + (f" ({', '.join(rest)})" if rest else ""))
+    return printable(f"{title}" + (f" ({', '.join(details)})" if details else ""))
 
 
 def printable(text: object) -> str:

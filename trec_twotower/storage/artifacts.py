@@ -1,8 +1,8 @@
-"""Sealed folders: published in one step, verified when opened, and readable after they were replaced.
+"""Sealed folders: published atomically, verified when opened, and still readable after they are replaced.
 
 An artifact (export, index, encoder, checkpoint) is a folder with a manifest. It is written under a temporary name next
-to its final path, flushed, and renamed. A reader opens all files of a folder before it verifies any: what it reads
-later is what it verified, also after another process has published a newer folder under the same name.
+to its final path, flushed, and renamed. A reader opens all files of a folder before it verifies any. It therefore reads
+the content that it verified, even after another process has published a newer folder under the same name.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # constants of renameat2(2)
 _NO_EXCHANGE = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM)
 _SPARE_FILES = 256  # file descriptors kept free for other uses
 _RETRIES = 50  # attempts of a reader that finds a folder being replaced
-_RETRY_S = 0.02
+_RETRY_S = 0.02  # seconds between attempts
 
 
 # ------------------------------------------------------------ writing
 
 
 class NewFolder:
-    """A folder that is written under a temporary name and becomes `path` in one step, replacing an older one.
+    """A folder that is written under a temporary name and becomes `path` atomically, replacing an older one.
 
-    From `begin` to `end` no other process writes `path`.
+    No other process can write `path` between `begin` and `end`.
     """
 
     def __init__(self, path: Path) -> None:
@@ -56,7 +56,7 @@ class NewFolder:
             raise ConfigError(f"{self.path} is a file, but a folder is to be written there: move it away.")
         self._writer.__enter__()
         self._temporary = temporary = _temporary_path(self.path, "tmp")
-        _live.add(temporary)
+        _active_folders.add(temporary)
         temporary.mkdir()
         return temporary
 
@@ -66,10 +66,10 @@ class NewFolder:
         publish_folder(self._temporary, self.path)
 
     def end(self) -> None:
-        """Remove what was not published."""
+        """Remove the temporary folder if it was not published, and release the lock."""
         if self._temporary is not None:
             shutil.rmtree(self._temporary, ignore_errors=True)
-            _live.discard(self._temporary)
+            _active_folders.discard(self._temporary)
             self._temporary = None
             self._writer.__exit__(None, None, None)
 
@@ -77,20 +77,18 @@ class NewFolder:
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """Yield a folder to write into; it becomes `path`, replacing an older one, when the block ends without an error."""
-    new = NewFolder(path)
+    folder = NewFolder(path)
     try:
-        temporary = new.begin()
+        temporary = folder.begin()
         with naming_a_full_disk(path, temporary):
             yield temporary
-            new.publish()
+            folder.publish()
     finally:
-        new.end()
+        folder.end()
 
 
-_live: set[Path] = set()  # temporary folders that this process is writing
-_writers: dict[
-    Path, tuple[FolderLock, int]
-] = {}  # locks that this process holds, and the number of blocks that use them
+_active_folders: set[Path] = set()  # temporary folders that this process is writing
+_writers: dict[Path, tuple[FolderLock, int]] = {}  # locks of this process, and the number of blocks that use them
 _guard = threading.Lock()
 
 
@@ -98,7 +96,7 @@ _guard = threading.Lock()
 def sole_writer(path: Path) -> Iterator[None]:
     """Keep other processes from writing `path` during the block; raises ConfigError naming the one that does.
 
-    First it cleans up after a killed process: an older folder that was renamed aside gets its name back, and temporary
+    It first cleans up after a killed process: an older folder that was renamed gets its name back, and temporary
     folders are removed. Blocks of one process may be nested.
     """
     path = path.absolute()
@@ -128,12 +126,12 @@ def sole_writer(path: Path) -> Iterator[None]:
 
 def recover(path: Path) -> None:
     """Clean up after a killed writer of `path`; the caller holds its lock."""
-    aside = sorted(_left(path, "old"), key=lambda each: each.lstat().st_mtime)
-    if aside and not path.exists():
-        os.replace(aside.pop(), path)
+    old_folders = sorted(_leftovers(path, "old"), key=lambda each: each.lstat().st_mtime)
+    if old_folders and not path.exists():
+        os.replace(old_folders.pop(), path)
         sync(path.parent)
-    for leftover in (*aside, *_left(path, "tmp")):
-        if leftover not in _live:
+    for leftover in (*old_folders, *_leftovers(path, "tmp")):
+        if leftover not in _active_folders:
             with suppress(OSError):  # the next writer tries again
                 remove_folder(leftover)
 
@@ -162,7 +160,7 @@ def publish_folder(temporary: Path, path: Path) -> None:
 
 
 def remove_folder(path: Path) -> None:
-    """Remove a folder, or a link to one without its target."""
+    """Remove a folder; of a link, only the link."""
     if path.is_symlink():
         path.unlink()
     else:
@@ -170,7 +168,7 @@ def remove_folder(path: Path) -> None:
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Exchange two names in one step; returns False where the kernel or the file system cannot."""
+    """Exchange two names atomically; returns False if the kernel or the file system cannot."""
     rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if rename is None:
         return False
@@ -183,12 +181,12 @@ def _exchange(one: Path, other: Path) -> bool:
 
 
 def _temporary_path(path: Path, what: str) -> Path:
-    """Return a new name next to `path`. The time distinguishes processes of two containers with the same number."""
+    """Return a new name next to `path`; the time distinguishes processes of two containers with the same pid."""
     return path.with_name(f".{path.name}.{what}-{os.getpid()}-{time.time_ns()}")
 
 
-def _left(path: Path, what: str) -> list[Path]:
-    """Return the existing paths that `_temporary_path` made."""
+def _leftovers(path: Path, what: str) -> list[Path]:
+    """Return the existing paths with names of `_temporary_path`."""
     return list(path.parent.glob(f".{glob.escape(path.name)}.{what}-*"))
 
 
@@ -204,7 +202,7 @@ class Manifest:
 
 
 class SealedFolder:
-    """A sealed folder with all its files open: they stay readable after the folder was replaced or removed."""
+    """A sealed folder with all its files open: they stay readable after the folder is replaced or removed."""
 
     def __init__(self, folder: Path, manifest: Manifest, files: Mapping[str, int], fix: str) -> None:
         self.folder = folder
@@ -221,30 +219,30 @@ class SealedFolder:
         Raises FileNotFoundError if the folder or its manifest is missing, and DataError, which ends with `fix`, if a
         file is missing, damaged or outside the folder.
         """
-        sealed = cls._opened(folder, fix, format)
+        sealed = cls._open_unverified(folder, fix, format)
         if verified:
             for name in sealed.names:
                 sealed.verify(name)
         return sealed
 
     @classmethod
-    def _opened(cls, folder: Path, fix: str, format: int) -> Self:
+    def _open_unverified(cls, folder: Path, fix: str, format: int) -> Self:
         for _ in range(_RETRIES):
             try:
                 handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
             except FileNotFoundError:
-                if not _left(folder, "old"):
+                if not _leftovers(folder, "old"):
                     raise
                 _recover_if_abandoned(folder)
                 time.sleep(_RETRY_S)
                 continue
             try:
-                found = _open_files(folder, handle, fix, format)
-                return cls(folder, *found, fix)
+                manifest, files = _open_files(folder, handle, fix, format)
+                return cls(folder, manifest, files, fix)
             except (DataError, FileNotFoundError):
                 if _is_same_folder(folder, handle):
                     raise
-                time.sleep(_RETRY_S)  # it was replaced while it was opened
+                time.sleep(_RETRY_S)  # the folder was replaced while it was being opened
             finally:
                 os.close(handle)
         raise DataError(f"{folder} was replaced {_RETRIES} times while it was opened: {fix}")
@@ -255,7 +253,7 @@ class SealedFolder:
         return sorted(self._files)
 
     def path(self, name: str) -> Path:
-        """Return a path to the file as it was opened, even if another file has its name now."""
+        """Return a path to the opened file, even if another file has its name now."""
         return Path(f"/proc/self/fd/{self.descriptor(name)}")
 
     def descriptor(self, name: str) -> int:
@@ -357,11 +355,11 @@ def _is_same_folder(folder: Path, handle: int) -> bool:
 
 
 def _allow_files(count: int) -> None:
-    """Raise this process's limit of open files if `count` more would exceed it."""
+    """Increase this process's limit of open files if `count` more would exceed it."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = len(os.listdir("/proc/self/fd")) + count + _SPARE_FILES
-    if wanted > soft != resource.RLIM_INFINITY:
-        limit = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    needed = len(os.listdir("/proc/self/fd")) + count + _SPARE_FILES
+    if needed > soft != resource.RLIM_INFINITY:
+        limit = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, limit), hard))
 
 
@@ -375,7 +373,7 @@ def _is_digest(value: Any) -> bool:
 
 
 def _stays_inside(folder: Path, name: str) -> bool:
-    """Return whether folder / name is inside the folder, also after its links are resolved."""
+    """Return whether folder / name is inside the folder, even after links are resolved."""
     if not name or "\0" in name or Path(name).is_absolute() or ".." in Path(name).parts:
         return False
     return (folder / name).resolve().is_relative_to(folder.resolve())

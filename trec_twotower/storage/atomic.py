@@ -13,7 +13,7 @@ from typing import Any
 
 from trec_twotower.errors import DataError
 
-MAX_JSON_BYTES = 64 << 20  # longer files are not ours and are not read into memory
+MAX_JSON_BYTES = 64 << 20  # longer files are not written by this package and are not read
 
 
 def write_file(path: Path, content: str | bytes) -> None:
@@ -26,7 +26,7 @@ def write_file(path: Path, content: str | bytes) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        error.filename, error.filename2 = str(path), None  # the temporary name means nothing to the user
+        error.filename, error.filename2 = str(path), None  # the user does not know the temporary name
         raise
     finally:
         temporary.unlink(missing_ok=True)
@@ -52,7 +52,7 @@ def write_json(path: Path, value: Any) -> None:
 def read_json(path: Path, fix: str = "make it again.", origin: Path | None = None) -> Any:
     """Return the value of a JSON file.
 
-    Raises DataError, which names the file (or `origin`) and ends with `fix`, when it is missing, invalid or too long.
+    Raises DataError, which names the file (or `origin`) and ends with `fix`, if it is missing, invalid or too long.
     """
     origin = origin or path
     try:
@@ -64,7 +64,7 @@ def read_json(path: Path, fix: str = "make it again.", origin: Path | None = Non
 
 
 def parse_json(content: bytes, origin: Path, fix: str) -> Any:
-    """Return the value of JSON of which at most MAX_JSON_BYTES + 1 were read; raises DataError naming `origin`."""
+    """Return the value of JSON text, which may be cut at MAX_JSON_BYTES + 1; raises DataError naming `origin`."""
     if len(content) > MAX_JSON_BYTES:
         raise DataError(f"{origin} is damaged (more than {MAX_JSON_BYTES:,} bytes): {fix}")
     try:
@@ -75,7 +75,7 @@ def parse_json(content: bytes, origin: Path, fix: str) -> Any:
 
 @contextmanager
 def naming_a_full_disk(path: Path, temporary: Path) -> Iterator[None]:
-    """Add to the error of a full disk the name of the artifact, the bytes written and the bytes free.
+    """Add the name of the artifact, the bytes written and the bytes free to the error of a full disk.
 
     Arrow and FAISS report neither. The previous content of `path` is unchanged.
     """
@@ -92,7 +92,7 @@ def naming_a_full_disk(path: Path, temporary: Path) -> Iterator[None]:
 
 
 def free_bytes(path: Path) -> int:
-    """Return the free bytes of the disk that `path` is on, or would be on."""
+    """Return the free bytes of the disk of `path`, which need not exist."""
     return shutil.disk_usage(next(place for place in (path, *path.parents) if place.is_dir())).free
 
 

@@ -18,50 +18,52 @@ from trec_twotower.errors import ConfigError
 
 
 class CacheFolder:
-    """A cache in `root`, or in the user's cache folder where `root` is None; created at the first use."""
+    """A cache in `root`, or in the user's cache folder if `root` is None; created at the first use."""
 
     def __init__(self, root: Path | None, limit_bytes: int) -> None:
-        self._given = root
+        self._configured_root = root
         self.limit_bytes = limit_bytes
         self._in_use: set[Path] = set()
 
     @cached_property
     def root(self) -> Path:
-        """The root; raises OSError where it cannot be created, ConfigError where the given one is not a folder."""
-        root = self._given or _user_cache()
+        """Return the root; raises OSError if it cannot be created, ConfigError if it is configured but not a folder."""
+        root = self._configured_root or _user_cache()
         try:
             root.mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError, PermissionError) as error:
-            if self._given is None:
+            if self._configured_root is None:
                 raise
-            raise self._no_folder(str(error.strerror)) from None
+            raise self._unusable(str(error.strerror)) from None
         return root
 
     def check(self) -> None:
-        """Raise ConfigError where the given folder cannot be used; creates nothing."""
-        if self._given is not None:
-            there = next(place for place in (self._given, *self._given.absolute().parents) if place.exists())
-            if not there.is_dir():
-                raise self._no_folder(f"{there} is a file")
+        """Raise ConfigError if the configured folder is unusable; creates nothing."""
+        if self._configured_root is not None:
+            existing = next(
+                place for place in (self._configured_root, *self._configured_root.absolute().parents) if place.exists()
+            )
+            if not existing.is_dir():
+                raise self._unusable(f"{existing} is a file")
 
-    def _no_folder(self, why: str) -> ConfigError:
+    def _unusable(self, why: str) -> ConfigError:
         return ConfigError(
-            f"data.cache is {self._given}, which is not a folder and cannot be created ({why}). "
+            f"data.cache is {self._configured_root}, which is not a folder and cannot be created ({why}). "
             "Give another folder, or remove the setting."
         )
 
     def place(self, facts: Mapping[str, Any]) -> Path:
-        """Return the folder for content that depends on these facts alone."""
+        """Return the folder for content that depends only on these facts."""
         digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
         return self.root / digest[:16]
 
     def use(self, folder: Path) -> int:
-        """Mark a folder as used, and return its limit in bytes, given the other folders in use by this process.
+        """Mark a folder as used, and return its limit in bytes after those that this process uses already.
 
         Folders that this process does not use are deleted, least recently used first, until all fit the limit.
         """
         self._in_use.add(folder)
-        with contextlib.suppress(OSError):  # another user's folder, which can be read all the same
+        with contextlib.suppress(OSError):  # another user's folder, which is still readable
             os.utime(folder)
         others = [path for path in self.root.iterdir() if path.is_dir() and path not in self._in_use]
         others.sort(key=_last_used)
@@ -76,7 +78,7 @@ class CacheFolder:
 
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
-        """Hold the cache's lock, where the file system has locks; the lock of a dead process is released."""
+        """Hold the cache's lock, if the file system has locks; the lock of a dead process is released."""
         with (self.root / ".lock").open("a") as file:
             with contextlib.suppress(OSError):
                 fcntl.flock(file, fcntl.LOCK_EX)
@@ -89,7 +91,7 @@ def changed(path: Path) -> int:
 
 
 def size_of(folder: Path) -> int:
-    """Return the bytes of a folder's files, without those that another process removes meanwhile."""
+    """Return the bytes of a folder's files, without files that another process is removing."""
     total = 0
     with contextlib.suppress(FileNotFoundError):
         for entry in os.scandir(folder):
@@ -106,16 +108,16 @@ def _last_used(folder: Path) -> float:
 
 
 def _user_cache() -> Path:
-    """Return a folder in $XDG_CACHE_HOME or ~/.cache, or a temporary one where neither is writable."""
+    """Return a folder in $XDG_CACHE_HOME or ~/.cache, or a temporary one if neither is writable."""
     home = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
-    if home.is_absolute():  # without a home, ~ stays as it is
-        found = home / "trec_twotower"
+    if home.is_absolute():  # without a home folder, ~ is not expanded
+        folder = home / "trec_twotower"
         with contextlib.suppress(OSError):
-            found.mkdir(parents=True, exist_ok=True)
-            if os.access(found, os.W_OK):
-                return found
-    found = Path(tempfile.gettempdir()) / f"trec_twotower-{os.getuid()}"
-    found.mkdir(mode=0o700, exist_ok=True)
-    if found.stat().st_uid != os.getuid():
-        raise PermissionError(f"{found} belongs to another user")
-    return found
+            folder.mkdir(parents=True, exist_ok=True)
+            if os.access(folder, os.W_OK):
+                return folder
+    folder = Path(tempfile.gettempdir()) / f"trec_twotower-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    if folder.stat().st_uid != os.getuid():
+        raise PermissionError(f"{folder} belongs to another user")
+    return folder

@@ -3,7 +3,7 @@
     TREC_TT_FAULT=save:between_files:step20          kill -9 of every rank that reaches this point at step 20
     TREC_TT_FAULT=step:backward:step13:rank1:stop    SIGSTOP of rank 1 there
 
-Without the variable a point costs one lookup. Tests and `make soak` use it.
+Without the variable, a fault point costs one lookup. Tests and `make soak` use it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ POINTS = (
     "load:verified",  # the checkpoint's files match their manifest
     "load:filled",  # the model has its weights
     "step:forward",
-    "step:backward",  # backward is done, and with it the fused update of the tables
+    "step:backward",  # the backward pass and the fused update of the tables are done
     "step:updated",
     "save:copied",  # the local shards are copied
     "save:opened",  # the temporary folder exists and is empty
@@ -35,7 +35,7 @@ POINTS = (
     "save:swept",
     "stop:saved",  # stopped by a signal, and saved
     "publish:written",  # a complete folder has its temporary name
-    "publish:aside",  # the older folder was renamed aside: only if two names cannot be exchanged in one step
+    "publish:aside",  # the older folder was renamed; only if the file system cannot exchange two names atomically
     "publish:named",  # the new folder has its name, the older one still exists
 )
 _SIGNALS = {
@@ -50,12 +50,12 @@ _ACTIONS = (*_SIGNALS, "agent", "full")
 
 @dataclass(frozen=True)
 class Fault:
-    """An action at a point; `rank` and `step` None mean any."""
+    """An action at a point; None as `rank` or `step` means any."""
 
     point: str
     step: int | None
     rank: int | None
-    attempt: int  # torchrun's count of restarts
+    attempt: int  # number of restarts by torchrun
     action: str
 
     @classmethod
@@ -64,7 +64,7 @@ class Fault:
         parts = text.split(":")
         point, numbers, action = ":".join(parts[:2]), {}, "kill"
         if point not in POINTS:
-            raise ConfigError(f"{VARIABLE} names {point!r}, which is no fault point{nearest(point, POINTS)}.")
+            raise ConfigError(f"{VARIABLE} names {point!r}, which is not a fault point{nearest(point, POINTS)}.")
         for part in parts[2:]:
             name = part.rstrip("0123456789")
             if name in ("step", "rank", "attempt") and name != part:
@@ -73,7 +73,7 @@ class Fault:
                 action = part
             else:
                 known = ", ".join(("stepN", "rankN", "attemptN", *_ACTIONS))
-                raise ConfigError(f"{VARIABLE} has {part!r} in {text!r}: what may follow the point is {known}.")
+                raise ConfigError(f"{VARIABLE} has {part!r} in {text!r}: after the point, write one of {known}.")
         return cls(point, numbers.get("step"), numbers.get("rank"), numbers.get("attempt", 0), action)
 
     def is_due(self, point: str, step: int | None) -> bool:
@@ -85,6 +85,7 @@ class Fault:
         )
 
     def strike(self, path: str | None) -> None:
+        """Cause the fault."""
         if self.action == "full":
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
         if self.action == "agent":
@@ -95,10 +96,10 @@ class Fault:
 
 def fault_point(point: str, step: int | None = None, path: str | None = None) -> None:
     """Cause the fault that TREC_TT_FAULT sets for this point; `path` is the file being written."""
-    wanted = os.environ.get(VARIABLE)
-    if not wanted:
+    faults = os.environ.get(VARIABLE)
+    if not faults:
         return
     assert point in POINTS
-    for fault in map(Fault.parse, wanted.split(",")):
+    for fault in map(Fault.parse, faults.split(",")):
         if fault.is_due(point, step):
             fault.strike(path)

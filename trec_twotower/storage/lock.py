@@ -1,4 +1,4 @@
-"""File locks: one process at a time works on a folder, and errors in the others name that process."""
+"""File locks: one process at a time works in a folder; the error in other processes names it."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from trec_twotower.storage.atomic import naming
 LOCK = ".lock"
 HOLDER = ".holder"  # appended to the name of a lock: JSON of host, pid and heartbeat
 LOCK_FILES = (LOCK, LOCK + HOLDER)
-HOLDER_BYTES = 256
-BEAT_S = 2.0
-PATIENCE_S = 5.0  # for a holder that is about to end, and for the next heartbeat of one on another host
+HOLDER_BYTES = 256  # size of the holder file
+BEAT_S = 2.0  # seconds between heartbeats
+PATIENCE_S = 5.0  # seconds to wait for a holder that is ending, or for the heartbeat of one on another host
 
 
 class FolderLock:
     """A lock that is held from `acquire` to `release`, or until the process dies.
 
-    The kernel frees it (flock) when its holder dies, also on other hosts where the file system supports that. Where it
-    does not, a lock whose holder is on another host counts as held as long as its heartbeat changes.
+    The kernel frees the lock (flock) when its holder dies, on other hosts only if the file system supports that.
+    Otherwise a lock with a holder on another host counts as held as long as its heartbeat changes.
     """
 
     def __init__(self, path: Path, state: str, advice: str) -> None:
@@ -36,56 +36,56 @@ class FolderLock:
         self.path = path
         self.state, self.advice = state, advice
         self._lock = FileLock(path, thread_local=False)
-        self._file: tuple[int, int] | None = None  # device and inode of the lock that is held
+        self._file: tuple[int, int] | None = None  # device and inode of the held lock
         self._holder_file: int | None = None
-        self._made_folder = False
-        self._is_over = threading.Event()
-        self._beats: threading.Thread | None = None
+        self._has_created_folder = False
+        self._stop_event = threading.Event()
+        self._beat_thread: threading.Thread | None = None
 
     def acquire(self, patience_s: float = PATIENCE_S) -> None:
         """Wait up to `patience_s` for the holder to end; raises ConfigError naming it."""
-        self._made_folder = not self.path.parent.is_dir()
+        self._has_created_folder = not self.path.parent.is_dir()
         self._make_folder()
         try:
-            self._lock.acquire(timeout=patience_s)  # which makes a folder again that a last holder has just removed
+            self._lock.acquire(timeout=patience_s)  # creates the folder again if the last holder has just removed it
         except Timeout:
             raise self._refusal() from None
         before = self._holder()
         if before.get("host") not in (None, socket.gethostname()) and self._changes(before, patience_s):
             self._lock.release()
             raise self._refusal()
-        found = self.path.stat()
-        self._file = found.st_dev, found.st_ino
+        status = self.path.stat()
+        self._file = status.st_dev, status.st_ino
         self._holder_file = os.open(self._holder_path, os.O_RDWR | os.O_CREAT, 0o644)
-        self._is_over.clear()
+        self._stop_event.clear()
         self._beat()
-        self._beats = threading.Thread(target=self._keep_beating, name="lock heartbeat", daemon=True)
-        self._beats.start()
+        self._beat_thread = threading.Thread(target=self._keep_beating, name="lock heartbeat", daemon=True)
+        self._beat_thread.start()
 
     @property
     def is_in_place(self) -> bool:
-        """Whether the lock that is held still has its name: False once its folder was moved, removed or replaced."""
+        """Return whether the held lock still has its name: False once its folder was moved, removed or replaced."""
         try:
-            found = self.path.stat()
+            status = self.path.stat()
         except (FileNotFoundError, NotADirectoryError):
             return False
-        return self._file == (found.st_dev, found.st_ino)
+        return self._file == (status.st_dev, status.st_ino)
 
     def release(self) -> None:
-        """Free the lock and remove its files, and the folder if it was made for the lock and is empty."""
+        """Free the lock and remove its files, and the folder if `acquire` created it and it is empty."""
         if self._file is None:
             return
-        self._is_over.set()
-        if self._beats is not None:
-            self._beats.join()
+        self._stop_event.set()
+        if self._beat_thread is not None:
+            self._beat_thread.join()
         assert self._holder_file is not None
         os.close(self._holder_file)
-        if self.is_in_place:  # else these are the files of another run
+        if self.is_in_place:  # otherwise these are the files of another process
             self._holder_path.unlink(missing_ok=True)
             self.path.unlink()
         self._lock.release()
         self._file = None
-        if self._made_folder:
+        if self._has_created_folder:
             with suppress(OSError):  # it is not empty, or was moved
                 self.path.parent.rmdir()
 
@@ -103,13 +103,13 @@ class FolderLock:
 
     def _holder(self) -> dict[str, Any]:
         try:
-            found = json.loads(self._holder_path.read_bytes()[:4096])
+            holder = json.loads(self._holder_path.read_bytes()[:4096])
         except (OSError, ValueError):
             return {}
-        return found if isinstance(found, dict) else {}
+        return holder if isinstance(holder, dict) else {}
 
     def _changes(self, before: dict[str, Any], patience_s: float) -> bool:
-        """Whether the heartbeat of a holder on another host changes; its clock is not compared with ours."""
+        """Return whether the heartbeat of a holder on another host changes, whatever its clock shows."""
         until = time.monotonic() + patience_s
         while time.monotonic() < until:
             time.sleep(min(0.1, patience_s))
@@ -119,21 +119,21 @@ class FolderLock:
 
     def _refusal(self) -> ConfigError:
         holder = self._holder()
-        since = holder.get("heartbeat")
-        heard = f", last heard of {time.time() - since:,.0f} s ago" if isinstance(since, int | float) else ""
+        heartbeat = holder.get("heartbeat")
+        age = f", last heard of {time.time() - heartbeat:,.0f} s ago" if isinstance(heartbeat, int | float) else ""
         return ConfigError(
-            f"{self.state} by process {holder.get('pid', '?')} on {holder.get('host', '?')}{heard}: {self.advice}"
+            f"{self.state} by process {holder.get('pid', '?')} on {holder.get('host', '?')}{age}: {self.advice}"
         )
 
     def _keep_beating(self) -> None:
-        while not self._is_over.wait(BEAT_S):
+        while not self._stop_event.wait(BEAT_S):
             self._beat()
 
     def _beat(self) -> None:
         assert self._holder_file is not None
         content = json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "heartbeat": time.time()})
         with naming(self._holder_path):
-            os.pwrite(self._holder_file, content.encode().ljust(HOLDER_BYTES), 0)  # one write: nobody reads half of it
+            os.pwrite(self._holder_file, content.encode().ljust(HOLDER_BYTES), 0)  # in one write: no partial reads
             os.ftruncate(self._holder_file, HOLDER_BYTES)
 
 
@@ -145,9 +145,9 @@ class RunLock(FolderLock):
         super().__init__(run_dir / LOCK, f"{run_dir} is being trained", advice)
 
     def check(self) -> None:
-        """Raise TrainingError where the run directory was moved, removed or replaced while this lock was held."""
+        """Raise TrainingError if the run directory was moved, removed or replaced while this lock was held."""
         if not self.is_in_place:
             raise TrainingError(
-                f"{self.path.parent} was moved, removed or replaced while it was trained, so this training ends. The "
-                "folder that it began in has its checkpoints: move it back, or continue with run_dir=ITS_NEW_PLACE."
+                f"{self.path.parent} was moved, removed or replaced while it was trained, so this training ends. Its "
+                "checkpoints are in the original folder: move it back, or continue with run_dir=ITS_NEW_PLACE."
             )

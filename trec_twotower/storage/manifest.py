@@ -1,7 +1,7 @@
-"""Digests of files and of JSON, and the manifest of a folder: the size and SHA-256 of each file, and of itself.
+"""Digests of files and JSON, and the manifest of a folder: the size and SHA-256 of each file, and its own digest.
 
-A mapping that is stored with a digest of its own content is called signed. The digest is the SHA-256 of the mapping as
-JSON with sorted keys, under the key "sha256", which it does not cover.
+A mapping that is stored with a digest of its own content is called signed. The digest, under the key "sha256", is the
+SHA-256 of the rest of the mapping as JSON with sorted keys.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ def canonical_json(value: Any) -> bytes:
 
 def own_sha256(facts: Mapping[str, Any]) -> str:
     """Return the SHA-256 of a mapping without its key "sha256"."""
-    rest = {name: value for name, value in facts.items() if name != "sha256"}
-    return hashlib.sha256(canonical_json(rest)).hexdigest()
+    content = {name: value for name, value in facts.items() if name != "sha256"}
+    return hashlib.sha256(canonical_json(content)).hexdigest()
 
 
 def is_signed(value: Any) -> bool:
@@ -42,7 +42,7 @@ def write_signed(path: Path, facts: dict[str, Any]) -> None:
 
 
 def read_signed(path: Path, fix: str) -> dict[str, Any]:
-    """Return the mapping of a signed JSON file; raises DataError, which ends with `fix`, when a value has changed."""
+    """Return the mapping of a signed JSON file; raises DataError, which ends with `fix`, if a value has changed."""
     facts = read_json(path, fix)
     if not is_signed(facts):
         raise DataError(f"{path} is damaged (its own sha256 differs): {fix}")
@@ -63,7 +63,7 @@ def digest_of(path: Path) -> Digest:
 def seal(folder: Path, facts: dict[str, Any], digests: dict[str, Digest] | None = None) -> None:
     """Write the manifest of a folder: `facts`, the size and SHA-256 of each file, and its own digest.
 
-    `digests` holds those that the writers of the files computed; the others are computed here.
+    `digests` holds the digests that the writers of the files computed; the others are computed here.
     """
     known = digests or {}
     names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())

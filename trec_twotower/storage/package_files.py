@@ -10,7 +10,7 @@ PACKAGE_DIR = Path(__file__).resolve().parent.parent
 
 
 def package_file(name: str) -> Path:
-    """Return the path of a shipped file, such as `configs/demo.yaml`; raises ConfigError where it is missing.
+    """Return the path of a shipped file, such as `configs/demo.yaml`; raises ConfigError if it is missing.
 
     An installed package contains the folders; in a checkout they are next to the package.
     """

@@ -339,7 +339,7 @@ def test_a_history_without_the_rows_own_item(leaky):
     found = drop_target_items(table, ["history", "share"], "here", refuses=False)
     assert found["history"].to_pylist() == [["a"], ["a", None], []]
     assert found["share"].to_pylist() == [[1.0], [2.0, 3.0], []]
-    with pytest.raises(DataError, match=r"here, row 1: its history holds the item that it asks for \(1 rows of this"):
+    with pytest.raises(DataError, match=r"here, row 1: its history holds the item that the row predicts \(as in 1 rows"):
         drop_target_items(table, ["history", "share"], "here", refuses=True)
 
 
@@ -352,7 +352,7 @@ def test_own_items_are_left_out_where_rows_are_read(leaky, target_in_history, le
     [group] = sources.dataset.train.row_groups
     assert next(reader._blocks(group, 0, 3))[1].user.sparse["history"].lengths.tolist() == lengths
     refusing = UnitReader(sources, data.model_copy(update={"target_in_history": "error"}), build_loss(), 0, 1)
-    with pytest.raises(DataError, match="its history holds the item that it asks for"):
+    with pytest.raises(DataError, match="its history holds the item that the row predicts"):
         next(refusing._blocks(group, 0, 3))
     with pytest.raises(ValidationError, match="the history never holds a target"):
         DataConfig(dataset="d", rows="user", target_in_history="drop")
@@ -397,9 +397,9 @@ def test_every_list_of_items_is_looked_through_for_the_rows_own(tmp_path, write_
     assert found.in_words.startswith(
         "data.target_in_history: drop leaves 4 elements out of history, clicks, in 2 rows of train/"
     )
-    with pytest.raises(DataError, match="row 0: its history holds the item that it asks for"):
+    with pytest.raises(DataError, match="row 0: its history holds the item that the row predicts"):
         next(reader("error")._blocks(group, 0, 3))
-    with pytest.raises(DataError, match=r"row 0: its clicks holds the item that it asks for \(2 rows"):
+    with pytest.raises(DataError, match=r"row 0: its clicks holds the item that the row predicts \(as in 2 rows"):
         drop_target_items(dataset.train.table(["item_id", "clicks", "when"]), ["clicks", "when"], "here", refuses=True)
     with_liked = FeatureDataset(dataset, Schema.build(tables, (clicks, tags, liked), (item,)), "event")
     with pytest.raises(ConfigError, match=r"user feature 'liked' reads lists of items in .*users, one list for all"):
@@ -449,7 +449,7 @@ def test_a_drawn_history_is_the_same_items_by_both_hashes(tmp_path, write_datase
     sources = FeatureDataset(Dataset(folder), Schema.build({"t": table}, (history,), (item,)), "user")
     reader = UnitReader(sources, DataConfig(dataset=folder, rows="user"), build_loss(), 0, 1)
     [group] = sources.dataset.train.row_groups
-    rows = reader._drawn(next(reader._blocks(group, 0, 2))[1], 0, 0)
+    rows = reader._split_inputs(next(reader._blocks(group, 0, 2))[1], 0, 0)
     of_item = sources.catalogue.columns.sparse
     for name in ("history", "history@2"):
         drawn = rows.user.sparse[name]

@@ -646,7 +646,7 @@ def test_a_weight_that_is_none_is_refused_with_its_row(tiny, weight):
 
 def test_weights_that_are_no_numbers_are_refused_as_no_feature(tiny):
     train = pa.table({"user_id": [1, 2], "item_id": [10, 20], "weight": ["light", "heavy"]})
-    with pytest.raises(DataError, match=r"column 'weight' is .*string.*each row weighs in the loss: write numbers, or"):
+    with pytest.raises(DataError, match=r"column 'weight' is .*string.*weight of each row in the loss: write numbers, or"):
         epoch_of(batches_of(tiny(train=train), batch_size=2))
 
 

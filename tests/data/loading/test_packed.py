@@ -132,11 +132,11 @@ def test_memory_is_used_again_when_its_rows_are_gone():
     rows = [(number, [], [], (0.0, 0.0), [number], [], 1.0, 0) for number in range(9)]
     buffers = Buffers()
     one, other = (packed_of(each, [0] * 9, 1, [], buffers) for each in (rows, rows[::-1]))
-    assert rows_of(take([(one, 0)])) == rows and not np.shares_memory(one.words, other.words)
-    memory = one.words
+    assert rows_of(take([(one, 0)])) == rows and not np.shares_memory(one.buffer, other.buffer)
+    memory = one.buffer
     del one
     again = packed_of(rows, [0] * 9, 1, [], buffers)
-    assert np.shares_memory(again.words, memory)
+    assert np.shares_memory(again.buffer, memory)
     assert rows_of(take([(other, 0)])) == rows[::-1] and rows_of(take([(again, 0)])) == rows
 
 
@@ -145,10 +145,10 @@ def test_memory_grows_with_rows_that_are_longer_than_the_first():
     rows = [(n, list(range(n * n)), [(1, 0.5)] * n, (1.0, 2.0), [n], [7] * n, 1.0, n) for n in range(120)]
     packer = RowBucketer(np.arange(120, dtype=np.int32) % 7, 7, buffers)
     packer.add(examples_of(rows[:10]))
-    first = len(packer._words)
+    first = len(packer._buffer)
     packer.add(examples_of(rows[10:]))
     packed = packer.finish()
-    assert len(packed.words) > first
+    assert len(packed.buffer) > first
     for heap in range(7):
         assert rows_of(take([(packed, heap)])) == rows[heap::7]
 
@@ -157,5 +157,5 @@ def test_rows_of_different_kinds_are_refused():
     packer = RowBucketer(np.zeros(2, np.int32), 1, Buffers())
     rows = [(1, [], [], (0.0, 0.0), [1], [], 1.0, 0)]
     packer.add(examples_of(rows))
-    with pytest.raises(AssertionError, match="below"):
+    with pytest.raises(AssertionError, match="cannot append"):
         packer.add(examples_of(rows).items)

@@ -517,7 +517,7 @@ def test_a_queue_without_room_for_a_step_is_refused_before_it(tiny):
     assert tiny({"negatives": {"sampled": 3, "cross_batch_memory": 3}}).candidates.keeps_list
     with pytest.raises(
         ConfigError,
-        match=rf"cross_batch_memory is 2, but a step adds about {mean:.0f} candidates.*\(such as {8 * mean:.0f}\)",
+        match=rf"cross_batch_memory is 2, but a step has some {mean:.0f} candidates .* \(such as {8 * mean:.0f}\)",
     ):
         tiny({"negatives": {"sampled": 3, "cross_batch_memory": 2}})
 
@@ -599,7 +599,7 @@ def test_a_file_that_cannot_be_used_is_refused_with_what_is_wrong(tiny, tmp_path
 def test_a_file_that_is_not_there_or_damaged_is_refused(tiny, tmp_path):
     known = tmp_path / "known.parquet"
     pq.write_table(pa.table({"user_id": [1], "item_ids": [[10]]}), known)
-    with pytest.raises(ConfigError, match=r"loss\.known is .*knwn\.parquet, which is no file \(nearest: 'known"):
+    with pytest.raises(ConfigError, match=r"loss\.known is .*knwn\.parquet, which is not a file \(nearest: 'known"):
         tiny({"known": str(tmp_path / "knwn.parquet")})
     known.write_bytes(known.read_bytes()[:-20])
     with pytest.raises(DataError, match=r"known\.parquet cannot be read as Parquet"):
@@ -644,7 +644,7 @@ def test_settings_that_do_not_fit_together_are_refused():
         refused({"log_q": 0, "log_q_estimate": "streaming"})
     with pytest.raises(ConfigError, match=r"in_batch: false and sampled: 0, so there are no negatives"):
         refused({"negatives": {"in_batch": False, "cross_batch_memory": 100}})
-    with pytest.raises(ConfigError, match=r"listwise, which uses a row's own list .* has cross_batch_memory"):
+    with pytest.raises(ConfigError, match=r"listwise, which uses only a row's own list, .* has cross_batch_memory"):
         refused({"kind": "listwise", "impressions": GRADED, "negatives": {"sampled": 5, "cross_batch_memory": 9}})
 
 

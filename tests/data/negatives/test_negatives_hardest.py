@@ -32,7 +32,8 @@ def test_the_negatives_below_the_highest_scores_have_their_weight(kind, rows_a_b
 
 
 @pytest.mark.parametrize("kind", ["softmax", "bsl"])
-def test_float32_finds_the_same_negatives_as_float64(kind):
+def test_kernels_that_add_log_q_later_find_the_same_negatives(kind):
+    """float32, which has kernels of our own, against float64."""
     for name in ("drawn, narrow", "drawn, wide", "given, drawn, wide"):
         assert_equal(kind, CASES[name], 0.5, 2e-4, dtype=torch.float32, hardest=Hardest(2, 0.1))
 

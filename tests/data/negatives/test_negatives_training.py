@@ -247,7 +247,7 @@ def test_refreshing_without_a_search_or_with_too_few_items_is_refused(small_worl
         training.train(config_of(small_world, tmp_path / "run"), lone_rank)
     loss = {"negatives": {"refresh": {"every": 2, "neighbor_range": [29, 40], "count": 3}}}
     with pytest.raises(
-        ConfigError, match=r"neighbor_range begins with 29, but the catalogue has only 28 other items"
+        ConfigError, match=r"neighbor_range begins with 29, but each item has only 28 neighbours"
     ):
         train(event_config(small_world, tmp_path / "other", loss=loss), lone_rank)
 

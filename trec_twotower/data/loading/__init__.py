@@ -1,1 +1,1 @@
-"""From Parquet row groups to training batches."""
+"""Reads Parquet row groups into training batches."""

@@ -1,4 +1,4 @@
-"""A batch: what one rank takes in one step."""
+"""The batch of one rank and one training step."""
 
 from __future__ import annotations
 
@@ -24,54 +24,55 @@ from trec_twotower.ops.ragged import Ragged, weights_of
 
 @dataclass
 class JaggedLookup:
-    """How the ids of one key are to be put together, whose vectors are looked up one by one.
+    """Describes how the unpooled vectors of one key's ids are combined.
 
-    Of a bag (or ids) one entry a row; of a sequence's attribute or of its items, one entry a distinct item. Where there
-    is a place, each id was looked up once however often it stands there; of text that a model reads, they are tokens.
+    A bag (or id) has one entry per row; the attributes and items of a sequence have one entry per distinct item. With
+    `place`, repeated ids are looked up only once. For text that a language model encodes, the ids are tokens.
     """
 
-    length: Tensor | None = None  # int64, ids of each entry; None: one
-    weight: Tensor | None = None  # one an id
-    divisor: Tensor | None = None  # of an attribute: what each pooled sum is divided by
-    place: Tensor | None = None  # of lists: each id among the distinct ones; of a sequence `length` is then the rows'
-    gap: Tensor | None = None  # of a sequence: buckets
-    action: Tensor | None = None
+    length: Tensor | None = None  # int64, number of ids per entry; None: one
+    weight: Tensor | None = None  # one per id
+    divisor: Tensor | None = None  # divisors of an attribute's pooled sums
+    place: Tensor | None = None  # index of each id among the distinct ids; a sequence's `length` is then per row
+    gap: Tensor | None = None  # time-gap buckets of a sequence's steps
+    action: Tensor | None = None  # action buckets of a sequence's steps
 
     def each(self, change: Any) -> JaggedLookup:
+        """Return the lookup with `change` applied to every tensor."""
         return JaggedLookup(**{name: None if value is None else change(value) for name, value in vars(self).items()})
 
 
 @dataclass
 class Batch(Pipelineable):
-    """Users of some rows, candidate items, and which of them belong together.
+    """The users of a rank's rows, the candidate items, and the pairs between them.
 
-    The candidates of a step are one set of C distinct catalogue rows for all ranks, in rising order; each rank encodes
-    a share of them, S items (`item_sizes` has every rank's S).
+    All ranks share one set of C distinct candidates, which are catalogue rows in ascending order. Each rank encodes S
+    of them (`item_sizes` holds every rank's S).
 
-    `sparse` is one KeyedJaggedTensor for both sides, so that all tables are looked up in one call. It has R rows, the
-    largest B or S of any rank: row-wise tables want equal batches. User keys have empty bags from row B on, item keys
+    `sparse` is one KeyedJaggedTensor for both sides, so that one call looks up all tables. It has R rows, the largest B
+    or S of any rank, because row-wise tables need equal batch sizes. User keys have empty bags from row B on, item keys
     from row S on. With B = 3 users and S = 2 items, the keys user:history and item:item_id, and R = 3:
 
                         row 0       row 1    row 2
         user:history    [17, 4]     []       [9]         lengths 2 0 1
         item:item_id    [4]         [30]     (empty)     lengths 1 1 0      values 17 4 9 4 30
 
-    The order of the keys is the schema's and never changes (a sharded collection remembers the first order it sees).
+    The keys are always in the order of the schema, because a sharded collection caches the first order that it sees.
     `targets` are the pairs of this rank's rows with the candidates.
     """
 
     sparse: KeyedJaggedTensor
-    user_divisor_BF: Tensor  # what each pooled sum is divided by
+    user_divisor_BF: Tensor  # divisors of the pooled sums
     user_number_BN: Tensor
     item_divisor_SF: Tensor
     item_number_SN: Tensor
     item_sizes: tuple[int, ...] = ()
     num_rows_of_all_ranks: int = 0
-    log_q_C: Tensor | None = None  # log of the probability to be a candidate, whatever loss.log_q is
-    is_negative_C: Tensor | None = None  # bool: False for items that only stand as positives
+    log_q_C: Tensor | None = None  # log probability of being a candidate, set for any loss.log_q
+    is_negative_C: Tensor | None = None  # bool: False for items that are only positives
     targets: Targets | None = None
-    item_key_C: Tensor | None = None  # what tells a candidate from others in all steps (63 bits), where asked for
-    # Where there are sequences: the ids whose vectors are wanted one by one, each key's in one row, and how they lie.
+    item_key_C: Tensor | None = None  # 63-bit keys that are the same in all steps; None: unused
+    # Ids with unpooled vectors, one row per key, and how their vectors are combined; None without sequences.
     sequences: KeyedJaggedTensor | None = None
     listed: dict[str, JaggedLookup] = field(default_factory=dict)
 
@@ -102,16 +103,16 @@ class Batch(Pipelineable):
 
 @dataclass(frozen=True)
 class Candidates:
-    """The items of a step, the same on all ranks."""
+    """The candidates of a step, the same on all ranks."""
 
-    item_row: np.ndarray  # distinct, rising
+    item_row: np.ndarray  # distinct catalogue rows, ascending
     log_q: np.ndarray | None
     is_negative: np.ndarray
-    sizes: tuple[int, ...]  # how many of them each rank encodes, in order
+    sizes: tuple[int, ...]  # number of candidates that each rank encodes, in order
     key: np.ndarray | None = None
 
 
-Sides = Mapping[Side, Columns | None]  # the columns of each, None: not wanted
+Sides = Mapping[Side, Columns | None]  # columns by side; None: the side is left out
 
 
 def make_batch(
@@ -124,7 +125,7 @@ def make_batch(
     targets: Targets | None = None,
     num_rows_of_all_ranks: int = 0,
 ) -> Batch:
-    """Assemble a Batch of `num_rows` (default: as many as needed); a side that is not wanted has no rows."""
+    """Build a Batch of `num_rows` rows (default: the larger side); a side of None has no rows."""
     sides: Sides = {"user": user, "item": item}
     num_users, num_items = (0 if columns is None else columns.num_rows for columns in sides.values())
     if num_rows is None:
@@ -160,7 +161,7 @@ def _tensor(values: np.ndarray | None) -> Tensor | None:
 
 
 def _keyed_jagged(schema: Schema, sides: Sides, num_rows: int) -> tuple[KeyedJaggedTensor, dict[Side, np.ndarray]]:
-    """All keys' bags, and for each side what its pooled sums are divided by: float32 (its rows, features)."""
+    """Return the bags of all keys, and the divisors of each side's pooled sums: float32 (rows, features)."""
     divisors: dict[Side, np.ndarray] = {}
     for side, columns in sides.items():
         features = schema.layout.table_features(side)
@@ -193,12 +194,12 @@ def _keyed_jagged(schema: Schema, sides: Sides, num_rows: int) -> tuple[KeyedJag
 
 
 def _sequences(schema: Schema, sides: Sides) -> tuple[KeyedJaggedTensor, dict[str, JaggedLookup]]:
-    """The ids of all listed keys, each key in one row (so that ranks need not agree on a number), and how they lie.
+    """Return the ids of all unpooled keys and their JaggedLookup.
 
-    Of a sequence every item stands once, however many steps of the rows it takes.
+    Each key is one row, so that ranks need not agree on a number of rows. The items of a sequence are deduplicated.
     """
     values: dict[str, np.ndarray] = {}
-    listed: dict[str, JaggedLookup] = {}
+    lookups: dict[str, JaggedLookup] = {}
     for side, feature in schema.layout.table_pairs:
         name, columns = lookup_key(side, feature), sides[side]
         if feature.table_name not in schema.unpooled_tables:
@@ -206,9 +207,9 @@ def _sequences(schema: Schema, sides: Sides) -> tuple[KeyedJaggedTensor, dict[st
         bags = Ragged.empty(0) if columns is None else columns.sparse[feature.name]
         if not isinstance(feature, SequenceFeature):
             if bags.is_single:
-                values[name], listed[name] = bags.values, JaggedLookup(weight=_tensor(bags.weights))
+                values[name], lookups[name] = bags.values, JaggedLookup(weight=_tensor(bags.weights))
             else:
-                values[name], listed[name] = _distinct(bags)
+                values[name], lookups[name] = _distinct(bags)
             continue
         parts = {
             part: np.empty(0, np.int64) if columns is None else columns.sparse[sub_name(feature.name, part)].values
@@ -222,7 +223,7 @@ def _sequences(schema: Schema, sides: Sides) -> tuple[KeyedJaggedTensor, dict[st
         item_U, place = np.unique(item, return_inverse=True)
         row_U, bucket_U = np.divmod(item_U, buckets)
         values[name] = bucket_U
-        listed[name] = JaggedLookup(
+        lookups[name] = JaggedLookup(
             torch.from_numpy(bags.lengths.astype(np.int64)),
             place=torch.from_numpy(place.astype(np.int64)),
             gap=_index(parts.get("gap")),
@@ -233,25 +234,25 @@ def _sequences(schema: Schema, sides: Sides) -> tuple[KeyedJaggedTensor, dict[st
         if feature.attributes:
             catalogue = None if columns is None else columns.items
             for attribute in feature.attributes:
-                of_item = next(other for other in schema.item if other.name == attribute)
-                found = _attributes(of_item, catalogue, row_U - 1)
-                at = sub_name(name, attribute)
-                values[at], listed[at] = _distinct(found)
-                if divides(of_item):
-                    divisor = np.empty(len(found), np.float32)
-                    put_pooling_divisor(of_item, found, divisor)
-                    listed[at].divisor = torch.from_numpy(divisor)
+                item_feature = next(other for other in schema.item if other.name == attribute)
+                lists = _attributes(item_feature, catalogue, row_U - 1)
+                key = sub_name(name, attribute)
+                values[key], lookups[key] = _distinct(lists)
+                if divides(item_feature):
+                    divisor = np.empty(len(lists), np.float32)
+                    put_pooling_divisor(item_feature, lists, divisor)
+                    lookups[key].divisor = torch.from_numpy(divisor)
     keys = list(schema.layout.unpooled_keys)
     return KeyedJaggedTensor(
         keys=keys,
         values=torch.from_numpy(np.concatenate([values[name].astype(np.int64, copy=False) for name in keys])),
         lengths=torch.tensor([len(values[name]) for name in keys], dtype=torch.int32),
         stride=1,
-    ), listed
+    ), lookups
 
 
 def _distinct(bags: Ragged) -> tuple[np.ndarray, JaggedLookup]:
-    """What is to be looked up for some lists, each id once, and how the lists take it."""
+    """Return the distinct ids of the lists, and the lookup that maps them back to the lists."""
     id_U, place = np.unique(bags.values, return_inverse=True)
     length = torch.from_numpy(bags.lengths.astype(np.int64))
     return id_U, JaggedLookup(length, _tensor(bags.weights), place=torch.from_numpy(place.astype(np.int64)))
@@ -262,9 +263,9 @@ def _index(values: np.ndarray | None) -> Tensor | None:
 
 
 def _attributes(feature: FeatureSpec, catalogue: Columns | None, row_U: np.ndarray) -> Ragged:
-    """The lists of an item feature of these catalogue rows; those of no row (-1) are empty."""
+    """Return the lists of an item feature for these catalogue rows; the list of row -1 is empty."""
     if catalogue is None:
-        assert not (row_U >= 0).any(), "steps have attributes, but their columns come without a catalogue"
+        assert not (row_U >= 0).any(), "sequence items have attributes, but there is no catalogue"
         return Ragged.empty(len(row_U))
     lists = catalogue.sparse[feature.name].take(np.maximum(row_U, 0)) if len(row_U) else Ragged.empty(0)
     is_known = row_U >= 0
@@ -274,7 +275,7 @@ def _attributes(feature: FeatureSpec, catalogue: Columns | None, row_U: np.ndarr
 
 
 def _numbers(schema: Schema, side: Side, columns: Columns | None) -> np.ndarray:
-    """(rows, all their columns) of the features without table."""
+    """Return the numbers of the features without tables: (rows, columns of all features)."""
     features = schema.layout.float_features(side)
     if columns is None or not features:
         return np.empty(

@@ -1,4 +1,4 @@
-"""Training rows, hashed: the unit that is cached, permuted and cut into batches."""
+"""Hashed training rows, which are cached, permuted and cut into batches."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from trec_twotower.ops.ragged import Ragged
 
 
 class _ByRow:
-    """A dataclass of arrays, Ragged and Columns that have one entry a row each; None where there are none."""
+    """A dataclass of arrays, Ragged and Columns with one entry per row; absent parts are None."""
 
     def take(self, rows: np.ndarray) -> Self:
-        """The given rows, in the given order."""
+        """Return the given rows, in the given order."""
         return self._each(lambda part: part[rows] if isinstance(part, np.ndarray) else part.take(rows))
 
     def slice(self, start: int, stop: int) -> Self:
-        """Rows start .. stop - 1, without a copy."""
+        """Return rows start .. stop - 1 without a copy."""
         return self._each(lambda part: part[start:stop] if isinstance(part, np.ndarray) else part.slice(start, stop))
 
     @classmethod
     def concat(cls, parts: Sequence[Self]) -> Self:
-        """The rows of all parts below each other."""
+        """Return the concatenated rows of all parts."""
         if len(parts) == 1:
             return parts[0]
 
@@ -48,24 +48,24 @@ def _names(kind: Any) -> list[str]:
 
 @dataclass(frozen=True)
 class RowItems(_ByRow):
-    """What every rank knows of each row, its own or not: the candidates of a step come from them."""
+    """The items of rows, which every rank reads for all rows because they are the candidates of a step."""
 
     positives: Ragged  # catalogue rows
-    given: Ragged | None = None  # catalogue rows that the rows name beside these, with labels as weights
-    user_key: np.ndarray | None = None  # int64: the user's id, see hashing.py
+    given: Ragged | None = None  # catalogue rows of the impressions; the weights are their labels
+    user_key: np.ndarray | None = None  # int64 key of the user's id, see hashing.py
 
 
 @dataclass(frozen=True)
 class Examples(_ByRow):
-    """Some training rows, hashed."""
+    """Hashed training rows."""
 
     user: Columns
     positives: Ragged  # catalogue rows
-    known: Ragged | None = None  # catalogue rows that are no negatives, beside the positives
-    history: Ragged | None = None  # the same by fingerprint, of items that may be outside the catalogue
-    weight: np.ndarray | None = None  # float32, one a row; None: 1
+    known: Ragged | None = None  # catalogue rows that are not negatives, in addition to the positives
+    history: Ragged | None = None  # fingerprints of further items that are not negatives, in the catalogue or not
+    weight: np.ndarray | None = None  # float32, one per row; None: 1
     given: Ragged | None = None  # as in RowItems
-    given_weight: Ragged | None = None  # float32, as long as those
+    given_weight: Ragged | None = None  # float32, one per item of `given`
     user_key: np.ndarray | None = None  # as in RowItems
 
     @property

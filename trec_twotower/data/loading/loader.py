@@ -1,7 +1,7 @@
-"""The training rows as batches, in an order that depends on nothing but (seed, epoch, row): see order.py.
+"""Training batches, in an order that depends only on (seed, epoch, row): see order.py.
 
-A step takes the next `batch_size` rows of its epoch, so a cursor is one integer, the step. Windows are read ahead by
-`data.threads` threads, and batches cut from them; what comes when does not depend on how many there are.
+A step consumes the next `batch_size` rows of its epoch, so the step number is the whole cursor. `data.threads` threads
+prefetch windows and cut batches from them. The order of the batches does not depend on the number of threads.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ from trec_twotower.data.negatives.step_negatives import Negatives
 from trec_twotower.errors import ConfigError
 from trec_twotower.ops.ragged import Ragged
 
-ROWS_AHEAD = 1 << 17  # in batches that are made but not taken
+ROWS_AHEAD = 1 << 17  # rows in prefetched batches that training has not consumed
 
-# (step, sources, how often each item was taken) -> lists of items, and which of them is each item's (-1: none).
+# (step, sources, interactions per item) -> lists of hard negatives, and the list of each item (-1: none).
 HardNegativeProvider = Callable[[int, FeatureDataset, np.ndarray], tuple[Ragged, np.ndarray] | None]
 
 
 class TrainBatches:
-    """The batches of this rank from any step on: `batches.since(step, end)`.
+    """Yields the batches of this rank, starting at any step: `batches.since(step, end)`.
 
-    With loss.negatives.refresh, `lists_at` returns the lists from which the rows of a step draw negatives. It is called
-    in the thread that reads the batches, when all earlier ones have been read and no later one has been made.
+    With loss.negatives.refresh, `lists_at` returns the lists from which the rows of a step draw negatives. The thread
+    that consumes the batches calls it, after all earlier batches are consumed and before any later one is built.
     """
 
     def __init__(
@@ -58,9 +58,9 @@ class TrainBatches:
         first_epoch: int = 0,
         counted_rows: int | None = None,
     ) -> None:
-        """`count_I` is of negatives.count_items, in so many rows (default: these).
+        """`count_I` is the result of count_items over `counted_rows` rows (default: the training rows).
 
-        Their first step and epoch may be others than 0.
+        A stream's later generations begin at `first_step` and `first_epoch`.
         """
         self.sources = sources
         self.data = data
@@ -79,77 +79,77 @@ class TrainBatches:
         self.negatives = Negatives(sources, data, loss, count_I, counted_rows or self.num_rows)
         masks_history = self.reader.masks_history
         self.candidates = CandidateSets(sources, loss, self.negatives, self.num_ranks, masks_history=masks_history)
-        self.pin_memory = pin_memory  # for copies to a GPU that do not wait
+        self.pin_memory = pin_memory  # needed for asynchronous copies to a GPU
 
     @property
     def item_counts(self) -> np.ndarray:
-        """How often each item is a positive of the rows that were counted, (I,)."""
+        """Number of interactions of each item in the counted rows, (I,)."""
         return self.negatives.facts.interactions_I
 
     @property
     def log_q_I(self) -> np.ndarray:
-        """Log of the probability that an item is among a step's candidates, (I,)."""
+        """Log of the probability that an item is among the candidates of a step, (I,)."""
         return self.negatives.log_I
 
     def since(self, step: int, end: int, lists_at: HardNegativeProvider | None = None) -> Iterator[Batch]:
-        """Batches of the steps step .. end - 1; an error in the data is raised at the step that needs the row."""
+        """Yield the batches of steps step .. end - 1; a data error is raised at the step that needs the bad row."""
         pool: _Pool = ThreadPoolExecutor(self.data.threads, "reader") if self.data.threads else _Inline()
         try:
-            yield from self._ahead(pool, step, end, lists_at)
+            yield from self._prefetch(pool, step, end, lists_at)
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
     def windows(self, epoch: int) -> list[Window]:
-        """The epoch's windows, in order."""
+        """Return the windows of an epoch, in order."""
         return windows_of(self.sources.dataset.train.row_groups, self.data.shuffle_rows, self.data.seed, epoch)
 
     def rows_of(self, step: int) -> list[StepRows]:
-        """Where the rows of a step stand, those of all ranks."""
+        """Return the files and row numbers of a step's rows, over all ranks."""
         low, high, epoch = self._places(step)
         return rows_at(self.windows(epoch), low, high, self.data.seed)
 
-    def _ahead(self, pool: _Pool, step: int, end: int, lists_at: HardNegativeProvider | None) -> Iterator[Batch]:
-        """Keeps `prefetch` batches and, where there are threads, units of the next window under way."""
+    def _prefetch(self, pool: _Pool, step: int, end: int, lists_at: HardNegativeProvider | None) -> Iterator[Batch]:
+        """Yield batches while threads prepare `prefetch` more batches and read the units of the next window."""
         windows = self._windows_since(step, end)
-        held: deque[_Held] = deque()
-        made: deque[Future[Batch]] = deque()
+        reads: deque[_WindowReads] = deque()
+        batches: deque[Future[Batch]] = deque()
         refresh = self.loss.negatives.refresh if lists_at is not None else None
-        stop = end if refresh is None else step  # the step before which all others must have been taken
-        most = 1
-        if self.data.threads:  # fewer than 32 leave threads waiting for whoever takes the batches
-            most = self.data.prefetch or min(32, max(4, ROWS_AHEAD // self.data.batch_size))
-        while step < end or made:
-            if refresh is not None and lists_at is not None and step == stop and not made:
+        stop = end if refresh is None else step  # batches before this step must be consumed first
+        max_batches = 1
+        if self.data.threads:  # with fewer than 32, threads wait for the consumer
+            max_batches = self.data.prefetch or min(32, max(4, ROWS_AHEAD // self.data.batch_size))
+        while step < end or batches:
+            if refresh is not None and lists_at is not None and step == stop and not batches:
                 self._refresh(step, lists_at)
                 stop = min(end, step - step % refresh.every + refresh.every)
-            while step < stop and len(made) < most:
+            while step < stop and len(batches) < max_batches:
                 low, high, epoch = self._places(step)
-                while held and (held[0].window.epoch < epoch or held[0].window.end <= low):
-                    held.popleft()
-                while not held or (held[-1].window.epoch, held[-1].window.end) < (epoch, high):
-                    held.append(_Held(next(windows), self.reader))
-                needed = [each for each in held if each.window.epoch == epoch and each.window.first < high]
+                while reads and (reads[0].window.epoch < epoch or reads[0].window.end <= low):
+                    reads.popleft()
+                while not reads or (reads[-1].window.epoch, reads[-1].window.end) < (epoch, high):
+                    reads.append(_WindowReads(next(windows), self.reader))
+                needed = [each for each in reads if each.window.epoch == epoch and each.window.first < high]
                 for each in needed:
                     each.read(pool)
-                if self.data.threads and len(held) == len(needed) and (ahead := next(windows, None)) is not None:
-                    held.append(_Held(ahead, self.reader))
-                if len(held) > len(needed):  # a unit a thread at a time: batches must not wait behind a whole window
-                    held[-1].read(pool, at_once=self.data.threads)
-                if made and not all(rows.done() for each in needed for rows in each.rows):
-                    break  # give what there is before waiting for more
+                if self.data.threads and len(reads) == len(needed) and (upcoming := next(windows, None)) is not None:
+                    reads.append(_WindowReads(upcoming, self.reader))
+                if len(reads) > len(needed):  # one unit per thread: batches must not wait for a whole window
+                    reads[-1].read(pool, at_once=self.data.threads)
+                if batches and not all(rows.done() for each in needed for rows in each.rows):
+                    break  # yield a finished batch before waiting for rows
                 pieces = [piece for each in needed for piece in each.pieces(low)]
-                made.append(pool.submit(self._batch, step, pieces))
+                batches.append(pool.submit(self._batch, step, pieces))
                 step += 1
-            yield made.popleft().result()
+            yield batches.popleft().result()
 
     def _refresh(self, step: int, lists_at: HardNegativeProvider) -> None:
-        """Let the batches from this step on draw from the lists that are valid then."""
+        """Make the batches from this step on draw from the hard-negative lists of this step."""
         lists = lists_at(step, self.sources, self.negatives.facts.interactions_I)
         if lists is not None:
             self.negatives.refresh(*lists)
 
     def _places(self, step: int) -> tuple[int, int, int]:
-        """The places of a step's rows in its epoch, and the epoch."""
+        """Return the first place of a step's rows in its epoch, the end of them, and the epoch."""
         epoch, number = divmod(step - self.first_step, self.steps_per_epoch)
         low = number * self.data.batch_size
         return low, min(low + self.data.batch_size, self.rows_per_epoch), epoch + self.first_epoch
@@ -165,16 +165,16 @@ class TrainBatches:
                     yield window
 
     def _batch(self, step: int, pieces: list[tuple[UnitRows, int]]) -> Batch:
-        """This rank's batch of a step, whose candidates come from the rows of all ranks.
+        """Build this rank's batch of a step; the candidates come from the rows of all ranks.
 
-        Each piece is a heap of a unit.
+        Each piece is a unit and the number of one of its buckets.
         """
-        rows_of_pieces = np.array([unit.num_rows(heap) for unit, heap in pieces])  # (pieces, ranks)
-        mine: Examples = take([(unit.mine, heap) for unit, heap in pieces])
+        rows_of_pieces = np.array([unit.num_rows(bucket) for unit, bucket in pieces])  # (pieces, ranks)
+        mine: Examples = take([(unit.mine, bucket) for unit, bucket in pieces])
         if self.num_ranks == 1:
             items = mine.items
         else:
-            items = take([(unit.items, heap) for unit, heap in pieces if unit.items is not None])
+            items = take([(unit.items, bucket) for unit, bucket in pieces if unit.items is not None])
         rows_R = rows_of_pieces.sum(axis=0)
         candidates, targets = self.candidates.of(
             StepItems(step, items), mine, lambda: _places_of(rows_of_pieces, self.rank)
@@ -194,20 +194,20 @@ class TrainBatches:
 
 
 def _places_of(rows_of_pieces: np.ndarray, rank: int) -> np.ndarray:
-    """Where a rank's rows stand among a step's: in each piece, those of the ranks come one behind the other."""
+    """Return the places of a rank's rows among a step's rows; every piece holds the ranks' rows in rank order."""
     is_rank = np.zeros(rows_of_pieces.shape, bool)
     is_rank[:, rank] = True
     return np.flatnonzero(np.repeat(is_rank.reshape(-1), rows_of_pieces.reshape(-1)))
 
 
-class _Held:
-    """A window whose units are read, being read or still to be."""
+class _WindowReads:
+    """A window and the futures of its units' rows."""
 
     def __init__(self, window: Window, reader: UnitReader) -> None:
         self.window = window
         self.reader = reader
         self.rows: list[Future[UnitRows]] = []
-        # The window's first place, those where steps begin, and its end.
+        # Edges within the window: its start, the places where steps begin, and its end.
         batch_size = reader.data.batch_size
         inside = range(window.first - window.first % batch_size + batch_size, window.end, batch_size)
         self.edges = [place - window.first for place in (window.first, *inside, window.end)]
@@ -215,7 +215,7 @@ class _Held:
         self._lock = threading.Lock()
 
     def read(self, pool: _Pool, at_once: int | None = None) -> None:
-        """Have the units read that are not yet; with `at_once`, only while fewer than so many are under way."""
+        """Submit the remaining units to the pool; with `at_once`, only while fewer than that are being read."""
         for number in range(len(self.rows), len(self.window.units)):
             if at_once is not None and sum(not rows.done() for rows in self.rows) >= at_once:
                 return
@@ -225,27 +225,27 @@ class _Held:
         return self.reader.read(self.window.units[number], self._cuts()[:, number])
 
     def _cuts(self) -> np.ndarray:
-        """How many rows of each unit come before each edge: (edges, units)."""
-        with self._lock:  # whoever asks first
+        """Return the number of rows of each unit before each edge: (edges, units)."""
+        with self._lock:  # computed by the first thread that needs it
             if self._before is None:
                 self._before = Interleaving.of(self.window, self.reader.data.seed).before(np.array(self.edges))
             return self._before
 
     def pieces(self, low: int) -> list[tuple[UnitRows, int]]:
-        """The heaps that the step takes which begins at this place of the epoch, or before the window."""
-        heap = bisect_left(self.edges, max(low - self.window.first, 0))
-        first, end = self._cuts()[heap : heap + 2].tolist()
-        return [(rows.result(), heap) for rows, low, high in zip(self.rows, first, end, strict=True) if low < high]
+        """Return the buckets of the step that begins at this place of the epoch, or before the window."""
+        bucket = bisect_left(self.edges, max(low - self.window.first, 0))
+        first, end = self._cuts()[bucket : bucket + 2].tolist()
+        return [(rows.result(), bucket) for rows, low, high in zip(self.rows, first, end, strict=True) if low < high]
 
 
 def used_rows_per_epoch(num_rows: int, data: DataConfig) -> int:
-    """How many of an epoch's rows come in its batches."""
+    """Return the number of rows that an epoch uses; `drop_last` leaves out the last partial batch."""
     return num_rows - num_rows % data.batch_size if data.drop_last else num_rows
 
 
 @dataclass(frozen=True)
 class _Done:
-    """A result that is there; looks like a Future."""
+    """A finished result with the interface of a Future."""
 
     value: Any
 
@@ -257,13 +257,13 @@ class _Done:
 
 
 class _Inline:
-    """Looks like a pool of threads, but works where it is asked: `threads: 0`."""
+    """A pool that runs work in the calling thread, for `threads: 0`."""
 
     def submit(self, work: Callable[..., Any], *arguments: Any) -> Any:
         return _Done(work(*arguments))
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
-        """Nothing is under way."""
+        """Do nothing: no work is pending."""
 
 
 _Pool = ThreadPoolExecutor | _Inline

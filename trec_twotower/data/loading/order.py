@@ -1,13 +1,12 @@
-"""The order of an epoch: a function of (seed, epoch, global row), the same for any ranks and any reader threads.
+"""The row order of an epoch: a function of (seed, epoch, global row), independent of the ranks and reader threads.
 
-Row groups are put in random order and joined into windows of about `shuffle_rows` rows; a window's rows come in random
-order. That order is drawn in two steps, which together are a uniform permutation: each unit of a window (a row group,
-or several small ones) is permuted by itself, and the units are interleaved at random. So units are read and hashed
-apart, in any number of threads, and a step takes a run of each unit's order; within it, rows stand as in the files.
+Row groups are shuffled and joined into windows of about `shuffle_rows` rows, and each window is shuffled. The window's
+order is a uniform permutation in two steps: each unit (one row group, or several small ones) is permuted separately,
+and the units are interleaved at random. Threads can therefore read and hash units independently. A step consumes a run
+of each unit's order; within the run, rows keep the order of the files.
 
-Rows of different row groups may come anywhere in the epoch. Two neighbours in a file share a window, where they land as
-if drawn independently: a third of its rows apart on average, and never further than all of them. Memory is that of two
-windows.
+Rows of different row groups may be anywhere in the epoch. Two neighbours in a file are in the same window, at
+independent places: a third of its rows apart on average. Memory holds two windows.
 """
 
 from __future__ import annotations
@@ -22,8 +21,8 @@ from trec_twotower.data.split import RowGroup
 from trec_twotower.ops.hashing import mix
 from trec_twotower.ops.kernels import count_before, shuffle
 
-UNIT_ROWS = 1 << 16  # row groups are joined until a unit has so many
-_WINDOWS, _UNITS, _PLACES = 0x6F72, 0x6F73, 0x6F74  # streams of random numbers that must not meet
+UNIT_ROWS = 1 << 16  # row groups are joined until a unit has this many rows
+_WINDOWS, _UNITS, _PLACES = 0x6F72, 0x6F73, 0x6F74  # seeds of independent random streams
 
 
 @dataclass(frozen=True)
@@ -33,11 +32,11 @@ class Unit:
     epoch: int
     groups: tuple[RowGroup, ...]
     num_rows: int
-    first: int = 0  # its first row among those of its window, counted through the units in order
+    first: int = 0  # number of its first row in the window, counted over the units in order
     window_rows: int = 0
 
     def order(self, seed: int) -> np.ndarray:
-        """Which of the unit's rows (counted through its groups in order) comes first, second and so on; int32."""
+        """Return the unit's row numbers (counted over its groups in order) in shuffled order, int32."""
         rows = np.arange(self.num_rows, dtype=np.int32)
         shuffle(rows, _stream(_UNITS, seed, self.epoch, self.groups[0].first_row))
         return rows
@@ -45,7 +44,7 @@ class Unit:
 
 @dataclass(frozen=True)
 class Window:
-    """Units whose rows are interleaved; they take the places first .. first + num_rows - 1 of the epoch."""
+    """Units whose rows are interleaved, at the places first .. first + num_rows - 1 of the epoch."""
 
     epoch: int
     number: int
@@ -64,9 +63,9 @@ class Window:
 
 @dataclass(frozen=True)
 class Interleaving:
-    """Which unit's next row comes at each place of a window."""
+    """The unit that provides the row at each place of a window."""
 
-    unit_at: np.ndarray  # uint16, by place
+    unit_at: np.ndarray  # uint16, one unit number per place
     num_units: int
 
     @classmethod
@@ -76,30 +75,33 @@ class Interleaving:
         return cls(unit_at, len(window.units))
 
     def before(self, places: Sequence[int] | np.ndarray) -> np.ndarray:
-        """How many rows of each unit come before each of these rising places: (places, units), int64."""
+        """Return the number of rows of each unit before each of these ascending places: (places, units), int64."""
         counts = np.zeros((len(places), self.num_units), np.int64)
         count_before(self.unit_at, np.asarray(places, np.int64), counts)
         return counts
 
 
 def windows_of(groups: Sequence[RowGroup], shuffle_rows: int, seed: int, epoch: int) -> list[Window]:
-    """An epoch's windows in order; the last one may be smaller, and one is larger where a row group is."""
+    """Return the windows of an epoch in order.
+
+    The last window may be smaller than `shuffle_rows`; a large row group makes its window larger.
+    """
     windows: list[Window] = []
     units: list[Unit] = []
-    waiting: list[RowGroup] = []
+    pending: list[RowGroup] = []
     first = 0
     order = np.arange(len(groups))
     shuffle(order, _stream(_WINDOWS, seed, epoch, 0))
     for position, number in enumerate(order.tolist()):
-        waiting.append(groups[number])
-        unit_rows = sum(group.num_rows for group in waiting)
+        pending.append(groups[number])
+        unit_rows = sum(group.num_rows for group in pending)
         window_rows = unit_rows + sum(unit.num_rows for unit in units)
         is_last = position == len(order) - 1
         if unit_rows >= UNIT_ROWS or window_rows >= shuffle_rows or is_last:
-            units.append(Unit(epoch, tuple(waiting), unit_rows))
-            waiting = []
+            units.append(Unit(epoch, tuple(pending), unit_rows))
+            pending = []
         if window_rows >= shuffle_rows or is_last:
-            starts = accumulate((unit.num_rows for unit in units), initial=0)  # one more than units: the end
+            starts = accumulate((unit.num_rows for unit in units), initial=0)  # one more entry than units: the end
             units = [
                 replace(unit, first=start, window_rows=window_rows) for unit, start in zip(units, starts, strict=False)
             ]
@@ -109,7 +111,7 @@ def windows_of(groups: Sequence[RowGroup], shuffle_rows: int, seed: int, epoch: 
 
 
 def _stream(*parts: int) -> np.uint64:
-    """Where the random numbers of one purpose start."""
+    """Return the seed of the random stream of these parts."""
     state = 0
     for part in parts:
         state = mix(state ^ part)

@@ -16,8 +16,8 @@ class Pairs:
 
     row_P: Tensor
     column_P: Tensor
-    weight_P: Tensor | None = None  # default: 1
-    label_P: Tensor | None = None  # default: 1
+    weight_P: Tensor | None = None  # None: 1
+    label_P: Tensor | None = None  # None: 1
 
     @classmethod
     def from_numpy(cls, *arrays: np.ndarray | None) -> Pairs:
@@ -44,7 +44,7 @@ class Pairs:
         return torch.zeros_like(self.row_P, dtype=torch.bool) if self.label_P is None else self.label_P <= 0
 
     def where(self, is_kept_P: Tensor) -> Pairs:
-        """Return the pairs that are marked."""
+        """Return the pairs where `is_kept_P` is True."""
         return self.each(lambda part: part[is_kept_P])
 
 
@@ -53,10 +53,10 @@ class Targets:
     """The pairs of this rank's rows with the candidates of a step.
 
     positive     interactions, with weights
-    known        candidates that are no negatives of a row, its positives among them
-    given        items that the rows name in addition to the positives (impressions), with weights and labels
-    masked_keys  with a cross-batch memory: rows and, as columns, the keys of all items that are no negatives of them,
-                 candidates of this step or not. An item of a history has ~fingerprint, which is negative, as its key
+    known        candidates that are not negatives of a row, including its positives
+    given        impressions and mined negatives of the rows, with weights and labels
+    masked_keys  with a cross-batch memory: rows and, as columns, the keys of all items that are not negatives of them,
+                 whether candidates of this step or not. The key of a history item is ~fingerprint, which is negative
     """
 
     positive: Pairs

@@ -1,8 +1,8 @@
-"""Row groups to hashed, permuted rows: what a rank holds of a unit, ready to be cut into batches.
+"""Reads row groups into hashed, permuted rows that are ready to be cut into batches.
 
-A rank owns an equal run of each window's rows, in the order of the files: it decodes the row groups those lie in, and
-hashes no others' rows. Of the rest it reads the items alone, because all ranks share a step's candidates. Which rows a
-step takes does not depend on who owns them.
+Each rank owns an equal, contiguous part of a window's rows in file order. It decodes and hashes only these rows. From
+the rows of other ranks it reads only the items, because all ranks share the candidates of a step. The rows of a step do
+not depend on the number of ranks.
 """
 
 from __future__ import annotations
@@ -36,26 +36,26 @@ from trec_twotower.ops.hashing import fingerprints, id_keys, uniform
 from trec_twotower.ops.ragged import Ragged
 
 WEIGHT = "weight"
-BLOCK_ROWS = 1 << 17  # decoded and hashed at a time: less would have its pages zeroed anew each time
-_INPUT = 0x696E  # keeps these random numbers apart from others of the same seed
+BLOCK_ROWS = 1 << 17  # rows decoded and hashed at once; smaller blocks make the system zero new memory pages each time
+_INPUT = 0x696E  # seed of this module's random stream
 
 
 @dataclass(frozen=True)
 class UnitRows:
-    """This rank's rows of a unit, and the items of everybody's, with a heap for each step.
+    """This rank's rows of a unit and the items of all ranks' rows, with one bucket per step.
 
-    A heap's rows stand as in the files, and this rank's are a run of them.
+    The rows of a bucket keep the order of the files; this rank's rows are contiguous among them.
     """
 
     mine: BucketedRows
-    items: BucketedRows | None = None  # of all ranks' rows; None: all are this rank's
-    rows_per_rank: np.ndarray | None = None  # (heaps, ranks)
+    items: BucketedRows | None = None  # items of all ranks' rows; None: there is one rank
+    rows_per_rank: np.ndarray | None = None  # (buckets, ranks)
 
-    def num_rows(self, heap: int) -> list[int]:
-        """The rows of each rank in a heap."""
+    def num_rows(self, bucket: int) -> list[int]:
+        """Return the number of rows of each rank in a bucket."""
         if self.rows_per_rank is not None:
-            return self.rows_per_rank[heap].tolist()
-        return [self.mine.heap_rows[heap]]
+            return self.rows_per_rank[bucket].tolist()
+        return [self.mine.heap_rows[bucket]]
 
 
 class UnitReader:
@@ -69,10 +69,12 @@ class UnitReader:
         train = sources.dataset.train
         self.is_by_user = data.rows == "user"
         self.masks_history = loss.mask_history and train.has(HISTORY) and not self.is_by_user
-        self.drawn = [feature for feature in sources.context if self.is_by_user and feature.source_column == HISTORY]
-        self.given = loss.impressions
-        if self.given is not None:
-            check_given(train, self.given)
+        self.sampled_features = [
+            feature for feature in sources.context if self.is_by_user and feature.source_column == HISTORY
+        ]
+        self.impressions = loss.impressions
+        if self.impressions is not None:
+            check_given(train, self.impressions)
         mined = loss.negatives.mined
         self.keeps_user_key = loss.known is not None or (mined is not None and mined.key == USER_ID)
         self.own_lists = []
@@ -85,78 +87,82 @@ class UnitReader:
 
     @property
     def _settings(self) -> dict[str, object]:
-        """What of the loss decides which columns are kept."""
-        given = None if self.given is None else self.given.model_dump(exclude={"shared"})
-        kept = {"masks_history": self.loss.mask_history, "keeps_user_key": self.keeps_user_key}
-        own = "keep" if self.data.target_in_history == "keep" else [self.data.target_in_history, *self.own_lists]
-        return {**kept, "impressions": given, "target_in_history": own}
+        """The settings that decide which columns are cached, apart from the data's."""
+        impressions = None if self.impressions is None else self.impressions.model_dump(exclude={"shared"})
+        settings: dict[str, object] = {"masks_history": self.loss.mask_history, "keeps_user_key": self.keeps_user_key}
+        target_rule = (
+            "keep" if self.data.target_in_history == "keep" else [self.data.target_in_history, *self.own_lists]
+        )
+        return {**settings, "impressions": impressions, "target_in_history": target_rule}
 
     def read(self, unit: Unit, cuts: np.ndarray) -> UnitRows:
-        """Decode and hash; the costly part, free of the interpreter's lock most of the time.
+        """Decode and hash the rows of a unit, mostly without the interpreter lock.
 
-        Each step takes a run of the unit's order, which is cut at these places; the first is 0, the last its end.
+        `cuts` divides the unit's order into the runs of the steps; the first cut is 0, the last the number of rows.
         """
-        num_heaps = len(cuts) - 1
-        heap_of = np.empty(unit.num_rows, np.int32)
-        mark_heaps(unit.order(self.data.seed), cuts, heap_of)
+        num_buckets = len(cuts) - 1
+        bucket_of = np.empty(unit.num_rows, np.int32)
+        mark_heaps(unit.order(self.data.seed), cuts, bucket_of)
         if self.num_ranks == 1:
-            return UnitRows(self._packed(_parts(unit, 0, unit.num_rows), heap_of, num_heaps, unit.epoch))
-        # Where each rank's rows of the window begin and end, counted in this unit.
+            return UnitRows(self._bucketed(_parts(unit, 0, unit.num_rows), bucket_of, num_buckets, unit.epoch))
+        # The bounds of each rank's rows of the window, as row numbers of this unit.
         bounds = unit.window_rows * np.arange(self.num_ranks + 1) // self.num_ranks - unit.first
         bounds = np.clip(bounds, 0, unit.num_rows)
         low, high = bounds[self.rank : self.rank + 2].tolist()
-        items = RowBucketer(heap_of, num_heaps, Buffers())
+        items = RowBucketer(bucket_of, num_buckets, Buffers())
         self._add_items(items, _parts(unit, 0, low), unit.epoch)
-        mine = self._packed(_parts(unit, low, high), heap_of[low:high], num_heaps, unit.epoch, items)
+        mine = self._bucketed(_parts(unit, low, high), bucket_of[low:high], num_buckets, unit.epoch, items)
         self._add_items(items, _parts(unit, high, unit.num_rows), unit.epoch)
-        owned = [np.bincount(heap_of[start:stop], minlength=num_heaps) for start, stop in pairwise(bounds.tolist())]
-        return UnitRows(mine, items.finish(), np.stack(owned, axis=1))
+        rank_rows = [
+            np.bincount(bucket_of[start:stop], minlength=num_buckets) for start, stop in pairwise(bounds.tolist())
+        ]
+        return UnitRows(mine, items.finish(), np.stack(rank_rows, axis=1))
 
-    def _packed(
+    def _bucketed(
         self,
         parts: list[tuple[RowGroup, int, int]],
-        heap_of: np.ndarray,
-        num_heaps: int,
+        bucket_of: np.ndarray,
+        num_buckets: int,
         epoch: int,
         items: RowBucketer | None = None,
     ) -> BucketedRows:
-        """These rows of row groups, whose heaps `heap_of` has; what every rank knows of them goes into `items`, too."""
-        packer = RowBucketer(heap_of, num_heaps, self._buffers)
+        """Return these rows of row groups, bucketed by `bucket_of`; add their items to `items` as well."""
+        bucketer = RowBucketer(bucket_of, num_buckets, self._buffers)
         for group, start, stop in parts:
-            kept = self._kept(group)
-            blocks = self._blocks(group, start, stop) if kept is None else [(start, kept.slice(start, stop))]
+            cached = self._cached(group)
+            blocks = self._blocks(group, start, stop) if cached is None else [(start, cached.slice(start, stop))]
             for row, rows in blocks:
-                drawn = self._drawn(rows, group.first_row + row, epoch)
-                packer.add(drawn)
+                examples = self._split_inputs(rows, group.first_row + row, epoch)
+                bucketer.add(examples)
                 if items is not None:
-                    items.add(drawn.items)
+                    items.add(examples.items)
         if not parts:
-            packer.add(self._nothing)
-        return packer.finish()
+            bucketer.add(self._no_rows)
+        return bucketer.finish()
 
     def _add_items(self, items: RowBucketer, parts: list[tuple[RowGroup, int, int]], epoch: int) -> None:
         for part in parts:
             items.add(self._items(*part, epoch))
 
     @cached_property
-    def _nothing(self) -> Examples:
-        """No rows, with all their columns: what a rank holds of a unit that others own."""
+    def _no_rows(self) -> Examples:
+        """Zero rows with all columns, for units that other ranks own."""
         group = self.sources.dataset.train.row_groups[0]
         table = self.sources.dataset.train.read(group, self._columns(), dictionaries=True).slice(0, 0)
-        return self._drawn(self._hash(table, str(group)), 0, 0)
+        return self._split_inputs(self._hash(table, str(group)), 0, 0)
 
-    def _kept(self, group: RowGroup) -> Examples | None:
-        """The whole row group from the cache, and into it where it is not there yet; None: there is no cache."""
+    def _cached(self, group: RowGroup) -> Examples | None:
+        """Return the whole row group from the cache, adding it first if it is missing; None without a cache."""
         if self.cache is None:
             return None
-        kept = self.cache.get(group)
-        if kept is None:
-            kept = Examples.concat([rows for _, rows in self._blocks(group, 0, group.num_rows)])
-            self.cache.put(group, kept)
-        return kept
+        rows = self.cache.get(group)
+        if rows is None:
+            rows = Examples.concat([block for _, block in self._blocks(group, 0, group.num_rows)])
+            self.cache.put(group, rows)
+        return rows
 
     def _blocks(self, group: RowGroup, start: int, stop: int) -> Iterator[tuple[int, Examples]]:
-        """Rows start .. stop - 1 of a row group, hashed, some at a time; each with the first one's row."""
+        """Yield blocks of the hashed rows start .. stop - 1 of a row group, each with its first row number."""
         row, train = 0, self.sources.dataset.train
         for table in train.blocks(group, self._columns(), BLOCK_ROWS, dictionaries=True):
             first, last = max(start - row, 0), min(stop - row, len(table))
@@ -164,7 +170,7 @@ class UnitReader:
                 try:
                     rows = self._hash(table.slice(first, last - first), str(group))
                 except DataError:
-                    if last - first < group.num_rows:  # say it of the whole row group, as rows are counted there
+                    if last - first < group.num_rows:  # raise it with row numbers of the whole row group
                         self._hash(train.read(group, self._columns(), dictionaries=True), str(group))
                     raise
                 yield row + first, rows
@@ -172,50 +178,52 @@ class UnitReader:
 
     def _columns(self) -> list[str]:
         train = self.sources.dataset.train
-        columns = set(self.sources.user_columns()) - {feature.source_column for feature in self.drawn}
+        columns = set(self.sources.user_columns()) - {feature.source_column for feature in self.sampled_features}
         columns |= set(self._item_columns())
         columns |= {column for each in self.own_lists for column in each}
         columns |= ({HISTORY} if self.masks_history else set()) | ({WEIGHT} if train.has(WEIGHT) else set())
         return sorted(columns)
 
     def _item_columns(self) -> list[str]:
-        """Those that RowItems are made of."""
+        """Return the columns that RowItems are built from."""
         columns = {POSITIVES} if self.is_by_user else {ITEM_ID}
-        columns |= set(given_columns(self.given)) if self.given is not None else set()
+        columns |= set(given_columns(self.impressions)) if self.impressions is not None else set()
         return sorted(columns | ({USER_ID} if self.keeps_user_key else set()))
 
     def _hash(self, table: pa.Table, where: str) -> Examples:
-        """What does not depend on the epoch; drawn features hold all of a row's items yet."""
+        """Hash a table independently of the epoch; sampled features still hold all items of a row."""
         for columns in self.own_lists:
             table = drop_target_items(table, columns, where, refuses=self.data.target_in_history == "error")
         positives = self.sources.positives(table, where)
-        given, history = None, None
+        parsed, history = None, None
         if self.is_by_user:
-            given = {HISTORY: key_lists(one_chunk(table[POSITIVES]), where)}
+            parsed = {HISTORY: key_lists(one_chunk(table[POSITIVES]), where)}
         if self.masks_history:
             keys = key_lists(one_chunk(table[HISTORY]), f"{where}, column {HISTORY!r}")
             history = Ragged(keys.offsets, fingerprints(keys.values))
-        user = self.sources.user_features(table, where, given, uncut=self.is_by_user)
-        own, own_weight, user_key = self._own(table, where)
-        return Examples(user, positives, None, history, self._weights(table, where), own, own_weight, user_key)
+        user = self.sources.user_features(table, where, parsed, uncut=self.is_by_user)
+        impressions, impression_weight, user_key = self._extra_items(table, where)
+        return Examples(
+            user, positives, None, history, self._weights(table, where), impressions, impression_weight, user_key
+        )
 
-    def _own(self, table: pa.Table, where: str) -> tuple[Ragged | None, Ragged | None, np.ndarray | None]:
-        """Given items, their weights and users' keys, each where the loss asks for it."""
+    def _extra_items(self, table: pa.Table, where: str) -> tuple[Ragged | None, Ragged | None, np.ndarray | None]:
+        """Return the impressions, their weights and the user keys; each is None if the loss does not use it."""
         items = weight = user_key = None
-        if self.given is not None:
+        if self.impressions is not None:
             items, weight = read_given(self.sources, self.loss, table, where)
         if self.keeps_user_key:
             user_key = id_keys(one_chunk(table[USER_ID]), f"{where}, column {USER_ID!r}")
         return items, weight, user_key
 
-    def _drawn(self, rows: Examples, first_row: int, epoch: int) -> Examples:
-        """With a row per user: part of the items becomes input, the rest stay positives; anew each epoch."""
+    def _split_inputs(self, rows: Examples, first_row: int, epoch: int) -> Examples:
+        """Return the rows of an epoch: with one row per user, some items become input, the rest stay positives."""
         if not self.is_by_user:
             return rows
         items = rows.positives
         is_input = draw_inputs(items, first_row, self.data, epoch)
         sparse = dict(rows.user.sparse)
-        for feature in self.drawn:
+        for feature in self.sampled_features:
             for name in bucket_names(feature.name, self.sources.schema.table_of(feature)):
                 sparse[name] = sparse[name].where(is_input).newest(feature.length_limit)
         user = replace(rows.user, sparse=sparse)
@@ -223,15 +231,15 @@ class UnitReader:
         return replace(rows, user=user, positives=items.where(~is_input), known=known)
 
     def _items(self, group: RowGroup, start: int, stop: int, epoch: int) -> RowItems:
-        """The items of another rank's rows."""
-        kept = self.cache.get(group) if self.cache is not None else None
-        if kept is not None:
-            items = kept.slice(start, stop).items
+        """Return the items of rows that another rank owns."""
+        cached = self.cache.get(group) if self.cache is not None else None
+        if cached is not None:
+            items = cached.slice(start, stop).items
         else:
             whole = self.sources.dataset.train.read(group, self._item_columns(), dictionaries=True)
             table = whole.slice(start, stop - start)
-            given, _, user_key = self._own(table, _place(group, start))
-            items = RowItems(self.sources.positives(table, _place(group, start)), given, user_key)
+            impressions, _, user_key = self._extra_items(table, _place(group, start))
+            items = RowItems(self.sources.positives(table, _place(group, start)), impressions, user_key)
         if not self.is_by_user:
             return items
         is_input = draw_inputs(items.positives, group.first_row + start, self.data, epoch)
@@ -243,7 +251,7 @@ class UnitReader:
         array = one_chunk(table[WEIGHT])
         if not is_number(array.type):
             raise DataError(
-                f"{where}: column {WEIGHT!r} is {array.type}, but is read as what each row weighs in the loss: write "
+                f"{where}: column {WEIGHT!r} is {array.type}, but is read as the weight of each row in the loss: write "
                 "numbers, or rename it."
             )
         weight = array.cast(pa.float32(), safe=False).to_numpy(zero_copy_only=False)
@@ -258,12 +266,12 @@ class UnitReader:
 
 
 def _place(group: RowGroup, start: int) -> str:
-    """Where a row that an error names is counted from."""
+    """Return the row group, and the row from which an error message counts rows."""
     return f"{group} (from row {start:,})" if start else str(group)
 
 
 def _parts(unit: Unit, low: int, high: int) -> list[tuple[RowGroup, int, int]]:
-    """The row groups that hold the unit's rows low .. high - 1, with the rows of each."""
+    """Return the row groups of the unit's rows low .. high - 1, each with its start and stop row."""
     parts, first = [], 0
     for group in unit.groups:
         start, stop = max(low - first, 0), min(high - first, group.num_rows)
@@ -274,9 +282,9 @@ def _parts(unit: Unit, low: int, high: int) -> list[tuple[RowGroup, int, int]]:
 
 
 def drop_target_items(table: pa.Table, columns: list[str], where: str, *, refuses: bool) -> pa.Table:
-    """Rows whose list lacks the item that the row asks for: it is left out of all these columns, or a DataError.
+    """Return the table with each row's target item removed from its lists, or raise DataError if `refuses`.
 
-    The first column is of the ids, and the others stand beside it.
+    The first column has the item ids; the other columns have one value per id.
     """
     history = one_chunk(table[columns[0]])
     history = history.fill_null(pa.scalar([], history.type))
@@ -288,23 +296,23 @@ def drop_target_items(table: pa.Table, columns: list[str], where: str, *, refuse
         return table
     if refuses:
         raise DataError(
-            f"{where}, row {row[is_own.argmax()]:,}: its {columns[0]} holds the item that it asks for "
-            f"({len(np.unique(row[is_own])):,} rows of this part are so): write what was known before the event, or "
-            "set data.target_in_history: drop (keep, where things are taken again)."
+            f"{where}, row {row[is_own.argmax()]:,}: its {columns[0]} holds the item that the row predicts "
+            f"(as in {len(np.unique(row[is_own])):,} rows of this part): write only items from before the event, or "
+            "set data.target_in_history to drop (or to keep, if users interact with items repeatedly)."
         )
     offsets = np.concatenate([[0], np.cumsum(~is_own)])[history.offsets.to_numpy() - history.offsets[0].as_py()]
     for name in columns:
         lists = one_chunk(table[name])
-        beside(history, lists, where, name)  # raises where they are not as long
-        left = pa.LargeListArray.from_arrays(pa.array(offsets), lists.flatten().filter(pa.array(~is_own)))
-        table = table.set_column(table.column_names.index(name), name, left)
+        beside(history, lists, where, name)  # raises if the lengths differ
+        filtered = pa.LargeListArray.from_arrays(pa.array(offsets), lists.flatten().filter(pa.array(~is_own)))
+        table = table.set_column(table.column_names.index(name), name, filtered)
     return table
 
 
 def draw_inputs(items: Ragged, first_row: int, data: DataConfig, epoch: int) -> np.ndarray:
-    """Return which of the users' items become input in an epoch (bool): `input_share` of them, never all of a user's.
+    """Return which items of the users are input in an epoch (bool): a share of `input_share`, never all of a user's.
 
-    The draw depends on the item, not on its position: an item that a user's row has twice is on one side.
+    The draw depends on the item, not on its position: both copies of a repeated item are on the same side.
     """
     draw = uniform(_INPUT, data.seed, epoch, first_row + items.rows, items.values)
     is_input = draw < data.input_share

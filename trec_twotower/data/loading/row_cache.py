@@ -1,8 +1,8 @@
-"""Hashed rows on disk, as memory-mapped Arrow files: what the second epoch reads in place of Parquet.
+"""A cache of hashed rows in memory-mapped Arrow files, which replaces Parquet from the second epoch on.
 
-A folder's name is the fingerprint of everything that its content depends on: the data, and how the config reads them. A
-row group is one file, written whole under another name and then renamed, so that any number of ranks may write at once.
-Its last eight bytes are the XXH3-64 of all before them.
+The name of a cache folder is the fingerprint of everything that its content depends on: the data, and how the config
+reads it. Each row group is one file. It is written under a temporary name and then renamed, so that several ranks may
+write at the same time. Its last eight bytes are the XXH3-64 checksum of the rest.
 """
 
 from __future__ import annotations
@@ -32,26 +32,26 @@ DIGEST_BYTES = 8
 
 
 class Cache:
-    """The hashed row groups of one way of reading one dataset."""
+    """The cached row groups of one dataset, as one config reads it."""
 
     def __init__(self, folder: Path, limit_bytes: int, groups: list[RowGroup]) -> None:
         self.folder = folder
         self.limit_bytes = limit_bytes
         self._number = {(group.path, group.number): number for number, group in enumerate(groups)}
-        self._verified: set[tuple[int, int]] = set()  # files, by inode and time of their last change
+        self._verified: set[tuple[int, int]] = set()  # files whose checksum matched: inode and modification time
 
     @classmethod
     def open(cls, data: DataConfig, sources: FeatureDataset, settings: Mapping[str, object]) -> Cache:
-        """The cache's folder, marked as used; of other fingerprints, the longest unused go until all fit `cache_gb`.
+        """Open the cache's folder; delete the least recently used others until all fit `cache_gb`.
 
-        `settings` are what else decides which columns are kept, and how.
+        `settings` are the further settings that decide which columns are cached, and how.
         """
-        kept = sources.cache or open_cache(data)
+        cache_dir = sources.cache or open_cache(data)
         groups = sources.dataset.train.row_groups
-        facts = {
+        dependencies = {
             "format": FORMAT,
             "dataset": sources.dataset.fingerprint,
-            # The rows of the catalogue and of users/ are in there, too.
+            # Cached rows contain rows of the catalogue and of users/.
             "changed": [
                 (str(path), path.stat().st_size, changed(path))
                 for part in (*PARTS_OF_ROWS, "items", "users")
@@ -66,23 +66,23 @@ class Cache:
             },
             "statistics": {name: asdict(values) for name, values in sources.statistics.items()},
         }
-        folder = kept.place(facts)
+        folder = cache_dir.place(dependencies)
         folder.mkdir(parents=True, exist_ok=True)
-        return cls(folder, kept.use(folder), groups)
+        return cls(folder, cache_dir.use(folder), groups)
 
     def path(self, group: RowGroup) -> Path:
+        """Return the path of a row group's file."""
         return self.folder / f"{self._number[group.path, group.number]:08d}.arrow"
 
     def get(self, group: RowGroup) -> Examples | None:
-        """The row group's rows, mapped and not read; None where they are not cached.
+        """Return the row group's rows from the mapped file; None if it is not cached.
 
-        The first time that this process meets a file it reads all of it, to compare the checksum; a damaged file is
-        taken away.
+        The first time that this process opens a file, it verifies the checksum and deletes a damaged file.
         """
         path = self.path(group)
         try:
             with path.open("rb") as file:
-                about = os.fstat(file.fileno())
+                status = os.fstat(file.fileno())
                 mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except FileNotFoundError:
             return None
@@ -90,7 +90,7 @@ class Cache:
             path.unlink(missing_ok=True)
             return None
         content = pa.py_buffer(mapped).slice(0, max(len(mapped) - DIGEST_BYTES, 0))
-        version = (about.st_ino, about.st_mtime_ns)
+        version = (status.st_ino, status.st_mtime_ns)
         if version not in self._verified:
             if xxhash.xxh3_64_digest(content) != mapped[len(content) :]:
                 path.unlink(missing_ok=True)
@@ -99,7 +99,7 @@ class Cache:
         return _from_arrow(pa.ipc.open_file(pa.BufferReader(content)).get_batch(0))
 
     def put(self, group: RowGroup, rows: Examples) -> None:
-        """Keep a row group's rows, unless the cache is full or the disk is."""
+        """Cache a row group's rows, unless the cache or the disk is full."""
         path = self.path(group)
         temporary = path.with_name(f".{path.name}.{os.getpid()}-{id(rows)}")
         batch = _to_arrow(rows)
@@ -116,7 +116,7 @@ class Cache:
 
 
 class _DigestedFile(io.BufferedWriter):
-    """A file that knows the checksum of what was written to it."""
+    """A file that computes the checksum of its content while writing."""
 
     def __init__(self, raw: io.FileIO) -> None:
         super().__init__(raw)
@@ -128,7 +128,7 @@ class _DigestedFile(io.BufferedWriter):
 
 
 def _to_arrow(rows: Examples) -> pa.RecordBatch:
-    """A column a field; what they make together says the schema's metadata."""
+    """Return a record batch with one column per field; the schema's metadata holds the layout."""
     layout, columns = Layout.of(rows), {}
     for field, (name, part) in zip(layout.fields, parts_of(rows), strict=True):
         values = pa.array((part.values if isinstance(part, Ragged) else part).reshape(-1))

@@ -1,4 +1,4 @@
-"""Which rows of which files a step takes, for whoever looks for the one that broke it."""
+"""The files and row numbers of a step's rows, to find the row that made a step fail."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ SHOWN_ROWS = 8
 
 @dataclass(frozen=True)
 class StepRows:
-    """Rows of one row group, counted within it, rising."""
+    """Row numbers within one row group, ascending."""
 
     path: str
     row_group: int
     rows: list[int]
 
     def __str__(self) -> str:
-        shown = ", ".join(map(str, self.rows[:SHOWN_ROWS]))
+        numbers = ", ".join(map(str, self.rows[:SHOWN_ROWS]))
         more = f" and {len(self.rows) - SHOWN_ROWS:,} more" if len(self.rows) > SHOWN_ROWS else ""
-        return f"of {self.path}, row group {self.row_group}, the rows {shown}{more}"
+        return f"of {self.path}, row group {self.row_group}, the rows {numbers}{more}"
 
 
 def rows_at(windows: Sequence[Window], low: int, high: int, seed: int) -> list[StepRows]:
-    """The rows at the places low .. high - 1 of the epoch whose windows these are."""
-    found = []
+    """Return the rows at places low .. high - 1 of the epoch with these windows."""
+    step_rows = []
     for window in windows:
         start, stop = max(low - window.first, 0), min(high - window.first, window.num_rows)
         if start >= stop:
@@ -37,8 +37,8 @@ def rows_at(windows: Sequence[Window], low: int, high: int, seed: int) -> list[S
             rows = np.sort(unit.order(seed)[first:end])
             before = 0
             for group in unit.groups:
-                of_group = rows[(rows >= before) & (rows < before + group.num_rows)] - before
-                if len(of_group):
-                    found.append(StepRows(str(group.path), group.number, of_group.tolist()))
+                group_rows = rows[(rows >= before) & (rows < before + group.num_rows)] - before
+                if len(group_rows):
+                    step_rows.append(StepRows(str(group.path), group.number, group_rows.tolist()))
                 before += group.num_rows
-    return found
+    return step_rows

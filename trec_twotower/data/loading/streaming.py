@@ -1,10 +1,10 @@
-"""Training rows pass by pass: the epochs of a dataset that stays as it is, or the generations of a folder that grows.
+"""Training batches in passes: the epochs of a fixed dataset, or the generations of a growing folder.
 
-The files that stand in train/ when a run begins are its generation 0; those that have come when it is through are
-generation 1, and so on. Each is read once, in the order of an epoch of that number, and its last step may be smaller.
-A generation is in the run's stream.json before its first row is used, so a run that was cut short takes the same rows
-in the same steps again, whatever has come meanwhile; a cursor is one integer, the step. Items and users that have come
-are known from the next generation on.
+The files in train/ when a run begins are generation 0. The files that arrive while it is read are generation 1, and so
+on. Each generation is read once, in the order of the epoch with its number, and its last step may be smaller. The run's
+stream.json lists a generation before its first row is used, so a resumed run repeats the same rows in the same steps
+even if more files have arrived. The step number is the whole cursor. New items and users are known from the next
+generation on.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ from trec_twotower.distributed.ranks import Ranks
 from trec_twotower.errors import DataError
 from trec_twotower.storage.atomic import read_json, write_file, write_json
 
-PARTS = ("train", "items", "users")  # in this order: who writes rows of new items has written the items before
+PARTS = ("train", "items", "users")  # read in this order, because writers add new items before rows of them
 STREAM, COUNTS = "stream.json", "item_counts.npy"
 COUNT_AGAIN = "remove it, and train counts again."
-STOP_S = 1.0  # how long a rank that waits may take to notice that it is to stop
+STOP_S = 1.0  # interval at which a waiting rank checks for a stop
 
 
 def never() -> bool:
@@ -56,46 +56,46 @@ def _sleep(seconds: float, is_stopped: Callable[[], bool]) -> bool:
 
 
 class TrainData(Protocol):
-    """Batches from any step on, and where a step stands among them."""
+    """The training batches from any step on, and the pass and rows of each step."""
 
     @property
     def sources(self) -> FeatureDataset:
-        """What the batch that came last is from."""
+        """The dataset of the latest batch."""
 
     @property
     def item_counts(self) -> np.ndarray | None:
-        """How often each item of `sources.catalogue` is a positive, (I,); None before the first batch of a stream."""
+        """Number of interactions of each item in `sources.catalogue`, (I,); None before a stream's first batch."""
 
     @property
     def num_steps(self) -> int:
-        """As far as is known yet."""
+        """Number of steps known so far."""
 
     def since(
         self, step: int, lists_at: HardNegativeProvider | None = None, is_stopped: Callable[[], bool] = never
     ) -> Iterator[Batch]:
         """Yield the batches of this step and all later ones.
 
-        `lists_at` is that of TrainBatches.since; `is_stopped` is asked by all ranks together while they wait for files.
+        `lists_at` is described in TrainBatches; all ranks call `is_stopped` together while they wait for files.
         """
 
     def rows_before(self, step: int) -> int:
-        """How many rows the steps before this one take, over all ranks."""
+        """Return the number of rows in the steps before this one, over all ranks."""
 
     def place(self, step: int) -> str:
-        """The pass of the step before this one, in words."""
+        """Return the pass of the step before this one, such as epoch 1/3."""
 
     def rows_of(self, step: int) -> list[StepRows]:
-        """Where the rows of a step stand in the files; nothing where that is not known yet."""
+        """Return the files and row numbers of a step's rows; empty if they are not known yet."""
 
     def is_end(self, step: int) -> bool:
-        """Whether a pass ends before this step."""
+        """Return whether a pass ends before this step."""
 
     def is_over(self, step: int) -> bool:
-        """Whether all ends before this step."""
+        """Return whether training ends before this step."""
 
 
 class Epochs:
-    """The batches of a dataset that stays as it is, so many times over."""
+    """The batches of several epochs over a fixed dataset."""
 
     def __init__(self, batches: TrainBatches, epochs: int) -> None:
         self.batches = batches
@@ -137,16 +137,16 @@ class Epochs:
 
 @dataclass(frozen=True)
 class Generation:
-    """Files that were taken together."""
+    """The files of one pass over a growing folder."""
 
-    files: dict[str, dict[str, int]]  # part of the dataset -> name -> bytes
-    num_rows: int  # of those in train/
+    files: dict[str, dict[str, int]]  # part of the dataset -> file name -> bytes
+    num_rows: int  # rows in the files of train/
 
     def num_steps(self, data: DataConfig) -> int:
         return -(-used_rows_per_epoch(self.num_rows, data) // data.batch_size)
 
     def is_changed(self, folder: Path) -> bool:
-        """Whether a file is gone or has another size."""
+        """Return whether a file is missing or has another size."""
         for part, files in self.files.items():
             for name, size in files.items():
                 path = folder / part / name
@@ -156,7 +156,7 @@ class Generation:
 
 
 class Generations:
-    """The files of a folder that grows, in the order in which a run takes them."""
+    """The files of a growing folder, in the order in which a run reads them."""
 
     def __init__(
         self, folder: Path | str, taken: tuple[Generation, ...], columns: dict[str, pa.DataType] | None = None
@@ -164,46 +164,47 @@ class Generations:
         self.folder = folder
         self.taken = taken
         self._columns = columns
-        self.unreadable: set[str] = set()  # files that had no footer when they were last looked at
+        self.unreadable: set[str] = set()  # files without a readable footer at the last check
 
     @classmethod
     def begin(cls, data: DataConfig) -> Generations:
-        """Of one generation, all that is there; raises DataError where that is no whole batch, or nothing at all."""
-        Dataset.of(data)  # says what a folder lacks
-        begun = cls(data.dataset, ()).with_new(data)
-        if begun is None:
-            wanted = f"{data.batch_size:,} rows (data.drop_last)" if data.drop_last else "a row"
+        """Return a generation 0 of all complete files; raises DataError if their rows are too few for a step."""
+        Dataset.of(data)  # raises if a part of the folder is missing
+        first = cls(data.dataset, ()).with_new(data)
+        if first is None:
+            needed = f"{data.batch_size:,} rows (data.drop_last)" if data.drop_last else "a row"
             raise DataError(
-                f"{data.dataset}/train has no whole Parquet files with {wanted} yet: start when there are some."
+                f"{data.dataset}/train has no whole Parquet files with {needed} yet: start when there are some."
             )
-        return begun
+        return first
 
     @classmethod
     def read(cls, path: Path, folder: Path | str) -> Generations:
-        """What `write` has written; raises DataError."""
-        mend = "bring it back, or train into another run_dir."
-        values = read_json(path, mend)
+        """Read the file that `write` wrote; raises DataError."""
+        fix = "bring it back, or train into another run_dir."
+        values = read_json(path, fix)
         try:
             return cls(folder, tuple(Generation(**value) for value in values["generations"]))
         except (TypeError, KeyError) as error:
-            raise DataError(f"{path} is damaged ({error}): {mend}") from None
+            raise DataError(f"{path} is damaged ({error}): {fix}") from None
 
     def write(self, path: Path) -> None:
+        """Write the generations as JSON."""
         write_json(path, {"generations": [asdict(generation) for generation in self.taken]})
 
     def with_new(self, data: DataConfig) -> Generations | None:
-        """These and one more, of the whole files that have come since; None while they have no rows for a step."""
-        found = {part: self._new_files(part) for part in PARTS}
-        num_rows = sum(rows for _, rows in found["train"].values())
+        """Return these generations and one of the new complete files; None if those have no rows for a step."""
+        new_files = {part: self._new_files(part) for part in PARTS}
+        num_rows = sum(rows for _, rows in new_files["train"].values())
         if used_rows_per_epoch(num_rows, data) == 0:
             return None
-        files = {part: {name: size for name, (size, _) in of_part.items()} for part, of_part in found.items()}
+        files = {part: {name: size for name, (size, _) in of_part.items()} for part, of_part in new_files.items()}
         return Generations(self.folder, (*self.taken, Generation(files, num_rows)), self._columns)
 
     def _new_files(self, part: str) -> dict[str, tuple[int, int]]:
-        """Bytes and rows of the whole files in a part of the dataset that are in no generation, by name, sorted."""
+        """Return the bytes and rows of the complete files of a part that are in no generation, by sorted name."""
         known = {name for generation in self.taken for name in generation.files[part]}
-        found = {}
+        new_files = {}
         folder = folder_of(self.folder) / part
         if folder.is_dir():
             refuse_tables(folder)
@@ -213,69 +214,70 @@ class Generations:
                 continue
             try:
                 size, rows = path.stat().st_size, rows_if_whole(path)
-            except FileNotFoundError:  # renamed since
+            except FileNotFoundError:  # renamed in the meantime
                 continue
             if rows is None:
                 self.unreadable.add(f"{part}/{path.name}")
             else:
-                found[path.name] = (size, rows)
-        return found
+                new_files[path.name] = (size, rows)
+        return new_files
 
     def dataset(self, first: int = 0, last: int | None = None) -> Dataset:
-        """The rows of some generations (default: of all), with the items and users that the last of them knows."""
+        """Return the rows of some generations (default: all), with the items and users up to the last of them."""
         last = len(self.taken) - 1 if last is None else last
         files = {}
         for part in PARTS:
-            wanted = self.taken[first if part == "train" else 0 : last + 1]
-            files[part] = {name: size for generation in wanted for name, size in generation.files[part].items()}
+            generations = self.taken[first if part == "train" else 0 : last + 1]
+            files[part] = {name: size for generation in generations for name, size in generation.files[part].items()}
         return Dataset(self.folder, files, self.columns if last else None)
 
     @property
     def columns(self) -> dict[str, pa.DataType]:
-        """The columns of train/ as generation 0 has them."""
+        """The columns of train/ in generation 0."""
         if self._columns is None:
             self._columns = self.dataset(0, 0).train.columns
         return self._columns
 
 
 def write_counts(path: Path, count_I: np.ndarray) -> None:
+    """Write the item counts as .npy."""
     content = io.BytesIO()
     np.save(content, count_I)
     write_file(path, content.getvalue())
 
 
-def read_counts(path: Path, mend: str = COUNT_AGAIN) -> np.ndarray:
-    """What `write_counts` has written; raises DataError."""
+def read_counts(path: Path, fix: str = COUNT_AGAIN) -> np.ndarray:
+    """Return the counts that `write_counts` wrote; raises DataError."""
     try:
-        return np.array(np.load(path, mmap_mode="r"))  # mapped first: no more memory than the file has bytes
-    except Exception as error:  # an altered header can raise anything
-        raise DataError(f"{path} cannot be read ({error}): {mend}") from None
+        return np.array(np.load(path, mmap_mode="r"))  # mapped first, so that it allocates at most the file's size
+    except Exception as error:  # a damaged header can raise any exception
+        raise DataError(f"{path} cannot be read ({error}): {fix}") from None
 
 
 def forget_changed(path: Path, data: DataConfig, step: int) -> None:
-    """Take the generations out of stream.json from the first on that has changed files and begins not before `step`.
+    """Remove the generations with changed files that begin at `step` or later, and all after them, from stream.json.
 
-    So a file in which training met a bad row can be mended, as long as no step that is saved has taken rows of it.
+    A file with a bad row can therefore be fixed, as long as no saved step has used rows of it.
     """
     generations = Generations.read(path, data.dataset)
     first_step = 0
     for number, generation in enumerate(generations.taken):
         if first_step >= step and generation.is_changed(folder_of(data.dataset)):
-            print(f"The files of generation {number} have changed: they are taken anew", flush=True)
+            print(f"The files of generation {number} have changed: they are read again", flush=True)
             Generations(data.dataset, generations.taken[:number]).write(path)
             return
         first_step += generation.num_steps(data)
 
 
 def counts_path(run_dir: Path, generation: int = 0) -> Path:
-    """Where a run keeps how often each item was taken, up to and with a generation."""
+    """Return the path of a run's item counts up to and including a generation."""
     return run_dir / (f"item_counts-{generation:08d}.npy" if generation else COUNTS)
 
 
 class Stream:
-    """The batches of a folder that grows; they end when nothing new has come for `data.follow.idle_s`.
+    """The batches of a growing folder; they end when no new file has arrived for `data.follow.idle_s` seconds.
 
-    All ranks ask for the same batches at the same time: what has come is seen by the first rank and told to the others.
+    All ranks request the same batches at the same time. The first rank looks for new files and broadcasts them.
     """
 
     def __init__(
@@ -299,10 +301,10 @@ class Stream:
         self.pin_memory = pin_memory
         self._has_ended = False
         self._current: TrainBatches | None = None
-        self._found: tuple[int, FeatureDataset] | None = None  # what the first rank has made of a generation to come
-        self._know(generations)
+        self._next: tuple[int, FeatureDataset] | None = None  # the dataset of the next generation, on the first rank
+        self._set_generations(generations)
 
-    def _know(self, generations: Generations) -> None:
+    def _set_generations(self, generations: Generations) -> None:
         self.generations = generations
         self._rows = [
             0,
@@ -349,9 +351,9 @@ class Stream:
         return self._ends[number - 1] if number else 0
 
     def _batches(self, number: int) -> TrainBatches:
-        """The batches of one generation."""
-        self.sources = self.ranks.together(lambda: self._sources_of(self.generations, number))
-        self._found = None
+        """Return the batches of one generation."""
+        self.sources = self.ranks.together(lambda: self._generation_sources(self.generations, number))
+        self._next = None
         counts_file = counts_path(self.run_dir, number)
         if not self.ranks.once(counts_file.is_file):
             self.ranks.once(lambda: self._count(self.generations, number, self.sources))
@@ -368,45 +370,45 @@ class Stream:
         )
 
     def _grows(self, is_stopped: Callable[[], bool]) -> bool:
-        """Whether there is a generation more; waits for one as long as the config says, or until told to stop."""
-        began = time.monotonic()
+        """Wait for the next generation, at most as long as configured or until stopped; return whether it exists."""
+        start_s = time.monotonic()
         is_waiting = False
         while True:
-            found, left_s = self.ranks.once(lambda: (self._look(), self._left_s(began)))
-            if found is not None:
-                self._know(found)
+            generations, remaining_s = self.ranks.once(lambda: (self._find_next(), self._remaining_s(start_s)))
+            if generations is not None:
+                self._set_generations(generations)
                 return True
-            if left_s > 0 and not is_waiting and self.ranks.is_first:
+            if remaining_s > 0 and not is_waiting and self.ranks.is_first:
                 print(f"waiting for new files in {self.sources.dataset.train.folder}", flush=True)
             is_waiting = True
-            self._has_ended = left_s <= 0
-            if self._has_ended or _sleep(min(self.follow.poll_s, left_s), is_stopped):
+            self._has_ended = remaining_s <= 0
+            if self._has_ended or _sleep(min(self.follow.poll_s, remaining_s), is_stopped):
                 return False
 
-    def _look(self) -> Generations | None:
-        """The generations with one more, written down; None where nothing new has come."""
-        said = set(self.generations.unreadable)
+    def _find_next(self) -> Generations | None:
+        """Return the generations with a new one, after writing them to stream.json; None without new files."""
+        reported = set(self.generations.unreadable)
         self.generations.unreadable.clear()
-        found = self.generations.with_new(self.data)
-        for name in sorted(self.generations.unreadable - said):
-            print(f"{name} has no readable footer (yet): left out until it has", flush=True)
-        if found is None:
+        generations = self.generations.with_new(self.data)
+        for name in sorted(self.generations.unreadable - reported):
+            print(f"{name} has no readable footer (yet): left out until it has one", flush=True)
+        if generations is None:
             return None
-        number = len(found.taken) - 1
-        # Counting meets unknown items and files that do not fit while they can still be mended: before they are taken.
-        self._found = number, self._sources_of(found, number)
-        self._count(found, *self._found)
-        found.write(self.run_dir / STREAM)
-        return found
+        number = len(generations.taken) - 1
+        # Count first: unknown items and mismatched files must raise before the files are part of a generation.
+        self._next = number, self._generation_sources(generations, number)
+        self._count(generations, *self._next)
+        generations.write(self.run_dir / STREAM)
+        return generations
 
-    def _left_s(self, began: float) -> float:
-        """How long one may wait yet."""
-        return math.inf if self.follow.idle_s is None else began + self.follow.idle_s - time.monotonic()
+    def _remaining_s(self, start_s: float) -> float:
+        """Return the remaining waiting time in seconds."""
+        return math.inf if self.follow.idle_s is None else start_s + self.follow.idle_s - time.monotonic()
 
-    def _sources_of(self, generations: Generations, number: int) -> FeatureDataset:
-        """The rows of a generation, with the items and users it knows."""
-        if self._found is not None and self._found[0] == number:
-            return self._found[1]
+    def _generation_sources(self, generations: Generations, number: int) -> FeatureDataset:
+        """Return the rows of a generation, with the items and users up to it."""
+        if self._next is not None and self._next[0] == number:
+            return self._next[1]
         dataset, last = generations.dataset(number, number), self.sources.dataset
         assert dataset.files is not None and last.files is not None
         if all(list(dataset.files[part].items()) == list(last.files[part].items()) for part in ("items", "users")):
@@ -416,18 +418,18 @@ class Stream:
         )
 
     def _count(self, generations: Generations, number: int, sources: FeatureDataset) -> None:
-        """Write how often each item was taken up to a generation, from the counts before it where they are there."""
+        """Write the item counts up to a generation; add to the counts of the generation before if they exist."""
         before = counts_path(self.run_dir, number - 1)
         if number and before.is_file():
             count_NI = count_items(sources, self.loss)
             if self.data.target_in_history == "drop" and (own := own_items(sources)) is not None:
                 print(f"generation {number}: {own.in_words}", flush=True)
             earlier = read_counts(before)
-            count_NI[..., : earlier.shape[-1]] += earlier  # rows of later items stand behind
+            count_NI[..., : earlier.shape[-1]] += earlier  # later items have higher row numbers
         else:
             count_NI = count_items(sources.over(generations.dataset(0, number)), self.loss)
         write_counts(counts_path(self.run_dir, number), count_NI)
-        kept = {counts_path(self.run_dir, each) for each in (number - 1, number, len(generations.taken) - 1)}
+        needed = {counts_path(self.run_dir, each) for each in (number - 1, number, len(generations.taken) - 1)}
         for path in self.run_dir.glob("item_counts-*.npy"):
-            if path not in kept:
+            if path not in needed:
                 path.unlink()

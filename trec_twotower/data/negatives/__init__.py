@@ -1,1 +1,1 @@
-"""Negatives: samplers, mined lists and the candidates of a step."""
+"""Negative sampling: samplers, mined lists and candidate sets."""

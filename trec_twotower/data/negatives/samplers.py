@@ -1,9 +1,9 @@
-"""Negative samplers, and the probability that each item is among the negatives of a step.
+"""Sources of negatives, and the probability that each item is a negative in a step.
 
-All rows of a step share one set of candidates. Samplers add negatives of all rows. Lists add negatives of their own
-row, and of the other rows if they are shared. Each source returns -log(1 - p) for the probability p that a step samples
-an item. Sources are independent, so these values add up; log q follows from the sum. A new sampler is a class here, an
-entry in SAMPLERS, a field of NegativesConfig, and a test.
+The candidates of a step are one set. Samplers add negatives of all rows. Lists add negatives of the rows that name
+them, and of the other rows too if they are shared. Each source has `expected_I`: -log of the probability that a step
+does not draw the item. The sources are independent, so these values add up, and log q follows from the sum. A new
+sampler is a class in this module, an entry in SAMPLERS, an option of NegativesConfig, and a test.
 """
 
 from __future__ import annotations
@@ -28,21 +28,17 @@ from trec_twotower.ops.hashing import id_keys, mix, uniform
 from trec_twotower.ops.kernels import draw_from_lists
 from trec_twotower.ops.ragged import Ragged, distinct, offsets_of
 
-# Streams of random numbers that differ from others of the same seed.
+# Seeds of independent random streams.
 _SAMPLED, _SAME_POSITIVE, _SAME_ITEM, _MINED, _REFRESHED = 0x6E6567, 0x73616D, 0x73616E, 0x6D696E, 0x726566
 _POPULAR = 0x706F70
 
 
 @dataclass(frozen=True)
 class StepItems:
-    """The items of a step's rows on all ranks, in an order that does not depend on the number of ranks."""
+    """The items of a step's rows over all ranks, in an order that does not depend on the number of ranks."""
 
     step: int
     rows: RowItems
-
-    @property
-    def positive_items(self) -> np.ndarray:
-        return self.rows.positives.values
 
     @property
     def positives(self) -> Ragged:
@@ -61,30 +57,30 @@ class StepItems:
 
 @dataclass(frozen=True)
 class Facts:
-    """Facts about items and steps from which the sources of negatives are built."""
+    """The facts about items and steps that the sources of negatives are built from."""
 
     num_items: int
     interactions_I: np.ndarray  # number of interactions of each item
     batch_size: int
     seed: int
-    catalogue_values: Callable[[str], np.ndarray]  # the bucket of every item in a feature with one id per item
+    catalogue_values: Callable[[str], np.ndarray]  # feature with one id per item -> bucket of every item
 
 
 # ---------------------------------------------------------------- negatives of all rows
 
 
 class Sampler(ABC):
-    """Samples negatives of all rows of a step, except of those that know the item."""
+    """Draws negatives of all rows of a step, except the rows that know the item."""
 
-    expected_I: np.ndarray  # float64: -log(1 - p), p: probability that a step samples an item
+    expected_I: np.ndarray  # float64: -log of the probability that a step does not draw the item
 
     @abstractmethod
     def draw(self, step: int, positives: np.ndarray) -> np.ndarray:
-        """Return catalogue rows, equal on all ranks. `positives` are those of the step."""
+        """Return catalogue rows, the same on all ranks; `positives` are those of the step."""
 
 
 class FullCatalogue(Sampler):
-    """The full catalogue in every step."""
+    """Returns the whole catalogue in every step."""
 
     def __init__(self, num_items: int) -> None:
         self.num_items = num_items
@@ -95,11 +91,11 @@ class FullCatalogue(Sampler):
 
 
 class UniformSampler(Sampler):
-    """`count` samples from the catalogue, uniform."""
+    """Draws `count` items uniformly from the catalogue."""
 
     def __init__(self, count: int, num_items: int, seed: int) -> None:
         self.count, self.num_items, self.seed = count, num_items, seed
-        self.expected_I = np.full(num_items, -count * _log_of_missing(1 / num_items))
+        self.expected_I = np.full(num_items, -count * _log_complement(1 / num_items))
 
     def draw(self, step: int, positives: np.ndarray) -> np.ndarray:
         draw = uniform(_SAMPLED, self.seed, step, np.arange(self.count))
@@ -107,14 +103,14 @@ class UniformSampler(Sampler):
 
 
 class PopularitySampler(Sampler):
-    """`count` samples with probability proportional to n ** power, n: interactions of an item, at least 1."""
+    """Draws `count` items with probability proportional to max(interactions, 1) ** power."""
 
     def __init__(self, count: int, power: float, interactions_I: np.ndarray, seed: int, kind: int = _SAMPLED) -> None:
-        """`kind` selects a stream of random numbers that differs from others of the same seed."""
+        """`kind` seeds an independent random stream."""
         self.count, self.seed, self.kind = count, seed, kind
         weight_I = np.maximum(interactions_I, 1).astype(np.float64) ** power
         self.cumulative_I = np.cumsum(weight_I / weight_I.sum())
-        self.expected_I = -count * _log_of_missing(weight_I / weight_I.sum())
+        self.expected_I = -count * _log_complement(weight_I / weight_I.sum())
 
     def draw(self, step: int, positives: np.ndarray) -> np.ndarray:
         draw = uniform(self.kind, self.seed, step, np.arange(self.count)) * self.cumulative_I[-1]
@@ -122,9 +118,9 @@ class PopularitySampler(Sampler):
 
 
 class SameCategorySampler(Sampler):
-    """`count` samples from the items in the categories of the step's positives.
+    """Draws `count` positives of the step, and an item from the category of each.
 
-    A category is a bucket of the feature; categories that share a bucket are one category.
+    A category is a bucket of the feature, so categories in the same bucket count as one.
     """
 
     def __init__(self, count: int, category_I: np.ndarray, interactions_I: np.ndarray, seed: int) -> None:
@@ -133,7 +129,7 @@ class SameCategorySampler(Sampler):
         self.offset_K = offsets_of(size_K)
         self.item_I = np.argsort(self.category_I, kind="stable")
         share_K = np.bincount(self.category_I, interactions_I) / max(interactions_I.sum(), 1)
-        self.expected_I = -count * _log_of_missing((share_K / size_K)[self.category_I])
+        self.expected_I = -count * _log_complement((share_K / size_K)[self.category_I])
 
     def draw(self, step: int, positives: np.ndarray) -> np.ndarray:
         if not len(positives):
@@ -164,7 +160,7 @@ def _popular(config: NegativesConfig, facts: Facts) -> Sampler | None:
 
 
 def _at_most_all(name: str, count: int, num_items: int) -> int:
-    """Return `count`, at most the number of items; the first rank warns if it is reduced."""
+    """Return `count`, at most the number of items; the first rank warns if it is larger."""
     if count > num_items and os.environ.get("RANK", "0") == "0":
         warnings.warn(
             f"loss.negatives.{name} is {count:,}, but the catalogue has {num_items:,} items: {num_items:,} are drawn "
@@ -192,46 +188,46 @@ SAMPLERS: dict[str, Callable[[NegativesConfig, Facts], Sampler | None]] = {
 }
 
 
-# ---------------------------------------------------------------- negatives of single rows
+# ---------------------------------------------------------------- negatives of the rows that name them
 
 
 class RowLists(ABC):
-    """Adds negatives of single rows; if they are shared, they are negatives of the other rows as well."""
+    """Returns negatives of single rows; shared ones are negatives of the other rows as well."""
 
     shared: bool
     expected_I: np.ndarray  # as in Sampler
 
     @abstractmethod
     def of(self, items: StepItems) -> Ragged:
-        """Return the items of every row of a step, with their labels as weights. Without weights, all labels are 0."""
+        """Return the items of every row of a step, with labels as weights; without weights, all labels are 0."""
 
 
 class ImpressionNegatives(RowLists):
-    """Items in a column of the training rows; see ImpressionsConfig."""
+    """Returns the items in a column of the training rows; see ImpressionsConfig."""
 
     def __init__(self, config: ImpressionsConfig, share_I: np.ndarray, facts: Facts) -> None:
-        """`share_I` is the share of training rows that have the item with a label of 0 or less."""
+        """`share_I` is the share of training rows whose impressions include the item with a label of 0 or less."""
         self.shared = config.shared
-        self.expected_I = -facts.batch_size * _log_of_missing(share_I)
+        self.expected_I = -facts.batch_size * _log_complement(share_I)
 
     def of(self, items: StepItems) -> Ragged:
         return items.given
 
 
 class MinedNegatives(RowLists):
-    """Samples from the lists of a file; see MinedConfig."""
+    """Draws from the lists of a file; see MinedConfig."""
 
     def __init__(
         self, config: MinedConfig, lists: KeyedLists, share_I: np.ndarray, sources: FeatureDataset, facts: Facts
     ):
-        """`share_I` is the expected share of training rows that sample the item; used if `config.key` is user_id."""
+        """`share_I` is the share of training rows that draw each item (key user_id) or have it as key (item_id)."""
         self.config, self.lists, self.seed = config, lists, facts.seed
         self.shared = config.shared
         self.list_of_item: np.ndarray | None = None
         if config.key == ITEM_ID:
             self.list_of_item = lists.rows_of(sources.catalogue.keys)
             share_I = drawn_share(lists.lists, self.list_of_item, share_I, config.count)
-        self.expected_I = -facts.batch_size * _log_of_missing(share_I)
+        self.expected_I = -facts.batch_size * _log_complement(share_I)
 
     def of(self, items: StepItems) -> Ragged:
         if self.list_of_item is not None:
@@ -243,17 +239,17 @@ class MinedNegatives(RowLists):
 
 
 class RefreshedNegatives(RowLists):
-    """Samples from lists by item that are mined during training; see RefreshConfig."""
+    """Draws from lists by item that are rebuilt during training; see RefreshConfig."""
 
     def __init__(
         self, config: RefreshConfig, lists: Ragged, list_of_item: np.ndarray, key_share_I: np.ndarray, facts: Facts
     ) -> None:
-        """`list_of_item` is the index of each item's list in `lists`, -1 for none."""
+        """`list_of_item` is the number of each item's list in `lists`, -1 if it has none."""
         self.config, self.lists, self.seed = config, lists, facts.seed
         self.shared = config.shared
         self.list_of_item = list_of_item
         share_I = drawn_share(lists, list_of_item, key_share_I, config.count)
-        self.expected_I = -facts.batch_size * _log_of_missing(share_I)
+        self.expected_I = -facts.batch_size * _log_complement(share_I)
 
     def of(self, items: StepItems) -> Ragged:
         positives = items.positives
@@ -262,7 +258,7 @@ class RefreshedNegatives(RowLists):
 
 
 def drawn_from(list_rows: Ragged, lists: Ragged, count: int, *seeds: int) -> Ragged:
-    """Return `count` samples per row from one of its lists, chosen uniformly (indices into `lists`, -1: none)."""
+    """Return `count` draws for each row from one of its lists (rows of `lists`, -1: none), chosen uniformly."""
     state = 0
     for seed in seeds:
         state = mix(state ^ seed)
@@ -274,27 +270,26 @@ def drawn_from(list_rows: Ragged, lists: Ragged, count: int, *seeds: int) -> Rag
 
 
 def drawn_share(lists: Ragged, list_of_item: np.ndarray, key_share_I: np.ndarray, count: int) -> np.ndarray:
-    """Return (I,): the probability that a row samples each item, if its list is that of item k with probability
-    key_share_I[k]."""
+    """Return the probability (I,) that a row draws each item; it uses the list of item k with key_share_I[k]."""
     has_list = list_of_item >= 0
     share_L = np.bincount(list_of_item[has_list], key_share_I[has_list], minlength=len(lists))
     return share_of_lists(lists, share_L, count, len(list_of_item))
 
 
 def share_of_lists(lists: Ragged, share_L: np.ndarray, count: int, num_items: int) -> np.ndarray:
-    """Return (I,): the sum over lists of share times the probability that `count` uniform samples contain the item.
+    """Return the probability (I,) that `count` uniform draws from a list chosen by `share_L` include each item.
 
-    An item that is in a list twice counts as two.
+    Repeated items of a list count as different items.
     """
-    chance_L = -np.expm1(count * _log_of_missing(1 / np.maximum(lists.lengths, 1)))
-    return np.bincount(lists.values, np.repeat(share_L * chance_L, lists.lengths), minlength=num_items)
+    probability_L = -np.expm1(count * _log_complement(1 / np.maximum(lists.lengths, 1)))
+    return np.bincount(lists.values, np.repeat(share_L * probability_L, lists.lengths), minlength=num_items)
 
 
-# ---------------------------------------------------------------- counted in one pass over the training rows
+# ---------------------------------------------------------------- counts from one pass over the training rows
 
 
 class _RefusedItems:
-    """Counts the rows that have each item with a label of 0 or less."""
+    """Counts the rows whose impressions include each item with a label of 0 or less."""
 
     def __init__(self, sources: FeatureDataset, loss: LossConfig, given: ImpressionsConfig) -> None:
         self.sources, self.loss = sources, loss
@@ -305,12 +300,12 @@ class _RefusedItems:
         if items.weights is not None:
             items = items.where(items.weights <= 0)
         num_items = len(self.sources.catalogue)
-        once = distinct(items.rows * num_items + items.values)  # items that a row has twice
-        return np.bincount(once % num_items, minlength=num_items).astype(np.float64)
+        row_items = distinct(items.rows * num_items + items.values)  # without repetitions in a row
+        return np.bincount(row_items % num_items, minlength=num_items).astype(np.float64)
 
 
 class _UsersItems:
-    """Expected number of rows that sample each item from the user's list."""
+    """Counts the rows that draw each item from the user's list, as an expected value."""
 
     def __init__(self, sources: FeatureDataset, lists: KeyedLists, count: int) -> None:
         self.sources, self.lists, self.draws = sources, lists, count
@@ -323,7 +318,7 @@ class _UsersItems:
 
 
 class _EvenOverRows:
-    """Expected number of rows whose uniformly chosen positive is the item."""
+    """Counts how often a uniform choice from a row's positives is each item, as an expected value."""
 
     columns: Sequence[str] = ()
 
@@ -336,26 +331,26 @@ class _EvenOverRows:
 
 
 def counted(loss: LossConfig, rows: str) -> list[str]:
-    """Return what has to be counted in addition to interactions."""
+    """Return the names of the counts that are needed in addition to the interactions."""
     mined = loss.negatives.mined
     by_item = loss.negatives.refresh is not None or (mined is not None and mined.key == ITEM_ID)
-    wanted = {
+    needed = {
         "given": loss.impressions is not None,
         "mined": mined is not None and mined.key == USER_ID,
         "key": by_item and rows == "user",
     }
-    return [word for word, is_wanted in wanted.items() if is_wanted]
+    return [name for name, is_needed in needed.items() if is_needed]
 
 
 def count_items(sources: FeatureDataset, loss: LossConfig) -> np.ndarray:
-    """Return (N, I): the interactions of each item in train, then the other counts that the negatives need."""
+    """Return the interactions of each item in train (I,), or a row for each further count that the loss needs."""
     counters: list[Counter] = []
-    for word in counted(loss, sources.rows):
-        if word == "given":
+    for name in counted(loss, sources.rows):
+        if name == "given":
             assert loss.impressions is not None
             check_given(sources.dataset.train, loss.impressions)
             counters.append(_RefusedItems(sources, loss, loss.impressions))
-        elif word == "mined":
+        elif name == "mined":
             mined = loss.negatives.mined
             assert mined is not None
             counters.append(_UsersItems(sources, read_mined(sources, mined), mined.count))
@@ -365,15 +360,13 @@ def count_items(sources: FeatureDataset, loss: LossConfig) -> np.ndarray:
 
 
 def read_mined(sources: FeatureDataset, mined: MinedConfig) -> KeyedLists:
+    """Read the file of mined negatives."""
     return KeyedLists.read(
         mined.file, mined.key, "negatives", sources, "loss.negatives.mined.file", skips_unknown=mined.unknown == "skip"
     )
 
 
-# ----------------------------------------------------------------
-
-
-def _log_of_missing(chance: Any) -> Any:
-    """Return log(1 - p) for probabilities that may exceed 1 by rounding."""
+def _log_complement(probability: Any) -> Any:
+    """Return log(1 - probability) for probabilities that may exceed 1 by rounding."""
     with np.errstate(divide="ignore"):
-        return np.log1p(-np.minimum(chance, 1.0))
+        return np.log1p(-np.minimum(probability, 1.0))
