@@ -1,7 +1,7 @@
 """How fast a step is: against other ways to write it, against the machine's floor, and from Parquet to weights.
 
-    python benchmarks/training.py [--rows 2000000] [--batches 62] [--rounds 3] [--only step e2e threads ranks large_ranks]
-                                  [--tfrs-python PATH] [--json FILE]
+    python benchmarks/training.py [--rows 2000000] [--batches 62] [--rounds 3] [--json FILE] [--tfrs-python PATH]
+                                  [--only step e2e threads ranks large_ranks]
 
 The log of benchmarks/loading.py: tables of 1 M users and 200,000 items at dim 64, towers 128-64, batch 4096, three
 lists in the user tower, the item's category, tags and price in the other. Every contender runs in a process of its own
