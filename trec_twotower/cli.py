@@ -62,7 +62,9 @@ def _run(words: list[str], name: str, *, is_own_process: bool) -> int:
 
         if _num_ranks() < 2 or not is_lost(error):
             raise
-        lost = f"rank {os.environ['RANK']} lost the others ({cause_of(error)}): the first of them to end says why."
+        lost = (
+            f"rank {os.environ['RANK']} lost the others ({cause_of(error)}): the first rank that ended has the cause."
+        )
         print_once(f"trec-twotower {name}: {lost}", is_own=True)
         return 1
     except OSError as error:

@@ -27,11 +27,11 @@ class TrainingError(RuntimeError):
 
 
 class LostRanks(TrainingError):
-    """Other ranks did not answer: what each rank says of it is its own."""
+    """Other ranks did not answer; each rank prints its own message."""
 
 
 class Stopped(Exception):
-    """A training that was told to stop and has saved: exit code 128 + the signal."""
+    """A training was stopped by a signal and has saved a checkpoint: exit code 128 + the signal."""
 
     def __init__(self, message: str, signal_number: int) -> None:
         super().__init__(message, signal_number)
@@ -43,7 +43,7 @@ class Stopped(Exception):
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """ " (nearest: 'x')" for the known name most like `name`, or the choice (of many, the first) when none is alike."""
+    """Return " (nearest: 'x')" for the most similar known name, or the (first) known names if none is similar."""
     known = list(known)
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     if close:

@@ -65,7 +65,7 @@ def _first_failure(failures: dict[int, Any]) -> int:
     """Say which rank brought the job down; return what the launcher should exit with."""
     rank, first = min(failures.items(), key=lambda failure: _order(failure[1]))
     if first.exitcode > 0:
-        return _say(f"rank {rank} ended with exit code {first.exitcode}; it said why above", first.exitcode)
+        return _say(f"rank {rank} ended with exit code {first.exitcode}; see its message above", first.exitcode)
     name = first.signal_name()
     hint = " (often the kernel's answer to memory running out)" if -first.exitcode == signal.SIGKILL else ""
     return _say(f"rank {rank} (pid {first.pid}) was killed by {name}{hint}", 128 - first.exitcode)

@@ -255,7 +255,7 @@ def usable_device(wanted: Wanted = "auto", local_rank: int = 0, local_ranks: int
     if needed > num_gpus:
         raise ConfigError(
             f"{needed} ranks are on this machine, but torch sees {num_gpus} GPU{'s' * (num_gpus > 1)} here, and each "
-            f"rank takes one: start {num_gpus}, or set CUDA_VISIBLE_DEVICES= to nothing, for ranks that compute on "
+            f"rank needs one: start {num_gpus}, or set CUDA_VISIBLE_DEVICES= to nothing, for ranks that compute on "
             "CPUs."
         )
     return torch.device("cuda", local_rank)

@@ -58,7 +58,7 @@ class Heartbeat:
                     raise self._mistake from error
                 raise LostRanks(
                     f"Rank {self.ranks.rank} lost the others at {self.doing} ({cause_of(error)}). {others} "
-                    "The same command goes on from the newest checkpoint; if the others are only slow, raise "
+                    "The same command resumes from the newest checkpoint; if the other ranks are only slow, raise "
                     "train.timeout_s."
                 ) from error
         finally:

@@ -86,7 +86,7 @@ class SpectralTowers:
         """From the pairs of all ranks, at `dim` or what the matrix has; all ranks call together and get the same."""
         num_users = int(ranks.sum(np.array([taken.num_users]))[0])
         dim = min(dim, num_users, taken.num_items)
-        start = SpectralConfig(history="all that a user took")
+        start = SpectralConfig(history="all interactions of a user")
         history, item = spectral_tables(taken, dim, start, 0, ranks)
         return cls(history.cpu().numpy(), item.cpu().numpy(), count_I)
 

@@ -122,7 +122,7 @@ def _write_vectors(loaded: LoadedModel, folder: Path, ranks: Ranks, columns: Seq
         )  # fmt: skip
         problem = problem or wrong
     if sum(ranks.sizes(int(problem is not None))):
-        raise DataError(problem or "Another rank found vectors that are not finite; its message says which.")
+        raise DataError(problem or "Another rank found vectors that are not finite; see its message.")
     return num_users
 
 
@@ -142,13 +142,13 @@ def _write(
     what: str,
     kinds: Mapping[str, pa.DataType],
     num_rows: int,
-    beside: Callable[[int, int], list[pa.Array]],
+    other_columns: Callable[[int, int], list[pa.Array]],
     vectors_of: Callable[[int, int], np.ndarray],
     ranks: Ranks,
 ) -> str | None:
     """Encode and write this rank's share of the rows; returns what is wrong with the vectors, if anything is.
 
-    `kinds` are the types of the columns before the vectors, the ids first; `beside` returns these columns for a range
+    `kinds` are the types of the columns before the vectors, the ids first; `other_columns` returns them for a range
     of rows, as `vectors_of` returns the vectors, for which all ranks call together.
     """
     mine = ranks.share(num_rows)
@@ -161,7 +161,7 @@ def _write(
             start, stop = (min(mine.start + at, mine.stop) for at in (begin, begin + GROUP_ROWS))
             vectors = vectors_of(start, stop)
             bad = np.flatnonzero(~np.isfinite(vectors).all(axis=tuple(range(1, vectors.ndim))))
-            cells = beside(start, stop)
+            cells = other_columns(start, stop)
             num_bad += len(bad)
             bad_ids += python_values(cells[0].take(pa.array(bad[: 5 - len(bad_ids)])))
             made = vector_column(vectors)

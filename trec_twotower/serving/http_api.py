@@ -306,7 +306,7 @@ class Server(ThreadingHTTPServer):
         """Look for a new index from time to time, until the server stops."""
         while not self.is_stopping.wait(every_s):
             if self.service.reload():
-                print(f"trec-twotower serve: took up model {self.service.version()['model_version']}", flush=True)
+                print(f"trec-twotower serve: loaded model {self.service.version()['model_version']}", flush=True)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A client that goes away in mid-sentence is no news."""

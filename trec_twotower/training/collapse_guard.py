@@ -107,7 +107,7 @@ class CollapseGuard:
             expected = "A model that learns is above popularity after its first pass over the data."
         else:
             found = f"{MEANING[cause].format(value=value)}, above {bound:g}"
-            expected = "Vectors that are this close to one direction hardly tell items apart."
+            expected = "Vectors this close to one direction hardly distinguish items."
         return f"warning: {found}. {expected} Change one of: {'; '.join(self._changes())} (docs/losses.md)."
 
     def _changes(self) -> list[str]:

@@ -247,14 +247,14 @@ class Trainer:
                 "state": "stopped",
                 "step": state.step,
                 "of_steps": self.data.num_steps,
-                "reason": f"told to by {received.name}",
+                "reason": f"stopped by {received.name}",
                 "exit_code": 128 + received,
-                "meaning": "Saved after this step; the same command goes on from there.",
+                "meaning": "Saved after this step; the same command resumes from there.",
             }
             write_json(self.run.folder / STATUS, status)
         raise Stopped(
             f"stopped by {received.name} after step {state.step:,} of {self.data.num_steps:,}, which is saved; the "
-            "same command goes on from there.",
+            "same command resumes from there.",
             received,
         )
 
@@ -336,7 +336,7 @@ def finished_status(config: RunConfig, state: TrainerState, data: TrainData, wai
         "of_steps": data.num_steps,
         "reason": "no new files came" if is_stream else "all its epochs are done",
         "exit_code": 0,
-        "meaning": "Nothing is left to do; the same command takes what has come since."
+        "meaning": "All steps are done; the same command trains on new files."
         if is_stream
         else "Nothing is left to do; more train.epochs go on from here.",
         "train_s": round(state.train_s, 3),
@@ -371,12 +371,12 @@ def _locked(run_dir: Path, ranks: Ranks) -> Iterator[RunLock]:
 
 
 def _check_epochs(config: RunConfig) -> None:
-    """Raise ConfigError where a run whose closed form is added is to be trained for other epochs than it was."""
+    """Raise ConfigError if a run with added spectral columns is to be trained for another number of epochs."""
     assert config.run_dir is not None
     if any((config.run_dir / "checkpoints").glob(f"step-*/{MANIFEST}")):
         had = Run.open(config.run_dir).config.train.epochs
         if had != config.train.epochs:
             raise ConfigError(
-                f"{config.run_dir} was trained for {had} epochs before its closed form was set beside it, now "
-                f"train.epochs is {config.train.epochs}: train in a folder of its own (run_dir=...)."
+                f"{config.run_dir} was trained for {had} epochs before the spectral columns were added, but now "
+                f"train.epochs is {config.train.epochs}: train in another folder (run_dir=...)."
             )

@@ -68,7 +68,7 @@ def fuse_table_updates(model: nn.Module, config: OptimizerConfig) -> None:
 
 
 def state_bytes(weight: nn.Parameter, rows: int, columns: int) -> int:
-    """Of what the update of this table (`fuse_table_updates`) keeps for a shard of so many rows and columns."""
+    """Return the bytes of optimizer state for a shard of a table with these rows and columns."""
     optimizer = table_optimizer(weight)
     return 0 if optimizer is None else _state_bytes(optimizer, rows, columns)
 

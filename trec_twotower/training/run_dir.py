@@ -153,7 +153,7 @@ class Run:
             train = sources.dataset.train
             raise DataError(
                 f"{train.folder} has {train.num_rows:,} rows, but all their {POSITIVES!r} are empty or null, so "
-                "there is nothing to learn: write what each user took."
+                "there is nothing to learn: write the items of each user."
             )
         uncached = self.config.data.model_copy(update={"cache": None})
         TrainBatches(sources, uncached, self.config.loss, count_NI, share=(0, 1))
@@ -230,7 +230,7 @@ class Run:
         """Raise DataError naming the places where a run's dataset was looked for and is not."""
         place = self.config.data.dataset
         if not self.has_learned or folder_of(place).is_dir():
-            return  # of a run that has not begun, Dataset says what is missing
+            return  # for a new run, Dataset reports what is missing
         begun_in = self.learned().get("begun_in")
         places = f"neither in the current folder, {Path.cwd()}, nor in {begun_in or 'the folder'}, where the run began"
         is_relative = "://" not in str(place) and not Path(place).is_absolute()

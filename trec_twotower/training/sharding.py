@@ -1,4 +1,4 @@
-"""Which rank holds which part of which table: the planner's plan, and the model spread by it."""
+"""Sharding: the planner's plan, and the model sharded by it."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ from trec_twotower.errors import ConfigError
 from trec_twotower.model.embeddings import table_parameters
 from trec_twotower.training.optimizer import state_bytes
 
-# What the planner may choose freely. Not column-wise: it gives each shard a row-wise Adagrad state of its own, and so
-# other updates than on one rank; that, and copies on every rank, only on request.
+# Sharding types that the planner may choose. Column-wise shards have separate row-wise Adagrad states, so that updates
+# differ from those on one rank; they and data-parallel tables are used on request only.
 AUTO = [ShardingType.TABLE_WISE.value, ShardingType.ROW_WISE.value]
-# On the CPUs of one machine what travels costs little, and ranks that wait for the one with the longest bags much: the
-# planner knows of no lengths. One kind for all also means one exchange of ids, and not one for each kind.
+# On the CPUs of one machine communication is cheap, but waiting for the rank with the longest bags is not, and the
+# planner does not know the lengths. One sharding type for all tables also needs a single exchange of ids.
 SHARED = [ShardingType.ROW_WISE.value]
-FREE_SHARE = 0.05  # of a rank's memory, which the planner leaves for everything but the tables
+FREE_SHARE = 0.05  # share of a rank's memory that is not for tables
 CACHE_SHARE = 0.2  # default share of a table's rows that fused_uvm_caching keeps on the GPU
-# torchrec logs every step of its planner.
+# loggers of torchrec's planner
 LOUD = (
     "torchrec.distributed.planner",
     "torchrec.distributed.utils",
@@ -43,14 +43,14 @@ LOUD = (
 
 
 class AnySharder(EmbeddingBagCollectionSharder):
-    """torchrec hides row-wise sharding on CPU, where it works."""
+    """Sharder that allows row-wise sharding on CPU, which works but torchrec does not offer."""
 
     def sharding_types(self, compute_device_type: str) -> list[str]:
         return [kind.value for kind in ShardingType]
 
 
 class AnyListSharder(EmbeddingCollectionSharder):
-    """The same for tables whose rows are wanted one by one."""
+    """The same for embedding collections."""
 
     def sharding_types(self, compute_device_type: str) -> list[str]:
         return [kind.value for kind in ShardingType]
@@ -62,14 +62,14 @@ def _sharders() -> list[EmbeddingBagCollectionSharder | EmbeddingCollectionShard
 
 @dataclass(frozen=True)
 class RankMemory:
-    """What a rank has for tables, in bytes."""
+    """Memory of a rank for tables, in bytes."""
 
     host: int
     gpu: int = 0
 
     @classmethod
     def of(cls, device: torch.device, local_ranks: int) -> RankMemory:
-        """That of this machine's ranks: its memory in equal parts, and the GPU's own."""
+        """Return the memory of each rank of this machine: an equal share of host memory, and its GPU's."""
         gpu = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
         return cls(host_bytes() // local_ranks, gpu)
 
@@ -95,12 +95,11 @@ def make_plan(
     local_ranks: int | None = None,
     memory: RankMemory | None = None,
 ) -> ShardingPlan:
-    """The planner's plan under the tables' constraints; the same on every rank, without talking to the others.
+    """Return the planner's plan under the constraints of the tables, equal on every rank without communication.
 
-    (`collective_plan` would leave the other ranks waiting where the first one fails.) The tables must know their
-    optimizer by now, whose state takes memory as well. `local_ranks` is how many ranks a machine has: as torchrun says,
-    if it is not given; `memory` that of a rank, by default of this machine's. Raises ConfigError where the tables do
-    not fit, or want what this device has not.
+    (With `collective_plan` the other ranks would wait if the first one fails.) The tables must have their optimizer,
+    whose state needs memory as well. `local_ranks` is the number of ranks per machine, by default torchrun's; `memory`
+    is that of a rank, by default of this machine. Raises ConfigError if the tables do not fit, or need another device.
     """
     for name in LOUD:
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -146,9 +145,9 @@ def _constraints(spec: TableSpec, num_ranks: int, choices: list[str]) -> Paramet
 
 
 def shard_columns(dim: int, num_ranks: int) -> int:
-    """How wide column-wise shards are: a divisor of `dim` that is a multiple of 4, so that each rank gets one at most.
+    """Return the width of column-wise shards: a divisor of `dim` and multiple of 4, with at most one shard per rank.
 
-    Every shard looks up all ids of its table, so that none should be narrower than it must.
+    Every shard looks up all ids of its table, so shards are as wide as possible.
     """
     fitting = (columns for columns in range(4, dim + 1, 4) if dim % columns == 0 and columns * num_ranks >= dim)
     return next(fitting, dim)
@@ -163,15 +162,15 @@ def _check(name: str, spec: TableSpec, num_ranks: int, local_ranks: int, device:
         )
     if spec.kernel != "fused" and device.type == "cpu":
         raise ConfigError(
-            f"Table {name!r} has kernel {spec.kernel}, which keeps it in host memory beside a GPU, but there is none "
-            "here: set kernel: fused."
+            f"Table {name!r} has kernel {spec.kernel}, which keeps it in host memory next to a GPU, but there is "
+            "none here: set kernel: fused."
         )
 
 
 def _fills_all(rows: int, num_ranks: int) -> bool:
-    """Whether each rank gets a row when all but the last take ceil(rows / ranks) of them.
+    """Return whether each rank has a row when all ranks but the last have ceil(rows / ranks) rows.
 
-    fbgemm's CPU updates read beyond their memory where a shard has no rows.
+    fbgemm's CPU updates read out of bounds for a shard without rows.
     """
     return (num_ranks - 1) * -(-rows // num_ranks) < rows
 
@@ -179,7 +178,7 @@ def _fills_all(rows: int, num_ranks: int) -> bool:
 def _too_large(
     model: nn.Module, schema: Schema, num_ranks: int, device: torch.device, memory: RankMemory, error: PlannerError
 ) -> ConfigError:
-    """What the tables need and the ranks have."""
+    """Return the error with the memory that the tables need and the ranks have."""
     needs = {}
     weights = table_parameters(model)
     for name, spec in schema.tables.items():
@@ -189,7 +188,7 @@ def _too_large(
     largest = max(needs, key=lambda name: needs[name])
     had = f"{_megabytes(memory.host)} of memory"
     if device.type == "cuda":
-        had = f"{_megabytes(memory.gpu)} on its GPU and {_megabytes(memory.host)} beside it"
+        had = f"{_megabytes(memory.gpu)} on its GPU and {_megabytes(memory.host)} host memory"
     return ConfigError(
         f"The tables do not fit on {num_ranks} rank{'s' * (num_ranks > 1)}: with the optimizer's state they need "
         f"{_megabytes(sum(needs.values()))}, of which {largest!r} {_megabytes(needs[largest])}, and each rank has "
@@ -203,7 +202,7 @@ def _megabytes(num_bytes: float) -> str:
 
 
 def placements(plan: ShardingPlan) -> list[TablePlacement]:
-    """The plan as a list, one entry a shard; a data-parallel table stands once a rank, with 0 rows and columns."""
+    """Return the shards of a plan; a data-parallel table has one entry per rank, with 0 rows and columns."""
     found = []
     for module in plan.plan.values():
         for table, parameter in module.items():
@@ -219,7 +218,7 @@ def placements(plan: ShardingPlan) -> list[TablePlacement]:
 
 
 def shard(model: nn.Module, schema: Schema, ranks: Ranks, batch_size: int) -> DistributedModelParallel:
-    """The model with its tables spread over the ranks and its other weights kept equal on all."""
+    """Return the model with sharded tables and data-parallel other weights."""
     plan = make_plan(model, schema, ranks.num_ranks, ranks.device, batch_size)
     group = dist.group.WORLD
     assert group is not None
@@ -229,5 +228,5 @@ def shard(model: nn.Module, schema: Schema, ranks: Ranks, batch_size: int) -> Di
         device=ranks.device,
         plan=plan,
         sharders=_sharders(),
-        init_data_parallel=ranks.num_ranks > 1,  # one rank has nobody to average gradients with
+        init_data_parallel=ranks.num_ranks > 1,  # one rank has no gradients to average
     )

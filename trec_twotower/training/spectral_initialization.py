@@ -1,16 +1,16 @@
 """Spectral initialization: a truncated SVD of the interaction matrix as initial weights of two tables.
 
-With R the matrix of users and items (train alone), n_u and d_i its row and column sums:
+R is the matrix of users and items in train/, n_u and d_i are its row and column sums:
 
     N = D_u^-user_power R D_i^-item_power  ~  U diag(s) V^T      at rank k, the tables' dim
     history table   A_i = d_i^-history_power (s / s_1)^spectrum_power * V_i
     item table      B_i = d_i^length_power V_i
 
-A user is the sum of A over what he has taken, and scores items by the dot product with B, whose length carries how
-popular an item is. With all powers .5, length_power 0 and spectrum_power 1 this is the usual PureSVD of the normalised
-matrix. The decomposition is randomised (Halko, Martinsson, Tropp 2011, with power iterations) on the items' side, which
-every rank holds whole; the users' rows are spread over the ranks and are met in blocks, so that a rank needs the pairs
-of its users and some matrices of (items, k + oversampling).
+A user vector is the sum of A over the user's items. The score of an item is the dot product with B, whose length
+reflects the popularity of the item. With all powers .5, length_power 0 and spectrum_power 1 this is PureSVD of the
+normalized matrix. The decomposition is a randomized SVD with power iterations (Halko, Martinsson, Tropp 2011) on the
+item side, which every rank holds whole. The rows of users are distributed over the ranks and processed in blocks, so a
+rank needs memory for the interactions of its users and some matrices of (items, k + oversampling).
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ from trec_twotower.model.embeddings import table_shards
 from trec_twotower.ops.hashing import SPLITMIX_STEP, id_keys
 from trec_twotower.ops.ragged import offsets_of
 
-BLOCK_ROWS = 1 << 16  # users whose products are held at a time
+BLOCK_ROWS = 1 << 16  # users per block
 
 
 @dataclass(frozen=True)
 class Taken:
-    """User-item pairs, each once: users 0 .. num_users - 1 of this rank, in rising order, and catalogue rows."""
+    """Distinct user-item pairs: users 0 .. num_users - 1 of this rank, ascending, and catalogue rows."""
 
     user_P: np.ndarray
     item_P: np.ndarray
@@ -54,9 +54,9 @@ class Taken:
 
     @classmethod
     def read(cls, sources: FeatureDataset, ranks: Ranks) -> Taken:
-        """This rank's share of the users in train/.
+        """Return the interactions of this rank's share of the users in train/.
 
-        With a row a user the ranks share the row groups; with a row an event each keeps the users whose id falls to it.
+        With one row per user the ranks share the row groups; with one row per event, a hash of the id assigns the user.
         """
         train, users, items = sources.dataset.train, [], []
         by_event = sources.rows == "event"
@@ -82,7 +82,7 @@ class Taken:
         return cls(pairs // num_items, pairs % num_items, num_users, num_items)
 
     def blocks(self) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
-        """Users (counted from the block's first), items and the number of users, so many users at a time."""
+        """Yield users (from 0 in each block), items and the number of users of each block."""
         for first in range(0, self.num_users, BLOCK_ROWS):
             last = min(first + BLOCK_ROWS, self.num_users)
             low, high = np.searchsorted(self.user_P, [first, last])
@@ -90,9 +90,9 @@ class Taken:
 
 
 def spectral_tables(taken: Taken, dim: int, start: SpectralConfig, seed: int, ranks: Ranks) -> tuple[Tensor, Tensor]:
-    """(A, B), each (I, dim) float32, the same on all ranks, which call this together.
+    """Return (A, B), each (I, dim) float32, equal on all ranks, which call this together.
 
-    Raises DataError where the catalogue or the users are too few for the rank `dim`.
+    Raises DataError if there are too few items or users for the rank `dim`.
     """
     wide = dim + start.oversampling
     num_users, num_items = int(ranks.sum(np.array([taken.num_users]))[0]), taken.num_items
@@ -112,7 +112,7 @@ def spectral_tables(taken: Taken, dim: int, start: SpectralConfig, seed: int, ra
     ]
 
     def squared(basis_IK: Tensor) -> Tensor:
-        """N^T N times a basis."""
+        """Return N^T N times a basis."""
         product_IK = torch.zeros_like(basis_IK)
         for block in blocks:
             product_IK += block.of_items @ (block.of_users @ basis_IK)
@@ -131,7 +131,7 @@ def spectral_tables(taken: Taken, dim: int, start: SpectralConfig, seed: int, ra
     vector_ID = basis_IK @ vectors.flip(1)[:, :dim].float()
 
     count = torch.from_numpy(count_I).to(ranks.device)
-    is_taken = (count > 0).float()[:, None]  # an item without interactions is zero
+    is_taken = (count > 0).float()[:, None]  # items without interactions have d_i = 0
     count = count.clamp(min=1)[:, None]
     relative_D = strength_D / strength_D[0].clamp(min=1e-30)
     history_ID = vector_ID * count**-start.history_power * relative_D**start.spectrum_power * is_taken
@@ -140,10 +140,10 @@ def spectral_tables(taken: Taken, dim: int, start: SpectralConfig, seed: int, ra
 
 
 def spread(taken: Taken, history_ID: Tensor, item_ID: Tensor, pooling: Pooling, ranks: Ranks) -> float:
-    """The standard deviation of all users' scores of all items; all ranks call together.
+    """Return the standard deviation of the scores of all users and items. All ranks call together.
 
-    A user's vector is pooled of all he has taken. Of the users u and items v the mean of (u . v)^2 is the sum of the
-    products of E[u u^T] and E[v v^T], number by number, so that no score is computed.
+    A user vector is pooled from all interactions. The mean of (u . v)^2 over users u and items v is the sum of the
+    elementwise product of E[u u^T] and E[v v^T], so no score is computed.
     """
     dim = history_ID.shape[1]
     power = {"mean": 1.0, "sqrtn": 0.5, "sum": 0.0}[pooling]
@@ -164,9 +164,9 @@ def spread(taken: Taken, history_ID: Tensor, item_ID: Tensor, pooling: Pooling, 
 def start_spectral(
     model: nn.Module, schema: Schema, start: SpectralConfig, sources: FeatureDataset, seed: int, ranks: Ranks
 ) -> None:
-    """Give the two tables their closed form, in place; all ranks call together.
+    """Write the spectral initialization to the two tables. All ranks call together.
 
-    Items that fall on one table row have their mean there; rows of no item become zero.
+    A table row shared by several items gets their mean; rows without an item become zero.
     """
     check_start(schema, start)
     history, item = _feature(schema, "user", start.history), _feature(schema, "item", start.item)
@@ -195,12 +195,12 @@ def start_spectral(
 
 
 def check_start(schema: Schema, start: SpectralConfig) -> None:
-    """Raises ConfigError where the features that train.spectral names cannot hold a closed form."""
+    """Raise ConfigError if the features of train.spectral cannot have a spectral initialization."""
     history, item = _feature(schema, "user", start.history), _feature(schema, "item", start.item)
     if not isinstance(history, BagFeature | IdFeature) or not isinstance(item, IdFeature):
         raise ConfigError(
             f"train.spectral names the user feature {history.name!r} of kind {history.kind} and the item feature "
-            f"{item.name!r} of kind {item.kind}: it needs the bag of the items that a user took, and the item's id."
+            f"{item.name!r} of kind {item.kind}: it needs the bag of a user's items, and the item's id."
         )
     if history.table_name == item.table_name:
         raise ConfigError(
@@ -231,7 +231,7 @@ def _feature(schema: Schema, side: Side, name: str) -> FeatureSpec:
 
 @dataclass(frozen=True)
 class _Block:
-    """The normalised matrix of some users, by user and by item."""
+    """The normalized matrix N of some users, by user and by item."""
 
     of_users: Tensor  # sparse (U, I)
     of_items: Tensor  # sparse (I, U)
@@ -256,7 +256,7 @@ class _Block:
 
 
 def _sparse(row: np.ndarray, column: np.ndarray, value: np.ndarray, shape: tuple[int, int]) -> Tensor:
-    """Of entries in rising order of rows."""
+    """Return the matrix of entries in ascending order of rows."""
     ends = offsets_of(np.bincount(row, minlength=shape[0]))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Sparse (CSR tensor support is in beta|invariant checks)", UserWarning)
@@ -270,7 +270,7 @@ def _sparse(row: np.ndarray, column: np.ndarray, value: np.ndarray, shape: tuple
 
 
 def _hashed(key: np.ndarray) -> np.ndarray:
-    """Spread ids evenly, as neighbours may be of one kind."""
+    """Hash ids, because neighbouring ids may be similar users."""
     return (key.astype(np.uint64) * SPLITMIX_STEP) >> np.uint64(32)
 
 
@@ -281,7 +281,7 @@ def _summed(value: Tensor, ranks: Ranks) -> Tensor:
 
 
 def _shared(value: Tensor, ranks: Ranks) -> Tensor:
-    """The first rank's: the last bits of a decomposition may differ between machines."""
+    """Return the first rank's values, because the last bits of a decomposition may differ between machines."""
     if ranks.num_ranks > 1:
         value = value.contiguous()
         dist.broadcast(value, 0)

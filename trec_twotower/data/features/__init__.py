@@ -1,1 +1,1 @@
-"""How each kind of feature becomes ids or numbers."""
+"""From the column of a feature to ids or numbers."""

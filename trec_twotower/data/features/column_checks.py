@@ -1,4 +1,4 @@
-"""Which Arrow types a feature can read; errors that name the column and the type it needs."""
+"""Checks of the Arrow types that a feature can read."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ def is_id_list(kind: pa.DataType) -> bool:
 
 
 def check_weights(column: str, kind: pa.DataType, where: str) -> None:
-    """Raises DataError when a column's type cannot be a bag's weights."""
+    """Raise DataError if the type of a column is not valid for weights of a bag."""
     if not (is_list(kind) and is_number(kind.value_type)):
         raise DataError(f"{where}: its weights, column {column!r}, are {kind}, not a list of numbers: cast them.")
 
 
 def check_time(feature: FeatureSpec, column: str, kind: pa.DataType, where: str) -> None:
-    """Raises DataError when a column's type cannot be the time until which ages are counted."""
+    """Raise DataError if the type of a column is not valid as the end of an age."""
     if not is_time(kind):
         raise DataError(
             f"{where}: column {column!r} is {kind}, but feature {feature.name!r} counts ages until it: "
@@ -35,7 +35,7 @@ def check_time(feature: FeatureSpec, column: str, kind: pa.DataType, where: str)
 
 
 def check_times(column: str, kind: pa.DataType, where: str) -> None:
-    """Raises DataError when a column's type cannot be the times of steps."""
+    """Raise DataError if the type of a column is not valid for times of steps."""
     if not (is_list(kind) and is_time(kind.value_type)):
         raise DataError(
             f"{where}: its times, column {column!r}, are {kind}, not a list of timestamps, dates or numbers."
@@ -43,7 +43,7 @@ def check_times(column: str, kind: pa.DataType, where: str) -> None:
 
 
 def check_actions(column: str, kind: pa.DataType, where: str) -> None:
-    """Raises DataError when a column's type cannot be the actions of steps."""
+    """Raise DataError if the type of a column is not valid for actions of steps."""
     if not is_id_list(kind):
         raise DataError(f"{where}: its actions, column {column!r}, are {kind}, not a list of integers or strings.")
 
@@ -62,10 +62,10 @@ NEEDED: dict[str, tuple[str, Callable[[pa.DataType], bool]]] = {
 
 
 def check_kind(feature: FeatureSpec, kind: pa.DataType, where: str, column: str | None = None) -> None:
-    """Raises DataError when a column's type cannot be this kind of feature, before anything is read."""
+    """Raise DataError if the type of a column is not valid for this kind of feature, before anything is read."""
     needed, fits = NEEDED[feature.kind]
     if not fits(kind):
         raise DataError(
             f"{where}: column {column or feature.source_column!r} is {kind}, but feature {feature.name!r} of kind "
-            f"{feature.kind!r} needs {needed}: write the column so, or change the kind."
+            f"{feature.kind!r} needs {needed}: change the type of the column, or the kind."
         )

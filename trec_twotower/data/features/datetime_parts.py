@@ -1,4 +1,4 @@
-"""Points in time: where they fall in the day, the week and the year, and how long ago they were."""
+"""Parts of a time (hour, weekday, month) and ages in days."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from trec_twotower.errors import DataError
 PER_SECOND = {"s": 1, "ms": 1_000, "us": 1_000_000, "ns": 1_000_000_000}
 DAY_S = 86_400
 LAST_S = int(datetime(9999, 12, 31, tzinfo=UTC).timestamp())
-NULL_PART = 0  # of a time's table: the row that null owns
+NULL_PART = 0  # row of null in the table of a time feature
 
 
 def is_time(kind: pa.DataType) -> bool:
-    """Whether a column of this type can hold points in time."""
+    """Return whether a column of this type can hold times."""
     return pa.types.is_timestamp(kind) or pa.types.is_date(kind) or (is_number(kind) and not pa.types.is_boolean(kind))
 
 
 def counted(array: pa.Array) -> tuple[pa.Array, str]:
-    """Timestamps as integers and the unit that these count: of nanoseconds microseconds, the rest is left out.
+    """Return timestamps as integers and their unit; nanoseconds are cut to microseconds.
 
-    float64 holds microseconds of our time exactly and nanoseconds nearly, so that one instant in two columns of
-    different units would seem to be two.
+    float64 holds present times exactly in microseconds but not in nanoseconds, so that one instant in columns of
+    different units would get two values.
     """
     unit = array.type.unit
     if unit == "ns":
@@ -42,8 +42,8 @@ def seconds(
     """Return seconds since 1970 in UTC (float64), and which values are missing.
 
     Numbers are in `unit`; timestamps without a zone are in UTC. `name` is the feature's, for messages. `row_of` has the
-    row of each value where the values are elements of lists. Raises DataError for times that are no dates of the years
-    up to 9999, as those of another unit are.
+    row of each value where the values are elements of lists. Raises DataError for times after the year
+    9999, which usually are in another unit.
     """
     missing = array.is_null().to_numpy(zero_copy_only=False)
     if pa.types.is_date(array.type):
@@ -87,7 +87,7 @@ def parts(feature: TimeFeature, array: pa.Array, where: str) -> np.ndarray:
 
 
 def ages(feature: AgeFeature, array: pa.Array, until: pa.Array | None, where: str) -> tuple[np.ndarray, np.ndarray]:
-    """Days (float64, clipped) from each time to that in `until`, or else to the date `at`; and which are missing."""
+    """Return days (float64, clipped) from each time to that in `until`, or to the date `at`, and which are missing."""
     since, missing = seconds(feature.name, feature.unit, array, where)
     if until is None:
         assert feature.at is not None
@@ -100,6 +100,6 @@ def ages(feature: AgeFeature, array: pa.Array, until: pa.Array | None, where: st
 
 
 def instant(text: str) -> datetime:
-    """A date or time in ISO form; without zone it is in UTC. Raises ValueError where it is none."""
+    """Return a time from ISO format, in UTC if it has no zone. Raises ValueError for other text."""
     found = datetime.fromisoformat(text)
     return found if found.tzinfo is not None else found.replace(tzinfo=UTC)

@@ -1,4 +1,4 @@
-"""Vectors that were made elsewhere, as list columns."""
+"""Precomputed vectors in list columns."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from trec_twotower.errors import DataError
 
 
 def is_vector(kind: pa.DataType) -> bool:
-    """Whether a column of this type can hold vectors."""
+    """Return whether a column of this type can hold vectors."""
     tests = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
     return any(test(kind) for test in tests) and pa.types.is_floating(kind.value_type)
 
 
 def vectors(feature: VectorFeature, array: pa.Array, where: str) -> np.ndarray:
-    """(rows, size + 1) float32: each row's vector (zeros where it is missing), and whether it is missing.
+    """Return (rows, size + 1) float32: the vector of each row (zeros if missing), and whether it is missing.
 
-    Raises DataError where a list has another length, or holds null, NaN or infinity (unless `nan: missing`, which
-    takes the whole vector as missing).
+    Raises DataError if a list has another length, or contains null, NaN or infinity (with `nan: missing` such a vector
+    is missing instead).
     """
     size = feature.size
     missing = array.is_null().to_numpy(zero_copy_only=False)
@@ -33,7 +33,7 @@ def vectors(feature: VectorFeature, array: pa.Array, where: str) -> np.ndarray:
         row = int(np.flatnonzero(~missing)[wrong[0]])
         raise DataError(
             f"{where}, row {row:,}: a vector of {lengths[wrong[0]]:,} numbers, but feature {feature.name!r} has size "
-            f"{size:,} ({wrong.size:,} of {len(array):,} rows are so): set size to what they have, or write them anew."
+            f"{size:,} ({wrong.size:,} of {len(array):,} rows): set size to their length, or write other vectors."
         )
     value = np.array(given.flatten().cast(pa.float32())).reshape(len(given), size)
     odd = ~np.isfinite(value).all(axis=1)

@@ -12,9 +12,9 @@ from trec_twotower.data.features.vocabulary import words_of_file
 
 
 def check_files(config: RunConfig) -> None:
-    """Raise ConfigError where a vocabulary or a language model that features read cannot be used.
+    """Raise ConfigError if a vocabulary or a language model of a feature cannot be used.
 
-    For a config that begins a run. A saved run has its words, and opens without the vocabulary's file.
+    This is for the config of a new run. A saved run contains its vocabulary and does not need the file.
     """
     for feature in (*config.user, *config.item):
         if isinstance(feature, VocabularyFeature) and feature.vocabulary != LEARNED:

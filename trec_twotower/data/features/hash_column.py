@@ -26,7 +26,7 @@ def hash_column(feature: FeatureSpec, array: pa.Array, table: TableSpec | None =
     """
     if not isinstance(feature, IdFeature | CategoryFeature | ItemListFeature | TextFeature):
         raise ConfigError(
-            f"feature {feature.name!r} is a {feature.kind}, whose column is not hashed by itself: choose an id, "
+            f"feature {feature.name!r} is a {feature.kind}, whose column is not hashed: choose an id, "
             "category, bag, sequence or text."
         )
     spec = table or feature.own_table

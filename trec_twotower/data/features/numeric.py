@@ -1,4 +1,4 @@
-"""Numbers: what is learned of a column before training, and what a tower gets of it."""
+"""Numeric features: statistics learned before training, normalization and bins."""
 
 from __future__ import annotations
 
@@ -18,36 +18,36 @@ from trec_twotower.storage.arrow_values import exact_array
 
 LARGEST = float(np.finfo(np.float32).max)
 QUANTILES = 129  # points of the distribution that `normalize: quantile` keeps
-SAMPLE = 1 << 18  # values that quantiles are taken from; all there are, where they are no more
-_SAMPLED = 0x7175  # keeps these random numbers apart from others
+SAMPLE = 1 << 18  # number of values for quantiles; all values if there are fewer
+_SAMPLED = 0x7175  # stream of random numbers
 NULL_BIN = 0
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """What a feature needs to know of its column; learned once, when the run begins, and saved with it."""
+    """Statistics of a column, learned once at the start of a run and saved with it."""
 
     mean: float = 0.0
     std: float = 1.0
     low: float = 0.0
     high: float = 1.0
-    points: tuple[float, ...] = ()  # rising: quantiles at equal steps, or where bins begin
-    words: tuple[int | str, ...] = ()  # of a vocabulary, in the order of their rows
+    points: tuple[float, ...] = ()  # ascending: quantiles at equal steps, or the edges of bins
+    words: tuple[int | str, ...] = ()  # vocabulary in the order of its table rows
 
     def __post_init__(self) -> None:
         for name in ("points", "words"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))  # JSON knows lists only
+            object.__setattr__(self, name, tuple(getattr(self, name)))  # JSON has lists only
 
     @cached_property
     def rows_of_words(self) -> tuple[np.ndarray, np.ndarray]:
-        """The 64-bit keys of all words, rising, and the place of each among `words`."""
+        """Return the 64-bit keys of all words, ascending, and the index of each in `words`."""
         keys = id_keys(exact_array(self.words), "the vocabulary")
         order = np.argsort(keys)
         return keys[order], order
 
 
 def number_values(feature: NumberFeature, array: pa.Array, where: str) -> tuple[np.ndarray, np.ndarray]:
-    """A number column in float64, clipped, and which rows are missing."""
+    """Return a number column as float64, clipped, and which rows are missing."""
     if not is_number(array.type):
         raise DataError(
             f"{where}: is {array.type}, but feature {feature.name!r} is a number: cast it, or make it a category."
@@ -78,7 +78,7 @@ def is_number(kind: pa.DataType) -> bool:
 
 
 def normalize(feature: NumericFeature, value: np.ndarray, missing: np.ndarray, statistics: Statistics) -> np.ndarray:
-    """(rows, 2) float32: the normalised value (0 where missing, or that of `default`), and whether it is missing."""
+    """Return (rows, 2) float32: the normalized value (`default` or 0 if missing), and whether it is missing."""
     filled = missing if feature.fill_value is None else np.zeros_like(missing)
     if feature.fill_value is not None:
         value = np.where(missing, clipped(feature, np.array(feature.fill_value)), value)
@@ -97,9 +97,9 @@ def normalize(feature: NumericFeature, value: np.ndarray, missing: np.ndarray, s
 
 
 def share_below(value: np.ndarray, quantiles: tuple[float, ...]) -> np.ndarray:
-    """The share of the learned values that lie below each value, between the quantiles along a line.
+    """Return the share of learned values below each value, with linear interpolation between quantiles.
 
-    Of a value that many have, those are counted half: their share lies in the middle of theirs.
+    For a value with a large share of the rows, the result is the middle of its range of quantiles.
     """
     if len(quantiles) < 2 or quantiles[0] == quantiles[-1]:
         return np.full(len(value), 0.5)
@@ -110,17 +110,16 @@ def share_below(value: np.ndarray, quantiles: tuple[float, ...]) -> np.ndarray:
 
 
 def binned(feature: NumericFeature, value: np.ndarray, missing: np.ndarray, statistics: Statistics) -> Ragged:
-    """The bin of each number as rows of the feature's table, of which the first is null's.
+    """Return the bin of each number as table rows; row 0 is for null.
 
-    The bin of a value is how many of the points it has reached. If soft, the points have rows themselves, and a value
-    between two of them takes both with weights that sum to one (as in piecewise linear encoding, Gorishniy et al.
-    2022).
+    The bin of a value is the number of edges at or below it. With soft bins, each edge has a row, and a value between
+    two edges looks up both with weights that sum to one (piecewise linear encoding, Gorishniy et al. 2022).
     """
     points = np.array(feature.bins if isinstance(feature.bins, tuple) else statistics.points, np.float64)
     if not feature.soft:
         row = np.searchsorted(points, value, side="right") + 1
         return Ragged.singles(np.where(missing, NULL_BIN, row).astype(np.int32))
-    if len(points) < 2:  # all values are alike
+    if len(points) < 2:  # all values are equal
         below, share = np.zeros(len(value), np.int64), np.zeros(len(value))
         above = below
     else:
@@ -135,10 +134,10 @@ def binned(feature: NumericFeature, value: np.ndarray, missing: np.ndarray, stat
 
 
 def learn_statistics(feature: NumericFeature, parts: Iterable[tuple[np.ndarray, np.ndarray]]) -> Statistics:
-    """Mean, standard deviation, range and quantiles of a number over all rows that have it, in one pass.
+    """Computes mean, standard deviation, range and quantiles of a number over all rows that have it, in one pass.
 
-    A part is some rows' values, and which of them are missing. Quantiles beyond SAMPLE rows are those of a sample of
-    so many, the same whatever the parts.
+    A part is the values of some rows, and which are missing. With more than SAMPLE rows, quantiles are those of a
+    sample of SAMPLE rows, which does not depend on the parts.
     """
     count, mean, squares, low, high = 0, 0.0, 0.0, math.inf, -math.inf
     sample = _Sample() if _num_points(feature) else None
@@ -148,7 +147,7 @@ def learn_statistics(feature: NumericFeature, parts: Iterable[tuple[np.ndarray, 
             continue
         if sample is not None:
             sample.add(value, count)
-        # Squares about the mean, joined as in Chan, Golub and LeVeque 1983: times in seconds leave no digit otherwise.
+        # Combined as in Chan, Golub and LeVeque 1983; sums of squares of times in seconds would lose all digits.
         away = float(value.mean()) - mean
         squares += float(np.square(value - value.mean()).sum()) + away**2 * count * value.size / (count + value.size)
         count += value.size
@@ -161,7 +160,7 @@ def learn_statistics(feature: NumericFeature, parts: Iterable[tuple[np.ndarray, 
 
 
 def _num_points(feature: NumericFeature) -> int:
-    """How many quantiles, least and most among them, a feature asks for."""
+    """Return the number of quantiles of a feature, including minimum and maximum."""
     if isinstance(feature.bins, int):
         return feature.bins if feature.soft else feature.bins + 1
     return QUANTILES if feature.normalize == "quantile" else 0
@@ -175,14 +174,14 @@ def _points(feature: NumericFeature, values: np.ndarray) -> tuple[float, ...]:
 
 
 class _Sample:
-    """The values of SAMPLE rows that a hash of the row's number chooses: those with the least."""
+    """A sample of the values of SAMPLE rows: those with the smallest hashes of the row number."""
 
     def __init__(self) -> None:
         self.values = np.empty(0)
         self._draw = np.empty(0)
 
     def add(self, values: np.ndarray, first: int) -> None:
-        """Take up the values of the rows `first` and following."""
+        """Add the values of the rows from `first` on."""
         draw = uniform(_SAMPLED, np.arange(first, first + len(values)))
         values, draw = np.concatenate([self.values, values]), np.concatenate([self._draw, draw])
         if len(values) > SAMPLE:

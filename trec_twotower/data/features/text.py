@@ -1,4 +1,4 @@
-"""Text: words and parts of words as hashed bags, and the tokens of a language model."""
+"""Text features: words and character n-grams as hashed bags, and tokens of a language model."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ from trec_twotower.ops.ragged import Ragged, offsets_of, side_by_side
 from trec_twotower.storage.arrow_values import python_values
 
 WORD = re.compile(r"\w+")
-# Kinds of models whose first place is the one behind the padding's number.
+# Model types whose positions start after the padding index.
 COUNTS_FROM_PADDING = frozenset({"roberta", "xlm-roberta", "camembert", "mpnet", "xlm-roberta-xl", "longformer"})
-MAX_TOKENS = 64  # of a text, where max_length does not say
-_borrowed = threading.Lock()  # a tokenizer serves one thread at a time
+MAX_TOKENS = 64  # tokens of a text, if max_length is not set
+_borrowed = threading.Lock()  # a tokenizer is not thread-safe
 
 
 def words_of(text: str) -> list[str]:
-    """A text's words: runs of letters, digits and underscores, in compatibility form (NFKC) and without case."""
+    """Return the words of a text: runs of letters, digits and underscores, NFKC-normalized and case-folded."""
     return WORD.findall(unicodedata.normalize("NFKC", text).casefold())
 
 
 def parts_of_word(word: str, least: int, most: int) -> list[str]:
-    """All runs of so many characters of `<word>`, whose ends the marks show (as in Bojanowski et al. 2017)."""
+    """Return the character n-grams of `<word>`, with marks for its ends (as in Bojanowski et al. 2017)."""
     marked = f"<{word}>"
     return [
         marked[start : start + length] for length in range(least, most + 1) for start in range(len(marked) - length + 1)
@@ -41,10 +41,10 @@ def parts_of_word(word: str, least: int, most: int) -> list[str]:
 
 
 def text_keys(feature: TextFeature, array: pa.Array) -> Ragged:
-    """The 64-bit keys of each text's runs of words, then of its words' parts; of null none.
+    """Return the 64-bit keys of the word n-grams of each text, then of its character n-grams; none for null.
 
-    A word's key is that of a string id; a run's is mixed of its words' as in a cross; a part's is that of `#` and it,
-    which is no word. The first `max_length` words count.
+    The key of a word is that of a string id. The key of a word n-gram combines those of its words as in a cross. The
+    key of a character n-gram is that of `#` and the n-gram. Only the first `max_length` words count.
     """
     encoded = array if pa.types.is_dictionary(array.type) else array.dictionary_encode()
     texts = [words_of(text or "")[: feature.max_length] for text in python_values(encoded.dictionary)]
@@ -61,7 +61,7 @@ def text_keys(feature: TextFeature, array: pa.Array) -> Ragged:
     keys = found[0]
     for other in found[1:]:
         keys = side_by_side(keys, other)
-    keys = Ragged.concat([keys, Ragged(np.zeros(2, np.int64), keys.values[:0])])  # the last row is null's
+    keys = Ragged.concat([keys, Ragged(np.zeros(2, np.int64), keys.values[:0])])  # the last row is for null
     return keys.take(encoded.indices.fill_null(len(texts)).to_numpy(zero_copy_only=False).astype(np.int64))
 
 
@@ -70,7 +70,7 @@ def _keys(words: Any) -> np.ndarray:
 
 
 def _runs(words: Ragged, key_W: np.ndarray, length: int) -> Ragged:
-    """The keys of all runs of `length` words of each text."""
+    """Return the keys of the word n-grams of `length` words of each text."""
     key = key_W[words.values]
     if length == 1:
         return Ragged(words.offsets, key)
@@ -83,11 +83,11 @@ def _runs(words: Ragged, key_W: np.ndarray, length: int) -> Ragged:
     return Ragged(offsets, state.view(np.int64))
 
 
-# What a language model reads
+# Language models
 
 
 def check_folder(feature: LanguageModelFeature) -> None:
-    """Raises ConfigError where a feature's folder holds no Hugging Face model, or none that can do what is asked."""
+    """Raise ConfigError if the folder of a feature has no Hugging Face model, or one that does not fit the settings."""
     folder = Path(feature.folder)
     try:
         about = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -134,7 +134,7 @@ PARTS_OF_MODELS = ("text_config", "vision_config", "audio_config", "encoder", "d
 
 
 def _most_tokens(about: dict[str, Any]) -> int | None:
-    """How many tokens a model has places for, by its config.json; None where that does not say."""
+    """Return the maximum number of tokens of a model, from its config.json; None if it is not there."""
     found = (about.get(name) for name in ("max_position_embeddings", "n_positions"))
     places = next((each for each in found if isinstance(each, int) and each > 0), None)
     padding = about.get("pad_token_id")
@@ -144,7 +144,7 @@ def _most_tokens(about: dict[str, Any]) -> int | None:
 
 
 def transformers() -> Any:
-    """The library of that name; raises ConfigError where it is not installed."""
+    """Import a library. Raises ConfigError if it is not installed."""
     try:
         import transformers as library
 
@@ -161,11 +161,11 @@ def _tokenizer(folder: str) -> Any:
     try:
         return transformers().AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{folder} has no tokenizer that transformers can read: {error}") from None
+        raise ConfigError(f"{folder} has no tokenizer that transformers can load: {error}") from None
 
 
 def tokens(feature: LanguageModelFeature, array: pa.Array) -> Ragged:
-    """The first `max_length` tokens of each text, with the marks that its model wants (int32); of null none."""
+    """Return the first `max_length` tokens (int32) of each text, with special tokens; none for null."""
     encoded = array if pa.types.is_dictionary(array.type) else array.dictionary_encode()
     texts = [text or "" for text in python_values(encoded.dictionary)]
     found: list[list[int]] = []

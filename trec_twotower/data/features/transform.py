@@ -1,4 +1,4 @@
-"""From Arrow columns to what the towers take: hashed ids in lists, and normalised numbers."""
+"""From Arrow columns to hashed ids and normalized numbers."""
 
 from __future__ import annotations
 
@@ -37,27 +37,26 @@ from trec_twotower.ops.hashing import bucket_type, hash_to_bucket, id_keys, mix_
 from trec_twotower.ops.kernels import put_divisors
 from trec_twotower.ops.ragged import Ragged
 
-NULL_KEY = np.int64(0x4E554C4C2D4B4559)  # stands for null in a cross
-GAP_BUCKETS = 40  # of the time between two steps: 0 where there is none before, then by powers of two
-NULL_BUCKET = 0  # of a category's table: the row that null owns
-SECOND_HASH = 0x5ECD  # what sets the seed of a table's second hash apart from that of its first
+NULL_KEY = np.int64(0x4E554C4C2D4B4559)  # key of null in a cross
+GAP_BUCKETS = 40  # buckets of the time between two steps: 0 for the first step, then powers of two
+NULL_BUCKET = 0  # row of null in the table of a category
+SECOND_HASH = 0x5ECD  # offset between the seeds of the two hashes of a table
 
 
 @dataclass(frozen=True)
 class Columns:
-    """The features of some rows of one side, ready for a batch.
+    """The features of some rows of one side.
 
-    `sparse[f]` holds the buckets (int32) of feature f; `numbers[f]` has num_numbers columns: of a number its normalised
-    value, and 1 where it is missing. Of a table with two hashes, `sparse[f@2]` holds the buckets of the second; of
-    text that a model reads, `sparse[f]` its tokens. What stands beside the steps of a sequence is there as
-    `sparse[f@gap]`, `sparse[f@action]` and `sparse[f@row]`, lists as long: buckets, and rows of the catalogue, whose
-    features `items` has.
+    `sparse[f]` holds the buckets (int32) of feature f; `numbers[f]` has num_numbers columns; a number has its
+    normalized value and 1 if it is missing. `sparse[f@2]` holds the buckets of the second hash of a table. For text
+    with a language model, `sparse[f]` holds tokens. The side columns of a sequence are `sparse[f@gap]`,
+    `sparse[f@action]` (buckets) and `sparse[f@row]` (catalogue rows, whose features are in `items`).
     """
 
     num_rows: int
     sparse: Mapping[str, Ragged]
     numbers: Mapping[str, np.ndarray]  # float32 (rows, num_numbers)
-    items: Columns | None = None  # where steps have attributes: the features of the whole catalogue
+    items: Columns | None = None  # features of the whole catalogue, for attributes of steps
 
     def take(self, rows: np.ndarray) -> Columns:
         return Columns(
@@ -68,7 +67,7 @@ class Columns:
         )
 
     def slice(self, start: int, stop: int) -> Columns:
-        """Rows start .. stop - 1, without a copy."""
+        """Return rows start .. stop - 1, without a copy."""
         return Columns(
             stop - start,
             {name: lists.slice(start, stop) for name, lists in self.sparse.items()},
@@ -77,7 +76,7 @@ class Columns:
         )
 
     def beside(self, other: Columns) -> Columns:
-        """The features of both, for the same rows."""
+        """Return the features of both, for the same rows."""
         assert self.num_rows == other.num_rows
         return Columns(
             self.num_rows,
@@ -100,7 +99,7 @@ class Columns:
 
 
 def take_numbers(number: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """Rows of a (rows, N) float32 array; pairs are moved as one 64-bit word each."""
+    """Return rows of a (rows, N) float32 array; pairs are copied as one 64-bit value each."""
     if number.shape[1] != 2:
         return number[rows]
     words = np.ascontiguousarray(number).reshape(-1).view(np.int64)
@@ -118,11 +117,10 @@ def transform(
     uncut: bool = False,
     item_rows: Callable[[np.ndarray], np.ndarray] | None = None,
 ) -> Columns:
-    """The features of every row of an Arrow table; raises DataError naming `where`, the column and the row.
+    """Return the features of every row of an Arrow table. DataError names `where`, the column and the row.
 
-    `given` has lists of 64-bit keys for columns that are made rather than read, such as a drawn half of a history;
-    `uncut` leaves those longer than max_length. `item_rows` finds the catalogue rows of keys, for sequences whose steps
-    have attributes.
+    `given` has lists of 64-bit keys for computed columns, such as a sampled half of a history; with `uncut` they
+    are not cut to max_length. `item_rows` returns the catalogue rows of keys, for sequences whose steps have attributes.
     """
     sparse, numbers = {}, {}
     for feature in features:
@@ -154,13 +152,13 @@ def transform(
 
 
 def hashings(feature: FeatureSpec, spec: TableSpec) -> list[tuple[str, TableSpec]]:
-    """The names of a feature's buckets, each with the table as its hash sees it."""
+    """Yield the keys of a feature's buckets, each with the table settings of its hash."""
     second = spec.model_copy(update={"seed": spec.seed ^ SECOND_HASH})
     return list(zip(bucket_names(feature.name, spec), (spec, second), strict=False))
 
 
 def looked_up(feature: FeatureSpec, spec: TableSpec, table: pa.Table, where: str) -> Ragged:
-    """The table rows that each row of an Arrow table looks up for a feature."""
+    """Return the table rows that each row of an Arrow table looks up for a feature."""
     array, place = one_chunk(table[feature.source_column]), f"{where}, column {feature.source_column!r}"
     match feature:
         case TimeFeature():
@@ -180,7 +178,7 @@ def looked_up(feature: FeatureSpec, spec: TableSpec, table: pa.Table, where: str
 
 
 def numeric(feature: NumericFeature, table: pa.Table, where: str) -> tuple[np.ndarray, np.ndarray]:
-    """The number that a feature makes of each row (float64), and which are missing."""
+    """Return the number of a feature for each row (float64), and which are missing."""
     array, place = one_chunk(table[feature.source_column]), f"{where}, column {feature.source_column!r}"
     if isinstance(feature, NumberFeature):
         return number_values(feature, array, place)
@@ -189,9 +187,9 @@ def numeric(feature: NumericFeature, table: pa.Table, where: str) -> tuple[np.nd
 
 
 def cross_keys(columns: Iterable[tuple[pa.Array, str]]) -> np.ndarray:
-    """One 64-bit key of what all columns, each with its place, say in a row; null is a value like others.
+    """Return one 64-bit key per row for the combination of its columns; null is a value like others.
 
-    The order of the columns counts: a key is the mix of a column's own key and what the ones before it gave.
+    The order of the columns matters: a key is the hash of a column's own key and the key of the columns before it.
     """
     state: np.ndarray | None = None
     for array, where in columns:
@@ -203,21 +201,21 @@ def cross_keys(columns: Iterable[tuple[pa.Array, str]]) -> np.ndarray:
 
 
 def bucket(spec: TableSpec, keys: np.ndarray) -> np.ndarray:
-    """The table row of each 64-bit key."""
+    """Return the table row of each 64-bit key."""
     if spec.hashing == "modulo":
         return modulo_bucket(keys, spec.buckets)
     return hash_to_bucket(keys, spec.buckets, spec.seed)
 
 
 def buckets(spec: TableSpec, ids: pa.Array, where: str) -> np.ndarray:
-    """The table row of each id of a column without nulls; a dictionary's values are hashed once each."""
+    """Return the table row of each id of a column without nulls; values of a dictionary are hashed once."""
     if pa.types.is_dictionary(ids.type) and not ids.null_count:
         return bucket(spec, id_keys(ids.dictionary, where)).take(ids.indices.to_numpy(zero_copy_only=False))
     return bucket(spec, id_keys(ids, where))
 
 
 def category(spec: TableSpec, array: pa.Array, where: str) -> np.ndarray:
-    """Buckets 1..; null has bucket 0 to itself (if the table has more than one row)."""
+    """Return buckets from 1 on; bucket 0 is for null (if the table has more than one row)."""
     if spec.buckets == 1:
         return np.zeros(len(array), np.int32)
     rest = spec.model_copy(update={"buckets": spec.buckets - 1})
@@ -238,7 +236,7 @@ def bag(
     where: str,
     beside_it: pa.Table | None = None,
 ) -> Ragged:
-    """Hashed lists, cut to the newest `max_length`, null elements dropped; times are among the columns beside it."""
+    """Return hashed lists, cut to the newest `max_length`, without null elements; weights may decay by time."""
     hashed = _element_lists(array, where, lambda ids: buckets(spec, ids, where))
     if weights is not None:
         hashed = with_weights(hashed, array, weights, where, str(feature.weights))
@@ -249,9 +247,9 @@ def bag(
 
 
 def with_decay(feature: BagFeature, lists: Ragged, ids: pa.Array, table: pa.Table, where: str) -> Ragged:
-    """`lists`, which were made of `ids`, whose weights are halved for each half life that has passed since.
+    """Return `lists`, the hashed `ids`, with weights that are halved for each half-life of age.
 
-    Until the newest element of the row, or until the time in `until` where the row has one.
+    Ages end at the newest element of the row, or at the time in `until` if the row has one.
     """
     assert feature.times is not None and feature.half_life_days is not None
     times = one_chunk(table[feature.times])
@@ -265,8 +263,8 @@ def with_decay(feature: BagFeature, lists: Ragged, ids: pa.Array, table: pa.Tabl
         until_s, missing = seconds(feature.name, feature.unit, one_chunk(table[feature.until]), place)
         if (early := np.flatnonzero(has_any & ~missing & (until_s < end_s))).size:
             raise DataError(
-                f"{where}, row {early[0]:,}: a time in {feature.times!r} lies after {feature.until!r} ({early.size:,} "
-                "rows are so): what had not happened yet must not be known, leave those elements out."
+                f"{where}, row {early[0]:,}: a time in {feature.times!r} is after {feature.until!r} ({early.size:,} "
+                "rows are so): these elements are in the future, remove them."
             )
         end_s = np.where(missing, end_s, until_s)
     age_days = (np.repeat(end_s, lists.lengths) - time_s) / DAY_S
@@ -282,7 +280,7 @@ def sequence(
     where: str,
     item_rows: Callable[[np.ndarray], np.ndarray] | None,
 ) -> dict[str, Ragged]:
-    """Hashed lists and what stands beside their steps, cut to the newest `max_length`, null elements dropped."""
+    """Return hashed lists and their side columns, cut to the newest `max_length`, without null elements."""
     name = feature.name
     keys = key_lists(ids, where)
     found = {name: Ragged(keys.offsets, bucket(spec, keys.values))}
@@ -304,7 +302,7 @@ def sequence(
 
 
 def gap_buckets(feature: ItemListFeature, times: pa.Array, steps: Ragged, where: str) -> np.ndarray:
-    """The bucket of each step's distance in seconds from the step before it: 1 + log2(1 + seconds), 0 for the first."""
+    """Return the bucket of the time since the previous step: 1 + log2(1 + seconds), 0 for the first step."""
     value, is_first = rising_seconds(feature, times, steps, where)
     gap = np.where(is_first, 0.0, np.diff(value, prepend=value[:1]))
     of_gap = np.minimum(1 + np.log2(1 + gap), GAP_BUCKETS - 1).astype(np.int32)
@@ -316,11 +314,11 @@ def rising_seconds(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the time of each step in seconds (float64), and which steps are the first of their row.
 
-    Raises DataError where the times of a row fall, are null, or are no dates in the feature's `unit`.
+    Raises DataError if the times of a row decrease, are null, or are no valid times in the feature's `unit`.
     """
     column = feature.times
     if times.null_count:
-        raise DataError(f"{where}: the times in {column!r} hold null for an id: write the time of every step.")
+        raise DataError(f"{where}: the times in {column!r} contain null for an id: write the time of every step.")
     value, _ = seconds(feature.name, feature.unit, times, f"{where}, times {column!r}", steps.rows)
     is_first = np.zeros(len(value), bool)
     is_first[steps.offsets[:-1][steps.lengths > 0]] = True
@@ -328,18 +326,18 @@ def rising_seconds(
     if not rises.all():
         row = int(steps.rows[~rises][0])
         raise DataError(
-            f"{where}, row {row:,}: the times in {column!r} fall, but lists are oldest first: sort each list by time."
+            f"{where}, row {row:,}: the times in {column!r} decrease, but lists are oldest first: sort each by time."
         )
     return value, is_first
 
 
 def key_lists(array: pa.Array, where: str) -> Ragged:
-    """The 64-bit keys of a column of lists of ids; null lists are empty, null elements are dropped."""
+    """Return the 64-bit keys of a column of lists of ids; null lists are empty, null elements are dropped."""
     return _element_lists(array, where, lambda ids: id_keys(ids, where))
 
 
 def _element_lists(array: pa.Array, where: str, of_ids: Callable[[pa.Array], np.ndarray]) -> Ragged:
-    """What `of_ids` makes of the elements of a column of lists of ids, less the null ones."""
+    """Return the lists of `of_ids(elements)`, without null elements."""
     if not is_id_list(array.type):
         raise DataError(f"{where}: is {array.type}, but a list of integers or strings is needed.")
     if array.null_count:
@@ -361,7 +359,7 @@ def _offsets(array: pa.Array) -> np.ndarray:
 def with_weights(
     lists: Ragged, ids: pa.Array, weights: pa.Array, where: str, column: str, what: str = "weight"
 ) -> Ragged:
-    """`lists`, which were made of `ids`, with the numbers that stand beside these in another column, `column`."""
+    """Return `lists`, the hashed `ids`, with weights from the parallel column `column`."""
     check_weights(column, weights.type, where)
     flat = beside(ids, weights, where, column, what)
     values = flat.cast(pa.float32(), safe=False).to_numpy(zero_copy_only=False)
@@ -369,13 +367,13 @@ def with_weights(
     if is_odd.any():
         row = int(lists.rows[is_odd][0])
         raise DataError(
-            f"{where}, row {row:,}: the {what}s in {column!r} hold null, NaN or infinity: write finite numbers."
+            f"{where}, row {row:,}: the {what}s in {column!r} contain null, NaN or infinity: write finite numbers."
         )
     return Ragged(lists.offsets, lists.values, values)
 
 
 def beside(ids: pa.Array, other: pa.Array, where: str, column: str, what: str = "value") -> pa.Array:
-    """The elements of lists that stand beside lists of ids, in another column, less those beside null ids."""
+    """Return the elements of a column parallel to lists of ids, without those of null ids."""
     other = as_list(other)
     other = other.fill_null(pa.scalar([], type=other.type)) if other.null_count else other
     wanted = _offsets(ids.fill_null(pa.scalar([], type=ids.type)) if ids.null_count else ids)
@@ -384,24 +382,24 @@ def beside(ids: pa.Array, other: pa.Array, where: str, column: str, what: str = 
         row = int(np.flatnonzero(np.diff(wanted) != np.diff(found))[0])
         raise DataError(
             f"{where}, row {row:,}: {np.diff(wanted)[row]} ids but {np.diff(found)[row]} {what}s in {column!r}: "
-            f"write one {what} an id."
+            f"write one {what} per id."
         )
     flat, values = ids.flatten(), other.flatten()
     return values.filter(flat.is_valid()) if flat.null_count else values
 
 
 def divides(feature: FeatureSpec) -> bool:
-    """Whether the feature's pooled sums are divided by anything."""
+    """Return whether the pooled sums of the feature are divided."""
     return feature.pooling_mode != "sum" or feature.output_scale != 1.0
 
 
 def put_pooling_divisor(feature: FeatureSpec, lists: Ragged, out: np.ndarray) -> None:
-    """Into `out` what the sum of a row's vectors is divided by: 1, the sum of weights, or the root of that of squares.
+    """Write the divisor of each row's pooled sum to `out`: 1, the sum of weights, or the root of their sum of squares.
 
-    And by 1 / scale; rows of `out` behind those of the lists stay as they are.
+    The divisor includes 1 / scale. Rows of `out` after those of the lists do not change.
 
-    Tables pool by SUM alone, because TorchRec's MEAN divides by counts where weights are meant, and divides other
-    tables' outputs beside row-wise sharding.
+    Tables pool by SUM only, because TorchRec's MEAN divides by counts instead of weights, and with row-wise sharding
+    also divides the outputs of other tables.
     """
     scale, is_root = np.float32(feature.output_scale), feature.pooling_mode == "sqrtn"
     if feature.pooling_mode == "sum":

@@ -1,4 +1,4 @@
-"""Vocabularies: which words of a category have a table row each, fixed when a run begins."""
+"""Vocabularies of category features, which are fixed at the start of a run."""
 
 from __future__ import annotations
 
@@ -15,38 +15,38 @@ from trec_twotower.errors import ConfigError
 from trec_twotower.ops.hashing import id_keys
 from trec_twotower.storage.arrow_values import EXACT, python_values
 
-NULL_ROW, UNKNOWN_ROW = 0, 1  # of the feature's table; the words follow
+NULL_ROW, UNKNOWN_ROW = 0, 1  # first rows of the table, for null and unknown values; the vocabulary follows
 
 
 def words_of_file(feature: VocabularyFeature) -> list[Any]:
-    """Return the words of a feature's file; raises ConfigError where they are unusable or more than its buckets."""
+    """Return the vocabulary in a feature's file. Raises ConfigError if it is invalid or larger than its buckets."""
     words, room = read_words(feature.vocabulary), feature.buckets - RESERVED_ROWS
     _check_words(words, feature.vocabulary)
     if len(words) > room:
         raise ConfigError(
-            f"The vocabulary {feature.vocabulary} has {len(words):,} words, but feature {feature.name!r} has rows for "
-            f"{room:,}: leave buckets out, or set them to {len(words) + RESERVED_ROWS:,}."
+            f"The vocabulary {feature.vocabulary} has {len(words):,} entries, but feature {feature.name!r} has rows "
+            f"for {room:,}: remove buckets, or set it to {len(words) + RESERVED_ROWS:,}."
         )
     return words
 
 
 def _check_words(words: Sequence[Any], path: str) -> None:
     if not words:
-        raise ConfigError(f"The vocabulary {path} is empty: write one word per line.")
+        raise ConfigError(f"The vocabulary {path} is empty: write one entry per line.")
     line_of: dict[Any, int] = {}
     for line, word in enumerate(words, 1):
         if word == "":
-            raise ConfigError(f"The vocabulary {path} is empty in line {line:,}: write one word per line.")
+            raise ConfigError(f"The vocabulary {path} is empty in line {line:,}: write one entry per line.")
         if word in line_of:
             raise ConfigError(f"The vocabulary {path} has {word!r} in lines {line_of[word]:,} and {line:,}: keep one.")
         line_of[word] = line
 
 
 def make_vocabulary(feature: VocabularyFeature, kind: pa.DataType, columns: Iterable[pa.Array]) -> Statistics:
-    """The words of a feature in the order of their rows: its file's, or those of a column, the most frequent first.
+    """Return the vocabulary of a feature in row order: that of its file, or of a column, most frequent first.
 
-    Of the column those count that stand in `min_count` rows or more, as many as there are buckets for; of equally
-    frequent ones the lesser come first. `kind` is the column's type, in which a file's words are read.
+    Values of a column need `min_count` rows, and are cut to the number of buckets; ties are in ascending order. `kind`
+    is the type of the column, to which the entries of a file are converted.
     """
     room = feature.buckets - RESERVED_ROWS
     if feature.vocabulary != LEARNED:
@@ -71,7 +71,7 @@ def make_vocabulary(feature: VocabularyFeature, kind: pa.DataType, columns: Iter
 
 
 def in_vocabulary(array: pa.Array, statistics: Statistics, where: str) -> np.ndarray:
-    """The table row of each word of a column: its own, or those of the unknown and of null."""
+    """Return the table row of each value of a column: its own, or that of unknown values or of null."""
     out = np.full(len(array), NULL_ROW, np.int32)
     key = id_keys(array.drop_null(), where)
     known, number = statistics.rows_of_words

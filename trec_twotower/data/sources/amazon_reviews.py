@@ -39,7 +39,7 @@ and `meta_Books.json` items with asin, title, brand, main_cat, category (in 2014
 feature and description. The dataset has the columns of 2023, with null for what these do not have. The lines of 2014's
 metadata are Python dicts, not JSON, and have to be converted.
 
-All may be .gz. `average_rating` and `rating_number` are of 2023 and so know of the test period: `rating_number` tells
+All may be .gz. `average_rating` and `rating_number` are of 2023 and include the test period: `rating_number` reveals
 how popular an item will be. They are in items/, but a model to be judged by a split in time should leave them out.
 """
 

@@ -11,7 +11,7 @@ By its README (https://github.com/zygmuntz/goodbooks-10k), CSV with a header eac
 
 A rating's line gives its time: an earlier line is an earlier event. So the split is leave-last-out, and the
 dataset has no `timestamp`. Shelves, averages and what is meant to be read are those of the day on which the data were
-taken, later than the ratings to be found; `to_read` (without the user's own ratings) is read on request alone.
+used, later than the held-out ratings; `to_read` (without the user's own ratings) is read on request alone.
 """
 
 from __future__ import annotations

@@ -97,7 +97,7 @@ def whole_number(column: str) -> str:
 def top_tags(database: duckdb.DuckDBPyConnection, counted: str, max_tags: int) -> None:
     """Make the table `item_tags` (item_id, tags): of `counted`, a selection of item_id, tag and times, the most given.
 
-    A tag that more than half of the tagged items have tells none from another ("to-read") and is left out.
+    A tag of more than half of the tagged items ("to-read") carries no information and is left out.
     """
     fetch_rows(database, f"CREATE TABLE counted_tags AS {counted}")
     fetch_rows(

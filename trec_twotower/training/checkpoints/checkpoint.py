@@ -122,7 +122,9 @@ class Checkpoints:
             return cause
         need = self._snapshot.num_bytes * self.ranks.num_ranks
         space = free_bytes(self.folder)  # which the first save may not have created yet
-        room = f"a checkpoint takes some {need:,} bytes and {space:,} are free; " if cause.errno == errno.ENOSPC else ""
+        room = (
+            f"a checkpoint needs about {need:,} bytes and {space:,} are free; " if cause.errno == errno.ENOSPC else ""
+        )
         return TrainingError(
             f"Rank {rank} could not write {cause.filename or writer.temporary} for the checkpoint of step "
             f"{writer.step:,} ({cause.strerror or cause}): {room}the earlier checkpoints are whole, and the same "

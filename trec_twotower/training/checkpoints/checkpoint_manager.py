@@ -62,8 +62,8 @@ class CheckpointManager:
         if config.data.follow is None and state.step > self.data.num_steps:
             raise ConfigError(
                 f"{newest} is of step {state.step:,}, but train.epochs = {config.train.epochs} are only "
-                f"{self.data.num_steps:,} steps: set it to as many as are done, or more, or train in a folder of its "
-                "own (run_dir=...)."
+                f"{self.data.num_steps:,} steps: set it to the steps done or more, or train in another folder "
+                "(run_dir=...)."
             )
         self.ranks.once(self.run.write_config)
         self._saved_step = state.step
@@ -97,7 +97,7 @@ class CheckpointManager:
                 "data": self.data.sources.dataset.fingerprint,
                 "plan": [asdict(placement) for placement in placements(model.plan)],
                 "versions": versions(),
-                "precision": ranks.precision(config.train.precision),  # that "auto" stands for
+                "precision": ranks.precision(config.train.precision),  # the value of "auto"
                 **state.as_facts(),
             }
             self.store.save(state.step, model, optimizer, facts)

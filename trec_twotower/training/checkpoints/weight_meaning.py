@@ -89,11 +89,11 @@ class Meaning:
 
     @classmethod
     def of_saved(cls, run: Run) -> Meaning:
-        """That of a run whose training has begun; raises ConfigError where what it learned is gone."""
+        """Return the meaning of the weights of a run. Raises ConfigError if its statistics are missing."""
         if not run.has_learned:
             raise ConfigError(
-                f"{run.folder} has no {STATISTICS}, which says what its features learned: no run can begin with its "
-                "weights. Bring that file back, or name another run."
+                f"{run.folder} has no {STATISTICS}, the statistics of its features: no run can start with its "
+                "weights. Restore that file, or give another run."
             )
         learned = run.learned()
         numbers = {name: Statistics(**values) for name, values in learned["numbers"].items()}

@@ -16,7 +16,7 @@ ATTEMPT = ".attempt.json"
 
 
 class CrashGuard:
-    """Counts the crashes of a run without a new checkpoint between them; the first rank writes each step it begins.
+    """Counts the crashes of a run since its newest checkpoint; the first rank records each step that it starts.
 
     A run that was stopped by a signal, or has finished, has not crashed.
     """
@@ -74,6 +74,6 @@ class CrashGuard:
         rows = "; ".join(map(str, data.rows_of(last - 1))) or "rows of the newest files"
         return (
             f"This run has died {len(crashed_in)} times in a row without a new checkpoint since step {step:,}, in the "
-            f"steps {', '.join(f'{each:,}' for each in crashed_in)}. Step {last:,} takes {rows}. Look at what its last "
-            f"attempts said, mend it, and remove {self.path} to try again (or raise train.max_failures)."
+            f"steps {', '.join(f'{each:,}' for each in crashed_in)}. Step {last:,} reads {rows}. Read the messages of "
+            f"its last attempts, fix the cause, and remove {self.path} to try again (or raise train.max_failures)."
         )

@@ -18,8 +18,8 @@ class Options(TableOptions):
     """Which files hold the log, what their columns are, and how it is split."""
 
     events: str = Field(min_length=1)  # a file, a folder or a glob of Parquet, CSV or JSON lines
-    items: str | None = None  # the catalogue, given likewise; by default the distinct items of the events
-    users: str | None = None  # static features of users, given likewise
+    items: str | None = None  # the catalogue, in the same formats; by default the distinct items of the events
+    users: str | None = None  # static features of users, in the same formats
     user: str = "user_id"  # the column of that name in the events and in `users`
     item: str = "item_id"  # and in `items`
     timestamp: str | None = "timestamp"  # seconds since 1970, or TIMESTAMP; null: the log has no times

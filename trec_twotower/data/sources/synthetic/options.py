@@ -29,7 +29,7 @@ class Options(SourceOptions):
     @model_validator(mode="after")
     def _fits(self) -> Self:
         if self.clusters > self.items:
-            raise ValueError(f"{self.clusters:,} clusters need at least as many items, but there are {self.items:,}")
+            raise ValueError(f"{self.clusters:,} clusters need one item each or more, but there are {self.items:,}")
         if self.events_per_user > self.items / 4:
             raise ValueError(
                 f"events_per_user is {self.events_per_user:g}, but of {self.items:,} items users can interact with at "

@@ -131,7 +131,7 @@ class CsvFiles:
 
 
 def detect_separator(path: Path, layout: CsvLayout, wanted: Collection[str]) -> str:
-    """The separator of a first line: the one that finds most `wanted` names, or as many as `layout.columns` has.
+    """Return the separator of a first line: the one that yields most `wanted` names, or the number of `layout.columns`.
 
     A comma where no separator finds a name; DataError where the number of columns does not decide.
     """

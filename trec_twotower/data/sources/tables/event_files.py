@@ -177,7 +177,7 @@ def configure(database: duckdb.DuckDBPyConnection) -> None:
     """Set what reading relies on, whatever the machine's own settings are."""
     for setting in (
         "TimeZone = 'UTC'",  # of times without a zone
-        "disabled_optimizers = 'statistics_propagation'",  # it takes TRY_CAST of a number to be never null
+        "disabled_optimizers = 'statistics_propagation'",  # DuckDB assumes that TRY_CAST of a number is never null
     ):
         fetch_rows(database, f"SET {setting}")
     # The progress bar goes to stdout in notebooks and under `python -c`. DuckDB turns it off itself, and refuses to set
@@ -224,7 +224,7 @@ def to_microseconds(time: str, factor: int) -> str:
 
     Times before 1970 become a negative number, those after LATEST_US a larger one: nothing overflows.
     """
-    too_late = LATEST_US // factor + 1_000_000  # which a double can tell from LATEST_US
+    too_late = LATEST_US // factor + 1_000_000  # a double that differs from LATEST_US
     clamped = f"CAST(least(greatest({time}, -1), {too_late}) AS BIGINT)"
     return f"CASE WHEN {time} IS NOT NULL THEN {clamped} * {factor} END"
 

@@ -100,7 +100,7 @@ class Column:
 
     @property
     def spelling(self) -> str | None:
-        """SQL: how a value is spelled, as one word; None where the type does not depend on it."""
+        """Return SQL for the spelling of a value as a single string; None if the type does not depend on it."""
         return None
 
     @property
@@ -246,7 +246,7 @@ class FeatureColumn(Column):
             return Typed("VARCHAR", self.sql)
         if kinds == {"integer"}:
             return Typed("BIGINT", f"CAST({self.sql} AS BIGINT)")
-        # So that no two values are one number: as many places everywhere, or no zero at the end that need not be.
+        # No two texts may be one number: all have the same number of decimals, or none has a trailing zero.
         places = {
             word.replace("whole", "padded 1").removeprefix("padded").removeprefix("fraction") for word in spellings
         }
@@ -305,12 +305,12 @@ class OrderColumn(FeatureColumn):
             return Typed(self.kind, self.sql)
         typed = super().typed(found, rows)
         if typed.type == "VARCHAR":
-            note(f"{self.where}: {self.name!r} is text, and orders events character by character: types= says other.")
+            note(f"{self.where}: {self.name!r} is text, and orders events character by character: types= changes this.")
         return typed
 
 
 class ListColumn(Column):
-    """Text that is a list: values between separators, as the option `lists` says. Integers if all of them are."""
+    """Text that is a list: values between separators, by the option `lists`. Integers if all of them are."""
 
     @property
     def _parts(self) -> str:
