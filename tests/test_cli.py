@@ -588,7 +588,7 @@ def test_two_ranks_end_at_once_with_one_message(on_ranks, shop, tmp_path, overri
     assert said.code == code
     assert not [word for word in says if word not in said.mistake], said.mistake
     assert [line for line in said.err.splitlines() if not line.startswith("trec-twotower")] == [
-        f"torchrun: rank {rank} ended with exit code {code}; it said why above."
+        f"torchrun: rank {rank} ended with exit code {code}; see its message above."
         for rank in (0, 1)
         if f"rank {rank} " in said.err
     ]

@@ -268,7 +268,7 @@ def test_a_part_with_positives_of_no_type_has_nothing_to_evaluate(write_dataset,
         items=pa.table({"item_id": [7]}),
     )
     user, item = build_feature(name="user_id", kind="id", **OWN), build_feature(name="item_id", kind="id", **OWN)
-    with pytest.raises(DataError, match=f"{folder}/valid: no row has anything to find"):
+    with pytest.raises(DataError, match=f"{folder}/valid: no row has a held-out item"):
         HeldOut.read(FeatureDataset(Dataset(folder), Schema.build({}, (user,), (item,)), "event"), "valid")
 
 

@@ -284,7 +284,7 @@ def test_errors_are_the_same_and_leave_nothing(items, tmp_path, write_dataset, r
     whole = items_of(rng)
     twice = write_dataset(tmp_path / "twice", row_group_size=7, items=[whole, whole[50:], whole[9:11]])
     first = whole["item_id"][50].as_py()
-    with pytest.raises(DataError, match=rf"item_id '{first}' stands in rows 50 and 60 \(12 such pairs\)"):
+    with pytest.raises(DataError, match=rf"item_id '{first}' is in rows 50 and 60 \(12 such pairs\)"):
         opened(twice, cache)
     null = whole.set_column(0, "item_id", pa.array([*whole["item_id"].to_pylist()[:-1], None]))
     empty = write_dataset(tmp_path / "null", row_group_size=7, items=null)
@@ -295,7 +295,7 @@ def test_errors_are_the_same_and_leave_nothing(items, tmp_path, write_dataset, r
 
 def test_an_id_three_times_is_two_pairs(tmp_path, write_dataset):
     folder = write_dataset(tmp_path / "d", row_group_size=2, items=pa.table({"item_id": [8, 5, 6, 5, 7, 5]}))
-    with pytest.raises(DataError, match=r"item_id 5 stands in rows 1 and 3 \(2 such pairs\)"):
+    with pytest.raises(DataError, match=r"item_id 5 is in rows 1 and 3 \(2 such pairs\)"):
         opened(folder, features=[])
 
 

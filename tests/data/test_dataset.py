@@ -44,7 +44,7 @@ def rewrite(path, table):
 
 
 def test_a_missing_folder_names_the_nearest(dataset_dir):
-    refused(dataset_dir.parent / "wordl", r"no dataset folder .*wordl \(nearest: 'world'\): make it with `prepare`")
+    refused(dataset_dir.parent / "wordl", r"no dataset folder .*wordl \(nearest: 'world'\): create it with `prepare`")
 
 
 def test_a_folder_without_train_or_items_is_no_dataset(dataset_dir):
@@ -60,7 +60,7 @@ def test_a_missing_part_names_the_nearest(dataset_dir):
 
 def test_a_part_without_files_or_without_rows_is_refused(dataset_dir):
     rewrite(dataset_dir / "train" / "part-0.parquet", TRAIN.slice(0, 0))
-    refused(dataset_dir, r"train has 1 files but not one row")
+    refused(dataset_dir, r"train has 1 files but no rows")
     (dataset_dir / "train" / "part-0.parquet").unlink()
     refused(dataset_dir, r"train holds no \*\.parquet files: run `trec-twotower prepare`")
 
@@ -71,7 +71,7 @@ def test_files_in_folders_below_are_refused_and_not_left_out(dataset_dir):
     for folder in (below, dataset_dir / "train" / "_temporary"):
         folder.mkdir()
         shutil.copy(dataset_dir / "train" / "part-0.parquet", folder / "part-1.parquet")
-    refused(dataset_dir, r"train has day=1/part-1\.parquet in a folder below: the files of a part lie side by side")
+    refused(dataset_dir, r"train has day=1/part-1\.parquet in a subfolder, but a part must not have subfolders")
     shutil.rmtree(below)
     assert Dataset(dataset_dir).train.num_rows == TRAIN.num_rows
 
@@ -79,8 +79,8 @@ def test_files_in_folders_below_are_refused_and_not_left_out(dataset_dir):
 @pytest.mark.parametrize(
     ("part", "renamed", "message"),
     [
-        ("train", "user", r"train has no column 'user_id' \(nearest: 'user'\): every row must name its user"),
-        ("items", "id_item", r"items has no column 'item_id' \(nearest: 'id_item'\): every row must name its item"),
+        ("train", "user", r"train has no column 'user_id' \(nearest: 'user'\): every row needs its user"),
+        ("items", "id_item", r"items has no column 'item_id' \(nearest: 'id_item'\): every row needs its item"),
     ],
 )
 def test_rows_must_name_what_they_are_about(dataset_dir, part, renamed, message):
@@ -258,7 +258,7 @@ def test_files_behind_a_link_to_a_folder_below_are_refused(dataset_dir):
     elsewhere.mkdir()
     rewrite(elsewhere / "part-9.parquet", TRAIN)
     (dataset_dir / "train" / "more").symlink_to(elsewhere)
-    refused(dataset_dir, r"train has more/part-9\.parquet in a folder below")
+    refused(dataset_dir, r"train has more/part-9\.parquet in a subfolder")
 
 
 @pytest.mark.parametrize("name", ["._part-0.parquet", "_part-1.parquet", ".part-2.parquet"])
@@ -271,7 +271,7 @@ def test_a_writers_own_files_are_left_alone(dataset_dir, name):
 @pytest.mark.parametrize("name", ["part-1.PARQUET", "part-1.pq", "more.parq"])
 def test_parquet_files_of_other_endings_are_refused_and_not_left_out(dataset_dir, name):
     rewrite(dataset_dir / "train" / name, TRAIN)
-    refused(dataset_dir, re.escape(f"train/{name} would not be read, since it does not end with .parquet: rename it"))
+    refused(dataset_dir, re.escape(f"train/{name} is ignored, because its name does not end with .parquet: rename it"))
 
 
 def test_a_file_whose_name_is_no_text_is_refused(dataset_dir):
@@ -306,7 +306,7 @@ def test_a_described_dataset_is_what_its_description_says(tmp_path):
     footer = int.from_bytes(whole[-8:-4], "little")
     for place in range(len(whole) - 8 - footer, len(whole), 11):
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
-        refused(tmp_path / "d", r"part-00000\.parquet is not what .*dataset\.yaml says")
+        refused(tmp_path / "d", r"part-00000\.parquet differs from .*dataset\.yaml")
     path.write_bytes(whole)
     for changed in (*(said[:size] for size in range(1, len(said) - 1, 29)), said.replace(b"users: 3", b"users: 4")):
         description.write_bytes(changed)
@@ -326,8 +326,8 @@ def test_files_that_a_description_lacks_or_that_lack_are_named_but_where_a_folde
     (train / "part-00001.parquet").rename(train / "part-1.parquet")
     refused(
         tmp_path / "d",
-        r"d/train is not what .*dataset\.yaml says: it has no part-00001\.parquet, listed there and also has "
-        r"part-1\.parquet, unlisted there\. Make the dataset again; or, .* remove dataset\.yaml",
+        r"d/train differs from .*dataset\.yaml: it has no part-00001\.parquet, listed there and also has "
+        r"part-1\.parquet, unlisted there\. Create the dataset again; or, .* remove dataset\.yaml",
     )
     assert Dataset(tmp_path / "d", grows=True).train.num_rows == 3
     assert Dataset(tmp_path / "d", {"train": {"part-1.parquet": (train / "part-1.parquet").stat().st_size}}).train
@@ -343,7 +343,7 @@ def test_urls_of_unknown_schemes_and_those_whose_library_is_missing_are_mistakes
     with pytest.raises(ConfigError, match=r"ss3://b/d, but fsspec knows no ss3:// \(nearest: 's3'\)"):
         Dataset("ss3://b/d")
     monkeypatch.setitem(sys.modules, "s3fs", None)
-    with pytest.raises(ConfigError, match=r"s3://b/d, but what reads s3:// is not installed .*: pip install s3fs"):
+    with pytest.raises(ConfigError, match=r"s3://b/d, but the library for s3:// is not installed .*: pip install s3fs"):
         Dataset("s3://b/d")
 
 
@@ -405,7 +405,7 @@ def test_features_stand_beside_their_ids(tmp_path, write_dataset):
 def test_an_id_that_stands_twice_is_named_with_its_rows(tmp_path, write_dataset, ids):
     folder = write_dataset(tmp_path / "d", row_group_size=2, items=pa.table({"item_id": ids}))
     with pytest.raises(
-        DataError, match=r"items: item_id (5|7|'e'|'g') stands in rows (0 and 3|2 and 4) \(2 such pairs\)"
+        DataError, match=r"items: item_id (5|7|'e'|'g') is in rows (0 and 3|2 and 4) \(2 such pairs\)"
     ):
         catalogue(folder)
 
@@ -459,6 +459,6 @@ def test_a_file_that_is_replaced_by_one_of_the_same_layout_is_named(write_datase
     write(tmp_path / "new.parquet", 100)
     (tmp_path / "new.parquet").replace(path)
     assert path.stat().st_size == before.st_size
-    with pytest.raises(DataError, match=r"part-0\.parquet was replaced or changed after this command had opened it"):
+    with pytest.raises(DataError, match=r"part-0\.parquet was replaced or changed after this command opened it"):
         dataset.train.read(group, ["item_id"])
     assert Dataset(folder).train.read(group, ["item_id"])["item_id"].to_pylist() == list(range(100, 200))

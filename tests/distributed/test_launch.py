@@ -94,7 +94,7 @@ def test_exit_code_is_that_of_the_rank_that_failed_and_its_words_stand_alone(lau
     assert job.returncode == 3
     assert err.splitlines() == [
         "table 'brand' is missing",
-        "torchrun: rank 1 ended with exit code 3; it said why above.",
+        "torchrun: rank 1 ended with exit code 3; see its message above.",
     ]
 
 

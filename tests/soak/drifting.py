@@ -276,7 +276,7 @@ CASES: dict[str, tuple[Callable[[World], None], str]] = {
     "unknown item": (lambda world: world.plant("item_id", 10**9), ROW + "column 'item_id'"),
     "null item in the catalogue": (_of_items("item_id", None), ROW + "column 'item_id'"),
     "null brand": (_of_items("brand", None), ROW + "column 'brand'"),
-    "an item twice": (_twice, r"items: item_id \d+ stands in rows"),
+    "an item twice": (_twice, r"items: item_id \d+ is in rows"),
     "weight NaN": (_weights(float("nan")), ROW + "column 'weight'"),
     "weight infinite": (_weights(float("inf")), ROW + "column 'weight'"),
     "weight below zero": (_weights(-1.0), ROW + "column 'weight'"),

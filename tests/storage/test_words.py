@@ -113,7 +113,7 @@ def test_errors_name_things_whose_bytes_are_no_utf8(tmp_path, write_dataset, spo
     items = spoiled_tables["items"]
     for number, (part, table, wanted) in enumerate(
         (
-            ("items", pa.concat_tables([items, items.slice(3, 1)]), "item_id 'r\ufffdd-3' stands in rows 3 and 40"),
+            ("items", pa.concat_tables([items, items.slice(3, 1)]), "item_id 'r\ufffdd-3' is in rows 3 and 40"),
             ("items", items.slice(1), "item 'r\ufffdd-0' is not in the catalogue"),
             ("users", spoiled_tables["users"].slice(1), "user 'us\ufffdr-0' is not in"),
         )

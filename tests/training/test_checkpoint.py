@@ -299,7 +299,7 @@ def test_a_disk_that_fills_within_a_tensor_is_named_as_such(in_background, small
         write(file, content)
 
     monkeypatch.setattr(tensor_files, "write_bytes", write_what_is_small)
-    with pytest.raises(TrainingError, match=r"step 10 \(No space left on device\): a checkpoint takes some"):
+    with pytest.raises(TrainingError, match=r"step 10 \(No space left on device\): a checkpoint needs about"):
         checkpoints.save(10, model, optimizer, {})
         checkpoints.wait()
     assert not any(checkpoints.folder.iterdir())

@@ -134,7 +134,7 @@ def test_a_bad_row_can_be_mended_while_no_saved_step_has_rows_of_its_file(folder
     assert losses(tmp_path / "other") == losses(tmp_path / "run")
     # Of rows that a checkpoint has learned from, nothing may change.
     publish(folder, "train/c.parquet", good)
-    with pytest.raises(DataError, match=r"c\.parquet has .* bytes, but had .* when this run took it"):
+    with pytest.raises(DataError, match=r"c\.parquet has .* bytes, but had .* when this run read it"):
         train(config, lone_rank)
 
 

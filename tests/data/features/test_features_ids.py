@@ -99,7 +99,7 @@ def test_a_vocabulary_of_integers(tmp_path):
     [
         (None, "cannot be read ("),
         ("a\nb\na\n", "has 'a' in lines 1 and 3: keep one"),
-        ("", "is empty: write one word per line"),
+        ("", "is empty: write one entry per line"),
         ("a\n\nb\n", "is empty in line 2"),
     ],
 )
@@ -227,7 +227,7 @@ def faded(**columns) -> Schema:
 def test_times_that_fall_or_lie_ahead_are_refused():
     with pytest.raises(DataError, match="here, column 'tags', row 0: the times in 'when' fall, but"):
         faded(when=[[4, 3]])
-    with pytest.raises(DataError, match=r"row 0: a time in 'when' lies after 'now' \(1 rows are so"):
+    with pytest.raises(DataError, match=r"row 0: a time in 'when' is after 'now' \(1 rows are so"):
         faded(now=[3])
     with pytest.raises(DataError, match="row 0: 2 ids but 1 values in 'when'"):
         faded(when=[[4]])
@@ -395,7 +395,7 @@ def test_every_list_of_items_is_looked_through_for_the_rows_own(tmp_path, write_
     found = own_items(sources)
     assert found == OwnItems(rows=2, elements=4, columns=["history", "clicks"])
     assert found.in_words.startswith(
-        "data.target_in_history: drop leaves 4 elements out of history, clicks, in 2 rows of train/"
+        "data.target_in_history: drop removes 4 elements out of history, clicks, in 2 rows of train/"
     )
     with pytest.raises(DataError, match="row 0: its history holds the item that the row predicts"):
         next(reader("error")._blocks(group, 0, 3))
@@ -419,7 +419,7 @@ def test_a_run_says_how_many_elements_it_left_out(tmp_path, lone_rank, capsys):
     for epochs in (1, 2):
         config = {"data": {"target_in_history": "drop"}, "train": {"epochs": epochs}}
         train(steps_config(world, tmp_path / "run", **config), lone_rank)
-        assert f"drop leaves {elements} elements out of history, in {having} rows" in capsys.readouterr().out
+        assert f"drop removes {elements} elements out of history, in {having} rows" in capsys.readouterr().out
     status = json.loads((tmp_path / "run" / "status.json").read_text())
     assert status["own_items"] == {"rows": having, "elements": elements, "columns": ["history"]}
 

@@ -209,7 +209,7 @@ def test_a_folder_that_holds_no_model_is_refused(tmp_path, model):
     assert "has a bert but no tokenizer" in refusal()
     (tmp_path / "vocab.txt").write_text("[UNK]")
     assert "has tune: 3, but the model in" in refusal(tune=3)
-    with pytest.raises(ConfigError, match="has no model that transformers can read"):
+    with pytest.raises(ConfigError, match="contains no model that transformers can load"):
         TextInput(read_by(tmp_path))
 
 

@@ -152,12 +152,12 @@ def test_weights_beyond_what_float32_counts_exactly_are_rounded():
 @pytest.mark.parametrize(
     ("ids", "weights", "message"),
     [
-        ([[1], [2, 3]], [[1.0], [1.0]], "here, row 1: 2 ids but 1 weights in 'w': write one weight an id"),
+        ([[1], [2, 3]], [[1.0], [1.0]], "here, row 1: 2 ids but 1 weights in 'w': write one weight per id"),
         ([[1], None], [[1.0], [1.0]], "here, row 1: 0 ids but 1 weights in 'w'"),
         ([[1, 2]], [None], "here, row 0: 2 ids but 0 weights in 'w'"),
-        ([[1]], [[None]], "the weights in 'w' hold null, NaN or infinity"),
-        ([[1]], [[math.nan]], "the weights in 'w' hold null, NaN or infinity"),
-        ([[1]], [[math.inf]], "the weights in 'w' hold null, NaN or infinity"),
+        ([[1]], [[None]], "the weights in 'w' contain null, NaN or infinity"),
+        ([[1]], [[math.nan]], "the weights in 'w' contain null, NaN or infinity"),
+        ([[1]], [[math.inf]], "the weights in 'w' contain null, NaN or infinity"),
         ([[1]], [["1.5"]], "its weights, column 'w', are list<item: string>, not a list of numbers"),
         ([[1]], [1.0], "its weights, column 'w', are double, not a list of numbers"),
     ],

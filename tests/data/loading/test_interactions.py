@@ -572,7 +572,7 @@ def test_a_history_that_is_drawn_is_a_bag_without_weights(tiny):
         build_feature(name="history", kind="category", table="id"),
         build_feature(name="history", kind="bag", table="id", weights="w"),
     ):
-        with pytest.raises(ConfigError, match=r"reads 'history', which is drawn here: make it a bag without weights"):
+        with pytest.raises(ConfigError, match=r"reads 'history', which is sampled per epoch here: make it a bag without weights"):
             tiny(user=[feature], rows="user", train=train)
 
 
@@ -625,7 +625,7 @@ def test_ids_that_are_text_here_and_numbers_there_are_refused(tmp_path, write_da
 def test_a_user_without_a_row_in_users_is_named(tiny):
     train = pa.table({"user_id": [1, 5], "item_id": [10, 20]})
     source = tiny(user=[AGE], train=train, users=pa.table({"user_id": [1, 2], "age": [1.0, 2.0]}))
-    with pytest.raises(DataError, match=r"part-0.* user 5 is not in .*users \(1 rows name such users\)"):
+    with pytest.raises(DataError, match=r"part-0.* user 5 is not in .*users \(1 rows have such users\)"):
         epoch_of(batches_of(source, batch_size=2))
 
 
@@ -739,7 +739,7 @@ def test_a_sample_of_held_out_rows_is_the_same_each_time(tiny):
 
 
 def test_held_out_rows_that_do_not_fit_are_refused(held, tiny):
-    with pytest.raises(DataError, match=r"test: no row has anything to find, so there is nothing to evaluate"):
+    with pytest.raises(DataError, match=r"test: no row has a held-out item, so there is nothing to evaluate"):
         HeldOut.read(held(test=pa.table(HELD)[2:3]), "test")
     with pytest.raises(DataError, match=r"has no part 'valid'"):
         HeldOut.read(held(test=pa.table(HELD)), "valid")

@@ -534,7 +534,7 @@ def test_a_file_that_changed_after_it_was_taken_is_named(folder, part, change):
     else:
         publish(folder, f"{part}.parquet", rows(0, 50) if "train" in part else items(*ITEMS, "one", "more"))
         said = f"has {path.stat().st_size:,} bytes"
-    with pytest.raises(DataError, match=rf"{part}\.parquet {said}, but had {size:,} when this run took it"):
+    with pytest.raises(DataError, match=rf"{part}\.parquet {said}, but had {size:,} when this run read it"):
         taken(stream_of(folder))
 
 

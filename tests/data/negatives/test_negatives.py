@@ -474,7 +474,7 @@ def test_labels_and_weights_stand_beside_every_item(tiny):
         with pytest.raises(DataError, match=said):
             tiny({"impressions": {"column": "shown", "weights": "w"}}, shown=shown, w=[[1.0], None, [0.0, weight]])
     for what in ("label", "weight"):
-        with pytest.raises(DataError, match=rf"row group 1, column 'shown', row 0: the {what}s in 'w' hold null, NaN"):
+        with pytest.raises(DataError, match=rf"row group 1, column 'shown', row 0: the {what}s in 'w' contain null, NaN"):
             tiny({"impressions": {"column": "shown", f"{what}s": "w"}}, shown=shown, w=[[1.0], None, [0.0, math.nan]])
 
 
@@ -499,7 +499,7 @@ def test_an_unknown_item_is_named_with_its_place_or_left_out_when_that_is_asked_
     with pytest.raises(
         DataError,
         match=r"part-0\.parquet, row group 1, column 'shown', row 0: item 99 is not in the catalogue .* \(2 "
-        r"entries name such items\).*loss\.impressions\.unknown: skip",
+        r"entries are such items\).*loss\.impressions\.unknown: skip",
     ):
         tiny({"impressions": given}, **columns)
     made = tiny({"impressions": given | {"unknown": "skip"}}, **columns)

@@ -120,7 +120,7 @@ def transform(
     """Return the features of every row of an Arrow table. DataError names `where`, the column and the row.
 
     `given` has lists of 64-bit keys for computed columns, such as a sampled half of a history; with `uncut` they
-    are not cut to max_length. `item_rows` returns the catalogue rows of keys, for sequences whose steps have attributes.
+    are not cut to max_length. `item_rows` returns the catalogue rows of keys, for sequences with attributes.
     """
     sparse, numbers = {}, {}
     for feature in features:
