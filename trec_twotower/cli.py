@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from trec_twotower.commands.output import code_for_launcher, is_unread, leave, prepare_output, print_once
@@ -135,6 +136,18 @@ def _prepare(options: argparse.Namespace) -> int:
     print(describe(options.out, made))
     if made.get("counts_checked"):
         print("These are the published files, and the counts agree with the published ones.")
+    return 0
+
+
+def _init(options: argparse.Namespace) -> int:
+    from trec_twotower.data.starter_config import starter_config
+    from trec_twotower.storage.atomic import write_file
+
+    out = options.out or Path(f"{options.dataset.resolve().name}.yaml")
+    if out.exists() and not options.overwrite:
+        raise ConfigError(f"{out} exists: give another --out, or --overwrite.")
+    write_file(out, starter_config(options.dataset))
+    print(f"{out}: check the features, then train it: trec-twotower train {out}")
     return 0
 
 
@@ -403,6 +416,7 @@ def _quiet() -> None:
 COMMANDS = {
     "demo": _demo,
     "prepare": _prepare,
+    "init": _init,
     "train": _train,
     "export": _export,
     "index": _index,

@@ -65,7 +65,7 @@ def _run_and_checkpoint(sub: argparse.ArgumentParser) -> None:
 
 
 def _demo(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--ranks", type=int, help="processes that train together (default 2; 1 where there is one GPU)")
+    sub.add_argument("--ranks", type=int, help="processes that train together (default 1; 2 with two or more GPUs)")
     sub.add_argument("--dir", type=Path, default=Path("."), help="where data/demo and runs/demo go (default: here)")
 
 
@@ -78,6 +78,12 @@ def _prepare(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--out", type=Path, required=True, metavar="DATASET", help="the folder to make")
     sub.add_argument("--overwrite", action="store_true", help="replace a dataset that is there")
     _overrides(sub, "options of the source, such as rows=1000000")
+
+
+def _init(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("dataset", type=Path, metavar="DATASET", help="a dataset folder, written by prepare")
+    sub.add_argument("--out", type=Path, metavar="FILE", help="the config to write (default: DATASET's name + .yaml)")
+    sub.add_argument("--overwrite", action="store_true", help="replace the file if it exists")
 
 
 def _config(sub: argparse.ArgumentParser) -> None:
@@ -188,8 +194,9 @@ def _nothing(sub: argparse.ArgumentParser) -> None:
 
 # Each subcommand with its line of help and what adds its options.
 SUBCOMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
-    "demo": ("run the whole chain on a generated dataset, with two ranks", _demo),
+    "demo": ("run the whole chain on a generated dataset", _demo),
     "prepare": ("turn raw files into a dataset folder", _prepare),
+    "init": ("write a starter config for a dataset, with a feature for each column", _init),
     "train": ("train the towers of a config, or resume an interrupted run", _train),
     "export": ("write item and user vectors to Parquet, under RUN/export", _export),
     "index": ("build a FAISS index of the exported items, tuned against exact search, under RUN/index", _index),
