@@ -701,13 +701,15 @@ def test_ctrl_c_ends_training_and_the_same_command_goes_on(shop, tmp_path, on_fo
             os.killpg(job.pid, signal.SIGKILL)
     assert job.returncode == 130, err
     assert "Traceback" not in err, err
-    assert re.search(r"stopped by SIGINT after step [\d,]+ of [\d,]+, which is saved; the same command goes", err), err
+    assert re.search(r"stopped by SIGINT after step [\d,]+ of [\d,]+, which is saved; the same command resumes", err), (
+        err
+    )
     assert len(err.splitlines()) <= 2, err
     assert not lines[0].startswith("resumed")
     saved = max(path.name for path in (run / "checkpoints").glob("step-*"))
     status = json.loads((run / "status.json").read_text())
     assert (status["state"], status["exit_code"], status["step"]) == ("stopped", 130, int(saved[5:]))
-    assert "SIGINT" in status["reason"] and "the same command goes on" in status["meaning"]
+    assert "SIGINT" in status["reason"] and "the same command resumes" in status["meaning"]
 
     said = on_forked_ranks(*call, TREC_TT_FAULT="load:filled:int")
     assert said.code == 130 and "Traceback" not in said.err, said.err

@@ -248,7 +248,7 @@ def test_a_signal_to_the_launcher_saves_on_all_ranks_and_says_so(told, small_wor
     text = "".join(said)
     assert job.returncode == 128 + told, text
     assert (status["state"], status["exit_code"]) == ("stopped", 128 + told)
-    assert told.name in status["reason"] and "the same command goes on" in status["meaning"]
+    assert told.name in status["reason"] and "the same command resumes" in status["meaning"]
     assert text.count(f"stopped by {told.name} after step {status['step']:,} of 300,000, which is saved") == 1
     newest = sorted((run_dir / "checkpoints").glob("step-*"))[-1]
     assert newest.name == f"step-{status['step']:08d}" and (newest / "manifest.json").is_file()
