@@ -307,8 +307,8 @@ def test_a_strangers_folder_is_not_touched(cli, shop, tmp_path):
 
 
 BAD_DATA: dict[str, tuple[Callable[[dict[str, pa.Table]], dict[str, pa.Table]], list[str]]] = {
-    "no rows": (lambda t: {"train": t["train"].slice(0, 0)}, ["train", "not one row"]),
-    "no items": (lambda t: {"items": t["items"].slice(0, 0)}, ["items", "not one row"]),
+    "no rows": (lambda t: {"train": t["train"].slice(0, 0)}, ["train", "but no rows"]),
+    "no items": (lambda t: {"items": t["items"].slice(0, 0)}, ["items", "but no rows"]),
     "no item_id": (lambda t: {"items": t["items"].drop_columns(["item_id"])}, ["items", "'item_id'"]),
     "ids that are fractions": (
         lambda t: {"items": replaced(t["items"], "item_id", pa.array([0.5] * 40))},
@@ -346,7 +346,7 @@ BAD_DATA: dict[str, tuple[Callable[[dict[str, pa.Table]], dict[str, pa.Table]], 
         lambda t: {"valid": with_first(t["valid"], "positives", ["pink-1"])},
         ["valid", "'pink-1'", "catalogue"],
     ),
-    "a user without features": (lambda t: {"users": t["users"].slice(1)}, ["'user-0'", "users", "write a row"]),
+    "a user without features": (lambda t: {"users": t["users"].slice(1)}, ["'user-0'", "users", "write one row"]),
     "weights of another length": (
         lambda t: {"train": with_first(t["train"], "history_weight", [1.0])},
         ["history_weight", "0 ids but 1 weights"],
@@ -629,7 +629,7 @@ def test_plain_torchrun_starts_ranks_as_our_launcher_does(on_ranks, shop, tmp_pa
     ("override", "code", "says"),
     [
         ("user.history.column=histori", USAGE, ["nearest: 'history'"]),  # found by the first rank for all
-        ("data.dataset=LAME", DATA, ["'user-0'", "write a row"]),  # found by each rank's reader
+        ("data.dataset=LAME", DATA, ["'user-0'", "write one row"]),  # found by each rank's reader
     ],
     ids=["column", "data"],
 )

@@ -62,7 +62,7 @@ def test_a_part_without_files_or_without_rows_is_refused(dataset_dir):
     rewrite(dataset_dir / "train" / "part-0.parquet", TRAIN.slice(0, 0))
     refused(dataset_dir, r"train has 1 files but no rows")
     (dataset_dir / "train" / "part-0.parquet").unlink()
-    refused(dataset_dir, r"train holds no \*\.parquet files: run `trec-twotower prepare`")
+    refused(dataset_dir, r"train contains no \*\.parquet files: run `trec-twotower prepare`")
 
 
 def test_files_in_folders_below_are_refused_and_not_left_out(dataset_dir):

@@ -114,9 +114,9 @@ def test_an_instant_is_not_after_itself_in_another_unit(unit, until_unit):
 @pytest.mark.parametrize(
     ("columns", "parts", "said"),
     [
-        ({"when": [[3, 1]]}, {"times": "when"}, "row 0: the times in 'when' fall"),
+        ({"when": [[3, 1]]}, {"times": "when"}, "row 0: the times in 'when' decrease"),
         ({"when": [[3]]}, {"times": "when"}, "2 ids but 1 values in 'when'"),
-        ({"when": [[3, None]]}, {"times": "when"}, "hold null"),
+        ({"when": [[3, None]]}, {"times": "when"}, "contain null"),
         ({"did": [["saw"]]}, {"actions": "did"}, "2 ids but 1 values in 'did'"),
         ({"did": [["saw", "saw"]]}, {"times": "did"}, "not a list of timestamps, dates or numbers"),
     ],
@@ -166,7 +166,7 @@ def test_a_sequence_of_users_or_of_drawn_halves_is_refused(world, tmp_path):
         (tmp_path / part).mkdir()
     pq.write_table(pa.table({"item_id": [1]}), tmp_path / "items/a.parquet")
     pq.write_table(pa.table({"user_id": [1], "positives": [[1]], "item_id": [1]}), tmp_path / "train/a.parquet")
-    with pytest.raises(ConfigError, match="drawn here: make it a bag"):
+    with pytest.raises(ConfigError, match="sampled per epoch here: make it a bag"):
         FeatureDataset(Dataset(tmp_path), schema, "user")
     (tmp_path / "users").mkdir()
     pq.write_table(pa.table({"user_id": [1], "history": [[1]]}), tmp_path / "users/a.parquet")

@@ -276,7 +276,7 @@ def test_a_save_without_room_names_path_and_need_and_leaves_the_earlier_ones(
     with pytest.raises(TrainingError) as raised:
         checkpoints.save(10, model, optimizer, {})
         checkpoints.wait()
-    for said in ("step-00000010", "No space left on device", f"takes some {need:,} bytes", "continues from them"):
+    for said in ("step-00000010", "No space left on device", f"needs about {need:,} bytes", "continues from them"):
         assert said in str(raised.value)
     assert [folder.name for folder in checkpoints.folder.iterdir()] == [path.name]
     monkeypatch.delenv("TREC_TT_FAULT")
@@ -345,7 +345,7 @@ def test_the_room_that_is_told_is_for_all_ranks(small, monkeypatch):
     checkpoints.save(10, model, optimizer, {})
     need = checkpoints._snapshot.num_bytes
     monkeypatch.setattr(checkpoints, "ranks", Ranks(0, 3, torch.device("cpu")))
-    with pytest.raises(TrainingError, match=f"takes some {3 * need:,} bytes"):
+    with pytest.raises(TrainingError, match=f"needs about {3 * need:,} bytes"):
         checkpoints.wait()
 
 

@@ -159,7 +159,7 @@ def test_a_message_names_what_was_measured_what_was_expected_and_what_to_change(
     )
     ccl = config_of("loss.kind=ccl", "loss.temperature=null")
     [found] = CollapseGuard(ccl).validated(BAD[ITEM_COSINE], is_pass_end=True)
-    assert found.message.startswith("warning: the mean cosine of two items is 0.960, above 0.95. Vectors that are this")
+    assert found.message.startswith("warning: the mean cosine of two items is 0.960, above 0.95. Vectors this close")
     assert "loss.kind to its default softmax (now ccl)" in found.message
     assert "log_q" not in found.message  # which ccl has not
 

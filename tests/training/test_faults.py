@@ -513,7 +513,7 @@ def test_a_run_that_dies_again_and_again_says_where_and_starts_no_more(
             train(config, lone_rank)
     with pytest.raises(TrainingError) as raised:
         train(config, lone_rank)
-    for said in ("has died 3 times in a row", "since step 2, in the steps 4, 4, 4", "Step 4 takes of ", "row group"):
+    for said in ("has died 3 times in a row", "since step 2, in the steps 4, 4, 4", "Step 4 reads of ", "row group"):
         assert said in str(raised.value)
     assert str(small_world / "events/train/part.parquet") in str(raised.value)
     (tmp_path / "run" / ATTEMPT).unlink()

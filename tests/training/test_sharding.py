@@ -210,7 +210,7 @@ def test_a_kernel_says_how_much_of_a_table_lies_on_the_gpu(kernel, share, gpu_me
     wanted["item"] |= {"buckets": 2_000_000, "dim": 16, "kernel": kernel, "cache_share": share}
     memory = RankMemory(10**9, gpu_megabytes * 10**6)
     if not fits:
-        with pytest.raises(ConfigError, match=f"has {gpu_megabytes} MB on its GPU and 1,000 MB beside it"):
+        with pytest.raises(ConfigError, match=f"has {gpu_megabytes} MB on its GPU and 1,000 MB host memory"):
             planned("auto", 1, tables=wanted, memory=memory, device="cuda")
         return
     (item,) = (

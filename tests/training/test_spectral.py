@@ -220,7 +220,9 @@ def test_at_the_end_it_stands_beside_what_was_trained(write_dataset, tmp_path, l
         np.array_equal(one, other) for one, other in zip(vectors(tmp_path / "again"), (user_BD, item_ID), strict=True)
     )
     longer = beside(tmp_path / "data", tmp_path / "again", train={**as_values(again.train), "epochs": 4})
-    with pytest.raises(ConfigError, match=r"was trained for 3 epochs before its closed form .* train\.epochs is 4"):
+    with pytest.raises(
+        ConfigError, match=r"was trained for 3 epochs before the spectral columns .* train\.epochs is 4"
+    ):
         train(longer, lone_rank)
 
 

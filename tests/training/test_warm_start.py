@@ -315,7 +315,7 @@ def test_a_run_that_lost_what_it_learned_is_refused(run_of, month):
     """Its rows could be those of any words."""
     old = run_of(month, "old")
     (old / "statistics.json").unlink()
-    with pytest.raises(ConfigError, match=r"old has no statistics\.json, which says what its features learned"):
+    with pytest.raises(ConfigError, match=r"old has no statistics\.json, the statistics of its features"):
         run_of(month, "new", old)
 
 

@@ -330,7 +330,7 @@ class FeatureDataset:
     def unknown(self, item: object, count: int, where: str) -> DataError:
         """Return the error for an item that is not in the catalogue."""
         return DataError(
-            f"{where}: item {item!r} is not in the catalogue {self.dataset.items.folder} ({count:,} entries name such "
+            f"{where}: item {item!r} is not in the catalogue {self.dataset.items.folder} ({count:,} entries are such "
             "items): add it there, or remove these rows."
         )
 

@@ -117,7 +117,7 @@ def test_a_file_that_is_no_vocabulary_is_refused_with_the_config(content, messag
 def test_a_file_with_more_words_than_rows_is_refused(tmp_path):
     path = tmp_path / "brands.txt"
     path.write_text("a\nb\nc\nd\n")
-    with pytest.raises(ConfigError, match="has 4 words, but feature 'brand' has rows for 3: leave buckets out, or set"):
+    with pytest.raises(ConfigError, match="has 4 entries, but feature 'brand' has rows for 3: remove buckets, or set"):
         make_vocabulary(brand(vocabulary=str(path)), pa.string(), [])
 
 
@@ -225,7 +225,7 @@ def faded(**columns) -> Schema:
 
 
 def test_times_that_fall_or_lie_ahead_are_refused():
-    with pytest.raises(DataError, match="here, column 'tags', row 0: the times in 'when' fall, but"):
+    with pytest.raises(DataError, match="here, column 'tags', row 0: the times in 'when' decrease, but"):
         faded(when=[[4, 3]])
     with pytest.raises(DataError, match=r"row 0: a time in 'when' is after 'now' \(1 rows are so"):
         faded(now=[3])
@@ -293,7 +293,7 @@ def test_a_vocabulary_is_read_with_a_config_that_is_given_and_not_with_a_saved_o
     assert f"The vocabulary {words} cannot be read" in mistake(None, 4)
     validate(RunConfig, read_yaml(config), "a run's config.yaml")
     assert "has 'a' in lines 1 and 3: keep one" in mistake("a\nb\na\n", 9)
-    assert "has 3 words, but feature 'brand' has rows for 2: leave buckets out, or set" in mistake("a\nb\nc", 4)
+    assert "has 3 entries, but feature 'brand' has rows for 2: remove buckets, or set" in mistake("a\nb\nc", 4)
 
 
 # What the data hold
@@ -329,7 +329,7 @@ def test_what_the_data_hold_is_told_by_feature(leaky):
     said = describe_coverage(sources)
     assert (
         "user brand" in said
-        and "33.33% of the rows of train/ have the item" in said
+        and "33.33% of the rows of train/ have their target item" in said
         and "target_in_history: drop" in said
     )
 
@@ -395,7 +395,7 @@ def test_every_list_of_items_is_looked_through_for_the_rows_own(tmp_path, write_
     found = own_items(sources)
     assert found == OwnItems(rows=2, elements=4, columns=["history", "clicks"])
     assert found.in_words.startswith(
-        "data.target_in_history: drop removes 4 elements out of history, clicks, in 2 rows of train/"
+        "data.target_in_history: drop removes 4 elements from history, clicks, in 2 rows of train/"
     )
     with pytest.raises(DataError, match="row 0: its history holds the item that the row predicts"):
         next(reader("error")._blocks(group, 0, 3))
@@ -419,7 +419,7 @@ def test_a_run_says_how_many_elements_it_left_out(tmp_path, lone_rank, capsys):
     for epochs in (1, 2):
         config = {"data": {"target_in_history": "drop"}, "train": {"epochs": epochs}}
         train(steps_config(world, tmp_path / "run", **config), lone_rank)
-        assert f"drop removes {elements} elements out of history, in {having} rows" in capsys.readouterr().out
+        assert f"drop removes {elements} elements from history, in {having} rows" in capsys.readouterr().out
     status = json.loads((tmp_path / "run" / "status.json").read_text())
     assert status["own_items"] == {"rows": having, "elements": elements, "columns": ["history"]}
 

@@ -745,7 +745,7 @@ def test_held_out_rows_that_do_not_fit_are_refused(held, tiny):
         HeldOut.read(held(test=pa.table(HELD)), "valid")
     with pytest.raises(ConfigError, match=r"test has no column 'history', which the user tower reads"):
         HeldOut.read(held(test=pa.table(HELD).drop(["history"])), "test")
-    with pytest.raises(ConfigError, match=r"test has no column 'item_id', which names what to find"):
+    with pytest.raises(ConfigError, match=r"test has no column 'item_id', which holds the held-out items"):
         HeldOut.read(tiny(test=pa.table({"user_id": [1]})), "test")
     with pytest.raises(DataError, match=r"row 0: item 99 is not in the catalogue"):
         HeldOut.read(held(test=pa.table({"user_id": [1], "history": [[10]], "positives": [[10, 99]]})), "test")

@@ -733,7 +733,7 @@ def test_files_that_are_not_there_or_of_no_use_are_named(tmp_path):
         "mixed": ["a.parquet and b.csv", "one format"],
         "bad.parquet": ["bad.parquet is not a Parquet file"],
         "bad.csv": ["bad.csv, line 30,002", "'timestamp' is x", "ISO 8601"],
-        "none.parquet": ["none.parquet", "not one row"],
+        "none.parquet": ["none.parquet", "have no rows"],
     }.items():
         said = refusal(DataError, tmp_path, events=str(tmp_path / name))
         assert all(part in said for part in parts), said

@@ -237,7 +237,7 @@ def test_empty_files_are_reported_as_such_and_pass_among_others(tmp_path):
     for name in ("a.csv", "b.jsonl", "c.tsv.gz"):
         (tmp_path / name).write_bytes(gzip.compress(b"") if name.endswith("gz") else b"")
         assert "empty" in refusal(DataError, tmp_path, events=tmp_path / name)
-    assert "not one row" in refusal(DataError, tmp_path, events=write(tmp_path / "none.csv"))
+    assert "have no rows" in refusal(DataError, tmp_path, events=write(tmp_path / "none.csv"))
     write(tmp_path / "csv" / "a.csv", "1,5,1")
     (tmp_path / "csv" / "b.csv").touch()
     write(tmp_path / "csv" / "c.csv")

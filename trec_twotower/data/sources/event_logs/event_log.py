@@ -83,7 +83,7 @@ def refuse_faults(
     tests = ", ".join(f"count(*) FILTER ({fault.format(sql_name(name))})" for _, name, fault, _ in faults)
     rows, *found = fetch_row(database, f"SELECT count(*), {tests} FROM events")
     if not rows:
-        raise DataError(f"{files.option} = {files.path}: the files hold not one row.")
+        raise DataError(f"{files.option} = {files.path}: the files have no rows.")
     refused = [
         str(files.refuse(database, column, fault.format(columns[name]), count, why))
         for (column, name, fault, why), count in zip(faults, found, strict=True)
