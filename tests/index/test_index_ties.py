@@ -93,9 +93,13 @@ def test_an_answer_is_the_head_of_every_longer_one_alone_and_in_any_batch(world,
 
 
 def test_copies_of_a_vector_come_by_row_up_to_the_whole_catalogue(world, index):
-    """Each distinct vector's copies in rising order: of those found, none is skipped for a later one."""
+    """Each distinct vector's copies in rising order: of those found, none is skipped for a later one.
+
+    A graph may miss copies. A linear transform may round equal vectors differently: BLAS has other kernels for the last
+    rows of a block.
+    """
     _, user_BD, which_I = world
-    is_graph = index.report.kind.startswith("HNSW")
+    is_exempt = index.report.kind.startswith(("HNSW", "PCA", "OPQ", "RR"))
     for k in (20, 50, 300, 2_000):
         score_BK, item_row_BK = index.search(user_BD[:20], k)
         assert_equals_by_row(score_BK, item_row_BK)
@@ -103,7 +107,7 @@ def test_copies_of_a_vector_come_by_row_up_to_the_whole_catalogue(world, index):
             for which in set(which_I[row_K].tolist()):
                 copies = np.flatnonzero(which_I == which)
                 found = row_K[which_I[row_K] == which]
-                assert is_graph or (found == copies[: len(found)]).all()
+                assert is_exempt or (found == copies[: len(found)]).all()
     assert (np.sort(item_row_BK, axis=1) == np.arange(2_000)).all()
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from trec_twotower.cli import _quiet
+from trec_twotower.commands.output import leave
 
 _quiet()
 
@@ -75,3 +76,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    leave(0)  # the kept models outlive the process group
