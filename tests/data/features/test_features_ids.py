@@ -402,7 +402,7 @@ def test_every_list_of_items_is_looked_through_for_the_rows_own(tmp_path, write_
     with pytest.raises(DataError, match=r"row 0: its clicks holds the item that the row predicts \(as in 2 rows"):
         drop_target_items(dataset.train.table(["item_id", "clicks", "when"]), ["clicks", "when"], "here", refuses=True)
     with_liked = FeatureDataset(dataset, Schema.build(tables, (clicks, tags, liked), (item,)), "event")
-    with pytest.raises(ConfigError, match=r"user feature 'liked' reads lists of items in .*users, one list for all"):
+    with pytest.raises(ConfigError, match=r"user feature 'liked' reads lists of items in .*users, which has one list for all"):
         reader("drop", with_liked)
     assert "in their history or clicks" in describe_coverage(with_liked)
     reader("keep", with_liked)
