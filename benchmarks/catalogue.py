@@ -195,7 +195,7 @@ def lookups(folder: Path, options: argparse.Namespace) -> dict[str, float]:
         model = build_model(config, ranks)
         optimizer = RunOptimizer(model, config.train.optimizer)
         model.train()
-        for keys, batch in zip(asked, list(batches.since(0, STEPS)), strict=True):
+        for keys, batch in zip(asked, list(batches.iter_from(0, STEPS)), strict=True):
             started = time.perf_counter()
             catalogue.columns.take(np.unique(catalogue.rows_of_keys(keys)))
             looked_up = time.perf_counter()

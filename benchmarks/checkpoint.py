@@ -74,7 +74,7 @@ def saving(job: Job, folder: Path, saves: int) -> dict[str, float]:
 
     from trec_twotower.training.checkpoints.checkpoint import state_of
 
-    batches = list(batches_of(folder / "log", threads=0).since(0, 20))
+    batches = list(batches_of(folder / "log", threads=0).iter_from(0, 20))
     usual_s = statistics.median([job.step(batch) for batch in batches][4:])
     stalls, costs, plain = [], [], []
     for number in range(saves + 1):
@@ -115,7 +115,7 @@ def resuming(job: Job, folder: Path, import_s: float) -> dict[str, float]:
     job.checkpoints.load(newest, job.model, job.optimizer)
     load_s = time.perf_counter() - started
     started = time.perf_counter()
-    job.step(next(batches_of(folder / "log", threads=0).since(7, 8)))
+    job.step(next(batches_of(folder / "log", threads=0).iter_from(7, 8)))
     step_s = time.perf_counter() - started
     return {
         "resume_import_s": import_s,

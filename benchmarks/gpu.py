@@ -130,7 +130,7 @@ def job(folder: Path, *, batch: int = 4096, dim: int = 64, users: int = 1_000_00
     optimizer = RunOptimizer(model, config.train.optimizer)
     optimizer.set_rates(0, 100)
     model.train()
-    made = batches_of(folder, threads=0, config=config).since(0, 4)
+    made = batches_of(folder, threads=0, config=config).iter_from(0, 4)
     return model, optimizer, [each.to(DEVICE) for each in made]
 
 

@@ -205,7 +205,7 @@ def batches_of(folder: Path, *, masked: bool = False, config: Any = None, **data
 def read_epoch(batches: Any, epoch: int = 0) -> int:
     first = epoch * batches.steps_per_epoch
     rows = 0
-    for batch in batches.since(first, first + batches.steps_per_epoch):
+    for batch in batches.iter_from(first, first + batches.steps_per_epoch):
         rows += batch.num_rows_of_all_ranks
     return rows
 
@@ -248,11 +248,11 @@ def inside(folder: Path, what: str) -> dict[str, float]:
     if what == "resume":
         batches = batches_of(folder, threads=1)
         step = batches.steps_per_epoch // 2 + 17
-        next(batches.since(0, 1))  # imports and first use of every function, not part of the claim
+        next(batches.iter_from(0, 1))  # imports and first use of every function, not part of the claim
         started = time.perf_counter()
         again = batches_of(folder, threads=1)
         opened = time.perf_counter()
-        next(again.since(step, step + 1))
+        next(again.iter_from(step, step + 1))
         return {"open_s": opened - started, "first_batch_s": time.perf_counter() - opened}
     raise SystemExit(f"no part {what!r}")
 

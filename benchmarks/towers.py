@@ -310,7 +310,7 @@ class Stepper:
 
         sources = FeatureDataset(Dataset(config.data.dataset), config.feature_schema, config.data.rows)
         batches = TrainBatches(sources, config.data, config.loss, sources.item_counts(), (0, 1))
-        self.batches = list(islice(batches.since(0, STEPS * 4), STEPS * 4))
+        self.batches = list(islice(batches.iter_from(0, STEPS * 4), STEPS * 4))
         self.model = build_model(config, ranks)
         self.optimizer = RunOptimizer(self.model, config.train.optimizer)
         self.model.train()

@@ -71,7 +71,7 @@ def ours(folder: Path, num_batches: int, precision: str = "auto") -> Step:
     optimizer = RunOptimizer(model, config.train.optimizer)
     optimizer.set_rates(0, num_batches)
     steps = PlainPipeline(optimizer, ranks)
-    made = list(batches_of(folder, threads=0).since(0, num_batches))
+    made = list(batches_of(folder, threads=0).iter_from(0, num_batches))
 
     def forward(batch: Batch) -> Any:
         return model(batch)
@@ -113,7 +113,7 @@ def torchrec_naive(folder: Path, num_batches: int) -> Step:
     fuse_table_updates(model, config.train.optimizer)
     sharded = shard(model, schema, ranks, BATCH)
     optimizer = RunOptimizer(sharded, config.train.optimizer)
-    made = [an_item_a_row(batch) for batch in batches_of(folder, threads=0).since(0, num_batches)]
+    made = [an_item_a_row(batch) for batch in batches_of(folder, threads=0).iter_from(0, num_batches)]
 
     def step(number: int) -> None:
         loss = sharded(*made[number])
@@ -138,7 +138,7 @@ def plain_torch(folder: Path, num_batches: int) -> Step:
     user_tower, item_tower = mlp(schema.layout.input_width("user")), mlp(schema.layout.input_width("item"))
     sparse = torch.optim.Adagrad(tables.parameters(), lr=0.05)
     dense = torch.optim.Adam([*user_tower.parameters(), *item_tower.parameters()], lr=1e-3)
-    made = [an_item_a_row(batch) for batch in batches_of(folder, threads=0).since(0, num_batches)]
+    made = [an_item_a_row(batch) for batch in batches_of(folder, threads=0).iter_from(0, num_batches)]
 
     def step(number: int) -> None:
         ids, user_number, item_number = made[number]
@@ -217,7 +217,7 @@ def tfrs_step(interpreter: Path, folder: Path, place: Path, num_batches: int) ->
             "dim": DIM,
         }
         (files / "facts.json").write_text(json.dumps(facts))
-        for number, batch in enumerate(batches_of(folder, threads=0).since(0, num_batches)):
+        for number, batch in enumerate(batches_of(folder, threads=0).iter_from(0, num_batches)):
             ids, user, item = an_item_a_row(batch)
             arrays = {"user": user.numpy(), "item": item.numpy()}
             for name, jagged in ids.to_dict().items():
@@ -239,7 +239,7 @@ def end_to_end(folder: Path, num_batches: int) -> float:
     optimizer = RunOptimizer(model, config.train.optimizer)
     optimizer.set_rates(0, num_batches)
     model.train()
-    took = PlainPipeline(optimizer, ranks).run(batches_of(folder, threads=1).since(0, num_batches + WARM), model)
+    took = PlainPipeline(optimizer, ranks).run(batches_of(folder, threads=1).iter_from(0, num_batches + WARM), model)
     for _ in range(WARM):
         next(took)
     started = time.perf_counter()
@@ -344,7 +344,7 @@ def floor(folder: Path) -> dict[str, float]:
 
     config = config_of(folder)
     schema = config.feature_schema
-    batch = next(batches_of(folder, threads=0).since(0, 1))
+    batch = next(batches_of(folder, threads=0).iter_from(0, 1))
     rows, candidates = len(batch.user_number_BN), len(batch.item_number_SN)
     width = {side: schema.layout.input_width(side) for side in ("user", "item")}
     tower = 6 * (rows * (width["user"] * HIDDEN + HIDDEN * DIM) + candidates * (width["item"] * HIDDEN + HIDDEN * DIM))

@@ -166,10 +166,10 @@ def test_an_interrupt_that_a_library_made_an_error_of_is_an_interrupt(cli, shop,
         except KeyboardInterrupt as error:
             raise ImportError("numpy could not be imported") from error
 
-    def in_words(*_: object) -> None:
+    def describe(*_: object) -> None:
         raise SystemError("Error building `literal` serializer:\n  KeyboardInterrupt:")
 
-    for interrupted in (wrapped, in_words):
+    for interrupted in (wrapped, describe):
         monkeypatch.setattr("trec_twotower.config.loading.load_config", interrupted)
         said = cli("features", shop.config)
         assert said.code == 130 and "interrupted" in said.mistake

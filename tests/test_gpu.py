@@ -115,7 +115,7 @@ def test_batches_are_pinned_and_their_copies_are_the_same(small_world):
     data = DataConfig(dataset=small_world / "events", batch_size=16)
     batches = TrainBatches(sources, data, loss, count_items(sources, loss), (0, 1), pin_memory=True)
     stream = torch.cuda.Stream()
-    for batch in batches.since(0, 3):
+    for batch in batches.iter_from(0, 3):
         tensors = batch.named_tensors()
         assert all(value.is_pinned() for value in (*tensors.values(), batch.sparse.values(), batch.sparse.lengths()))
         with torch.cuda.stream(stream):

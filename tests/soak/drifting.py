@@ -362,7 +362,7 @@ def _read_cases(folder: Path, cases: Sequence[tuple[str, int]]) -> list[str]:
                 run = Run.create_or_open(made, ranks)
                 passes = build_train_data(run, run.initialize(ranks), ranks)
                 with torch.no_grad():
-                    losses = [model(batch) for batch in passes.since(0)]
+                    losses = [model(batch) for batch in passes.iter_from(0)]
                 is_finite = bool(losses) and all(map(torch.isfinite, losses))
                 found.append("" if is_finite else f"WRONG: losses {losses}")
             except (DataError, ConfigError) as error:

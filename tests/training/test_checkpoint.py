@@ -54,7 +54,7 @@ def steps(config: RunConfig, ranks: Ranks, model: Any, optimizer: RunOptimizer, 
         run.initialize(ranks) or run.open_dataset(ranks), config.data, config.loss, run.item_counts(), (0, 1)
     )
     losses = []
-    for step, batch in enumerate(batches.since(first, end), first):
+    for step, batch in enumerate(batches.iter_from(first, end), first):
         optimizer.set_rates(step, 20)
         loss = model(batch)
         optimizer.zero_grad()

@@ -396,7 +396,7 @@ def test_dead_vectors_are_told_from_living_ones(lone_rank, small_world, tmp_path
     config = event_config(small_world, tmp_path / "run", train={"epochs": 1})
     run = Run.create_or_open(config, lone_rank)
     batches = TrainBatches(run.initialize(lone_rank), config.data, config.loss, run.item_counts(), (0, 1))
-    batch, model = next(iter(batches.since(0, 1))), inner_model(build_model(config, lone_rank))
+    batch, model = next(iter(batches.iter_from(0, 1))), inner_model(build_model(config, lone_rank))
     assert dead_vectors(model, batch, lone_rank) is None
     weights = {side: getattr(model, f"{side}_tower").layers[-1] for side in ("user", "item")}
     for value, side, found in (

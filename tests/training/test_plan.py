@@ -233,7 +233,7 @@ def test_lengths_are_those_of_batches(write_dataset, tmp_path, rows):
     batches = [
         batch
         for rank in range(2)
-        for batch in TrainBatches(sources, config.data, config.loss, counts, share=(rank, 2)).since(0, 8)
+        for batch in TrainBatches(sources, config.data, config.loss, counts, share=(rank, 2)).iter_from(0, 8)
     ]
     num_items = sum(sum(batch.item_sizes) for batch in batches[: len(batches) // 2])  # of all ranks
     for name in config.feature_schema.layout.pooled_keys:

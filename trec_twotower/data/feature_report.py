@@ -65,7 +65,7 @@ class OwnItems:
     columns: list[str]  # columns of the lists
 
     @property
-    def in_words(self) -> str:
+    def describe(self) -> str:
         """Return a message about the effect of `data.target_in_history: drop`."""
         return (
             f"data.target_in_history: drop removes {self.elements:,} elements from {', '.join(self.columns)}, in "

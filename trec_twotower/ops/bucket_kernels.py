@@ -12,7 +12,7 @@ from trec_twotower.ops.compilation import LINE_BYTES, copy_from, copy_run, int32
 
 
 @kernel
-def mark_heaps(order: np.ndarray, cuts: np.ndarray, bucket_of: np.ndarray) -> None:
+def mark_buckets(order: np.ndarray, cuts: np.ndarray, bucket_of: np.ndarray) -> None:
     """Write the bucket of each row to `bucket_of`; bucket h holds the rows order[cuts[h]:cuts[h + 1]]."""
     for bucket in range(cuts.size - 1):
         for i in range(cuts[bucket], cuts[bucket + 1]):
@@ -90,7 +90,7 @@ def put_lists(
 
 
 @kernel
-def copy_heap(
+def copy_bucket(
     buffer: np.ndarray, starts: np.ndarray, bounds: np.ndarray, bucket: int, at: int, offsets: np.ndarray, place: int,
     fixed: np.ndarray, lists: np.ndarray, out: np.ndarray,
 ) -> int:  # fmt: skip

@@ -130,7 +130,7 @@ class Trainer:
             self._fill_by_closed_form(sources)
         self.own_items = ranks.once(run.own_items)
         if self.own_items is not None:
-            self.logger.print(self.own_items.in_words)
+            self.logger.print(self.own_items.describe)
         inner = inner_model(self.model)
         self.hard_negatives: HardNegatives | None = None
         if config.loss.negatives.refresh is not None:
@@ -155,8 +155,8 @@ class Trainer:
         if state.owes_evaluation:
             self._evaluate_and_save()
         self.model.train()
-        lists_at = None if self.hard_negatives is None else self.hard_negatives.at
-        batches = data.since(state.step, lists_at, self.monitor.agrees_to_stop)
+        hard_negatives_at = None if self.hard_negatives is None else self.hard_negatives.at
+        batches = data.iter_from(state.step, hard_negatives_at, self.monitor.agrees_to_stop)
         try:
             with Trace(self.config.train.profile_steps, self.run.folder, self.ranks) as trace:
                 for _ in self.pipeline.run(await_rows(batches, self), self._forward):
@@ -216,7 +216,7 @@ class Trainer:
         loss, batch = self._step_under_way
         value = float(loss) if error.loss is None else error.loss
         if step != self.state.step + 1:  # found some steps later, on a GPU
-            batch = next(self.data.since(step - 1, None if self.hard_negatives is None else self.hard_negatives.at))
+            batch = next(self.data.iter_from(step - 1, None if self.hard_negatives is None else self.hard_negatives.at))
         folder = self.run.folder / f"not-finite-step-{step:08d}"
         write_step_report(folder, self.ranks, step, str(error), value, batch, self.data)
         of_ranks = self.ranks.collect(suspect_values(self.config.feature_schema, batch))

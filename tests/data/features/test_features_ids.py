@@ -394,7 +394,7 @@ def test_every_list_of_items_is_looked_through_for_the_rows_own(tmp_path, write_
     assert left.history.lengths.tolist() == [1, 0, 1] and kept.history.lengths.tolist() == [2, 0, 1]
     found = own_items(sources)
     assert found == OwnItems(rows=2, elements=4, columns=["history", "clicks"])
-    assert found.in_words.startswith(
+    assert found.describe.startswith(
         "data.target_in_history: drop removes 4 elements from history, clicks, in 2 rows of train/"
     )
     with pytest.raises(DataError, match="row 0: its history holds the item that the row predicts"):

@@ -55,8 +55,8 @@ def test_every_step_is_a_whole_batch_over_all_ranks(folder, num_ranks, threads, 
     assert {(one.steps_per_epoch, one.rows_per_epoch) for one in of_ranks} == {(5, 55)}
     with_tail = batches_of(folder, rows=rows, drop_last=False)
     assert with_tail.steps_per_epoch == 6
-    whole = [sorted(rows_in(batch)) for batch in with_tail.since(0, 18)]
-    steps = list(zip(*(one.since(0, 15) for one in of_ranks), strict=True))
+    whole = [sorted(rows_in(batch)) for batch in with_tail.iter_from(0, 18)]
+    steps = list(zip(*(one.iter_from(0, 15) for one in of_ranks), strict=True))
     found = [sorted(row for batch in step for row in rows_in(batch)) for step in steps]
     assert found == [step for number, step in enumerate(whole) if number % 6 != 5]
     assert {batch.num_rows_of_all_ranks for step in steps for batch in step} == {BATCH}
@@ -70,7 +70,7 @@ def test_where_the_rows_of_a_step_stand_is_told(folder, drop_last):
     """Each row of a step once, counted within its row group; in the second epoch, too."""
     batches = batches_of(folder, drop_last=drop_last)
     first_row = {(str(group.path), group.number): group.first_row for group in batches.sources.dataset.train.row_groups}
-    for step, batch in enumerate(batches.since(0, 2 * batches.steps_per_epoch)):
+    for step, batch in enumerate(batches.iter_from(0, 2 * batches.steps_per_epoch)):
         places = batches.rows_of(step)
         for place in places:
             assert place.rows == sorted(place.rows)
@@ -79,7 +79,7 @@ def test_where_the_rows_of_a_step_stand_is_told(folder, drop_last):
 
 
 def test_what_is_left_out_changes_from_epoch_to_epoch(folder):
-    found = [rows_in(batch) for batch in batches_of(folder).since(0, 50)]
+    found = [rows_in(batch) for batch in batches_of(folder).iter_from(0, 50)]
     left = [set(range(NUM_ROWS)) - {row for step in found[low : low + 5] for row in step} for low in range(0, 50, 5)]
     assert all(len(rows) == 3 for rows in left)
     assert len(set.union(*left)) > 10
@@ -87,13 +87,13 @@ def test_what_is_left_out_changes_from_epoch_to_epoch(folder):
 
 @pytest.mark.parametrize("first", range(11))
 def test_a_run_resumes_at_any_step(folder, first):
-    whole = [rows_in(batch) for batch in batches_of(folder).since(0, 11)]
-    assert [rows_in(batch) for batch in batches_of(folder).since(first, 11)] == whole[first:]
+    whole = [rows_in(batch) for batch in batches_of(folder).iter_from(0, 11)]
+    assert [rows_in(batch) for batch in batches_of(folder).iter_from(first, 11)] == whole[first:]
 
 
 def test_rows_that_fill_their_batches_are_all_taken(folder):
     """58 rows are 2 batches of 29, with drop_last or without."""
-    found = [rows_in(batch) for batch in batches_of(folder, batch_size=29).since(0, 4)]
+    found = [rows_in(batch) for batch in batches_of(folder, batch_size=29).iter_from(0, 4)]
     assert sorted(found[0] + found[1]) == sorted(found[2] + found[3]) == list(range(NUM_ROWS))
 
 
@@ -103,7 +103,7 @@ def test_row_groups_of_the_tail_alone_are_not_read(folder, monkeypatch):
     read = []
     real = batches.reader.read
     monkeypatch.setattr(batches.reader, "read", lambda unit, cuts: read.append(unit.epoch) or real(unit, cuts))
-    assert [len(rows_in(batch)) for batch in batches.since(0, 3)] == [40, 40, 40]
+    assert [len(rows_in(batch)) for batch in batches.iter_from(0, 3)] == [40, 40, 40]
     wanted = [sum(window.first < 40 for window in batches.windows(epoch)) for epoch in range(3)]
     assert [read.count(epoch) for epoch in range(3)] == wanted
     assert all(count < 8 for count in wanted)

@@ -112,7 +112,7 @@ def batches_of(source: FeatureDataset, share=(0, 1), *, loss: LossConfig | None 
 
 def epoch_of(made: TrainBatches, epoch: int = 0) -> list[Batch]:
     steps = made.steps_per_epoch
-    return list(made.since(epoch * steps, (epoch + 1) * steps))
+    return list(made.iter_from(epoch * steps, (epoch + 1) * steps))
 
 
 # A batch, read back the slow way
@@ -247,10 +247,10 @@ def test_a_rank_without_a_row_still_takes_the_step(sources):
 def test_a_run_resumes_at_any_step(sources, rows):
     made = batches_of(sources[rows], batch_size=9, loss=build_loss(negatives=NegativesConfig(sampled=7)))
     end = 2 * made.steps_per_epoch + 2
-    whole = list(made.since(0, end))
+    whole = list(made.iter_from(0, end))
     assert len(whole) == end
     for step in range(0, end + 1):
-        rest = list(made.since(step, end))
+        rest = list(made.iter_from(step, end))
         assert len(rest) == end - step
         assert all(same(first, second) for first, second in zip(whole[step:], rest, strict=True))
 
@@ -290,7 +290,7 @@ def test_every_row_is_as_likely_to_come_first(sources):
     counts = Counter(
         row.row
         for epoch in range(epochs)
-        for batch in made.since(epoch * made.steps_per_epoch, epoch * made.steps_per_epoch + 1)
+        for batch in made.iter_from(epoch * made.steps_per_epoch, epoch * made.steps_per_epoch + 1)
         for row in rows_in([batch])
     )
     expected = epochs * 10 / 40
@@ -368,7 +368,7 @@ def test_items_are_candidates_as_often_as_the_correction_says(sources, rows):
     loss = build_loss(negatives=NegativesConfig(sampled=6))
     made = batches_of(sources[rows], loss=loss, batch_size=2, shuffle_rows=1000)
     seen, steps = np.zeros(60), 12 * made.steps_per_epoch
-    for batch in made.since(0, steps):
+    for batch in made.iter_from(0, steps):
         seen[[ITEMS.index(item) for item in items_of([batch])]] += 1
     formula = np.exp(made.log_q_I)
     error = np.sqrt(formula * (1 - formula) / steps)
@@ -463,7 +463,7 @@ def test_the_share_of_input_is_near_its_setting(tmp_path, write_dataset, share):
     schema = Schema.build({"id": ID}, (USER, HISTORY.model_copy(update={"max_length": None})), (ITEM,))
     folder = write_dataset(tmp_path / "d", row_group_size=10, items=pa.table({"item_id": ITEMS}), train=users)
     made = batches_of(FeatureDataset(Dataset(folder), schema, "user"), batch_size=50, input_share=share)
-    inputs = [tuple(ids) for batch in made.since(0, 10) for ids in features_of(batch)["user:history"][:50]]
+    inputs = [tuple(ids) for batch in made.iter_from(0, 10) for ids in features_of(batch)["user:history"][:50]]
     assert len(set(inputs)) == 10 * 50  # users with the same items are split each in their own way
     n = 10 * 50 * 60
     assert abs(sum(map(len, inputs)) / n - share) < 5 * math.sqrt(share * (1 - share) / n)
@@ -476,7 +476,7 @@ def test_an_item_that_stands_twice_falls_on_one_side(tmp_path, write_dataset):
     schema = Schema.build({"id": ID}, (ROW.model_copy(update={"name": "user_id"}), HISTORY), (ITEM,))
     folder = write_dataset(tmp_path / "d", items=pa.table({"item_id": [1, 2, 3, 4, 5]}), train=train)
     made = batches_of(FeatureDataset(Dataset(folder), schema, "user"), batch_size=30)
-    for batch in made.since(0, 20):
+    for batch in made.iter_from(0, 20):
         inputs = [set(ids) for ids in features_of(batch)["user:history"]][:30]
         items = items_of([batch])
         targets = [set() for _ in inputs]
@@ -504,9 +504,9 @@ def readers() -> set[threading.Thread]:
 def test_the_thread_ends_with_the_last_batch_and_when_nobody_asks_for_more(sources):
     others = readers()  # of a generator that another test has left to the garbage collector
     made = batches_of(sources["event"], prefetch=1)
-    list(made.since(0, 3))
+    list(made.iter_from(0, 3))
     assert readers() <= others
-    running = made.since(0, 1000)
+    running = made.iter_from(0, 1000)
     next(running)
     assert readers() - others
     running.close()
@@ -522,7 +522,7 @@ def test_an_error_of_the_thread_is_raised_where_the_batches_are_taken(tmp_path, 
     made = batches_of(source, batch_size=2, shuffle_rows=1)
     taken, others = [], readers()
     with pytest.raises(DataError, match=r"part-0\.parquet, row group 3, column 'age': 1 of 1 .* in row 0"):
-        taken.extend(made.since(0, 2))
+        taken.extend(made.iter_from(0, 2))
     assert len(taken) <= 1
     assert readers() <= others
 
@@ -828,4 +828,4 @@ def test_batches_are_pinned_where_that_is_asked_for(monkeypatch, sources, is_pin
     data = DataConfig(dataset=sources["event"].dataset.folder, batch_size=10)
     counts = sources["event"].item_counts()
     batches = TrainBatches(sources["event"], data, build_loss(), counts, (0, 1), pin_memory=is_pinned)
-    assert [any(batch is each for each in pinned) for batch in batches.since(0, 2)] == [is_pinned] * 2
+    assert [any(batch is each for each in pinned) for batch in batches.iter_from(0, 2)] == [is_pinned] * 2

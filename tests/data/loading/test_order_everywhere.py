@@ -48,7 +48,7 @@ def steps_of(folder, rank: int, num_ranks: int, threads: int) -> list[list[int]]
     counts = np.ones(len(sources.catalogue), np.int64)
     batches = TrainBatches(sources, data, build_loss(), counts, (rank, num_ranks))
     found = []
-    for batch in batches.since(0, STEPS):
+    for batch in batches.iter_from(0, STEPS):
         users = batch.sparse["user:user_id"]
         found.append(users.values().tolist())
         assert users.lengths().sum() == len(found[-1]) == batch.user_divisor_BF.shape[0]

@@ -72,7 +72,7 @@ def batches_of(folder, share=(0, 1), **data) -> TrainBatches:
 def contents(batches: TrainBatches, first: int = 0, steps: int = 30) -> list[list]:
     """Every tensor of every batch, as plain lists."""
     found = []
-    for batch in batches.since(first, first + steps):
+    for batch in batches.iter_from(first, first + steps):
         tensors = batch.named_tensors().values()
         jagged = (batch.sparse.values(), batch.sparse.lengths(), batch.sparse.weights())
         found.append([batch.item_sizes, *(tensor.tolist() for tensor in (*tensors, *jagged))])
@@ -292,7 +292,7 @@ def test_an_error_counts_rows_from_the_row_group_on_however_it_was_read(
     data = DataConfig(dataset=folder, batch_size=11, threads=2)
     batches = TrainBatches(sources, data, build_loss(), sources.item_counts(), (0, 1))
     with pytest.raises(DataError, match=r"part-0\.parquet, row group 1, column 'age': 1 of 16 .* in row 13: "):
-        list(batches.since(0, 4))
+        list(batches.iter_from(0, 4))
 
 
 @BOTH
@@ -304,7 +304,7 @@ def test_a_rank_decodes_only_the_row_groups_its_rows_lie_in(folder, rows, monkey
     whole: list[set[int]] = []
     for rank in range(2):
         batches = batches_of(folder, (rank, 2), rows=rows, shuffle_rows=1000)
-        next(batches.since(0, 1))  # takes what it has to of the first epoch, and the columns' kinds
+        next(batches.iter_from(0, 1))  # takes what it has to of the first epoch, and the columns' kinds
         read: dict[tuple, set[str]] = {}
         split = batches.sources.dataset.train
         real = type(split).blocks

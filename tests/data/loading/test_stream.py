@@ -105,7 +105,7 @@ def rows_in(batch: Any) -> list[int]:
 
 def taken(stream: Stream, step: int = 0) -> list[list[int]]:
     """The rows of each step from this one on, sorted: where a row stands in its batch is of no account."""
-    return [sorted(rows_in(batch)) for batch in stream.since(step)]
+    return [sorted(rows_in(batch)) for batch in stream.iter_from(step)]
 
 
 def expected(folder: Path, generation: int, *names: str, drop_last: bool = False) -> list[list[int]]:
@@ -129,7 +129,7 @@ def expected(folder: Path, generation: int, *names: str, drop_last: bool = False
 def while_reading(stream: Stream, **at: Callable[[], Any]) -> list[list[int]]:
     """What is taken while files come: step3=f calls f when the batch of the third step is there."""
     found = []
-    for number, batch in enumerate(stream.since(0), 1):
+    for number, batch in enumerate(stream.iter_from(0), 1):
         found.append(sorted(rows_in(batch)))
         at.pop(f"step{number}", lambda: None)()
     assert not at, f"never came to {at}"
@@ -182,7 +182,7 @@ def test_the_files_of_a_generation_are_written_down_before_its_first_row_is_read
     written = []
     real = streaming.TrainBatches.since
 
-    def since(batches: Any, step: int, end: int, *more: Any) -> Iterator[Any]:
+    def iter_from(batches: Any, step: int, end: int, *more: Any) -> Iterator[Any]:
         saved = json.loads((folder.parent / "run/stream.json").read_text())["generations"]
         written.append([(sorted(one["files"]["train"]), one["num_rows"]) for one in saved])
         return real(batches, step, end, *more)
@@ -252,7 +252,7 @@ def test_a_stream_without_idle_s_waits_until_it_is_stopped(folder, monkeypatch):
     clock = Clock(sleep5000=lambda: stopped.append(True))
     monkeypatch.setattr(streaming, "time", clock)
     stream = stream_of(folder, follow={})
-    assert len([*stream.since(0, is_stopped=lambda: bool(stopped))]) == 4
+    assert len([*stream.iter_from(0, is_stopped=lambda: bool(stopped))]) == 4
     assert clock.sleeps == 5000
 
 
@@ -408,7 +408,7 @@ def test_statistics_stay_those_of_the_first_generation(folder):
     stream = stream_of(folder)
     assert len(taken(stream)) == 4
     publish(folder, "train/c.parquet", rows(100, 5))
-    [batch] = stream_of(folder).since(4)
+    [batch] = stream_of(folder).iter_from(4)
     ages = np.arange(23) / 8
     wanted = (np.array(sorted(rows_in(batch))) / 8 - ages.mean()) / ages.std()
     np.testing.assert_allclose(np.sort(batch.user_number_BN[:, 0].numpy()), wanted, rtol=1e-5)
@@ -440,7 +440,7 @@ def test_users_that_come_are_known_from_the_next_generation_on(folder):
         publish(folder, "train/c.parquet", rows(23, 2, user_id=pa.array([77, 0])))
 
     assert len(while_reading(stream_by(config), step1=come)) == 5
-    [batch] = stream_by(config).since(4)
+    [batch] = stream_by(config).iter_from(4)
     assert sorted(batch.user_number_BN[:, 2].tolist()) == [1.5, 9.0]
 
 
@@ -515,7 +515,7 @@ def test_a_missing_column_stops_the_run_and_a_further_one_does_not(folder):
         taken(stream_of(folder), 4)
     path.unlink()
     publish(folder, "train/c.parquet", rows(23, 1, weight=pa.array([3.0])))
-    [batch] = stream_of(folder).since(4)
+    [batch] = stream_of(folder).iter_from(4)
     assert rows_in(batch) == [23]
     assert batch.targets.positive.weight_P.tolist() == [1]  # no file had weights when the run began
 

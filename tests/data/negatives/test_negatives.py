@@ -31,7 +31,7 @@ from trec_twotower.data.negatives.samplers import (
     SameCategorySampler,
     UniformSampler,
     count_items,
-    drawn_from,
+    sampled_from,
 )
 from trec_twotower.errors import ConfigError, DataError
 from trec_twotower.ops.hashing import fingerprints
@@ -108,7 +108,7 @@ def test_an_item_of_the_same_category_is_any_of_those_of_a_positive():
 def test_a_row_draws_one_of_its_lists_evenly_and_from_that_evenly():
     lists = Ragged.from_lists([[10, 11], [12], [], [13, 14, 15]])
     list_rows = Ragged.from_lists([[0, 3], [], [-1], [2], [1, -1], [3]])
-    drawn = [drawn_from(list_rows, lists, 5, 1, step) for step in range(4_000)]
+    drawn = [sampled_from(list_rows, lists, 5, 1, step) for step in range(4_000)]
     assert all(each.lengths[[1, 2, 3]].tolist() == [0, 0, 0] for each in drawn)
     assert {each.lengths[0] for each in drawn} == {each.lengths[5] for each in drawn} == {5}
     first, last = (np.stack([each.take(np.array([row])).values for each in drawn]) for row in (0, 5))
@@ -119,7 +119,7 @@ def test_a_row_draws_one_of_its_lists_evenly_and_from_that_evenly():
     assert abs(chi_square(np.bincount(last.reshape(-1) - 13, minlength=3), np.full(3, last.size / 3))) < 5
     half = np.array([each.lengths[4] for each in drawn])  # one list of two, the other is none
     assert set(half.tolist()) == {0, 5} and abs((half > 0).mean() - 0.5) < 5 * math.sqrt(0.25 / len(half))
-    assert np.array_equal(drawn[7].values, drawn_from(list_rows, lists, 5, 1, 7).values)
+    assert np.array_equal(drawn[7].values, sampled_from(list_rows, lists, 5, 1, 7).values)
     assert len({tuple(each.values.tolist()) for each in drawn[:50]}) == 50
 
 
@@ -258,7 +258,7 @@ def test_items_stand_against_all_rows_as_often_as_log_q_says(world, name, rows):
         made.negatives.refresh(Ragged.from_lists(lists), np.maximum(list_of_item, -1))
     seen, steps = np.zeros(NUM_ITEMS), 2700
     place = {item: row for row, item in enumerate(ITEMS)}
-    for batch in made.since(0, steps):
+    for batch in made.iter_from(0, steps):
         columns = torch.arange(len(batch.is_negative_C))[batch.is_negative_C].tolist()
         items = candidates_of([batch])
         seen[[place[items[column]] for column in columns]] += 1
@@ -280,7 +280,7 @@ def test_a_row_refuses_what_its_column_says_with_labels_and_weights(world, told,
     """Every element of every list, in its order, null lists and elements left out, doubles kept."""
     made = batches_of(world, in_world(world, {"impressions": GRADED}), rows=rows)
     found = {}
-    for batch in made.since(0, made.steps_per_epoch):
+    for batch in made.iter_from(0, made.steps_per_epoch):
         found |= dict(zip(rows_of(batch), given_of(batch, candidates_of([batch])), strict=True))
     assert sorted(found) == list(range(NUM_ROWS))
     for number, row in enumerate(told):
@@ -291,7 +291,7 @@ def test_a_row_refuses_what_its_column_says_with_labels_and_weights(world, told,
 
 def test_without_labels_and_weights_a_row_refuses_all_alike(world, told):
     made = batches_of(world, in_world(world, {"impressions": SHOWN}))
-    for batch in made.since(0, 10):
+    for batch in made.iter_from(0, 10):
         for number, given in zip(rows_of(batch), given_of(batch, candidates_of([batch])), strict=True):
             assert given == [(item, 0, 1) for item in told[number]["shown"] or [] if item is not None]
 
@@ -304,7 +304,7 @@ def test_candidates_are_what_rows_took_and_name_and_those_stand_against_all_that
     """With labels, what some row refused stands against all, but what all that name it took does not."""
     case = {"impressions": GRADED | {"shared": shared}, "negatives": {"in_batch": in_batch, "sampled": 3}}
     made = batches_of(world, in_world(world, case))
-    for step, batch in enumerate(made.since(0, 20)):
+    for step, batch in enumerate(made.iter_from(0, 20)):
         rows = [told[number] for number in rows_of(batch)]
         items = candidates_of([batch])
         named = [pair for row in rows for pair in zip(row["shown"] or [], row["grade"] or [], strict=True)]
@@ -324,7 +324,7 @@ def test_what_a_row_names_and_took_is_known_to_it(tmp_path, write_dataset):
     items = pa.table({"item_id": ITEMS, "shelf": [0] * NUM_ITEMS})
     folder = write_dataset(tmp_path / "d", items=items, train=train)
     made = batches_of(folder, in_world(tmp_path, {"impressions": SHOWN}), batch_size=2)
-    [batch] = made.since(0, 1)
+    [batch] = made.iter_from(0, 1)
     known = set(zip(batch.targets.known.row_P.tolist(), batch.targets.known.column_P.tolist(), strict=True))
     first = rows_of(batch).index(0)
     items = candidates_of([batch])
@@ -360,11 +360,11 @@ def test_ranks_threads_and_caches_change_no_pair(world, tmp_path, name, rows):
             found |= dict(zip(rows_of(batch), zip(given, known, strict=True), strict=True))
         return items, batches[0].is_negative_C.tolist(), found
 
-    alone = list(batches_of(world, loss, rows=rows, threads=0).since(40, 60))
+    alone = list(batches_of(world, loss, rows=rows, threads=0).iter_from(40, 60))
     for num_ranks in (1, 2, 3):
         for _ in range(2):  # the cache is filled, then read
             settings = {"rows": rows, "threads": 2, "cache": tmp_path / "cache"}
-            ranks = [list(batches_of(world, loss, (r, num_ranks), **settings).since(40, 60)) for r in range(num_ranks)]
+            ranks = [list(batches_of(world, loss, (r, num_ranks), **settings).iter_from(40, 60)) for r in range(num_ranks)]
             for whole, *parts in zip(alone, *ranks, strict=True):
                 assert pairs(parts) == pairs([whole])
                 assert all(torch.equal(part.log_q_C, whole.log_q_C) for part in parts)
@@ -374,7 +374,7 @@ def test_a_cache_of_other_given_columns_is_another(world, tmp_path):
     cached = {"cache": tmp_path / "cache"}
     for number, given in enumerate((None, SHOWN, GRADED, GRADED | {"shared": False}), 1):
         loss = in_world(world, {"impressions": given} if given else {})
-        list(batches_of(world, loss, **cached).since(0, 3))
+        list(batches_of(world, loss, **cached).iter_from(0, 3))
         assert len(list((tmp_path / "cache").glob("*/"))) == min(number, 3)  # shared changes no row
 
 
@@ -386,7 +386,7 @@ def test_mined_items_are_draws_from_the_list_of_the_key(world, told, key):
     file = pq.read_table(world.parent / mined["file"]).to_pylist()
     lists = {row[key]: row["negatives"] for row in file}
     draws = []
-    for batch in made.since(0, 2 * made.steps_per_epoch):
+    for batch in made.iter_from(0, 2 * made.steps_per_epoch):
         for number, given in zip(rows_of(batch), given_of(batch, candidates_of([batch])), strict=True):
             wanted = lists.get(told[number][key]) or []
             assert len(given) == (4 if wanted else 0) and {item for item, _, _ in given} <= set(wanted)
@@ -406,7 +406,7 @@ def test_items_of_a_file_are_known_to_their_user(world, told):
         row["user_id"]: set(row["item_ids"]) for row in pq.read_table(world.parent / "known.parquet").to_pylist()
     }
     made = batches_of(world, loss)
-    for batch in made.since(0, made.steps_per_epoch):
+    for batch in made.iter_from(0, made.steps_per_epoch):
         items = candidates_of([batch])
         known = [set() for _ in rows_of(batch)]
         pairs = batch.targets.known
@@ -420,12 +420,12 @@ def test_items_of_a_file_are_known_to_their_user(world, told):
 def test_refreshed_lists_are_drawn_from_as_soon_as_they_are_there(world, told):
     loss = in_world(world, {"negatives": {"refresh": {"every": 10**6, "count": 2}}})
     made = batches_of(world, loss, prefetch=1)
-    assert all(batch.targets.given is None for batch in made.since(0, 3))
+    assert all(batch.targets.given is None for batch in made.iter_from(0, 3))
     made.negatives.refresh(
         Ragged.from_lists([[3, 4], [9]]), np.where(np.arange(NUM_ITEMS) % 3 == 2, -1, np.arange(60) % 3)
     )
     assert isinstance(made.negatives.lists[-1], RefreshedNegatives)
-    for batch in made.since(3, 8):
+    for batch in made.iter_from(3, 8):
         for number, given in zip(rows_of(batch), given_of(batch, candidates_of([batch])), strict=True):
             group = ITEMS.index(told[number]["item_id"]) % 3
             assert len(given) == (0 if group == 2 else 2)
@@ -485,12 +485,12 @@ def test_labels_beyond_0_and_1_are_refused_where_the_loss_would_have_no_least_va
     columns = {"shown": [[30], None, [20, 10]], "y": [[0.5], None, [1.0, label]]}
     case = {"kind": kind, "impressions": {"column": "shown", "labels": "y"}}
     if kind in ("softmax", "bpr"):
-        assert len(list(tiny(case, **columns).since(0, 2))) == 2
+        assert len(list(tiny(case, **columns).iter_from(0, 2))) == 2
         return
     with pytest.raises(DataError, match=rf"row group 1, column 'shown', row 0: 'y' has the label {label:g}, .*{kind}"):
         tiny(case, **columns)
     columns["y"] = [[0.5], None, [1.0, 0.0]]
-    assert len(list(tiny(case, **columns).since(0, 2))) == 2
+    assert len(list(tiny(case, **columns).iter_from(0, 2))) == 2
 
 
 def test_an_unknown_item_is_named_with_its_place_or_left_out_when_that_is_asked_for(tiny):
@@ -504,7 +504,7 @@ def test_an_unknown_item_is_named_with_its_place_or_left_out_when_that_is_asked_
         tiny({"impressions": given}, **columns)
     made = tiny({"impressions": given | {"unknown": "skip"}}, **columns)
     found = {}
-    for batch in made.since(0, 2):
+    for batch in made.iter_from(0, 2):
         found |= dict(zip(rows_of(batch), given_of(batch, candidates_of([batch])), strict=True))
     assert found == {0: [(30, 1, 1)], 1: [], 2: [(20, 2, 2), (10, 4, 4)]}
 
@@ -546,7 +546,7 @@ def test_items_that_share_a_fingerprint_are_two_to_the_queue_and_to_streaming_fr
     train = pa.table({"user_id": [1, 2], "row": [0, 1], "item_id": twins, "history": [[7], [7]]})
     folder = write_dataset(tmp_path / "d", train=train, items=pa.table({"item_id": [*twins, 7], "shelf": [0, 0, 1]}))
     for case in ({"negatives": {"cross_batch_memory": 9}}, {"log_q_estimate": "streaming"}):
-        [batch] = batches_of(folder, build_loss(**case), batch_size=2).since(0, 1)
+        [batch] = batches_of(folder, build_loss(**case), batch_size=2).iter_from(0, 1)
         key = batch.item_key_C.numpy()
         assert len(set(key.tolist())) == 2 and (key >= 0).all()
         assert set((key % 2**32).tolist()) == {int(of_keys[twins[0]])}
@@ -610,11 +610,11 @@ def test_unknown_items_of_a_file_are_left_out_where_that_is_asked_for_and_of_kno
     path = tmp_path / "mined.parquet"
     pq.write_table(pa.table({"item_id": [10, 99], "negatives": [[99, 30, 98], [20]]}), path)
     made = tiny({"negatives": {"mined": {"file": str(path), "count": 2, "unknown": "skip"}}})
-    named = [given for batch in made.since(0, 2) for given in given_of(batch, candidates_of([batch]))]
+    named = [given for batch in made.iter_from(0, 2) for given in given_of(batch, candidates_of([batch]))]
     assert sorted(map(len, named)) == [0, 2, 2] and {item for given in named for item, _, _ in given} == {30}
     pq.write_table(pa.table({"user_id": [1], "item_ids": [[99, 20]]}), path)
     made = tiny({"known": str(path), "negatives": {"sampled": "all"}})
-    assert sum(len(batch.targets.known.row_P) for batch in made.since(0, 2)) == 3 + 1
+    assert sum(len(batch.targets.known.row_P) for batch in made.iter_from(0, 2)) == 3 + 1
 
 
 def test_settings_that_do_not_fit_together_are_refused():

@@ -280,7 +280,7 @@ def test_what_rows_refuse_is_counted_on_as_files_come(tmp_path):
         streaming.publish(folder, "train/c.parquet", streaming.rows(12, 3, ["new", "i05"], shown=later))
 
     batches = []
-    for number, batch in enumerate(stream.since(0)):
+    for number, batch in enumerate(stream.iter_from(0)):
         batches.append(batch)
         if number == 0:
             come()

@@ -169,7 +169,7 @@ def worlds(small_world, lone_rank, tmp_path_factory) -> dict[str, tuple[RunConfi
         config = make(small_world, tmp_path_factory.mktemp(name))
         run = Run.create_or_open(config, lone_rank)
         batches = TrainBatches(run.initialize(lone_rank), config.data, config.loss, run.item_counts(), (0, 1))
-        made[name] = config, next(batches.since(0, 1))
+        made[name] = config, next(batches.iter_from(0, 1))
     return made
 
 

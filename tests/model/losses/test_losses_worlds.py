@@ -182,7 +182,7 @@ def test_the_batches_own_corrections_let_scores_be_the_logs_of_popularity(popula
     score_I = torch.zeros(len(log_share_I), requires_grad=True)
     optimizer = torch.optim.Adam([score_I], lr=0.05)
     total_I = torch.zeros(len(log_share_I))
-    for step, batch in enumerate(batches.since(0, num_steps)):
+    for step, batch in enumerate(batches.iter_from(0, num_steps)):
         optimizer.param_groups[0]["lr"] = 0.05 * (1 - step / num_steps)
         optimizer.zero_grad()
         item_C = batch.sparse["item:item_id"].values()[: batch.item_sizes[0]].long()

@@ -39,10 +39,10 @@ HardNegativeProvider = Callable[[int, FeatureDataset, np.ndarray], tuple[Ragged,
 
 
 class TrainBatches:
-    """Yields the batches of this rank, starting at any step: `batches.since(step, end)`.
+    """Yields the batches of this rank, starting at any step: `batches.iter_from(step, end)`.
 
-    With loss.negatives.refresh, `lists_at` returns the lists from which the rows of a step draw negatives. The thread
-    that consumes the batches calls it, after all earlier batches are consumed and before any later one is built.
+    With loss.negatives.refresh, `hard_negatives_at` returns the lists from which the rows of a step sample negatives.
+    The thread that consumes the batches calls it, after all earlier batches are consumed and before a later one exists.
     """
 
     def __init__(
@@ -91,11 +91,11 @@ class TrainBatches:
         """Log of the probability that an item is among the candidates of a step, (I,)."""
         return self.negatives.log_I
 
-    def since(self, step: int, end: int, lists_at: HardNegativeProvider | None = None) -> Iterator[Batch]:
+    def iter_from(self, step: int, end: int, hard_negatives_at: HardNegativeProvider | None = None) -> Iterator[Batch]:
         """Yield the batches of steps step .. end - 1; a data error is raised at the step that needs the bad row."""
         pool: _Pool = ThreadPoolExecutor(self.data.threads, "reader") if self.data.threads else _Inline()
         try:
-            yield from self._prefetch(pool, step, end, lists_at)
+            yield from self._prefetch(pool, step, end, hard_negatives_at)
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
@@ -108,19 +108,21 @@ class TrainBatches:
         low, high, epoch = self._places(step)
         return rows_at(self.windows(epoch), low, high, self.data.seed)
 
-    def _prefetch(self, pool: _Pool, step: int, end: int, lists_at: HardNegativeProvider | None) -> Iterator[Batch]:
+    def _prefetch(
+        self, pool: _Pool, step: int, end: int, hard_negatives_at: HardNegativeProvider | None
+    ) -> Iterator[Batch]:
         """Yield batches while threads prepare `prefetch` more batches and read the units of the next window."""
         windows = self._windows_since(step, end)
         reads: deque[_WindowReads] = deque()
         batches: deque[Future[Batch]] = deque()
-        refresh = self.loss.negatives.refresh if lists_at is not None else None
+        refresh = self.loss.negatives.refresh if hard_negatives_at is not None else None
         stop = end if refresh is None else step  # batches before this step must be consumed first
         max_batches = 1
         if self.data.threads:  # with fewer than 32, threads wait for the consumer
             max_batches = self.data.prefetch or min(32, max(4, ROWS_AHEAD // self.data.batch_size))
         while step < end or batches:
-            if refresh is not None and lists_at is not None and step == stop and not batches:
-                self._refresh(step, lists_at)
+            if refresh is not None and hard_negatives_at is not None and step == stop and not batches:
+                self._refresh(step, hard_negatives_at)
                 stop = min(end, step - step % refresh.every + refresh.every)
             while step < stop and len(batches) < max_batches:
                 low, high, epoch = self._places(step)
@@ -142,9 +144,9 @@ class TrainBatches:
                 step += 1
             yield batches.popleft().result()
 
-    def _refresh(self, step: int, lists_at: HardNegativeProvider) -> None:
+    def _refresh(self, step: int, hard_negatives_at: HardNegativeProvider) -> None:
         """Make the batches from this step on draw from the hard-negative lists of this step."""
-        lists = lists_at(step, self.sources, self.negatives.facts.interactions_I)
+        lists = hard_negatives_at(step, self.sources, self.negatives.facts.interactions_I)
         if lists is not None:
             self.negatives.refresh(*lists)
 

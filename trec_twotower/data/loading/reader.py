@@ -27,11 +27,11 @@ from trec_twotower.data.loading.examples import Examples, RowItems
 from trec_twotower.data.loading.order import Unit
 from trec_twotower.data.loading.row_cache import Cache
 from trec_twotower.data.loading.step_buckets import BucketedRows, Buffers, RowBucketer
-from trec_twotower.data.negatives.mined import MOST_WEIGHT, check_given, given_columns, read_given
+from trec_twotower.data.negatives.mined import MOST_WEIGHT, check_impressions, impression_columns, read_impressions
 from trec_twotower.data.split import RowGroup
 from trec_twotower.distributed.host_memory import keep_freed
 from trec_twotower.errors import DataError
-from trec_twotower.ops.bucket_kernels import mark_heaps
+from trec_twotower.ops.bucket_kernels import mark_buckets
 from trec_twotower.ops.hashing import fingerprints, id_keys, uniform
 from trec_twotower.ops.ragged import Ragged
 
@@ -55,7 +55,7 @@ class UnitRows:
         """Return the number of rows of each rank in a bucket."""
         if self.rows_per_rank is not None:
             return self.rows_per_rank[bucket].tolist()
-        return [self.mine.heap_rows[bucket]]
+        return [self.mine.bucket_rows[bucket]]
 
 
 class UnitReader:
@@ -74,7 +74,7 @@ class UnitReader:
         ]
         self.impressions = loss.impressions
         if self.impressions is not None:
-            check_given(train, self.impressions)
+            check_impressions(train, self.impressions)
         mined = loss.negatives.mined
         self.keeps_user_key = loss.known is not None or (mined is not None and mined.key == USER_ID)
         self.own_lists = []
@@ -102,7 +102,7 @@ class UnitReader:
         """
         num_buckets = len(cuts) - 1
         bucket_of = np.empty(unit.num_rows, np.int32)
-        mark_heaps(unit.order(self.data.seed), cuts, bucket_of)
+        mark_buckets(unit.order(self.data.seed), cuts, bucket_of)
         if self.num_ranks == 1:
             return UnitRows(self._bucketed(_parts(unit, 0, unit.num_rows), bucket_of, num_buckets, unit.epoch))
         # The bounds of each rank's rows of the window, as row numbers of this unit.
@@ -187,7 +187,7 @@ class UnitReader:
     def _item_columns(self) -> list[str]:
         """Return the columns that RowItems are built from."""
         columns = {POSITIVES} if self.is_by_user else {ITEM_ID}
-        columns |= set(given_columns(self.impressions)) if self.impressions is not None else set()
+        columns |= set(impression_columns(self.impressions)) if self.impressions is not None else set()
         return sorted(columns | ({USER_ID} if self.keeps_user_key else set()))
 
     def _hash(self, table: pa.Table, where: str) -> Examples:
@@ -211,7 +211,7 @@ class UnitReader:
         """Return the impressions, their weights and the user keys; each is None if the loss does not use it."""
         items = weight = user_key = None
         if self.impressions is not None:
-            items, weight = read_given(self.sources, self.loss, table, where)
+            items, weight = read_impressions(self.sources, self.loss, table, where)
         if self.keeps_user_key:
             user_key = id_keys(one_chunk(table[USER_ID]), f"{where}, column {USER_ID!r}")
         return items, weight, user_key

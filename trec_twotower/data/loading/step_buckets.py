@@ -29,7 +29,7 @@ import numpy as np
 
 from trec_twotower.data.features.transform import Columns
 from trec_twotower.data.loading.examples import Examples, RowItems
-from trec_twotower.ops.bucket_kernels import copy_heap, place_rows, put_columns, put_lists
+from trec_twotower.ops.bucket_kernels import copy_bucket, place_rows, put_columns, put_lists
 from trec_twotower.ops.compilation import LINE_BYTES
 from trec_twotower.ops.ragged import Ragged
 
@@ -136,7 +136,7 @@ class BucketedRows:
     bounds: np.ndarray  # int64 (additions, values and weights of lists, buckets, 2): start and end in the buffer
 
     @cached_property
-    def heap_values(self) -> list[list[int]]:
+    def bucket_values(self) -> list[list[int]]:
         """Number of values of each list, for each bucket."""
         sizes = np.diff(self.bounds, axis=3)[..., 0].sum(axis=0)  # (values and weights, buckets)
         arrays = enumerate(self.layout.list_arrays)
@@ -144,7 +144,7 @@ class BucketedRows:
         return np.stack(values, axis=1).tolist() if values else [[]] * (len(self.starts) - 1)
 
     @cached_property
-    def heap_rows(self) -> list[int]:
+    def bucket_rows(self) -> list[int]:
         """Number of rows of each bucket."""
         return np.diff(self.starts).tolist()
 
@@ -256,10 +256,12 @@ def take(parts: Sequence[tuple[BucketedRows, int]]) -> Any:
     assert all(bucketed.layout is layout or bucketed.layout == layout for bucketed, _ in parts), (
         "rows of different kinds"
     )
-    num_rows = sum(bucketed.heap_rows[bucket] for bucketed, bucket in parts)
+    num_rows = sum(bucketed.bucket_rows[bucket] for bucketed, bucket in parts)
     offsets = np.empty((len(layout.lists), num_rows + 1), np.int64)
     offsets[:, 0] = 0
-    totals = [sum(counts) for counts in zip(*(bucketed.heap_values[bucket] for bucketed, bucket in parts), strict=True)]
+    totals = [
+        sum(counts) for counts in zip(*(bucketed.bucket_values[bucket] for bucketed, bucket in parts), strict=True)
+    ]
     sizes = {name: num_rows * width for name, _, _, width in layout.fixed_arrays}
     sizes |= {name: totals[number] * width for name, _, number, width in layout.list_arrays}
     begins, num_values = {}, 0  # start of each array in `out`, aligned to cache lines
@@ -272,7 +274,7 @@ def take(parts: Sequence[tuple[BucketedRows, int]]) -> Any:
     kinds = np.array(fixed_table, np.int64).reshape(-1, 3), np.array(list_table, np.int64).reshape(-1, 3)
     at = 0
     for bucketed, bucket in parts:
-        at = copy_heap(
+        at = copy_bucket(
             bucketed.buffer, bucketed.starts, bucketed.bounds, bucket, at, offsets, layout.places[-1], *kinds, out
         )
     values = {

@@ -70,12 +70,12 @@ class TrainData(Protocol):
     def num_steps(self) -> int:
         """Number of steps known so far."""
 
-    def since(
-        self, step: int, lists_at: HardNegativeProvider | None = None, is_stopped: Callable[[], bool] = never
+    def iter_from(
+        self, step: int, hard_negatives_at: HardNegativeProvider | None = None, is_stopped: Callable[[], bool] = never
     ) -> Iterator[Batch]:
         """Yield the batches of this step and all later ones.
 
-        `lists_at` is described in TrainBatches; all ranks call `is_stopped` together while they wait for files.
+        See TrainBatches for `hard_negatives_at`. All ranks call `is_stopped` together while they wait for files.
         """
 
     def rows_before(self, step: int) -> int:
@@ -113,10 +113,10 @@ class Epochs:
     def num_steps(self) -> int:
         return self.batches.steps_per_epoch * self.epochs
 
-    def since(
-        self, step: int, lists_at: HardNegativeProvider | None = None, is_stopped: Callable[[], bool] = never
+    def iter_from(
+        self, step: int, hard_negatives_at: HardNegativeProvider | None = None, is_stopped: Callable[[], bool] = never
     ) -> Iterator[Batch]:
-        return self.batches.since(step, self.num_steps, lists_at)
+        return self.batches.iter_from(step, self.num_steps, hard_negatives_at)
 
     def rows_before(self, step: int) -> int:
         epoch, number = divmod(step, self.batches.steps_per_epoch)
@@ -320,13 +320,13 @@ class Stream:
     def num_steps(self) -> int:
         return self._ends[-1]
 
-    def since(
-        self, step: int, lists_at: HardNegativeProvider | None = None, is_stopped: Callable[[], bool] = never
+    def iter_from(
+        self, step: int, hard_negatives_at: HardNegativeProvider | None = None, is_stopped: Callable[[], bool] = never
     ) -> Iterator[Batch]:
         number = bisect_right(self._ends, step)
         while number < len(self._ends) or self._grows(is_stopped):
             self._current = self._batches(number)
-            yield from self._current.since(step, self._ends[number], lists_at)
+            yield from self._current.iter_from(step, self._ends[number], hard_negatives_at)
             step = self._ends[number]
             number += 1
 
@@ -423,7 +423,7 @@ class Stream:
         if number and before.is_file():
             count_NI = count_items(sources, self.loss)
             if self.data.target_in_history == "drop" and (own := own_items(sources)) is not None:
-                print(f"generation {number}: {own.in_words}", flush=True)
+                print(f"generation {number}: {own.describe}", flush=True)
             earlier = read_counts(before)
             count_NI[..., : earlier.shape[-1]] += earlier  # later items have higher row numbers
         else:

@@ -25,7 +25,7 @@ from trec_twotower.storage.arrow_values import python_value
 MOST_WEIGHT = 1e15  # largest weight in the loss: the square of a gradient of 1e19 exceeds float32
 
 
-def check_given(train: Split, impressions: ImpressionsConfig) -> None:
+def check_impressions(train: Split, impressions: ImpressionsConfig) -> None:
     """Raise ConfigError or DataError if a column of the impressions is missing from train/ or has a wrong type."""
     kind = train.require(impressions.column, "loss.impressions.column names")
     if not is_id_list(kind):
@@ -39,12 +39,14 @@ def check_given(train: Split, impressions: ImpressionsConfig) -> None:
             check_weights(name, kind, f"{train.folder}, column {impressions.column!r}")
 
 
-def given_columns(impressions: ImpressionsConfig) -> list[str]:
+def impression_columns(impressions: ImpressionsConfig) -> list[str]:
     """Return the columns that the impressions are read from."""
     return [name for name in (impressions.column, impressions.labels, impressions.weights) if name is not None]
 
 
-def read_given(sources: FeatureDataset, loss: LossConfig, table: pa.Table, where: str) -> tuple[Ragged, Ragged | None]:
+def read_impressions(
+    sources: FeatureDataset, loss: LossConfig, table: pa.Table, where: str
+) -> tuple[Ragged, Ragged | None]:
     """Return the impressions of the rows of a table, and their weights (None: the config has no weights).
 
     The items are catalogue rows, with the labels as weights if there are any. Depending on `loss.impressions.unknown`,

@@ -23,7 +23,7 @@ from trec_twotower.data.dataset import ITEM_ID, USER_ID
 from trec_twotower.data.feature_dataset import Counter, FeatureDataset
 from trec_twotower.data.features.transform import one_chunk
 from trec_twotower.data.loading.examples import RowItems
-from trec_twotower.data.negatives.mined import KeyedLists, check_given, given_columns, read_given
+from trec_twotower.data.negatives.mined import KeyedLists, check_impressions, impression_columns, read_impressions
 from trec_twotower.ops.hashing import id_keys, mix, uniform
 from trec_twotower.ops.kernels import draw_from_lists
 from trec_twotower.ops.ragged import Ragged, distinct, offsets_of
@@ -226,7 +226,7 @@ class MinedNegatives(RowLists):
         self.list_of_item: np.ndarray | None = None
         if config.key == ITEM_ID:
             self.list_of_item = lists.rows_of(sources.catalogue.keys)
-            share_I = drawn_share(lists.lists, self.list_of_item, share_I, config.count)
+            share_I = sampled_share(lists.lists, self.list_of_item, share_I, config.count)
         self.expected_I = -facts.batch_size * _log_complement(share_I)
 
     def of(self, items: StepItems) -> Ragged:
@@ -235,7 +235,7 @@ class MinedNegatives(RowLists):
             list_rows = Ragged(positives.offsets, self.list_of_item[positives.values])
         else:
             list_rows = Ragged.singles(self.lists.rows_of(items.user_key))
-        return drawn_from(list_rows, self.lists.lists, self.config.count, _MINED, self.seed, items.step)
+        return sampled_from(list_rows, self.lists.lists, self.config.count, _MINED, self.seed, items.step)
 
 
 class RefreshedNegatives(RowLists):
@@ -248,16 +248,16 @@ class RefreshedNegatives(RowLists):
         self.config, self.lists, self.seed = config, lists, facts.seed
         self.shared = config.shared
         self.list_of_item = list_of_item
-        share_I = drawn_share(lists, list_of_item, key_share_I, config.count)
+        share_I = sampled_share(lists, list_of_item, key_share_I, config.count)
         self.expected_I = -facts.batch_size * _log_complement(share_I)
 
     def of(self, items: StepItems) -> Ragged:
         positives = items.positives
         list_rows = Ragged(positives.offsets, self.list_of_item[positives.values])
-        return drawn_from(list_rows, self.lists, self.config.count, _REFRESHED, self.seed, items.step)
+        return sampled_from(list_rows, self.lists, self.config.count, _REFRESHED, self.seed, items.step)
 
 
-def drawn_from(list_rows: Ragged, lists: Ragged, count: int, *seeds: int) -> Ragged:
+def sampled_from(list_rows: Ragged, lists: Ragged, count: int, *seeds: int) -> Ragged:
     """Return `count` draws for each row from one of its lists (rows of `lists`, -1: none), chosen uniformly."""
     state = 0
     for seed in seeds:
@@ -269,7 +269,7 @@ def drawn_from(list_rows: Ragged, lists: Ragged, count: int, *seeds: int) -> Rag
     return Ragged(offsets, out[:total])
 
 
-def drawn_share(lists: Ragged, list_of_item: np.ndarray, key_share_I: np.ndarray, count: int) -> np.ndarray:
+def sampled_share(lists: Ragged, list_of_item: np.ndarray, key_share_I: np.ndarray, count: int) -> np.ndarray:
     """Return the probability (I,) that a row draws each item; it uses the list of item k with key_share_I[k]."""
     has_list = list_of_item >= 0
     share_L = np.bincount(list_of_item[has_list], key_share_I[has_list], minlength=len(lists))
@@ -293,10 +293,10 @@ class _RefusedItems:
 
     def __init__(self, sources: FeatureDataset, loss: LossConfig, given: ImpressionsConfig) -> None:
         self.sources, self.loss = sources, loss
-        self.columns = given_columns(given)
+        self.columns = impression_columns(given)
 
     def count(self, table: pa.Table, where: str, positives: Ragged) -> np.ndarray:
-        items, _ = read_given(self.sources, self.loss, table, where)
+        items, _ = read_impressions(self.sources, self.loss, table, where)
         if items.weights is not None:
             items = items.where(items.weights <= 0)
         num_items = len(self.sources.catalogue)
@@ -348,7 +348,7 @@ def count_items(sources: FeatureDataset, loss: LossConfig) -> np.ndarray:
     for name in counted(loss, sources.rows):
         if name == "given":
             assert loss.impressions is not None
-            check_given(sources.dataset.train, loss.impressions)
+            check_impressions(sources.dataset.train, loss.impressions)
             counters.append(_RefusedItems(sources, loss, loss.impressions))
         elif name == "mined":
             mined = loss.negatives.mined
