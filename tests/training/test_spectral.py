@@ -30,11 +30,12 @@ def taken_of(matrix_UI: np.ndarray) -> Taken:
 
 
 def by_whole_decomposition(matrix_UI: np.ndarray, dim: int, start: SpectralConfig) -> np.ndarray:
-    """A B^T in float64 by numpy's SVD of the dense matrix."""
+    """A B^T in float64 by numpy's eigenvectors of the dense item-item matrix."""
     n_U, d_I = matrix_UI.sum(1), matrix_UI.sum(0)
     normal = np.maximum(n_U, 1)[:, None] ** -start.user_power * matrix_UI * np.maximum(d_I, 1) ** -start.item_power
-    _, s, vt = np.linalg.svd(normal, full_matrices=False)
-    s, v = s[:dim], vt[:dim].T * (d_I > 0)[:, None]
+    square = normal.T @ normal
+    values, vectors = np.linalg.eigh(square - start.diagonal_share * np.diag(np.diag(square)))
+    s, v = np.sqrt(values[::-1][:dim]), vectors[:, ::-1][:, :dim] * (d_I > 0)[:, None]
     d = np.maximum(d_I, 1)[:, None]
     return (d**-start.history_power * v * (s / s[0]) ** start.spectrum_power) @ (d**start.length_power * v).T
 
@@ -44,6 +45,8 @@ def by_whole_decomposition(matrix_UI: np.ndarray, dim: int, start: SpectralConfi
     [
         {},
         {"user_power": 0.5, "item_power": 0.5, "history_power": 0.0, "length_power": 0.0, "spectrum_power": 1.0},
+        {"diagonal_share": 0.5},
+        {"diagonal_share": 0.75, "spectrum_power": 1.0, "iterations": 20},
         {"user_power": 0.0, "item_power": 0.2, "history_power": 1.0, "length_power": -0.3, "spectrum_power": 0.0},
     ],
 )

@@ -52,6 +52,8 @@ class SpectralConfig(Settings):
     history_power: NonNegativeFloat = 0.3  # exponent that reduces the weight of popular items in a history
     length_power: float = 0.3  # exponent that raises the scores of popular items
     spectrum_power: NonNegativeFloat = 0.3  # exponent of the singular values; 0: all directions have equal weight
+    # Share of each item's co-occurrence with itself, the diagonal of N^T N, that is subtracted; 0: the SVD of N.
+    diagonal_share: NonNegativeFloat = 0.0
     score_std: PositiveFloat | None = None  # standard deviation of the scores, users by items; default: not scaled
     oversampling: PositiveInt = 64  # directions beyond the tables' dim in the randomized SVD
     iterations: PositiveInt = 2  # power iterations of the randomized SVD

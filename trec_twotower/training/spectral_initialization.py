@@ -6,6 +6,9 @@ R is the matrix of users and items in train/, n_u and d_i are its row and column
     history table   A_i = d_i^-history_power (s / s_1)^spectrum_power * V_i
     item table      B_i = d_i^length_power V_i
 
+With diagonal_share = g, V and s^2 are eigenvectors and eigenvalues of N^T N - g diag(N^T N), because the co-occurrence
+of an item with itself carries no information on other items.
+
 A user vector is the sum of A over the user's items. The score of an item is the dot product with B, whose length
 reflects the popularity of the item. With all powers .5, length_power 0 and spectrum_power 1 this is PureSVD of the
 normalized matrix. The decomposition is a randomized SVD with power iterations (Halko, Martinsson, Tropp 2011) on the
@@ -111,12 +114,16 @@ def spectral_tables(taken: Taken, dim: int, start: SpectralConfig, seed: int, ra
         for first, (user, item, count) in zip(range(0, taken.num_users, BLOCK_ROWS), taken.blocks(), strict=True)
     ]
 
+    square_P = (scale_U[taken.user_P] * scale_I[taken.item_P]) ** 2
+    diagonal_I = ranks.sum(np.bincount(taken.item_P, square_P, num_items))
+    removed_I1 = torch.from_numpy(start.diagonal_share * diagonal_I).float().to(ranks.device)[:, None]
+
     def squared(basis_IK: Tensor) -> Tensor:
-        """Return N^T N times a basis."""
+        """Return N^T N, without the share of its diagonal, times a basis."""
         product_IK = torch.zeros_like(basis_IK)
         for block in blocks:
             product_IK += block.of_items @ (block.of_users @ basis_IK)
-        return _summed(product_IK, ranks)
+        return _summed(product_IK, ranks) - removed_I1 * basis_IK
 
     noise = torch.randn(num_items, wide, generator=torch.Generator().manual_seed(seed)).to(ranks.device)
     basis_IK = noise
@@ -126,7 +133,8 @@ def spectral_tables(taken: Taken, dim: int, start: SpectralConfig, seed: int, ra
     for block in blocks:
         product_UK = block.of_users @ basis_IK
         gram_KK += (product_UK.T @ product_UK).double()
-    values, vectors = torch.linalg.eigh(_summed(gram_KK, ranks))
+    removed_KK = (basis_IK.T @ (removed_I1 * basis_IK)).double()
+    values, vectors = torch.linalg.eigh(_summed(gram_KK, ranks) - (removed_KK + removed_KK.T) / 2)
     strength_D = values.flip(0)[:dim].clamp(min=0).sqrt().float()
     vector_ID = basis_IK @ vectors.flip(1)[:, :dim].float()
 

@@ -180,14 +180,14 @@ def test_files_that_come_are_read_once_each_as_the_next_generation(folder):
 
 def test_the_files_of_a_generation_are_written_down_before_its_first_row_is_read(folder, monkeypatch):
     written = []
-    real = streaming.TrainBatches.since
+    real = streaming.TrainBatches.iter_from
 
     def iter_from(batches: Any, step: int, end: int, *more: Any) -> Iterator[Any]:
         saved = json.loads((folder.parent / "run/stream.json").read_text())["generations"]
         written.append([(sorted(one["files"]["train"]), one["num_rows"]) for one in saved])
         return real(batches, step, end, *more)
 
-    monkeypatch.setattr(streaming.TrainBatches, "since", since)
+    monkeypatch.setattr(streaming.TrainBatches, "iter_from", iter_from)
     grown(folder)
     first, second, third = ([f"{name}.parquet" for name in names] for names in GROWN)
     assert written == [[(first, 23)], [(first, 23), (second, 20)], [(first, 23), (second, 20), (third, 15)]]
