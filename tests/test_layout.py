@@ -38,7 +38,7 @@ CEILINGS = {
     "data": 12050,
     "distributed": 880,
     "evaluation": 1680,
-    "index": 2620,
+    "index": 2640,
     "inference": 860,
     "model": 3050,
     "ops": 940,

@@ -99,6 +99,24 @@ def test_a_mapped_index_is_refused_when_cut_or_damaged_where_its_layout_stands(v
         ItemIndex.load(folder, mapped=True)
 
 
+def test_a_mapped_index_starts_no_threads_for_a_query(vectors, tmp_path, monkeypatch):
+    """FAISS would read ahead with 32 new threads in every search, ten times the cost of the search."""
+    item_ID, user_QD = vectors
+    build_index(item_ID, user_QD, settings(lists=20)).save(
+        tmp_path / "index", model_version="m", item_ids=pa.array(range(2_000)), similarity="dot"
+    )
+    kept, read = [], faiss.read_index
+
+    def keep(*arguments):
+        kept.append(read(*arguments))
+        return kept[-1]
+
+    monkeypatch.setattr(faiss, "read_index", keep)
+    ItemIndex.load(tmp_path / "index", device="cpu", mapped=True)
+    lists = faiss.downcast_InvertedLists(faiss.extract_index_ivf(kept[0]).invlists)
+    assert isinstance(lists, faiss.OnDiskInvertedLists) and lists.prefetch_nthread == 0
+
+
 @pytest.mark.parametrize("mapped", [False, True])
 def test_a_loaded_index_keeps_its_ids_when_another_takes_its_place(mapped, vectors, tmp_path):
     """Those of a mapped one are read at their first use, which may be after a newer one was published."""

@@ -13,7 +13,14 @@ import pyarrow.parquet as pq
 import xxhash
 
 from trec_twotower.errors import ConfigError, DataError
-from trec_twotower.index.backends.faiss_backend import BLAS_BATCH, Answer, Device, error_text, faiss
+from trec_twotower.index.backends.faiss_backend import (
+    BLAS_BATCH,
+    Answer,
+    Device,
+    error_text,
+    faiss,
+    without_prefetch_threads,
+)
 from trec_twotower.index.backends.kinds import make_searcher
 from trec_twotower.index.backends.matrix import as_vectors
 from trec_twotower.index.exact import empty_answer, merge_vectors, without_seen
@@ -401,12 +408,14 @@ def _read_index(sealed: SealedFolder, name: str, *, mapped: bool) -> Any:
     usual = faiss.get_deserialization_vector_byte_limit()
     faiss.set_deserialization_vector_byte_limit(sealed.num_bytes(name))  # no part exceeds the whole
     try:
-        return faiss.read_index(str(sealed.path(name)), flags)
+        index = faiss.read_index(str(sealed.path(name)), flags)
     except RuntimeError as error:
         path = sealed.folder / name
         raise DataError(f"{path} is no index that FAISS reads ({error_text(error)}): {MEND}") from None
     finally:
         faiss.set_deserialization_vector_byte_limit(usual)  # for whoever reads other indexes in this process
+    without_prefetch_threads(index)
+    return index
 
 
 def _read_ids(sealed: SealedFolder, num_items: int) -> pa.Array:
