@@ -85,7 +85,7 @@ def uses_gpu(device: Device) -> bool:
 def without_prefetch_threads(index: Any) -> None:
     """Let a memory-mapped index read its lists in the searching thread, in place.
 
-    FAISS otherwise starts up to 32 threads per query, which takes ten times as long as the search.
+    FAISS otherwise starts up to 32 threads per query, at ten times the cost of the search.
     """
     ivf = faiss.try_extract_index_ivf(index)
     lists = None if ivf is None else faiss.downcast_InvertedLists(ivf.invlists)
