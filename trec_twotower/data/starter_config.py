@@ -28,7 +28,7 @@ data:
   dataset: {dataset_yaml}
   batch_size: {batch_size}  # rows per step over all ranks
 {rows_setting}tables:
-  item: {{buckets: {buckets}, dim: 64}}  # at least two buckets per item keep hash collisions rare
+  item: {{buckets: {buckets}, dim: 64}}  # `trec-twotower features` shows the share of ids that collide
 user:
 {user}
 item:
@@ -94,7 +94,7 @@ def starter_config(folder: Path) -> str:
         rows_setting="  rows: user  # one row per user, whose items are inputs and targets in turn\n"
         if by_user
         else "",
-        buckets=max(1024, 2 * _power_of_two(items.num_rows)),
+        buckets=max(1024, _num_buckets(items.num_rows)),
         user="\n".join(user),
         item="".join(f"{line}\n" for line in _features(items, NO_FEATURES)),
         sampled=max(1, min(512, items.num_rows // 2)),
@@ -108,7 +108,7 @@ def _history(dataset: Dataset, by_user: bool) -> list[str]:
     train = dataset.train
     if by_user or train.has(HISTORY):
         return ["  - {name: history, kind: bag, table: item, max_length: 50, pooling: sqrtn}  # the newest 50 items"]
-    buckets = 2 * _power_of_two(min(train.num_rows, 1 << 24))
+    buckets = _num_buckets(min(train.num_rows, 1 << 24))
     return [f"  - {{name: user_id, kind: id, buckets: {buckets}, dim: 64}}  # no histories: users are known by id only"]
 
 
@@ -160,8 +160,15 @@ def _settings(column: ColumnFacts) -> str:
 
 
 def _table(num_distinct: int) -> str:
-    buckets = max(16, 2 * _power_of_two(num_distinct))
-    return f"buckets: {buckets}, dim: {8 if num_distinct < 32 else 16 if num_distinct < 1000 else 32}"
+    return (
+        f"buckets: {_num_buckets(num_distinct)}, dim: {8 if num_distinct < 32 else 16 if num_distinct < 1000 else 32}"
+    )
+
+
+def _num_buckets(num_distinct: int) -> int:
+    """Return a table size: at least 16 buckets per id for small tables, fewer for large ones, which cost memory."""
+    per_id = 16 if num_distinct <= 10_000 else 8 if num_distinct <= 100_000 else 4 if num_distinct <= 1_000_000 else 2
+    return per_id * _power_of_two(num_distinct)
 
 
 def _power_of_two(number: int) -> int:
