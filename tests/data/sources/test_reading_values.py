@@ -364,7 +364,7 @@ def test_events_with_a_low_rating_are_left_out(tmp_path):
     made = read(tmp_path, events=log, rating="stars", min_rating=4)
     assert made["item_id"].to_pylist() == [5, 7] and "stars" not in made.column_names
     assert read(tmp_path, events=log, rating="stars", min_rating=4, weight="stars")["weight"].to_pylist() == [4.0, 5.0]
-    assert "none of 3 ratings is so high" in refusal(ConfigError, tmp_path, events=log, rating="stars", min_rating=9)
+    assert "none of 3 ratings reaches it" in refusal(ConfigError, tmp_path, events=log, rating="stars", min_rating=9)
     assert "go together" in refusal(ConfigError, tmp_path, events=log, min_rating=9)
 
 

@@ -1,4 +1,4 @@
-"""Where datasets come from: each source turns raw files, or a seed, into a dataset folder.
+"""Registry of dataset sources. A source converts raw files, or generates data from a seed, into a dataset folder.
 
 Importing this module is cheap: a source's own module, with numpy and pyarrow, loads on first use.
 """

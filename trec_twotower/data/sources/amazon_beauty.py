@@ -1,4 +1,4 @@
-"""Sequences in time order, as the Amazon Beauty 5-core is handed round: one *.txt, and the items' attributes.
+"""Source `amazon-beauty`: one *.txt file of item sequences in time order, and a JSON file of item attributes.
 
 A line is `user item item ...`, oldest first; `*_item2attributes.json`, if there, maps items to attribute ids.
 Leave one out: the last item of a user is the test, the one before it the validation, the rest is train.
@@ -21,7 +21,7 @@ from trec_twotower.data.sources.writer import DatasetWriter, list_column
 from trec_twotower.errors import DataError
 from trec_twotower.ops.ragged import offsets_of
 
-# The 5-core of S3-Rec, by the sha256 of the sequences and of the attributes.
+# Counts of the S3-Rec 5-core, keyed by the sha256 of the sequence file and the attribute file.
 PUBLISHED: Published = {
     (
         "226cce9c3105299ca0db9615d7d3fb32b3175e90da43100ae352599f0f0107b8",
@@ -29,17 +29,17 @@ PUBLISHED: Published = {
     ): {"users": 22_363, "items": 12_101, "interactions": 198_502, "attributes": 637}
 }
 ATTRIBUTES_ENDING = "_item2attributes.json"
-MIN_ITEMS = 3  # users with fewer are trained on, not evaluated
+MIN_ITEMS = 3  # users with fewer items are in train only
 _ROWS_PER_PIECE = 65_536
 _USERS_PER_PIECE = 16_384
 
 
 class Options(FolderOptions):
-    """Where the files are and how much of the past a train row shows."""
+    """Folder of the raw files, and limits on the history of a train row."""
 
     max_history: PositiveInt = 50  # newest items kept in a train row
     min_history: int = Field(1, ge=0)  # train rows with fewer earlier items are left out
-    seed: int = Field(0, ge=0)  # of no effect, since nothing is drawn here
+    seed: int = Field(0, ge=0)  # has no effect: this source samples nothing
 
 
 def write(options: Options, writer: DatasetWriter) -> dict[str, Any]:
@@ -114,7 +114,7 @@ def _find(data_dir: Path) -> tuple[Path, Path | None]:
 
 
 def _read_attributes(path: Path, item_ids: np.ndarray) -> tuple[pa.ListArray, int, str]:
-    """Each item's attribute ids as given; how many items of the file do not occur; the file's sha256."""
+    """Return the attribute ids of each item, the number of unknown items in the file, and its sha256."""
     content = path.read_bytes()
     try:
         loaded = json.loads(content)
@@ -135,6 +135,6 @@ def _read_attributes(path: Path, item_ids: np.ndarray) -> tuple[pa.ListArray, in
 
 
 def _repeats(lines: IdLines, item_ids: np.ndarray) -> int:
-    """How many events repeat an earlier one of the same user."""
+    """Return the number of events that repeat an earlier (user, item) pair."""
     pair = lines.owners() * len(item_ids) + np.searchsorted(item_ids, lines.items)
     return len(pair) - len(np.unique(pair))

@@ -1,7 +1,7 @@
-r"""Amazon Reviews (McAuley Lab): reviews and item metadata as JSON lines, one file a category, of any size.
+r"""Amazon Reviews (McAuley Lab): reviews and item metadata as JSON lines, one file per category, of any size.
 
 The layout of 2023, by its documentation (https://amazon-reviews-2023.github.io and the card of
-McAuley-Lab/Amazon-Reviews-2023; Hou et al. 2024, arXiv 2403.03952): `Books.jsonl` has a review a line,
+McAuley-Lab/Amazon-Reviews-2023; Hou et al. 2024, arXiv 2403.03952): `Books.jsonl` has one review per line,
 
     rating             1.0 to 5.0
     title, text        of the review
@@ -12,7 +12,7 @@ McAuley-Lab/Amazon-Reviews-2023; Hou et al. 2024, arXiv 2403.03952): `Books.json
     verified_purchase  true or false
     helpful_vote       a count
 
-and `meta_Books.jsonl` an item a line (some items that were reviewed have none):
+and `meta_Books.jsonl` has one item per line (some reviewed items have no line):
 
     parent_asin        the key
     title, subtitle    text
@@ -71,7 +71,7 @@ from trec_twotower.data.sources.writer import DatasetWriter
 from trec_twotower.errors import DataError, nearest
 
 ENDINGS = (".jsonl", ".json", ".jsonl.gz", ".json.gz")
-EARLIEST_S = 10**8  # 1973; in milliseconds that is what seconds of a later time look like
+EARLIEST_S = 10**8  # March 1973; earlier times are probably seconds read as milliseconds
 # A JSON field may have a value of any type; the expressions below convert it where possible.
 ITEM = dict.fromkeys(("parent_asin", "title", "subtitle", "main_category", "store"), "VARCHAR")
 ITEM |= dict.fromkeys(
@@ -84,7 +84,7 @@ PUBLISHED = "details ->> '$.Publisher'"
 
 @dataclass(frozen=True)
 class Layout:
-    """The fields of a review: their names, and the unit of its time."""
+    """Field names of a review, and the unit of its timestamp."""
 
     user: str
     item: str
@@ -105,16 +105,16 @@ OF_2018 = Layout("reviewerID", "asin", "unixReviewTime", "overall", "verified", 
 
 
 class Options(RatingOptions):
-    """Which files, which reviews, and how they are split.
+    """Files to read, reviews to keep, and the split.
 
-    The dates are those of the benchmark that was published with the data.
+    The default dates are those of the benchmark published with the data.
     """
 
-    category: str | None = None  # such as Books; by default all categories whose files are there
-    verified_only: bool = False  # reviews of what was bought at Amazon
-    metadata: bool = True  # false: items/ has ids alone
-    all_items: bool = False  # also items of the metadata that no kept review is of: a cold catalogue
-    description_chars: int = Field(1000, ge=0)  # of features and description together
+    category: str | None = None  # such as Books; default: all categories with files in the folder
+    verified_only: bool = False  # keep only reviews of verified purchases
+    metadata: bool = True  # false: items/ has only ids
+    all_items: bool = False  # also keep metadata items without a kept review (cold items)
+    description_chars: int = Field(1000, ge=0)  # maximum length of features plus description, in characters
     min_user_events: int = Field(5, ge=1)
     min_item_events: int = Field(5, ge=1)
     split: Literal["leave-last-out", "time", "none"] = "time"
@@ -159,14 +159,14 @@ def write(options: Options, writer: DatasetWriter) -> dict[str, Any]:
 
 
 def _find(folder: Path, options: Options) -> tuple[list[Path], list[Path]]:
-    """The files of reviews and those of metadata; DataError where one of them is missing."""
+    """Return the review files and the metadata files. Raise DataError if one is missing."""
     found = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name.endswith(ENDINGS)]
     found = [path for path in found if not path.name.startswith(("asin2category", "."))]
     if options.category is not None:
         stems = {options.category, f"meta_{options.category}"}
         known = sorted({path.name.split(".")[0] for path in found if not path.name.startswith("meta_")})
         if options.category not in known:
-            stems.add(f"{options.category}_5")  # of users and items with 5 reviews or more, as 2018 has them
+            stems.add(f"{options.category}_5")  # the 5-core files of the 2018 release
         found = [path for path in found if path.name.split(".")[0] in stems]
         if not found:
             raise DataError(
@@ -198,7 +198,7 @@ def _first_object(path: Path) -> dict[str, Any]:
 
 
 def _read_2018(database: duckdb.DuckDBPyConnection, options: Options, folder: Path, paths: list[Path]) -> Files:
-    """The metadata of 2018 under the names of 2023."""
+    """Return the 2018 metadata with the column names of 2023."""
     files = _read(database, options, "metadata", folder, paths, ITEM_2018)
     nested = (
         "CASE json_type(categories, '$[0]') WHEN 'ARRAY' THEN to_json(categories ->> '$[*][*]') ELSE categories END"

@@ -1,4 +1,4 @@
-"""Any log of interactions, from Parquet, CSV or JSON, larger than memory: each event with what came before it."""
+"""Source `events`: any log of interactions in Parquet, CSV or JSON, also larger than memory."""
 
 from __future__ import annotations
 
@@ -54,12 +54,12 @@ def _has_column(options: Options, writer: DatasetWriter) -> bool:
 
 
 class _Log:
-    """The tables of a log. All are opened and typed before the first is loaded, since they share their ids."""
+    """Tables of a log. All are opened and typed before the first is loaded, because they share id types."""
 
     def __init__(self, options: Options) -> None:
         self.options = options
         self.tables: dict[TableName, TypedTable] = {}
-        self.id_types: dict[str, str] = {}  # the DuckDB type of users' and items' ids
+        self.id_types: dict[str, str] = {}  # DuckDB type of the user ids and the item ids
 
     def load_events(self, database: duckdb.DuckDBPyConnection, options: Options) -> dict[str, int]:
         """Make the table `events` and return counts; DataError where a row cannot be an event."""
@@ -87,7 +87,7 @@ class _Log:
         selected = ", ".join(f"{expression} AS {sql_name(name)}" for name, expression in columns.items())
         condition = f", where = {options.where}" if options.where is not None else ""
         with explained(f"events = {options.events}{condition}", options):
-            counts_rows = "true" if order == ROW_NUMBER else "false"  # true keeps more in memory
+            counts_rows = "true" if order == ROW_NUMBER else "false"  # true needs more memory
             fetch_rows(database, f"SET preserve_insertion_order = {counts_rows}")
             fetch_rows(
                 database, f"CREATE TABLE events AS SELECT {selected} FROM {files.relation} WHERE ({files.where})"
@@ -99,7 +99,7 @@ class _Log:
         return counts | (_drop_low_ratings(database, options) if options.rating else {})
 
     def _faults(self, files: Files) -> list[Fault]:
-        """What a row of the events must not have."""
+        """Return the faults that make an event row invalid."""
         options = self.options
         faults: list[Fault] = []
         for role, column in (("user", options.user), ("item", options.item)):
@@ -203,7 +203,7 @@ def _order(options: Options) -> str | None:
 def _check_ids(
     database: duckdb.DuckDBPyConnection, files: Files, column: str, key: str, expression: str, *, is_text: bool
 ) -> None:
-    """DataError where ids of the table given_items or given_users are null or repeated."""
+    """Raise DataError if ids of the table given_items or given_users are null or repeated."""
     table = f"given_{files.option}"
     is_null = "{0} IS NULL OR {0} = ''" if is_text else "{} IS NULL"
     (nulls,) = fetch_row(database, f"SELECT count(*) FROM {table} WHERE {is_null.format(key)}")
@@ -214,31 +214,31 @@ def _check_ids(
     if count:
         raise DataError(
             f"{files.option} = {files.path}: {count:,} ids of {column!r} are in more than one row, the first of them "
-            f"{first!r}: keep one row an id."
+            f"{first!r}: keep one row per id."
         )
 
 
 def _event_columns(table: TableFiles, options: Options) -> list[Column]:
-    """The columns of the events that are read, each with the way in which it gets its type."""
-    made = {name: id_column(new_column(table, options, name, role)) for name, role in _ids(options)}
+    """Return the event columns to read, each as the subclass that determines its type."""
+    columns = {name: id_column(new_column(table, options, name, role)) for name, role in _ids(options)}
     if options.has_times:
-        made[str(options.timestamp)] = _time_column(table, options, str(options.timestamp))
+        columns[str(options.timestamp)] = _time_column(table, options, str(options.timestamp))
     for name, role in ((options.weight, "weight"), (options.rating, "rating")):
-        if name is not None and name not in made:
-            made[name] = as_kind(new_column(table, options, name, role), NumberColumn)
+        if name is not None and name not in columns:
+            columns[name] = as_kind(new_column(table, options, name, role), NumberColumn)
     features = [(name, "context") for name in options.context] + [(name, "outcomes") for name in options.outcomes]
     for name, role in features:
-        if name not in made:
-            made[name] = feature_column(new_column(table, options, name, role, is_needed=False))
-    if options.order not in (None, IN_FILES) and options.order not in made:
-        made[str(options.order)] = order_column(new_column(table, options, str(options.order), "order"))
+        if name not in columns:
+            columns[name] = feature_column(new_column(table, options, name, role, is_needed=False))
+    if options.order not in (None, IN_FILES) and options.order not in columns:
+        columns[str(options.order)] = order_column(new_column(table, options, str(options.order), "order"))
     if options.where is not None:
         used = options.where.casefold()
         for name in table.files.types:
-            if name not in made and name.casefold() in used:
+            if name not in columns and name.casefold() in used:
                 column = new_column(table, options, name, "where", is_needed=False)
-                made[name] = feature_column(column, is_noted=False)
-    return list(made.values())
+                columns[name] = feature_column(column, is_noted=False)
+    return list(columns.values())
 
 
 def _ids(options: Options) -> tuple[tuple[str, str], tuple[str, str]]:
@@ -255,7 +255,7 @@ def _time_column(table: TableFiles, options: Options, name: str) -> Column:
 
 
 def _side_columns(table: TableFiles, options: Options) -> list[Column]:
-    """The ids and the features of items or users."""
+    """Return the id column and the feature columns of items or users."""
     column, role = (options.item, "item") if table.files.option == "items" else (options.user, "user")
     ids = id_column(new_column(table, options, column, role))
     others = [name for name in table.files.types if name != column]
@@ -263,12 +263,12 @@ def _side_columns(table: TableFiles, options: Options) -> list[Column]:
 
 
 def _drop_low_ratings(database: duckdb.DuckDBPyConnection, options: Options) -> dict[str, int]:
-    """Take the events below `min_rating` out of the table `events`; return how many they are."""
+    """Delete the events below `min_rating` from the table `events` and return their count."""
     assert options.min_rating is not None
     condition = f"{sql_name(_RATING)} < {options.min_rating!r}"
     low, rows = fetch_row(database, f"SELECT count(*) FILTER ({condition}), count(*) FROM events")
     if low == rows:
-        raise ConfigError(f"min_rating = {options.min_rating:g}: none of {rows:,} ratings is so high: lower it.")
+        raise ConfigError(f"min_rating = {options.min_rating:g}: none of {rows:,} ratings reaches it: lower it.")
     fetch_rows(database, f"DELETE FROM events WHERE {condition}")
     fetch_rows(database, f"ALTER TABLE events DROP COLUMN {sql_name(_RATING)}")
     return {"not_positive": low}

@@ -1,4 +1,4 @@
-"""goodbooks-10k (Zajac 2017): six million ratings of ten thousand books, and what readers call them.
+"""Source `goodbooks`: goodbooks-10k (Zajac 2017), six million ratings of ten thousand books, with shelf names.
 
 By its README (https://github.com/zygmuntz/goodbooks-10k), CSV with a header each:
 
@@ -45,11 +45,11 @@ from trec_twotower.errors import DataError, nearest
 
 
 class Options(RatingOptions):
-    """Which ratings count, and which of the other files are read."""
+    """Threshold of positive ratings, and the optional files to read."""
 
     split: Literal["leave-last-out", "none"] = "leave-last-out"
-    max_tags: int = Field(10, ge=0)  # a book's most frequent shelves; 0 leaves them out
-    to_read: bool = False  # as the list `to_read` in users/
+    max_tags: int = Field(10, ge=0)  # number of most frequent shelves per book; 0 leaves them out
+    to_read: bool = False  # add the list `to_read` to users/
 
     @property
     def has_times(self) -> bool:
@@ -73,7 +73,7 @@ def write(options: Options, writer: DatasetWriter) -> dict[str, Any]:
             ("book_id", "item_id", "{} IS NULL", "ids are whole numbers"),
             ("rating", "rating", "coalesce(NOT isfinite({}), true)", "a rating is a number of stars"),
         ]
-        fetch_rows(database, "SET preserve_insertion_order = true")  # the order of the file is that of time
+        fetch_rows(database, "SET preserve_insertion_order = true")  # the file is in time order
         counts = load_ratings(database, options, files, columns, faults)
         fetch_rows(database, "SET preserve_insertion_order = false")
         return counts
@@ -101,7 +101,7 @@ def write(options: Options, writer: DatasetWriter) -> dict[str, Any]:
 def _read(
     database: duckdb.DuckDBPyConnection, folder: Path, name: str, wanted: Sequence[str], optional: Sequence[str] = ()
 ) -> Files:
-    """A file's columns, all as text; nulls for `optional` ones that it lacks, DataError for `wanted` ones."""
+    """Return the columns of a file as text. Missing `optional` columns are null, missing `wanted` ones a DataError."""
     path = find_file(folder, name)
     files = read_csv(database, path, CsvLayout(), optional, path.stem)
     for column in wanted:

@@ -1,4 +1,4 @@
-"""Interactions without order, as the Gowalla check-ins are handed round: train.txt and test.txt.
+"""Source `gowalla`: interactions without order in train.txt and test.txt.
 
 A line is `user item item ...`; any two files of that layout will do. A share of each user's train items is
 held out for validation, so that nothing need be chosen on the test part.
@@ -18,7 +18,7 @@ from trec_twotower.data.sources.writer import DatasetWriter, list_column
 from trec_twotower.errors import DataError
 from trec_twotower.ops.ragged import offsets_of
 
-# The split of LightGCN, by the sha256 of train.txt and test.txt.
+# Counts of the LightGCN split, keyed by the sha256 of train.txt and test.txt.
 PUBLISHED: Published = {
     (
         "0f086326b28a56c2e6dcb81d86ee72d4ccb7eed3a8d26788392356d8f51111cc",
@@ -29,10 +29,10 @@ _USERS_PER_PIECE = 16_384
 
 
 class Options(FolderOptions):
-    """Where the files are and what is held out of train."""
+    """Folder of the raw files, and the share of train held out for validation."""
 
-    valid_share: float = Field(0.2, ge=0, lt=1)  # of each user's train items; 0 makes no valid part
-    valid_power: float = Field(0.0, ge=0, le=2)  # sampled with the item's number of interactions to this power
+    valid_share: float = Field(0.2, ge=0, lt=1)  # share of each user's train items; 0 writes no valid split
+    valid_power: float = Field(0.0, ge=0, le=2)  # sampling weight: item interaction count to this power
     seed: int = Field(7, ge=0)
 
 
@@ -53,7 +53,7 @@ def write(options: Options, writer: DatasetWriter) -> dict[str, Any]:
     is_valid = _hold_out(*np.divmod(train, len(item_ids)), options)
 
     def grouped(pairs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Offsets by user, and the items; `pairs` are user * items + item, users ascending."""
+        """Return the offsets per user and the items. `pairs` are user * items + item, users ascending."""
         lengths = np.bincount(pairs // len(item_ids), minlength=len(user_ids))
         return offsets_of(lengths), item_ids[pairs % len(item_ids)]
 
@@ -97,7 +97,7 @@ def _users_with_items(lines: IdLines) -> np.ndarray:
 
 
 def _distinct(lines: IdLines, user_ids: np.ndarray, item_ids: np.ndarray) -> tuple[np.ndarray, int]:
-    """user * items + item of each pair once, by user, then as in the file; and how many were repeats."""
+    """Return the distinct user * items + item, by user, then in file order, and the number of repeats."""
     user = np.searchsorted(user_ids, lines.users)[lines.owners()]
     pair = user * len(item_ids) + np.searchsorted(item_ids, lines.items)
     _, first = np.unique(pair, return_index=True)
@@ -106,9 +106,9 @@ def _distinct(lines: IdLines, user_ids: np.ndarray, item_ids: np.ndarray) -> tup
 
 
 def _hold_out(user: np.ndarray, item: np.ndarray, options: Options) -> np.ndarray:
-    """Marks the share of each user's items that goes to valid: at least one of two or more, never all.
+    """Return a mask of each user's items held out for valid: at least one of two or more, never all.
 
-    Drawn without replacement, by the least of exponential waiting times (Efraimidis and Spirakis 2006).
+    Samples without replacement by the smallest exponential keys (Efraimidis and Spirakis 2006).
     """
     owned = np.bincount(user)
     quota = np.clip(np.rint(owned * options.valid_share).astype(np.int64), 1, np.maximum(owned - 1, 0))

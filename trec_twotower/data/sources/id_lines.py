@@ -1,4 +1,4 @@
-"""Text files where a line is `user item item ...`: whole numbers parted by blanks."""
+"""Reader of text files whose lines are `user item item ...`: integers separated by blanks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 
 from trec_twotower.errors import DataError, nearest
 
-# Counts by name that files of these sha256 are known to have.
+# Known counts of published files, keyed by their sha256.
 Published = dict[tuple[str, ...], dict[str, int]]
 
 _MAX_ID = 2**63 - 1
@@ -30,7 +30,7 @@ class IdLines:
     sha256: str
 
     def owners(self) -> np.ndarray:
-        """For every item, the position of its user in `users`."""
+        """Return, for every item, the position of its user in `users`."""
         return np.repeat(np.arange(len(self.users)), np.diff(self.offsets))
 
 
@@ -71,7 +71,7 @@ def check_published(published: Published, digests: tuple[str, ...], counts: dict
 
 
 def _whole_lines(file: BinaryIO) -> Iterator[bytes]:
-    """The file in pieces of about `_READ_BYTES`, each ending where a line ends."""
+    """Yield the file in pieces of about `_READ_BYTES` that end at a line end."""
     rest = b""
     while block := file.read(_READ_BYTES):
         cut = block.rfind(b"\n") + 1
@@ -85,7 +85,7 @@ def _whole_lines(file: BinaryIO) -> Iterator[bytes]:
 
 
 def _parse(path: Path, text: bytes, first_line: int) -> tuple[np.ndarray, ...]:
-    """Line numbers, users and numbers of items of the lines that are not blank; and all items."""
+    """Return line numbers, users and item counts of the non-blank lines, and all items."""
     byte = np.frombuffer(text, np.uint8)
     if first_line == 1 and text.startswith(b"\xef\xbb\xbf"):
         byte = byte[3:]
@@ -117,7 +117,7 @@ def _parse(path: Path, text: bytes, first_line: int) -> tuple[np.ndarray, ...]:
 
 
 def _refuse_token(path: Path, byte: np.ndarray, position: int, line: int) -> NoReturn:
-    """Say which token of which line is no id; `position` is any byte of it."""
+    """Raise DataError naming the invalid id and its line. `position` is any byte of the token."""
     text = byte[max(0, position - 40) : position + 40].tobytes()
     at = min(position, 40)
     before, after = text[:at].split(), text[at:].split()

@@ -74,7 +74,7 @@ GENRES += ("Fantasy", "Film-Noir", "Horror", "Musical", "Mystery", "Romance", "S
 
 @dataclass(frozen=True)
 class Layout:
-    """The files of a release: their names, separators and columns by kind."""
+    """File names, separators and columns of a release, by kind of file."""
 
     names: dict[str, str]
     separators: dict[str, str]
@@ -101,9 +101,9 @@ OF_100K = Layout(
 
 
 class Options(RatingOptions):
-    """Which ratings count, and how they are split."""
+    """Threshold of positive ratings, and the split."""
 
-    max_tags: int = Field(10, ge=0)  # an item's most given tags, where there are tags; 0 leaves them out
+    max_tags: int = Field(10, ge=0)  # number of most frequent tags per item; 0 leaves them out
 
 
 def write(options: Options, writer: DatasetWriter) -> dict[str, Any]:
@@ -140,9 +140,9 @@ def write(options: Options, writer: DatasetWriter) -> dict[str, Any]:
 
 
 def _read(database: duckdb.DuckDBPyConnection, layout: Layout, kind: str, path: Path) -> Files:
-    """A file's columns, all as text, under the names of the .csv layout; nulls for the columns it does not have.
+    """Return the columns of a file as text, named as in the .csv layout. Missing columns are null.
 
-    The u.data of some mirrors has two kinds of line ends.
+    The u.data of some mirrors mixes LF and CRLF.
     """
     separator, encoding = layout.separators[kind], _encoding(path, kind)
     fields = _first_line(path, encoding).split(separator)
@@ -163,7 +163,7 @@ def _first_line(path: Path, encoding: str) -> str:
 
 
 def _encoding(path: Path, kind: str) -> str:
-    """What DuckDB calls it: ratings are digits, which are the same in both."""
+    """Return the DuckDB name of the encoding. Ratings are digits, which are equal in both encodings."""
     if kind == "ratings":
         return "utf-8"
     try:
@@ -174,7 +174,7 @@ def _encoding(path: Path, kind: str) -> str:
 
 
 def _genres(layout: Layout) -> str:
-    """An SQL expression: the genres of a movie as a list."""
+    """Return an SQL expression for the genres of a movie as a list."""
     if layout is not OF_100K:
         return "list_filter(string_split(coalesce(genres, ''), '|'), lambda x: x NOT IN ('', '(no genres listed)'))"
     flags = zip(FLAGS[1:], GENRES[1:], strict=True)  # the first is "unknown"

@@ -1,4 +1,4 @@
-"""What may be set for a source: the base of the option models, and the reading of overrides."""
+"""Base classes of the option models of sources, and the parser of `key=value` overrides."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ DATA_VARIABLE = "TREC_TT_DATA"
 
 
 class SourceOptions(BaseModel):
-    """Frozen; a key that is not an option is refused. `verbatim` are options whose text is not YAML."""
+    """Frozen base model that rejects unknown keys. `verbatim` names options whose text is not parsed as YAML."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, coerce_numbers_to_str=True)
     verbatim: ClassVar[frozenset[str]] = frozenset()
 
 
 class FolderOptions(SourceOptions):
-    """The options of a source that reads files."""
+    """Base options of sources that read files."""
 
     data_dir: Path | None = None  # folder of the raw files; default $TREC_TT_DATA/SOURCE
 
@@ -75,7 +75,7 @@ def parse_options(model: type[SourceOptions], overrides: Iterable[str]) -> dict[
 
 
 def read_options(source: str, model: type[Model], overrides: dict[str, Any]) -> Model:
-    """The options of `source` with the overrides in place; ConfigError names every one that cannot be."""
+    """Return the options of `source` with the overrides. ConfigError lists every invalid one."""
     faults = []
     for name, value in overrides.items():
         if name not in model.model_fields:
@@ -88,7 +88,7 @@ def read_options(source: str, model: type[Model], overrides: dict[str, Any]) -> 
         except ValidationError as error:
             for fault in error.errors():
                 name = ".".join(map(str, fault["loc"]))
-                if fault["loc"] and overrides.get(str(fault["loc"][0])) == fault["input"]:  # of each of several tables
+                if fault["loc"] and overrides.get(str(fault["loc"][0])) == fault["input"]:  # set for all tables
                     name = str(fault["loc"][0])
                 message = fault["msg"].removeprefix("Value error, ")
                 if fault["type"] == "missing":

@@ -1,4 +1,4 @@
-"""Ratings as a log of interactions: those that are high enough are positives."""
+"""Convert ratings into a log of interactions: ratings of at least `min_rating` are positives."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ from trec_twotower.errors import ConfigError, DataError, nearest
 
 
 class RatingOptions(FolderOptions, LogOptions):
-    """Which ratings count; repeats of a user and an item are dropped unless asked for."""
+    """Threshold of positive ratings. Repeats of a user and an item are dropped by default."""
 
-    min_rating: float = 4.0  # a lower one is no positive, and in no history
+    min_rating: float = 4.0  # lower ratings are neither positives nor in a history
     dedupe: bool = True
     split: Literal["leave-last-out", "time", "none"] = "leave-last-out"
 
@@ -59,12 +59,12 @@ def load_ratings(
     fetch_rows(database, "ALTER TABLE positive_events RENAME TO events")
     (positives,) = fetch_row(database, "SELECT count(*) FROM events")
     if not positives:
-        raise ConfigError(f"min_rating = {options.min_rating:g}: none of {read:,} ratings is so high: lower it.")
+        raise ConfigError(f"min_rating = {options.min_rating:g}: none of {read:,} ratings reaches it: lower it.")
     return {"ratings_read": read, "not_positive": read - positives}
 
 
 def find_file(folder: Path, *names: str) -> Path:
-    """The first of these files that the folder has; DataError where it has none."""
+    """Return the first of these files that exists. Raise DataError if none does."""
     for name in names:
         if (folder / name).is_file():
             return folder / name
@@ -75,7 +75,7 @@ def find_file(folder: Path, *names: str) -> Path:
 def read_csv(
     database: duckdb.DuckDBPyConnection, path: Path, layout: CsvLayout, wanted: Sequence[str], option: str
 ) -> Files:
-    """A file as text columns; columns of `wanted` that it lacks are there with nulls. DataError for an empty file."""
+    """Return a file as text columns, with nulls for missing columns of `wanted`. An empty file is a DataError."""
     csv = CsvFiles((path,), layout, scratch_dir_of(database)).with_one_line_end()
     if path not in csv.heads:
         raise DataError(f"{path} is empty.")
@@ -90,7 +90,7 @@ def read_csv(
 
 
 def whole_number(column: str) -> str:
-    """An SQL expression: the number that a text is; NULL where it is none."""
+    """Return an SQL expression that parses text as a whole number; NULL if it is none."""
     return f"CASE WHEN regexp_full_match(trim({column}), '-?[0-9]+') THEN try_cast({column} AS BIGINT) END"
 
 
@@ -110,7 +110,7 @@ def top_tags(database: duckdb.DuckDBPyConnection, counted: str, max_tags: int) -
 
 
 def refuse_doubles(database: duckdb.DuckDBPyConnection, options: RatingOptions, files: Files, column: str) -> None:
-    """DataError if ids of a file are repeated or are not integers."""
+    """Raise DataError if ids of a file are repeated or are not integers."""
     number = whole_number(column)
     with explained(f"{files.option} = {files.path}", options):
         bad, count, first = fetch_row(

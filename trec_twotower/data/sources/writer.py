@@ -47,7 +47,7 @@ def list_column(values: np.ndarray, starts: np.ndarray, stops: np.ndarray) -> pa
 
 
 class DatasetWriter:
-    """Writes a dataset into a temporary folder next to `out`; `finish` renames it to `out`.
+    """Writer of a dataset into a temporary folder next to `out`; `finish` renames it to `out`.
 
     An exception in the `with` block removes the temporary folder. An earlier dataset at `out` is unchanged until the
     complete one replaces it. Memory holds one row group per split.

@@ -1,1 +1,1 @@
-"""An event log as a dataset: histories, splits, summaries."""
+"""Conversion of an event log into a dataset: histories, splits, summaries."""

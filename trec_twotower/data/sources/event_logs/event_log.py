@@ -1,4 +1,4 @@
-"""A log of interactions, in tables of DuckDB, becomes a dataset.
+"""Convert a log of interactions, stored in DuckDB tables, into a dataset.
 
 A source makes the table `events` (user_id, item_id, timestamp in microseconds, and columns to keep). Here repeats and
 rare users and items are dropped, which leaves the view `kept`. For its users and items the source makes the tables
@@ -54,7 +54,7 @@ def write_log(
     settings = {
         "memory_limit": f"{options.memory_gb}GB",
         "temp_directory": str(scratch_dir / "spilled"),
-        "threads": max(1, min(len(os.sched_getaffinity(0)), int(8 * options.memory_gb))),  # each needs its share
+        "threads": max(1, min(len(os.sched_getaffinity(0)), int(8 * options.memory_gb))),  # each needs memory
         "preserve_insertion_order": False,
         "autoinstall_known_extensions": False,
     }
@@ -76,9 +76,9 @@ Fault = tuple[str, str, str, str]  # column of the file, column of `events`, SQL
 def refuse_faults(
     database: duckdb.DuckDBPyConnection, files: Files, columns: dict[str, str], faults: Sequence[Fault]
 ) -> int:
-    """How many rows the table `events` has; DataError where it has none, or where rows have faults: the first of each.
+    """Return the row count of the table `events`. Raise DataError if it is empty or has invalid rows.
 
-    `columns` has the expression that each column of `events` was made by.
+    `columns` maps each column of `events` to its SQL expression. The error names the first row of each fault.
     """
     tests = ", ".join(f"count(*) FILTER ({fault.format(sql_name(name))})" for _, name, fault, _ in faults)
     rows, *found = fetch_row(database, f"SELECT count(*), {tests} FROM events")
@@ -169,7 +169,7 @@ def _write_sides(database: duckdb.DuckDBPyConnection, options: LogOptions, write
 
 
 def _others(options: LogOptions) -> list[str]:
-    """Columns that sort events last, so that no order of files shows."""
+    """Return the last sort columns, which make the result independent of the order of the files."""
     return list(dict.fromkeys([*options.kept[1:], *options.outcome_columns]))
 
 

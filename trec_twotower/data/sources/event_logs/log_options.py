@@ -1,4 +1,4 @@
-"""The options of every source that is a log of events: what is dropped, and what is held out."""
+"""Options that all event-log sources share: filters and the split."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from trec_twotower.data.sources.options import SourceOptions
 
 
 def _seconds(value: Any) -> Any:
-    """A date or a time of day as seconds since 1970, in UTC where it names no zone."""
+    """Return a date or time as seconds since 1970. A time without a zone is UTC."""
     if isinstance(value, str) and not value.isdecimal():
         value = datetime.datetime.fromisoformat(value)
     elif isinstance(value, datetime.date) and not isinstance(value, datetime.datetime):
@@ -29,26 +29,26 @@ Split = Literal["leave-last-out", "last-basket", "time", "position", "random", "
 
 
 class LogOptions(SourceOptions):
-    """What is dropped, and what is held out."""
+    """Filters and split of an event log."""
 
     max_history: PositiveInt = 50  # newest items kept in a train row; valid and test rows keep all
     min_history: int = Field(0, ge=0)  # train rows with fewer earlier items are left out
-    rows: Literal["event", "both"] = "event"  # both: also train_users/, a row per user, for data.rows: user
+    rows: Literal["event", "both"] = "event"  # both: also write train_users/, one row per user, for data.rows: user
     split: Split = "leave-last-out"
-    hold_out: Literal["new", "any"] = "new"  # new: only items that the user has no earlier event with
+    hold_out: Literal["new", "any"] = "new"  # new: hold out only items without an earlier event of the user
     valid_from: Moment | None = None  # split = time: seconds, or a date such as 2024-05-31
     test_from: Moment | None = None
-    min_user_events: PositiveInt = 1  # with min_item_events: users and items with fewer go, until none has fewer
+    min_user_events: PositiveInt = 1  # k-core: drop rare users and items until all have enough events
     min_item_events: PositiveInt = 1
     dedupe: bool = False  # keep only the first event of the same user and item
-    memory_gb: float = Field(4.0, ge=0.1)  # what DuckDB may use before it spills to disk
+    memory_gb: float = Field(4.0, ge=0.1)  # memory limit of DuckDB in GB; beyond it, it spills to disk
 
     @model_validator(mode="after")
     def _split_fits(self) -> Self:
-        given = [name for name in ("valid_from", "test_from") if name in self.model_fields_set]
-        given = [name for name in given if getattr(self, name) is not None]
-        if self.split != "time" and given:
-            raise ValueError(f"{given[0]} is set, but split is {self.split}: set split = time, or leave it out")
+        moments_set = [name for name in ("valid_from", "test_from") if name in self.model_fields_set]
+        moments_set = [name for name in moments_set if getattr(self, name) is not None]
+        if self.split != "time" and moments_set:
+            raise ValueError(f"{moments_set[0]} is set, but split is {self.split}: set split = time, or leave it out")
         if self.hold_out == "any" and self.split in ("random", "none"):
             why = "all events of an item go together" if self.split == "random" else "nothing is held out"
             raise ValueError(f"hold_out = any is set, but with split = {self.split} {why}: leave hold_out out")
@@ -62,47 +62,47 @@ class LogOptions(SourceOptions):
 
     @property
     def kept(self) -> list[str]:
-        """The columns of the events that train rows have besides the ids; `timestamp` first."""
+        """Return the event columns of train rows other than the ids, `timestamp` first."""
         return ["timestamp"]
 
     @property
     def asked(self) -> list[str]:
-        """Those of them that rows about one event have in valid, test and serving."""
+        """Return the columns of `kept` that valid, test and serving rows have as well."""
         return ["timestamp"]
 
     @property
     def outcome_columns(self) -> list[str]:
-        """Columns that are known only after an event: rows have them of earlier events alone."""
+        """Return the columns known only after an event. Rows have them for earlier events only."""
         return []
 
     @property
     def has_times(self) -> bool:
-        """Whether `timestamp` is a time that the dataset keeps, and not only a place in an order."""
+        """Return whether `timestamp` is a real time that the dataset keeps, rather than a sequence number."""
         return True
 
     @property
     def order_columns(self) -> list[str]:
-        """Columns of the table `events` that order events of equal time."""
+        """Return the columns of the table `events` that order events of equal time."""
         return []
 
     @property
     def tie_seed(self) -> int | None:
-        """The seed that draws the order of events whose order is unknown; None: by item id."""
+        """Return the seed that orders events of unknown order at random, or None to order them by item id."""
         return None
 
     @property
     def draws_order(self) -> bool:
-        """Whether that order counts as known, because nothing else orders the events."""
+        """Return whether the random order counts as known, because nothing else orders the events."""
         return False
 
     @property
     def shares(self) -> tuple[float, float]:
-        """The shares of each user's items that valid and test hold out, with split = random."""
+        """Return the shares of each user's items held out for valid and test when split = random."""
         return 0.0, 0.0
 
     @property
     def periods(self) -> dict[str, tuple[int, int]]:
-        """First microsecond, and first one after, of the parts of split = time."""
+        """Return the [start, stop) range of valid and test in microseconds when split = time."""
         assert self.valid_from is not None and self.test_from is not None
         valid, test = (second * 1_000_000 for second in (self.valid_from, self.test_from))
         return {"valid": (valid, test), "test": (test, 2**63 - 1)}

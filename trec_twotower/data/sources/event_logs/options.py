@@ -1,4 +1,4 @@
-"""The options of `prepare events`: which files hold a log, what their columns are, and how it is split."""
+"""Options of `prepare events`: files of the log, column names and split."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ IN_FILES = "file"  # order = file: the order of rows in the files
 
 
 class Options(TableOptions):
-    """Which files hold the log, what their columns are, and how it is split."""
+    """Files of the log, column names and split."""
 
     events: str = Field(min_length=1)  # a file, a folder or a glob of Parquet, CSV or JSON lines
-    items: str | None = None  # the catalogue, in the same formats; by default the distinct items of the events
-    users: str | None = None  # static features of users, in the same formats
-    user: str = "user_id"  # the column of that name in the events and in `users`
-    item: str = "item_id"  # and in `items`
+    items: str | None = None  # the catalogue, same formats; default: the distinct items of the events
+    users: str | None = None  # static user features, same formats
+    user: str = "user_id"  # user id column of the events and of `users`
+    item: str = "item_id"  # item id column of the events and of `items`
     timestamp: str | None = "timestamp"  # seconds since 1970, or TIMESTAMP; null: the log has no times
     order: str | None = None  # a column that orders events of equal time; file: the order of rows in the files
-    weight: str | None = None  # becomes the column `weight` of the train rows
-    context: tuple[str, ...] = ()  # further columns of the events to keep, known before the item is chosen
-    outcomes: tuple[str, ...] = ()  # columns known only after it: rows have them of earlier events, as history_NAME
-    valid_share: float = Field(0.1, ge=0, lt=1)  # split = random: of each user's items
+    weight: str | None = None  # event column stored as `weight` in train rows
+    context: tuple[str, ...] = ()  # further event columns to keep, known before the interaction
+    outcomes: tuple[str, ...] = ()  # columns known only after the interaction, kept as history_NAME
+    valid_share: float = Field(0.1, ge=0, lt=1)  # share of each user's items held out; split = random only
     test_share: float = Field(0.1, ge=0, lt=1)
-    seed: int = Field(0, ge=0, lt=2**63)  # of split = random, and of the order of events whose order is unknown
+    seed: int = Field(0, ge=0, lt=2**63)  # seeds split = random and the order of tied events
     rating: str | None = None  # with min_rating: events with a lower rating are left out
     min_rating: float | None = None
-    missing_rows: Literal["keep", "error"] = "keep"  # of users and items that `users` and `items` have no row for
+    missing_rows: Literal["keep", "error"] = "keep"  # users and items without a row in `users` or `items`
 
     @model_validator(mode="after")
     def _columns_fit(self) -> Self:

@@ -1,4 +1,4 @@
-"""Sorted events of whole users become rows of train, valid, test and serving, each with its history."""
+"""Convert the sorted events of whole users into train, valid, test and serving rows with histories."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from trec_twotower.ops.ragged import offsets_of
 
 ORDER = "order of the event"  # internal column: orders events of equal time
 MIN_CANDIDATES = 3  # events that may be held out; a user with fewer is in train only
-MIN_BASKETS = 2  # the same for split = last-basket; valid/ needs one more
+MIN_BASKETS = 2  # minimum baskets of a user for a test row; a valid row needs one more
 _VALUES_PER_PIECE = 4_000_000  # list elements in memory at a time
 _TRAIN, _VALID, _TEST = 0, 1, 2
 
@@ -64,7 +64,7 @@ class Piece:
 
     @cached_property
     def starts(self) -> np.ndarray:
-        """The first row of each user, and one past the last row of all."""
+        """Return the first row of each user, followed by the total number of rows."""
         return np.append(np.flatnonzero(_is_new(self.table["user_id"])), len(self.table))
 
     @property
@@ -89,7 +89,7 @@ class Piece:
 
     @cached_property
     def earliest(self) -> np.ndarray:
-        """The row of the first event of the same user and item."""
+        """Return, for each event, the row of the first event with the same user and item."""
         code = pc.dictionary_encode(one_chunk(self.table["item_id"]))
         pair = self.owner * len(code.dictionary) + code.indices.to_numpy()
         _, first, inverse = np.unique(pair, return_index=True, return_inverse=True)
@@ -97,7 +97,7 @@ class Piece:
 
     @property
     def is_new(self) -> np.ndarray:
-        """Whether the user has no earlier event with the item."""
+        """Return whether each event is the first of its user with the item."""
         return self.earliest == self.row
 
     def once(self, rows: np.ndarray) -> np.ndarray:
@@ -148,7 +148,7 @@ def draws(events: pa.Table, seed: int) -> np.ndarray:
 
 
 class Splits:
-    """Writes the rows of each piece, by the split that the options name, and counts what it writes."""
+    """Writer of the rows of each piece for the configured split, with counts of the written rows."""
 
     def __init__(self, options: LogOptions, writer: DatasetWriter) -> None:
         self.options = options
@@ -186,7 +186,7 @@ class Splits:
     def _last_basket(self, piece: Piece) -> None:
         is_any = self.options.hold_out == "any"
         candidate = piece.once_per_instant() if is_any else piece.row[piece.is_new]
-        begin = np.flatnonzero(np.diff(piece.now[candidate], prepend=-1))  # of each basket, among the candidates
+        begin = np.flatnonzero(np.diff(piece.now[candidate], prepend=-1))  # first candidate of each basket
         offsets = offsets_of(np.bincount(piece.owner[candidate[begin]], minlength=piece.num_users))
         begin_or_end, train_end = np.append(begin, len(candidate)), piece.starts[1:].copy()
         held_out = {}
@@ -261,7 +261,7 @@ class Splits:
         self.counts["repeats_left_out"] += len(piece.row) - num_held_out - int(is_train.sum())
 
     def _write_train(self, piece: Piece, is_train: np.ndarray | None) -> None:
-        """Write a row per event that is marked, or per event; in between are those with a long enough history."""
+        """Write one row per event with at least min_history earlier events, or per such event marked in `is_train`."""
         is_long = piece.now - piece.first >= self.options.min_history
         row = np.flatnonzero(is_long if is_train is None else is_train & is_long)
         self._count_empty("train", piece.now[row] == piece.first[row], row > piece.first[row])
@@ -274,7 +274,7 @@ class Splits:
             self._write_users(piece, piece.is_new if is_train is None else piece.is_new & is_train)
 
     def _write_users(self, piece: Piece, is_positive: np.ndarray) -> None:
-        """Write a row per user with the items that are marked, oldest first."""
+        """Write one row per user with the marked items, oldest first."""
         user, positives = piece.by_user(piece.row[is_positive])
         for part in _parts(positives.lengths):
             [items] = piece.lists(["item_id"], positives.part(part))

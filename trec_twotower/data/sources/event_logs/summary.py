@@ -1,4 +1,4 @@
-"""What `prepare` prints of a dataset: counts of what was read, dropped and written, and warnings."""
+"""Build the summary that `prepare` prints: counts of events read, dropped and written, and warnings."""
 
 from __future__ import annotations
 

@@ -136,7 +136,7 @@ class InteractionModel:
         return np.minimum(MIN_EVENTS + more, self.options.items // 2)
 
     def events(self, user: np.ndarray) -> Events:
-        """The distinct items of each user in the order they are first drawn."""
+        """Return the distinct items of each user in the order of first sampling."""
         wanted = self.num_events(user)
         offsets = offsets_of(wanted)
         item = np.full(offsets[-1], -1)

@@ -1,4 +1,4 @@
-"""The options of `prepare synthetic`."""
+"""Options of `prepare synthetic`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Options(SourceOptions):
     countries: int = Field(12, ge=1, le=len(COUNTRIES))
     max_history: PositiveInt = 50  # newest items kept in a train row
     min_history: int = Field(0, ge=0)  # train rows with fewer earlier items are left out
-    rows_per_piece: PositiveInt = 131_072  # events made at a time; changes no byte of the data
+    rows_per_piece: PositiveInt = 131_072  # events generated at a time; does not affect the output
 
     @model_validator(mode="after")
     def _fits(self) -> Self:

@@ -14,7 +14,7 @@ _ADJECTIVES = (
 )
 ADJECTIVES = tuple(_ADJECTIVES.split())
 
-# Category, what one of it is called in a title, and six tags.
+# Category, singular noun for titles, and six tags.
 _KINDS = """
 Lamps: desk lamp: lighting bedside dimmable brass reading shade
 Running shoes: running shoe: jogging trail marathon cushioned breathable laces

@@ -1,1 +1,1 @@
-"""Files as tables of DuckDB: CSV, JSON and Parquet, with types from all values."""
+"""Readers of CSV, JSON and Parquet as DuckDB tables. Types are inferred from all values."""

@@ -1,4 +1,4 @@
-"""SQL for values that are text: whether they spell a number, a time or a truth value, and which."""
+"""SQL expressions that parse text as numbers, times and booleans."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ def is_time_type(kind: str) -> bool:
 
 
 def number_of(text: str, decimal: str) -> str:
-    """SQL: the DOUBLE that a text spells, with blanks around it; NULL where it spells none."""
+    """Return SQL that parses text as a DOUBLE, ignoring surrounding blanks; NULL if it is no number."""
     text = f"trim({text})" if decimal == "." else f"replace(replace(trim({text}), '.', 'x'), ',', '.')"
     return f"CASE WHEN regexp_full_match({text}, {sql_text(NUMBER)}) THEN try_cast({text} AS DOUBLE) END"
 
 
 def integer_of(text: str) -> str:
-    """SQL: the BIGINT that a text spells, also as 007 or 7.0; NULL where it spells none."""
+    """Return SQL that parses text as a BIGINT, also 007 or 7.0; NULL if it is no integer."""
     digits = f"regexp_replace(trim({text}), '\\.0*$', '')"
     return f"CASE WHEN regexp_full_match({digits}, '[-+]?[0-9]+') THEN try_cast({digits} AS BIGINT) END"
 
@@ -51,14 +51,14 @@ def boolean_of(text: str) -> str:
 
 
 def time_of(text: str, format: str | None) -> str:
-    """SQL: the time that a text spells, in ISO 8601 or a format, in UTC where it has no zone."""
+    """Return SQL that parses text as a time, in ISO 8601 or `format`. A time without a zone is UTC."""
     if format is not None:
         return f"try_strptime({text}, {sql_text(format)})"
     return f"CASE WHEN regexp_full_match({text}, {sql_text(ISO_TIME)}) THEN try_cast({text} AS TIMESTAMPTZ) END"
 
 
 def text_of(name: str, kind: str) -> str:
-    """SQL: a value of any type as text; integers in floats without a decimal point."""
+    """Return SQL that converts any type to text; whole floats lose their decimal point."""
     if kind in FLOATS:
         return (
             f"CASE WHEN {name} = trunc({name}) AND abs({name}) <= {EXACT} THEN CAST(CAST({name} AS BIGINT) AS VARCHAR) "
@@ -68,7 +68,7 @@ def text_of(name: str, kind: str) -> str:
 
 
 def is_integer(text: str) -> str:
-    """SQL: whether a text is spelled exactly as an int64 is."""
+    """Return SQL for whether a text is the canonical spelling of an int64."""
     return f"coalesce(CAST(try_cast({text} AS BIGINT) AS VARCHAR) = {text}, false)"
 
 

@@ -1,4 +1,4 @@
-"""CSV files of any separator and encoding as a DuckDB relation whose columns are all text.
+"""Read CSV files of any separator and encoding as a DuckDB relation of text columns.
 
 DuckDB guesses nothing here: the names come from each file's first line, the separator from the ending or that line, and
 every value stays as it is written. Values get their types later, from a scan of all rows.
@@ -34,7 +34,7 @@ _MIXED_LINE_ENDS = "state machine reached an invalid state"  # how DuckDB report
 
 @dataclass(frozen=True)
 class CsvLayout:
-    """How the files of one table are written. `header` is whether the first line holds the names."""
+    """Format of the files of one table. `header` is whether the first line holds the column names."""
 
     separator: str = ","
     quote: str = '"'
@@ -46,7 +46,7 @@ class CsvLayout:
 
 @dataclass(frozen=True)
 class _Head:
-    """The columns of a file, and the number of lines before its first row."""
+    """Column names of a file, and the number of lines before its first row."""
 
     names: tuple[str, ...]
     skipped_lines: int
@@ -54,7 +54,7 @@ class _Head:
 
 @dataclass(frozen=True)
 class CsvFiles:
-    """The files of a table; `copied` are read from a copy, in UTF-8 and with one kind of line end."""
+    """CSV files of a table. Those in `copied` are read from a UTF-8 copy with LF line ends."""
 
     paths: tuple[Path, ...]
     layout: CsvLayout
@@ -63,17 +63,17 @@ class CsvFiles:
 
     @cached_property
     def heads(self) -> dict[Path, _Head]:
-        """The head of each file that is not empty; DataError for names that are there twice."""
+        """Return the head of each non-empty file. Raise DataError for duplicate names."""
         return {path: head for path in self.paths if (head := _head(path, self.layout)) is not None}
 
     def relation(self) -> str:
-        """An SQL relation of all files that are not empty: text columns by name, and the file of each row."""
+        """Return an SQL relation of all non-empty files: text columns by name, and the file of each row."""
         arms = [
             self._arm([path for path, _ in group], head, is_copied)
             for (head, is_copied), group in itertools.groupby(
                 self.heads.items(), key=lambda item: (item[1], item[0] in self.copied)
             )
-        ]  # in the order of the files, which may be that of the events
+        ]  # groupby keeps the order of the files, which may be the order of the events
         return f"({' UNION ALL BY NAME '.join(arms)})"
 
     def _arm(self, paths: list[Path], head: _Head, is_copied: bool) -> str:
@@ -93,7 +93,7 @@ class CsvFiles:
         )
 
     def in_utf_8(self) -> CsvFiles:
-        """The same files, copied as UTF-8 if DuckDB does not read their encoding."""
+        """Return the same files, copied as UTF-8 if DuckDB cannot read their encoding."""
         if self.layout.encoding in _NATIVE_ENCODINGS:
             return self
         for path in self.paths:
@@ -101,9 +101,9 @@ class CsvFiles:
         return replace(self, copied=frozenset(self.paths))
 
     def after(self, error: duckdb.Error) -> CsvFiles:
-        """The same files with one kind of line end each, if mixed ones are the cause of `error`; else raise it.
+        """Return the same files with uniform line ends if mixed ones caused `error`; otherwise raise `error`.
 
-        DuckDB names no file where a byte is not Latin-1: then a DataError does.
+        DuckDB does not name the file of a byte that is not Latin-1, so a DataError does.
         """
         if "not latin-1 encoded" in str(error):
             for path in self.paths:
@@ -116,14 +116,14 @@ class CsvFiles:
         return made
 
     def with_one_line_end(self) -> CsvFiles:
-        """The same files, with copies of those that have lines ending in LF and in CRLF."""
+        """Return the same files, with copies of those that mix LF and CRLF."""
         mixed = {path for path in self.paths if path not in self.copied and has_mixed_line_ends(path)}
         for path in mixed:
             copy_as_utf_8(path, self.layout.encoding, self.scratch_dir)
         return replace(self, copied=self.copied | mixed) if mixed else self
 
     def place(self, path: str, row: int) -> str:
-        """The line that the row of this number (from 0) begins on."""
+        """Return the line on which row number `row` (from 0) begins."""
         for number, (_, line) in enumerate(_records(Path(path), self.layout)):
             if number == row + self.layout.header:
                 return f"line {line:,}"
@@ -152,7 +152,7 @@ def detect_separator(path: Path, layout: CsvLayout, wanted: Collection[str]) -> 
 
 
 def _first_record(path: Path, layout: CsvLayout) -> tuple[list[str], int]:
-    """The fields of the first record that is not blank, and its line."""
+    """Return the fields of the first non-blank record, and its line number."""
     try:
         fields, line = next(_records(path, layout), ([""], 0))
         return [fields[0].removeprefix("\ufeff"), *fields[1:]] if line else [], line
@@ -163,11 +163,11 @@ def _first_record(path: Path, layout: CsvLayout) -> tuple[list[str], int]:
 
 
 def _records(path: Path, layout: CsvLayout) -> Iterator[tuple[list[str], int]]:
-    """The fields of each record that is not blank, and the number of the line that it begins on."""
+    """Yield the fields of each non-blank record, and the number of its first line."""
     encoding = "utf-8-sig" if layout.encoding == "utf-8" else layout.encoding
     with open_unzipped(path) as source:
         lines = io.TextIOWrapper(source, encoding=encoding, newline="")
-        if len(layout.separator) > 1:  # more than the module csv reads
+        if len(layout.separator) > 1:  # the csv module supports only single characters
             for number, line in enumerate(lines, 1):
                 if line := line.strip("\r\n"):
                     yield [_unquoted(part, layout.quote) for part in line.split(layout.separator)], number
@@ -190,7 +190,7 @@ def _unquoted(text: str, quote: str) -> str:
 
 
 def _head(path: Path, layout: CsvLayout) -> _Head | None:
-    """The columns by the first line, or as the option `columns` names them; None for an empty file."""
+    """Return the columns from the first line or the option `columns`; None for an empty file."""
     fields, line = _first_record(path, layout)
     if not fields:
         return None
@@ -213,7 +213,7 @@ def _head(path: Path, layout: CsvLayout) -> _Head | None:
 
 
 def refuse_twins(where: str, names: Collection[str], fix: str) -> None:
-    """DataError where two names are the same but for upper and lower case: DuckDB reads them as one column."""
+    """Raise DataError if two names are equal apart from case: DuckDB reads them as one column."""
     seen: dict[str, str] = {}
     for name in names:
         key = name.casefold()

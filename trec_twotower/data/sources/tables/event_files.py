@@ -1,4 +1,4 @@
-"""The files an option names, and DuckDB, which reads them: its answers, and its errors with file and line."""
+"""Queries of DuckDB on the files that an option names, and its errors with file and line."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from trec_twotower.data.sources.tables.raw_text import (
 )
 from trec_twotower.errors import ConfigError, DataError, nearest
 
-FILE_OF_ROW = "file of the row"  # the column in which DuckDB gives it
+FILE_OF_ROW = "file of the row"  # column that DuckDB adds with the file name
 _ROWS_PER_BATCH = 131_072
-LATEST_S = 10**11  # the year 5138; what is larger is in another unit
+LATEST_S = 10**11  # the year 5138; larger values are in another unit
 LATEST_US = LATEST_S * 1_000_000
 _JSON_FAULT = re.compile(r"JSON .*?in file \"(.+?)\"")
 _CSV_FAULT = re.compile(
@@ -38,13 +38,13 @@ _COPY = re.compile(rf"[^\s\"']*/{COPIES}(?=/)")  # before the path of the origin
 
 
 def row_place(path: str, row: int) -> str:
-    """Where a row is, by its number in the file from 0."""
+    """Return a description of a row's position; `row` counts from 0 within the file."""
     return f"row {row:,} (counted from 0)"
 
 
 @dataclass(frozen=True)
 class Files:
-    """The files an option names, as something DuckDB selects from; and the type of each of their columns.
+    """Files that an option names, as a DuckDB relation, and the type of each column.
 
     `where` is an SQL condition: rows that do not meet it are left out. `place` gives the line of a row.
     """
@@ -67,7 +67,7 @@ class Files:
         reader: str,
         how: str,
     ) -> Files:
-        """`paths`, which the option `option` has found as `path`, through a reader of DuckDB's with options `how`."""
+        """Return `paths`, which the option found as `path`, read by a DuckDB reader with the options `how`."""
         for file in paths:
             check_zipped(file)
         relation = f"{reader}([{duckdb_paths(paths)}], {how}, filename = {sql_text(FILE_OF_ROW)})"
@@ -76,7 +76,7 @@ class Files:
         return cls(option, path, relation, types)
 
     def require(self, column: str, role: str) -> str:
-        """The column's type; DataError names the nearest where there is no such column."""
+        """Return the column's type. For an unknown column, DataError suggests the nearest name."""
         if column not in self.types:
             raise DataError(
                 f"{self.option} = {self.path}: there is no column {column!r}{nearest(column, self.types)}: "
@@ -147,7 +147,7 @@ def _explanation(what: str, message: str, options: LogOptions) -> ConfigError | 
 
 
 def _csv_fault(file: str, line: str, text: str | None, why: str, *, has_options: bool) -> DataError:
-    """A line of CSV that has too few or too many columns, an open quote, or more bytes than a line may have."""
+    """Return the error for a CSV line with too few or too many columns, an open quote, or too many bytes."""
     columns = re.search(r"Expected Number of Columns: (\d+) Found: (\d+)", why)
     if columns is not None:
         why = f"{columns[2]} columns where the first line has {columns[1]}"
@@ -163,7 +163,7 @@ def _csv_fault(file: str, line: str, text: str | None, why: str, *, has_options:
 
 
 def _do(database: duckdb.DuckDBPyConnection, action: Callable[[], Any]) -> Any:
-    """What `action` returns. It has a thread of its own: in the main one Ctrl-C would wait for the end of a scan."""
+    """Return the result of `action`. It runs in a thread, so that Ctrl-C need not wait for the end of a scan."""
     with ThreadPoolExecutor(1) as pool:
         answer = pool.submit(action)
         try:
@@ -174,9 +174,9 @@ def _do(database: duckdb.DuckDBPyConnection, action: Callable[[], Any]) -> Any:
 
 
 def configure(database: duckdb.DuckDBPyConnection) -> None:
-    """Set what reading relies on, whatever the machine's own settings are."""
+    """Set the DuckDB options that reading relies on, overriding the machine's settings."""
     for setting in (
-        "TimeZone = 'UTC'",  # of times without a zone
+        "TimeZone = 'UTC'",  # applies to times without a zone
         "disabled_optimizers = 'statistics_propagation'",  # DuckDB assumes that TRY_CAST of a number is never null
     ):
         fetch_rows(database, f"SET {setting}")
@@ -187,7 +187,7 @@ def configure(database: duckdb.DuckDBPyConnection) -> None:
 
 
 def fetch_rows(database: duckdb.DuckDBPyConnection, query: str) -> list[tuple[Any, ...]]:
-    """All of them: a result that is left unread keeps the connection from its next query."""
+    """Return all rows: an unread result would block the connection for the next query."""
     return _do(database, lambda: database.execute(query).fetchall())
 
 
@@ -197,24 +197,24 @@ def fetch_row(database: duckdb.DuckDBPyConnection, query: str) -> tuple[Any, ...
 
 
 def describe(database: duckdb.DuckDBPyConnection, relation: str) -> dict[str, str]:
-    """The DuckDB type of each column of a relation, but for that of the file's name."""
+    """Return the DuckDB type of each column of a relation except FILE_OF_ROW."""
     described = fetch_rows(database, f"DESCRIBE SELECT * FROM {relation}")
     return {name: kind for name, kind, *_ in described if name != FILE_OF_ROW}
 
 
 def scratch_dir_of(database: duckdb.DuckDBPyConnection) -> Path:
-    """The folder of the database's own file, which is removed at the end."""
+    """Return the folder of the database file, which is removed at the end."""
     (path,) = fetch_row(database, "SELECT path FROM duckdb_databases() WHERE database_name = current_database()")
     return Path(path).parent
 
 
 def duckdb_paths(paths: list[Path]) -> str:
-    """The files as a list in SQL; DuckDB reads no glob into their names."""
+    """Return the paths as an SQL list, with glob characters escaped."""
     return ", ".join(sql_text(glob.escape(str(path))) for path in paths)
 
 
 def original_names(path: Path, scratch_dir: Path) -> str:
-    """What to select of copied files, so that the file of a row is the original; `path` is any of the originals."""
+    """Return the SELECT list that replaces the path of a copy by its original. `path` is any original."""
     file = sql_name(FILE_OF_ROW)
     return f"* REPLACE (substr({file}, {len(str(copy_path(path, scratch_dir))) - len(str(path)) + 1}) AS {file})"
 
@@ -224,7 +224,7 @@ def to_microseconds(time: str, factor: int) -> str:
 
     Times before 1970 become a negative number, those after LATEST_US a larger one: nothing overflows.
     """
-    too_late = LATEST_US // factor + 1_000_000  # a double that differs from LATEST_US
+    too_late = LATEST_US // factor + 1_000_000  # far enough above LATEST_US to differ as a double
     clamped = f"CAST(least(greatest({time}, -1), {too_late}) AS BIGINT)"
     return f"CASE WHEN {time} IS NOT NULL THEN {clamped} * {factor} END"
 

@@ -1,4 +1,4 @@
-"""Columns of ids: integers where every id of all tables is one, else text, so that no two ids become one."""
+"""Id columns: integers if every id of all tables is one, else text, so that distinct ids stay distinct."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _EVERY = frozenset(_RANGES)
 
 
 def id_column(column: Column) -> Column:
-    """The way in which a column of ids gets its type; DataError where ids cannot be of its type."""
+    """Return the column as the subclass that types its ids. Raise DataError if ids cannot have its type."""
     name, kind = column.name, column.kind
     if name in column.options.types:
         return as_kind(column, DeclaredIds)
@@ -57,7 +57,7 @@ class TextIds(Column):
 
 
 class IntegerIds(Column):
-    """Ids that the files declare as integers; those of 2^63 and more stay unsigned."""
+    """Ids that the files declare as integers; ids of 2^63 or more stay unsigned."""
 
     def aggregates(self) -> dict[str, str]:
         return {"least": f"min({self.sql})", "most": f"max({self.sql})"} if self.kind in WIDE_INTEGERS else {}
@@ -74,7 +74,7 @@ class IntegerIds(Column):
 
 
 class FloatIds(Column):
-    """Ids that a writer made floats of, as pandas does in a column with nulls: integers, or refused."""
+    """Ids stored as floats, as pandas does in a column with nulls: read as integers if whole, else an error."""
 
     @property
     def _is_whole(self) -> str:
@@ -99,7 +99,7 @@ class FloatIds(Column):
 
 
 class UndeclaredIds(Column):
-    """Ids of CSV."""
+    """Ids in CSV, where no type is declared."""
 
     @property
     def spelling(self) -> str:
@@ -121,7 +121,7 @@ class UndeclaredIds(Column):
         spellings: dict[str, int] = found["spellings"] or {}
         kinds = set(spellings)
         holds = {"BIGINT": {"integer", "negative"}, "UBIGINT": {"integer", "unsigned"}}
-        fits = frozenset(kind for kind, held in holds.items() if kinds <= held)
+        fits = frozenset(kind for kind, spelled in holds.items() if kinds <= spelled)
         if fits:
             kind = "BIGINT" if "BIGINT" in fits else "UBIGINT"
             return Typed(kind, f"CAST({self.sql} AS {kind})", fits=fits)
@@ -151,7 +151,7 @@ class UndeclaredIds(Column):
 
 
 def joint_id_type(ids: Sequence[tuple[str, str, Typed]]) -> str:
-    """The DuckDB type of the ids of several tables, each a (place, column, type): text unless all are integers.
+    """Return the joint DuckDB type of the (place, column, type) ids of several tables: text unless all are integers.
 
     Raises DataError where one table declares integers and another text.
     """
@@ -173,5 +173,5 @@ def joint_id_type(ids: Sequence[tuple[str, str, Typed]]) -> str:
 
 
 def as_id(column: str, typed: Typed, kind: str) -> str:
-    """The SQL expression of typed ids as the joint type."""
+    """Return the SQL expression that casts typed ids to the joint type."""
     return sql_name(column) if typed.type == kind else f"CAST({sql_name(column)} AS {kind})"

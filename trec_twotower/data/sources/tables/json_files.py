@@ -1,4 +1,4 @@
-"""Files of JSON objects as a DuckDB relation: every key of any object is a column, of a type that fits all values."""
+"""Read files of JSON objects as a DuckDB relation. Every key is a column, of a type that fits all values."""
 
 from __future__ import annotations
 
@@ -21,20 +21,19 @@ from trec_twotower.data.sources.tables.event_files import (
 from trec_twotower.data.sources.tables.raw_text import broken_json_line, open_unzipped
 from trec_twotower.errors import DataError
 
-# DuckDB reads these from text, and JSON where values differ in type. A field's name before a type is no type.
+# Types that DuckDB infers from text, and JSON for mixed types. Quoted field names are not types.
 _GUESSED = re.compile(r'("(?:[^"]|"")*")|\b(?:DATE|TIME|TIMESTAMP(?:TZ|_\w+| WITH TIME ZONE)?|UUID|JSON)(?=[\[\],)]|$)')
 
 
 def json_relation(database: duckdb.DuckDBPyConnection, paths: Sequence[Path]) -> tuple[str, frozenset[str]]:
-    """An SQL relation of the objects in these files, and the keys whose values are of several types: text here.
+    """Return an SQL relation of the objects in these files, and the keys with values of several types (text here).
 
-    Text stays text, also where it looks like a date. All objects are read for their keys and types, which needs little
-    memory.
+    Text stays text, even if it looks like a date. All objects are scanned for keys and types, with little memory.
     """
     read = f"read_json([{duckdb_paths(list(paths))}], hive_partitioning = false"
     scan = f"{read}, sample_size = -1, maximum_sample_files = {len(paths)}, union_by_name = true"
     types = describe(database, f"{scan})")
-    if next(iter(types.values())).startswith("MAP"):  # of rare keys DuckDB makes a map
+    if next(iter(types.values())).startswith("MAP"):  # DuckDB infers a map from rare keys
         types = describe(database, f"{scan}, map_inference_threshold = -1)")
     if types == {"json": "JSON"}:
         raise _no_objects(database, paths)
@@ -46,7 +45,7 @@ def json_relation(database: duckdb.DuckDBPyConnection, paths: Sequence[Path]) ->
 
 
 def json_place(path: str, row: int) -> str:
-    """The line that holds the row of this number (from 0), where each line is an object."""
+    """Return the line of row number `row` (from 0), if each line is an object."""
     count = -1
     with open_unzipped(Path(path)) as source:
         for number, line in enumerate(source, 1):
@@ -59,7 +58,7 @@ def json_place(path: str, row: int) -> str:
 
 
 def _no_objects(database: duckdb.DuckDBPyConnection, paths: Sequence[Path]) -> DataError:
-    """The error for files that hold no JSON object, or others as well."""
+    """Return the error for files with no JSON object, or with values that are not objects."""
     (rows,) = fetch_row(database, f"SELECT count(*) FROM read_json_objects([{duckdb_paths(list(paths))}])")
     if not rows:
         return DataError(
@@ -76,7 +75,7 @@ def _no_objects(database: duckdb.DuckDBPyConnection, paths: Sequence[Path]) -> D
 
 
 def _refuse_twins(database: duckdb.DuckDBPyConnection, paths: Sequence[Path], types: dict[str, str]) -> None:
-    """DataError where two keys differ in case alone, of which DuckDB renames one: "brand" and "Brand_1"."""
+    """Raise DataError if two keys differ only in case: DuckDB renames one of them to, say, "Brand_1"."""
     known = {name.casefold() for name in types}
     if not any(re.sub(r"_\d+$", "", name).casefold() in known - {name.casefold()} for name in types):
         return

@@ -1,4 +1,4 @@
-"""Text files as they come: zipped or not, in some encoding, with a line that is wrong somewhere."""
+"""Raw text files: decompression, encodings, line ends, and errors that name the invalid line."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from trec_twotower.errors import DataError
 
-COPIES = "as-utf-8"  # the folder, in a scratch folder, of files copied because DuckDB cannot read them as they are
+COPIES = "as-utf-8"  # scratch subfolder for copies of files that DuckDB cannot read directly
 _BLOCK_BYTES = 1 << 24
 _TO_JSON = (
     "import ast, json, sys; [print(json.dumps(ast.literal_eval(line))) for line in sys.stdin]"  # one dict per line
@@ -24,12 +24,12 @@ _TO_JSON = (
 
 @contextmanager
 def open_unzipped(path: Path) -> Iterator[IO[bytes]]:
-    """The file's bytes, unzipped by its ending; DataError where the zipped file is damaged."""
+    """Open a file, unzipped by its ending. Raise DataError if the zipped file is damaged."""
     try:
         with pa.input_stream(str(path), compression="detect") as stream, io.BufferedReader(stream) as file:
             yield file
     except OSError as error:
-        if error.errno is not None:  # of the file system; the codecs of Arrow give none
+        if error.errno is not None:  # an error of the file system; Arrow codecs set no errno
             raise
         raise damaged_zip(path, str(error)) from None
 
@@ -52,7 +52,7 @@ def check_zipped(path: Path) -> None:
 
 
 def copy_path(path: Path, scratch_dir: Path) -> Path:
-    """Where the copy of a file is: its absolute path below `scratch_dir`/COPIES."""
+    """Return the path of a file's copy: its absolute path below `scratch_dir`/COPIES."""
     return scratch_dir / COPIES / path.absolute().relative_to("/")
 
 
@@ -61,23 +61,23 @@ def copy_as_utf_8(path: Path, encoding: str, scratch_dir: Path) -> None:
     target = copy_path(path, scratch_dir)
     target.parent.mkdir(parents=True, exist_ok=True)
     decoder = codecs.getincrementaldecoder("utf-8-sig" if encoding == "utf-8" else encoding)()
-    held = ""  # a CR at the end of a block, whose LF may be in the next one
+    pending_cr = ""  # a CR at the end of a block, whose LF may be in the next one
     is_last = False
     with open_unzipped(path) as source, target.open("wb") as file:
         while not is_last:
             block = source.read(_BLOCK_BYTES)
             is_last = not block
             try:
-                text = held + decoder.decode(block, final=is_last)
+                text = pending_cr + decoder.decode(block, final=is_last)
             except UnicodeError:
                 raise wrong_encoding(path, encoding) from None
             text = text if file.tell() else text.removeprefix("\ufeff")
-            held = "\r" if text.endswith("\r") and not is_last else ""
-            file.write(text[: len(text) - len(held)].replace("\r\n", "\n").encode())
+            pending_cr = "\r" if text.endswith("\r") and not is_last else ""
+            file.write(text[: len(text) - len(pending_cr)].replace("\r\n", "\n").encode())
 
 
 def has_mixed_line_ends(path: Path) -> bool:
-    """Whether some lines end in LF alone and others in CRLF."""
+    """Return whether some lines end in LF alone and others in CRLF."""
     num_lf = num_crlf = 0
     last = b""
     with open_unzipped(path) as source:
@@ -111,7 +111,7 @@ def wrong_encoding(path: Path, encoding: str, *, has_option: bool = True) -> Dat
 
 
 class _KeyTwiceError(Exception):
-    """A JSON object has a key twice; the message is the key, quoted."""
+    """Raised for a JSON object with a duplicate key; the message is the quoted key."""
 
 
 def _unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:

@@ -1,12 +1,12 @@
-"""The type of each column of a table, by a scan of all its rows.
+"""Infer the type of each column of a table from a scan of all its rows.
 
-Parquet and JSON declare types, which are kept. In CSV nobody does: there a column is what all of its values are.
+The types that Parquet and JSON declare are kept. CSV declares none: a column has the type that fits all its values.
 
     integer   every value is spelled as an int64 is: no leading zero, plus sign, blank, hexadecimal or decimal point
     number    every value is a decimal number, and no two spellings are of one number (1.10 and 1.1 together are text)
     text      else; ids are integers or text, never numbers
 
-So no two values become one, whatever row they are in. The option `types` declares another type.
+So distinct values stay distinct in all rows. The option `types` overrides the inferred type.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from trec_twotower.data.sources.tables.event_files import sql_name, sql_text
 from trec_twotower.data.sources.tables.table_options import TableOptions, is_time_format
 from trec_twotower.errors import ConfigError, DataError, nearest
 
-# Types that models do not read, and what they become. Quoted names of fields stay.
+# Types that models do not read; `_readable` replaces them. Quoted field names are unchanged.
 _ODD_TYPES = re.compile(r'"NULL"(?=[\[\],)]|$)|("(?:[^"]|"")*")|\b(?:DECIMAL\(\d+,\d+\)|U?HUGEINT|UUID)(?=[\[\],)]|$)')
 
 
@@ -52,7 +52,7 @@ def note(message: str) -> None:
 
 @dataclass(frozen=True)
 class Rows:
-    """All rows of a table: `count` those that meet an SQL condition, `refuse` is the error that names the first.
+    """Access to all rows: `count` returns how many meet an SQL condition, `refuse` the error naming the first.
 
     `refuse` gets a column, the condition, the number of rows that meet it, and the reason.
     """
@@ -63,7 +63,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class Typed:
-    """A column's type, and the SQL expression that gives it.
+    """Type of a column, and the SQL expression that converts to it.
 
     `microseconds` is the SQL expression of a typed time in whole microseconds since 1970.
     """
@@ -71,27 +71,27 @@ class Typed:
     type: str
     expression: str
     microseconds: str = ""
-    fits: frozenset[str] = frozenset()  # of ids: the integer types that hold all of them
+    fits: frozenset[str] = frozenset()  # for ids: the integer types that can hold all of them
     is_declared: bool = False  # for ids: whether the files or the option `types` declare the type
 
 
 @dataclass(frozen=True)
 class Column:
-    """A column as the files have it: `kind` is its DuckDB type there, `where` names its files.
+    """Column of the files: `kind` is its DuckDB type there, `where` names the files.
 
-    A subclass is a way of giving it a type: `aggregates` are what has to be known of all rows, `typed` decides.
+    A subclass determines the final type: `aggregates` are the statistics it needs of all rows, `typed` decides.
     """
 
     name: str
     kind: str
     where: str
     options: TableOptions
-    role: str = "column"  # the option that names it
+    role: str = "column"  # name of the option that selects the column
     is_undeclared: bool = False
 
     @property
     def sql(self) -> str:
-        """The column in SQL, null where it has a null word."""
+        """Return the SQL expression of the column, with null words replaced by NULL."""
         name = sql_name(self.name)
         if self.kind != "VARCHAR" or not self.options.null:
             return name
@@ -105,15 +105,15 @@ class Column:
 
     @property
     def spelling_name(self) -> str:
-        """The SQL name of `spelling` among the rows that `aggregates` are of: DuckDB makes it once for all of them."""
+        """Return the SQL name of `spelling`, which DuckDB computes once for all `aggregates`."""
         return sql_name(f"spelling of {self.name}")
 
     def aggregates(self) -> dict[str, str]:
-        """SQL aggregates over all rows, by the name under which `typed` gets their values."""
+        """Return SQL aggregates over all rows, keyed by their name in the `found` argument of `typed`."""
         return {}
 
     def typed(self, found: dict[str, Any], rows: Rows) -> Typed:
-        """The type of the column; DataError where its values do not allow one."""
+        """Return the column's type. Raise DataError if no type fits its values."""
         raise NotImplementedError
 
     def refusal(self, why: str) -> DataError:
@@ -121,7 +121,7 @@ class Column:
 
 
 class PlainColumn(Column):
-    """A column of a declared type that is kept, but for types that models do not read."""
+    """Column that keeps its declared type, except for types that models do not read."""
 
     def typed(self, found: dict[str, Any], rows: Rows) -> Typed:
         kind = _ODD_TYPES.sub(_readable, self.kind)
@@ -135,7 +135,7 @@ def _readable(found: re.Match[str]) -> str:
 
 
 class DeclaredColumn(Column):
-    """A column of the type that the option `types`, or its use as a weight or a rating, declares."""
+    """Column whose type is declared by the option `types`, or by its use as weight or rating."""
 
     declared: ClassVar[str | None] = None
 
@@ -144,7 +144,7 @@ class DeclaredColumn(Column):
         return self.declared or self.options.types[self.name]
 
     def _value(self) -> tuple[str, str]:
-        """The DuckDB type, and the SQL expression: NULL where a value is not of it."""
+        """Return the DuckDB type and the SQL expression, which is NULL for values of another type."""
         name, kind, type = self.sql, self.kind, self.type
         if type == "text":
             return "VARCHAR", name if kind == "VARCHAR" else text_of(name, kind)
@@ -199,19 +199,19 @@ class DeclaredColumn(Column):
 
 
 class NumberColumn(DeclaredColumn):
-    """The weight or the rating of events."""
+    """Weight or rating of events."""
 
     declared = "number"
 
 
 class FeatureColumn(Column):
-    """A column of CSV: integers, numbers or text, by all of its values."""
+    """CSV column: integers, numbers or text, inferred from all values."""
 
     is_noted: ClassVar[bool] = True
 
     @property
     def spelling(self) -> str:
-        """Decimals have their number of places in the word."""
+        """Return SQL for the spelling class; for decimals it includes the number of places."""
         text = self.sql
         places = f"(length({text}) - strpos({text}, '.'))"
         shortest = f"contains({text}, 'e') AND CAST(try_cast({text} AS DOUBLE) AS VARCHAR) = {text}"
@@ -283,13 +283,13 @@ def _matches(text: str, pattern: str) -> str:
 
 
 class FilterColumn(FeatureColumn):
-    """A column of CSV that only the condition `where` may use."""
+    """CSV column that is used only by the condition `where`."""
 
     is_noted = False
 
 
 class OrderColumn(FeatureColumn):
-    """The column that orders events of equal time: text of CSV is reported, since 10 comes before 9 in it."""
+    """Column that orders events of equal time. CSV text prints a note, because "10" sorts before "9"."""
 
     is_noted = False
 
@@ -310,7 +310,7 @@ class OrderColumn(FeatureColumn):
 
 
 class ListColumn(Column):
-    """Text that is a list: values between separators, by the option `lists`. Integers if all of them are."""
+    """Text that the option `lists` splits at separators: a list of integers if all values are, else of text."""
 
     @property
     def _parts(self) -> str:
@@ -330,7 +330,7 @@ class ListColumn(Column):
 
 
 def feature_column(column: Column, *, is_noted: bool = True) -> Column:
-    """The way in which a feature, or a column that only `where` may use, gets its type."""
+    """Return the column as the subclass that types a feature, or a column used only by `where`."""
     name, options = column.name, column.options
     kind: type[Column] = PlainColumn
     if name in options.lists:
@@ -343,7 +343,7 @@ def feature_column(column: Column, *, is_noted: bool = True) -> Column:
 
 
 def order_column(column: Column) -> Column:
-    """The way in which the column gets its type that orders events; DataError where its values have no order."""
+    """Return the column as the subclass that types an order. Raise DataError if its type has no order."""
     if column.kind.endswith("]") or column.kind.startswith(("STRUCT", "MAP", "UNION", "JSON", "BLOB", "BIT")):
         raise column.refusal("an order is given by numbers, text or times: cast it")
     return feature_column(column) if column.name in column.options.types else as_kind(column, OrderColumn)
@@ -354,7 +354,7 @@ def as_kind(column: Column, kind: type[Column]) -> Column:
 
 
 def check_names(options: TableOptions, known: Sequence[str]) -> None:
-    """ConfigError where `types` or `lists` name a column that no file has."""
+    """Raise ConfigError if `types` or `lists` name a column that no file has."""
     for option in ("types", "lists"):
         for name in getattr(options, option):
             if name not in known:

@@ -1,4 +1,4 @@
-"""The files of a table (events, items or users), found by an option and opened in their format.
+"""Find the files of a table (events, items or users) and open them in their format.
 
 Columns of CSV are text here, and so are the keys in the names of Hive's folders (`store=7/`). The types that Parquet
 and JSON declare are kept. `table_columns` gives columns their types.
@@ -45,7 +45,7 @@ _HIVE_NULL = "__HIVE_DEFAULT_PARTITION__"
 
 @dataclass(frozen=True)
 class TableFiles:
-    """The files of a table and what they hold.
+    """Files of a table and their columns.
 
     `undeclared` are the columns whose type nobody declares: those of CSV, and the keys of Hive's folders. `mixed` are
     those of JSON whose values are of several types. `lacking` has the files that a column is missing in, `conflicts`
@@ -59,10 +59,10 @@ class TableFiles:
     conflicts: dict[str, str] = field(default_factory=dict)
     mixed: frozenset[str] = frozenset()
     csv: CsvFiles | None = None
-    base: Path | None = None  # the folder below which Hive's folders count
+    base: Path | None = None  # root of the Hive partition folders
 
     def after(self, database: duckdb.DuckDBPyConnection, error: duckdb.Error) -> TableFiles:
-        """The same table opened in a way that `error` does not arise in; raises `error` where there is none."""
+        """Return the table reopened in a way that avoids `error`. Raise `error` if there is none."""
         if self.csv is None:
             raise error
         return _with_csv(database, self, self.csv.after(error))
@@ -94,7 +94,7 @@ def open_table(database: duckdb.DuckDBPyConnection, options: TableOptions, table
 
 
 def _find(table: str, place: str, format: str | None) -> tuple[list[Path], Path | None]:
-    """The files, sorted by name, and the folder below which `key=value` folders count; of one file none."""
+    """Return the files sorted by name, and the root of the `key=value` folders (None for a single file)."""
     path = Path(place).expanduser()
     if path.is_file():
         return [path], None
@@ -120,7 +120,7 @@ def _find(table: str, place: str, format: str | None) -> tuple[list[Path], Path 
 
 
 def _format_of(table: str, place: str, paths: list[Path]) -> str:
-    """The one format of the files, by their endings."""
+    """Return the common format of the files, from their endings."""
     formats = {FORMATS.get(_ending(file), ""): file for file in reversed(paths)}
     if "" in formats:
         raise DataError(
@@ -134,7 +134,7 @@ def _format_of(table: str, place: str, paths: list[Path]) -> str:
 
 
 def _is_shown(path: Path) -> bool:
-    """Not what Spark and others leave next to the data, such as _SUCCESS or ._part.crc."""
+    """Return whether a path is data, not a marker of Spark and others such as _SUCCESS or ._part.crc."""
     return not any(part.startswith((".", "_")) for part in path.parts)
 
 
@@ -174,7 +174,7 @@ def _with_csv(database: duckdb.DuckDBPyConnection, opened: TableFiles, csv: CsvF
 
 
 def _finished(database: duckdb.DuckDBPyConnection, opened: TableFiles, relation: str, place: Place) -> TableFiles:
-    """With the keys of Hive's folders as columns, and the type of each column."""
+    """Return the table with the Hive keys as columns, and the type of each column."""
     types = describe(database, relation)
     keys = _hive_keys(opened, types)
     files = replace(opened.files, types=types | dict.fromkeys(keys, "VARCHAR"), place=place)
@@ -186,7 +186,7 @@ def _finished(database: duckdb.DuckDBPyConnection, opened: TableFiles, relation:
 
 
 def _hive_keys(opened: TableFiles, types: Collection[str]) -> dict[str, str]:
-    """The keys of `key=value` folders, and the SQL expression of each one's value (text; null as Hive writes it)."""
+    """Return the keys of `key=value` folders with the SQL expression of each value (text; Hive's null is NULL)."""
     base = opened.base
     if base is None:
         return {}
@@ -213,7 +213,7 @@ def _hive_keys(opened: TableFiles, types: Collection[str]) -> dict[str, str]:
 def _with_json(
     database: duckdb.DuckDBPyConnection, options: TableOptions, table: TableName, opened: TableFiles
 ) -> TableFiles:
-    """The files are read from copies if their encoding is another than UTF-8."""
+    """Return the table of JSON files, read from copies if their encoding is not UTF-8."""
     encoding = options.encoding.get(table, "utf-8")
     if encoding == "utf-8":
         relation, mixed = json_relation(database, opened.paths)
@@ -227,7 +227,7 @@ def _with_json(
 
 
 def _parquet_columns(paths: list[Path]) -> tuple[dict[Path, tuple[str, ...]], dict[str, str]]:
-    """The columns of each file, and of each column that files declare as different kinds what to report."""
+    """Return the columns of each file, and the error text of each column with conflicting types."""
     names: dict[Path, tuple[str, ...]] = {}
     kinds: dict[str, tuple[str, str, Path]] = {}
     conflicts: dict[str, str] = {}
@@ -249,7 +249,7 @@ def _parquet_columns(paths: list[Path]) -> tuple[dict[Path, tuple[str, ...]], di
 
 
 def _kind(type: pa.DataType) -> str:
-    """The broad kind of a type: columns of one kind can be read together."""
+    """Return the broad kind of a type: columns of one kind can be read together."""
     if pa.types.is_dictionary(type):
         return _kind(type.value_type)
     for kind, holds in (
@@ -267,7 +267,7 @@ def _kind(type: pa.DataType) -> str:
 
 
 def _lacking(names: dict[Path, tuple[str, ...]]) -> dict[str, list[Path]]:
-    """Of each column that some files lack, those files; DataError where files spell a name in upper and lower case."""
+    """Return the files that lack each column. Raise DataError if files spell a name in different case."""
     spelled: dict[str, tuple[str, Path]] = {}
     holders: dict[str, set[Path]] = {}
     for path, columns in names.items():

@@ -1,4 +1,4 @@
-"""The options of `prepare events` that describe its files: format, separators, encodings and types."""
+"""Options of `prepare events` that describe the files: format, separators, encodings and types."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from trec_twotower.data.sources.event_logs.log_options import LogOptions
 TableName = Literal["events", "items", "users"]
 TABLES: tuple[TableName, ...] = ("events", "items", "users")
 TYPES = ("text", "integer", "number", "boolean", "time")
-TIME_UNITS = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}  # per second
+TIME_UNITS = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}  # units per second
 
 _SEPARATORS = {"tab": "\t", "comma": ",", "semicolon": ";", "pipe": "|", "space": " ", r"\t": "\t"}
 _UTF_8 = {"utf-8", "utf-8-sig", "ascii"}
@@ -22,14 +22,14 @@ Value = TypeVar("Value")
 
 
 def _for_every_table(value: Any) -> Any:
-    """One value holds for events, items and users; a mapping names the tables it holds for."""
+    """Expand one value to events, items and users; a mapping names its tables explicitly."""
     if value is None:
         return {}
     return value if isinstance(value, dict) else dict.fromkeys(TABLES, value)
 
 
 def _for_events(value: Any) -> Any:
-    """The columns of one table are rarely those of another: a list is that of the events."""
+    """Apply a plain list to the events only, because tables rarely share their columns."""
     return {"events": value} if isinstance(value, list | tuple) else _for_every_table(value)
 
 
@@ -49,7 +49,7 @@ def _quote(value: str) -> str:
 
 
 def _encoding(value: str) -> str:
-    """The codec's name as Python spells it; utf-8 for what is a part of it."""
+    """Return Python's name of the codec; utf-8 for its subsets."""
     try:
         name = codecs.lookup(value).name
     except LookupError:
@@ -60,7 +60,7 @@ def _encoding(value: str) -> str:
 
 
 def _null_words(value: Any) -> Any:
-    """The words as text. YAML reads NULL and null as its own null: both are meant then."""
+    """Return the null words as text. YAML parses NULL and null as null, so null means both."""
     words = [] if value == () else value if isinstance(value, list | tuple) else [value]
     spelled: list[str] = []
     for word in words:
@@ -73,7 +73,7 @@ def _decimal(value: Any) -> Any:
 
 
 def is_time_format(value: str) -> bool:
-    """Whether a type is a time format (strptime) in place of a word."""
+    """Return whether a type is a strptime format rather than a type name."""
     return "%" in value
 
 
@@ -100,7 +100,7 @@ ForEveryTable = BeforeValidator(_for_every_table)
 
 
 class TableOptions(LogOptions):
-    """How the files of each table are written.
+    """Format of the files of each table.
 
     Options of type "per table" are one value for all tables, or a mapping such as {events: "::", items: ","}.
     """
@@ -126,7 +126,7 @@ class TableOptions(LogOptions):
     where: str | None = Field(None, min_length=1)
 
     def named_columns(self, table: TableName) -> list[str]:
-        """The columns that the options name for this table."""
+        """Return the columns that the options name for this table."""
         raise NotImplementedError
 
     @model_validator(mode="after")

@@ -1,4 +1,4 @@
-"""The column of times: microseconds since 1970 from numbers of any unit, timestamps, and text in ISO 8601 or a format.
+"""Time column: microseconds since 1970 from numbers of any unit, timestamps, or text in ISO 8601 or a format.
 
 A day is never guessed from a month. Text such as 03/04/2024 is read if some value of all files shows which part is the
 day (one above 12); else `time_format` must declare it. Numbers are in the unit that fits all values; else `time_unit`
@@ -28,7 +28,7 @@ from trec_twotower.data.sources.tables.table_options import TIME_UNITS, is_time_
 from trec_twotower.errors import ConfigError, DataError
 
 _UNIT_NAMES = {"s": "seconds", "ms": "milliseconds", "us": "microseconds", "ns": "nanoseconds"}
-# Times of the years 1973 to 2286 in each unit: the ranges do not meet.
+# Range of the years 1973 to 2286 in each unit. The ranges do not overlap.
 _RANGES = {unit: (10**8 * per_second, 10**10 * per_second) for unit, per_second in TIME_UNITS.items()}
 _DATED = r"[0-9]{1,2}[-/.][0-9]{1,2}[-/.][0-9]{4}( [0-9]{1,2}:[0-9]{2}(:[0-9]{2})?( ?[AaPp][Mm])?)?"
 _ZONE = r".*:[0-9]{2}.*(Z|UTC|[-+][0-9:]+)"
@@ -36,7 +36,7 @@ _CLOCKS = ("", " %H:%M", " %H:%M:%S", " %I:%M %p", " %I:%M:%S %p", " %I:%M%p", "
 
 
 class TimeColumn(Column):
-    """The option `timestamp`."""
+    """Column that the option `timestamp` names."""
 
     @property
     def _format(self) -> str | None:
@@ -65,13 +65,13 @@ class TimeColumn(Column):
 
     @property
     def _number(self) -> str:
-        """SQL: the number of a column of numbers, or of text; NULL for what is none."""
+        """Return SQL that reads the column as a number; NULL for text that is no number."""
         if self.kind == "VARCHAR":
             return f"try_cast({self.sql} AS DOUBLE)"
         return f"CASE WHEN isfinite({self.sql}) THEN {self.sql} END" if self.kind in FLOATS else self.sql
 
     def _of_numbers(self, number: str) -> dict[str, str]:
-        """What decides the unit of numbers."""
+        """Return the aggregates that decide the unit of numbers."""
         return {"least": f"min({number})", "most": f"max({number})"}
 
     @property
@@ -116,7 +116,7 @@ class TimeColumn(Column):
         return self._by_text(spellings, found["example"], rows)
 
     def _by_text(self, spellings: dict[str, int], example: str, rows: Rows) -> Typed:
-        """Text in ISO 8601; DataError where there is other text."""
+        """Return the type of text in ISO 8601. Raise DataError for other text."""
         values = sum(spellings.values())
         numbers = spellings.get("integer", 0) + spellings.get("number", 0)
         times = spellings.get("iso", 0) + spellings.get("zoned", 0)
@@ -146,7 +146,7 @@ class TimeColumn(Column):
         return Typed(self.kind, self.sql, f"epoch_us({time_of(name, format)})")
 
     def _by_day_or_month(self, found: dict[str, Any]) -> Typed:
-        """Text such as 31/12/2024 10:00, if it shows which part is the day."""
+        """Return the type of text such as 31/12/2024 10:00, if the values show which part is the day."""
         day_first, month_first = _formats(found["example"])
         if found["first"] > 12 and found["second"] > 12:
             why = f"times of {self.name!r} begin with a day in some rows and with a month in others"
@@ -164,7 +164,7 @@ class TimeColumn(Column):
         return Typed("VARCHAR", self.sql, f"epoch_us(try_strptime({name}, [{formats}]))")
 
     def _by_unit(self, kind: str, expression: str, found: dict[str, Any], rows: Rows) -> Typed:
-        """Numbers, of the unit that the option names or that fits all of them."""
+        """Return the type of numbers in the unit of the option `time_unit`, or the unit that fits all of them."""
         per_second = TIME_UNITS[self.options.time_unit or self._unit(found, rows)]
         name = sql_name(self.name)
         if kind in INTEGERS | WIDE_INTEGERS and per_second <= 10**6:
@@ -197,7 +197,7 @@ class TimeColumn(Column):
         raise rows.refuse(self.name, condition, rows.count(condition), why)
 
     def _refuse_dates(self, least: float, most: float, rows: Rows) -> None:
-        """DataError if all numbers are dates such as 20240531, or 202405312359, which as seconds make no sense."""
+        """Raise DataError if all numbers look like dates such as 20240531 or 202405312359."""
         text = f"CAST(try_cast({self._number} AS HUGEINT) AS VARCHAR)"
         for length, format in ((8, "%Y%m%d"), (12, "%Y%m%d%H%M"), (14, "%Y%m%d%H%M%S")):
             if least // 10 ** (length - 4) >= 1900 and most // 10 ** (length - 4) <= 2100:
@@ -219,7 +219,7 @@ class TimeColumn(Column):
 
 
 def _of_time(name: str, kind: str) -> str:
-    """SQL: the microseconds since 1970 of a column of a time type; NULL for an infinity."""
+    """Return SQL for the microseconds since 1970 of a time-typed column; NULL for infinity."""
     quoted = sql_name(name)
     if kind in ("TIMESTAMP_NS", "TIMESTAMPTZ_NS"):
         return f"CASE WHEN epoch_ns({quoted}) < 0 THEN -1 ELSE epoch_ns({quoted}) // 1000 END"
@@ -227,7 +227,7 @@ def _of_time(name: str, kind: str) -> str:
 
 
 def _formats(example: str) -> tuple[str, str]:
-    """The formats of a text such as 31/12/2024 10:00, with the day first and with the month first."""
+    """Return the day-first and the month-first format of a text such as 31/12/2024 10:00."""
     sign = re.sub(r"[0-9]", "", example)[0]
     _, _, clock = example.partition(" ")
     parts = ["%H:%M", "%H:%M:%S"][clock.count(":") - 1] if clock else ""

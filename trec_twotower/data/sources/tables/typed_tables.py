@@ -1,4 +1,4 @@
-"""A table whose columns have their types: one scan of all rows decides them, and DuckDB reads the rows by them."""
+"""Tables with typed columns. One scan of all rows infers the types; DuckDB then converts the rows."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ from trec_twotower.data.sources.tables.table_files import TableFiles
 from trec_twotower.data.sources.tables.table_options import TableOptions
 from trec_twotower.errors import ConfigError, DataError, nearest
 
-_COLUMNS_PER_SCAN = 100  # DuckDB plans many aggregates slowly
-_LINE_BREAKS = "line breaks\n"  # among the names of columns, of which none has a line break
+_COLUMNS_PER_SCAN = 100  # DuckDB is slow at planning many aggregates
+_LINE_BREAKS = "line breaks\n"  # key next to column names, which have no line break
 
 
 @dataclass(frozen=True)
 class TypedTable:
-    """`files` is the relation of all columns, those of `typed` with their types, without the rows `where` drops."""
+    """Relation `files` of all columns, converted as in `typed` and filtered by the condition `where`."""
 
     files: Files
     typed: dict[str, Typed]
 
 
 def new_column(opened: TableFiles, options: TableOptions, name: str, role: str, *, is_needed: bool = True) -> Column:
-    """A column of the files; DataError where there is none, or, if every row needs a value, not in every file."""
+    """Return a column of the files. Raise DataError if no file has it, or if `is_needed` and a file lacks it."""
     files = opened.files
     where = f"{files.option} = {files.path}"
     if name not in files.types:
@@ -70,7 +70,7 @@ def no_column(opened: TableFiles, name: str, role: str) -> DataError:
 def type_table(
     database: duckdb.DuckDBPyConnection, options: TableOptions, opened: TableFiles, columns: Sequence[Column]
 ) -> TypedTable:
-    """Give `columns` their types by a scan of all rows; DataError names the first row that does not allow it."""
+    """Infer the types of `columns` from a scan of all rows. DataError names the first invalid row."""
     found: dict[str, dict[str, Any]] = {}
     asked = {column.name: aggregates for column in columns if (aggregates := column.aggregates())}
     asked |= _line_breaks(opened, options)
@@ -99,7 +99,7 @@ def type_table(
 
 
 def _line_breaks(opened: TableFiles, options: TableOptions) -> dict[str, dict[str, str]]:
-    """The count of values with a line break, by column, where that shows quotes that are plain characters.
+    """Return aggregates that count line breaks per column, if these reveal quotes that are plain characters.
 
     Files separated by tabs and the like are often written without any quoting. There a quote at the beginning of a
     value would swallow the lines up to the next one.
@@ -116,14 +116,14 @@ def _refuse_line_breaks(opened: TableFiles, counts: dict[str, int]) -> None:
         if count:
             raise DataError(
                 f"{opened.files.option} = {opened.files.path}: {count:,} quoted values of {name!r} hold line breaks. "
-                "Say quote=none if quotes are plain characters in these files, or quote='\"' if this is meant."
+                "Set quote=none if quotes are plain characters in these files, or quote='\"' if this is meant."
             )
 
 
 def _with_types(
     database: duckdb.DuckDBPyConnection, options: TableOptions, files: Files, typed: dict[str, Typed]
 ) -> Files:
-    """The files as a relation of typed columns, and with the condition `where` if these are the events."""
+    """Return the files as a relation of typed columns, filtered by `where` if they are the events."""
     selected = [
         f"{typed[name].expression} AS {sql_name(name)}" if name in typed else sql_name(name) for name in files.types
     ]
