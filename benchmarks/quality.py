@@ -161,13 +161,13 @@ def pure_svd(dim: int) -> Callable[[Bench], dict[str, float]]:
 
     def fitted(bench: Bench) -> dict[str, float]:
         from trec_twotower.config.training import SpectralConfig
-        from trec_twotower.training.spectral_initialization import Taken, spectral_tables
+        from trec_twotower.training.spectral_initialization import Interactions, spectral_tables
 
         usual = SpectralConfig(
             history="history", user_power=0.5, item_power=0.5, history_power=0.5, length_power=0.5, spectrum_power=0
         )
         began = time.process_time()
-        history_ID, item_ID = spectral_tables(Taken.read(bench.sources, bench.ranks), dim, usual, 0, bench.ranks)
+        history_ID, item_ID = spectral_tables(Interactions.read(bench.sources, bench.ranks), dim, usual, 0, bench.ranks)
         took = time.process_time() - began
         return bench.by_scores(lambda rows: _taken(bench, rows) @ history_ID @ item_ID.T, took)
 
@@ -177,10 +177,10 @@ def pure_svd(dim: int) -> Callable[[Bench], dict[str, float]]:
 def gf_cf(bench: Bench) -> dict[str, float]:
     """GF-CF (Shen et al. 2021): the item-item filter of the normalised matrix beside its 256 strongest directions."""
     from trec_twotower.config.training import SpectralConfig
-    from trec_twotower.training.spectral_initialization import Taken, _sparse, spectral_tables
+    from trec_twotower.training.spectral_initialization import Interactions, _sparse, spectral_tables
 
     began = time.process_time()
-    taken = Taken.read(bench.sources, bench.ranks)
+    taken = Interactions.read(bench.sources, bench.ranks)
     usual = SpectralConfig(
         history="history", user_power=0.5, item_power=0.5, history_power=0.5, length_power=0.5, spectrum_power=0
     )

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from trec_twotower.commands.output import code_for_launcher, is_unread, leave, prepare_output, print_once
@@ -143,10 +143,11 @@ def _init(options: argparse.Namespace) -> int:
     from trec_twotower.data.starter_config import starter_config
     from trec_twotower.storage.atomic import write_file
 
-    out = options.out or Path(f"{options.dataset.resolve().name}.yaml")
+    folder = options.dataset
+    out = options.out or Path(f"{PurePosixPath(folder).name if '://' in folder else Path(folder).resolve().name}.yaml")
     if out.exists() and not options.overwrite:
-        raise ConfigError(f"{out} exists: give another --out, or --overwrite.")
-    write_file(out, starter_config(options.dataset))
+        raise ConfigError(f"{out} exists already: give another file by --out, or replace it by --overwrite.")
+    write_file(out, starter_config(folder))
     print(f"{out}: check the features, then train it: trec-twotower train {out}")
     return 0
 

@@ -17,7 +17,7 @@ from trec_twotower.evaluation.evaluator import exactly
 from trec_twotower.evaluation.result_text import format_table
 from trec_twotower.evaluation.slices import make_slices
 from trec_twotower.ops.ragged import Ragged
-from trec_twotower.training.spectral_initialization import Taken
+from trec_twotower.training.spectral_initialization import Interactions
 
 
 def test_popularity_is_that_of_a_slow_count(cli, shop_copy, shop_tables):
@@ -282,7 +282,7 @@ def item_to_item_written_out(pairs, num_items, seen, k, count):
 def test_item_to_item_equals_sets_of_who_took_what(lone_rank, rng):
     pairs = sorted({(int(user), int(item)) for user, item in rng.integers(0, (30, 25), size=(150, 2))} | {(30, 24)})
     count = np.bincount([item for _, item in pairs], minlength=26) + rng.integers(0, 9, 26)  # 25 was never taken
-    taken = Taken(np.array([user for user, _ in pairs]), np.array([item for _, item in pairs]), 31, 26)
+    taken = Interactions(np.array([user for user, _ in pairs]), np.array([item for _, item in pairs]), 31, 26)
     baseline = ItemToItem.of(taken, count, lone_rank)
     seen = [rng.permutation(26)[: rng.integers(0, 8)].tolist() for _ in range(60)] + [list(range(26)), [3, 3, 4]]
     for k in (5, 26):
@@ -302,7 +302,7 @@ def test_svd_towers_score_the_sum_of_what_a_user_took(lone_rank, rng):
     """The sum and the products written out; the most popular for a user who took nothing."""
     user_P, item_P = np.nonzero(rng.random((40, 12)) < 0.3)
     count = np.bincount(item_P, minlength=12)
-    towers = SpectralTowers.of(Taken(user_P, item_P, 40, 12), 99, count, lone_rank)
+    towers = SpectralTowers.of(Interactions(user_P, item_P, 40, 12), 99, count, lone_rank)
     assert towers.item_ID.shape == (12, 12)  # no more than there is
     seen = [[1, 4, 7], [2], [], [5, 5, 9]]
     ranked = towers.rankings(Ragged.from_lists(seen), 6)
@@ -315,7 +315,7 @@ def test_svd_towers_score_the_sum_of_what_a_user_took(lone_rank, rng):
 def test_a_user_who_took_nearly_all_does_not_make_items_alike(lone_rank, monkeypatch):
     monkeypatch.setattr("trec_twotower.evaluation.baselines.MOST_TAKEN", 3)
     user_P, item_P = np.array([0, 0, 1, 1, 1, 1]), np.array([0, 1, 0, 1, 2, 3])
-    baseline = ItemToItem.of(Taken(user_P, item_P, 2, 4), np.ones(4), lone_rank)
+    baseline = ItemToItem.of(Interactions(user_P, item_P, 2, 4), np.ones(4), lone_rank)
     assert baseline.neighbour_IN[:, 0].tolist() == [1, 0, -1, -1]
     assert baseline.likeness_IN[0, 0] == pytest.approx(1 / 2)
 

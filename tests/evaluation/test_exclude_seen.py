@@ -19,7 +19,7 @@ from trec_twotower.evaluation.baselines import ItemToItem, SpectralTowers
 from trec_twotower.evaluation.sampled_metrics import Negatives, sampled_metrics
 from trec_twotower.ops.ragged import Ragged
 from trec_twotower.serving.retriever import Retriever
-from trec_twotower.training.spectral_initialization import Taken
+from trec_twotower.training.spectral_initialization import Interactions
 
 SETTINGS = (True, False, "except_target")
 
@@ -211,7 +211,7 @@ def test_baselines_use_the_history_and_leave_out_what_is_excluded(lone_rank, rng
     """Item to item and SVD towers, with scores of the history and every kind of exclusion, against plain loops."""
     user_P, item_P = np.nonzero(rng.random((40, 12)) < 0.3)
     count = np.bincount(item_P, minlength=12)
-    pairs = Taken(user_P, item_P, 40, 12)
+    pairs = Interactions(user_P, item_P, 40, 12)
     history = [[1, 4, 7], [2], [], [5, 9]]
     for excluded in ([[], [], [], []], [[4], [3], [1], [9, 0]], history):
         given = Ragged.from_lists(history), 12, Ragged.from_lists(excluded)

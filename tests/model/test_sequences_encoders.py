@@ -22,6 +22,7 @@ from trec_twotower.model.sequence_encoders import (
     SelfAttention,
     SequenceEncoder,
     SequenceInput,
+    StepDropout,
     turned,
 )
 
@@ -265,6 +266,19 @@ def test_self_attention_equals_the_weighted_means_written_out():
         weight_LM = encoder.outward(torch.tanh(encoder.inward(placed_LD))).softmax(0)
         expected = torch.stack([(weight_LM[:, m, None] * part_LD).sum(0) for m in range(2)])
         assert close(encoder(step_ND, length_B)[row], expected)
+
+
+def test_step_dropout_keeps_the_mean_and_a_share_of_the_numbers_as_torchs_does():
+    torch.manual_seed(0)
+    ones = torch.ones(1001, 33)
+    ours, torchs = StepDropout(0.6)(ones), torch.nn.Dropout(0.6)(ones)
+    assert sorted(ours.unique().tolist()) == pytest.approx([0.0, 256 / 102])  # .6 is 154 / 256, nearly
+    for dropped in (ours, torchs):
+        is_zero = (dropped == 0).float()
+        assert float(is_zero.mean()) == pytest.approx(0.6, abs=0.01)
+        assert float(dropped.mean()) == pytest.approx(1.0, abs=0.02)
+        assert float((is_zero[:, 0] * is_zero[:, 1]).mean()) == pytest.approx(0.36, abs=0.05)  # independent columns
+    assert StepDropout(0.6).eval()(ones).equal(ones) and StepDropout(0.0)(ones).equal(ones)
 
 
 def test_turned_products_depend_on_distances_alone():

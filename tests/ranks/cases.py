@@ -39,7 +39,7 @@ from trec_twotower.training.checkpoints.checkpoint import Checkpoints  # noqa: E
 from trec_twotower.training.model_builder import build_model, inner_model  # noqa: E402
 from trec_twotower.training.optimizer import RunOptimizer  # noqa: E402
 from trec_twotower.training.sharding import make_plan, placements  # noqa: E402
-from trec_twotower.training.spectral_initialization import Taken, spectral_tables, spread  # noqa: E402
+from trec_twotower.training.spectral_initialization import Interactions, spectral_tables, spread  # noqa: E402
 
 warnings.filterwarnings("error", module=r"trec_twotower(\.|$)")
 
@@ -100,7 +100,7 @@ class Work:
         for name, rows in (("events", "event"), ("users", "user")):
             schema = event_config(self.world, self.out).feature_schema
             sources = FeatureDataset(Dataset(self.world / name), Schema(schema.tables, (), schema.item), rows)
-            taken = Taken.read(sources, self.ranks)
+            taken = Interactions.read(sources, self.ranks)
             history_ID, item_ID = spectral_tables(taken, 5, SpectralConfig(history="history"), 7, self.ranks)
             pairs = self.ranks.collect(list(zip(taken.user_P.tolist(), taken.item_P.tolist(), strict=True)))
             self.results[f"spectral {name}"] = {

@@ -19,14 +19,14 @@ from trec_twotower.config.training import SpectralConfig
 from trec_twotower.errors import ConfigError, DataError
 from trec_twotower.training.loop import train
 from trec_twotower.training.model_builder import inner_model
-from trec_twotower.training.spectral_initialization import Taken, spectral_tables, spread
+from trec_twotower.training.spectral_initialization import Interactions, spectral_tables, spread
 
 pytestmark = pytest.mark.filterwarnings(*SAID_BY_TORCHREC)
 
 
-def taken_of(matrix_UI: np.ndarray) -> Taken:
+def taken_of(matrix_UI: np.ndarray) -> Interactions:
     users, items = np.nonzero(matrix_UI)
-    return Taken(users, items, *matrix_UI.shape)
+    return Interactions(users, items, *matrix_UI.shape)
 
 
 def by_whole_decomposition(matrix_UI: np.ndarray, dim: int, start: SpectralConfig) -> np.ndarray:
@@ -136,7 +136,7 @@ def test_without_an_epoch_it_is_a_recommender_and_training_goes_on_from_it(write
     evaluator = Evaluator.of(sources, "test", wanted.evaluate, lone_rank)
     assert evaluator(model)["recall@2"] == 1.0  # two of two, out of seventeen that were not seen
     item_ID = encode_everywhere(model, "item", sources.catalogue.columns, lone_rank)
-    _, item = spectral_tables(Taken.read(sources, lone_rank), 4, wanted.train.spectral, 0, lone_rank)
+    _, item = spectral_tables(Interactions.read(sources, lone_rank), 4, wanted.train.spectral, 0, lone_rank)
     assert torch.allclose(item_ID, item)
 
     seen = []
@@ -203,7 +203,7 @@ def test_at_the_end_it_stands_beside_what_was_trained(write_dataset, tmp_path, l
     assert np.allclose(user_BD[:, 4:], user_trained, atol=1e-6) and np.allclose(item_ID[:, :4], item_trained, atol=1e-6)
     assert np.allclose(np.square(item_trained).sum(1), 1, atol=1e-5)
     sources = load_model(Run.open(tmp_path / "run"), lone_rank).sources
-    taken = Taken.read(sources, lone_rank)
+    taken = Interactions.read(sources, lone_rank)
     matrix = np.zeros((taken.num_users, taken.num_items))
     matrix[taken.user_P, taken.item_P] = 1
     start = wanted.train.spectral

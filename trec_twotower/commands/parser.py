@@ -81,7 +81,7 @@ def _prepare(sub: argparse.ArgumentParser) -> None:
 
 
 def _init(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("dataset", type=Path, metavar="DATASET", help="a dataset folder, written by prepare")
+    sub.add_argument("dataset", metavar="DATASET", help="a dataset folder, written by prepare, or its URL")
     sub.add_argument("--out", type=Path, metavar="FILE", help="the config to write (default: DATASET's name + .yaml)")
     sub.add_argument("--overwrite", action="store_true", help="replace the file if it exists")
 

@@ -154,10 +154,10 @@ class FeatureDataset:
         train = self.dataset.train
         wanted, other = (POSITIVES, "event") if self.rows == "user" else (ITEM_ID, "user")
         if not train.has(wanted):
-            beside = " (or train_users/ next to it, as `prepare ... rows=both` does)" if self.rows == "user" else ""
+            hint = " (or train_users/ next to it, as `prepare ... rows=both` does)" if self.rows == "user" else ""
             raise ConfigError(
                 f"data.rows is {self.rows!r}, which needs the column {wanted!r} in {train.folder}, but its columns are "
-                f"{', '.join(train.columns)}: set data.rows: {other}, or write {wanted!r}{beside}."
+                f"{', '.join(train.columns)}: set data.rows: {other}, or write {wanted!r}{hint}."
             )
 
     def check_ids(self, split: Split) -> None:
@@ -254,7 +254,7 @@ class FeatureDataset:
                 f"{where}: user {python_value(ids, first)!r} is not in {self.users.split.folder} "
                 f"({int((rows < 0).sum()):,} rows have such users): write one row for each user there."
             )
-        return columns.beside(self.users.columns.take(rows))
+        return columns.merge(self.users.columns.take(rows))
 
     def state_features(self, table: pa.Table, where: str, given: Mapping[str, Ragged] | None = None) -> Columns:
         """Return the features of one user from one row (`state_table`). The user may be missing in users/.
@@ -270,7 +270,7 @@ class FeatureDataset:
         told = {name: table[name] for name in self.static_columns() if name in table.column_names}
         anew = [each for each in self.static if row < 0 or not told.keys().isdisjoint(each.source_columns)]
         if row >= 0:
-            columns = columns.beside(users.columns.take(np.array([row])))
+            columns = columns.merge(users.columns.take(np.array([row])))
         if not anew:
             return columns
         others = sorted({name for each in anew for name in each.source_columns} - told.keys())
@@ -281,7 +281,7 @@ class FeatureDataset:
             kept = users.row(row, others) if others else pa.table({})
         whole = pa.table({**told, **{name: kept[name] for name in others}})
         made = transform(anew, self.schema.tables, self._statistics_of("user"), whole, where)
-        return columns.beside(made)
+        return columns.merge(made)
 
     def static_columns(self) -> list[str]:
         """Return the columns that `user_features` reads from users/, without those that it reads from the row."""

@@ -14,7 +14,7 @@ from trec_twotower.evaluation.metrics import popularity_ranking
 from trec_twotower.index import ExactItems, exact_search
 from trec_twotower.ops.compilation import kernel
 from trec_twotower.ops.ragged import Ragged, offsets_of, side_by_side
-from trec_twotower.training.spectral_initialization import Taken, spectral_tables
+from trec_twotower.training.spectral_initialization import Interactions, spectral_tables
 
 MOST_NEIGHBOURS = 100  # of an item
 MOST_TAKEN = (
@@ -32,20 +32,20 @@ class ItemToItem:
     count_I: np.ndarray
 
     @classmethod
-    def of(cls, taken: Taken, count_I: np.ndarray, ranks: Ranks) -> ItemToItem:
+    def of(cls, interactions: Interactions, count_I: np.ndarray, ranks: Ranks) -> ItemToItem:
         """From the pairs of all ranks, each of which finds the neighbours of its share of the items.
 
         `count_I` orders what is left where an item has too few neighbours.
         """
-        pairs = ranks.collect((taken.user_P, taken.item_P, taken.num_users))
+        pairs = ranks.collect((interactions.user_P, interactions.item_P, interactions.num_users))
         first_user = offsets_of([num_users for _, _, num_users in pairs])
         user_P = np.concatenate([user + first for (user, _, _), first in zip(pairs, first_user, strict=False)])
         item_P = np.concatenate([item for _, item, _ in pairs])
         of_user = offsets_of(np.bincount(user_P, minlength=int(first_user[-1])))
-        of_item = offsets_of(np.bincount(item_P, minlength=taken.num_items))
+        of_item = offsets_of(np.bincount(item_P, minlength=interactions.num_items))
         by_item = user_P[np.argsort(item_P, kind="stable")]
-        mine = ranks.share(taken.num_items)
-        most = max(1, min(MOST_NEIGHBOURS, KEPT_CELLS // taken.num_items))
+        mine = ranks.share(interactions.num_items)
+        most = max(1, min(MOST_NEIGHBOURS, KEPT_CELLS // interactions.num_items))
         neighbour = np.full((mine.stop - mine.start, most), -1, np.int32)
         likeness = np.zeros(neighbour.shape, np.float32)
         _find_neighbours(of_user, item_P, of_item, by_item, mine.start, MOST_TAKEN, neighbour, likeness)
@@ -65,8 +65,8 @@ class ItemToItem:
         found = ranked >= 0
         short = np.flatnonzero(~found[:, -1])
         if len(short):
-            taken = Ragged(offsets_of(found[short].sum(axis=1)), ranked[short][found[short]])
-            rest = popularity_ranking(self.count_I, side_by_side(excluded.take(short), taken), k)
+            already_ranked = Ragged(offsets_of(found[short].sum(axis=1)), ranked[short][found[short]])
+            rest = popularity_ranking(self.count_I, side_by_side(excluded.take(short), already_ranked), k)
             for row, more in zip(short, rest, strict=True):
                 begun = int(found[row].sum())
                 ranked[row, begun:] = more[: k - begun]
@@ -82,12 +82,12 @@ class SpectralTowers:
     count_I: np.ndarray
 
     @classmethod
-    def of(cls, taken: Taken, dim: int, count_I: np.ndarray, ranks: Ranks) -> SpectralTowers:
+    def of(cls, interactions: Interactions, dim: int, count_I: np.ndarray, ranks: Ranks) -> SpectralTowers:
         """From the pairs of all ranks, at `dim` or what the matrix has; all ranks call together and get the same."""
-        num_users = int(ranks.sum(np.array([taken.num_users]))[0])
-        dim = min(dim, num_users, taken.num_items)
+        num_users = int(ranks.sum(np.array([interactions.num_users]))[0])
+        dim = min(dim, num_users, interactions.num_items)
         start = SpectralConfig(history="all interactions of a user")
-        history, item = spectral_tables(taken, dim, start, 0, ranks)
+        history, item = spectral_tables(interactions, dim, start, 0, ranks)
         return cls(history.cpu().numpy(), item.cpu().numpy(), count_I)
 
     def users(self, seen: Ragged) -> np.ndarray:

@@ -47,7 +47,7 @@ from trec_twotower.ops.ragged import Ragged, offsets_of
 from trec_twotower.storage.atomic import naming, write_json
 from trec_twotower.training.collapse_guard import cosines, unit
 from trec_twotower.training.run_dir import Run
-from trec_twotower.training.spectral_initialization import Taken
+from trec_twotower.training.spectral_initialization import Interactions
 
 Search = Callable[[np.ndarray, int, Ragged], np.ndarray]  # user vectors, k, seen -> item rows
 
@@ -215,12 +215,12 @@ def evaluate_run(
     methods.add(POPULARITY, popularity_ranking(count_I, evaluator.excluded, k))
     vectors_by_method = {EXACT: (item_ID, user_BD), POPULARITY: popularity_vectors(count_I, len(held_out))}
     if config.item_to_item or config.svd:
-        taken = ranks.together(lambda: Taken.read(loaded.sources, ranks))
+        interactions = ranks.together(lambda: Interactions.read(loaded.sources, ranks))
     if config.item_to_item:
-        item_to_item = ItemToItem.of(taken, count_I, ranks)
+        item_to_item = ItemToItem.of(interactions, count_I, ranks)
         methods.add(ITEM_TO_ITEM, item_to_item.rankings(held_out.seen, k, evaluator.excluded))
     if config.svd:
-        svd = SpectralTowers.of(taken, config.svd, count_I, ranks)
+        svd = SpectralTowers.of(interactions, config.svd, count_I, ranks)
         methods.add(SVD, svd.rankings(held_out.seen, k, evaluator.excluded))
         vectors_by_method[SVD] = svd.item_ID, svd.users(held_out.seen)
     figures = methods.result()

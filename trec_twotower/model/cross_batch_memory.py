@@ -54,7 +54,7 @@ class CrossBatchMemory(nn.Module):
         """Clear the memory."""
         self.first_Q.fill_(NEVER)
 
-    def beside(
+    def extend(
         self, item_CD: Tensor, key_C: Tensor, log_p_C: Tensor, relations: Relations, listed: Pairs
     ) -> tuple[Tensor, Relations]:
         """Return the step's candidates followed by those of earlier steps, and how all of them relate to the rows.

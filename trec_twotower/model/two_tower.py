@@ -147,7 +147,7 @@ class TwoTower(nn.Module):
         """Return the candidates followed by those of earlier steps; in training, keep this step's for later ones."""
         assert batch.item_key_C is not None
         assert batch.targets is not None and batch.targets.masked_keys is not None
-        both = queue.beside(item_CD, batch.item_key_C, log_p_C, relations, batch.targets.masked_keys)
+        both = queue.extend(item_CD, batch.item_key_C, log_p_C, relations, batch.targets.masked_keys)
         if self.training:
             queue.push(item_CD, batch.item_key_C, log_p_C, relations.is_negative_C)
         return both

@@ -64,7 +64,7 @@ def newest_state(sources: FeatureDataset, user_id: Any) -> UserState:
         of_history = [feature for feature in sources.context if feature.source_column == HISTORY]
         if of_history:
             longer = with_interactions(row, positives, of_history)
-            features = features.beside(sources.history_features(longer, where))
+            features = features.merge(sources.history_features(longer, where))
     return UserState(python_value(row[USER_ID], 0), features, seen)
 
 

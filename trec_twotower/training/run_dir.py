@@ -111,7 +111,7 @@ class Run:
             count_NI = count_items(sources, self.config.loss)
             self._check_trainable(sources, count_NI)
             self._write_learned(sources, count_NI, generations)
-            if generations is None or len(generations.taken) == 1:
+            if generations is None or len(generations.entries) == 1:
                 learned.append(sources)
             return {name: asdict(statistics) for name, statistics in sources.statistics.items()}
 
@@ -287,7 +287,7 @@ class Run:
         """Return the counts of negatives.count_items."""
         data = self.config.data
         if data.follow is not None:
-            newest = len(Generations.read(self.folder / STREAM, data.dataset).taken) - 1
+            newest = len(Generations.read(self.folder / STREAM, data.dataset).entries) - 1
             if newest:
                 return read_counts(counts_path(self.folder, newest), COUNT_AGAIN)
         path, digest = self.folder / COUNTS, self.learned()[COUNTS]

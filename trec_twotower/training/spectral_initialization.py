@@ -47,7 +47,7 @@ BLOCK_ROWS = 1 << 16  # users per block
 
 
 @dataclass(frozen=True)
-class Taken:
+class Interactions:
     """Distinct user-item pairs: users 0 .. num_users - 1 of this rank, ascending, and catalogue rows."""
 
     user_P: np.ndarray
@@ -56,7 +56,7 @@ class Taken:
     num_items: int
 
     @classmethod
-    def read(cls, sources: FeatureDataset, ranks: Ranks) -> Taken:
+    def read(cls, sources: FeatureDataset, ranks: Ranks) -> Interactions:
         """Return the interactions of this rank's share of the users in train/.
 
         With one row per user the ranks share the row groups; with one row per event, a hash of the id assigns the user.
@@ -92,30 +92,34 @@ class Taken:
             yield self.user_P[low:high] - first, self.item_P[low:high], last - first
 
 
-def spectral_tables(taken: Taken, dim: int, start: SpectralConfig, seed: int, ranks: Ranks) -> tuple[Tensor, Tensor]:
+def spectral_tables(
+    interactions: Interactions, dim: int, start: SpectralConfig, seed: int, ranks: Ranks
+) -> tuple[Tensor, Tensor]:
     """Return (A, B), each (I, dim) float32, equal on all ranks, which call this together.
 
     Raises DataError if there are too few items or users for the rank `dim`.
     """
     wide = dim + start.oversampling
-    num_users, num_items = int(ranks.sum(np.array([taken.num_users]))[0]), taken.num_items
+    num_users, num_items = int(ranks.sum(np.array([interactions.num_users]))[0]), interactions.num_items
     if min(num_users, num_items) < dim:
         raise DataError(
             f"train.spectral needs the rank of the tables' dim {dim}, but a matrix of {num_users:,} users and "
             f"{num_items:,} items has no such rank: lower dim."
         )
     wide = min(wide, num_users, num_items)
-    weight_U = np.bincount(taken.user_P, minlength=taken.num_users).astype(np.float32)
-    count_I = ranks.sum(np.bincount(taken.item_P, minlength=num_items)).astype(np.float32)
+    weight_U = np.bincount(interactions.user_P, minlength=interactions.num_users).astype(np.float32)
+    count_I = ranks.sum(np.bincount(interactions.item_P, minlength=num_items)).astype(np.float32)
     scale_U = np.maximum(weight_U, 1) ** -start.user_power
     scale_I = np.maximum(count_I, 1) ** -start.item_power
     blocks = [
         _Block.of(scale_U[first : first + count, None], scale_I, user, item, count, num_items, ranks.device)
-        for first, (user, item, count) in zip(range(0, taken.num_users, BLOCK_ROWS), taken.blocks(), strict=True)
+        for first, (user, item, count) in zip(
+            range(0, interactions.num_users, BLOCK_ROWS), interactions.blocks(), strict=True
+        )
     ]
 
-    square_P = (scale_U[taken.user_P] * scale_I[taken.item_P]) ** 2
-    diagonal_I = ranks.sum(np.bincount(taken.item_P, square_P, num_items))
+    square_P = (scale_U[interactions.user_P] * scale_I[interactions.item_P]) ** 2
+    diagonal_I = ranks.sum(np.bincount(interactions.item_P, square_P, num_items))
     removed_I1 = torch.from_numpy(start.diagonal_share * diagonal_I).float().to(ranks.device)[:, None]
 
     def squared(basis_IK: Tensor) -> Tensor:
@@ -129,12 +133,8 @@ def spectral_tables(taken: Taken, dim: int, start: SpectralConfig, seed: int, ra
     basis_IK = noise
     for _ in range(start.iterations + 1):
         basis_IK = _shared(torch.linalg.qr(squared(basis_IK))[0], ranks)
-    gram_KK = torch.zeros(wide, wide, dtype=torch.float64, device=ranks.device)
-    for block in blocks:
-        product_UK = block.of_users @ basis_IK
-        gram_KK += (product_UK.T @ product_UK).double()
-    removed_KK = (basis_IK.T @ (removed_I1 * basis_IK)).double()
-    values, vectors = torch.linalg.eigh(_summed(gram_KK, ranks) - (removed_KK + removed_KK.T) / 2)
+    gram_KK = (basis_IK.T @ squared(basis_IK)).double()
+    values, vectors = torch.linalg.eigh((gram_KK + gram_KK.T) / 2)
     strength_D = values.flip(0)[:dim].clamp(min=0).sqrt().float()
     vector_ID = basis_IK @ vectors.flip(1)[:, :dim].float()
 
@@ -147,7 +147,7 @@ def spectral_tables(taken: Taken, dim: int, start: SpectralConfig, seed: int, ra
     return _shared(history_ID, ranks), _shared(item_ID, ranks)
 
 
-def spread(taken: Taken, history_ID: Tensor, item_ID: Tensor, pooling: Pooling, ranks: Ranks) -> float:
+def spread(interactions: Interactions, history_ID: Tensor, item_ID: Tensor, pooling: Pooling, ranks: Ranks) -> float:
     """Return the standard deviation of the scores of all users and items. All ranks call together.
 
     A user vector is pooled from all interactions. The mean of (u . v)^2 over users u and items v is the sum of the
@@ -156,13 +156,13 @@ def spread(taken: Taken, history_ID: Tensor, item_ID: Tensor, pooling: Pooling, 
     dim = history_ID.shape[1]
     power = {"mean": 1.0, "sqrtn": 0.5, "sum": 0.0}[pooling]
     gram_DD, total_D = torch.zeros(dim, dim, dtype=torch.float64), torch.zeros(dim, dtype=torch.float64)
-    for user, item, count in taken.blocks():
+    for user, item, count in interactions.blocks():
         scale = np.maximum(np.bincount(user, minlength=count), 1).astype(np.float32) ** -power
-        of_users = _sparse(user, item, scale[user], (count, taken.num_items)).to(history_ID.device)
+        of_users = _sparse(user, item, scale[user], (count, interactions.num_items)).to(history_ID.device)
         user_UD = of_users @ history_ID
         gram_DD += (user_UD.T @ user_UD).cpu()
         total_D += user_UD.sum(0).cpu()
-    num_users = float(ranks.sum(np.array([taken.num_users]))[0])
+    num_users = float(ranks.sum(np.array([interactions.num_users]))[0])
     user_DD, user_D = (torch.from_numpy(ranks.sum(each.numpy())) / num_users for each in (gram_DD, total_D))
     item_DD = (item_ID.T @ item_ID).double().cpu() / len(item_ID)
     mean = float(user_D @ item_ID.double().mean(0).cpu())
@@ -178,11 +178,11 @@ def start_spectral(
     """
     check_start(schema, start)
     history, item = _feature(schema, "user", start.history), _feature(schema, "item", start.item)
-    taken = ranks.together(lambda: Taken.read(sources, ranks))
-    history_ID, item_ID = spectral_tables(taken, schema.table_of(history).dim, start, seed, ranks)
+    interactions = ranks.together(lambda: Interactions.read(sources, ranks))
+    history_ID, item_ID = spectral_tables(interactions, schema.table_of(history).dim, start, seed, ranks)
     if start.score_std is not None:
         pooling = history.pooling if isinstance(history, BagFeature) else "mean"
-        history_ID *= start.score_std / max(spread(taken, history_ID, item_ID, pooling, ranks), 1e-30)
+        history_ID *= start.score_std / max(spread(interactions, history_ID, item_ID, pooling, ranks), 1e-30)
     ids = sources.catalogue.ids
     wanted = {}
     for feature, vector_ID in zip((history, item), (history_ID, item_ID), strict=True):

@@ -42,7 +42,7 @@ def test_the_queue_holds_the_last_whole_steps_each_item_as_it_was_last(rng, size
     held_most = 0
     for _ in range(60):
         item_CD, key_C, log_p_C, relations, listed = step_of(rng, log_p_I)
-        column_CD, both = queue.beside(item_CD, key_C, log_p_C, relations, listed)
+        column_CD, both = queue.extend(item_CD, key_C, log_p_C, relations, listed)
 
         whole, places = [], 0
         for step in reversed(steps):
@@ -99,7 +99,7 @@ def test_an_item_is_in_the_set_as_often_as_its_correction_says(rng):
     for _ in range(steps):
         key_C = torch.from_numpy(np.flatnonzero(rng.random(NUM_ITEMS) < log_p_I.exp().numpy()))
         item_CD = key_C[:, None].expand(-1, DIM).float()  # a vector says whose it is
-        column_CD, _ = queue.beside(item_CD, key_C, log_p_I[key_C], Relations(none, none), none)
+        column_CD, _ = queue.extend(item_CD, key_C, log_p_I[key_C], Relations(none, none), none)
         items = column_CD[:, 0].long().tolist()
         assert len(items) == len(set(items))
         seen[items] += 1
@@ -121,7 +121,7 @@ def test_a_loss_beside_the_queue_is_that_of_all_columns_written_out(rng):
         item_CD, key_C, log_p_C, relations, listed = step_of(rng, log_p_I)
         user_BD = torch.from_numpy(rng.standard_normal((6, DIM)).astype(np.float32)).requires_grad_()
         item_CD.requires_grad_()
-        column_CD, both = queue.beside(item_CD, key_C, log_p_C, relations, listed)
+        column_CD, both = queue.extend(item_CD, key_C, log_p_C, relations, listed)
         loss = LOSSES["softmax"](user_BD, column_CD, both, temperature=0.5)
         slow_user_BD, slow_CD = (each.detach().clone().requires_grad_() for each in (user_BD, item_CD))
         slow_column_CD = torch.cat([slow_CD, column_CD[len(item_CD) :].detach()])
@@ -164,7 +164,7 @@ def test_items_are_pushed_as_by_the_softmax_over_the_whole_catalogue():
         key_C = torch.from_numpy(np.concatenate([[0], drawn]))
         item_CD = item_ID[key_C].requires_grad_()
         relations = Relations(own, own, is_negative_C=key_C > 0)
-        column_CD, both = queue.beside(item_CD, key_C, log_p_I[key_C], relations, none)
+        column_CD, both = queue.extend(item_CD, key_C, log_p_I[key_C], relations, none)
         loss = LOSSES["softmax"](user_D[None], column_CD, both, temperature=temperature)
         (slope_CD,) = torch.autograd.grad(loss, item_CD)
         total_ID[step, key_C] = slope_CD @ user_D / (user_D @ user_D)
@@ -183,13 +183,13 @@ def test_a_queue_that_was_saved_goes_on_as_it_would_have(rng):
         if number == 17:
             other.load_state_dict(queue.state_dict())
         if number >= 17:
-            found, wanted = (each.beside(item_CD, key_C, log_p_C, relations, listed) for each in (other, queue))
+            found, wanted = (each.extend(item_CD, key_C, log_p_C, relations, listed) for each in (other, queue))
             assert torch.equal(found[0], wanted[0]) and torch.equal(found[1].log_q_C, wanted[1].log_q_C)
             other.push(item_CD, key_C, log_p_C, relations.is_negative_C)
         queue.push(item_CD, key_C, log_p_C, relations.is_negative_C)
     queue.forget()
     item_CD, key_C, log_p_C, relations, listed = steps[0]
-    column_CD, alone = queue.beside(item_CD, key_C, log_p_C, relations, listed)
+    column_CD, alone = queue.extend(item_CD, key_C, log_p_C, relations, listed)
     assert torch.equal(column_CD, item_CD)
     torch.testing.assert_close(alone.log_q_C, relations.log_q_C)
     torch.testing.assert_close(alone.push_C, torch.ones_like(log_p_C))
@@ -206,7 +206,7 @@ def test_what_a_history_holds_is_found_by_the_low_half_of_its_key(rng):
     queue.push(torch.zeros(len(key_C), DIM), key_C, never, None)
     exact, halves = key_C[[0, 4, 31]], key_C[[5, 9, 9]] & (2**32 - 1)
     listed = Pairs(torch.arange(8), torch.cat([exact, exact[:1] ^ 1, ~halves, ~(halves[:1] ^ 1)]))
-    _, both = queue.beside(torch.empty(0, DIM), key_C[:0], never[:0], no_relations, listed)
+    _, both = queue.extend(torch.empty(0, DIM), key_C[:0], never[:0], no_relations, listed)
     held = sorted(key_C.tolist())
     wanted = {(row, held.index(key)) for row, key in enumerate(exact.tolist())}
     for row, half in enumerate(halves.tolist(), 4):

@@ -75,7 +75,7 @@ class Columns:
             self.items,
         )
 
-    def beside(self, other: Columns) -> Columns:
+    def merge(self, other: Columns) -> Columns:
         """Return the features of both, for the same rows."""
         assert self.num_rows == other.num_rows
         return Columns(
@@ -254,7 +254,7 @@ def with_decay(feature: BagFeature, lists: Ragged, ids: pa.Array, table: pa.Tabl
     assert feature.times is not None and feature.half_life_days is not None
     times = one_chunk(table[feature.times])
     check_times(feature.times, times.type, where)
-    time_s, _ = rising_seconds(feature, beside(ids, times, where, feature.times), lists, where)
+    time_s, _ = rising_seconds(feature, parallel_elements(ids, times, where, feature.times), lists, where)
     end_s = np.zeros(len(lists))
     has_any = lists.lengths > 0
     end_s[has_any] = time_s[lists.offsets[1:][has_any] - 1]
@@ -290,12 +290,12 @@ def sequence(
     if feature.times:
         times = one_chunk(table[feature.times])
         check_times(feature.times, times.type, where)
-        gaps = gap_buckets(feature, beside(ids, times, where, feature.times), keys, where)
+        gaps = gap_buckets(feature, parallel_elements(ids, times, where, feature.times), keys, where)
         found[sub_name(name, "gap")] = Ragged(keys.offsets, gaps)
     if feature.actions:
         actions = one_chunk(table[feature.actions])
         check_actions(feature.actions, actions.type, where)
-        actions = beside(ids, actions, where, feature.actions)
+        actions = parallel_elements(ids, actions, where, feature.actions)
         of_actions = TableSpec(buckets=feature.action_buckets, dim=1)
         found[sub_name(name, "action")] = Ragged(keys.offsets, category(of_actions, actions, where))
     return {part: lists.newest(feature.max_length) for part, lists in found.items()}
@@ -361,7 +361,7 @@ def with_weights(
 ) -> Ragged:
     """Return `lists`, the hashed `ids`, with weights from the parallel column `column`."""
     check_weights(column, weights.type, where)
-    flat = beside(ids, weights, where, column, what)
+    flat = parallel_elements(ids, weights, where, column, what)
     values = flat.cast(pa.float32(), safe=False).to_numpy(zero_copy_only=False)
     is_odd = ~np.isfinite(values)
     if is_odd.any():
@@ -372,7 +372,7 @@ def with_weights(
     return Ragged(lists.offsets, lists.values, values)
 
 
-def beside(ids: pa.Array, other: pa.Array, where: str, column: str, what: str = "value") -> pa.Array:
+def parallel_elements(ids: pa.Array, other: pa.Array, where: str, column: str, what: str = "value") -> pa.Array:
     """Return the elements of a column parallel to lists of ids, without those of null ids."""
     other = as_list(other)
     other = other.fill_null(pa.scalar([], type=other.type)) if other.null_count else other

@@ -22,7 +22,7 @@ from trec_twotower.config.schema import bucket_names
 from trec_twotower.data.dataset import ITEM_ID, POSITIVES, USER_ID
 from trec_twotower.data.feature_dataset import FeatureDataset
 from trec_twotower.data.features.numeric import is_number
-from trec_twotower.data.features.transform import beside, key_lists, one_chunk
+from trec_twotower.data.features.transform import key_lists, one_chunk, parallel_elements
 from trec_twotower.data.loading.examples import Examples, RowItems
 from trec_twotower.data.loading.order import Unit
 from trec_twotower.data.loading.row_cache import Cache
@@ -303,7 +303,7 @@ def drop_target_items(table: pa.Table, columns: list[str], where: str, *, refuse
     offsets = np.concatenate([[0], np.cumsum(~is_own)])[history.offsets.to_numpy() - history.offsets[0].as_py()]
     for name in columns:
         lists = one_chunk(table[name])
-        beside(history, lists, where, name)  # raises if the lengths differ
+        parallel_elements(history, lists, where, name)  # raises if the lengths differ
         filtered = pa.LargeListArray.from_arrays(pa.array(offsets), lists.flatten().filter(pa.array(~is_own)))
         table = table.set_column(table.column_names.index(name), name, filtered)
     return table

@@ -159,10 +159,10 @@ class Generations:
     """The files of a growing folder, in the order in which a run reads them."""
 
     def __init__(
-        self, folder: Path | str, taken: tuple[Generation, ...], columns: dict[str, pa.DataType] | None = None
+        self, folder: Path | str, entries: tuple[Generation, ...], columns: dict[str, pa.DataType] | None = None
     ) -> None:
         self.folder = folder
-        self.taken = taken
+        self.entries = entries
         self._columns = columns
         self.unreadable: set[str] = set()  # files without a readable footer at the last check
 
@@ -190,7 +190,7 @@ class Generations:
 
     def write(self, path: Path) -> None:
         """Write the generations as JSON."""
-        write_json(path, {"generations": [asdict(generation) for generation in self.taken]})
+        write_json(path, {"generations": [asdict(generation) for generation in self.entries]})
 
     def with_new(self, data: DataConfig) -> Generations | None:
         """Return these generations and one of the new complete files; None if those have no rows for a step."""
@@ -199,11 +199,11 @@ class Generations:
         if used_rows_per_epoch(num_rows, data) == 0:
             return None
         files = {part: {name: size for name, (size, _) in of_part.items()} for part, of_part in new_files.items()}
-        return Generations(self.folder, (*self.taken, Generation(files, num_rows)), self._columns)
+        return Generations(self.folder, (*self.entries, Generation(files, num_rows)), self._columns)
 
     def _new_files(self, part: str) -> dict[str, tuple[int, int]]:
         """Return the bytes and rows of the complete files of a part that are in no generation, by sorted name."""
-        known = {name for generation in self.taken for name in generation.files[part]}
+        known = {name for generation in self.entries for name in generation.files[part]}
         new_files = {}
         folder = folder_of(self.folder) / part
         if folder.is_dir():
@@ -224,10 +224,10 @@ class Generations:
 
     def dataset(self, first: int = 0, last: int | None = None) -> Dataset:
         """Return the rows of some generations (default: all), with the items and users up to the last of them."""
-        last = len(self.taken) - 1 if last is None else last
+        last = len(self.entries) - 1 if last is None else last
         files = {}
         for part in PARTS:
-            generations = self.taken[first if part == "train" else 0 : last + 1]
+            generations = self.entries[first if part == "train" else 0 : last + 1]
             files[part] = {name: size for generation in generations for name, size in generation.files[part].items()}
         return Dataset(self.folder, files, self.columns if last else None)
 
@@ -261,10 +261,10 @@ def forget_changed(path: Path, data: DataConfig, step: int) -> None:
     """
     generations = Generations.read(path, data.dataset)
     first_step = 0
-    for number, generation in enumerate(generations.taken):
+    for number, generation in enumerate(generations.entries):
         if first_step >= step and generation.is_changed(folder_of(data.dataset)):
             print(f"The files of generation {number} have changed: they are read again", flush=True)
-            Generations(data.dataset, generations.taken[:number]).write(path)
+            Generations(data.dataset, generations.entries[:number]).write(path)
             return
         first_step += generation.num_steps(data)
 
@@ -308,9 +308,9 @@ class Stream:
         self.generations = generations
         self._rows = [
             0,
-            *accumulate(used_rows_per_epoch(generation.num_rows, self.data) for generation in generations.taken),
+            *accumulate(used_rows_per_epoch(generation.num_rows, self.data) for generation in generations.entries),
         ]
-        self._ends = list(accumulate(generation.num_steps(self.data) for generation in generations.taken))
+        self._ends = list(accumulate(generation.num_steps(self.data) for generation in generations.entries))
 
     @property
     def item_counts(self) -> np.ndarray | None:
@@ -366,7 +366,7 @@ class Stream:
             pin_memory=self.pin_memory,
             first_step=self._first_step(number),
             first_epoch=number,
-            counted_rows=sum(generation.num_rows for generation in self.generations.taken[: number + 1]),
+            counted_rows=sum(generation.num_rows for generation in self.generations.entries[: number + 1]),
         )
 
     def _grows(self, is_stopped: Callable[[], bool]) -> bool:
@@ -394,7 +394,7 @@ class Stream:
             print(f"{name} has no readable footer (yet): left out until it has one", flush=True)
         if generations is None:
             return None
-        number = len(generations.taken) - 1
+        number = len(generations.entries) - 1
         # Count first: unknown items and mismatched files must raise before the files are part of a generation.
         self._next = number, self._generation_sources(generations, number)
         self._count(generations, *self._next)
@@ -429,7 +429,7 @@ class Stream:
         else:
             count_NI = count_items(sources.over(generations.dataset(0, number)), self.loss)
         write_counts(counts_path(self.run_dir, number), count_NI)
-        needed = {counts_path(self.run_dir, each) for each in (number - 1, number, len(generations.taken) - 1)}
+        needed = {counts_path(self.run_dir, each) for each in (number - 1, number, len(generations.entries) - 1)}
         for path in self.run_dir.glob("item_counts-*.npy"):
             if path not in needed:
                 path.unlink()

@@ -182,11 +182,8 @@ class _ChunkedLoss(torch.autograd.Function):
         size = -(-num_rows // -(-num_rows // size)) if num_rows else size  # blocks of nearly equal size
         edges_P, edges_shut, edges_opened = negatives.block_edges(row_P, num_rows, size)
         cells = max(size * num_columns, 1)
-        row_p, shut, opened = (
-            row_P % size,
-            negatives.shut % cells,
-            negatives.opened % cells,
-        )  # indices within their block
+        # Indices within their block.
+        row_p, shut, opened = row_P % size, negatives.shut % cells, negatives.opened % cells
 
         room = user_BD.new_empty(min(size, num_rows), num_columns)  # one block, reused
         narrow_CD = item_CD.to(narrow)
@@ -249,27 +246,27 @@ class _ChunkedLoss(torch.autograd.Function):
 
 
 def _narrow_products(
-    logit_bC: Tensor, narrow_bC: Tensor | None, user_bD: Tensor, item_WD: Tensor, offset_C: Tensor
+    logit_bC: Tensor, narrow_bC: Tensor | None, user_bD: Tensor, item_CD: Tensor, offset_C: Tensor
 ) -> None:
     """Write the dot products of bfloat16 vectors, rounded to bfloat16, plus `offset_C` into `logit_bC`."""
     assert narrow_bC is not None
-    torch.mm(user_bD, item_WD.T, out=narrow_bC)
+    torch.mm(user_bD, item_CD.T, out=narrow_bC)
     logit_bC.copy_(narrow_bC)
     logit_bC += offset_C
 
 
 def _add_gradients(
-    grad_bD: Tensor, grad_item_DC: Tensor, slope_bC: Tensor, weighted_Db: Tensor, item_WD: Tensor
+    grad_bD: Tensor, grad_item_DC: Tensor, slope_bC: Tensor, weighted_Db: Tensor, item_CD: Tensor
 ) -> None:
     """Write the gradient of a block of users to `grad_bD`, and add that of the items to `grad_item_DC`.
 
     `grad_item_DC` is (D, C), because this matrix multiplication is faster than its transpose.
     """
     if slope_bC.dtype == grad_bD.dtype:
-        torch.mm(slope_bC, item_WD, out=grad_bD)
+        torch.mm(slope_bC, item_CD, out=grad_bD)
         grad_item_DC.addmm_(weighted_Db, slope_bC)
     else:
-        grad_bD.copy_(slope_bC @ item_WD)
+        grad_bD.copy_(slope_bC @ item_CD)
         grad_item_DC += weighted_Db @ slope_bC
 
 

@@ -16,7 +16,8 @@ from trec_twotower.model.losses.relations import Hardest, Relations, cells_of
 class NegativeCells:
     """The negatives of all rows: an offset per column, and exceptions by cell, ascending and distinct.
 
-    The number of a cell is row * C + column."""
+    The number of a cell is row * C + column.
+    """
 
     offset_C: Tensor  # -log q; -inf for columns that are not negatives of all rows
     shut: Tensor  # cells that are not negatives, in columns that are negatives of all rows
@@ -123,12 +124,12 @@ class BestVectors:
         self._room, self.best_vectors = torch.empty_like(room), torch.empty_like(room, dtype=torch.int8)
         self.best_bC = self.best_vectors
 
-    def raise_to_best(self, logit_bC: Tensor, offset_C: Tensor, part_bMD: Tensor, item_WD: Tensor) -> None:
+    def raise_to_best(self, logit_bC: Tensor, offset_C: Tensor, part_bMD: Tensor, item_CD: Tensor) -> None:
         """Replace the logits of the first vectors by the maximum over all vectors."""
         rows, num_vectors = part_bMD.shape[:2]
         self.best_bC = self.best_vectors[:rows].zero_()
         for vector in range(1, num_vectors):
-            other_bC = torch.addmm(offset_C, part_bMD[:, vector], item_WD.T, out=self._room[:rows])
+            other_bC = torch.addmm(offset_C, part_bMD[:, vector], item_CD.T, out=self._room[:rows])
             self.best_bC.masked_fill_(other_bC > logit_bC, vector)
             torch.maximum(logit_bC, other_bC, out=logit_bC)
 

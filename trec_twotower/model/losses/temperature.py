@@ -11,7 +11,7 @@ from trec_twotower.config.losses import LearnedTemperature
 
 
 class Temperature(nn.Module):
-    """Scalar t with log t = log low + (log high - log low) * sigmoid(x), x is the parameter.
+    """Scalar t with log t = log low + (log high - log low) * sigmoid(x), where x is the parameter.
 
     t stays within its bounds and has a gradient everywhere between them.
     """
