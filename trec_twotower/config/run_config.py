@@ -93,9 +93,7 @@ def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
         if place in _FREE or (place.startswith("tables.") and place.endswith(_PLACEMENT)):
             return
         if place == "data.follow":
-            flat[place] = (
-                None if value is None else {}
-            )  # identifies only whether the run follows, not how long it waits
+            flat[place] = None if value is None else {}  # whether the run follows, but not how long it waits
         elif isinstance(value, dict):
             for name, inner in value.items():
                 add(inner, f"{place}.{name}" if place else name)

@@ -28,10 +28,8 @@ from trec_twotower.storage.manifest import own_sha256
 
 USER_ID, ITEM_ID, POSITIVES = "user_id", "item_id", "positives"
 SERVING = "serving"  # the part with the whole history of each user and no held-out items
-TRAIN, TRAIN_USERS = (
-    "train",
-    "train_users",
-)  # the folders of training rows: per event or per user, and per user in addition to events
+TRAIN = "train"  # the part with training rows, per event or per user
+TRAIN_USERS = "train_users"  # the part with training rows per user, in a dataset that also has them per event
 PARTS_OF_ROWS = (TRAIN, TRAIN_USERS, "valid", "test")
 
 

@@ -33,9 +33,8 @@ class Coverage:
     used: float | None = None  # share of buckets that have an id
     collided: float | None = None  # share of distinct ids that share all their table rows with another id
     unknown: float | None = None  # share of values that are not in the vocabulary
-    new: float | None = (
-        None  # share of values of valid/, test/ and items without interactions that are not seen in training
-    )
+    # Share of the values of valid/, test/ and items without interactions that training does not see.
+    new: float | None = None
 
 
 def coverage(sources: FeatureDataset) -> list[Coverage]:

@@ -13,9 +13,8 @@ import pyarrow as pa
 CGROUPS = Path("/sys/fs/cgroup")
 KEPT_BYTES = 1 << 27  # freed at the end of the heap, before any of it is given back
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
-_LARGEST_OF_HEAP = (
-    1 << 25
-)  # the largest block that glibc allocates from its heap; its dynamic threshold never exceeds this either
+# Bytes of the largest block that glibc allocates from its heap; its dynamic threshold never exceeds this either.
+_LARGEST_OF_HEAP = 1 << 25
 
 
 def host_bytes(cgroups: Path = CGROUPS, membership: Path = Path("/proc/self/cgroup")) -> int:

@@ -121,9 +121,8 @@ class CandidateSets:
         if self.known is not None:
             lists, list_of_row = self.known.lists, self._list_of_row(mine)
             longest = lists.lengths[list_of_row[list_of_row >= 0]].sum()
-            row, column = (
-                np.empty(longest + 1, np.int64) for _ in range(2)
-            )  # the kernel may write one place beyond the pairs
+            # The kernel may write one place beyond the pairs.
+            row, column = (np.empty(longest + 1, np.int64) for _ in range(2))
             count = find_columns(lists.offsets, lists.values, list_of_row, column_I, row, column)
             yield row[:count], column[:count]
 

@@ -68,12 +68,13 @@ class CsvFiles:
 
     def relation(self) -> str:
         """Return an SQL relation of all non-empty files: text columns by name, and the file of each row."""
+        # groupby keeps the order of the files, which may be the order of the events.
         arms = [
             self._arm([path for path, _ in group], head, is_copied)
             for (head, is_copied), group in itertools.groupby(
                 self.heads.items(), key=lambda item: (item[1], item[0] in self.copied)
             )
-        ]  # groupby keeps the order of the files, which may be the order of the events
+        ]
         return f"({' UNION ALL BY NAME '.join(arms)})"
 
     def _arm(self, paths: list[Path], head: _Head, is_copied: bool) -> str:
