@@ -155,10 +155,10 @@ def _init(options: argparse.Namespace) -> int:
 def _config(options: argparse.Namespace) -> Any:
     """The config that a command was given, with its overrides."""
     from trec_twotower.config.loading import load_config
-    from trec_twotower.data.features.external_files import check_files
+    from trec_twotower.data.features.transform import check_files
 
     config = load_config(options.config, options.overrides)
-    check_files(config)
+    check_files((*config.user, *config.item))
     if config.index.factory is not None:  # better refused now than when a run of days is to be indexed
         from trec_twotower.index import check_factory
 

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from trec_twotower.config.base import Side
 from trec_twotower.data.dataset import ITEM_ID, SERVING, USER_ID
 from trec_twotower.data.feature_dataset import FeatureDataset
-from trec_twotower.data.features.transform import Columns
+from trec_twotower.data.features.columns import Columns
 from trec_twotower.data.held_out import HeldOut
 from trec_twotower.data.split import Split
 from trec_twotower.distributed.ranks import Ranks

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from trec_twotower.config.base import Side
 from trec_twotower.config.features import SequenceFeature
 from trec_twotower.config.schema import Schema, bucket_names, lookup_key, sub_name
-from trec_twotower.data.features.transform import GAP_BUCKETS, Columns
+from trec_twotower.data.features.columns import Columns
+from trec_twotower.data.features.lists import GAP_BUCKETS
 from trec_twotower.data.loading.batch import JaggedLookup, make_batch
 from trec_twotower.model.embeddings import table_parameters
 from trec_twotower.model.tower_inputs import Pooled, SideInputs, build_inputs, pool_jagged

@@ -32,8 +32,9 @@ from trec_twotower.config.schema import Schema
 from trec_twotower.data.arrow_types import plain_table
 from trec_twotower.data.dataset import ITEM_ID, USER_ID
 from trec_twotower.data.feature_dataset import FeatureDataset
-from trec_twotower.data.features.column_checks import check_kind
-from trec_twotower.data.features.transform import Columns, Statistics, transform
+from trec_twotower.data.features.columns import Columns
+from trec_twotower.data.features.statistics import Statistics
+from trec_twotower.data.features.transform import check_kind, transform
 from trec_twotower.distributed.ranks import Ranks, check_process, quiet_libraries
 from trec_twotower.errors import ConfigError, DataError, nearest
 from trec_twotower.inference.export import vector_column

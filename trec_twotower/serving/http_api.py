@@ -33,7 +33,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from trec_twotower.data.features.transform import one_chunk
+from trec_twotower.data.arrow_types import one_chunk
 from trec_twotower.errors import ConfigError, DataError, nearest
 from trec_twotower.index import Allowed, mask_of
 from trec_twotower.serving.business_rules import Rules

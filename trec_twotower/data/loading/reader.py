@@ -19,10 +19,11 @@ from trec_twotower.config.data import DataConfig
 from trec_twotower.config.feature_spec import HISTORY
 from trec_twotower.config.losses import LossConfig
 from trec_twotower.config.schema import bucket_names
+from trec_twotower.data.arrow_types import one_chunk
 from trec_twotower.data.dataset import ITEM_ID, POSITIVES, USER_ID
 from trec_twotower.data.feature_dataset import FeatureDataset
+from trec_twotower.data.features.lists import key_lists, parallel_elements
 from trec_twotower.data.features.numeric import is_number
-from trec_twotower.data.features.transform import key_lists, one_chunk, parallel_elements
 from trec_twotower.data.loading.examples import Examples, RowItems
 from trec_twotower.data.loading.order import Unit
 from trec_twotower.data.loading.row_cache import Cache

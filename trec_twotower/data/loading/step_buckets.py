@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 
-from trec_twotower.data.features.transform import Columns
+from trec_twotower.data.features.columns import Columns
 from trec_twotower.data.loading.examples import Examples, RowItems
 from trec_twotower.ops.bucket_kernels import copy_bucket, place_rows, put_columns, put_lists
 from trec_twotower.ops.compilation import LINE_BYTES
