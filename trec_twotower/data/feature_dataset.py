@@ -40,7 +40,7 @@ class Counter(Protocol):
 
     @property
     def columns(self) -> Sequence[str]:
-        """The columns that `count` reads."""
+        """Return the columns that `count` reads."""
 
     def count(self, table: pa.Table, where: str, positives: Ragged) -> np.ndarray:
         """Return (I,) float64: the counts over some rows with these positives (catalogue rows)."""

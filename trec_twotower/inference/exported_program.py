@@ -104,7 +104,7 @@ def program_inputs(schema: Schema, side: Side, columns: Columns) -> dict[str, Te
 
 
 def export_program(model: TwoTower, side: Side) -> Any:
-    """The torch.export.ExportedProgram of a side, for any number of rows; ProgramError where torch cannot have it.
+    """Return the torch.export.ExportedProgram of a side for any number of rows; raises ProgramError if torch cannot.
 
     It is compared with the model on batches of other sizes: a size that tracing has fixed would be noticed.
     """
@@ -143,7 +143,7 @@ def _silence() -> Iterator[None]:
 
 
 def made_up(schema: Schema, side: Side, rows: int, rng: np.random.Generator) -> Columns:
-    """Features of rows that nobody has: of each list some elements, of a row now and then none."""
+    """Return random features as example inputs: lists of several elements, some of them empty."""
     sparse, numbers = {}, {}
     items = None
     for feature in schema.features(side):

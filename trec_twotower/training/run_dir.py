@@ -47,7 +47,7 @@ class Run:
     """The directory of one training, which `train` writes and every later stage reads."""
 
     def __init__(self, folder: Path, config: RunConfig) -> None:
-        """A dataset that is not in the current folder is looked for where the run began."""
+        """Open a run. A dataset that is not in the current folder is looked up in the folder where the run began."""
         self.folder = folder
         self._original_config = config
         self.config = _with_dataset(config, _begun_in(folder, config))
@@ -240,7 +240,7 @@ class Run:
 
     @property
     def has_learned(self) -> bool:
-        """Whether the run has been initialized."""
+        """Return whether the run has been initialized."""
         return (self.folder / STATISTICS).is_file()
 
     def learned(self) -> dict[str, Any]:

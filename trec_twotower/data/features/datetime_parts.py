@@ -92,7 +92,7 @@ def seconds(
 
 
 def parts(feature: TimeFeature, array: pa.Array, where: str) -> np.ndarray:
-    """The hour, weekday (Monday first), hour of the week or month of each time in the feature's zone, from 1 on.
+    """Return the hour, weekday (Monday first), hour of the week or month of each time in the feature's zone, from 1 on.
 
     Null is 0.
     """

@@ -95,7 +95,7 @@ class Meaning:
         return cls(run.config, numbers, learned["files"])
 
     def layout(self, sizes: Mapping[str, tuple[int, ...]]) -> Layout:
-        """What each tensor of these names and sizes means in a model of this config."""
+        """Return the meaning of each tensor with these names and sizes in a model of this config."""
         schema = self.config.feature_schema
         found: Layout = {}
         for name, size in sizes.items():
@@ -161,7 +161,7 @@ class Meaning:
         settings: Mapping[str, Any],
         sizes: Mapping[str, tuple[int, ...]],
     ) -> None:
-        """A weight of a tower, and its average where there is one, which means the same."""
+        """Add a weight of a tower, and its average if it has one, with the same meaning."""
         of_average = f"{side}_tower.{average_of(name)}"
         for full, what in ((f"{side}_tower.{name}", "weight"), (of_average, "average")):
             if full in sizes:
@@ -206,7 +206,7 @@ class _TowerParts:
                 yield index, role, name, each, settings
 
     def _look(self, module: nn.Module) -> tuple[str, dict[str, tuple[Axis, ...]]]:
-        """The role of a part, and the axes of its parameters."""
+        """Return the role of a part, and the axes of its parameters."""
         match module:
             case Missing():
                 return "learned vectors of missing features", {
@@ -252,7 +252,7 @@ class _TowerParts:
         return weights | {f"{name}.bias": (None,) for name in ("short", "long", "gate")}
 
     def _of(self, names: Sequence[str]) -> list[Hashable]:
-        """What the columns of some features stand for, in their order among all."""
+        """Return the meaning of the columns of some features, in their order among all."""
         chosen = sorted({self.schema.layout.part_index(self.side, name) for name in names})
         return [label for number in chosen for label in self.columns[number]]
 
