@@ -404,9 +404,7 @@ def test_features_stand_beside_their_ids(tmp_path, write_dataset):
 @pytest.mark.parametrize("ids", [[5, 6, 7, 5, 7, 8], ["e", "f", "g", "e", "g", "h"]])
 def test_an_id_that_stands_twice_is_named_with_its_rows(tmp_path, write_dataset, ids):
     folder = write_dataset(tmp_path / "d", row_group_size=2, items=pa.table({"item_id": ids}))
-    with pytest.raises(
-        DataError, match=r"items: item_id (5|7|'e'|'g') is in rows (0 and 3|2 and 4) \(2 such pairs\)"
-    ):
+    with pytest.raises(DataError, match=r"items: item_id (5|7|'e'|'g') is in rows (0 and 3|2 and 4) \(2 such pairs\)"):
         catalogue(folder)
 
 

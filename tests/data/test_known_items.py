@@ -139,7 +139,9 @@ def test_added_items_are_reported_and_refused_where_training_goes_on(catalogue):
     now = catalogue(ITEMS)
     notice = known.check(now, Path("runs/a"), grows=False, trains=False)
     assert notice is not None and "has 2 items beyond the 2 items that runs/a began with, such as item_id 'c'" in notice
-    with pytest.raises(DataError, match=r"2 items beyond .*: the candidates of a training .*\(--init-from .*data\.follow"):
+    with pytest.raises(
+        DataError, match=r"2 items beyond .*: the candidates of a training .*\(--init-from .*data\.follow"
+    ):
         known.check(now, Path("runs/a"), grows=False, trains=True)
     assert known.check(now, Path("runs/a"), grows=True, trains=True) is None
     assert known.counts_of(now.keys, np.array([5, 6])).tolist() == [5, 6, 0, 0]

@@ -83,9 +83,14 @@ def test_each_column_becomes_a_feature_by_its_type_and_values(odd_shop, tmp_path
     }
     assert list(features_of(config, "user")) == ["history", "hour of day", "country"]
     for column, why in {
-        "sku": "nearly every row", "released": "a time", "nothing": "all values are null", "uneven": "vectors of several",
-        "parts": "no feature reads list", "is_new": "no feature reads bool", "shown": "a list: add it",
-    }.items():  # fmt: skip
+        "sku": "nearly every row",
+        "released": "a time",
+        "nothing": "all values are null",
+        "uneven": "vectors of several",
+        "parts": "no feature reads list",
+        "is_new": "no feature reads bool",
+        "shown": "a list: add it",
+    }.items():
         assert f"  # {column}: {why}" in text
     assert '"hour of day", kind: category, buckets: 512, dim: 8}  # must be known before the interaction' in text
     assert config.data.dataset == str(odd_shop) and config.tables["item_ids"].buckets == 8192
@@ -112,7 +117,11 @@ def test_without_histories_users_are_known_by_their_id(tmp_path, write_dataset):
     folder = write_dataset(tmp_path / "plain", train=rows, items=pa.table({"item_id": [1, 2, 3]}))
     (tmp_path / "plain.yaml").write_text(starter_config(folder))
     config = load_config(tmp_path / "plain.yaml")
-    assert [each.kind for each in config.user] == ["id"] and config.evaluate.k == (1,) and config.evaluate.best == "recall@1"
+    assert (
+        [each.kind for each in config.user] == ["id"]
+        and config.evaluate.k == (1,)
+        and config.evaluate.best == "recall@1"
+    )
 
 
 def test_a_row_per_user_has_a_history_of_its_own_items(tmp_path, write_dataset):

@@ -30,10 +30,9 @@ from trec_twotower.config.schema import Schema
 from trec_twotower.data.dataset import Dataset
 from trec_twotower.data.feature_dataset import FeatureDataset
 from trec_twotower.data.feature_report import OwnItems, coverage, describe_coverage, own_items
-from trec_twotower.data.features.transform import check_files
 from trec_twotower.data.features.hash_column import hash_column
 from trec_twotower.data.features.statistics import Statistics
-from trec_twotower.data.features.transform import transform
+from trec_twotower.data.features.transform import check_files, transform
 from trec_twotower.data.features.vocabulary import in_vocabulary, make_vocabulary, read_words, words_of_file
 from trec_twotower.data.loading.batch import make_batch
 from trec_twotower.data.loading.reader import UnitReader, drop_target_items
@@ -340,7 +339,9 @@ def test_a_history_without_the_rows_own_item(leaky):
     found = drop_target_items(table, ["history", "share"], "here", refuses=False)
     assert found["history"].to_pylist() == [["a"], ["a", None], []]
     assert found["share"].to_pylist() == [[1.0], [2.0, 3.0], []]
-    with pytest.raises(DataError, match=r"here, row 1: its history holds the item that the row predicts \(as in 1 rows"):
+    with pytest.raises(
+        DataError, match=r"here, row 1: its history holds the item that the row predicts \(as in 1 rows"
+    ):
         drop_target_items(table, ["history", "share"], "here", refuses=True)
 
 
@@ -403,7 +404,9 @@ def test_every_list_of_items_is_looked_through_for_the_rows_own(tmp_path, write_
     with pytest.raises(DataError, match=r"row 0: its clicks holds the item that the row predicts \(as in 2 rows"):
         drop_target_items(dataset.train.table(["item_id", "clicks", "when"]), ["clicks", "when"], "here", refuses=True)
     with_liked = FeatureDataset(dataset, Schema.build(tables, (clicks, tags, liked), (item,)), "event")
-    with pytest.raises(ConfigError, match=r"user feature 'liked' reads lists of items in .*users, which has one list for all"):
+    with pytest.raises(
+        ConfigError, match=r"user feature 'liked' reads lists of items in .*users, which has one list for all"
+    ):
         reader("drop", with_liked)
     assert "in their history or clicks" in describe_coverage(with_liked)
     reader("keep", with_liked)

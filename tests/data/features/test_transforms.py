@@ -16,17 +16,15 @@ from hypothesis import strategies as st
 from trec_twotower.config.feature_spec import FeatureSpec
 from trec_twotower.config.features import build_feature
 from trec_twotower.config.model import TableSpec
-from trec_twotower.data.features.lists import is_id_list
-from trec_twotower.data.features.transform import check_kind
-from trec_twotower.data.features.statistics import learn_statistics as learn_of_values
-from trec_twotower.data.features.numeric import normalize as normalise_values
-from trec_twotower.data.features.numeric import number_values
 from trec_twotower.data.arrow_types import one_chunk
 from trec_twotower.data.features.columns import Columns
 from trec_twotower.data.features.hashed import category
-from trec_twotower.data.features.lists import key_lists, put_pooling_divisor
+from trec_twotower.data.features.lists import is_id_list, key_lists, put_pooling_divisor
+from trec_twotower.data.features.numeric import normalize as normalise_values
+from trec_twotower.data.features.numeric import number_values
 from trec_twotower.data.features.statistics import Statistics
-from trec_twotower.data.features.transform import transform
+from trec_twotower.data.features.statistics import learn_statistics as learn_of_values
+from trec_twotower.data.features.transform import check_kind, transform
 from trec_twotower.data.item_table import check_side
 from trec_twotower.data.split import Split
 from trec_twotower.errors import DataError
@@ -155,7 +153,11 @@ def test_weights_beyond_what_float32_counts_exactly_are_rounded():
 @pytest.mark.parametrize(
     ("ids", "weights", "message"),
     [
-        ([[1], [2, 3]], [[1.0], [1.0]], "here, column 'tags', row 1: 2 ids but 1 weights in 'w': write one weight per id"),
+        (
+            [[1], [2, 3]],
+            [[1.0], [1.0]],
+            "here, column 'tags', row 1: 2 ids but 1 weights in 'w': write one weight per id",
+        ),
         ([[1], None], [[1.0], [1.0]], "here, column 'tags', row 1: 0 ids but 1 weights in 'w'"),
         ([[1, 2]], [None], "here, column 'tags', row 0: 2 ids but 0 weights in 'w'"),
         ([[1]], [[None]], "the weights in 'w' contain null, NaN or infinity"),

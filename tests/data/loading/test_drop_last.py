@@ -10,8 +10,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from tests.kinds import build_loss
 from tests.data.loading.test_reader import ITEM, NUM_ITEMS, rows_of
+from tests.kinds import build_loss
 from trec_twotower.config.data import DataConfig
 from trec_twotower.config.features import build_feature
 from trec_twotower.config.model import TableSpec

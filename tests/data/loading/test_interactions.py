@@ -572,7 +572,9 @@ def test_a_history_that_is_drawn_is_a_bag_without_weights(tiny):
         build_feature(name="history", kind="category", table="id"),
         build_feature(name="history", kind="bag", table="id", weights="w"),
     ):
-        with pytest.raises(ConfigError, match=r"reads 'history', which is sampled per epoch here: make it a bag without weights"):
+        with pytest.raises(
+            ConfigError, match=r"reads 'history', which is sampled per epoch here: make it a bag without weights"
+        ):
             tiny(user=[feature], rows="user", train=train)
 
 
@@ -646,7 +648,9 @@ def test_a_weight_that_is_none_is_refused_with_its_row(tiny, weight):
 
 def test_weights_that_are_no_numbers_are_refused_as_no_feature(tiny):
     train = pa.table({"user_id": [1, 2], "item_id": [10, 20], "weight": ["light", "heavy"]})
-    with pytest.raises(DataError, match=r"column 'weight' is .*string.*weight of each row in the loss: write numbers, or"):
+    with pytest.raises(
+        DataError, match=r"column 'weight' is .*string.*weight of each row in the loss: write numbers, or"
+    ):
         epoch_of(batches_of(tiny(train=train), batch_size=2))
 
 

@@ -364,7 +364,9 @@ def test_ranks_threads_and_caches_change_no_pair(world, tmp_path, name, rows):
     for num_ranks in (1, 2, 3):
         for _ in range(2):  # the cache is filled, then read
             settings = {"rows": rows, "threads": 2, "cache": tmp_path / "cache"}
-            ranks = [list(batches_of(world, loss, (r, num_ranks), **settings).iter_from(40, 60)) for r in range(num_ranks)]
+            ranks = [
+                list(batches_of(world, loss, (r, num_ranks), **settings).iter_from(40, 60)) for r in range(num_ranks)
+            ]
             for whole, *parts in zip(alone, *ranks, strict=True):
                 assert pairs(parts) == pairs([whole])
                 assert all(torch.equal(part.log_q_C, whole.log_q_C) for part in parts)
@@ -474,7 +476,9 @@ def test_labels_and_weights_stand_beside_every_item(tiny):
         with pytest.raises(DataError, match=said):
             tiny({"impressions": {"column": "shown", "weights": "w"}}, shown=shown, w=[[1.0], None, [0.0, weight]])
     for what in ("label", "weight"):
-        with pytest.raises(DataError, match=rf"row group 1, column 'shown', row 0: the {what}s in 'w' contain null, NaN"):
+        with pytest.raises(
+            DataError, match=rf"row group 1, column 'shown', row 0: the {what}s in 'w' contain null, NaN"
+        ):
             tiny({"impressions": {"column": "shown", f"{what}s": "w"}}, shown=shown, w=[[1.0], None, [0.0, math.nan]])
 
 

@@ -246,9 +246,7 @@ def test_refreshing_without_a_search_or_with_too_few_items_is_refused(small_worl
     with pytest.raises(ConfigError, match=r"refresh needs a search for neighbours: give train\(\) that of the index"):
         training.train(config_of(small_world, tmp_path / "run"), lone_rank)
     loss = {"negatives": {"refresh": {"every": 2, "neighbor_range": [29, 40], "count": 3}}}
-    with pytest.raises(
-        ConfigError, match=r"neighbor_range begins with 29, but each item has only 28 neighbours"
-    ):
+    with pytest.raises(ConfigError, match=r"neighbor_range begins with 29, but each item has only 28 neighbours"):
         train(event_config(small_world, tmp_path / "other", loss=loss), lone_rank)
 
 

@@ -17,7 +17,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.data.sources.test_events import EVENTS, HOLD_OUT, chance, digests, found, make, num_unfindable, refusal, rows, write_log
+from tests.data.sources.test_events import (
+    EVENTS,
+    HOLD_OUT,
+    chance,
+    digests,
+    found,
+    make,
+    num_unfindable,
+    refusal,
+    rows,
+    write_log,
+)
 from trec_twotower.data.sources import prepare
 from trec_twotower.data.sources.event_logs import splits as event_splits
 from trec_twotower.data.sources.event_logs.splits import held_out_items

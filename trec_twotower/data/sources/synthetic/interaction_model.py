@@ -1,45 +1,78 @@
 """The interaction model of the synthetic dataset: every preference, and so the best reachable recall, is known.
 
-Items belong to clusters, and within a cluster popularity is a power law of the rank. An interaction is with an item of
-the user's main cluster with probability .6, of a second cluster with .25, and of the whole catalogue with .15:
+Items belong to clusters. Within a cluster, the weight of an item is a power law of its rank, times a factor for the
+distance of its price level from the user's, times a factor for each of its tags that has the user's style:
 
-    P(item | user) = p(item | cluster) * (.6 [main] + .25 [second] + .15 popularity(cluster))
+    p(item | cluster, user) ~ 1 / rank * LEVEL_WEIGHT[|level - user's|] * STYLE_WEIGHT ** (tags of the user's style)
 
-A user's items are drawn from this distribution and repeats are skipped, so the next item follows P(item | user)
-restricted to the unseen items. Every number is a function of the seed and of its purpose (which user, which draw):
-pieces of any size give the same dataset, in constant memory.
+A user's events form sessions. The first item of a session comes from the user's main cluster with share .6, from a
+second cluster with .25 and from any cluster by popularity with .15, each multiplied by the cluster's affinity to the
+time of day:
+
+    w(cluster) ~ (.6 [main] + .25 [second] + .15 popularity(cluster)) * affinity(cluster, daypart)
+
+A later event of a session repeats the cluster of the session's first item with share SESSION_SHARE, and otherwise
+follows w again. An item that the user has already is drawn again, so each event follows its law restricted to the
+unseen items. New items are drawn in the last two events only, which are held out: nothing but their content is known in
+training.
+
+Every number is a function of the seed and of its purpose (which user, which event): pieces of any size give the same
+dataset, in constant memory.
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
-from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 
+from trec_twotower.data.sources.synthetic.chance import Chance
 from trec_twotower.data.sources.synthetic.options import MIN_EVENTS, Options
-from trec_twotower.data.sources.synthetic.words import (
-    ADJECTIVES,
-    COUNTRIES,
-    DEVICES,
-    NUM_TAGS,
-    kind_of_goods,
-)
-from trec_twotower.data.sources.writer import list_column
-from trec_twotower.ops.hashing import SPLITMIX_FACTORS, SPLITMIX_STEP, mix_array
+from trec_twotower.data.sources.synthetic.words import NUM_TAGS
 from trec_twotower.ops.ragged import offsets_of
 
-MAIN_SHARE, SECOND_SHARE, GLOBAL_SHARE = 0.6, 0.25, 0.15
+MAIN_SHARE, SECOND_SHARE, GLOBAL_SHARE = 0.7, 0.22, 0.08
+SESSION_SHARE = 0.9  # share of later events of a session in the cluster of its first item
+SESSION_EVENTS = 3.0  # mean number of events of a session
+DAYPARTS = 4  # of six hours: night, morning, afternoon, evening
+PEAK, OFF_PEAK = 3.0, 0.5  # affinity of a cluster to its own daypart and to the others
+LEVEL_WEIGHT = np.array([1.0, 0.35, 0.12])  # by the distance between the price levels of item and user
+LEVELS = len(LEVEL_WEIGHT)
+STYLES = 3  # a tag's style is its position among the cluster's tags, modulo STYLES
+STYLE_WEIGHT = 1.6
 ITEM_EXPONENT = 1.0  # exponent of the popularity by rank within a cluster
 CLUSTER_EXPONENT = 0.5  # exponent of the popularity by rank among clusters
 SIZE_EXPONENT = 0.3  # exponent of the number of items by rank among clusters
-FIRST_TIME = 1_672_531_200  # 2023-01-01, seconds
-_MASK_63 = np.uint64(2**63 - 1)
+MAX_ATTEMPTS = 1024  # draws of an unseen item; a user whose draws all fail has no further events
+_ATTEMPT = 1 << 24  # stride of the draw numbers of an attempt
+
+
+@dataclass(frozen=True)
+class Users:
+    """What determines the preferences of some users, (users,) each."""
+
+    number: np.ndarray
+    main: np.ndarray  # clusters
+    second: np.ndarray
+    level: np.ndarray  # price level, 0 to LEVELS - 1
+    style: np.ndarray  # 0 to STYLES - 1
+
+    def take(self, rows: np.ndarray) -> Users:
+        return Users(*(getattr(self, field.name)[rows] for field in fields(self)))
+
+
+@dataclass(frozen=True)
+class Situation:
+    """What determines the law of an event in addition to the user, (events,) each."""
+
+    starts: np.ndarray  # whether the event is the first of a session
+    focus: np.ndarray  # cluster of the session's first item; -1 for the first event
+    daypart: np.ndarray
+    has_new: np.ndarray  # whether new items can be drawn
+
+    def take(self, rows: np.ndarray) -> Situation:
+        return Situation(*(getattr(self, field.name)[rows] for field in fields(self)))
 
 
 @dataclass(frozen=True)
@@ -49,6 +82,7 @@ class Events:
     user: np.ndarray  # the users' numbers
     offsets: np.ndarray
     item: np.ndarray  # the items' numbers
+    situation: Situation
 
     @property
     def is_tested(self) -> np.ndarray:
@@ -68,8 +102,9 @@ class Events:
 
     def only(self, kept: np.ndarray) -> Events:
         """Return the events of the marked users."""
+        of_kept = kept[self.owner]
         offsets = offsets_of(np.diff(self.offsets)[kept])
-        return Events(self.user[kept], offsets, self.item[kept[self.owner]])
+        return Events(self.user[kept], offsets, self.item[of_kept], self.situation.take(of_kept))
 
 
 class InteractionModel:
@@ -77,7 +112,7 @@ class InteractionModel:
 
     def __init__(self, options: Options) -> None:
         self.options = options
-        self._salts: dict[str, np.uint64] = {}
+        self.chance = Chance(options.seed)
         clusters = np.arange(options.clusters)
         by_size = np.argsort(self.chance("cluster size", clusters))
         by_popularity = np.argsort(self.chance("cluster popularity", clusters))
@@ -88,36 +123,23 @@ class InteractionModel:
         self.cluster_popularity = np.empty(options.clusters)
         self.cluster_popularity[by_popularity] = (clusters + 1.0) ** -CLUSTER_EXPONENT
         self.cluster_popularity /= self.cluster_popularity.sum()
+        peak = (DAYPARTS * self.chance("daypart of cluster", clusters)).astype(np.int64)
+        self.affinity = np.where(np.arange(DAYPARTS) == peak[:, None], PEAK, OFF_PEAK)  # (clusters, DAYPARTS)
 
+        item = np.arange(options.items)
         self.cluster_of = np.repeat(clusters, size)
-        rank = np.arange(options.items) - self.cluster_starts[self.cluster_of]
-        falling = (rank + 1.0) ** -ITEM_EXPONENT
-        self.share_in_cluster = falling / np.bincount(self.cluster_of, falling)[self.cluster_of]
-        self.global_share = self.share_in_cluster * self.cluster_popularity[self.cluster_of]
-        # A number from [c, c + 1) selects an item of cluster c; c = clusters means the whole catalogue.
-        running = np.append(0.0, np.cumsum(self.share_in_cluster))
-        within = running[1:] - running[self.cluster_starts[self.cluster_of]]
-        within[self.cluster_starts[1:] - 1] = 1.0
-        everything = np.cumsum(self.global_share)
-        everything[-1] = 1.0
-        self._edges = np.concatenate([self.cluster_of + within, options.clusters + everything])
+        rank = item - self.cluster_starts[self.cluster_of]
+        self.item_level = (LEVELS * self.chance("price level", item)).astype(np.int64)
+        self.is_new = (self.chance("new", item) < options.new_items) & (rank > 0)
+        self._falling = (rank + 1.0) ** -ITEM_EXPONENT
+        self._global_edges = np.cumsum(self.cluster_popularity[:, None] * self.affinity, axis=0).T.copy()
 
-        self.item_id = self._sparse_id("item id", np.arange(options.items))
-        self._categories, self._nouns, self._tags = zip(
-            *(kind_of_goods(cluster) for cluster in range(options.clusters)), strict=True
-        )
+    def users(self, number: np.ndarray) -> Users:
+        main, second = self._interests(number)
+        level = (LEVELS * self.chance("budget", number)).astype(np.int64)
+        return Users(number, main, second, level, (STYLES * self.chance("style", number)).astype(np.int64))
 
-    def chance(self, what: str, number: np.ndarray, draw: np.ndarray | None = None) -> np.ndarray:
-        """Return a value in [0, 1) per number (and draw): a function of these, the seed and the purpose `what`."""
-        if what not in self._salts:
-            digest = hashlib.blake2b(f"{self.options.seed}/{what}".encode(), digest_size=8)
-            self._salts[what] = np.uint64(int.from_bytes(digest.digest(), "little"))
-        bits = _output(self._salts[what], number)
-        if draw is not None:
-            bits = _output(bits, draw)
-        return (bits >> np.uint64(11)) * 2.0**-53
-
-    def interests(self, user: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _interests(self, user: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return the main and the second cluster of each user, which are different."""
         upper = np.cumsum(self.cluster_popularity)
         last = self.options.clusters - 1
@@ -135,183 +157,123 @@ class InteractionModel:
         more = sum((np.log1p(-self.chance(f"events {part}", user)) / log_stay).astype(np.int64) for part in (1, 2))
         return np.minimum(MIN_EVENTS + more, self.options.items // 2)
 
-    def events(self, user: np.ndarray) -> Events:
-        """Return the distinct items of each user in the order of first sampling."""
-        wanted = self.num_events(user)
-        offsets = offsets_of(wanted)
-        item = np.full(offsets[-1], -1)
-        main, second = self.interests(user)
-        todo = np.arange(len(user))
-        draws = wanted + wanted // 2 + 4
-        for _ in range(12):  # twice the draws for those still short; the first ones stay the same
-            owner = np.repeat(todo, draws[todo])
-            drawn = self._draw(user, main, second, owner, _count_up(draws[todo]))
-            _, first = np.unique(owner * self.options.items + drawn, return_index=True)
-            first.sort()
-            owner, drawn = owner[first], drawn[first]
-            got = np.bincount(owner, minlength=len(user))[todo]
-            position = _count_up(got)
-            kept = position < wanted[owner]
-            item[offsets[owner[kept]] + position[kept]] = drawn[kept]
-            todo = todo[got < wanted[todo]]
-            if not len(todo):
-                break
-            draws[todo] *= 2
-        else:  # the catalogue is exhausted: these users keep the items found so far
-            found = item >= 0
-            offsets = np.append(0, np.cumsum(found))[offsets]
-            item = item[found]
-        return Events(user, offsets, item)
-
-    def _draw(
-        self, user: np.ndarray, main: np.ndarray, second: np.ndarray, owner: np.ndarray, draw: np.ndarray
-    ) -> np.ndarray:
-        """Return the item of each draw of each owner, repeats included."""
-        point = self.chance("draw", user[owner], draw)
-        is_main = point < MAIN_SHARE
-        is_second = ~is_main & (point < MAIN_SHARE + SECOND_SHARE)
-        part = np.where(is_main, 0, np.where(is_second, 1, 2))
-        low = np.array([0.0, MAIN_SHARE, MAIN_SHARE + SECOND_SHARE])[part]
-        share = np.array([MAIN_SHARE, SECOND_SHARE, GLOBAL_SHARE])[part]
-        cluster = np.where(is_main, main[owner], np.where(is_second, second[owner], self.options.clusters))
-        at = np.searchsorted(self._edges, cluster + (point - low) / share, side="right")
-        items = self.options.items
-        return np.where(at >= items, np.minimum(at - items, items - 1), at)
+    def tag_positions(self, item: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the cluster's tags in each item's own order (items, NUM_TAGS), and how many of them it has."""
+        likes = self.chance("tag", item[:, None], np.arange(NUM_TAGS)[None, :])
+        count = 2 + (3 * self.chance("tags", item)).astype(np.int64)
+        return np.argsort(likes, axis=1), np.where(self.chance("no tags", item) < 0.04, 0, count)
 
     @cached_property
-    def by_global_share(self) -> np.ndarray:
-        """Return all items, the most popular first."""
-        return np.argsort(-self.global_share, kind="stable")
+    def _style_tags(self) -> np.ndarray:
+        """Return the number of tags of each style, (STYLES, items)."""
+        position, count = self.tag_positions(np.arange(self.options.items))
+        has = np.arange(NUM_TAGS) < count[:, None]
+        return np.stack([(has & (position % STYLES == style)).sum(axis=1) for style in range(STYLES)])
 
-    def probability(self, item: np.ndarray, main: np.ndarray, second: np.ndarray) -> np.ndarray:
-        """Return P(item | user) for arrays that broadcast, with seen items included."""
-        cluster = self.cluster_of[item]
-        weight = MAIN_SHARE * (cluster == main) + SECOND_SHARE * (cluster == second)
-        weight = weight + GLOBAL_SHARE * self.cluster_popularity[cluster]
-        return self.share_in_cluster[item] * weight
+    def share_in_cluster(self, level: int, style: int, has_new: bool) -> np.ndarray:
+        """Return p(item | cluster, user) of all items, (items,): each cluster's sum is 1."""
+        weight = self._falling * LEVEL_WEIGHT[np.abs(self.item_level - level)]
+        weight = weight * STYLE_WEIGHT ** self._style_tags[style]
+        weight = weight if has_new else np.where(self.is_new, 0.0, weight)
+        return weight / np.bincount(self.cluster_of, weight)[self.cluster_of]
 
-    def tables(self, events: Events) -> dict[str, pa.Table]:
-        """Return the train, valid and test rows of these users; a split without rows is omitted."""
-        owner, starts, ends = events.owner, events.offsets[:-1], events.offsets[1:]
-        user_id = self.user_id(events.user)
-        item_id = self.item_id[events.item]
-        context = {"timestamp": self._timestamps(events), "device": self._devices(events)}
+    @cached_property
+    def _edges(self) -> np.ndarray:
+        """Return the upper ends of the items' ranges: of cluster c and law n they lie in [n C + c, n C + c + 1).
 
-        def rows(event: np.ndarray, history_starts: np.ndarray, positive: dict[str, Any]) -> pa.Table:
-            columns = {"user_id": user_id[owner[event]], **positive}
-            columns |= {name: column.take(pa.array(event)) for name, column in context.items()}
-            return pa.table(columns | {"history": list_column(item_id, history_starts, event)})
+        Law n is that of a level, a style and whether new items can be drawn; see `_law`.
+        """
+        parts = []
+        for law in range(2 * LEVELS * STYLES):
+            share = self.share_in_cluster(law // 2 // STYLES, law // 2 % STYLES, bool(law % 2))
+            running = np.append(0.0, np.cumsum(share))
+            within = running[1:] - running[self.cluster_starts[self.cluster_of]]
+            within[self.cluster_starts[1:] - 1] = 1.0
+            parts.append(law * self.options.clusters + self.cluster_of + within)
+        return np.concatenate(parts)
 
-        train = np.flatnonzero(events.is_train)
-        earlier = train - starts[owner[train]]
-        train = train[earlier >= self.options.min_history]
-        oldest = np.maximum(starts[owner[train]], train - self.options.max_history)
-        tables = {"train": rows(train, oldest, {"item_id": item_id[train]})}
-        for split, back in (("valid", 2), ("test", 1)):
-            event = (ends - back)[events.is_tested]
-            positives = list_column(item_id, event, event + 1)
-            tables[split] = rows(event, starts[events.is_tested], {"positives": positives})
-        return {split: table for split, table in tables.items() if len(table)}
+    def events(self, number: np.ndarray) -> Events:
+        """Return the distinct items of each user in order."""
+        users, wanted = self.users(number), self.num_events(number)
+        planned, most = wanted.copy(), int(wanted.max(initial=0))
+        shape = (len(number), most)
+        item, focus, daypart = np.full(shape, -1), np.full(shape, -1), np.zeros(shape, np.int64)
+        starts, has_new = np.zeros(shape, bool), np.zeros(shape, bool)
+        session = np.full(len(number), -1)
+        for event in range(most):
+            rows = np.flatnonzero(wanted > event)
+            starts[rows, event] = (self.chance("session", number[rows], event) < 1 / SESSION_EVENTS) | (event == 0)
+            drawn = (DAYPARTS * self.chance("daypart", number[rows], event)).astype(np.int64)
+            before = daypart[rows, event - 1] if event else drawn
+            daypart[rows, event] = np.where(starts[rows, event], drawn, before)
+            focus[rows, event] = np.where(starts[rows, event], -1, session[rows])
+            has_new[rows, event] = (event >= planned[rows] - 2) & (planned[rows] >= MIN_EVENTS)
+            for attempt in range(MAX_ATTEMPTS):
+                situation = Situation(*(each[rows, event] for each in (starts, focus, daypart, has_new)))
+                found = self._draw(users.take(rows), situation, event + attempt * _ATTEMPT)
+                item[rows, event] = found
+                rows = rows[(item[rows, :event] == found[:, None]).any(axis=1)]
+                if not len(rows):
+                    break
+            wanted[rows] = event
+            session = np.where(starts[:, event], self.cluster_of[item[:, event]], session)
+        exists = np.arange(most) < wanted[:, None]
+        situation = Situation(*(each[exists] for each in (starts, focus, daypart, has_new)))
+        return Events(number, offsets_of(wanted), item[exists], situation)
 
-    def _timestamps(self, events: Events) -> pa.Array:
-        """Return times in seconds; the gap between events of a user is at least a minute, two days on average."""
-        user = events.user[events.owner]
-        wait = -np.log1p(-self.chance("gap", user, _count_up(np.diff(events.offsets))))
-        gap = 60 + (172_800 * wait).astype(np.int64)
-        passed = np.append(0, np.cumsum(gap))
-        passed = passed[1:] - passed[events.offsets[:-1]][events.owner]
-        start = FIRST_TIME + (180 * 86_400 * self.chance("start", events.user)).astype(np.int64)
-        return pa.array(start[events.owner] + passed)
+    def _draw(self, users: Users, situation: Situation, draw: int) -> np.ndarray:
+        """Return an item of each user, which the user may have already."""
+        clusters = self.options.clusters
+        weight = self._component_weights(users, situation.daypart)  # (users, 3)
+        point = self.chance("component", users.number, draw) * weight.sum(axis=1)
+        edges = self._global_edges[situation.daypart, -1] * self.chance("cluster", users.number, draw)
+        anything = np.empty(len(users.number), np.int64)
+        for daypart in range(DAYPARTS):
+            mine = situation.daypart == daypart
+            anything[mine] = np.searchsorted(self._global_edges[daypart], edges[mine], side="right")
+        anything = np.minimum(anything, clusters - 1)
+        is_main, is_second = point < weight[:, 0], point < weight[:, 0] + weight[:, 1]
+        cluster = np.where(is_main, users.main, np.where(is_second, users.second, anything))
+        stays = ~situation.starts & (self.chance("stay", users.number, draw) < SESSION_SHARE)
+        cluster = np.where(stays, situation.focus, cluster)
+        law = 2 * (users.level * STYLES + users.style) + situation.has_new
+        place = law * clusters + cluster + self.chance("item", users.number, draw)
+        return np.minimum(np.searchsorted(self._edges, place, side="right"), len(self._edges) - 1) % self.options.items
 
-    def _devices(self, events: Events) -> pa.Array:
-        """Return devices. Each user has a favourite, mostly that of the main cluster, and uses it in 80 % of events."""
-        main, _ = self.interests(events.user)
-        favourite = self._mostly("device", events.user, main, len(DEVICES), 0.7)
-        user = events.user[events.owner]
-        point = self.chance("device used", user, _count_up(np.diff(events.offsets)))
-        other = ((point - 0.8) * 5 * len(DEVICES)).astype(np.int64)
-        return _words(DEVICES, np.where(point < 0.8, favourite[events.owner], other))
-
-    def _mostly(self, what: str, user: np.ndarray, main: np.ndarray, choices: int, share: float) -> np.ndarray:
-        """Return the main cluster's choice with probability `share`, else a random one, mostly of the first ones."""
-        home = (self.chance(f"{what} of cluster", main) ** 1.5 * choices).astype(np.int64)
-        drawn = (self.chance(f"{what} otherwise", user) ** 2 * choices).astype(np.int64)
-        return np.where(self.chance(f"{what} is usual", user) < share, home, drawn)
-
-    def user_id(self, user: np.ndarray) -> np.ndarray:
-        return self._sparse_id("user id", user)
-
-    def user_table(self, user: np.ndarray) -> pa.Table:
-        """Return user_id, country and age; the last two depend on the main cluster and are sometimes null."""
-        main, _ = self.interests(user)
-        country = self._mostly("country", user, main, self.options.countries, 0.5)
-        centre = 22 + 40 * self.chance("age of cluster", main)
-        age = np.clip(np.rint(centre + 7 * self._bell("age", user)), 16, 90)
-        country_known = self.chance("country known", user) >= 0.03
-        age_known = self.chance("age known", user) >= 0.05
-        return pa.table(
-            {
-                "user_id": self.user_id(user),
-                "country": _words(COUNTRIES, country, country_known),
-                "age": pa.array(age, pa.float32(), mask=~age_known),
-            }
+    def _component_weights(self, users: Users, daypart: np.ndarray) -> np.ndarray:
+        """Return the weights of the main cluster, the second and any cluster, (users, 3), not normalized."""
+        total = self.cluster_popularity @ self.affinity  # (DAYPARTS,)
+        return np.stack(
+            [
+                MAIN_SHARE * self.affinity[users.main, daypart],
+                SECOND_SHARE * self.affinity[users.second, daypart],
+                GLOBAL_SHARE * total[daypart],
+            ],
+            axis=1,
         )
 
-    def catalogue(self, items_per_piece: int = 65_536) -> Iterator[pa.Table]:
-        """Yield the items ordered by item_id, so that the position in the file is independent of the cluster."""
-        order = np.argsort(self.item_id)
-        for start in range(0, len(order), items_per_piece):
-            item = order[start : start + items_per_piece]
-            yield self._item_table(item, np.arange(start, start + len(item)))
+    def cluster_law(self, users: Users, situation: Situation) -> np.ndarray:
+        """Return the probability of each cluster for the next item, (users, clusters), with seen items included."""
+        row = np.arange(len(users.number))
+        law = GLOBAL_SHARE * self.cluster_popularity * self.affinity.T[situation.daypart]
+        law[row, users.main] += MAIN_SHARE * self.affinity[users.main, situation.daypart]
+        law[row, users.second] += SECOND_SHARE * self.affinity[users.second, situation.daypart]
+        law /= law.sum(axis=1, keepdims=True)
+        later = np.flatnonzero(~situation.starts)
+        law[later] *= 1 - SESSION_SHARE
+        law[later, situation.focus[later]] += SESSION_SHARE
+        return law
 
-    def _item_table(self, item: np.ndarray, place: np.ndarray) -> pa.Table:
-        cluster = self.cluster_of[item]
-        adjective = _words(ADJECTIVES, (self.chance("adjective", item) * len(ADJECTIVES)).astype(int))
-        number = pc.utf8_lpad(pa.array(place).cast(pa.string()), width=4, padding="0")
-        level = np.exp(2 + 3 * self.chance("price of cluster", cluster))
-        price = np.maximum(0.01, np.rint(100 * level * np.exp(0.4 * self._bell("price", item))) / 100)
-        price_known = self.chance("price known", item) >= 0.03
-        return pa.table(
-            {
-                "item_id": self.item_id[item],
-                "title": pc.binary_join_element_wise(adjective, _words(self._nouns, cluster), number, " "),
-                "category": _words(self._categories, cluster),
-                "tags": self._tag_lists(item, cluster),
-                "price": pa.array(price, pa.float32(), mask=~price_known),
-            }
-        )
-
-    def _tag_lists(self, item: np.ndarray, cluster: np.ndarray) -> pa.ListArray:
-        """Return 2 to 4 of the cluster's tags, one of them possibly from another cluster; 4 % of items have none."""
-        position = np.arange(NUM_TAGS)
-        likes = self.chance("tag", item[:, None], position[None, :])
-        tag = cluster[:, None] * NUM_TAGS + np.argsort(likes, axis=1)
-        count = 2 + (3 * self.chance("tags", item)).astype(np.int64)
-        anything = (self.chance("stray tag", item) * self.options.clusters * NUM_TAGS).astype(np.int64)
-        strays = np.flatnonzero((self.chance("tag strays", item) < 0.15) & (anything // NUM_TAGS != cluster))
-        tag[strays, count[strays] - 1] = anything[strays]
-        count[self.chance("no tags", item) < 0.04] = 0
-        starts = np.arange(len(item)) * NUM_TAGS
-        lists = list_column(tag.reshape(-1), starts, starts + count)
-        return pa.ListArray.from_arrays(lists.offsets, _words(sum(self._tags, ()), lists.values.to_numpy()))
-
-    def _bell(self, what: str, number: np.ndarray) -> np.ndarray:
-        """Return standard normal numbers (Box and Muller 1958)."""
-        radius = np.sqrt(-2 * np.log1p(-self.chance(f"{what}, radius", number)))
-        return radius * np.cos(2 * np.pi * self.chance(f"{what}, angle", number))
-
-    def _sparse_id(self, what: str, number: np.ndarray) -> np.ndarray:
-        """Return sparse 63-bit ids, a different one for every number: each step is invertible."""
-        self.chance(what, number[:1])
-        bits = (number.astype(np.uint64) ^ self._salts[what]) & _MASK_63
-        for factor in SPLITMIX_FACTORS:
-            bits = ((bits ^ (bits >> np.uint64(32))) * factor) & _MASK_63
-        return (bits ^ (bits >> np.uint64(32))).astype(np.int64)
-
-
-def _output(seed: np.ndarray | np.uint64, number: np.ndarray) -> np.ndarray:
-    """Return the outputs of splitmix64 with these seeds; output 1 is the first."""
-    return mix_array(seed + (number.astype(np.uint64) - np.uint64(1)) * SPLITMIX_STEP)
+    def probabilities(self, users: Users, situation: Situation) -> np.ndarray:
+        """Return P(next item | user, situation) of every item, (users, items), with seen items included."""
+        law_BC = self.cluster_law(users, situation)
+        found = np.empty((len(users.number), self.options.items))
+        kind = 2 * (users.level * STYLES + users.style) + situation.has_new
+        for law in np.unique(kind):
+            share = self.share_in_cluster(int(law) // 2 // STYLES, int(law) // 2 % STYLES, bool(law % 2))
+            mine = np.flatnonzero(kind == law)
+            found[mine] = law_BC[np.ix_(mine, self.cluster_of)] * share
+        return found
 
 
 def _apportion(total: int, weight: np.ndarray) -> np.ndarray:
@@ -321,15 +283,3 @@ def _apportion(total: int, weight: np.ndarray) -> np.ndarray:
     short = total - len(weight) - int(share.sum())
     share[np.argsort(share - exact, kind="stable")[:short]] += 1
     return share + 1
-
-
-def _count_up(lengths: np.ndarray) -> np.ndarray:
-    """Return 0, 1, ... for each length: [2, 3] -> [0, 1, 0, 1, 2]."""
-    offsets = offsets_of(lengths)
-    return np.arange(offsets[-1]) - np.repeat(offsets[:-1], lengths)
-
-
-def _words(words: Any, number: np.ndarray, known: np.ndarray | None = None) -> pa.Array:
-    """Return words[number] as a column of strings, null where it is not known."""
-    mask = None if known is None else ~known
-    return pa.array(list(words), pa.string()).take(pa.array(number, pa.int32(), mask=mask))

@@ -22,6 +22,7 @@ class Options(SourceOptions):
     rows: PositiveInt | None = None  # approximate number of train rows: sets users
     seed: int = Field(0, ge=0)
     countries: int = Field(12, ge=1, le=len(COUNTRIES))
+    new_items: float = Field(0.05, ge=0, lt=1)  # share of items that no train row has; cold items of valid and test
     max_history: PositiveInt = 50  # newest items kept in a train row
     min_history: int = Field(0, ge=0)  # train rows with fewer earlier items are left out
     rows_per_piece: PositiveInt = 131_072  # events generated at a time; does not affect the output

@@ -8,90 +8,93 @@ import numpy as np
 
 from trec_twotower.data.sources.synthetic.interaction_model import InteractionModel
 
-SAMPLED_USERS = 20_000
+SAMPLED_USERS = 20_000  # fewer for large catalogues, since all items are ranked for each of them
+MOST_CELLS = 2_000_000_000
+CELLS_AT_ONCE = 4_000_000
 CUTOFFS = {"recall": (10, 20, 50, 100), "ndcg": (10, 20)}
+HEAD_SHARE = 0.2  # share of the items with interactions in train that are the head, as in `evaluate --slice tail`
+PARTS = ("cold", "tail", "head")
 
 
-def reachable(model: InteractionModel, train_count: np.ndarray) -> dict[str, dict[str, Any]]:
+def reachable(model: InteractionModel, item_id: np.ndarray, train_count: np.ndarray) -> dict[str, dict[str, Any]]:
     """Return the test metrics of ranking by the true probability and of ranking by popularity.
 
-    Both exclude the user's history. `expected_recall@k` is the true probability that the next item is
-    among the best k, averaged over the users: the realised recall differs from it by sampling alone.
+    Both exclude the user's history. `expected_recall@k` is the true probability that the next item is among the best k,
+    averaged over the users: the realised recall differs from it by sampling alone. `recall@k of PART` is the recall of
+    the best ranking for users whose next item is cold (not in train), in the tail or in the head.
     """
     users = np.arange(model.options.users)
-    if len(users) > SAMPLED_USERS:
-        chosen = np.random.default_rng(model.options.seed).choice(len(users), SAMPLED_USERS, replace=False)
-        users = np.sort(chosen)
+    most = min(SAMPLED_USERS, max(500, MOST_CELLS // model.options.items))
+    if len(users) > most:
+        users = np.sort(np.random.default_rng(model.options.seed).choice(len(users), most, replace=False))
     place = np.empty(len(train_count), np.int64)
-    place[np.lexsort((model.item_id, -train_count))] = np.arange(len(train_count))
+    place[np.lexsort((item_id, -train_count))] = np.arange(len(train_count))
 
-    best_ranks, popular_ranks, reach = [], [], []
-    for start in range(0, len(users), 512):
-        events = model.events(users[start : start + 512])
+    best_ranks, popular_ranks, reach, parts = [], [], [], []
+    part_of = _parts(train_count)
+    for start in range(0, len(users), 4096):
+        events = model.events(users[start : start + 4096])
         events = events.only(events.is_tested)
         if not len(events.user):
             continue
-        test_item = events.item[events.offsets[1:] - 1]
-        owner = events.owner
-        in_history = np.arange(len(events.item)) != events.offsets[1:][owner] - 1
+        last = events.offsets[1:] - 1
+        test_item, owner = events.item[last], events.owner
+        in_history = np.arange(len(events.item)) != last[owner]
         owner, seen_item = owner[in_history], events.item[in_history]
         before = place[seen_item] < place[test_item][owner]
         popular_ranks.append(place[test_item] - np.bincount(owner[before], minlength=len(test_item)))
-        rank, reached = _best_ranking(model, events.user, owner, seen_item, test_item)
-        best_ranks.append(rank)
-        reach.append(reached)
+        parts.append(part_of[test_item])
+        everyone, situation = model.users(events.user), events.situation.take(last)
+        block = max(1, CELLS_AT_ONCE // model.options.items)
+        for first in range(0, len(test_item), block):
+            rows = np.arange(first, min(first + block, len(test_item)))
+            chance = model.probabilities(everyone.take(rows), situation.take(rows))
+            mine = (owner >= first) & (owner < first + block)
+            chance[owner[mine] - first, seen_item[mine]] = 0.0
+            rank, reached = _best_ranking(chance, test_item[rows])
+            best_ranks.append(rank)
+            reach.append(reached)
 
     if not best_ranks:
         return {}
     best_rank, popular_rank = np.concatenate(best_ranks), np.concatenate(popular_ranks)
-    expected = np.concatenate(reach).mean(axis=0)
+    expected, part = np.concatenate(reach).mean(axis=0), np.concatenate(parts)
     about = {"split": "test", "users_sampled": len(best_rank)}
+    of_parts = {
+        f"recall@{k} of {name}": round(float((best_rank[part == number] < k).mean()), 6)
+        for number, name in enumerate(PARTS)
+        if (part == number).any()
+        for k in CUTOFFS["recall"]
+    }
     return {
         "best_reachable": about
         | _metrics(best_rank)
-        | {f"expected_recall@{k}": round(float(expected[k - 1]), 6) for k in CUTOFFS["recall"]},
+        | {f"expected_recall@{k}": round(float(expected[k - 1]), 6) for k in CUTOFFS["recall"]}
+        | of_parts,
         "popularity": about | _metrics(popular_rank),
     }
 
 
-def _best_ranking(
-    model: InteractionModel, user: np.ndarray, owner: np.ndarray, seen_item: np.ndarray, test_item: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return the test item's rank from 0 by P(item | user), and the total probability of the best 1, 2, ... 100 items.
+def _parts(train_count: np.ndarray) -> np.ndarray:
+    """Return for each item the index of its part in PARTS."""
+    order = np.argsort(-train_count, kind="stable")
+    num_known = int((train_count > 0).sum())
+    part = np.zeros(len(train_count), np.int64)
+    part[order[:num_known]] = 1
+    part[order[: int(np.ceil(HEAD_SHARE * num_known))]] = 2
+    return part
 
-    Only the heads of the two clusters and of the whole catalogue can be among the best.
-    A rank of 100 or more is returned as the number of items.
-    """
-    items = model.options.items
-    depth = max(CUTOFFS["recall"]) + int(np.bincount(owner).max())
-    main, second = (cluster[:, None] for cluster in model.interests(user))
-    head = np.arange(depth)[None, :]
-    popular = model.by_global_share[:depth]
-    candidates, is_real = [], []
-    for cluster in (main, second):
-        item = model.cluster_starts[cluster] + head
-        is_real.append(item < model.cluster_starts[cluster + 1])
-        candidates.append(np.minimum(item, items - 1))
-    popular_item = np.broadcast_to(popular, (len(user), len(popular)))
-    candidates.append(popular_item)
-    is_real.append((model.cluster_of[popular_item] != main) & (model.cluster_of[popular_item] != second))
-    candidate, real = np.concatenate(candidates, axis=1), np.concatenate(is_real, axis=1)
 
-    row = np.arange(len(user))[:, None]
-    real &= ~np.isin(row * items + candidate, owner * items + seen_item)
-    chance = np.where(real, model.probability(candidate, main, second), -1.0)
-    order = np.argsort(-chance, axis=1, kind="stable")[:, : max(CUTOFFS["recall"])]
-    best, chance = np.take_along_axis(candidate, order, axis=1), np.take_along_axis(chance, order, axis=1)
-    is_test = (best == test_item[:, None]) & (chance > 0)
-    rank = np.where(is_test.any(axis=1), is_test.argmax(axis=1), items)
-
-    seen_chance = np.bincount(
-        owner, model.probability(seen_item, main[owner, 0], second[owner, 0]), minlength=len(user)
-    )
-    chance = np.maximum(chance, 0)
-    short = max(CUTOFFS["recall"]) - chance.shape[1]  # a catalogue smaller than the largest cutoff
-    chance = np.pad(chance, ((0, 0), (0, max(0, short))))
-    return rank, np.cumsum(chance, axis=1) / (1 - seen_chance)[:, None]
+def _best_ranking(chance_BI: np.ndarray, test_item: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the test item's rank from 0, and the share of probability of the best 1, 2, ... 100 items."""
+    own = np.take_along_axis(chance_BI, test_item[:, None], axis=1)
+    most = max(CUTOFFS["recall"])
+    top = chance_BI
+    if chance_BI.shape[1] > most:
+        top = np.partition(chance_BI, chance_BI.shape[1] - most, axis=1)[:, -most:]
+    top = -np.sort(-top, axis=1)
+    top = np.pad(top, ((0, 0), (0, most - top.shape[1])))
+    return (chance_BI > own).sum(axis=1), np.cumsum(top, axis=1) / chance_BI.sum(axis=1, keepdims=True)
 
 
 def _metrics(rank: np.ndarray) -> dict[str, float]:

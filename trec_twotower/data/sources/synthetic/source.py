@@ -9,6 +9,7 @@ import numpy as np
 from trec_twotower.data.sources.synthetic.interaction_model import InteractionModel
 from trec_twotower.data.sources.synthetic.options import Options
 from trec_twotower.data.sources.synthetic.reach import reachable
+from trec_twotower.data.sources.synthetic.tables import Tables
 from trec_twotower.data.sources.writer import DatasetWriter
 
 
@@ -16,7 +17,8 @@ def write(options: Options, writer: DatasetWriter) -> dict[str, Any]:
     """Write the synthetic dataset and return the content of dataset.yaml."""
     options = options.resolve()
     model = InteractionModel(options)
-    for piece in model.catalogue():
+    tables = Tables(model)
+    for piece in tables.catalogue():
         writer.write("items", piece)
 
     train_count = np.zeros(options.items, np.int64)
@@ -27,10 +29,10 @@ def write(options: Options, writer: DatasetWriter) -> dict[str, Any]:
         events = model.events(user)
         num_events += len(events.item)
         train_count += np.bincount(events.item[events.is_train], minlength=options.items)
-        writer.write("users", model.user_table(user))
-        for split, table in model.tables(events).items():
+        writer.write("users", tables.users(user))
+        for split, table in tables.interactions(events).items():
             writer.write(split, table)
 
     counts = {"users": options.users, "items": options.items, "interactions": num_events}
-    reach = reachable(model, train_count)
+    reach = reachable(model, tables.item_id, train_count)
     return writer.finish("synthetic", options.model_dump(mode="json"), counts, **reach)

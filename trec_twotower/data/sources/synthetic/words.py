@@ -6,6 +6,7 @@ from __future__ import annotations
 _COUNTRIES = "DE NO FR GB US JP BR IN SE PL ES IT NL CA AU MX KR FI DK PT AT CH BE CZ IE GR TR AR CL NZ"
 COUNTRIES = tuple(_COUNTRIES.split())
 
+BUDGETS = ("low", "medium", "high")  # stated price levels of users
 DEVICES = ("phone", "laptop", "tablet")
 
 _ADJECTIVES = (
