@@ -228,6 +228,10 @@ def test_the_table_stands_beside_its_baselines(world):
     assert lines[2].startswith(" ")
     assert [line.split("  ")[0] for line in lines[3:9]] == [*names, "best reachable"]
     assert f"{world.metrics['popularity']['recall@10']:.4f}" in lines[5]
+    assert lines[9].startswith("Two towers: recall@10 ") and "of the best reachable" in lines[9]
+    tail = next(line for line in lines if line.startswith("recall@10 by tail"))
+    best = read_yaml(world.dataset / "dataset.yaml")["best_reachable"]["recall@10 of head"]
+    assert f"of {best:.4f} reachable" in tail.partition("head")[2]
 
 
 @pytest.mark.timeout(150)

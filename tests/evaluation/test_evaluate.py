@@ -14,10 +14,28 @@ import pytest
 from trec_twotower.errors import DataError
 from trec_twotower.evaluation.baselines import ItemToItem, SpectralTowers
 from trec_twotower.evaluation.evaluator import exactly
-from trec_twotower.evaluation.result_text import format_table
+from trec_twotower.evaluation.result_text import format_table, verdict
 from trec_twotower.evaluation.slices import make_slices
 from trec_twotower.ops.ragged import Ragged
 from trec_twotower.training.spectral_initialization import Interactions
+
+
+def test_the_verdict_names_the_best_baseline_and_the_reachable_value():
+    recalls = {
+        "two towers, exact search": 0.30,
+        "two towers, through the index": 0.31,
+        "popularity": 0.1,
+        "item to item": 0.25,
+        "best reachable": 0.4,
+    }
+    result = {"metrics": {name: {"recall@5": recall} for name, recall in recalls.items()}}
+    assert verdict(result, 5) == (
+        "Two towers: recall@5 0.3000, 20% above the best baseline (item to item, 0.2500), 75% of the best reachable "
+        "(0.4000)."
+    )
+    result["metrics"]["item to item"]["recall@5"] = 0.6
+    del result["metrics"]["best reachable"]
+    assert verdict(result, 5) == "Two towers: recall@5 0.3000, 50% below the best baseline (item to item, 0.6000)."
 
 
 def test_popularity_is_that_of_a_slow_count(cli, shop_copy, shop_tables):

@@ -11,8 +11,10 @@ from xml.etree import ElementTree
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 
 from trec_twotower.evaluation.report import principal_plane
+from trec_twotower.evaluation.result_text import verdict
 from trec_twotower.serving.retriever import Retriever
 
 VOID = {"meta", "br"}
@@ -58,6 +60,11 @@ def test_the_page_holds_every_figure_of_the_evaluation(reported):
     run, page = reported
     result = json.loads((run / "evaluation.json").read_text())
     text = Page(page).text
+    assert verdict(result, 5) in text
+    best = max(metrics["recall@5"] for metrics in result["metrics"].values())
+    bold = re.findall(r'<td class="found">([0-9.]+)<br>', page)
+    assert f"{best:.4f}" in bold
+    assert "Written" in text and "run_dir:" in text and f"torch {torch.__version__}" in text
     for name, metrics in result["metrics"].items():
         low, high = result["intervals"][name]["recall@5"]
         for shown in (name, f"{metrics['recall@5']:.4f}", f"{metrics['map@5']:.4f}", f"{low:.4f} – {high:.4f}"):
@@ -201,7 +208,7 @@ def test_parts_in_no_order_are_not_joined_by_lines(reported):
 def test_the_index_is_reported_with_what_was_measured_when_it_was_built(reported):
     run, page = reported
     measured = json.loads((run / "index/manifest.json").read_text())["report"]
-    (section,) = re.findall(r"<section><h2>Index</h2>(.*?)</section>", page, flags=re.DOTALL)
+    (section,) = re.findall(r"<section id="index"><h2>Index</h2>(.*?)</section>", page, flags=re.DOTALL)
     (index, exact) = re.findall(r"<tr><td>(?:this index|exact search)</td>(.*?)</tr>", section)
     cells = [re.findall(r"<td>(.*?)</td>", row) for row in (index, exact)]
     (rate,) = {rate for _, share, rate in measured["curve"] if share == measured["scanned_share"]}

@@ -228,7 +228,12 @@ def evaluate_run(
         figures["sampled"] = _sampled(evaluator, vectors_by_method)
     best = loaded.sources.dataset.description.get("best_reachable")
     if best is not None and best.get("split", "test") == split:
-        figures["metrics"][REACHABLE] = {name: value for name, value in best.items() if "@" in name}
+        figures["metrics"][REACHABLE] = {name: value for name, value in best.items() if "@" in name and " " not in name}
+        for label, part in figures["slices"].get("tail", {}).items():  # "recall@10 of cold" and so on
+            of_part = f" of {label.split(' ')[0]}"
+            part["metrics"][REACHABLE] = {
+                name.removesuffix(of_part): value for name, value in best.items() if name.endswith(of_part)
+            }
     result = {
         "split": split,
         "step": loaded.step,

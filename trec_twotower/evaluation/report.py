@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import platform
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +23,7 @@ from trec_twotower.data.split import Split
 from trec_twotower.errors import ConfigError, DataError, nearest
 from trec_twotower.evaluation import charts
 from trec_twotower.evaluation.comparison import EXACT, REACHABLE, THROUGH_INDEX
-from trec_twotower.evaluation.result_text import SAMPLED_NOTE, excluded_text
+from trec_twotower.evaluation.result_text import SAMPLED_NOTE, excluded_text, verdict
 from trec_twotower.evaluation.slices import column_of, parts_of
 from trec_twotower.index import IndexReport, exact_search
 from trec_twotower.inference.export import Exported, read_export
@@ -31,8 +34,9 @@ from trec_twotower.storage.arrow_values import format_item, python_rows, python_
 from trec_twotower.storage.artifacts import read_manifest
 from trec_twotower.storage.atomic import read_json, write_file
 from trec_twotower.storage.manifest import MANIFEST
+from trec_twotower.training.checkpoints.checkpoint import versions as versions_of_writer
 from trec_twotower.training.optimizer import table_state_bytes
-from trec_twotower.training.run_dir import STATUS, Run
+from trec_twotower.training.run_dir import CONFIG, STATUS, Run
 
 REPORT, TEMPLATE = "report.html", "report.html.j2"
 MAX_POINTS = 4000  # items on the map
@@ -57,6 +61,8 @@ def write_report(run: Run, colour: str | None = None) -> Path:
         name=run.folder.name,
         run_dir=str(run.folder),
         dataset=str(run.config.data.dataset),
+        about=_about(run),
+        config=(run.folder / CONFIG).read_text(encoding="utf-8"),
         training=_training(run),
         evaluation=_evaluation(run, exported),
         index=_index(run, exported),
@@ -66,6 +72,16 @@ def write_report(run: Run, colour: str | None = None) -> Path:
     )
     write_file(run.folder / REPORT, text)
     return run.folder / REPORT
+
+
+def _about(run: Run) -> list[tuple[str, str]]:
+    """Return when and by what the report was written, and the sizes of the dataset, as labels and values."""
+    counts = run.dataset().description.get("counts", {})
+    sizes = ", ".join(f"{value:,} {name.replace('_', ' ')}" for name, value in counts.items() if isinstance(value, int))
+    versions = ", ".join(f"{name} {version}" for name, version in versions_of_writer().items())
+    machine = f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()}"
+    rows = [("Written", f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC by trec-twotower report {run.folder}")]
+    return [*rows, ("Versions", versions), ("Machine", machine), *([("Dataset", sizes)] if sizes else [])]
 
 
 @contextmanager
@@ -116,11 +132,13 @@ def _evaluation_tables(result: dict[str, Any], exported: Exported | None) -> dic
     metrics = [f"{name}@{k}" for k in ks for name in ("recall", "ndcg")] + [f"mrr@{ks[0]}", f"map@{ks[0]}"]
     list_metrics = [f"{name}@{ks[0]}" for name in ("coverage", "novelty", "diversity", "popularity_bias")]
     tables: dict[str, Any] = {
+        "verdict": verdict(result, ks[0]),
         "about": f"{result['split']}, {result['users']:,} users, whole catalogue, {excluded_text(result)}",
         "model": f"{result['model_version']}, step {result['step']:,}",
         "exported_model": "",
         "columns": ["", *metrics],
         "rows": [],
+        "best": [],  # of each row and metric, whether the value is the highest
         "list_columns": ["", *list_metrics],
         "list_rows": [[name, *_cells(values, list_metrics)] for name, values in result.get("lists", {}).items()],
         "index_loss": "",
@@ -129,7 +147,10 @@ def _evaluation_tables(result: dict[str, Any], exported: Exported | None) -> dic
         "slices": _slices(result, f"recall@{ks[0]}"),
         "min_users": MIN_USERS,
     }
+    best = {metric: max(values.get(metric, 0.0) for name, values in result["metrics"].items() if name != REACHABLE)
+            for metric in metrics}  # fmt: skip
     for name, values in result["metrics"].items():
+        tables["best"].append([name != REACHABLE and values.get(metric) == best[metric] > 0 for metric in metrics])
         intervals = (result.get("intervals", {}).get(name, {}).get(metric) for metric in metrics)
         cells = zip(_cells(values, metrics), intervals, strict=True)
         tables["rows"].append([name, *(_with_interval(cell, interval) for cell, interval in cells)])

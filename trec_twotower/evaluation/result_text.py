@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from trec_twotower.evaluation.comparison import EXACT, ITEM_TO_ITEM
+from trec_twotower.evaluation.comparison import EXACT, ITEM_TO_ITEM, REACHABLE, THROUGH_INDEX
 
 SAMPLED_NOTE = (
     f"({ITEM_TO_ITEM!r} is missing there because its scores are not inner products; the index is missing because it "
@@ -40,6 +40,28 @@ def _ceiling_text(result: dict[str, Any], ks: Sequence[int]) -> list[str]:
     return [f"users that no model can hit: {lost:,}{why}; highest possible recall {recall}"]
 
 
+def verdict(result: dict[str, Any], k: int) -> str:
+    """Return one sentence: recall@k of the two towers next to the best baseline and to the best reachable value."""
+    recall = {name: each[f"recall@{k}"] for name, each in result["metrics"].items() if f"recall@{k}" in each}
+    own, reachable = recall.pop(EXACT), recall.pop(REACHABLE, None)
+    recall.pop(THROUGH_INDEX, None)
+    text = f"Two towers: recall@{k} {own:.4f}"
+    if recall and (best := max(recall.values())) > 0:
+        name = next(name for name, value in recall.items() if value == best)
+        change = own / best - 1
+        text += f", {abs(change):.0%} {'above' if change >= 0 else 'below'} the best baseline ({name}, {best:.4f})"
+    if reachable:
+        text += f", {own / reachable:.0%} of the best reachable ({reachable:.4f})"
+    return f"{text}."
+
+
+def _slice_text(label: str, part: dict[str, Any], k: int) -> str:
+    """Return the recall of a slice, the best reachable one if it is known, and the number of users."""
+    reachable = part["metrics"].get(REACHABLE, {}).get(f"recall@{k}")
+    best = f" of {reachable:.4f} reachable" if reachable is not None else ""
+    return f"{label} {part['metrics'][EXACT][f'recall@{k}']:.4f}{best} ({part['users']:,})"
+
+
 def format_result(result: dict[str, Any], ks: Sequence[int]) -> str:
     """Return the tables of an evaluation, given the content of evaluation.json."""
     k = ks[0]
@@ -48,6 +70,7 @@ def format_result(result: dict[str, Any], ks: Sequence[int]) -> str:
         f"{result['split']}, {result['users']:,} users, whole catalogue, {excluded_text(result)}",
         *_ceiling_text(result, ks),
         format_table(result["metrics"], [*smallest, f"hit@{k}", f"mrr@{k}", f"map@{k}"]),
+        verdict(result, k),
         "",
         f"list metrics @{k}, and the 95 % confidence interval of recall@{k}",
     ]
@@ -59,9 +82,7 @@ def format_result(result: dict[str, Any], ks: Sequence[int]) -> str:
         rows[name] |= {"low": low, "high": high} if low is not None else {}
     lines.append(format_table(rows, [*columns.values(), "low", "high"]))
     for name, parts in result["slices"].items():
-        figures = (
-            f"{label} {part['metrics'][EXACT][f'recall@{k}']:.4f} ({part['users']:,})" for label, part in parts.items()
-        )
+        figures = (_slice_text(label, part, k) for label, part in parts.items())
         lines += ["", f"recall@{k} by {name} (users): " + ", ".join(figures)]
     for name, rows in result.get("sampled", {}).items():
         lines += [
