@@ -64,8 +64,8 @@ CONFIG_HEAD = f"""# Configuration
 {NOTICE}
 
 This page lists every key of a config file with its type, default and meaning. A config is YAML 1.2. `trec-twotower
-init` writes one for a dataset, and `configs/` has one for each public dataset. Any key can be set on the command line by
-its path:
+init` writes one for a dataset, and `configs/` has one for each public dataset. Any key can be set on the command line
+by its path:
 
     trec-twotower train demo train.epochs=3 item.price.normalize=zscore data.follow.poll_s=5
 
