@@ -63,6 +63,22 @@ def test_a_broken_link_is_found():
     }
 
 
+def lists_without_a_blank_line(text: str) -> list[str]:
+    """Return the first lines of lists that follow a paragraph directly: the site shows these as one paragraph."""
+    text = re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
+    return re.findall(r"^(?![#\s|]|- |\d+\. |<).+\n((?:- |1\. ).*)$", text, flags=re.MULTILINE)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_a_list_begins_after_a_blank_line_or_a_heading(page):
+    assert lists_without_a_blank_line(page.read_text(encoding="utf-8")) == []
+
+
+def test_a_list_within_a_paragraph_is_found():
+    assert lists_without_a_blank_line("## Heading\n- a\n  more\n- b\n\ntext\n\n1. c\n") == []
+    assert lists_without_a_blank_line("text:\n- a\n- b\n") == ["- a"]
+
+
 # ---------------------------------------------------------------- contents
 
 
