@@ -29,7 +29,7 @@ demo: setup
 docs:
 	@$(PYTHON) launch/setup_env.py --docs
 	$(PY) docs/site/generate_reference.py --check
-	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --quiet --strict --config-file docs/site/mkdocs.yml
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --config-file docs/site/mkdocs.yml
 	@echo "site/index.html"
 
 lint: setup-test

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
 
     def replaced(match: re.Match[str]) -> str:
         text, target, anchor = match[1], match[2], match[3] or ""
-        path = (folder / target).resolve()
+        path = Path(os.path.normpath(folder / target))
         if not path.is_relative_to(ROOT) or not path.exists():
             return match[0]  # broken: the build reports it
         name = path.relative_to(ROOT).as_posix()

@@ -40,7 +40,7 @@ def run_page(text: str, folder: Path, timeout_s: int) -> list[str]:
     port, script = free_port(), ["set -e"]
     for language, block in blocks_of(text):
         if language == "python":
-            name = re.match(r"# ([\w.]+):", block)
+            name = re.match(r"# ([\w.-]+):", block)
             assert name is not None, "a block of Python begins with `# FILE: what it does`"
             (folder / name[1]).write_text(block)
         elif language == "bash":

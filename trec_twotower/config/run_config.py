@@ -45,7 +45,7 @@ class RunConfig(Settings):
     checkpoint: CheckpointConfig = CheckpointConfig()  # when checkpoints are written, and how many are kept
     evaluate: EvaluateConfig = EvaluateConfig()  # metrics of validation and of `evaluate`
     index: IndexConfig = IndexConfig()  # the search index that `index` builds
-    run_dir: Path | None = None  # directory that the run is written to; default: runs/NAME for configs/NAME.yaml
+    run_dir: Path | None = None  # directory that the run is written to; default: runs/NAME for a config NAME.yaml
 
     @property
     def feature_schema(self) -> Schema:
