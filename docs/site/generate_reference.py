@@ -59,6 +59,8 @@ FAMILIES: dict[type[KindSettings], tuple[str, str, str]] = {
     ),
 }
 
+LABELS: dict[type, str] = {FeatureSpec: "features", EncoderSpec: "encoder"}  # texts of links that are not the heading
+
 CONFIG_HEAD = f"""# Configuration
 
 {NOTICE}
@@ -193,7 +195,7 @@ def type_text(annotation: Any, metadata: Any = (), groups: dict[type, str] | Non
     if annotation is Path:
         return "path"
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return link(groups[annotation]) if groups else "group"
+        return link(groups[annotation], LABELS.get(annotation)) if groups else "group"
     raise TypeError(f"There is no name for the type {annotation!r}: add it to type_text.")
 
 
@@ -220,9 +222,9 @@ def default_text(field: FieldInfo) -> str:
 # ---------------------------------------------------------------- markdown
 
 
-def link(heading: str) -> str:
+def link(heading: str, label: str | None = None) -> str:
     slug = re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
-    return f"[{heading}](#{slug})"
+    return f"[{label or heading}](#{slug})"
 
 
 def cell(text: str) -> str:
@@ -280,6 +282,14 @@ def kind_title(member: type[KindSettings]) -> str:
     return f"{kind} with {variant}" if variant else kind
 
 
+def kind_summary(member: type[KindSettings]) -> str:
+    """Return the docstring of a kind, or the comment at its field `kind`, as sentences."""
+    if summary := summary_of(member):
+        return summary
+    comment = meaning_of(member, "kind")
+    return f"{comment[0].upper()}{comment[1:]}." if comment else ""
+
+
 def shared_names(family: type[KindSettings]) -> list[str]:
     """Return the keys that all kinds of a family have with one type, default and meaning."""
     members = family.members()
@@ -307,8 +317,8 @@ def family_section(family: type[KindSettings], level: str, groups: dict[type, st
         names = [name for name in member.model_fields if name not in (*shared, "kind")]
         parts.append(f"{level}# {word} {kind_title(member)}")
         kind = f"`kind: {member.title().partition('|')[0]}`"
-        condition = f" where `{member.variant}` is set" if member.variant else ""
-        parts.append(f"{kind}{condition}. {summary_of(member)}".strip())
+        condition = f" with `{member.variant}`" if member.variant else ""
+        parts.append(f"{kind}{condition}. {kind_summary(member)}")
         parts.append(keys_table(member, names, groups) if names else "No further keys.")
     return parts
 
@@ -337,18 +347,20 @@ def configuration() -> str:
 
 
 def keys_without_meaning() -> list[str]:
-    """Return the keys of configs, and the options of sources, at which the source has no comment."""
+    """Return the keys and kinds of configs, and the options of sources, at which the source has no comment."""
     models: list[tuple[str, type[BaseModel]]] = [("", RunConfig)]
     for group, paths in all_groups().items():
         members = group.members() if group in FAMILIES else [group]
         models += [(f"{paths[0]}.", member) for member in members]
     models += [(f"prepare {name}: ", source.options) for name, source in SOURCES.items()]
-    return [
+    missing = [
         f"{path}{name} ({model.__name__})"
         for path, model in models
         for name, field in model.model_fields.items()
         if name != "kind" and not (meaning_of(model, name) or any(map(summary_of, groups_in(field.annotation))))
     ]
+    kinds = [member for family in FAMILIES for member in family.members()]
+    return [*missing, *(f"kind ({member.__name__})" for member in kinds if not kind_summary(member))]
 
 
 # ---------------------------------------------------------------- cli.md

@@ -261,14 +261,14 @@ class CorrectedLoss(LossConfig):
 
 class SoftmaxLoss(CorrectedLoss):
     supports_top_k = True
-    kind: Literal["softmax"] = "softmax"
+    kind: Literal["softmax"] = "softmax"  # each positive against all negatives (InfoNCE, sampled softmax)
     temperature: Temperature = 0.1  # divisor of the scores: a number, or a group if it is learned
     precision: LossPrecision = "auto"  # type of the gradients' matrix multiplications; auto: bf16 where it is faster
 
 
 class BceLoss(CorrectedLoss):
     learns_graded_labels = True
-    kind: Literal["bce"] = "bce"
+    kind: Literal["bce"] = "bce"  # binary cross-entropy of each pair
     temperature: Temperature = 0.1  # divisor of the scores: a number, or a group if it is learned
     precision: LossPrecision = "auto"  # type of the gradients' matrix multiplications; auto: bf16 where it is faster
     negative_weight: PositiveFloat = 1.0  # weight of all negatives of a row together
@@ -276,7 +276,7 @@ class BceLoss(CorrectedLoss):
 
 class SoftmaxBceLoss(CorrectedLoss):
     learns_graded_labels = True
-    kind: Literal["softmax_bce"] = "softmax_bce"
+    kind: Literal["softmax_bce"] = "softmax_bce"  # weighted sum of softmax and bce
     temperature: Temperature = 0.1  # divisor of the scores: a number, or a group if it is learned
     precision: LossPrecision = "auto"  # type of the gradients' matrix multiplications; auto: bf16 where it is faster
     softmax_share: float = Field(default=0.5, ge=0, le=1)  # weight of the softmax loss; bce has the rest
@@ -285,7 +285,7 @@ class SoftmaxBceLoss(CorrectedLoss):
 
 class BslLoss(CorrectedLoss):
     supports_top_k = True
-    kind: Literal["bsl"] = "bsl"
+    kind: Literal["bsl"] = "bsl"  # softmax over the positives as well, for noisy positives
     temperature: Temperature = 0.1  # divisor of the scores: a number, or a group if it is learned
     precision: LossPrecision = "auto"  # type of the gradients' matrix multiplications; auto: bf16 where it is faster
     temperature_ratio: PositiveFloat = 1.0  # the positives' temperature divided by the negatives'
@@ -294,7 +294,7 @@ class BslLoss(CorrectedLoss):
 class CclLoss(LossConfig):
     supports_top_k = True
     needs_unit_length = True
-    kind: Literal["ccl"] = "ccl"
+    kind: Literal["ccl"] = "ccl"  # positives to cosine 1, negatives below a margin
     margin: float = Field(default=0.5, ge=-1, lt=1)  # cosine above which a negative has a loss
     precision: LossPrecision = "auto"  # type of the gradients' matrix multiplications; auto: bf16 where it is faster
     negative_weight: PositiveFloat = 150.0  # weight of all negatives of a row together
@@ -302,20 +302,20 @@ class CclLoss(LossConfig):
 
 class BprLoss(CorrectedLoss):
     supports_top_k = True
-    kind: Literal["bpr"] = "bpr"
+    kind: Literal["bpr"] = "bpr"  # each positive above each negative, logistic
     temperature: Temperature = 0.1  # divisor of the scores: a number, or a group if it is learned
     precision: LossPrecision = "auto"  # type of the gradients' matrix multiplications; auto: bf16 where it is faster
 
 
 class MarginLoss(CorrectedLoss):
     supports_top_k = True
-    kind: Literal["margin"] = "margin"
+    kind: Literal["margin"] = "margin"  # each positive above each negative by a margin
     margin: PositiveFloat = 0.2  # target difference between the scores of a positive and a negative
     precision: LossPrecision = "auto"  # type of the gradients' matrix multiplications; auto: bf16 where it is faster
 
 
 class ListwiseLoss(LossConfig):
-    kind: Literal["listwise"] = "listwise"
+    kind: Literal["listwise"] = "listwise"  # cross-entropy between a graded list and the softmax over it
     temperature: Temperature = 0.1  # divisor of the scores: a number, or a group if it is learned
     grades: Literal["share", "softmax"] = "share"  # conversion of a list's labels to a distribution
 

@@ -101,7 +101,7 @@ class EncoderSpec(KindSettings):
 
 
 class MeanEncoderSpec(EncoderSpec):
-    kind: Literal["mean"] = "mean"
+    kind: Literal["mean"] = "mean"  # mean of the steps
 
 
 class HeadedEncoderSpec(EncoderSpec):
@@ -118,25 +118,25 @@ class HeadedEncoderSpec(EncoderSpec):
 
 
 class HeadsEncoderSpec(HeadedEncoderSpec):
-    kind: Literal["heads"] = "heads"
+    kind: Literal["heads"] = "heads"  # weighted means with learned weights by age, one per part of the vector
     heads: PositiveInt = 8
     fastest: PositiveFloat = 1.5  # initial decrease of the first head's log weights per step of age
     slowest: PositiveFloat = 0.02  # the same of the last head; the heads between decay in equal ratios
 
 
 class GruEncoderSpec(EncoderSpec):
-    kind: Literal["gru"] = "gru"
+    kind: Literal["gru"] = "gru"  # last state of a recurrent unit
     layers: PositiveInt = 1  # number of recurrent layers
 
 
 class CnnEncoderSpec(EncoderSpec):
-    kind: Literal["cnn"] = "cnn"
+    kind: Literal["cnn"] = "cnn"  # causal convolutions
     layers: PositiveInt = 2  # number of convolutions
     width: PositiveInt = 3  # number of steps that a filter covers, itself included
 
 
 class TransformerEncoderSpec(HeadedEncoderSpec):
-    kind: Literal["transformer"] = "transformer"
+    kind: Literal["transformer"] = "transformer"  # self-attention blocks
     layers: PositiveInt = 1  # number of self-attention blocks
     heads: PositiveInt = 2
     positions: Literal["learned", "rotary"] = "learned"  # position embedding, counted from the newest step
@@ -153,12 +153,12 @@ class TransformerEncoderSpec(HeadedEncoderSpec):
 
 
 class AttentionEncoderSpec(HeadedEncoderSpec):
-    kind: Literal["attention"] = "attention"
+    kind: Literal["attention"] = "attention"  # weighted means by learned queries
     heads: PositiveInt = 4
 
 
 class HierarchicalEncoderSpec(EncoderSpec):
-    kind: Literal["hierarchical"] = "hierarchical"
+    kind: Literal["hierarchical"] = "hierarchical"  # a recurrent unit over segments of steps, then another encoder over the segments
     segment: PositiveInt = 8  # number of consecutive steps in a segment
     over: Literal["gru", "transformer"] = "gru"  # kind of the encoder over the segments
 
@@ -174,12 +174,12 @@ class MultiInterestEncoderSpec(EncoderSpec):
 
 
 class RoutingEncoderSpec(MultiInterestEncoderSpec):
-    kind: Literal["routing"] = "routing"
+    kind: Literal["routing"] = "routing"  # several vectors by dynamic routing of steps to interests (MIND)
     iterations: PositiveInt = 3  # number of times that steps are assigned to interests
 
 
 class SelfAttentionEncoderSpec(MultiInterestEncoderSpec):
-    kind: Literal["self_attention"] = "self_attention"
+    kind: Literal["self_attention"] = "self_attention"  # several vectors by learned queries and positions (ComiRec-SA)
 
 
 Encoder = Annotated[EncoderSpec, ByKind("mean")]
