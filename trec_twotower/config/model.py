@@ -158,7 +158,7 @@ class AttentionEncoderSpec(HeadedEncoderSpec):
 
 
 class HierarchicalEncoderSpec(EncoderSpec):
-    kind: Literal["hierarchical"] = "hierarchical"  # a recurrent unit over segments of steps, then another encoder over the segments
+    kind: Literal["hierarchical"] = "hierarchical"  # a recurrent unit over segments, then another encoder over these
     segment: PositiveInt = 8  # number of consecutive steps in a segment
     over: Literal["gru", "transformer"] = "gru"  # kind of the encoder over the segments
 
