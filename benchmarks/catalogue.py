@@ -112,7 +112,7 @@ def sources_of(folder: Path, options: argparse.Namespace, *, learned: bool = Tru
     """The dataset through the config; with `learned`, by statistics that need no pass over the data."""
     from trec_twotower.data.dataset import Dataset
     from trec_twotower.data.feature_dataset import FeatureDataset, open_cache
-    from trec_twotower.data.features.transform import Statistics
+    from trec_twotower.data.features.statistics import Statistics
 
     config = config_of(folder, options)
     given = {f"item:number_{number}": Statistics(20.0, 20.0) for number in range(options.numbers)} if learned else None

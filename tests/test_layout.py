@@ -34,8 +34,8 @@ MAX_FUNCTION_LINES = 80
 # Lines of each folder. A ceiling rises only together with a new documented capability.
 CEILINGS = {
     "commands": 320,
-    "config": 2550,
-    "data": 12050,
+    "config": 2620,
+    "data": 12300,
     "distributed": 880,
     "evaluation": 1680,
     "index": 2640,

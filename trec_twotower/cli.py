@@ -82,7 +82,7 @@ def _interrupted(name: str) -> int:
 
 
 def _is_interrupt(error: BaseException | None) -> bool:
-    """Whether a library made an error of its own out of Ctrl-C, as native code does that calls Python."""
+    """Return whether a library turned Ctrl-C into an error of its own, as native code that calls Python does."""
     while error is not None:
         if isinstance(error, KeyboardInterrupt) or "KeyboardInterrupt" in str(error):
             return True
@@ -117,7 +117,7 @@ def _num_ranks() -> int:
 
 
 def _ranks(config: Any | None = None, *, trains: bool = False) -> Any:
-    """The ranks of this job, by a run's config. That it was trained on GPUs binds nobody but the training."""
+    """Return the ranks of this job by a run's config. Other stages need no GPU, even if the run was trained on one."""
     from trec_twotower.distributed.ranks import start_ranks
 
     if config is None:
@@ -153,12 +153,12 @@ def _init(options: argparse.Namespace) -> int:
 
 
 def _config(options: argparse.Namespace) -> Any:
-    """The config that a command was given, with its overrides."""
+    """Return the config that the command names, with its overrides."""
     from trec_twotower.config.loading import load_config
-    from trec_twotower.data.features.external_files import check_files
+    from trec_twotower.data.features.transform import check_files
 
     config = load_config(options.config, options.overrides)
-    check_files(config)
+    check_files((*config.user, *config.item))
     if config.index.factory is not None:  # better refused now than when a run of days is to be indexed
         from trec_twotower.index import check_factory
 
@@ -215,7 +215,7 @@ def _export(options: argparse.Namespace) -> int:
 
 
 def _export_encoder(run: Any, checkpoint: str) -> int:
-    """On one process, whose memory holds all tables."""
+    """Export the encoder from one process, whose memory holds all tables."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError("--encoder puts all tables into one folder, which one process does: leave out the launcher.")
     import torch

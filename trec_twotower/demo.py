@@ -25,13 +25,13 @@ def default_num_ranks() -> int:
 
 
 def run_demo(folder: Path, num_ranks: int | None = None) -> int:
-    """Every stage, from prepare to report; returns the exit code of the first that fails."""
+    """Run every stage from prepare to report; return the exit code of the first that fails."""
     if num_ranks is None:
         num_ranks = default_num_ranks()
     if num_ranks < 1:
         raise ConfigError(f"--ranks is {num_ranks}: give 1 or more.")
     dataset, run = folder / "data" / "demo", folder / "runs" / "demo"
-    _take_away(run)
+    _remove_earlier_run(run)
     started = time.perf_counter()
     alone = [sys.executable, "-m", "trec_twotower"]
     torchrun = [*alone, "launch", "--ranks", str(num_ranks)]
@@ -72,14 +72,14 @@ def _stage(command: list[str]) -> int:
     return subprocess.run(command).returncode
 
 
-def _take_away(run: Path) -> None:
-    """An earlier demo's run, if it is one."""
+def _remove_earlier_run(run: Path) -> None:
+    """Remove the run of an earlier demo. Other directories are not removed."""
     if (run / "config.yaml").is_file():
         shutil.rmtree(run)
 
 
 def _some_user(dataset: Path) -> str:
-    """The first user of test/."""
+    """Return the first user of test/."""
     import pyarrow.parquet as pq
 
     file = pq.ParquetFile(sorted((dataset / "test").glob("*.parquet"))[0])

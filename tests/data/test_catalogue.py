@@ -26,7 +26,8 @@ from trec_twotower.config.schema import Schema
 from trec_twotower.data import item_table as catalogue_module
 from trec_twotower.data.dataset import Dataset
 from trec_twotower.data.feature_dataset import FeatureDataset
-from trec_twotower.data.features.transform import Statistics, transform
+from trec_twotower.data.features.statistics import Statistics
+from trec_twotower.data.features.transform import transform
 from trec_twotower.data.item_table import Catalogue
 from trec_twotower.data.split import Split
 from trec_twotower.distributed.ranks import Ranks

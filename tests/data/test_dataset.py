@@ -16,7 +16,7 @@ import pytest
 from trec_twotower.config.features import build_feature
 from trec_twotower.config.model import TableSpec
 from trec_twotower.data.dataset import Dataset
-from trec_twotower.data.features.transform import Statistics
+from trec_twotower.data.features.statistics import Statistics
 from trec_twotower.data.item_table import Catalogue, find_id
 from trec_twotower.data.sources.writer import DatasetWriter
 from trec_twotower.data.split import Split

@@ -16,7 +16,7 @@ import pytest
 
 from tests.shop import Call, Shop
 from trec_twotower.config.features import build_feature
-from trec_twotower.data.features.numeric import Statistics
+from trec_twotower.data.features.statistics import Statistics
 from trec_twotower.data.item_table import Catalogue
 from trec_twotower.data.known_items import KnownItems
 from trec_twotower.data.split import Split

@@ -13,7 +13,7 @@ import pytest
 
 from tests.shop import SHOP_CONFIG, Shop
 from trec_twotower.config.evaluation import EvaluateConfig
-from trec_twotower.data.features.transform import Columns
+from trec_twotower.data.features.columns import Columns
 from trec_twotower.data.held_out import HeldOut
 from trec_twotower.evaluation.baselines import ItemToItem, SpectralTowers
 from trec_twotower.evaluation.sampled_metrics import Negatives, sampled_metrics

@@ -17,7 +17,8 @@ from tests.ranks.worlds import EVENTS, ITEMS, MIXED, PLANS, event_config, tables
 from trec_twotower.config.features import build_feature
 from trec_twotower.config.model import ModelConfig, TableSpec, TowerConfig
 from trec_twotower.config.schema import Schema
-from trec_twotower.data.features.transform import Columns, bucket
+from trec_twotower.data.features.columns import Columns
+from trec_twotower.data.features.hashed import bucket
 from trec_twotower.data.loading.batch import make_batch
 from trec_twotower.distributed.ranks import Ranks
 from trec_twotower.errors import ConfigError

@@ -20,8 +20,9 @@ from trec_twotower.config.model import TableSpec
 from trec_twotower.config.schema import Schema
 from trec_twotower.data.dataset import Dataset
 from trec_twotower.data.feature_dataset import FeatureDataset
+from trec_twotower.data.features.columns import Columns
 from trec_twotower.data.features.hash_column import hash_column
-from trec_twotower.data.features.transform import Columns, transform
+from trec_twotower.data.features.transform import transform
 from trec_twotower.data.loading.batch import make_batch
 from trec_twotower.errors import ConfigError, DataError
 from trec_twotower.index import build_index

@@ -13,7 +13,7 @@ from tests.ranks.launch import SAID_BY_TORCHREC
 from tests.ranks.worlds import MIXED, event_config
 from trec_twotower.config.base import validate
 from trec_twotower.config.run_config import RunConfig
-from trec_twotower.data.features.transform import Columns
+from trec_twotower.data.features.columns import Columns
 from trec_twotower.data.loading.batch import make_batch
 from trec_twotower.distributed.compat import lookup_modules
 from trec_twotower.errors import ConfigError

@@ -16,7 +16,7 @@ from trec_twotower.storage.package_files import PACKAGE_DIR
 
 
 def prepare_output() -> None:
-    """Have text that the terminal's encoding lacks printed as escapes, and our warnings as one line."""
+    """Print characters that the terminal's encoding lacks as escapes, and each warning of this package as one line."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
@@ -45,7 +45,7 @@ def leave(code: int) -> NoReturn:
 
 
 def is_unread(stream: TextIO) -> bool:
-    """Whether it is a pipe that nobody reads on."""
+    """Return whether the stream is a pipe whose reader has gone."""
     poll = select.poll()
     try:
         poll.register(stream, 0)
@@ -90,7 +90,7 @@ def _message_dir() -> Path | None:
 
 
 def code_for_launcher(exit_code: int) -> int:
-    """The code to end with: under our launcher 0, which starts no rank again, and the true one left in a file."""
+    """Return the exit code: under the launcher 0, so that no rank is restarted; the real one is written to a file."""
     said_dir = os.environ.get("TREC_TT_SAID_DIR")
     if said_dir is None:
         return exit_code

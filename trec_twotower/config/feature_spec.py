@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
@@ -99,6 +100,36 @@ class FeatureSpec(KindSettings):
         return getattr(self, "pooling", "sum")
 
     @property
+    def row_meaning(self) -> str:
+        """Return what a hashed row of its table represents. A warm start copies rows between equal meanings only."""
+        return "ids"
+
+    @property
+    def layer_settings(self) -> dict[str, Any]:
+        """Return the settings that determine what the input of the feature's own layers means."""
+        return {}
+
+    @property
+    def delta_table(self) -> str | None:
+        """Return the name of a second table, which is added to the first; None: the feature has none."""
+        return None
+
+    @property
+    def external_files(self) -> list[Path]:
+        """Return the files outside the dataset that the feature reads."""
+        return []
+
+    @property
+    def assumed_ids(self) -> float | None:
+        """Return the assumed number of table rows per data row; None: the length of the column's lists."""
+        return 2.0 if self.is_ragged else 1.0
+
+    @property
+    def reads_samples(self) -> bool:
+        """Return whether the feature can read a sampled part of the user's positives as history."""
+        return False
+
+    @property
     def output_scale(self) -> float:
         """Return the factor of the pooled vector."""
         return getattr(self, "scale", 1.0)
@@ -175,3 +206,7 @@ class ItemListFeature(ColumnFeature, TableFeature):
     @property
     def is_ragged(self) -> bool:
         return True
+
+    @property
+    def assumed_ids(self) -> float | None:
+        return None

@@ -37,6 +37,9 @@ MAX_WORDS = 500_000  # entries of a vocabulary, which the run keeps in memory
 RESERVED_ROWS = 2  # table rows of a vocabulary that belong to null and to unknown values
 TIME_PARTS = {"hour": 24, "weekday": 7, "hour_of_week": 168, "month": 12}  # number of values of each part
 
+# Assumed where the text itself is not counted: words per text, and character n-grams per word.
+ASSUMED_WORDS, ASSUMED_NGRAMS = 8, 12
+
 NonFinite = Literal["error", "missing"]
 
 
@@ -52,6 +55,10 @@ class CategoryFeature(ColumnFeature, PooledFeature):
 
     has_row_per_value = True
     kind: Literal["category"] = "category"
+
+    @property
+    def row_meaning(self) -> str:
+        return "category (row 0 is null's)"
 
 
 def read_words(path: str) -> list[str]:
@@ -94,6 +101,10 @@ class VocabularyFeature(ColumnFeature):
     def own_table(self) -> TableSpec | None:
         return TableSpec(buckets=self.buckets, dim=self.dim)
 
+    @property
+    def external_files(self) -> list[Path]:
+        return [] if self.vocabulary == LEARNED else [Path(self.vocabulary)]
+
 
 class BagFeature(ItemListFeature, PooledFeature):
     """A list of ids per row whose vectors are pooled."""
@@ -117,6 +128,10 @@ class BagFeature(ItemListFeature, PooledFeature):
     def is_weighted(self) -> bool:
         return self.weights is not None or self.half_life_days is not None
 
+    @property
+    def reads_samples(self) -> bool:
+        return not self.side_columns
+
 
 class SequenceFeature(ItemListFeature):
     """An ordered list of ids per row, from which an encoder computes the vector. For users only.
@@ -134,8 +149,12 @@ class SequenceFeature(ItemListFeature):
     delta: bool = False  # a second table, which starts at zero, is added to the first
 
     @property
-    def delta_table(self) -> str:
-        return f"{self.name}_delta"
+    def delta_table(self) -> str | None:
+        return f"{self.name}_delta" if self.delta else None
+
+    @property
+    def layer_settings(self) -> dict[str, Any]:
+        return {f"encoder.{name}": value for name, value in self.encoder.model_dump().items()}
 
 
 class CrossFeature(PooledFeature):
@@ -148,6 +167,10 @@ class CrossFeature(PooledFeature):
     @property
     def value_columns(self) -> tuple[str, ...]:
         return self.columns
+
+    @property
+    def row_meaning(self) -> str:
+        return f"cross of {', '.join(self.columns)}"
 
     @model_validator(mode="after")
     def _check_columns(self) -> Self:
@@ -177,6 +200,15 @@ class TextFeature(ColumnFeature, PooledFeature):
         if not self.words and self.characters is None:
             raise refusal("has words: 0 and no characters: set one of them")
         return self
+
+    @property
+    def row_meaning(self) -> str:
+        return f"words: {self.words}, characters: {self.characters}"
+
+    @property
+    def assumed_ids(self) -> float:
+        ngrams = self.words + (0 if self.characters is None else ASSUMED_NGRAMS)
+        return float(ngrams * min(self.max_length or ASSUMED_WORDS, ASSUMED_WORDS))
 
     @property
     def is_ragged(self) -> bool:
@@ -209,6 +241,10 @@ class LanguageModelFeature(ColumnFeature):
     def is_ragged(self) -> bool:
         return True
 
+    @property
+    def external_files(self) -> list[Path]:
+        return sorted(path for path in Path(self.folder).glob("*.*") if path.is_file())
+
 
 class VectorFeature(ColumnFeature):
     """A list of numbers per row, such as an embedding of an image; null has a learned vector of its own."""
@@ -222,6 +258,10 @@ class VectorFeature(ColumnFeature):
     @property
     def layers_width(self) -> int | None:
         return self.dim or self.size
+
+    @property
+    def layer_settings(self) -> dict[str, Any]:
+        return {"unit_length": self.unit_length}
 
     @property
     def num_numbers(self) -> int:
@@ -293,6 +333,10 @@ class NumericFeature(ColumnFeature):
         return None if self.frequencies is None else self.dim
 
     @property
+    def layer_settings(self) -> dict[str, Any]:
+        return {"normalize": self.normalize}
+
+    @property
     def num_numbers(self) -> int:
         return 0 if self.bins is not None else 2
 
@@ -333,6 +377,10 @@ class TimeFeature(ColumnFeature):
     @property
     def own_table(self) -> TableSpec | None:
         return TableSpec(buckets=TIME_PARTS[self.part] + 1, dim=self.dim)
+
+    @property
+    def row_meaning(self) -> str:
+        return f"{self.part} in {self.zone}"
 
 
 def _check_date(text: str) -> str:

@@ -106,7 +106,7 @@ class Schema:
         names = set()
         for feature in self.sequences:
             names |= {feature.table_name, *(attributes[name] for name in feature.attributes)}
-            names |= {feature.delta_table} if feature.delta else set()
+            names |= {feature.delta_table} if feature.delta_table else set()
         return frozenset(names)
 
     def _check_sequences(self) -> None:
@@ -182,7 +182,7 @@ def _resolve_tables(
     if unused := [name for name in tables if name not in used]:
         raise ConfigError(f"Table {unused[0]!r} is declared under `tables` but no feature looks it up: remove it.")
     for side, feature in pairs:
-        if isinstance(feature, SequenceFeature) and feature.delta:
+        if feature.delta_table is not None:
             spec = tables[feature.table_name].model_copy(update={"init_scale": 0.0})
             add(side, feature, feature.delta_table, spec)
     return tables
@@ -287,7 +287,7 @@ class FeatureLayout:
             tables[key] = feature.table_name
             if isinstance(feature, SequenceFeature):
                 tables |= {sub_name(key, name): attributes[name] for name in feature.attributes}
-                tables |= {delta_key(key): feature.delta_table} if feature.delta else {}
+                tables |= {delta_key(key): feature.delta_table} if feature.delta_table else {}
         return tables
 
     @cached_property

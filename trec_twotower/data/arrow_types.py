@@ -176,3 +176,7 @@ def is_wider(wide: pa.DataType, kind: pa.DataType) -> bool:
 def holds_null_alone(kind: pa.DataType) -> bool:
     """Return whether this is the type of a column of nulls, or of lists without elements."""
     return pa.types.is_null(kind.value_type if is_list(kind) else kind)
+
+
+def one_chunk(column: pa.ChunkedArray) -> pa.Array:
+    return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()

@@ -13,13 +13,14 @@ import pyarrow as pa
 from trec_twotower.config.base import Side
 from trec_twotower.config.data import DataConfig
 from trec_twotower.config.feature_spec import HISTORY, FeatureSpec, ItemListFeature
-from trec_twotower.config.features import BagFeature, IdFeature, NumericFeature, SequenceFeature, VocabularyFeature
+from trec_twotower.config.features import IdFeature, SequenceFeature
 from trec_twotower.config.schema import Schema
-from trec_twotower.data.arrow_types import is_list
+from trec_twotower.data.arrow_types import is_list, one_chunk
 from trec_twotower.data.dataset import ITEM_ID, POSITIVES, USER_ID, Dataset
-from trec_twotower.data.features.numeric import Statistics, learn_statistics
-from trec_twotower.data.features.transform import Columns, numeric, one_chunk, transform
-from trec_twotower.data.features.vocabulary import make_vocabulary
+from trec_twotower.data.features.columns import Columns
+from trec_twotower.data.features.reader import FeatureRows
+from trec_twotower.data.features.statistics import Statistics
+from trec_twotower.data.features.transform import reader_of, transform
 from trec_twotower.data.item_table import Catalogue, check_side
 from trec_twotower.data.split import Split
 from trec_twotower.errors import ConfigError, DataError, nearest
@@ -39,7 +40,7 @@ class Counter(Protocol):
 
     @property
     def columns(self) -> Sequence[str]:
-        """The columns that `count` reads."""
+        """Return the columns that `count` reads."""
 
     def count(self, table: pa.Table, where: str, positives: Ragged) -> np.ndarray:
         """Return (I,) float64: the counts over some rows with these positives (catalogue rows)."""
@@ -91,7 +92,7 @@ class FeatureDataset:
                 context.append(feature)
                 if not self._is_drawn(feature.source_column):
                     check_side([feature], train)
-                elif not isinstance(feature, BagFeature) or feature.side_columns:
+                elif not feature.reads_samples:
                     raise ConfigError(
                         f"user feature {feature.name!r} reads {HISTORY!r}, which is sampled per epoch here: make it "
                         "a bag without weights or times."
@@ -215,15 +216,9 @@ class FeatureDataset:
                 if not feature.learns_from_data or split is None:
                     continue
                 groups = split.tables(feature.source_columns)
-                if isinstance(feature, VocabularyFeature):
-                    columns = (one_chunk(table[feature.source_column]) for _, table in groups)
-                    learned = make_vocabulary(feature, split.columns[feature.source_column], columns)
-                else:
-                    assert isinstance(feature, NumericFeature)
-                    learned = learn_statistics(
-                        feature, (numeric(feature, table, str(group)) for group, table in groups)
-                    )
-                found[f"{side}:{feature.name}"] = learned
+                rows = (FeatureRows(feature, table, str(group)) for group, table in groups)
+                kind = split.columns[feature.source_column]
+                found[f"{side}:{feature.name}"] = reader_of(feature).learn(feature, kind, rows)
         return found
 
     def over(self, dataset: Dataset) -> FeatureDataset:

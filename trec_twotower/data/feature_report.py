@@ -9,13 +9,15 @@ import numpy as np
 import pyarrow as pa
 
 from trec_twotower.config.base import Side
-from trec_twotower.config.feature_spec import HISTORY, FeatureSpec, ItemListFeature, TableFeature
-from trec_twotower.config.features import CategoryFeature, CrossFeature, TextFeature, VocabularyFeature
+from trec_twotower.config.feature_spec import HISTORY, FeatureSpec
+from trec_twotower.config.model import TableSpec
+from trec_twotower.data.arrow_types import one_chunk
 from trec_twotower.data.dataset import ITEM_ID, POSITIVES
 from trec_twotower.data.feature_dataset import FeatureDataset
-from trec_twotower.data.features.text import text_keys
-from trec_twotower.data.features.transform import bucket, cross_keys, hashings, key_lists, one_chunk
-from trec_twotower.data.features.vocabulary import UNKNOWN_ROW, in_vocabulary
+from trec_twotower.data.features.hashed import bucket, hashings
+from trec_twotower.data.features.lists import key_lists
+from trec_twotower.data.features.reader import FeatureRows
+from trec_twotower.data.features.transform import reader_of
 from trec_twotower.data.split import Split
 from trec_twotower.ops.hashing import id_keys
 
@@ -102,41 +104,44 @@ def _of(
     trained: Iterable[Part],
     elsewhere: Iterable[Part],
 ) -> Coverage:
-    rows = nulls = values = unknown = strangers = others = 0
+    reader = reader_of(feature)
+    num_rows = nulls = values = unknown = strangers = others = 0
+    has_unknown = False
     known = np.empty(0, np.int64)
-    is_hashed = isinstance(feature, TableFeature | VocabularyFeature)
-    for table, where in _tables(sources, feature, trained):
-        array = one_chunk(table[table.column_names[0]])
-        rows, nulls = rows + len(array), nulls + array.null_count * (not isinstance(feature, CrossFeature))
-        if is_hashed:
-            keys = _keys(feature, table, where)
+    for rows in _rows(sources, side, feature, trained):
+        num_rows += len(rows.table)
+        nulls += 0 if reader.null_is_value else rows.array.null_count
+        if reader.has_keys:
+            keys = reader.keys(rows)
             known = np.union1d(known, keys)
             values += len(keys)
-            unknown += _num_unknown(sources, side, feature, array, where)
-    null = nulls / max(rows, 1)
-    if not is_hashed:
+            if (count := reader.num_unknown(rows)) is not None:
+                has_unknown, unknown = True, unknown + count
+    null = nulls / max(num_rows, 1)
+    if not reader.has_keys:
         return Coverage(side, feature.name, feature.kind, null)
-    for table, where in _tables(sources, feature, elsewhere):
-        keys = _keys(feature, table, where)
+    for rows in _rows(sources, side, feature, elsewhere):
+        keys = reader.keys(rows)
         others, strangers = others + len(keys), strangers + int((~np.isin(keys, known)).sum())
-    spec = sources.schema.table_of(feature)
-    used, collided = _collisions(feature, sources, known)
+    settings = sources.schema.table_of(feature)
+    used, collided = _collisions(feature, reader.key_settings(settings), known)
     return Coverage(
         side,
         feature.name,
         feature.kind,
         null,
         len(known),
-        spec.buckets,
+        settings.buckets,
         used,
         collided,
-        unknown / max(values, 1) if isinstance(feature, VocabularyFeature) else None,
+        unknown / max(values, 1) if has_unknown else None,
         strangers / others if others else None,
     )
 
 
-def _tables(sources: FeatureDataset, feature: FeatureSpec, parts: Iterable[Part]) -> Iterator[tuple[pa.Table, str]]:
-    """Yield the columns of the feature, its own column first, per row group."""
+def _rows(sources: FeatureDataset, side: Side, feature: FeatureSpec, parts: Iterable[Part]) -> Iterator[FeatureRows]:
+    """Yield the columns that the feature reads first, per row group."""
+    statistics = sources.statistics.get(f"{side}:{feature.name}")
     for split, mask in parts:
         columns = list(feature.value_columns)
         if sources.rows == "user" and columns == [HISTORY] and split.name == "train":
@@ -146,39 +151,20 @@ def _tables(sources: FeatureDataset, feature: FeatureSpec, parts: Iterable[Part]
         for group, table in split.tables(columns):
             if mask is not None:
                 table = table.filter(pa.array(mask[group.first_row : group.first_row + group.num_rows]))
-            yield table.select(columns), str(group)
+            table = table.select(columns).rename_columns(list(feature.value_columns))
+            yield FeatureRows(feature, table, str(group), statistics=statistics)
 
 
-def _keys(feature: FeatureSpec, table: pa.Table, where: str) -> np.ndarray:
-    """Return the 64-bit keys of all values of some rows."""
-    arrays = [one_chunk(column) for column in table.columns]
-    match feature:
-        case ItemListFeature():
-            return key_lists(arrays[0], where).values
-        case TextFeature():
-            return text_keys(feature, arrays[0]).values
-        case CrossFeature():
-            return cross_keys((array, where) for array in arrays)
-    return id_keys(arrays[0].drop_null(), where)
-
-
-def _num_unknown(sources: FeatureDataset, side: Side, feature: FeatureSpec, array: pa.Array, where: str) -> int:
-    if not isinstance(feature, VocabularyFeature):
-        return 0
-    return int((in_vocabulary(array, sources.statistics[f"{side}:{feature.name}"], where) == UNKNOWN_ROW).sum())
-
-
-def _collisions(feature: FeatureSpec, sources: FeatureDataset, keys: np.ndarray) -> tuple[float | None, float | None]:
+def _collisions(
+    feature: FeatureSpec, settings: TableSpec | None, keys: np.ndarray
+) -> tuple[float | None, float | None]:
     """Return the share of buckets with a key, and the share of keys that share their bucket."""
-    if isinstance(feature, VocabularyFeature):
+    if settings is None:
         return None, None
-    spec = sources.schema.table_of(feature)
-    if isinstance(feature, CategoryFeature) and spec.buckets > 1:  # row 0 is for null
-        spec = spec.model_copy(update={"buckets": spec.buckets - 1})
-    rows = np.stack([bucket(each, keys) for _, each in hashings(feature, spec)], axis=1)
+    rows = np.stack([bucket(each, keys) for _, each in hashings(feature, settings)], axis=1)
     _, place, counts = np.unique(rows, axis=0, return_inverse=True, return_counts=True)
     collided = float((counts[place.reshape(-1)] > 1).mean()) if len(keys) else 0.0
-    return len(np.unique(rows)) / spec.buckets, collided
+    return len(np.unique(rows)) / settings.buckets, collided
 
 
 def describe_coverage(sources: FeatureDataset) -> str:

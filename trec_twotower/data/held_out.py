@@ -9,9 +9,10 @@ import numpy as np
 import pyarrow as pa
 
 from trec_twotower.config.feature_spec import HISTORY
+from trec_twotower.data.arrow_types import one_chunk
 from trec_twotower.data.dataset import ITEM_ID, POSITIVES, SERVING, USER_ID
 from trec_twotower.data.feature_dataset import FeatureDataset
-from trec_twotower.data.features.transform import Columns, one_chunk
+from trec_twotower.data.features.columns import Columns
 from trec_twotower.errors import DataError
 from trec_twotower.ops.ragged import Ragged
 

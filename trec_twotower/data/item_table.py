@@ -8,7 +8,6 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -16,11 +15,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from trec_twotower.config.feature_spec import FeatureSpec
-from trec_twotower.config.features import IdFeature, LanguageModelFeature
+from trec_twotower.config.features import IdFeature
 from trec_twotower.config.model import TableSpec
 from trec_twotower.config.schema import bucket_names
-from trec_twotower.data.features.column_checks import check_actions, check_kind, check_time, check_times, check_weights
-from trec_twotower.data.features.transform import Columns, Statistics, key_lists, one_chunk, transform
+from trec_twotower.data.arrow_types import one_chunk
+from trec_twotower.data.features.columns import Columns
+from trec_twotower.data.features.datetime_parts import check_time
+from trec_twotower.data.features.lists import check_actions, check_times, check_weights, key_lists
+from trec_twotower.data.features.statistics import Statistics
+from trec_twotower.data.features.transform import check_kind, transform
 from trec_twotower.data.split import RowGroup, Split
 from trec_twotower.data.value_digests import mixed, value_digests
 from trec_twotower.errors import DataError
@@ -174,15 +177,14 @@ class _Hashing:
         paths = dict.fromkeys(group.path for group in self.split.row_groups)  # in the order of the rows
         sparse = [feature for feature in self.features if feature.looks_up_table]
         tables = {feature.table_name: self.tables[feature.table_name] for feature in sparse}
-        folders = [Path(each.folder) for each in self.features if isinstance(each, LanguageModelFeature)]
-        read = [path for folder in folders for path in sorted(folder.iterdir()) if path.is_file()]
+        read = [path for feature in self.features for path in feature.external_files if path.is_file()]
         return {
             "format": FORMAT,
             "files": [(str(path.absolute()), path.stat().st_size, changed(path)) for path in paths],
             "id": self.id_column,
             "features": [feature.model_dump() for feature in self.features],
             "tables": {name: (spec.buckets, spec.hashing, spec.seed, spec.hashes) for name, spec in tables.items()},
-            "models": [(str(path.absolute()), path.stat().st_size, changed(path)) for path in read],
+            "external_files": [(str(path.absolute()), path.stat().st_size, changed(path)) for path in read],
             "statistics": {name: asdict(values) for name, values in self.statistics.items()},
         }
 

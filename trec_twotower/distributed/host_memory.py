@@ -18,7 +18,7 @@ _LARGEST_OF_HEAP = 1 << 25
 
 
 def host_bytes(cgroups: Path = CGROUPS, membership: Path = Path("/proc/self/cgroup")) -> int:
-    """The machine's memory, or less where a control group (a container, a Slurm job) allows less.
+    """Return the machine's memory, or the limit of the control group (a container, a Slurm job) if it is lower.
 
     Every group from this process's own up to the root may set a limit; of version 2 and version 1.
     """
@@ -43,7 +43,7 @@ def host_bytes(cgroups: Path = CGROUPS, membership: Path = Path("/proc/self/cgro
 
 
 def resident_bytes() -> int:
-    """Of this process, now."""
+    """Return the resident memory of this process."""
     statm = Path("/proc/self/statm")
     if not statm.is_file():
         return peak_resident_bytes()
@@ -51,12 +51,12 @@ def resident_bytes() -> int:
 
 
 def peak_resident_bytes() -> int:
-    """Of this process, since it began."""
+    """Return the peak resident memory of this process."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def keep_freed() -> bool:
-    """Have the C library keep blocks of some MB that are freed: whoever reads makes and frees such all the time.
+    """Set malloc to keep freed blocks of some MB, which readers allocate and free all the time.
 
     otherwise glibc returns them to the system, which zeroes them again: a tenth of a reader's time. Settings of malloc
     in the environment (such as the launcher's) take precedence. Returns whether it was done.

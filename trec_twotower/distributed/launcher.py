@@ -62,7 +62,7 @@ def _run(args: list[str]) -> int:
 
 
 def _first_failure(failures: dict[int, Any]) -> int:
-    """Say which rank brought the job down; return what the launcher should exit with."""
+    """Print which rank failed first; return the launcher's exit code."""
     rank, first = min(failures.items(), key=lambda failure: _order(failure[1]))
     if first.exitcode > 0:
         return _say(f"rank {rank} ended with exit code {first.exitcode}; see its message above", first.exitcode)

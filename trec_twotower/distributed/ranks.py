@@ -65,7 +65,7 @@ class Ranks:
         return self.rank == 0
 
     def precision(self, wanted: Literal["auto", "fp32", "bf16"]) -> Literal["fp32", "bf16"]:
-        """What products are made of: for `auto` bf16 where this device multiplies such numbers faster, else fp32.
+        """Return the precision of matrix multiplications: for `auto` bf16 if it is faster on this device, else fp32.
 
         TREC_TWOTOWER_PRECISION in the environment overrides `auto`.
         """
@@ -78,7 +78,7 @@ class Ranks:
         raise ConfigError(f"TREC_TWOTOWER_PRECISION is {word!r}: set it to fp32, bf16 or auto, or unset it.")
 
     def once(self, work: Callable[[], T]) -> T:
-        """What `work` returns on the first rank, on every rank; if it raises there, every rank raises the same."""
+        """Run `work` on the first rank and return its result on every rank; if it raises, every rank raises."""
         if self.num_ranks == 1:
             return work()
         outcome: list[Any] = [None, None]
@@ -93,7 +93,7 @@ class Ranks:
         return outcome[0]
 
     def together(self, work: Callable[[], T]) -> T:
-        """What `work` returns on this rank; if it raises on any, every rank raises the error of the first that did."""
+        """Run `work` on every rank and return this rank's result; if any raises, all raise the first error."""
         outcome: list[Any] = [None, None]
         try:
             outcome[0] = work()
@@ -106,7 +106,7 @@ class Ranks:
         return outcome[0]
 
     def collect(self, value: T) -> list[T]:
-        """Every rank's `value`, which pickle must be able to carry, on every rank."""
+        """Return the `value` of every rank on every rank; it must be picklable."""
         if self.num_ranks == 1:
             return [value]
         everyone: list[Any] = [None] * self.num_ranks
@@ -114,7 +114,7 @@ class Ranks:
         return everyone
 
     def is_under_way(self) -> None:
-        """The first step is done: from here on a collective may take `timeout_s` and no longer."""
+        """Set the timeout of collectives to `timeout_s`, after the first step."""
         set_collective_timeout(timedelta(seconds=self.timeout_s))
 
     def new_group(self) -> dist.ProcessGroup:
@@ -124,11 +124,11 @@ class Ranks:
         return group
 
     def share(self, count: int) -> slice:
-        """This rank's part of `count` things in order; the parts differ by one at most."""
+        """Return this rank's range of `count` items in order; the sizes of the ranges differ by at most one."""
         return slice(count * self.rank // self.num_ranks, count * (self.rank + 1) // self.num_ranks)
 
     def sum(self, values: np.ndarray) -> np.ndarray:
-        """Element-wise over ranks, in float64."""
+        """Return the element-wise sum over ranks, in float64."""
         total = torch.from_numpy(np.asarray(values, dtype=np.float64).copy())
         if self.num_ranks > 1:
             total = total.to(self.device)
@@ -136,14 +136,14 @@ class Ranks:
         return total.cpu().numpy()
 
     def mean(self, value: Tensor) -> float:
-        """A scalar's mean over ranks."""
+        """Return the mean of a scalar over ranks."""
         total = value.detach().clone()
         if self.num_ranks > 1:
             dist.all_reduce(total)
         return float(total) / self.num_ranks
 
     def sizes(self, count: int) -> list[int]:
-        """Every rank's `count`."""
+        """Return the `count` of every rank."""
         if self.num_ranks == 1:
             return [count]
         mine = torch.tensor([count], device=self.device)
@@ -152,7 +152,7 @@ class Ranks:
         return [int(size) for size in everyone]
 
     def gather(self, rows: Tensor, sizes: list[int]) -> Tensor:
-        """All ranks' rows below each other, with gradient: backward sums over ranks what each rank's loss wants.
+        """Return the rows of all ranks, concatenated. Backward sums the gradients of all ranks for this rank's rows.
 
         `sizes` are the ranks' numbers of rows, as `Ranks.sizes` gives them.
         """
@@ -171,7 +171,7 @@ class Ranks:
 
 
 def _multiplies_bf16(device: torch.device) -> bool:
-    """Faster than float32: GPUs from A100 on, CPUs with AVX512-BF16 or AMX."""
+    """Return whether bf16 is faster than float32 on the device: GPUs from A100 on, CPUs with AVX512-BF16 or AMX."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     return cpu_supports("avx512_bf16") or cpu_supports("amx_tile")
@@ -209,7 +209,7 @@ _NO_NEWS = ("Sharding spec not found", "Could not determine LOCAL_WORLD_SIZE")
 
 
 def quiet_libraries() -> None:
-    """Silence what torchrec, fbgemm and torch say at import and at start that no user can act on."""
+    """Silence messages of torchrec, fbgemm and torch at import and start that no user can act on."""
     logging.getLogger().addFilter(_is_news)
     for name in ("torchrec", "fbgemm_gpu", "torch.distributed", "torch.fx._symbolic_trace"):
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -239,7 +239,7 @@ MIN_DRIVER = {"13": "R580", "12": "R525"}  # NVIDIA drivers that CUDA's major ve
 
 
 def usable_device(wanted: Wanted = "auto", local_rank: int = 0, local_ranks: int = 1) -> torch.device:
-    """The device of a rank: its GPU, or the CPU where there is none or `wanted` is cpu.
+    """Return the device of a rank: its GPU, or the CPU if there is none or `wanted` is cpu.
 
     Raises ConfigError where there is a GPU that torch cannot use, rather than compute on the CPU unasked; where
     `wanted` is cuda and there is no GPU; and where more ranks are on this machine than GPUs.
@@ -290,12 +290,12 @@ def _check_no_gpu(*, is_wanted: bool) -> None:
 
 
 def gpu_files() -> list[str]:
-    """What shows that the kernel has an NVIDIA GPU for this process, whatever torch thinks."""
+    """Return the device files of NVIDIA GPUs that this process can see, whether or not torch can use them."""
     return sorted(glob.glob("/dev/nvidia[0-9]*") or glob.glob("/proc/driver/nvidia/gpus/*"))
 
 
 def driver_version() -> str | None:
-    """The version of the NVIDIA driver that is loaded, such as 550.54.14."""
+    """Return the version of the loaded NVIDIA driver, such as 550.54.14."""
     try:
         text = DRIVER.read_text()
     except OSError:
@@ -305,7 +305,7 @@ def driver_version() -> str | None:
 
 
 def cuda_error() -> str | None:
-    """Why torch cannot start CUDA, in its own words."""
+    """Return torch's error message if it cannot start CUDA."""
     try:
         torch.cuda.init()
     except (RuntimeError, AssertionError) as error:
@@ -367,7 +367,7 @@ def start_ranks(
 
 @contextmanager
 def _ended_by_ctrl_c() -> Iterator[None]:
-    """Ctrl-C ends the process at once: torch waits for the other ranks without listening to Python's handler."""
+    """Let Ctrl-C end the process at once: torch runs no Python signal handler while it waits for other ranks."""
     handler = signal.getsignal(signal.SIGINT)
     if handler is not signal.default_int_handler or threading.current_thread() is not threading.main_thread():
         yield
@@ -380,7 +380,7 @@ def _ended_by_ctrl_c() -> Iterator[None]:
 
 
 def _store(rank: int, num_ranks: int, timeout_s: int) -> dist.Store:
-    """Where the ranks find each other.
+    """Return the store through which the ranks connect.
 
     torchrun's agent keeps one store over all restarts: without a prefix of its own, a restarted rank would read the
     addresses of the dead.

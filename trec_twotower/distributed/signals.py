@@ -42,7 +42,7 @@ class StopSignals:
 
 
 def end_with_launcher() -> None:
-    """Have the kernel send this process SIGTERM when its torchrun dies, even by SIGKILL; it would train on alone."""
+    """Ask the kernel to send SIGTERM to this process when its torchrun dies, even by SIGKILL."""
     agent = os.environ.get(AGENT_PID)
     if agent is None or not sys.platform.startswith("linux"):
         return

@@ -33,7 +33,7 @@ class ItemToItem:
 
     @classmethod
     def of(cls, interactions: Interactions, count_I: np.ndarray, ranks: Ranks) -> ItemToItem:
-        """From the pairs of all ranks, each of which finds the neighbours of its share of the items.
+        """Build the baseline from the pairs of all ranks; each rank finds the neighbors of its share of the items.
 
         `count_I` orders what is left where an item has too few neighbours.
         """
@@ -83,7 +83,7 @@ class SpectralTowers:
 
     @classmethod
     def of(cls, interactions: Interactions, dim: int, count_I: np.ndarray, ranks: Ranks) -> SpectralTowers:
-        """From the pairs of all ranks, at `dim` or what the matrix has; all ranks call together and get the same."""
+        """Build the baseline from the pairs of all ranks, of rank `dim` at most. All ranks call together."""
         num_users = int(ranks.sum(np.array([interactions.num_users]))[0])
         dim = min(dim, num_users, interactions.num_items)
         start = SpectralConfig(history="all interactions of a user")

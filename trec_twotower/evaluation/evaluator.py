@@ -101,7 +101,7 @@ class Evaluator:
 
     @cached_property
     def excluded(self) -> Ragged:
-        """The items excluded from each user's ranking."""
+        """Return the items excluded from each user's ranking."""
         return self.held_out.excluded(self.config.exclude_seen)
 
     def ceiling(self) -> dict[str, Any]:

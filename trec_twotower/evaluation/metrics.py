@@ -58,7 +58,7 @@ class Hits:
 
 
 def ranking_metrics(item_row_BK: np.ndarray, positives: Ragged, ks: Sequence[int]) -> dict[str, np.ndarray]:
-    """The METRICS at each k, float64 (B,) each, keyed "recall@20"; raises ValueError as Hits.of does.
+    """Return the METRICS at each k, float64 (B,) each, keyed "recall@20". Raises ValueError as Hits.of does.
 
     Columns a ranking lacks are misses. recall: hits / all the user's positives, also when those exceed k.
     ndcg: binary gains, over the ideal of min(k, positives) hits. hit: any. mrr: 1 / rank of the first hit within k,

@@ -14,9 +14,8 @@ import pyarrow.compute as pc
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from trec_twotower.config.feature_spec import HISTORY
-from trec_twotower.config.features import CategoryFeature, VocabularyFeature
+from trec_twotower.data.arrow_types import one_chunk
 from trec_twotower.data.dataset import ITEM_ID, POSITIVES, SERVING, USER_ID
-from trec_twotower.data.features.transform import one_chunk
 from trec_twotower.data.split import Split
 from trec_twotower.errors import ConfigError, DataError, nearest
 from trec_twotower.evaluation import charts
@@ -238,7 +237,7 @@ def _item_labels(
     """Return what the map is colored by, its labels, and the label (int64) of each exported item."""
     items = run.dataset().items
     if colour is None:
-        categories = (each for each in run.config.item if isinstance(each, CategoryFeature | VocabularyFeature))
+        categories = (each for each in run.config.item if each.kind == "category")
         colour = next((each.source_column for each in categories if items.has(each.source_column)), None)
     if colour is None:
         return "interactions in train", *parts_of(pa.array(count_I))

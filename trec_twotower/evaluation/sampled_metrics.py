@@ -45,7 +45,7 @@ class Negatives:
         first_user: int,
         seed: int = 0,
     ) -> np.ndarray:
-        """The place (from 1) of each of `positives.values` among itself and its negatives; ties count half.
+        """Return the place (from 1) of each of `positives.values` among itself and its negatives; ties count half.
 
         A positive on the user's list of `excluded` items has place infinity: no ranking lists it. Negatives are drawn
         with replacement from the items neither excluded nor to find, by a random number that depends on the user's
@@ -66,7 +66,7 @@ class Negatives:
 
 
 def sampled_metrics(place_P: np.ndarray, positives: Ragged, ks: Sequence[int]) -> dict[str, np.ndarray]:
-    """(B,) each: hit@k and ndcg@k (1 / log2(1 + place) within k) and mrr, of each positive alone, the user's mean."""
+    """Return hit@k, ndcg@k (1 / log2(1 + place) within k) and mrr, (B,) each: the mean over the user's positives."""
     num_B = positives.lengths
     metrics = {}
     for k in ks:
@@ -122,7 +122,7 @@ def _ranks(
 
 @kernel
 def _score(user_BMD: np.ndarray, user: int, item_ID: np.ndarray, item: int) -> float:
-    """The highest inner product of the item and any of the user's vectors."""
+    """Return the highest inner product of the item with any of the user's vectors."""
     best = np.float32(-np.inf)
     for vector in range(user_BMD.shape[1]):
         score = np.float32(0)

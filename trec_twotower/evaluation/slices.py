@@ -11,9 +11,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from trec_twotower.config.base import Side
+from trec_twotower.data.arrow_types import one_chunk
 from trec_twotower.data.dataset import ITEM_ID, USER_ID
 from trec_twotower.data.feature_dataset import FeatureDataset
-from trec_twotower.data.features.transform import one_chunk
 from trec_twotower.data.held_out import HeldOut
 from trec_twotower.data.split import Split
 from trec_twotower.errors import ConfigError, nearest

@@ -28,7 +28,7 @@ class CatalogueIndex:
         self._index_row[catalogue_row_I] = np.arange(len(catalogue_row_I))
 
     def __len__(self) -> int:
-        """How many items can be found."""
+        """Return the number of items that can be found."""
         return len(self.index)
 
     @property
@@ -36,13 +36,13 @@ class CatalogueIndex:
         return self.index.report
 
     def tuned_k(self, k: int) -> int:
-        """As ItemIndex.tuned_k."""
+        """Return ItemIndex.tuned_k."""
         return self.index.tuned_k(k)
 
     def search(
         self, user_BD: np.ndarray, k: int, *, seen: Ragged | None = None, allowed: Allowed | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """As ItemIndex.search; seen items and those found are rows of the catalogue."""
+        """Search as ItemIndex.search does; seen and found items are rows of the catalogue."""
         if seen is not None:
             row = np.where(seen.values >= 0, self._index_row[seen.values], -1)
             seen = Ragged(seen.offsets, row).where(row >= 0)
@@ -50,11 +50,11 @@ class CatalogueIndex:
         return score_BK, np.where(row_BK >= 0, self._catalogue_row_I[row_BK], -1)
 
     def search_unseen(self, user_BD: np.ndarray, k: int, seen: Ragged) -> tuple[np.ndarray, np.ndarray]:
-        """As `search`, with a list of seen items for each user."""
+        """Search as `search` does, with a list of seen items for each user."""
         return self.search(user_BD, k, seen=seen)
 
     def allow(self, mask_I: np.ndarray) -> Allowed:
-        """As ItemIndex.allow, of a mask over the rows of the catalogue."""
+        """Return ItemIndex.allow for a mask over the rows of the catalogue."""
         return self.index.allow(mask_I[self._catalogue_row_I])
 
 

@@ -239,7 +239,7 @@ def _set_probing_centroids(
 
 
 def _make_room(shard: Shard, list_I: np.ndarray) -> None:
-    """Allocate each list once: lists that grow item by item take half as much again, and fragment memory."""
+    """Allocate each list once, since lists that grow item by item need 1.5 times the memory and fragment it."""
     lists = shard.base.invlists
     for number, size in enumerate(np.bincount(list_I, minlength=shard.base.nlist).tolist()):
         lists.resize(number, size)

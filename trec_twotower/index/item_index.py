@@ -65,7 +65,7 @@ class IndexReport:
 
     @property
     def users_per_s(self) -> float:
-        """Users per second of CPU time of the tuned search in one batch."""
+        """Return users per second of CPU time of the tuned search in one batch."""
         return min(self.curve, key=lambda point: abs(point[1] - self.scanned_share))[2]
 
     def summary(self) -> str:
@@ -124,7 +124,7 @@ class ItemIndex:
 
     @property
     def item_ids(self) -> pa.Array | None:
-        """The outside id of each item row, of a loaded index; read and verified at the first use."""
+        """Return the external id of each item row of a loaded index; read and verified at the first use."""
         if self._item_ids is None and self._sealed is not None:
             self._item_ids = _read_ids(self._sealed, len(self))
         return self._item_ids
@@ -160,13 +160,13 @@ class ItemIndex:
         return score_BK, item_row_BK
 
     def search_unseen(self, user_BD: np.ndarray, k: int, seen: Ragged) -> Answer:
-        """As `search`, with a list of seen items for each user."""
+        """Search as `search` does, with a list of seen items for each user."""
         return self.search(user_BD, k, seen=seen)
 
     def search_merged(
         self, user_BMD: np.ndarray, k: int, *, seen: Ragged | None = None, allowed: Allowed | None = None
     ) -> Answer:
-        """As `search`, for users of M vectors each: the `k` items of highest score by any of a user's vectors.
+        """Search as `search` does for users with M vectors each: the `k` items with the highest score by any vector.
 
         One search asks for `k` items per vector: an item among a user's best k is among the best k of the vector that
         scores it highest. Each item is returned once, with that score.
@@ -354,7 +354,7 @@ class ItemIndex:
     def load(
         cls, folder: Path, *, model_version: str | None = None, device: Device = "auto", mapped: bool = False
     ) -> ItemIndex:
-        """The index saved in `folder`, on the GPU where `device` and the machine allow, every byte verified.
+        """Load the index saved in `folder`, with every byte verified; on the GPU if `device` and the machine allow.
 
         `mapped`: read by the operating system as searches need it, and shared with other processes that map it; only
         the files' sizes and their first MiB, with the lists' layout, are verified. A newer index may take the folder's
@@ -400,7 +400,7 @@ def _unseen(found: Answer, seen: Ragged | None, k: int) -> Answer:
 
 
 def _read_index(sealed: SealedFolder, name: str, *, mapped: bool) -> Any:
-    """One of FAISS's indexes of a folder, from the file that was verified."""
+    """Read one of the FAISS indexes of a folder from the verified file."""
     flags = 0
     if mapped:
         _check_head(sealed, name)
@@ -427,7 +427,7 @@ def _read_ids(sealed: SealedFolder, num_items: int) -> pa.Array:
 
 
 def _how_to_map(manifest: dict[str, Any]) -> int:
-    """FAISS's flag. One maps lists at once, but nothing else; the other maps all, by a millisecond a thousand lists."""
+    """Return FAISS's I/O flag: one maps only the lists, the other maps everything, in 1 ms per thousand lists."""
     report = manifest["report"]
     only_lists = report["lists"] and not any(word in report["kind"] for word in ("fs", "Refine", "RFlat"))
     return faiss.IO_FLAG_MMAP if only_lists else faiss.IO_FLAG_MMAP_IFC

@@ -26,7 +26,7 @@ class Recipe:
 
     @property
     def lists(self) -> int | None:
-        """How many inverted lists it has; None when it has none."""
+        """Return the number of inverted lists; None for an index without them."""
         found = re.search(r"IVF(\d+)", self.factory)
         return int(found[1]) if found else None
 
@@ -74,7 +74,7 @@ def _shards(num_items: int, config: IndexConfig) -> int | None:
 
 
 def choose_lists(num_items: int, config: IndexConfig) -> int:
-    """About 3 sqrt(items), as long as each list has training points enough; 1 for a tiny catalogue."""
+    """Return about 3 sqrt(items) lists, fewer if they had too few training points; 1 for a tiny catalogue."""
     if config.lists is None:
         num_trained = min(num_items, config.max_train_vectors or num_items)
         return max(1, min(int(3 * math.sqrt(num_items)), num_trained // POINTS_PER_LIST))

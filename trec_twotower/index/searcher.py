@@ -85,7 +85,7 @@ class Searcher(ABC):
     @property
     @abstractmethod
     def most_breadth(self) -> int:
-        """The breadth at which everything is scanned."""
+        """Return the breadth at which everything is scanned."""
 
     @abstractmethod
     def breadth_for(self, user_BD: np.ndarray, item_row_BK: np.ndarray, share: float) -> int:

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from trec_twotower.config.base import Side
 from trec_twotower.data.dataset import ITEM_ID, SERVING, USER_ID
 from trec_twotower.data.feature_dataset import FeatureDataset
-from trec_twotower.data.features.transform import Columns
+from trec_twotower.data.features.columns import Columns
 from trec_twotower.data.held_out import HeldOut
 from trec_twotower.data.split import Split
 from trec_twotower.distributed.ranks import Ranks
@@ -74,7 +74,7 @@ def export(loaded: LoadedModel, ranks: Ranks, *, columns: Sequence[str] = (), us
 
 
 def _part_with_users(sources: FeatureDataset, users: str | None) -> str | None:
-    """The part of the dataset whose users are exported; None where there is none."""
+    """Return the part of the dataset whose users are exported; None if there is none."""
     known = [name for name in ("test", "valid", SERVING) if sources.dataset.has(name)]
     if users is None:
         return known[0] if known else None
@@ -127,7 +127,7 @@ def _write_vectors(loaded: LoadedModel, folder: Path, ranks: Ranks, columns: Seq
 
 
 def _about(split: Split, columns: Sequence[str], start: int, stop: int) -> pa.Table:
-    """Columns of some rows of items/."""
+    """Return columns of some rows of items/."""
     tables = [pa.table({name: pa.array([], split.columns[name]) for name in columns})]
     for group in split.row_groups if columns else ():
         first, last = max(start, group.first_row), min(stop, group.first_row + group.num_rows)
@@ -184,7 +184,7 @@ def _write(
 
 
 def vector_column(vectors: np.ndarray) -> dict[str, pa.Array]:
-    """The column of (rows, D) vectors, or of (rows, M, D), under its name."""
+    """Return the column of (rows, D) or (rows, M, D) vectors, under its name."""
     column = pa.array(vectors.reshape(-1))
     for size in reversed(vectors.shape[1:]):
         column = pa.FixedSizeListArray.from_arrays(column, size)

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from trec_twotower.config.base import Side
 from trec_twotower.config.features import SequenceFeature
 from trec_twotower.config.schema import Schema, bucket_names, lookup_key, sub_name
-from trec_twotower.data.features.transform import GAP_BUCKETS, Columns
+from trec_twotower.data.features.columns import Columns
+from trec_twotower.data.features.lists import GAP_BUCKETS
 from trec_twotower.data.loading.batch import JaggedLookup, make_batch
 from trec_twotower.model.embeddings import table_parameters
 from trec_twotower.model.tower_inputs import Pooled, SideInputs, build_inputs, pool_jagged
@@ -103,7 +104,7 @@ def program_inputs(schema: Schema, side: Side, columns: Columns) -> dict[str, Te
 
 
 def export_program(model: TwoTower, side: Side) -> Any:
-    """The torch.export.ExportedProgram of a side, for any number of rows; ProgramError where torch cannot have it.
+    """Return the torch.export.ExportedProgram of a side for any number of rows; raises ProgramError if torch cannot.
 
     It is compared with the model on batches of other sizes: a size that tracing has fixed would be noticed.
     """
@@ -142,7 +143,7 @@ def _silence() -> Iterator[None]:
 
 
 def made_up(schema: Schema, side: Side, rows: int, rng: np.random.Generator) -> Columns:
-    """Features of rows that nobody has: of each list some elements, of a row now and then none."""
+    """Return random features as example inputs: lists of several elements, some of them empty."""
     sparse, numbers = {}, {}
     items = None
     for feature in schema.features(side):

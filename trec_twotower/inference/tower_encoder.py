@@ -32,8 +32,9 @@ from trec_twotower.config.schema import Schema
 from trec_twotower.data.arrow_types import plain_table
 from trec_twotower.data.dataset import ITEM_ID, USER_ID
 from trec_twotower.data.feature_dataset import FeatureDataset
-from trec_twotower.data.features.column_checks import check_kind
-from trec_twotower.data.features.transform import Columns, Statistics, transform
+from trec_twotower.data.features.columns import Columns
+from trec_twotower.data.features.statistics import Statistics
+from trec_twotower.data.features.transform import check_kind, transform
 from trec_twotower.distributed.ranks import Ranks, check_process, quiet_libraries
 from trec_twotower.errors import ConfigError, DataError, nearest
 from trec_twotower.inference.export import vector_column
@@ -99,7 +100,7 @@ class Encoder:
 
     @classmethod
     def of(cls, run: Run, sources: FeatureDataset, which: str = "best") -> Encoder:
-        """That of a run's checkpoint ("best", "newest" or a step), on the CPU; `sources` are the run's."""
+        """Build the encoder of a run's checkpoint ("best", "newest" or a step) on the CPU; `sources` are the run's."""
         loaded = load_model(run, Ranks(0, 1, torch.device("cpu")), which, sources=sources, is_sharded=False)
         model = loaded.model
         facts = {
@@ -114,7 +115,7 @@ class Encoder:
 
     @classmethod
     def load(cls, folder: Path | str, device: str = "cpu") -> Encoder:
-        """One that `save` has written; raises ConfigError where there is none, DataError where it is damaged."""
+        """Load an encoder that `save` wrote. Raises ConfigError if there is none, DataError if it is damaged."""
         folder = Path(folder)
         try:
             sealed = SealedFolder.open(folder, MEND)
@@ -146,12 +147,12 @@ class Encoder:
         return programs
 
     def columns(self, side: Side) -> list[str]:
-        """The columns that rows of this side must have."""
+        """Return the columns that rows of this side must have."""
         _check_side(side)
         return sorted({column for feature in self.schema.features(side) for column in feature.source_columns})
 
     def encode(self, side: Side, rows: pa.Table | pa.RecordBatch) -> np.ndarray:
-        """(rows, dim) float32, of users with several vectors (rows, vectors, dim).
+        """Return (rows, dim) float32 vectors; (rows, vectors, dim) for users with several vectors.
 
         Raises DataError for a column that is missing or holds what training would refuse.
         """
@@ -175,7 +176,7 @@ class Encoder:
         )
 
     def features(self, side: Side, rows: pa.Table | pa.RecordBatch) -> Columns:
-        """What training would make of these rows."""
+        """Return the features of these rows, as training computes them."""
         _check_side(side)
         given = _table(rows)
         named = self.schema.features(side)
@@ -207,7 +208,7 @@ class Encoder:
         return Ranks(0, 1, torch.device(self.device))
 
     def _write_program(self, side: Side, path: Path) -> str:
-        """ "ok", or why torch.export cannot have this tower: the encoder itself does not need it."""
+        """Return "ok", or why torch.export cannot export this tower; the encoder does not need the program."""
         try:
             exported = export_program(self.model, side)
         except ProgramError as error:
@@ -226,7 +227,7 @@ def _table(rows: pa.Table | pa.RecordBatch) -> pa.Table:
 
 
 def _loaded_model(config: RunConfig, weights: Mapping[str, Tensor], device: str) -> TwoTower:
-    """The TwoTower with these weights, which are compared with the config before any memory is asked for."""
+    """Return the TwoTower with these weights, which are compared with the config before memory is allocated."""
     model = build_whole_model(config, has_tables=False)
     if extra := sorted(weights.keys() - model.state_dict().keys()):
         raise Misfit(f"has weights of another model: {extra[0]} has no place in it")
@@ -246,7 +247,7 @@ class Misfit(DataError):
 
 
 def _steps(sources: FeatureDataset) -> dict[str, np.ndarray]:
-    """What the steps of sequences need of the catalogue: keys, and the lists of the attributes."""
+    """Return what sequence steps need from the catalogue: the keys, and the lists of the attributes."""
     if not sources.steps_have_attributes:
         return {}
     catalogue = sources.catalogue
@@ -260,7 +261,7 @@ def _steps(sources: FeatureDataset) -> dict[str, np.ndarray]:
 
 
 def _catalogue_of_steps(schema: Schema, steps: Mapping[str, np.ndarray]) -> tuple[Columns | None, Any]:
-    """The catalogue's attributes, and what finds the rows of keys; None and None where no steps have attributes.
+    """Return the catalogue's attributes and a function from keys to rows; None and None if no steps have attributes.
 
     Raises Misfit where the arrays are not as `_steps` makes them: the kernels that read them check no bounds.
     """
@@ -277,7 +278,7 @@ def _catalogue_of_steps(schema: Schema, steps: Mapping[str, np.ndarray]) -> tupl
 
 
 def _lists(steps: Mapping[str, np.ndarray], name: str, num_rows: int, table: TableSpec) -> Ragged:
-    """The rows of a table that each item looks up for an attribute."""
+    """Return the table rows that each item looks up for an attribute."""
     offsets, values = _array(steps, f"offsets:{name}", np.int64), _array(steps, f"values:{name}", np.integer)
     weights = _array(steps, f"weights:{name}", np.float32) if f"weights:{name}" in steps else None
     is_whole = len(offsets) == num_rows + 1 and offsets[0] == 0 and offsets[-1] == len(values)
@@ -314,7 +315,7 @@ def _read_steps(sealed: SealedFolder) -> dict[str, np.ndarray]:
 
 
 def is_learned(value: Any) -> bool:
-    """Whether a JSON value is what features learned: Statistics by feature."""
+    """Return whether a JSON value has the form of Statistics by feature."""
     return isinstance(value, dict) and all(map(_is_statistics, value.values()))
 
 

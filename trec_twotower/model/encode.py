@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from trec_twotower.config.base import Side
-from trec_twotower.data.features.transform import Columns
+from trec_twotower.data.features.columns import Columns
 from trec_twotower.data.loading.batch import make_batch
 from trec_twotower.distributed.ranks import Ranks
 from trec_twotower.model.two_tower import TwoTower

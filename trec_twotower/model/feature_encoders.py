@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trec_twotower.config.feature_spec import FeatureSpec
-from trec_twotower.config.features import LanguageModelFeature, NumericFeature, VectorFeature
+from trec_twotower.config.features import AgeFeature, LanguageModelFeature, NumberFeature, NumericFeature, VectorFeature
 from trec_twotower.data.features.text import MAX_TOKENS, transformers
 from trec_twotower.data.loading.batch import JaggedLookup
 from trec_twotower.errors import ConfigError
@@ -19,17 +19,6 @@ from trec_twotower.ops.hashing import mix_torch
 
 ENCODED_AT_ONCE = 256  # texts per forward pass without gradients
 START_SPREAD = 1.0  # standard deviation of the initial frequencies
-
-
-def build_input(feature: FeatureSpec) -> nn.Module:
-    """Encoder of a feature: (rows, numbers of the feature) or tokens (JaggedLookup) in, (rows, layers_width) out."""
-    match feature:
-        case VectorFeature():
-            return VectorInput(feature)
-        case LanguageModelFeature():
-            return TextInput(feature)
-    assert isinstance(feature, NumericFeature)
-    return WavesInput(feature)
 
 
 class VectorInput(nn.Module):
@@ -220,3 +209,16 @@ def _layers(model: Any, feature: LanguageModelFeature) -> list[nn.Module]:
             f"{count if found else 'no list of its'} layers: take fewer, or all, or frozen."
         )
     return found
+
+
+LAYERS: dict[type[FeatureSpec], Callable[[Any], nn.Module]] = {
+    VectorFeature: VectorInput,
+    LanguageModelFeature: TextInput,
+    NumberFeature: WavesInput,
+    AgeFeature: WavesInput,
+}
+
+
+def build_input(feature: FeatureSpec) -> nn.Module:
+    """Return a feature's own layers, from (rows, num_numbers) or tokens (JaggedLookup) to (rows, layers_width)."""
+    return LAYERS[type(feature)](feature)

@@ -28,7 +28,7 @@ from trec_twotower.config.model import (
     TransformerEncoderSpec,
     build_encoder,
 )
-from trec_twotower.data.features.transform import GAP_BUCKETS
+from trec_twotower.data.features.lists import GAP_BUCKETS
 from trec_twotower.data.loading.batch import JaggedLookup
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from trec_twotower.config.base import Side
 from trec_twotower.config.features import SequenceFeature
 from trec_twotower.config.schema import Schema, delta_key, lookup_key, sub_name
-from trec_twotower.data.features.transform import divides
+from trec_twotower.data.features.lists import divides
 from trec_twotower.data.loading.batch import JaggedLookup
 from trec_twotower.model.tower import Tower
 

@@ -33,7 +33,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from trec_twotower.data.features.transform import one_chunk
+from trec_twotower.data.arrow_types import one_chunk
 from trec_twotower.errors import ConfigError, DataError, nearest
 from trec_twotower.index import Allowed, mask_of
 from trec_twotower.serving.business_rules import Rules
@@ -111,7 +111,7 @@ class Service:
         }
 
     def recommend(self, asked: Any) -> dict[str, Any]:
-        """The answer to a request's JSON; raises Refused, ConfigError or DataError."""
+        """Return the response to a request's JSON. Raises Refused, ConfigError or DataError."""
         if not isinstance(asked, dict):
             raise Refused(400, 'The body must be a JSON object, such as {"users": [1], "k": 10}.')
         for name in asked:
@@ -309,7 +309,7 @@ class Server(ThreadingHTTPServer):
                 print(f"trec-twotower serve: loaded model {self.service.version()['model_version']}", flush=True)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that goes away in mid-sentence is no news."""
+        """Ignore clients that disconnect in the middle of a request."""
         if not isinstance(sys.exc_info()[1], ConnectionError | TimeoutError):
             super().handle_error(request, client_address)
 
@@ -358,7 +358,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.server.end()
 
     def _made(self, path: str) -> tuple[int, str, str]:
-        """Status, body and content type."""
+        """Return status, body and content type."""
         try:
             content = self._content()  # read in any case, or the next request would begin in it
             if path not in ROUTES:
@@ -412,7 +412,7 @@ def _json(value: Any) -> tuple[str, str]:
 
 
 def _without_nan(value: Any) -> Any:
-    """The same with null in the place of NaN and infinity."""
+    """Return the value with null in place of NaN and infinity."""
     if isinstance(value, dict):
         return {name: _without_nan(each) for name, each in value.items()}
     if isinstance(value, list | tuple):

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from trec_twotower.data.arrow_types import one_chunk
 from trec_twotower.data.dataset import ITEM_ID
-from trec_twotower.data.features.transform import one_chunk
 from trec_twotower.distributed.ranks import Ranks, check_process, quiet_libraries, usable_device
 from trec_twotower.errors import ConfigError, nearest
 from trec_twotower.index import Allowed, ItemIndex, mask_of

@@ -15,11 +15,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from trec_twotower.config.feature_spec import HISTORY, FeatureSpec, ItemListFeature, TimeUnit
+from trec_twotower.data.arrow_types import one_chunk
 from trec_twotower.data.dataset import ITEM_ID, POSITIVES, SERVING, USER_ID
 from trec_twotower.data.feature_dataset import FeatureDataset
+from trec_twotower.data.features.columns import Columns
 from trec_twotower.data.features.datetime_parts import PER_SECOND, counted, is_time
+from trec_twotower.data.features.lists import key_lists
 from trec_twotower.data.features.numeric import is_number
-from trec_twotower.data.features.transform import Columns, key_lists, one_chunk
 from trec_twotower.data.item_table import find_id
 from trec_twotower.data.split import Split
 from trec_twotower.errors import ConfigError, DataError, nearest

@@ -82,7 +82,7 @@ class CollapseGuard:
         return self._new({NEGATIVE_COSINE: (NEGATIVE_COSINE, mean_negative_score, bound)} if is_found else {})
 
     def _out_of_bounds(self, metrics: Mapping[str, Any]) -> list[tuple[str, str, float]]:
-        """(cause, metric, bound) of each figure that is."""
+        """Return (cause, metric, bound) of each figure that is out of bounds."""
         best = self.config.evaluate.best
         baseline = metrics.get(baseline_name(best))
         found = []
@@ -143,7 +143,7 @@ def cosines(item_ID: np.ndarray, user_sum_D: np.ndarray, num_users: int) -> dict
 
 
 def unit(vector_ND: np.ndarray) -> np.ndarray:
-    """(N, D) float64 vectors of length 1, in the same directions; zero vectors stay zero."""
+    """Return (N, D) float64 vectors divided by their lengths; zero vectors stay zero."""
     vector_ND = np.asarray(vector_ND, np.float64)
     length_N1 = np.linalg.norm(vector_ND, axis=-1, keepdims=True)
     return vector_ND / np.where(length_N1 > 0, length_N1, 1.0)

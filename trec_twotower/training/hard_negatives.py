@@ -47,7 +47,7 @@ class HardNegatives:
         step: int,
         print_line: Callable[[str], None],
     ) -> None:
-        """Neighbours mined after `step`, at which the run resumes, are removed, and will be mined again."""
+        """Remove neighbors mined after `step`, at which the run resumes; they will be mined again."""
         config = run.config.loss.negatives.refresh
         assert config is not None
         if search is None:

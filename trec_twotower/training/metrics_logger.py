@@ -108,7 +108,7 @@ class MetricsLogger:
     """Logs training steps and validations: which ones, and what about them."""
 
     def __init__(self, run: Run, ranks: Ranks, data: TrainData, stopwatch: Stopwatch, step: int) -> None:
-        """`step` is the one that the run resumes at; lines of later steps are removed."""
+        """Remove the lines of steps after `step`, at which the run resumes."""
         self.ranks, self.data, self.stopwatch = ranks, data, stopwatch
         self.log_every = run.config.train.log_every
         self.is_stream = run.config.data.follow is not None

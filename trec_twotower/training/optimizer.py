@@ -74,7 +74,7 @@ def state_bytes(weight: nn.Parameter, rows: int, columns: int) -> int:
 
 
 def table_state_bytes(config: OptimizerConfig, rows: int, columns: int) -> int:
-    """The same, of a config."""
+    """Return the state bytes of a table by a config."""
     return _state_bytes(_TABLE_OPTIMIZERS[config.sparse], rows, columns)
 
 
@@ -173,12 +173,12 @@ class RunOptimizer:
         return self._rates
 
     def figures(self) -> dict[str, float]:
-        """What the log should show of the last step: its rates, and the norm of the gradient before it was clipped."""
+        """Return the figures of the last step for the log: its rates, and the norm of the gradient before clipping."""
         norm = {} if self._gradient_norm is None else {"gradient_norm": float(self._gradient_norm)}
         return {**self._rates, **norm}
 
     def state(self) -> dict[str, Any]:
-        """The state tensors by parameter, as a checkpoint holds them; loading writes into these very tensors."""
+        """Return the state tensors by parameter, as a checkpoint holds them; loading writes into these tensors."""
         return {name: dict(values) for name, values in self._combined.state_dict()["state"].items()}
 
 
@@ -194,7 +194,7 @@ def _prepare_state(optimizer: KeyedOptimizerWrapper) -> None:
 
 
 def _adam(parameters: list[Tensor], config: OptimizerConfig) -> torch.optim.Optimizer:
-    """Adam; with weight decay AdamW (Loshchilov and Hutter 2019), which leaves biases and single numbers alone."""
+    """Return Adam; with weight decay AdamW (Loshchilov and Hutter 2019), which does not decay biases and scalars."""
     if not config.dense_weight_decay:
         return torch.optim.Adam(parameters, lr=config.dense_lr)
     matrices = [parameter for parameter in parameters if parameter.dim() > 1]
@@ -204,7 +204,7 @@ def _adam(parameters: list[Tensor], config: OptimizerConfig) -> torch.optim.Opti
 
 
 def rate_share(schedule: str, warmup_steps: int, step: int, num_steps: int) -> float:
-    """Of the rate: a linear rise, then constant, or falling to FINAL_SHARE by a line or half a cosine."""
+    """Return the factor of the rate: a linear rise, then constant, or a linear or cosine fall to FINAL_SHARE."""
     if step < warmup_steps:
         return (step + 1) / warmup_steps
     if schedule == "constant":

@@ -16,8 +16,7 @@ from trec_twotower.config.run_config import TRAINED, RunConfig, check_same_run
 from trec_twotower.data.dataset import POSITIVES, Dataset
 from trec_twotower.data.feature_dataset import FeatureDataset, open_cache
 from trec_twotower.data.feature_report import OwnItems, own_items
-from trec_twotower.data.features.external_files import external_files
-from trec_twotower.data.features.transform import Statistics
+from trec_twotower.data.features.statistics import Statistics
 from trec_twotower.data.known_items import KnownItems, KnownUsers
 from trec_twotower.data.loading.loader import TrainBatches
 from trec_twotower.data.loading.streaming import (
@@ -48,7 +47,7 @@ class Run:
     """The directory of one training, which `train` writes and every later stage reads."""
 
     def __init__(self, folder: Path, config: RunConfig) -> None:
-        """A dataset that is not in the current folder is looked for where the run began."""
+        """Open a run. A dataset that is not in the current folder is looked up in the folder where the run began."""
         self.folder = folder
         self._original_config = config
         self.config = _with_dataset(config, _begun_in(folder, config))
@@ -241,7 +240,7 @@ class Run:
 
     @property
     def has_learned(self) -> bool:
-        """Whether the run has been initialized."""
+        """Return whether the run has been initialized."""
         return (self.folder / STATISTICS).is_file()
 
     def learned(self) -> dict[str, Any]:
@@ -263,7 +262,7 @@ class Run:
         mined = self.config.loss.negatives.mined
         paths = [self.config.loss.known, None if mined is None else mined.file]
         for feature in (*self.config.user, *self.config.item):
-            paths += external_files(feature)
+            paths += feature.external_files
         return {str(path): sha256_of(path) for path in paths if path is not None and path.is_file()}
 
     def own_items(self) -> OwnItems | None:

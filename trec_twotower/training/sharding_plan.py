@@ -15,8 +15,7 @@ from torchrec.distributed.planner.types import Perf, ShardingOption
 from torchrec.distributed.types import CacheParams
 
 from trec_twotower.config.base import Side
-from trec_twotower.config.feature_spec import HISTORY, FeatureSpec, ItemListFeature
-from trec_twotower.config.features import TextFeature
+from trec_twotower.config.feature_spec import HISTORY, FeatureSpec
 from trec_twotower.config.run_config import RunConfig
 from trec_twotower.config.schema import Schema, delta_key, lookup_key, sub_name
 from trec_twotower.data.dataset import POSITIVES, TRAIN_USERS
@@ -35,7 +34,6 @@ from trec_twotower.training.sharding import (
 )
 from trec_twotower.training.spectral_initialization import check_start
 
-ASSUMED_TOKENS, ASSUMED_PARTS = 8, 12  # tokens of a text, and parts of a token where characters are hashed
 ASSUMED_IDS = 20  # ids of a bag whose length is known neither from the data nor from max_length
 
 
@@ -255,16 +253,13 @@ class _Footers:
 
 def _mean_ids(side: Side, feature: FeatureSpec, config: RunConfig, footer: _Footers | None) -> float:
     """Return the mean number of ids of a feature per row."""
-    if isinstance(feature, TextFeature):  # footers do not have the number of tokens
-        runs = feature.words + (0 if feature.characters is None else ASSUMED_PARTS)
-        return float(runs * min(feature.max_length or ASSUMED_TOKENS, ASSUMED_TOKENS))
-    if not isinstance(feature, ItemListFeature):
-        return 2.0 if feature.is_ragged else 1.0
+    if feature.assumed_ids is not None:  # footers have the lengths of lists only
+        return feature.assumed_ids
     if side == "user" and config.data.rows == "user" and feature.source_column == HISTORY:  # a sample of the positives
         positives = footer.mean_length(POSITIVES) if footer else None
         mean = None if positives is None else positives * config.data.input_share
     else:
         mean = footer.mean_length(feature.source_column) if footer else None
     if mean is None:
-        mean = float(feature.max_length or ASSUMED_IDS)
-    return min(mean, feature.max_length or mean)
+        mean = float(feature.length_limit or ASSUMED_IDS)
+    return min(mean, feature.length_limit or mean)

@@ -34,9 +34,10 @@ from trec_twotower.config.features import BagFeature, IdFeature
 from trec_twotower.config.model import Pooling
 from trec_twotower.config.schema import Schema
 from trec_twotower.config.training import SpectralConfig
+from trec_twotower.data.arrow_types import one_chunk
 from trec_twotower.data.dataset import ITEM_ID, POSITIVES, USER_ID
 from trec_twotower.data.feature_dataset import FeatureDataset
-from trec_twotower.data.features.transform import buckets, one_chunk
+from trec_twotower.data.features.hashed import buckets
 from trec_twotower.distributed.ranks import Ranks
 from trec_twotower.errors import ConfigError, DataError
 from trec_twotower.model.embeddings import table_shards
@@ -181,8 +182,9 @@ def start_spectral(
     interactions = ranks.together(lambda: Interactions.read(sources, ranks))
     history_ID, item_ID = spectral_tables(interactions, schema.table_of(history).dim, start, seed, ranks)
     if start.score_std is not None:
-        pooling = history.pooling if isinstance(history, BagFeature) else "mean"
-        history_ID *= start.score_std / max(spread(interactions, history_ID, item_ID, pooling, ranks), 1e-30)
+        history_ID *= start.score_std / max(
+            spread(interactions, history_ID, item_ID, history.pooling_mode, ranks), 1e-30
+        )
     ids = sources.catalogue.ids
     wanted = {}
     for feature, vector_ID in zip((history, item), (history_ID, item_ID), strict=True):

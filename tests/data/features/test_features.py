@@ -107,13 +107,13 @@ def test_features_tells_of_every_kind(one, cli):
 
 def test_statistics_are_learned_once_and_not_from_what_is_asked_for(bazaar, one, lone_rank, monkeypatch):
     """A run that is opened again reads what it has learned; no column is looked through anew."""
-    from trec_twotower.data import feature_dataset as features
+    from trec_twotower.data.feature_dataset import FeatureDataset
     from trec_twotower.training.run_dir import Run
 
     def never(*_: Any) -> None:
         raise AssertionError("learned again")
 
     begun = Run.open(one[1]).open_dataset(lone_rank).statistics
-    monkeypatch.setattr(features, "learn_statistics", never)
+    monkeypatch.setattr(FeatureDataset, "learn", never)
     assert Run.open(one[1]).open_dataset(lone_rank).statistics == begun
     assert len(begun["user:spent"].points) > 2 and begun["user:spent"].high == 80

@@ -30,9 +30,9 @@ from trec_twotower.config.schema import Schema
 from trec_twotower.data.dataset import Dataset
 from trec_twotower.data.feature_dataset import FeatureDataset
 from trec_twotower.data.feature_report import OwnItems, coverage, describe_coverage, own_items
-from trec_twotower.data.features.external_files import check_files
+from trec_twotower.data.features.transform import check_files
 from trec_twotower.data.features.hash_column import hash_column
-from trec_twotower.data.features.numeric import Statistics
+from trec_twotower.data.features.statistics import Statistics
 from trec_twotower.data.features.transform import transform
 from trec_twotower.data.features.vocabulary import in_vocabulary, make_vocabulary, read_words, words_of_file
 from trec_twotower.data.loading.batch import make_batch
@@ -284,7 +284,8 @@ def test_a_vocabulary_is_read_with_a_config_that_is_given_and_not_with_a_saved_o
         item = "{name: item_id, kind: id, buckets: 9, dim: 4}"
         config.write_text(f"data: {{dataset: d}}\nuser: [{feature}]\nitem: [{item}]\n")
         try:
-            check_files(load_config(config))
+            loaded = load_config(config)
+            check_files((*loaded.user, *loaded.item))
         except ConfigError as error:
             return str(error)
         return None

@@ -18,7 +18,7 @@ from trec_twotower.config.feature_spec import FeatureSpec
 from trec_twotower.config.features import build_feature
 from trec_twotower.config.model import TableSpec
 from trec_twotower.data.features.datetime_parts import PER_SECOND, ages, parts
-from trec_twotower.data.features.numeric import Statistics
+from trec_twotower.data.features.statistics import Statistics
 from trec_twotower.data.features.transform import transform
 from trec_twotower.data.item_table import check_side
 from trec_twotower.data.split import Split

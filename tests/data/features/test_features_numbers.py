@@ -15,7 +15,9 @@ from trec_twotower.config.features import build_feature
 from trec_twotower.config.model import TableSpec
 from trec_twotower.config.schema import Schema
 from trec_twotower.data.features import numeric as numbers
-from trec_twotower.data.features.numeric import Statistics, learn_statistics, number_values
+from trec_twotower.data.features import statistics
+from trec_twotower.data.features.numeric import number_values
+from trec_twotower.data.features.statistics import Statistics, learn_statistics
 from trec_twotower.errors import ConfigError
 from trec_twotower.ops.ragged import Ragged
 
@@ -79,7 +81,7 @@ def test_a_skewed_column_becomes_even_by_quantile(rng):
 
 
 def test_quantiles_of_more_rows_than_are_kept_are_those_of_a_sample_that_no_part_decides(monkeypatch, rng):
-    monkeypatch.setattr(numbers, "SAMPLE", 400)
+    monkeypatch.setattr(statistics, "SAMPLE", 400)
     values = rng.permutation(4000).astype(float).tolist()
     feature = number(normalize="quantile")
     first = learned(feature, values)

@@ -21,8 +21,8 @@ from trec_twotower.config.model import TableSpec
 from trec_twotower.config.schema import Schema
 from trec_twotower.data.dataset import Dataset
 from trec_twotower.data.feature_dataset import FeatureDataset
-from trec_twotower.data.features.numeric import Statistics
-from trec_twotower.data.features.transform import Columns
+from trec_twotower.data.features.statistics import Statistics
+from trec_twotower.data.features.columns import Columns
 from trec_twotower.data.loading.reader import UnitReader
 from trec_twotower.errors import ConfigError, DataError
 from trec_twotower.serving.user_state import state_table

@@ -22,10 +22,12 @@ from trec_twotower.config.features import build_feature
 from trec_twotower.config.model import TableSpec
 from trec_twotower.config.run_config import RunConfig
 from trec_twotower.config.schema import Schema
-from trec_twotower.data.features.column_checks import check_kind
+from trec_twotower.data.features.transform import check_kind
 from trec_twotower.data.features.hash_column import hash_column
 from trec_twotower.data.features.text import _most_tokens, check_folder, text_keys, tokens
-from trec_twotower.data.features.transform import Columns, put_pooling_divisor, transform
+from trec_twotower.data.features.columns import Columns
+from trec_twotower.data.features.lists import put_pooling_divisor
+from trec_twotower.data.features.transform import transform
 from trec_twotower.data.loading.batch import JaggedLookup
 from trec_twotower.distributed.ranks import Ranks
 from trec_twotower.errors import ConfigError, DataError

@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from trec_twotower.config.features import build_feature
 from trec_twotower.config.model import TableSpec
 from trec_twotower.config.schema import Schema
-from trec_twotower.data.features.column_checks import check_kind
+from trec_twotower.data.features.transform import check_kind
 from trec_twotower.data.features.embeddings import vectors
-from trec_twotower.data.features.numeric import Statistics, normalize
+from trec_twotower.data.features.numeric import normalize
+from trec_twotower.data.features.statistics import Statistics
 from trec_twotower.data.features.transform import transform
 from trec_twotower.errors import ConfigError, DataError
 from trec_twotower.model.feature_encoders import VectorInput, WavesInput

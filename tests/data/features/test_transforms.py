@@ -16,20 +16,17 @@ from hypothesis import strategies as st
 from trec_twotower.config.feature_spec import FeatureSpec
 from trec_twotower.config.features import build_feature
 from trec_twotower.config.model import TableSpec
-from trec_twotower.data.features.column_checks import check_kind, is_id_list
-from trec_twotower.data.features.numeric import learn_statistics as learn_of_values
+from trec_twotower.data.features.lists import is_id_list
+from trec_twotower.data.features.transform import check_kind
+from trec_twotower.data.features.statistics import learn_statistics as learn_of_values
 from trec_twotower.data.features.numeric import normalize as normalise_values
 from trec_twotower.data.features.numeric import number_values
-from trec_twotower.data.features.transform import (
-    Columns,
-    Statistics,
-    bag,
-    category,
-    key_lists,
-    one_chunk,
-    put_pooling_divisor,
-    transform,
-)
+from trec_twotower.data.arrow_types import one_chunk
+from trec_twotower.data.features.columns import Columns
+from trec_twotower.data.features.hashed import category
+from trec_twotower.data.features.lists import key_lists, put_pooling_divisor
+from trec_twotower.data.features.statistics import Statistics
+from trec_twotower.data.features.transform import transform
 from trec_twotower.data.item_table import check_side
 from trec_twotower.data.split import Split
 from trec_twotower.errors import DataError
@@ -49,6 +46,12 @@ def slow_bucket(value: int | str, buckets: int, spec: TableSpec) -> int:
     if spec.hashing == "modulo":
         return (key - 2**64 if key >= 2**63 else key) % buckets
     return (mix((key % 2**64) ^ mix(spec.seed)) >> 32) * buckets >> 32
+
+
+def bag(feature: FeatureSpec, spec: TableSpec, ids: pa.Array, weights: pa.Array | None) -> Ragged:
+    """Return the lists of a bag that looks up table `t`."""
+    columns = {feature.source_column: ids} | ({} if weights is None else {"w": weights})
+    return transform([feature], {"t": spec}, {}, pa.table(columns), "here").sparse[feature.name]
 
 
 def slow_bag(rows, weights, spec: TableSpec, max_length: int | None) -> tuple[list, list]:
@@ -116,7 +119,7 @@ TEXT_ROWS = st.lists(st.none() | st.lists(st.none() | st.text(max_size=4), max_s
 def test_a_bag_of_integers_is_read_as_row_by_row(hold, rows, spec, max_length):
     array = hold(rows, pa.int64())
     assert array.to_pylist() == rows
-    found = bag(bag_of(max_length=max_length), spec, array, None, "here")
+    found = bag(bag_of(max_length=max_length), spec, array, None)
     assert plain(found) == slow_bag(rows, None, spec, max_length)[0]
     assert found.weights is None
 
@@ -124,7 +127,7 @@ def test_a_bag_of_integers_is_read_as_row_by_row(hold, rows, spec, max_length):
 @pytest.mark.parametrize("hold", HOLDERS)
 @given(rows=TEXT_ROWS, spec=TABLES, max_length=st.none() | st.integers(1, 5))
 def test_a_bag_of_text_is_read_as_row_by_row(hold, rows, spec, max_length):
-    found = bag(bag_of(max_length=max_length), spec, hold(rows, pa.string()), None, "here")
+    found = bag(bag_of(max_length=max_length), spec, hold(rows, pa.string()), None)
     assert plain(found) == slow_bag(rows, None, spec, max_length)[0]
 
 
@@ -135,26 +138,26 @@ def test_weights_go_with_their_ids(hold, kind, rows, max_length):
     """Where an id is null its weight goes with it, and need not be there."""
     weights = [row and [None if v is None else 10 * r + j for j, v in enumerate(row)] for r, row in enumerate(rows)]
     feature = bag_of(max_length=max_length, weights="w")
-    found = bag(feature, MIX, as_sliced(rows, pa.int64()), hold(weights, kind), "here")
+    found = bag(feature, MIX, as_sliced(rows, pa.int64()), hold(weights, kind))
     assert (plain(found), plain_weights(found)) == slow_bag(rows, weights, MIX, max_length)
 
 
 def test_the_newest_of_a_bag_are_its_last_ids():
-    found = bag(bag_of(max_length=2), MODULO, pa.array([[1, 2, 3], [4, None, 5, None], [6]]), None, "here")
+    found = bag(bag_of(max_length=2), MODULO, pa.array([[1, 2, 3], [4, None, 5, None], [6]]), None)
     assert plain(found) == [[2, 3], [4, 5], [6]]
 
 
 def test_weights_beyond_what_float32_counts_exactly_are_rounded():
-    found = bag(bag_of(weights="w"), MODULO, pa.array([[1]]), pa.array([[2**24 + 1]]), "here")
+    found = bag(bag_of(weights="w"), MODULO, pa.array([[1]]), pa.array([[2**24 + 1]]))
     assert found.weights.tolist() == [2**24]
 
 
 @pytest.mark.parametrize(
     ("ids", "weights", "message"),
     [
-        ([[1], [2, 3]], [[1.0], [1.0]], "here, row 1: 2 ids but 1 weights in 'w': write one weight per id"),
-        ([[1], None], [[1.0], [1.0]], "here, row 1: 0 ids but 1 weights in 'w'"),
-        ([[1, 2]], [None], "here, row 0: 2 ids but 0 weights in 'w'"),
+        ([[1], [2, 3]], [[1.0], [1.0]], "here, column 'tags', row 1: 2 ids but 1 weights in 'w': write one weight per id"),
+        ([[1], None], [[1.0], [1.0]], "here, column 'tags', row 1: 0 ids but 1 weights in 'w'"),
+        ([[1, 2]], [None], "here, column 'tags', row 0: 2 ids but 0 weights in 'w'"),
         ([[1]], [[None]], "the weights in 'w' contain null, NaN or infinity"),
         ([[1]], [[math.nan]], "the weights in 'w' contain null, NaN or infinity"),
         ([[1]], [[math.inf]], "the weights in 'w' contain null, NaN or infinity"),
@@ -165,7 +168,7 @@ def test_weights_beyond_what_float32_counts_exactly_are_rounded():
 def test_weights_that_do_not_fit_are_refused(ids, weights, message):
     weights = pa.array(weights, pa.list_(pa.float32()) if weights in ([[None]], [None]) else None)
     with pytest.raises(DataError, match=re.escape(message)):
-        bag(bag_of(weights="w"), MIX, pa.array(ids), weights, "here")
+        bag(bag_of(weights="w"), MIX, pa.array(ids), weights)
 
 
 @pytest.mark.parametrize("kind", [pa.int64(), pa.string(), pa.list_(pa.float64()), pa.list_(pa.list_(pa.int64()))])

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tests.data.loading.test_reader import BOTH, batches_of, contents, folder  # noqa: F401 - a fixture
-from trec_twotower.data.features.transform import Columns
+from trec_twotower.data.features.columns import Columns
 from trec_twotower.data.loading import row_cache as caching
 from trec_twotower.data.loading.examples import Examples
 from trec_twotower.data.loading.row_cache import Cache

@@ -24,7 +24,7 @@ from trec_twotower.config.model import TableSpec
 from trec_twotower.config.schema import Schema
 from trec_twotower.data.dataset import Dataset
 from trec_twotower.data.feature_dataset import FeatureDataset
-from trec_twotower.data.features.transform import Statistics
+from trec_twotower.data.features.statistics import Statistics
 from trec_twotower.data.held_out import HeldOut
 from trec_twotower.data.loading.batch import Batch, JaggedLookup
 from trec_twotower.data.loading.loader import TrainBatches

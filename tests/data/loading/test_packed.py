@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trec_twotower.data.features.transform import Columns
+from trec_twotower.data.features.columns import Columns
 from trec_twotower.data.loading.examples import Examples, RowItems
 from trec_twotower.data.loading.step_buckets import BucketedRows, Buffers, Layout, RowBucketer, take
 from trec_twotower.ops.ragged import Ragged

@@ -8,15 +8,38 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from trec_twotower.config.feature_spec import TimeUnit
+from trec_twotower.config.feature_spec import FeatureSpec, TimeUnit
 from trec_twotower.config.features import AgeFeature, TimeFeature
-from trec_twotower.data.features.numeric import clipped, is_number
+from trec_twotower.data.features.numeric import NumericReader, clipped, is_number
+from trec_twotower.data.features.reader import FeatureReader, FeatureRows, Values
 from trec_twotower.errors import DataError
+from trec_twotower.ops.ragged import Ragged
 
 PER_SECOND = {"s": 1, "ms": 1_000, "us": 1_000_000, "ns": 1_000_000_000}
 DAY_S = 86_400
 LAST_S = int(datetime(9999, 12, 31, tzinfo=UTC).timestamp())
 NULL_PART = 0  # row of null in the table of a time feature
+
+
+class TimeReader(FeatureReader[TimeFeature]):
+    needs = "timestamps, dates or numbers"
+
+    def fits(self, kind: pa.DataType) -> bool:
+        return is_time(kind)
+
+    def read(self, rows: FeatureRows[TimeFeature]) -> Values:
+        return {rows.feature.name: Ragged.singles(parts(rows.feature, rows.array, rows.place))}
+
+
+class AgeReader(NumericReader[AgeFeature]):
+    needs = "timestamps, dates or numbers"
+
+    def fits(self, kind: pa.DataType) -> bool:
+        return is_time(kind)
+
+    def numbers(self, rows: FeatureRows[AgeFeature]) -> tuple[np.ndarray, np.ndarray]:
+        until = rows.column(rows.feature.until) if rows.feature.until else None
+        return ages(rows.feature, rows.array, until, rows.place)
 
 
 def is_time(kind: pa.DataType) -> bool:
@@ -69,7 +92,7 @@ def seconds(
 
 
 def parts(feature: TimeFeature, array: pa.Array, where: str) -> np.ndarray:
-    """The hour, weekday (Monday first), hour of the week or month of each time in the feature's zone, from 1 on.
+    """Return the hour, weekday (Monday first), hour of the week or month of each time in the feature's zone, from 1 on.
 
     Null is 0.
     """
@@ -103,3 +126,12 @@ def instant(text: str) -> datetime:
     """Return a time from ISO format, in UTC if it has no zone. Raises ValueError for other text."""
     found = datetime.fromisoformat(text)
     return found if found.tzinfo is not None else found.replace(tzinfo=UTC)
+
+
+def check_time(feature: FeatureSpec, column: str, kind: pa.DataType, where: str) -> None:
+    """Raise DataError if the type of a column is not valid as the end of an age."""
+    if not is_time(kind):
+        raise DataError(
+            f"{where}: column {column!r} is {kind}, but feature {feature.name!r} counts ages until it: "
+            "timestamps, dates or numbers are needed."
+        )

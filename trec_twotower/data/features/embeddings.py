@@ -6,7 +6,18 @@ import numpy as np
 import pyarrow as pa
 
 from trec_twotower.config.features import VectorFeature
+from trec_twotower.data.features.reader import FeatureReader, FeatureRows, Values
 from trec_twotower.errors import DataError
+
+
+class VectorReader(FeatureReader[VectorFeature]):
+    needs = "lists of floating-point numbers"
+
+    def fits(self, kind: pa.DataType) -> bool:
+        return is_vector(kind)
+
+    def read(self, rows: FeatureRows[VectorFeature]) -> Values:
+        return {rows.feature.name: vectors(rows.feature, rows.array, rows.place)}
 
 
 def is_vector(kind: pa.DataType) -> bool:

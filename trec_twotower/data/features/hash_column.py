@@ -4,16 +4,10 @@ from __future__ import annotations
 
 import pyarrow as pa
 
-from trec_twotower.config.feature_spec import FeatureSpec, ItemListFeature
-from trec_twotower.config.features import (
-    CategoryFeature,
-    IdFeature,
-    TextFeature,
-)
+from trec_twotower.config.feature_spec import FeatureSpec, TableFeature
 from trec_twotower.config.model import TableSpec
 from trec_twotower.data.arrow_types import plain_table
-from trec_twotower.data.features.column_checks import check_kind
-from trec_twotower.data.features.transform import transform
+from trec_twotower.data.features.transform import check_kind, transform
 from trec_twotower.errors import ConfigError
 
 
@@ -24,7 +18,7 @@ def hash_column(feature: FeatureSpec, array: pa.Array, table: TableSpec | None =
     feature names; a feature with a table of its own needs none. Null elements of a bag are dropped and long lists are
     cut, as in training. Raises DataError where the column does not fit the kind.
     """
-    if not isinstance(feature, IdFeature | CategoryFeature | ItemListFeature | TextFeature):
+    if not isinstance(feature, TableFeature) or len(feature.value_columns) > 1:
         raise ConfigError(
             f"feature {feature.name!r} is a {feature.kind}, whose column is not hashed: choose an id, "
             "category, bag, sequence or text."

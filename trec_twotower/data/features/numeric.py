@@ -1,49 +1,49 @@
-"""Numeric features: statistics learned before training, normalization and bins."""
+"""Numeric features: normalization and bins."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
-from dataclasses import dataclass
-from functools import cached_property
+from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
 
 from trec_twotower.config.features import NumberFeature, NumericFeature
+from trec_twotower.data.features.reader import FeatureReader, FeatureRows, Values
+from trec_twotower.data.features.statistics import Statistics, learn_statistics
 from trec_twotower.errors import DataError
-from trec_twotower.ops.hashing import id_keys, uniform
 from trec_twotower.ops.ragged import Ragged
-from trec_twotower.storage.arrow_values import exact_array
 
 LARGEST = float(np.finfo(np.float32).max)
-QUANTILES = 129  # points of the distribution that `normalize: quantile` keeps
-SAMPLE = 1 << 18  # number of values for quantiles; all values if there are fewer
-_SAMPLED = 0x7175  # stream of random numbers
 NULL_BIN = 0
+Numeric = TypeVar("Numeric", bound=NumericFeature)
 
 
-@dataclass(frozen=True)
-class Statistics:
-    """Statistics of a column, learned once at the start of a run and saved with it."""
+class NumericReader(FeatureReader[Numeric]):
+    """A number per row, normalized or binned. Subclasses return the number itself."""
 
-    mean: float = 0.0
-    std: float = 1.0
-    low: float = 0.0
-    high: float = 1.0
-    points: tuple[float, ...] = ()  # ascending: quantiles at equal steps, or the edges of bins
-    words: tuple[int | str, ...] = ()  # vocabulary in the order of its table rows
+    def numbers(self, rows: FeatureRows[Numeric]) -> tuple[np.ndarray, np.ndarray]:
+        """Return the number of each row (float64), and which are missing."""
+        raise NotImplementedError
 
-    def __post_init__(self) -> None:
-        for name in ("points", "words"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))  # JSON has lists only
+    def read(self, rows: FeatureRows[Numeric]) -> Values:
+        value, missing = self.numbers(rows)
+        if rows.feature.looks_up_table:
+            return {rows.feature.name: binned(rows.feature, value, missing, rows.learned)}
+        return {rows.feature.name: normalize(rows.feature, value, missing, rows.learned)}
 
-    @cached_property
-    def rows_of_words(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return the 64-bit keys of all words, ascending, and the index of each in `words`."""
-        keys = id_keys(exact_array(self.words), "the vocabulary")
-        order = np.argsort(keys)
-        return keys[order], order
+    def learn(self, feature: Numeric, kind: pa.DataType, groups: Iterable[FeatureRows[Numeric]]) -> Statistics:
+        return learn_statistics(feature, map(self.numbers, groups))
+
+
+class NumberReader(NumericReader[NumberFeature]):
+    needs = "numbers"
+
+    def fits(self, kind: pa.DataType) -> bool:
+        return is_number(kind)
+
+    def numbers(self, rows: FeatureRows[NumberFeature]) -> tuple[np.ndarray, np.ndarray]:
+        return number_values(rows.feature, rows.array, rows.place)
 
 
 def number_values(feature: NumberFeature, array: pa.Array, where: str) -> tuple[np.ndarray, np.ndarray]:
@@ -131,60 +131,3 @@ def binned(feature: NumericFeature, value: np.ndarray, missing: np.ndarray, stat
     weights[missing] = (1.0, 0.0)
     offsets = 2 * np.arange(len(value) + 1)
     return Ragged(offsets, rows.astype(np.int32).reshape(-1), weights.astype(np.float32).reshape(-1))
-
-
-def learn_statistics(feature: NumericFeature, parts: Iterable[tuple[np.ndarray, np.ndarray]]) -> Statistics:
-    """Computes mean, standard deviation, range and quantiles of a number over all rows that have it, in one pass.
-
-    A part is the values of some rows, and which are missing. With more than SAMPLE rows, quantiles are those of a
-    sample of SAMPLE rows, which does not depend on the parts.
-    """
-    count, mean, squares, low, high = 0, 0.0, 0.0, math.inf, -math.inf
-    sample = _Sample() if _num_points(feature) else None
-    for value, missing in parts:
-        value = value[~missing]
-        if not value.size:
-            continue
-        if sample is not None:
-            sample.add(value, count)
-        # Combined as in Chan, Golub and LeVeque 1983; sums of squares of times in seconds would lose all digits.
-        away = float(value.mean()) - mean
-        squares += float(np.square(value - value.mean()).sum()) + away**2 * count * value.size / (count + value.size)
-        count += value.size
-        mean += away * value.size / count
-        low, high = min(low, float(value.min())), max(high, float(value.max()))
-    if not count:
-        return Statistics()
-    points = () if sample is None else _points(feature, sample.values)
-    return Statistics(mean, math.sqrt(squares / count) or 1.0, low, high, points)
-
-
-def _num_points(feature: NumericFeature) -> int:
-    """Return the number of quantiles of a feature, including minimum and maximum."""
-    if isinstance(feature.bins, int):
-        return feature.bins if feature.soft else feature.bins + 1
-    return QUANTILES if feature.normalize == "quantile" else 0
-
-
-def _points(feature: NumericFeature, values: np.ndarray) -> tuple[float, ...]:
-    quantiles = np.quantile(values, np.linspace(0.0, 1.0, _num_points(feature)))
-    if feature.bins is None:
-        return tuple(quantiles.tolist())
-    return tuple(np.unique(quantiles if feature.soft else quantiles[1:-1]).tolist())
-
-
-class _Sample:
-    """A sample of the values of SAMPLE rows: those with the smallest hashes of the row number."""
-
-    def __init__(self) -> None:
-        self.values = np.empty(0)
-        self._draw = np.empty(0)
-
-    def add(self, values: np.ndarray, first: int) -> None:
-        """Add the values of the rows from `first` on."""
-        draw = uniform(_SAMPLED, np.arange(first, first + len(values)))
-        values, draw = np.concatenate([self.values, values]), np.concatenate([self._draw, draw])
-        if len(values) > SAMPLE:
-            kept = np.argpartition(draw, SAMPLE)[:SAMPLE]
-            values, draw = values[kept], draw[kept]
-        self.values, self._draw = values, draw

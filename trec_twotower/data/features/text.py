@@ -15,8 +15,11 @@ import pyarrow as pa
 import xxhash
 
 from trec_twotower.config.features import LanguageModelFeature, TextFeature
+from trec_twotower.config.model import TableSpec
+from trec_twotower.data.features.hashed import HashedReader, bucket
+from trec_twotower.data.features.reader import FeatureReader, FeatureRows, Values
 from trec_twotower.errors import ConfigError
-from trec_twotower.ops.hashing import mix_array
+from trec_twotower.ops.hashing import is_text, mix_array
 from trec_twotower.ops.ragged import Ragged, offsets_of, side_by_side
 from trec_twotower.storage.arrow_values import python_values
 
@@ -25,6 +28,33 @@ WORD = re.compile(r"\w+")
 COUNTS_FROM_PADDING = frozenset({"roberta", "xlm-roberta", "camembert", "mpnet", "xlm-roberta-xl", "longformer"})
 MAX_TOKENS = 64  # tokens of a text, if max_length is not set
 _borrowed = threading.Lock()  # a tokenizer is not thread-safe
+
+
+class TextReader(HashedReader[TextFeature]):
+    needs = "strings"
+
+    def fits(self, kind: pa.DataType) -> bool:
+        return is_text(kind)
+
+    def look_up(self, rows: FeatureRows[TextFeature], settings: TableSpec) -> Ragged:
+        keys = text_keys(rows.feature, rows.array)
+        return Ragged(keys.offsets, bucket(settings, keys.values))
+
+    def keys(self, rows: FeatureRows[TextFeature]) -> np.ndarray:
+        return text_keys(rows.feature, rows.array).values
+
+
+class LanguageModelReader(FeatureReader[LanguageModelFeature]):
+    needs = "strings"
+
+    def fits(self, kind: pa.DataType) -> bool:
+        return is_text(kind)
+
+    def read(self, rows: FeatureRows[LanguageModelFeature]) -> Values:
+        return {rows.feature.name: tokens(rows.feature, rows.array)}
+
+    def check_files(self, feature: LanguageModelFeature) -> None:
+        check_folder(feature)
 
 
 def words_of(text: str) -> list[str]:

@@ -10,12 +10,44 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from trec_twotower.config.features import LEARNED, RESERVED_ROWS, VocabularyFeature, read_words
-from trec_twotower.data.features.numeric import Statistics
+from trec_twotower.config.model import TableSpec
+from trec_twotower.data.features.reader import FeatureReader, FeatureRows, Values
+from trec_twotower.data.features.statistics import Statistics
 from trec_twotower.errors import ConfigError
-from trec_twotower.ops.hashing import id_keys
+from trec_twotower.ops.hashing import id_keys, is_id
+from trec_twotower.ops.ragged import Ragged
 from trec_twotower.storage.arrow_values import EXACT, python_values
 
 NULL_ROW, UNKNOWN_ROW = 0, 1  # first rows of the table, for null and unknown values; the vocabulary follows
+
+
+class VocabularyReader(FeatureReader[VocabularyFeature]):
+    needs = "integers or strings"
+    has_keys = True
+
+    def fits(self, kind: pa.DataType) -> bool:
+        return is_id(kind)
+
+    def read(self, rows: FeatureRows[VocabularyFeature]) -> Values:
+        return {rows.feature.name: Ragged.singles(in_vocabulary(rows.array, rows.learned, rows.place))}
+
+    def keys(self, rows: FeatureRows[VocabularyFeature]) -> np.ndarray:
+        return id_keys(rows.array.drop_null(), rows.place)
+
+    def key_settings(self, settings: TableSpec) -> None:
+        return None
+
+    def num_unknown(self, rows: FeatureRows[VocabularyFeature]) -> int:
+        return int((in_vocabulary(rows.array, rows.learned, rows.place) == UNKNOWN_ROW).sum())
+
+    def learn(
+        self, feature: VocabularyFeature, kind: pa.DataType, groups: Iterable[FeatureRows[VocabularyFeature]]
+    ) -> Statistics:
+        return make_vocabulary(feature, kind, (rows.array for rows in groups))
+
+    def check_files(self, feature: VocabularyFeature) -> None:
+        if feature.vocabulary != LEARNED:
+            words_of_file(feature)
 
 
 def words_of_file(feature: VocabularyFeature) -> list[Any]:

@@ -16,7 +16,8 @@ from trec_twotower.config.base import Side
 from trec_twotower.config.feature_spec import FeatureSpec
 from trec_twotower.config.features import SequenceFeature
 from trec_twotower.config.schema import Schema, delta_key, lookup_key, sub_name
-from trec_twotower.data.features.transform import Columns, divides, put_pooling_divisor
+from trec_twotower.data.features.columns import Columns
+from trec_twotower.data.features.lists import divides, put_pooling_divisor
 from trec_twotower.data.loading.pairs import Targets
 from trec_twotower.ops.kernels import put_lengths
 from trec_twotower.ops.ragged import Ragged, weights_of

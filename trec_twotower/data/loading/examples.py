@@ -8,7 +8,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from trec_twotower.data.features.transform import Columns
+from trec_twotower.data.features.columns import Columns
 from trec_twotower.ops.ragged import Ragged
 
 

@@ -83,7 +83,7 @@ class TrainBatches:
 
     @property
     def item_counts(self) -> np.ndarray:
-        """Number of interactions of each item in the counted rows, (I,)."""
+        """Return the interactions of each item in the counted rows, (I,)."""
         return self.negatives.facts.interactions_I
 
     @property

@@ -19,10 +19,11 @@ from trec_twotower.config.data import DataConfig
 from trec_twotower.config.feature_spec import HISTORY
 from trec_twotower.config.losses import LossConfig
 from trec_twotower.config.schema import bucket_names
+from trec_twotower.data.arrow_types import one_chunk
 from trec_twotower.data.dataset import ITEM_ID, POSITIVES, USER_ID
 from trec_twotower.data.feature_dataset import FeatureDataset
+from trec_twotower.data.features.lists import key_lists, parallel_elements
 from trec_twotower.data.features.numeric import is_number
-from trec_twotower.data.features.transform import key_lists, one_chunk, parallel_elements
 from trec_twotower.data.loading.examples import Examples, RowItems
 from trec_twotower.data.loading.order import Unit
 from trec_twotower.data.loading.row_cache import Cache
@@ -87,7 +88,7 @@ class UnitReader:
 
     @property
     def _settings(self) -> dict[str, object]:
-        """The settings that decide which columns are cached, apart from the data's."""
+        """Return the settings, apart from those of the data, that determine which columns are cached."""
         impressions = None if self.impressions is None else self.impressions.model_dump(exclude={"shared"})
         settings: dict[str, object] = {"masks_history": self.loss.mask_history, "keeps_user_key": self.keeps_user_key}
         target_rule = (
@@ -146,7 +147,7 @@ class UnitReader:
 
     @cached_property
     def _no_rows(self) -> Examples:
-        """Zero rows with all columns, for units that other ranks own."""
+        """Return zero rows with all columns, for units of other ranks."""
         group = self.sources.dataset.train.row_groups[0]
         table = self.sources.dataset.train.read(group, self._columns(), dictionaries=True).slice(0, 0)
         return self._split_inputs(self._hash(table, str(group)), 0, 0)

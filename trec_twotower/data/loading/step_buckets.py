@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 
-from trec_twotower.data.features.transform import Columns
+from trec_twotower.data.features.columns import Columns
 from trec_twotower.data.loading.examples import Examples, RowItems
 from trec_twotower.ops.bucket_kernels import copy_bucket, place_rows, put_columns, put_lists
 from trec_twotower.ops.compilation import LINE_BYTES
@@ -53,7 +53,7 @@ class Field:
 
     @property
     def width(self) -> int:
-        """Number of 32-bit values per row, or per value of a list."""
+        """Return the number of 32-bit values per row, or per value of a list."""
         return max(self.count, 1) * np.dtype(self.dtype).itemsize // VALUE_BYTES
 
 
@@ -86,12 +86,12 @@ class Layout:
 
     @cached_property
     def places(self) -> list[int]:
-        """Number of 32-bit values per row before each fixed field, and before the lists' lengths."""
+        """Return the number of 32-bit values per row before each fixed field, and before the lists' lengths."""
         return np.cumsum([0, *(field.width for field in self.fixed)]).tolist()
 
     @property
     def header(self) -> int:
-        """Number of 32-bit values per row, without the values of lists."""
+        """Return the number of 32-bit values per row, without the values of lists."""
         return self.places[-1] + len(self.lists)
 
     @cached_property
@@ -102,7 +102,7 @@ class Layout:
 
     @cached_property
     def homes(self) -> list[tuple[Field, str, str]]:
-        """Each field, its part of an Examples (SPARSE, NUMBER, or "" for a field of its own), and its name there."""
+        """Return each field, its part of an Examples (SPARSE, NUMBER or "") and its name there."""
         parts = []
         for field in self.fields:
             home = next((prefix for prefix in (SPARSE, NUMBER) if field.name.startswith(prefix)), "")
@@ -137,7 +137,7 @@ class BucketedRows:
 
     @cached_property
     def bucket_values(self) -> list[list[int]]:
-        """Number of values of each list, for each bucket."""
+        """Return the number of values of each list, for each bucket."""
         sizes = np.diff(self.bounds, axis=3)[..., 0].sum(axis=0)  # (values and weights, buckets)
         arrays = enumerate(self.layout.list_arrays)
         values = [sizes[at] // width for at, (name, _, _, width) in arrays if not name.endswith(WEIGHTS)]
@@ -145,7 +145,7 @@ class BucketedRows:
 
     @cached_property
     def bucket_rows(self) -> list[int]:
-        """Number of rows of each bucket."""
+        """Return the number of rows of each bucket."""
         return np.diff(self.starts).tolist()
 
 

@@ -60,15 +60,15 @@ class TrainData(Protocol):
 
     @property
     def sources(self) -> FeatureDataset:
-        """The dataset of the latest batch."""
+        """Return the dataset of the latest batch."""
 
     @property
     def item_counts(self) -> np.ndarray | None:
-        """Number of interactions of each item in `sources.catalogue`, (I,); None before a stream's first batch."""
+        """Return the interactions of each item in `sources.catalogue`, (I,); None before a stream's first batch."""
 
     @property
     def num_steps(self) -> int:
-        """Number of steps known so far."""
+        """Return the number of steps known so far."""
 
     def iter_from(
         self, step: int, hard_negatives_at: HardNegativeProvider | None = None, is_stopped: Callable[[], bool] = never
@@ -233,7 +233,7 @@ class Generations:
 
     @property
     def columns(self) -> dict[str, pa.DataType]:
-        """The columns of train/ in generation 0."""
+        """Return the columns of train/ in generation 0."""
         if self._columns is None:
             self._columns = self.dataset(0, 0).train.columns
         return self._columns

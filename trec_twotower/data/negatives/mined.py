@@ -9,11 +9,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from trec_twotower.config.losses import ImpressionsConfig, LossConfig
-from trec_twotower.data.arrow_types import plain_table, plain_type
+from trec_twotower.data.arrow_types import one_chunk, plain_table, plain_type
 from trec_twotower.data.dataset import ITEM_ID, USER_ID
 from trec_twotower.data.feature_dataset import FeatureDataset
-from trec_twotower.data.features.column_checks import check_weights, is_id_list
-from trec_twotower.data.features.transform import key_lists, one_chunk, with_weights
+from trec_twotower.data.features.lists import check_weights, is_id_list, key_lists, with_weights
 from trec_twotower.data.parquet_files import UNREADABLE
 from trec_twotower.data.split import Split
 from trec_twotower.errors import ConfigError, DataError, nearest

@@ -19,9 +19,9 @@ import numpy as np
 import pyarrow as pa
 
 from trec_twotower.config.losses import ImpressionsConfig, LossConfig, MinedConfig, NegativesConfig, RefreshConfig
+from trec_twotower.data.arrow_types import one_chunk
 from trec_twotower.data.dataset import ITEM_ID, USER_ID
 from trec_twotower.data.feature_dataset import Counter, FeatureDataset
-from trec_twotower.data.features.transform import one_chunk
 from trec_twotower.data.loading.examples import RowItems
 from trec_twotower.data.negatives.mined import KeyedLists, check_impressions, impression_columns, read_impressions
 from trec_twotower.ops.hashing import id_keys, mix, uniform

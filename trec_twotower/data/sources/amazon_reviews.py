@@ -187,7 +187,7 @@ def _find(folder: Path, options: Options) -> tuple[list[Path], list[Path]]:
 
 
 def _first_object(path: Path) -> dict[str, Any]:
-    """The first line of a file, if it is a JSON object: it shows the layout. Other lines are refused by DuckDB."""
+    """Return the first line of a file if it is a JSON object, which shows the layout. DuckDB refuses other lines."""
     check_zipped(path)
     with open_unzipped(path) as lines:
         try:
@@ -292,7 +292,7 @@ def _text(column: str) -> str:
 
 
 def _texts(column: str) -> str:
-    """A list of text, of a JSON list or of one text alone; empty where there is none."""
+    """Return a list of strings from a JSON list or a single string; an empty list for null."""
     return (
         f"CASE json_type({column}) WHEN 'ARRAY' THEN list_filter(CAST({column} AS VARCHAR[]), lambda x: x <> '') "
         f"WHEN 'VARCHAR' THEN [{column} ->> '$'] ELSE [] END"

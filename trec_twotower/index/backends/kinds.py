@@ -162,13 +162,13 @@ class ListSearcher(Searcher):
 
     @cached_property
     def size_L(self) -> np.ndarray:
-        """The number of items in each list, of all shards."""
+        """Return the number of items in each list, over all shards."""
         lists = [shard.base.invlists for shard in self.shards]
         return np.array([sum(each.list_size(number) for each in lists) for number in range(self.num_lists)])
 
     @cached_property
     def list_of_item(self) -> np.ndarray:
-        """The list of each item (I,) int32."""
+        """Return the list of each item, (I,) int32."""
         list_I = np.zeros(self.num_items, np.int32)
         for shard in self.shards:
             lists = shard.base.invlists
@@ -261,7 +261,7 @@ class ListSearcher(Searcher):
     def _scan_lists(
         self, shard: Shard, vector_BD: np.ndarray, width: int, probes: Probes, bits: np.ndarray | None
     ) -> Answer:
-        """FAISS's search of given lists, whose Python wrapper accepts no parameters."""
+        """Search the given lists by FAISS's C++ function, since its Python wrapper accepts no parameters."""
         num_users, num_lists = probes.list_BP.shape
         parameters = self._list_parameters(num_lists, bits)
         score_BC = np.empty((num_users, width), np.float32)

@@ -60,7 +60,7 @@ class Shard:
 
     @property
     def has_codes(self) -> bool:
-        """Whether the scanned index stores codes that must be trained."""
+        """Return whether the scanned index stores codes that must be trained."""
         if isinstance(self.base, faiss.IndexIVFScalarQuantizer):
             return self.base.sq.qtype not in PLAIN_TYPES
         return not isinstance(self.base, faiss.IndexIVFFlat)

@@ -87,7 +87,7 @@ class Checkpoints:
 
     @property
     def has_failed(self) -> bool:
-        """Whether the save in the background has ended in an error, which `wait` would raise."""
+        """Return whether the save in the background failed; `wait` then raises its error."""
         return self._save is not None and self._save.error is not None
 
     def wait(self, timeout_s: float | None = None) -> None:
@@ -132,13 +132,13 @@ class Checkpoints:
         )
 
     def best(self) -> dict[str, Any] | None:
-        """The step whose evaluation was best, according to the manifests: {"step", "metric", "value"}."""
+        """Return the step with the best evaluation according to the manifests: {"step", "metric", "value"}."""
         evaluated = [{"step": each["step"], **each["valid"]} for each in self._manifests() if each.get("valid")]
         alike = [each for each in evaluated if each["metric"] == evaluated[-1]["metric"]]
         return max(alike, key=lambda each: each["value"], default=None)  # of equal ones the first
 
     def _manifests(self) -> Iterator[dict[str, Any]]:
-        """The manifests of all complete checkpoints, oldest first; a training may remove some meanwhile."""
+        """Return the manifests of all complete checkpoints, oldest first; a running training may remove some."""
         for path in self.complete():
             try:
                 yield read_manifest(path, MEND, FORMAT)
@@ -165,7 +165,7 @@ class Checkpoints:
         return self.folder / f"step-{step:08d}"
 
     def complete(self) -> list[Path]:
-        """Every whole checkpoint, oldest first."""
+        """Return the folders of all complete checkpoints, oldest first."""
         found = (path for path in self.folder.glob("step-*") if path.name[len("step-") :].isdigit())
         return sorted((path for path in found if (path / MANIFEST).is_file()), key=_step_of)
 
@@ -174,7 +174,7 @@ class Checkpoints:
         return paths[-1] if paths else None
 
     def choose(self, which: str) -> Path:
-        """The checkpoint for a later stage: "best" (the newest where none was evaluated), "newest", or a step."""
+        """Return the checkpoint for a later stage: "best" (the newest if none was evaluated), "newest", or a step."""
         return self.ranks.once(lambda: self._chosen(which))
 
     def _chosen(self, which: str) -> Path:
@@ -242,7 +242,7 @@ class Checkpoints:
         raise DataError(f"Each checkpoint in {self.folder} was removed before it was open: try again.")
 
     def open(self, path: Path) -> TensorReader:
-        """The reader of a checkpoint whose files every rank has opened, and verified its share of."""
+        """Open a checkpoint on every rank; each verifies its share of the files."""
         sealed = self.ranks.together(lambda: self._opened(path))
         if len(set(self.ranks.collect(sealed.sha256))) > 1:
             raise DataError(f"{path} was replaced while the ranks opened it: try again.")
@@ -311,7 +311,7 @@ class _Save(threading.Thread):
 
 
 def versions() -> dict[str, str]:
-    """Of what wrote a checkpoint."""
+    """Return the versions of the packages that write a checkpoint."""
     found = {"trec_twotower": trec_twotower.__version__, "python": platform.python_version()}
     for name in ("torch", "torchrec", "fbgemm-gpu", "fbgemm-gpu-cpu"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -320,12 +320,12 @@ def versions() -> dict[str, str]:
 
 
 def model_version(checkpoint: Path) -> str:
-    """Twelve hex digits that name these weights and no others."""
+    """Return twelve hex digits that identify these weights."""
     return version_of(sha256_of(checkpoint / MANIFEST))
 
 
 def version_of(manifest_sha256: str) -> str:
-    """The model's version by the digest of its checkpoint's manifest."""
+    """Return the model version for the digest of a checkpoint's manifest."""
     return manifest_sha256[:12]
 
 
@@ -333,7 +333,7 @@ MODEL, _OPTIMIZER = "model.", "optimizer."  # what the names of a checkpoint's t
 
 
 def state_of(model: nn.Module, optimizer: RunOptimizer | None) -> dict[str, Any]:
-    """The live tensors of a model, and of its optimizer, by their names in a checkpoint."""
+    """Return the tensors of a model and its optimizer by their names in a checkpoint, without a copy."""
     state: dict[str, Any] = {MODEL + name: value for name, value in model.state_dict().items()}
     if optimizer is not None:
         for name, parts in optimizer.state().items():
@@ -348,12 +348,12 @@ def _step_of(path: Path) -> int:
 
 
 def whole_size(value: Any) -> tuple[int, ...]:
-    """The size of a tensor over all ranks."""
+    """Return the size of a tensor over all ranks."""
     return tuple(value.metadata().size if hasattr(value, "local_shards") else value.shape)
 
 
 def _table_of(name: str) -> str | None:
-    """The table whose weight or state it is."""
+    """Return the table to which a weight or state belongs."""
     table = table_in(name.removeprefix(MODEL).removeprefix(_OPTIMIZER).partition("/")[0])
     return None if table is None else f"table {table!r}"
 

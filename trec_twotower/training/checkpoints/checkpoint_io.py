@@ -119,7 +119,7 @@ class PublishingWriter(StorageWriter):
         return plan
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        """On the first rank: make the folder, in a run directory that must exist."""
+        """Make the folder on the first rank, in a run directory that must exist."""
         self.check()
         for leftover in self.final.parent.glob(".step-*"):
             remove_folder(leftover)
@@ -144,7 +144,7 @@ class PublishingWriter(StorageWriter):
         return written
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        """On the first rank, when all have written: seal, publish, and remove older checkpoints."""
+        """Seal and publish on the first rank when all ranks have written, and remove older checkpoints."""
         places = {result.index: result.storage_data for written in results for result in written}
         digests = {place.file: place.digest for place in places.values()}
         seal(self.temporary, {**self.facts, TENSORS: _described(metadata, places)}, digests)
@@ -161,7 +161,7 @@ def temporary_of(path: Path) -> Path:
 
 
 def _name_of(index: MetadataIndex) -> str:
-    """The name of a part of a tensor in its file: a shard is named after its first row and column, too."""
+    """Return the name of a part of a tensor in its file; a shard's name also has its first row and column."""
     return index.fqn if not any(index.offset or ()) else f"{index.fqn}@{','.join(map(str, index.offset))}"
 
 
@@ -200,7 +200,7 @@ class TensorReader(StorageReader):
 
     @property
     def sizes(self) -> dict[str, torch.Size]:
-        """The whole size of every tensor in the checkpoint."""
+        """Return the size of every tensor in the checkpoint, over all shards."""
         return {name: entry.size for name, entry in self.metadata.state_dict_metadata.items()}
 
     def reset(self, checkpoint_id: str | os.PathLike | None = None) -> None: ...

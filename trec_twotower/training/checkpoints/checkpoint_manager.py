@@ -106,7 +106,7 @@ class CheckpointManager:
 
     @property
     def saved_step(self) -> int:
-        """The step of the newest checkpoint, 0 where there is none."""
+        """Return the step of the newest checkpoint, 0 if there is none."""
         return max(self._saved_step, 0)
 
     def newest(self) -> Path | None:
@@ -115,7 +115,7 @@ class CheckpointManager:
 
     @property
     def has_failed(self) -> bool:
-        """Whether the save in the background has ended in an error, which `wait` raises."""
+        """Return whether the save in the background failed; `wait` then raises its error."""
         return self.store.has_failed
 
     def best(self) -> dict[str, Any] | None:

@@ -58,7 +58,7 @@ def write_bytes(file: BinaryIO, content: memoryview) -> None:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file, mapped into memory; raises ValueError where they are not whole inside it."""
+    """Return the tensors of a file, mapped into memory. Raises ValueError if the file does not hold them completely."""
     num_bytes = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
@@ -87,7 +87,7 @@ def _tensor(storage: torch.UntypedStorage, name: str, entry: Any, first: int) ->
 
 
 def is_size(value: Any) -> bool:
-    """Whether a JSON value is a list of sizes that a tensor may have."""
+    """Return whether a JSON value is a valid tensor size."""
     return isinstance(value, list) and all(type(length) is int and 0 <= length < 1 << 62 for length in value)
 
 

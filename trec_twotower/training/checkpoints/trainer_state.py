@@ -33,7 +33,7 @@ class TrainerState:
 
     @property
     def logged_step(self) -> int:
-        """The last logged step."""
+        """Return the last logged step."""
         return self.step - len(self.losses)
 
     def advance(self, losses: Sequence[float], train_s: float) -> None:

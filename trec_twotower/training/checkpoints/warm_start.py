@@ -39,7 +39,7 @@ class Transfer:
 
     @property
     def is_whole(self) -> bool:
-        """Whether the whole weight is copied as it is."""
+        """Return whether the whole weight is copied unchanged."""
         return not self.reason and all(each is None for each in self.sources)
 
 
@@ -78,7 +78,7 @@ def _transfer(new: Weight, old: Weight | None) -> Transfer:
 
 
 def _source(new: Axis, old: Axis) -> np.ndarray | None:
-    """The old index of each new one, -1: none; None where all are the same."""
+    """Return the old index of each new one, -1 if it has none; None if all are equal."""
     if new == old:
         return None
     if isinstance(new, Bins) and isinstance(old, Bins):
@@ -93,7 +93,7 @@ def _source(new: Axis, old: Axis) -> np.ndarray | None:
 
 
 def _rows_of_bins(new: Bins, old: Bins) -> np.ndarray:
-    """For each row of bins the old row of its value: of a bin, the one in its middle; of a soft one, its point."""
+    """Return the old row for the value of each new row of bins: a bin's middle, or the point of a soft bin."""
     source = np.full(new.num_rows, -1, np.int64)
     source[0] = 0
     here, there = np.array(new.points), np.array(old.points)
@@ -113,7 +113,7 @@ def _sizes(new: Weight, old: Weight) -> str:
 
 
 def shown_size(size: Sequence[int]) -> str:
-    """A tensor's size for people: 1,000 x 64."""
+    """Format a tensor's size: 1,000 x 64."""
     return " x ".join(f"{length:,}" for length in size) or "one number"
 
 
@@ -196,7 +196,7 @@ class Report:
 
     @property
     def text(self) -> str:
-        """The report as a block to read."""
+        """Return the report as text."""
         lines = [f"began with the weights of {self.path} (step {self.step:,})"]
         for what, entries in (("copied", self.copied), ("mapped", self.mapped), ("skipped", self.skipped)):
             if what == "copied" and entries:
@@ -206,13 +206,13 @@ class Report:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """The report as values, for the run's log."""
+        """Return the report as values for the run's log."""
         found = {name: getattr(self, name) for name in ("copied", "mapped", "skipped")}
         return {"checkpoint": str(self.path), "of_step": self.step, **found}
 
 
 def _how(transfer: Transfer) -> str:
-    """Which rows and columns of a weight come from which."""
+    """Describe which rows and columns of a weight are copied."""
     assert transfer.old is not None
     parts = []
     for new, old, source in zip(transfer.new.axes, transfer.old.axes, transfer.sources, strict=True):
@@ -237,14 +237,14 @@ def _how(transfer: Transfer) -> str:
 
 
 def _compared(new: Sequence[Hashable], old: Sequence[Hashable]) -> tuple[list[str], list[str], list[str]]:
-    """The names in both, in the new one alone, and in the old one alone."""
+    """Return the names in both layouts, only in the new one, and only in the old one."""
     here, there = dict.fromkeys(new), dict.fromkeys(old)
     known = [str(each) for each in here if each in there]
     return known, [str(each) for each in here if each not in there], [str(each) for each in there if each not in here]
 
 
 def _feature(label: Hashable) -> str:
-    """The feature that a column or a gate belongs to."""
+    """Return the feature to which a column or a gate belongs."""
     if isinstance(label, frozenset):
         return "numbers"
     return label[0] if isinstance(label, tuple) else str(label)

@@ -17,21 +17,15 @@ from torch import nn
 from trec_twotower.config.base import Side
 from trec_twotower.config.feature_spec import FeatureSpec
 from trec_twotower.config.features import (
-    CategoryFeature,
-    CrossFeature,
     LanguageModelFeature,
     NumericFeature,
-    SequenceFeature,
-    TextFeature,
-    TimeFeature,
-    VectorFeature,
     VocabularyFeature,
 )
 from trec_twotower.config.losses import LearnedTemperature
 from trec_twotower.config.model import TableSpec, TowerConfig
 from trec_twotower.config.run_config import RunConfig
 from trec_twotower.config.schema import Schema
-from trec_twotower.data.features.numeric import Statistics
+from trec_twotower.data.features.statistics import Statistics
 from trec_twotower.errors import ConfigError
 from trec_twotower.model.embeddings import table_in
 from trec_twotower.model.tower import Tower, average_of, encoder_name
@@ -40,7 +34,8 @@ from trec_twotower.training.run_dir import STATISTICS, Run
 
 FORGOTTEN = ("frequency.", "queue.")  # what a run remembers of its own steps
 BY_AGE = ("log_weight_AH", "place", "place_AD")  # parameters of encoders with a row for each age of a step
-SIMILAR_ENCODERS = frozenset({"dropout", "fastest", "slowest", "iterations"})  # settings that leave the meaning
+# Settings of sequence encoders that do not change what their weights mean.
+SIMILAR_ENCODERS = frozenset(f"encoder.{name}" for name in ("dropout", "fastest", "slowest", "iterations"))
 
 
 @dataclass(frozen=True)
@@ -100,7 +95,7 @@ class Meaning:
         return cls(run.config, numbers, learned["files"])
 
     def layout(self, sizes: Mapping[str, tuple[int, ...]]) -> Layout:
-        """What each tensor of these names and sizes means in a model of this config."""
+        """Return the meaning of each tensor with these names and sizes in a model of this config."""
         schema = self.config.feature_schema
         found: Layout = {}
         for name, size in sizes.items():
@@ -119,7 +114,7 @@ class Meaning:
     def _table(self, name: str, table: str, size: tuple[int, ...], schema: Schema) -> Weight:
         spec, label = schema.tables[table], f"table {table}"
         readers = [
-            (side, each) for side, each in schema.layout.table_pairs if table in (each.table_name, _delta_of(each))
+            (side, each) for side, each in schema.layout.table_pairs if table in (each.table_name, each.delta_table)
         ]
         for side, feature in readers:
             learned = self.statistics.get(f"{side}:{feature.name}", Statistics())
@@ -130,7 +125,7 @@ class Meaning:
                 points = feature.bins if isinstance(feature.bins, tuple) else learned.points
                 bins = Bins(tuple(points), feature.soft, size[0])
                 return Weight(name, label, size, (bins, None), {"soft": feature.soft}, frozenset({"bins of numbers"}))
-        kinds = frozenset(_rows_of(feature) for _, feature in readers)
+        kinds = frozenset(feature.row_meaning for _, feature in readers)
         return Weight(name, label, size, (None, None), _hashing(spec), kinds)
 
     def _tower(self, side: Side, config: TowerConfig, schema: Schema, sizes: Mapping[str, tuple[int, ...]]) -> Layout:
@@ -166,7 +161,7 @@ class Meaning:
         settings: Mapping[str, Any],
         sizes: Mapping[str, tuple[int, ...]],
     ) -> None:
-        """A weight of a tower, and its average where there is one, which means the same."""
+        """Add a weight of a tower, and its average if it has one, with the same meaning."""
         of_average = f"{side}_tower.{average_of(name)}"
         for full, what in ((f"{side}_tower.{name}", "weight"), (of_average, "average")):
             if full in sizes:
@@ -174,39 +169,17 @@ class Meaning:
                 found[what, side, *key] = Weight(full, shown, sizes[full], axes, settings)
 
     def _encoding(self, feature: FeatureSpec) -> dict[str, Any]:
-        """The settings of a feature's layers that change what their weights mean."""
-        if isinstance(feature, SequenceFeature):
-            spec = feature.encoder.model_dump()
-            return {f"encoder.{name}": value for name, value in spec.items() if name not in SIMILAR_ENCODERS}
+        """Return the settings of a feature's layers that determine what their weights mean."""
+        settings = {name: each for name, each in feature.layer_settings.items() if name not in SIMILAR_ENCODERS}
         if isinstance(feature, LanguageModelFeature):
             folder = Path(feature.folder)
             digests = {Path(path).name: each for path, each in self.files.items() if Path(path).parent == folder}
-            return {"language model": tuple(sorted(digests.items()))}
-        if isinstance(feature, VectorFeature):
-            return {"unit_length": feature.unit_length}
-        return {"normalize": feature.normalize} if isinstance(feature, NumericFeature) else {}
-
-
-def _delta_of(feature: FeatureSpec) -> str | None:
-    return feature.delta_table if isinstance(feature, SequenceFeature) and feature.delta else None
+            settings["language model"] = tuple(sorted(digests.items()))
+        return settings
 
 
 def _hashing(spec: TableSpec) -> dict[str, Any]:
     return {"buckets": spec.buckets, "hashing": spec.hashing, "seed": spec.seed, "hashes": spec.hashes}
-
-
-def _rows_of(feature: FeatureSpec) -> str:
-    """Return the meaning of a hashed row of a table for this feature."""
-    match feature:
-        case CategoryFeature():
-            return "category (row 0 is null's)"
-        case CrossFeature():
-            return f"cross of {', '.join(feature.columns)}"
-        case TextFeature():
-            return f"words: {feature.words}, characters: {feature.characters}"
-        case TimeFeature():
-            return f"{feature.part} in {feature.zone}"
-    return "ids"
 
 
 class _TowerParts:
@@ -233,7 +206,7 @@ class _TowerParts:
                 yield index, role, name, each, settings
 
     def _look(self, module: nn.Module) -> tuple[str, dict[str, tuple[Axis, ...]]]:
-        """The role of a part, and the axes of its parameters."""
+        """Return the role of a part, and the axes of its parameters."""
         match module:
             case Missing():
                 return "learned vectors of missing features", {
@@ -279,7 +252,7 @@ class _TowerParts:
         return weights | {f"{name}.bias": (None,) for name in ("short", "long", "gate")}
 
     def _of(self, names: Sequence[str]) -> list[Hashable]:
-        """What the columns of some features stand for, in their order among all."""
+        """Return the meaning of the columns of some features, in their order among all."""
         chosen = sorted({self.schema.layout.part_index(self.side, name) for name in names})
         return [label for number in chosen for label in self.columns[number]]
 

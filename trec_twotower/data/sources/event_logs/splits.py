@@ -12,8 +12,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from trec_twotower.data.arrow_types import one_chunk
 from trec_twotower.data.dataset import SERVING
-from trec_twotower.data.features.transform import one_chunk
 from trec_twotower.data.sources.event_logs.log_options import LogOptions
 from trec_twotower.data.sources.writer import DatasetWriter, list_column
 from trec_twotower.ops.hashing import id_keys, uniform
