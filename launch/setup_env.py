@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
 """Makes `.venv` in the checkout with all that belongs to this machine; does nothing where that is done.
 
-    python3 launch/setup_env.py [--test]
+    python3 launch/setup_env.py [--test] [--docs]
 
-`--test` adds what `make test` needs. TREC_TT_DEVICE=cpu|gpu overrides the detection of a GPU. The standard
-library alone is used, and syntax plain enough for an older Python to reach the message about its age.
+`--test` adds what `make test` needs, `--docs` what `make docs` needs. TREC_TT_DEVICE=cpu|gpu overrides the detection
+of a GPU. The standard library alone is used, and syntax plain enough for an older Python to reach the message about its
+age.
 """
 
 from __future__ import annotations
@@ -78,21 +79,21 @@ def sees_gpu() -> bool:
         return False
 
 
-def requirement_files(root: Path, device: str, with_tests: bool) -> list[Path]:
-    names = ["base", device, "torchrec", *(["test"] if with_tests else [])]
+def requirement_files(root: Path, device: str, with_tests: bool, with_docs: bool = False) -> list[Path]:
+    names = ["base", device, "torchrec", *(["test"] if with_tests else []), *(["docs"] if with_docs else [])]
     return [root / "launch" / f"requirements-{name}.txt" for name in names]
 
 
-def stamp_path(root: Path, device: str, with_tests: bool) -> Path:
+def stamp_path(root: Path, device: str, with_tests: bool, with_docs: bool = False) -> Path:
     """The file that says the environment is whole; its name changes with all that decides what is in it."""
     digest = hashlib.sha256(f"{root}|{device}|{sys.version_info[:2]}".encode())
-    for path in [*requirement_files(root, device, with_tests), root / "pyproject.toml"]:
+    for path in [*requirement_files(root, device, with_tests, with_docs), root / "pyproject.toml"]:
         digest.update(path.read_bytes())
     return root / ".venv" / f".ready-{digest.hexdigest()[:16]}"
 
 
-def is_ready(root: Path, device: str, with_tests: bool) -> bool:
-    return stamp_path(root, device, with_tests).exists() and (root / ".venv/bin/python").exists()
+def is_ready(root: Path, device: str, with_tests: bool, with_docs: bool = False) -> bool:
+    return stamp_path(root, device, with_tests, with_docs).exists() and (root / ".venv/bin/python").exists()
 
 
 def installed_versions(venv: Path) -> dict[str, str]:
@@ -163,14 +164,14 @@ def make_venv(root: Path) -> None:
     run(f"virtual environment, Python {version}", [base, "-m", "venv", "--clear", str(root / ".venv")], root)
 
 
-def install(root: Path, device: str, with_tests: bool) -> None:
+def install(root: Path, device: str, with_tests: bool, with_docs: bool = False) -> None:
     """Bring the packages in `.venv` from whatever state they are in to the pinned one."""
     for info in root.glob(".venv/lib/python*/site-packages/*.dist-info"):
         if not (info / "RECORD").exists():  # pip was stopped here; without this folder it starts over
             shutil.rmtree(info)
     pip = [str(root / ".venv/bin/python"), "-m", "pip"]
     quiet = [*pip, "install", "--quiet", "--disable-pip-version-check", "--no-input"]
-    files = requirement_files(root, device, with_tests)
+    files = requirement_files(root, device, with_tests, with_docs)
     leaving = to_uninstall(installed_versions(root / ".venv"), pins(files), device)
     if leaving:
         run(f"removing {', '.join(leaving)}", [*pip, "uninstall", "--yes", *leaving], root)
@@ -199,17 +200,20 @@ def verify(root: Path, device: str) -> str:
     return done.stdout
 
 
-def prepare(root: Path, with_tests: bool) -> None:
+def prepare(root: Path, with_tests: bool, with_docs: bool = False) -> None:
     """Make the environment ready, one process at a time; the stamps go first and come back last."""
     device = detect_device()
-    if is_ready(root, device, with_tests):
+    if is_ready(root, device, with_tests, with_docs):
         return
     lock = os.open(root, os.O_RDONLY)
     try:
         with contextlib.suppress(OSError):  # a file system without locks
             fcntl.flock(lock, fcntl.LOCK_EX)
-        if is_ready(root, device, with_tests):
+        if is_ready(root, device, with_tests, with_docs):
             return  # another set-up was at it, and is done
+        # What earlier calls added stays part of the environment.
+        with_tests = with_tests or is_ready(root, device, with_tests=True)
+        with_docs = with_docs or is_ready(root, device, with_tests=False, with_docs=True)
         print(f"Setting up {root / '.venv'} for {device} with Python {sys.version.split()[0]}:", flush=True)
         start_s = time.monotonic()
         for stamp in root.glob(".venv/.ready-*"):
@@ -218,7 +222,7 @@ def prepare(root: Path, with_tests: bool) -> None:
         while True:
             if is_new:
                 make_venv(root)
-            install(root, device, with_tests)
+            install(root, device, with_tests, with_docs)
             complaint = verify(root, device)
             if not complaint:
                 break
@@ -227,7 +231,8 @@ def prepare(root: Path, with_tests: bool) -> None:
             print("  broken files were there before; once more from nothing:", flush=True)
             is_new = True
         for tests in {False, with_tests}:
-            stamp_path(root, device, tests).touch()
+            for docs in {False, with_docs}:
+                stamp_path(root, device, tests, docs).touch()
         print(f"Ready after {time.monotonic() - start_s:.0f} s.", flush=True)
     finally:
         os.close(lock)
@@ -243,12 +248,13 @@ def main() -> int:
         return 1
     parser = argparse.ArgumentParser(description="Make .venv for this machine.")
     parser.add_argument("--test", action="store_true", help="add what `make test` needs")
-    with_tests = parser.parse_args().test
+    parser.add_argument("--docs", action="store_true", help="add what `make docs` needs")
+    options = parser.parse_args()
     if not (ROOT / "pyproject.toml").exists():
         print(f"{ROOT} is not a checkout of the project: run the one in its launch folder.", file=sys.stderr)
         return 1
     try:
-        prepare(ROOT, with_tests)
+        prepare(ROOT, options.test, options.docs)
     except SetupError as error:
         print(error, file=sys.stderr)
         return 1

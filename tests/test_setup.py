@@ -121,6 +121,18 @@ def test_tests_come_on_top_and_count_for_both(machine):
     assert setup_env.is_ready(machine.root, "cpu", with_tests=False)
 
 
+def test_documentation_comes_on_top_and_tests_stay(machine):
+    setup_env.prepare(machine.root, with_tests=True)
+    machine.calls.clear()
+    setup_env.prepare(machine.root, with_tests=False, with_docs=True)
+    assert steps(machine) == ["look", "pins", "torchrec", "project", "doctor"]
+    assert "requirements-docs.txt" in machine.calls[1] and "requirements-test.txt" in machine.calls[1]
+    machine.calls.clear()
+    setup_env.prepare(machine.root, with_tests=True)
+    setup_env.prepare(machine.root, with_tests=False, with_docs=True)
+    assert machine.calls == []
+
+
 def test_stamp_is_worth_nothing_without_its_interpreter(machine):
     setup_env.prepare(machine.root, with_tests=False)
     (machine.root / ".venv/bin/python").unlink()
@@ -293,7 +305,9 @@ def test_a_ready_environment_costs_a_fraction_of_a_second(machine, monkeypatch):
 
 def test_pins_serve_what_the_project_declares():
     """Each dependency has its exact pin, each extra says what its pins say."""
-    files = {name: ROOT / f"launch/requirements-{name}.txt" for name in ("base", "cpu", "gpu", "torchrec", "test")}
+    files = {
+        name: ROOT / f"launch/requirements-{name}.txt" for name in ("base", "cpu", "gpu", "torchrec", "test", "docs")
+    }
     pins = {name: setup_env.pins([path]) for name, path in files.items()}
 
     def names(requirements: list[str]) -> set[str]:
@@ -306,6 +320,7 @@ def test_pins_serve_what_the_project_declares():
     assert {f"{n}=={v}" for n, v in pins["cpu"].items()} == set(extras["cpu"])
     assert {f"{n}=={v}" for n, v in {**pins["gpu"], **pins["torchrec"]}.items()} == set(extras["gpu"])
     assert set(pins["test"]) == names(extras["test"])
+    assert set(pins["docs"]) == names(extras["docs"])
     for device, fbgemm in (("cpu", "fbgemm-gpu-cpu"), ("gpu", "fbgemm-gpu")):
         assert (pins[device]["torch"], pins[device][fbgemm], pins["torchrec"]["torchrec"]) == doctor.SETS[0]
         assert pins[device][f"faiss-{device}"] == doctor.FAISS_VERSION

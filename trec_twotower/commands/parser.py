@@ -55,7 +55,7 @@ def build_parser(commands: Mapping[str, Command]) -> Parser:
     return parser
 
 
-def _overrides(sub: argparse.ArgumentParser, text: str | None = None) -> None:
+def _overrides(sub: argparse.ArgumentParser, text: str) -> None:
     sub.add_argument("overrides", nargs="*", default=[], metavar="key=value", help=text)
 
 
@@ -171,14 +171,14 @@ def _report(sub: argparse.ArgumentParser) -> None:
 
 def _plan(sub: argparse.ArgumentParser) -> None:
     _config(sub)
-    sub.add_argument("--ranks", type=int, required=True, metavar="N")
+    sub.add_argument("--ranks", type=int, required=True, metavar="N", help="the number of ranks to plan for")
     sub.add_argument("--gpu-gb", type=float, metavar="GB", help="for GPUs of so much memory (default: those here)")
-    _overrides(sub)
+    _overrides(sub, "settings to change, such as data.batch_size=8192")
 
 
 def _features(sub: argparse.ArgumentParser) -> None:
     _config(sub)
-    _overrides(sub)
+    _overrides(sub, "settings to change, such as data.batch_size=8192")
 
 
 def _launch(sub: argparse.ArgumentParser) -> None:

@@ -32,7 +32,8 @@ def _path_text(path: Any) -> Any:
 
 class DataConfig(Settings):
     dataset: Annotated[str, BeforeValidator(_path_text)]  # directory that `prepare` wrote, or a URL for fsspec
-    rows: Literal["event", "user"] = "event"  # user: one row per user with all positives, of train_users/ if present
+    # event: one row per interaction; user: one per user with all positives, of train_users/ if present.
+    rows: Literal["event", "user"] = "event"
     batch_size: PositiveInt = 4096  # rows per step over all ranks
     seed: Seed = 0  # seed of the row order, the split of a user's items, and sampling
     shuffle_rows: PositiveInt = 1 << 19  # rows that are permuted together; memory grows with them

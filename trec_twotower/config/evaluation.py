@@ -21,8 +21,7 @@ class EvaluateConfig(Settings):
     # History items that are excluded from a row's ranking: true: all, false: none, except_target: all but the targets.
     # `recommend` and `serve`, which have no targets, exclude all of them unless this is false.
     exclude_seen: bool | Literal["except_target"] = True
-    # What `evaluate` reports in addition to the metrics:
-    slices: tuple[str, ...] = SLICES  # metrics for groups of users or items
+    slices: tuple[str, ...] = SLICES  # groups with metrics of their own: these, user.COLUMN or item.COLUMN
     item_to_item: bool = True  # the item-to-item baseline (co-occurrence)
     svd: NonNegativeInt = 64  # dim of the truncated-SVD baseline; 0: none
     bootstrap: NonNegativeInt = 1000  # bootstrap resamples for confidence intervals; 0: no intervals
@@ -63,10 +62,10 @@ class IndexConfig(Settings):
     factory: str | None = None  # FAISS factory string, such as IVF1024,SQfp16; default: chosen by the settings above
     lists: PositiveInt | None = None  # number of IVF lists; default: by the size of the catalogue
     shards: PositiveInt | None = None  # number of indexes that share the items; default: by their size
-    max_train_vectors: PositiveInt | None = None  # limits lists; default: 48 per list, 65,536 for codes
+    max_train_vectors: PositiveInt | None = None  # number of training vectors; default: 48 per list, 65,536 for codes
     tune_users: PositiveInt = 4096  # number of users for tuning
-    seed: Seed = 0
-    device: Literal["auto", "cpu", "gpu"] = "auto"
+    seed: Seed = 0  # seed of the users for tuning and of the training vectors
+    device: Literal["auto", "cpu", "gpu"] = "auto"  # where the index is trained; auto: a GPU if FAISS can use one
     blas_batch: PositiveInt = 4  # smallest user batch that exact search scores with BLAS; others use FAISS's loop
 
     @model_validator(mode="before")

@@ -23,7 +23,7 @@ class FeatureSpec(KindSettings):
     # Each value has its own table row, which keeps its initial weights if no training row has the value.
     has_row_per_value: ClassVar[bool] = False
 
-    name: str = Field(min_length=1)
+    name: str = Field(min_length=1)  # name in messages, overrides and weights; no dots
 
     @property
     def source_column(self) -> str:
@@ -153,7 +153,7 @@ class TableFeature(FeatureSpec):
 
     table: str | None = None  # name of a table under `tables`
     buckets: Buckets | None = None  # number of rows of its own table
-    dim: PositiveInt | None = None  # number of columns of its own table, a multiple of 4; auto: see auto_dim
+    dim: PositiveInt | None = None  # columns of its own table, a multiple of 4; auto: about 6 * buckets ** 1/4
 
     @model_validator(mode="before")
     @classmethod
@@ -180,7 +180,7 @@ class TableFeature(FeatureSpec):
 
 
 class PooledFeature(TableFeature):
-    hashes: Literal[1, 2] = 1  # rows per id of its own table; see TableSpec
+    hashes: Literal[1, 2] = 1  # rows per id of its own table; 2: an id is the sum of two rows
     scale: PositiveFloat = 1.0  # factor of the pooled vector
 
     @model_validator(mode="after")

@@ -80,7 +80,7 @@ class VocabularyFeature(ColumnFeature):
     vocabulary: str  # a file with one value per line, or `learned` from the data
     min_count: PositiveInt = 1  # learned: values in fewer rows are unknown
     buckets: Annotated[int, Field(gt=RESERVED_ROWS, le=MAX_WORDS)]  # number of table rows; a file implies it
-    dim: PositiveInt
+    dim: PositiveInt  # columns of its table, a multiple of 4; auto: about 6 * buckets ** 1/4
     scale: PositiveFloat = 1.0  # factor of the vector
 
     @model_validator(mode="before")
@@ -110,7 +110,7 @@ class BagFeature(ItemListFeature, PooledFeature):
     """A list of ids per row whose vectors are pooled."""
 
     kind: Literal["bag"] = "bag"
-    pooling: Pooling = "mean"
+    pooling: Pooling = "mean"  # sqrtn: the sum divided by the root of the number of elements
     weights: str | None = None  # column of lists with a weight per element
     half_life_days: PositiveFloat | None = None  # age at which an element has half its weight; needs `times`
     until: str | None = None  # column of the time at which ages are measured; default: that of the newest element
@@ -142,7 +142,7 @@ class SequenceFeature(ItemListFeature):
 
     kind: Literal["sequence"] = "sequence"
     max_length: PositiveInt
-    encoder: Encoder = MeanEncoderSpec()
+    encoder: Encoder = MeanEncoderSpec()  # what computes one vector, or several, from the steps
     actions: str | None = None  # column of lists with an action per step: integers or strings
     action_buckets: Buckets = 64  # number of embeddings that actions are hashed into
     attributes: tuple[str, ...] = ()  # item features whose vectors are added to a step's vector
@@ -162,7 +162,7 @@ class CrossFeature(PooledFeature):
 
     has_row_per_value = True
     kind: Literal["cross"] = "cross"
-    columns: Annotated[tuple[str, ...], Field(min_length=2, max_length=3)]
+    columns: Annotated[tuple[str, ...], Field(min_length=2, max_length=3)]  # the two or three columns
 
     @property
     def value_columns(self) -> tuple[str, ...]:
@@ -190,7 +190,7 @@ class TextFeature(ColumnFeature, PooledFeature):
 
     kind: Literal["text"] = "text"
     max_length: PositiveInt | None = None  # number of words that are used, the first ones
-    pooling: Pooling = "mean"
+    pooling: Pooling = "mean"  # sqrtn: the sum divided by the root of the number of words
     words: NonNegativeInt = 1  # length of the longest word n-gram that is hashed; 0: no words
     # Shortest and longest character n-grams that are hashed.
     characters: Annotated[tuple[PositiveInt, PositiveInt] | None, AfterValidator(_check_lengths)] = None
@@ -230,7 +230,8 @@ class LanguageModelFeature(ColumnFeature):
     folder: str  # directory of a Hugging Face model
     dim: PositiveInt  # width of the projection
     max_length: PositiveInt | None = None  # number of tokens that are used, the first ones
-    tune: Annotated[Literal["frozen", "all"] | int, BeforeValidator(_check_tune)] = "frozen"  # layers that are trained
+    # Layers of the model that are trained: none (frozen), all, or the number of the last layers.
+    tune: Annotated[Literal["frozen", "all"] | int, BeforeValidator(_check_tune)] = "frozen"
 
     @property
     def layers_width(self) -> int | None:
@@ -285,6 +286,7 @@ class NumericFeature(ColumnFeature):
     learns_from_data = True
 
     clip: Annotated[tuple[float | None, float | None] | None, AfterValidator(_check_clip)] = None  # minimum and maximum
+    # zscore: by mean and deviation; minmax: to 0..1; log1p: sign(x) log(1 + |x|); quantile: share of values below it.
     normalize: Literal["zscore", "minmax", "log1p", "quantile", "none"] = Field(
         "zscore", validation_alias=AliasChoices("normalize", "normalise")
     )
@@ -367,7 +369,7 @@ class TimeFeature(ColumnFeature):
     """A part of the time in a row, such as the hour; each value and null have a table row."""
 
     kind: Literal["time"] = "time"
-    part: Literal["hour", "weekday", "hour_of_week", "month"]
+    part: Literal["hour", "weekday", "hour_of_week", "month"]  # the part that is looked up
     zone: Annotated[str, AfterValidator(_check_zone)] = "UTC"  # time zone of the part, such as Europe/Oslo
     unit: TimeUnit = "s"  # unit of plain numbers, which count from 1970
     dim: PositiveInt  # width of the table
@@ -394,7 +396,7 @@ class AgeFeature(NumericFeature):
 
     variant = "part: age"
     kind: Literal["time"] = "time"
-    part: Literal["age"]
+    part: Literal["age"]  # selects this kind: days up to `until` or `at`
     unit: TimeUnit = "s"  # unit of plain numbers, which count from 1970
     until: str | None = None  # column of the time at which the age is measured
     at: Annotated[str, BeforeValidator(str), AfterValidator(_check_date)] | None = None  # or one date for all rows

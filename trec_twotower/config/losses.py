@@ -44,7 +44,7 @@ class MinedConfig(Settings):
     key: Literal["item_id", "user_id"] = "item_id"  # item_id: the lists belong to the row's positive
     count: PositiveInt  # draws per row from its list
     shared: bool = True  # the drawn items are negatives of the other rows, too
-    unknown: Unknown = "error"
+    unknown: Unknown = "error"  # skip: items that are not in the catalogue are left out
 
 
 class RefreshConfig(Settings):
@@ -133,16 +133,16 @@ class ImpressionsConfig(Settings):
     labels: str | None = None  # column of labels, one per item; 0: negative, above 0: positive or grade; default: all 0
     weights: str | None = None  # column of weights, one per item, for bce and listwise; default: all 1
     shared: bool = True  # a row's negatives are negatives of the other rows, too
-    unknown: Unknown = "error"
+    unknown: Unknown = "error"  # skip: items that are not in the catalogue are left out
 
 
 class LearnedTemperature(Settings):
     """A temperature that is trained with the towers, between two bounds."""
 
-    learned: Literal[True]
-    start: PositiveFloat = 0.1
-    low: PositiveFloat = 0.01
-    high: PositiveFloat = 1.0
+    learned: Literal[True]  # selects this group in place of a number
+    start: PositiveFloat = 0.1  # initial temperature
+    low: PositiveFloat = 0.01  # lower bound
+    high: PositiveFloat = 1.0  # upper bound
 
     @model_validator(mode="after")
     def _check_bounds(self) -> Self:
@@ -261,62 +261,62 @@ class CorrectedLoss(LossConfig):
 
 class SoftmaxLoss(CorrectedLoss):
     supports_top_k = True
-    kind: Literal["softmax"] = "softmax"
-    temperature: Temperature = 0.1
-    precision: LossPrecision = "auto"
+    kind: Literal["softmax"] = "softmax"  # each positive against all negatives (InfoNCE, sampled softmax)
+    temperature: Temperature = 0.1  # divisor of the scores: a number, or a group if it is learned
+    precision: LossPrecision = "auto"  # type of the gradients' matrix multiplications; auto: bf16 where it is faster
 
 
 class BceLoss(CorrectedLoss):
     learns_graded_labels = True
-    kind: Literal["bce"] = "bce"
-    temperature: Temperature = 0.1
-    precision: LossPrecision = "auto"
+    kind: Literal["bce"] = "bce"  # binary cross-entropy of each pair
+    temperature: Temperature = 0.1  # divisor of the scores: a number, or a group if it is learned
+    precision: LossPrecision = "auto"  # type of the gradients' matrix multiplications; auto: bf16 where it is faster
     negative_weight: PositiveFloat = 1.0  # weight of all negatives of a row together
 
 
 class SoftmaxBceLoss(CorrectedLoss):
     learns_graded_labels = True
-    kind: Literal["softmax_bce"] = "softmax_bce"
-    temperature: Temperature = 0.1
-    precision: LossPrecision = "auto"
+    kind: Literal["softmax_bce"] = "softmax_bce"  # weighted sum of softmax and bce
+    temperature: Temperature = 0.1  # divisor of the scores: a number, or a group if it is learned
+    precision: LossPrecision = "auto"  # type of the gradients' matrix multiplications; auto: bf16 where it is faster
     softmax_share: float = Field(default=0.5, ge=0, le=1)  # weight of the softmax loss; bce has the rest
     negative_weight: PositiveFloat = 1.0  # weight of all negatives of a row together, in bce
 
 
 class BslLoss(CorrectedLoss):
     supports_top_k = True
-    kind: Literal["bsl"] = "bsl"
-    temperature: Temperature = 0.1
-    precision: LossPrecision = "auto"
+    kind: Literal["bsl"] = "bsl"  # softmax over the positives as well, for noisy positives
+    temperature: Temperature = 0.1  # divisor of the scores: a number, or a group if it is learned
+    precision: LossPrecision = "auto"  # type of the gradients' matrix multiplications; auto: bf16 where it is faster
     temperature_ratio: PositiveFloat = 1.0  # the positives' temperature divided by the negatives'
 
 
 class CclLoss(LossConfig):
     supports_top_k = True
     needs_unit_length = True
-    kind: Literal["ccl"] = "ccl"
+    kind: Literal["ccl"] = "ccl"  # positives to cosine 1, negatives below a margin
     margin: float = Field(default=0.5, ge=-1, lt=1)  # cosine above which a negative has a loss
-    precision: LossPrecision = "auto"
+    precision: LossPrecision = "auto"  # type of the gradients' matrix multiplications; auto: bf16 where it is faster
     negative_weight: PositiveFloat = 150.0  # weight of all negatives of a row together
 
 
 class BprLoss(CorrectedLoss):
     supports_top_k = True
-    kind: Literal["bpr"] = "bpr"
-    temperature: Temperature = 0.1
-    precision: LossPrecision = "auto"
+    kind: Literal["bpr"] = "bpr"  # each positive above each negative, logistic
+    temperature: Temperature = 0.1  # divisor of the scores: a number, or a group if it is learned
+    precision: LossPrecision = "auto"  # type of the gradients' matrix multiplications; auto: bf16 where it is faster
 
 
 class MarginLoss(CorrectedLoss):
     supports_top_k = True
-    kind: Literal["margin"] = "margin"
+    kind: Literal["margin"] = "margin"  # each positive above each negative by a margin
     margin: PositiveFloat = 0.2  # target difference between the scores of a positive and a negative
-    precision: LossPrecision = "auto"
+    precision: LossPrecision = "auto"  # type of the gradients' matrix multiplications; auto: bf16 where it is faster
 
 
 class ListwiseLoss(LossConfig):
-    kind: Literal["listwise"] = "listwise"
-    temperature: Temperature = 0.1
+    kind: Literal["listwise"] = "listwise"  # cross-entropy between a graded list and the softmax over it
+    temperature: Temperature = 0.1  # divisor of the scores: a number, or a group if it is learned
     grades: Literal["share", "softmax"] = "share"  # conversion of a list's labels to a distribution
 
     def _check_sources(self) -> None:

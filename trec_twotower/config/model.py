@@ -35,7 +35,7 @@ class TableSpec(Settings):
     """One embedding table, which any number of features may share."""
 
     buckets: int = Field(ge=1, le=1 << 32)  # number of rows; ids are hashed into them
-    dim: PositiveInt  # number of columns, a multiple of 4 (any number for data_parallel); auto: see auto_dim
+    dim: PositiveInt  # number of columns, a multiple of 4 (any for data_parallel); auto: about 6 * buckets ** 1/4
     hashes: Literal[1, 2] = 1  # rows per id; 2: an id is the sum of two rows, so that few ids share both
     sharding: ShardingKind = "auto"  # auto: the planner chooses; row_wise on CPUs of one machine
     shard_columns: PositiveInt | None = None  # columns per shard for column_wise; default: about dim / ranks
@@ -43,7 +43,8 @@ class TableSpec(Settings):
     kernel: Kernel = "fused"
     cache_share: float | None = Field(default=None, gt=0, lt=1)  # cached share of rows (default 0.2), fused_uvm_caching
     dtype: Literal["fp32", "fp16"] = "fp32"  # type of the weights; pooled sums, gradients and optimizer state are fp32
-    hashing: Literal["mix", "modulo"] = "mix"  # modulo: ids 0..buckets-1 keep one row each, without collisions
+    # mix: a 64-bit hash; modulo: ids 0..buckets-1 keep one row each, without collisions.
+    hashing: Literal["mix", "modulo"] = "mix"
     seed: Seed = 0  # seed of the hash
     init_scale: NonNegativeFloat | None = None  # initial weights are uniform in ±init_scale; default: 1 / sqrt(dim)
 
@@ -100,7 +101,7 @@ class EncoderSpec(KindSettings):
 
 
 class MeanEncoderSpec(EncoderSpec):
-    kind: Literal["mean"] = "mean"
+    kind: Literal["mean"] = "mean"  # mean of the steps
 
 
 class HeadedEncoderSpec(EncoderSpec):
@@ -117,26 +118,26 @@ class HeadedEncoderSpec(EncoderSpec):
 
 
 class HeadsEncoderSpec(HeadedEncoderSpec):
-    kind: Literal["heads"] = "heads"
+    kind: Literal["heads"] = "heads"  # weighted means with learned weights by age, one per part of the vector
     heads: PositiveInt = 8
     fastest: PositiveFloat = 1.5  # initial decrease of the first head's log weights per step of age
     slowest: PositiveFloat = 0.02  # the same of the last head; the heads between decay in equal ratios
 
 
 class GruEncoderSpec(EncoderSpec):
-    kind: Literal["gru"] = "gru"
-    layers: PositiveInt = 1
+    kind: Literal["gru"] = "gru"  # last state of a recurrent unit
+    layers: PositiveInt = 1  # number of recurrent layers
 
 
 class CnnEncoderSpec(EncoderSpec):
-    kind: Literal["cnn"] = "cnn"
-    layers: PositiveInt = 2
+    kind: Literal["cnn"] = "cnn"  # causal convolutions
+    layers: PositiveInt = 2  # number of convolutions
     width: PositiveInt = 3  # number of steps that a filter covers, itself included
 
 
 class TransformerEncoderSpec(HeadedEncoderSpec):
-    kind: Literal["transformer"] = "transformer"
-    layers: PositiveInt = 1
+    kind: Literal["transformer"] = "transformer"  # self-attention blocks
+    layers: PositiveInt = 1  # number of self-attention blocks
     heads: PositiveInt = 2
     positions: Literal["learned", "rotary"] = "learned"  # position embedding, counted from the newest step
     causal: bool = True  # a step attends to earlier steps only, and the newest step's output is the result
@@ -152,12 +153,12 @@ class TransformerEncoderSpec(HeadedEncoderSpec):
 
 
 class AttentionEncoderSpec(HeadedEncoderSpec):
-    kind: Literal["attention"] = "attention"
+    kind: Literal["attention"] = "attention"  # weighted means by learned queries
     heads: PositiveInt = 4
 
 
 class HierarchicalEncoderSpec(EncoderSpec):
-    kind: Literal["hierarchical"] = "hierarchical"
+    kind: Literal["hierarchical"] = "hierarchical"  # a recurrent unit over segments, then another encoder over these
     segment: PositiveInt = 8  # number of consecutive steps in a segment
     over: Literal["gru", "transformer"] = "gru"  # kind of the encoder over the segments
 
@@ -173,12 +174,12 @@ class MultiInterestEncoderSpec(EncoderSpec):
 
 
 class RoutingEncoderSpec(MultiInterestEncoderSpec):
-    kind: Literal["routing"] = "routing"
+    kind: Literal["routing"] = "routing"  # several vectors by dynamic routing of steps to interests (MIND)
     iterations: PositiveInt = 3  # number of times that steps are assigned to interests
 
 
 class SelfAttentionEncoderSpec(MultiInterestEncoderSpec):
-    kind: Literal["self_attention"] = "self_attention"
+    kind: Literal["self_attention"] = "self_attention"  # several vectors by learned queries and positions (ComiRec-SA)
 
 
 Encoder = Annotated[EncoderSpec, ByKind("mean")]
@@ -262,7 +263,7 @@ class ModelConfig(Settings):
     dim: PositiveInt = 64  # width of both towers' vectors
     user_tower: TowerConfig = TowerConfig()
     item_tower: TowerConfig = TowerConfig()
-    similarity: Literal["cosine", "dot"] = "cosine"
+    similarity: Literal["cosine", "dot"] = "cosine"  # cosine: vectors are scaled to length 1; dot: they are not
     user_vector: Literal["gaussian"] | None = None  # gaussian: a mean and a variance per number; default: a point
 
     @property

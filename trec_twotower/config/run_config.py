@@ -35,17 +35,17 @@ TRAINED = "trained"  # subdirectory for the run that is trained before spectral 
 class RunConfig(Settings):
     """All settings of one run, for `train` and, from the run directory, for every later stage."""
 
-    data: DataConfig
-    tables: dict[str, TableSpec] = Field(default_factory=dict)
-    user: tuple[Feature, ...]
-    item: tuple[Feature, ...]
-    model: ModelConfig = ModelConfig()
-    loss: Loss = SoftmaxLoss()
-    train: TrainConfig = TrainConfig()
-    checkpoint: CheckpointConfig = CheckpointConfig()
-    evaluate: EvaluateConfig = EvaluateConfig()
-    index: IndexConfig = IndexConfig()
-    run_dir: Path | None = None  # default: runs/NAME for configs/NAME.yaml
+    data: DataConfig  # the dataset, batches and the order of rows
+    tables: dict[str, TableSpec] = Field(default_factory=dict)  # embedding tables that features share, by name
+    user: tuple[Feature, ...]  # features of the user tower
+    item: tuple[Feature, ...]  # features of the item tower
+    model: ModelConfig = ModelConfig()  # both towers and the similarity of their vectors
+    loss: Loss = SoftmaxLoss()  # the loss and its negatives
+    train: TrainConfig = TrainConfig()  # duration, optimizer, initial weights, number types, time limits
+    checkpoint: CheckpointConfig = CheckpointConfig()  # when checkpoints are written, and how many are kept
+    evaluate: EvaluateConfig = EvaluateConfig()  # metrics of validation and of `evaluate`
+    index: IndexConfig = IndexConfig()  # the search index that `index` builds
+    run_dir: Path | None = None  # directory that the run is written to; default: runs/NAME for a config NAME.yaml
 
     @property
     def feature_schema(self) -> Schema:

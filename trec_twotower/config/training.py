@@ -16,17 +16,18 @@ GPU_OPTIMIZERS = ("adam", "partial_rowwise_adam", "lamb")  # table optimizers th
 class OptimizerConfig(Settings):
     """Fused updates of the embedding tables, and Adam for all other weights."""
 
+    # Optimizer of the tables; adam, partial_rowwise_adam and lamb need a GPU.
     sparse: Literal["rowwise_adagrad", "adagrad", "sgd", "adam", "partial_rowwise_adam", "lamb"] = "rowwise_adagrad"
     lr: PositiveFloat = 0.05  # learning rate of the tables
     eps: PositiveFloat = 1e-8  # epsilon of the tables' optimizer
-    weight_decay: NonNegativeFloat = 0.0  # weight decay of the rows that a step looks up; for GPU_OPTIMIZERS
-    dense_lr: PositiveFloat = 1e-3
+    weight_decay: NonNegativeFloat = 0.0  # weight decay of the rows that a step looks up; only for GPU optimizers
+    dense_lr: PositiveFloat = 1e-3  # learning rate of all other weights (Adam)
     dense_weight_decay: NonNegativeFloat = 0.0  # decoupled weight decay of the layers' matrices (AdamW)
     clip_norm: PositiveFloat | None = None  # limit of the gradient norm of all weights but the tables
     warmup_steps: NonNegativeInt = 0  # steps over which the learning rates rise linearly
-    schedule: RateSchedule = "constant"  # linear and cosine fall to 1/50 at the end
-    dense_warmup_steps: NonNegativeInt | None = None  # default: warmup_steps
-    dense_schedule: RateSchedule | None = None  # default: schedule
+    schedule: RateSchedule = "constant"  # learning rates after the warmup; linear and cosine fall to 1/50 at the end
+    dense_warmup_steps: NonNegativeInt | None = None  # the same for all weights but the tables; default: warmup_steps
+    dense_schedule: RateSchedule | None = None  # the same for all weights but the tables; default: schedule
     ema: float | None = Field(default=None, gt=0, lt=1)  # decay per step of averaged towers for evaluation and export
 
     @model_validator(mode="after")
@@ -60,14 +61,15 @@ class SpectralConfig(Settings):
 
 
 class TrainConfig(Settings):
-    epochs: NonNegativeInt = 10  # 0: the initial weights are the model
+    epochs: NonNegativeInt = 10  # passes over train/; 0: the initial weights are the model
     seed: Seed = 0  # seed of the initial weights
-    spectral: SpectralConfig | None = None  # default: small random weights
+    spectral: SpectralConfig | None = None  # initial weights by a truncated SVD; default: small random weights
     optimizer: OptimizerConfig = OptimizerConfig()
     # Type of the towers' matrix multiplications; weights, vectors and logits are fp32. auto: bf16 where it is faster.
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     micro_batch: PositiveInt | None = None  # rows per forward pass of the towers, which the backward pass repeats
-    pipeline: Literal["plain", "sparse_dist"] = "plain"  # sparse_dist: the next batch's ids are sent during a step
+    # plain: steps follow each other; sparse_dist: the next batch's ids are sent during a step.
+    pipeline: Literal["plain", "sparse_dist"] = "plain"
     compile: bool = False  # compile the towers with torch.compile
     profile_steps: NonNegativeInt = 0  # steps to trace into RUN/profile, after a few to warm up
     log_every: PositiveInt = 20  # steps between log lines

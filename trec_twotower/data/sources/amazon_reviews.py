@@ -118,8 +118,8 @@ class Options(RatingOptions):
     min_user_events: int = Field(5, ge=1)
     min_item_events: int = Field(5, ge=1)
     split: Literal["leave-last-out", "time", "none"] = "time"
-    valid_from: Moment | None = 1628643414  # 2021-08-11
-    test_from: Moment | None = 1658002729  # 2022-07-16
+    valid_from: Moment | None = 1628643414  # start of valid; default: 2021-08-11
+    test_from: Moment | None = 1658002729  # start of test; default: 2022-07-16
 
 
 def write(options: Options, writer: DatasetWriter) -> dict[str, Any]:

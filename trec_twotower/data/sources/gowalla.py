@@ -33,7 +33,7 @@ class Options(FolderOptions):
 
     valid_share: float = Field(0.2, ge=0, lt=1)  # share of each user's train items; 0 writes no valid split
     valid_power: float = Field(0.0, ge=0, le=2)  # sampling weight: item interaction count to this power
-    seed: int = Field(7, ge=0)
+    seed: int = Field(7, ge=0)  # seed of the items held out for validation
 
 
 def write(options: Options, writer: DatasetWriter) -> dict[str, Any]:

@@ -29,8 +29,8 @@ class RatingOptions(FolderOptions, LogOptions):
     """Threshold of positive ratings. Repeats of a user and an item are dropped by default."""
 
     min_rating: float = 4.0  # lower ratings are neither positives nor in a history
-    dedupe: bool = True
-    split: Literal["leave-last-out", "time", "none"] = "leave-last-out"
+    dedupe: bool = True  # keep only the first event of the same user and item
+    split: Literal["leave-last-out", "time", "none"] = "leave-last-out"  # which events are held out
 
 
 def load_ratings(

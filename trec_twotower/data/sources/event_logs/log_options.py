@@ -34,12 +34,12 @@ class LogOptions(SourceOptions):
     max_history: PositiveInt = 50  # newest items kept in a train row; valid and test rows keep all
     min_history: int = Field(0, ge=0)  # train rows with fewer earlier items are left out
     rows: Literal["event", "both"] = "event"  # both: also write train_users/, one row per user, for data.rows: user
-    split: Split = "leave-last-out"
+    split: Split = "leave-last-out"  # which events are held out for valid and test
     hold_out: Literal["new", "any"] = "new"  # new: hold out only items without an earlier event of the user
-    valid_from: Moment | None = None  # split = time: seconds, or a date such as 2024-05-31
-    test_from: Moment | None = None
-    min_user_events: PositiveInt = 1  # k-core: drop rare users and items until all have enough events
-    min_item_events: PositiveInt = 1
+    valid_from: Moment | None = None  # split = time: start of valid, a date such as 2024-05-31 or seconds
+    test_from: Moment | None = None  # split = time: the same for test
+    min_user_events: PositiveInt = 1  # users with fewer events are dropped, until all users and items have enough
+    min_item_events: PositiveInt = 1  # items with fewer events are dropped, until all have enough
     dedupe: bool = False  # keep only the first event of the same user and item
     memory_gb: float = Field(4.0, ge=0.1)  # memory limit of DuckDB in GB; beyond it, it spills to disk
 

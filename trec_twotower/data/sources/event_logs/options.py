@@ -27,12 +27,13 @@ class Options(TableOptions):
     weight: str | None = None  # event column stored as `weight` in train rows
     context: tuple[str, ...] = ()  # further event columns to keep, known before the interaction
     outcomes: tuple[str, ...] = ()  # columns known only after the interaction, kept as history_NAME
-    valid_share: float = Field(0.1, ge=0, lt=1)  # share of each user's items held out; split = random only
-    test_share: float = Field(0.1, ge=0, lt=1)
+    valid_share: float = Field(0.1, ge=0, lt=1)  # share of each user's items held out for valid; split = random only
+    test_share: float = Field(0.1, ge=0, lt=1)  # the same for test
     seed: int = Field(0, ge=0, lt=2**63)  # seeds split = random and the order of tied events
-    rating: str | None = None  # with min_rating: events with a lower rating are left out
-    min_rating: float | None = None
-    missing_rows: Literal["keep", "error"] = "keep"  # users and items without a row in `users` or `items`
+    rating: str | None = None  # event column of ratings; needs min_rating
+    min_rating: float | None = None  # events with a lower rating are left out
+    # What to do with ids of the events that have no row in `users` or `items`: keep them with nulls, or stop.
+    missing_rows: Literal["keep", "error"] = "keep"
 
     @model_validator(mode="after")
     def _columns_fit(self) -> Self:

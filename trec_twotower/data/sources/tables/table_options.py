@@ -107,23 +107,32 @@ class TableOptions(LogOptions):
 
     verbatim = frozenset({"where", "time_format", "separator", "quote", "decimal", "types", "lists"})
 
+    # Per table: csv, json or parquet; default: by the ending of the files.
     format: Annotated[dict[TableName, Literal["parquet", "csv", "json"]], ForEveryTable] = Field(default_factory=dict)
+    # Per table: what separates the columns of CSV: 1 to 4 bytes, or tab, comma, semicolon, pipe, space; default: by the
+    # names in the first line.
     separator: Annotated[dict[TableName, Separator], ForEveryTable] = Field(default_factory=dict)
+    # Per table: the quote of CSV, or none; default: ".
     quote: Annotated[dict[TableName, Annotated[str, AfterValidator(_quote)]], ForEveryTable] = Field(
         default_factory=dict
     )
+    # Per table: whether the first line of CSV has the names; default: true, with `columns` false.
     header: Annotated[dict[TableName, bool], ForEveryTable] = Field(default_factory=dict)
+    # Per table: names of the columns of CSV files without names; a list alone is that of the events.
     columns: Annotated[dict[TableName, tuple[str, ...]], BeforeValidator(_for_events)] = Field(default_factory=dict)
+    # Per table: encoding of text, any that Python knows; default: utf-8.
     encoding: Annotated[dict[TableName, Annotated[str, AfterValidator(_encoding)]], ForEveryTable] = Field(
         default_factory=dict
     )
-    null: Annotated[tuple[str, ...], BeforeValidator(_null_words)] = ()
-    decimal: Annotated[Literal[".", ","], BeforeValidator(_decimal)] = "."
+    null: Annotated[tuple[str, ...], BeforeValidator(_null_words)] = ()  # values of CSV that mean null, next to none
+    decimal: Annotated[Literal[".", ","], BeforeValidator(_decimal)] = "."  # decimal sign of numbers: point or comma
+    # Types of text columns: text, integer, number, boolean, time or a time format; default: by all rows.
     types: dict[str, Annotated[str, AfterValidator(_type)]] = Field(default_factory=dict)
-    lists: dict[str, Separator] = Field(default_factory=dict)
+    lists: dict[str, Separator] = Field(default_factory=dict)  # text columns that are lists, with their separators
+    # Form of times in text as for strptime, such as %d/%m/%Y %H:%M.
     time_format: Annotated[str, AfterValidator(check_time_format)] | None = None
-    time_unit: Literal["s", "ms", "us", "ns"] | None = None
-    where: str | None = Field(None, min_length=1)
+    time_unit: Literal["s", "ms", "us", "ns"] | None = None  # unit of times that are numbers; default: by all rows
+    where: str | None = Field(None, min_length=1)  # SQL condition on the columns of the events; others are left out
 
     def named_columns(self, table: TableName) -> list[str]:
         """Return the columns that the options name for this table."""
