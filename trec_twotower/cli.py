@@ -288,34 +288,22 @@ def _evaluate(options: argparse.Namespace) -> int:
     return 0
 
 
-def _recommend(options: argparse.Namespace) -> int:
-    if options.k < 1:
-        raise ConfigError(f"--k is {options.k}: give 1 or more.")
-    where: dict[str, list[str]] = {}
-    for each in options.where:
-        column, found, value = each.partition("=")
-        if not found:
-            raise ConfigError(f"--where is {each!r}: give a column of the catalogue and a value, as in category=Mugs.")
-        where.setdefault(column, []).append(value)
-    _quiet()
-    with _ranks() as ranks:
-        from trec_twotower.serving.retriever import Retriever
-        from trec_twotower.storage.arrow_values import format_item, printable
+def _compare(options: argparse.Namespace) -> int:
+    from trec_twotower.commands.compare import run_compare
 
-        retriever = Retriever.open(options.run_dir, ranks, options.checkpoint)
-        allowed = retriever.allow(where=where, without=options.without) if where or options.without else None
-        answers = retriever.recommend(options.user, options.k, allowed=allowed)
-        for answer in answers if ranks.is_first else ():
-            if answer.error is not None:
-                print(f"trec-twotower recommend: {printable(answer.error)}", file=sys.stderr, flush=True)
-                continue
-            print(f"User {printable(answer.user_id)} interacted last with:")
-            for about in answer.history:
-                print(f"      {format_item(about)}")
-            print("and is recommended:")
-            for place, item in enumerate(answer.items, 1):
-                print(f"  {place:>3}  {item.score:>8.4f}  {format_item(item.about)}  [{printable(item.item_id)}]")
-    return 0 if any(answer.is_known for answer in answers) else DataError.exit_code
+    return run_compare(options)
+
+
+def _completion(options: argparse.Namespace) -> int:
+    from trec_twotower.commands.completion import run_completion
+
+    return run_completion(options, build_parser(COMMANDS))
+
+
+def _recommend(options: argparse.Namespace) -> int:
+    from trec_twotower.commands.recommend import run_recommend
+
+    return run_recommend(options)
 
 
 def _serve(options: argparse.Namespace) -> int:
@@ -422,6 +410,7 @@ COMMANDS = {
     "export": _export,
     "index": _index,
     "evaluate": _evaluate,
+    "compare": _compare,
     "recommend": _recommend,
     "serve": _serve,
     "report": _report,
@@ -429,6 +418,7 @@ COMMANDS = {
     "features": _features,
     "launch": _launch,
     "doctor": _doctor,
+    "completion": _completion,
 }
 
 
