@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from trec_twotower.commands.next_step import after_index, after_prepare, on_ranks, print_next
 from trec_twotower.commands.output import code_for_launcher, is_unread, leave, prepare_output, print_once
 from trec_twotower.commands.parser import ON_RANKS, SUBCOMMANDS, CallError, build_parser
 from trec_twotower.errors import ConfigError, DataError, LostRanks, Stopped, TrainingError, nearest
@@ -136,6 +137,7 @@ def _prepare(options: argparse.Namespace) -> int:
     print(describe(options.out, made))
     if made.get("counts_checked"):
         print("These are the published files, and the counts agree with the published ones.")
+    after_prepare(options.source, options.out, overrides)
     return 0
 
 
@@ -148,7 +150,8 @@ def _init(options: argparse.Namespace) -> int:
     if out.exists() and not options.overwrite:
         raise ConfigError(f"{out} exists already: give another file by --out, or replace it by --overwrite.")
     write_file(out, starter_config(folder))
-    print(f"{out}: check the features, then train it: trec-twotower train {out}")
+    print(f"{out}: a starter config; check its features before training")
+    print_next(["train", out])
     return 0
 
 
@@ -187,6 +190,8 @@ def _train(options: argparse.Namespace) -> int:
             from trec_twotower.index.item_neighbors import neighbours as search
 
         train(config, ranks, evaluator, options.init_from, search)
+        if ranks.is_first:
+            print_next(on_ranks(ranks.num_ranks, "export", config.run_dir))
     return 0
 
 
@@ -211,6 +216,8 @@ def _export(options: argparse.Namespace) -> int:
                 f"{folder}: {manifest['items']:,} items and {manifest['users']:,} users of dim {manifest['dim']}, "
                 f"model {manifest['model_version']} (step {manifest['step']:,})"
             )
+            if manifest["users"]:  # an index is tuned for users' vectors
+                print_next(["index", run.folder])
     return 0
 
 
@@ -259,6 +266,7 @@ def _index(options: argparse.Namespace) -> int:
             similarity=manifest["similarity"],
         )
     print(f"{run.folder / 'index'}: {index.report.summary()}")
+    after_index(run.folder, manifest["users_from"], users.first_id())
     return 0
 
 

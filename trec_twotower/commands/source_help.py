@@ -9,7 +9,9 @@ from typing import Any, Literal, Union, get_args, get_origin
 from pydantic.fields import FieldInfo
 
 from trec_twotower.data.sources import Source
-from trec_twotower.data.sources.options import DATA_VARIABLE, SourceOptions
+from trec_twotower.data.sources.event_logs.log_options import Moment
+from trec_twotower.data.sources.options import SourceOptions
+from trec_twotower.data.sources.tables.table_options import TableName
 
 LINE_WIDTH = 110
 NAMES = {bool: "true or false", int: "integer", float: "number", str: "text"}
@@ -19,7 +21,7 @@ def source_help(source: Source) -> str:
     """Return the help of one source: its purpose and a line or more for each option, the required ones first."""
     options = source.options
     fields = sorted(options.model_fields.items(), key=lambda entry: not entry[1].is_required())
-    rows = [(name, type_text(field.annotation), _default_text(name, field, source.name)) for name, field in fields]
+    rows = [(name, type_text(field.annotation), _default_text(field)) for name, field in fields]
     widths = [max(map(len, column)) for column in zip(*rows, ("option", "type", "default"), strict=True)]
     widths[1], widths[2] = min(widths[1], 26), min(widths[2], 22)
     lines = [
@@ -46,25 +48,26 @@ def description(options: type[SourceOptions], name: str) -> str:
 def type_text(annotation: Any) -> str:
     """Return the type of an option for people, such as "number" or "event, both"."""
     origin, inner = get_origin(annotation), get_args(annotation)
+    if annotation == Moment:
+        return "time"
     if origin is Literal:
-        return ", ".join(map(str, inner))
+        is_plain = all(str(each).replace("-", "").isalnum() for each in inner)
+        return ", ".join(map(str, inner)) if is_plain else "text"
     if origin in (Union, types.UnionType):
         return " or ".join(type_text(each) for each in inner if each is not type(None))
     if origin is tuple:
         return "list"
     if origin is dict:
-        return "mapping"
+        return type_text(inner[1]) if inner[0] == TableName else "mapping"
     if hasattr(annotation, "__metadata__"):  # Annotated
         return type_text(inner[0])
     return NAMES.get(annotation, "path")
 
 
-def _default_text(name: str, field: FieldInfo, source: str) -> str:
+def _default_text(field: FieldInfo) -> str:
     if field.is_required():
         return "required"
     value = field.get_default(call_default_factory=True)
-    if name == "data_dir" and value is None:
-        return f"${DATA_VARIABLE}/{source}"
     if value is None or value in ((), {}):
         return "none"
     return str(value).lower() if isinstance(value, bool) else str(value)

@@ -279,7 +279,8 @@ def _table(title: str, rows: dict[str, tuple[int | None, dict[str, Any]]]) -> li
     lines = [f"{title:<{width}}" + "".join(f"  {head:>10}" for head in heads)]
     for label, (users, figures) in rows.items():
         low, high = figures.get("interval", (None, None))
-        cells = [f"{users:,}"] * has_users + [f"{figures['a']:.4f}", f"{figures['b']:.4f}"]
+        cells = [] if users is None else [f"{users:,}"]
+        cells += [f"{figures['a']:.4f}", f"{figures['b']:.4f}"]
         cells += ["-" if value is None else f"{value:+.4f}" for value in (figures["difference"], low, high)]
         lines.append(f"{label:<{width}}" + "".join(f"  {cell:>10}" for cell in cells))
     return lines

@@ -25,7 +25,7 @@ class SourceOptions(BaseModel):
 class FolderOptions(SourceOptions):
     """Base options of sources that read files."""
 
-    data_dir: Path | None = Field(None, description="folder of the raw files; default $TREC_TT_DATA/SOURCE")
+    data_dir: Path | None = Field(None, description="folder of the raw files; without it, $TREC_TT_DATA/SOURCE")
 
     def folder(self, source: str) -> Path:
         """Return the folder of the raw files of `source`, which must exist."""
