@@ -126,10 +126,12 @@ def write_all(
 ) -> int:
     """Write the best `k` items of every user of the dataset to a Parquet file, and return the number of users.
 
-    Its columns are `user_id`, `item_ids` (list, best first) and `scores` (list of float32), one row per user, the same
-    as `Retriever.recommend` returns; lists are shorter where fewer items are left. Users are those with a row in
-    serving/, test/, valid/ or train/. The file is complete or absent. All ranks call together: each encodes and ranks
-    its share of a batch, and the first writes. `progress` is called after each batch on the first rank.
+    Its columns are `user_id`, `item_ids` (list, best first) and `scores` (list of float32), one row per user; lists are
+    shorter where fewer items are left. Users are those with a row in serving/, test/, valid/ or train/. They have the
+    items that `Retriever.recommend` returns. The scores are equal up to rounding, because the towers multiply a batch
+    in another order than one user: items whose scores differ by less than that may change places. The file is complete
+    or absent. All ranks call together: each encodes and ranks its share of a batch, and the first writes. `progress` is
+    called after each batch on the first rank.
 
     Raises ConfigError for a `k` that does not fit the catalogue and for a `path` that exists, unless `overwrite`.
     """
