@@ -165,7 +165,7 @@ printf '%s\\n' "${{COMPREPLY[@]}}"
         (["prepare", "movi"], {"movielens"}),
         (["train", "gowalla"], {"gowalla", "gowalla_bag", "gowalla_spectral"}),
         (["train", "mi"], {"mine.yaml"}),
-        (["export", "ru"], {"runs", "runs/"}),
+        (["export", "ru"], {"runs"}),
         (["compare", "runs", "--sp"], {"--split"}),
         (["completion", "z"], {"zsh"}),
     ],

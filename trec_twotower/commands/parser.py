@@ -197,7 +197,7 @@ def _evaluate(sub: argparse.ArgumentParser) -> None:
         "--sampled",
         type=int,
         metavar="N",
-        help="also rank each positive among N sampled items, as many papers do; not comparable with the catalogue",
+        help="also rank each positive among N sampled items; not comparable with metrics over the catalogue",
     )
     sub.add_argument(
         "--same", metavar="COLUMN", help="with --sampled: also among items with the same value of this column"
