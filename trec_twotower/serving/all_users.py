@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import reduce
+from functools import partial, reduce
 from pathlib import Path
 
 import numpy as np
@@ -142,23 +142,25 @@ def write_all(
     num_users, done = sum(part.num_users for part in parts), 0
     schema = _schema(sources, parts)
     batch_users = max(1, min(BATCH_USERS, MAX_CELLS // k))
-    with ExitStack() as stack:
-        writer: pq.ParquetWriter | None = None
-        if ranks.is_first:
+    writers: list[pq.ParquetWriter] = []  # on the first rank
+
+    def write(table: pa.Table) -> None:
+        if not writers:
             path.parent.mkdir(parents=True, exist_ok=True)
             temporary = stack.enter_context(replacing(path))
-            writer = stack.enter_context(
-                pq.ParquetWriter(temporary, schema, compression="zstd", write_page_checksum=True)
-            )
+            writer = pq.ParquetWriter(temporary, schema, compression="zstd", write_page_checksum=True)
+            writers.append(stack.enter_context(writer))
+        writers[0].write_table(table, row_group_size=batch_users)
+
+    with ExitStack() as stack:
         for part in parts:
             for table in part.batches(state_columns(sources, part.split), batch_users):
                 found = _ranked(retriever, table, part.split, k, allowed)
+                ranks.once(partial(write, _answers(table[USER_ID], *found, sources, schema)))
                 done += len(table)
-                if writer is not None:
-                    writer.write_table(_answers(table[USER_ID], *found, sources, schema), row_group_size=batch_users)
-                    if progress is not None:
-                        progress(done, num_users)
-    ranks.barrier()
+                if progress is not None and ranks.is_first:
+                    progress(done, num_users)
+        ranks.once(stack.close)  # the file gets its name
     return num_users
 
 
