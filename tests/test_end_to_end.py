@@ -244,8 +244,8 @@ def test_training_again_says_that_it_is_finished_and_changes_no_checkpoint(world
     said = on_forked_ranks(*world.train_call)
     assert said.code == 0, said.err
     lines = said.out.splitlines()
-    assert re.match(r"resumed at step (\d+) of \1 ", lines[0]) and lines[-1].startswith("trained ")
-    assert len(lines) == 2
+    assert re.match(r"resumed at step (\d+) of \1 ", lines[0]) and lines[1].startswith("trained ")
+    assert lines[2:] == [f"Next: trec-twotower launch --ranks 2 export {world.run}"]
     assert checkpoints() == before and (world.run / "metrics.jsonl").read_bytes() == log
 
 

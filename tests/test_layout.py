@@ -33,17 +33,17 @@ MAX_LINES = 450  # in one file
 MAX_FUNCTION_LINES = 80
 # Lines of each folder. A ceiling rises only together with a new documented capability.
 CEILINGS = {
-    "commands": 320,
-    "config": 2620,
-    "data": 12300,
+    "commands": 960,
+    "config": 2680,
+    "data": 12500,
     "distributed": 880,
-    "evaluation": 1680,
+    "evaluation": 1960,
     "index": 2640,
     "inference": 860,
     "model": 3050,
     "ops": 940,
-    "serving": 1050,
-    "storage": 1270,
+    "serving": 1320,
+    "storage": 1280,
     "training": 4480,
 }
 HEAVY = {"torch", "torchrec", "fbgemm_gpu", "tensordict"}

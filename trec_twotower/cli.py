@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from trec_twotower.commands.next_step import after_index, after_prepare, on_ranks, print_next
 from trec_twotower.commands.output import code_for_launcher, is_unread, leave, prepare_output, print_once
 from trec_twotower.commands.parser import ON_RANKS, SUBCOMMANDS, CallError, build_parser
 from trec_twotower.errors import ConfigError, DataError, LostRanks, Stopped, TrainingError, nearest
@@ -136,6 +137,7 @@ def _prepare(options: argparse.Namespace) -> int:
     print(describe(options.out, made))
     if made.get("counts_checked"):
         print("These are the published files, and the counts agree with the published ones.")
+    after_prepare(options.source, options.out, overrides)
     return 0
 
 
@@ -148,7 +150,8 @@ def _init(options: argparse.Namespace) -> int:
     if out.exists() and not options.overwrite:
         raise ConfigError(f"{out} exists already: give another file by --out, or replace it by --overwrite.")
     write_file(out, starter_config(folder))
-    print(f"{out}: check the features, then train it: trec-twotower train {out}")
+    print(f"{out}: a starter config; check its features before training")
+    print_next(["train", out])
     return 0
 
 
@@ -187,6 +190,8 @@ def _train(options: argparse.Namespace) -> int:
             from trec_twotower.index.item_neighbors import neighbours as search
 
         train(config, ranks, evaluator, options.init_from, search)
+        if ranks.is_first:
+            print_next(on_ranks(ranks.num_ranks, "export", config.run_dir))
     return 0
 
 
@@ -211,6 +216,8 @@ def _export(options: argparse.Namespace) -> int:
                 f"{folder}: {manifest['items']:,} items and {manifest['users']:,} users of dim {manifest['dim']}, "
                 f"model {manifest['model_version']} (step {manifest['step']:,})"
             )
+            if manifest["users"]:  # an index is tuned for users' vectors
+                print_next(["index", run.folder])
     return 0
 
 
@@ -259,6 +266,7 @@ def _index(options: argparse.Namespace) -> int:
             similarity=manifest["similarity"],
         )
     print(f"{run.folder / 'index'}: {index.report.summary()}")
+    after_index(run.folder, manifest["users_from"], users.first_id())
     return 0
 
 
@@ -288,34 +296,22 @@ def _evaluate(options: argparse.Namespace) -> int:
     return 0
 
 
-def _recommend(options: argparse.Namespace) -> int:
-    if options.k < 1:
-        raise ConfigError(f"--k is {options.k}: give 1 or more.")
-    where: dict[str, list[str]] = {}
-    for each in options.where:
-        column, found, value = each.partition("=")
-        if not found:
-            raise ConfigError(f"--where is {each!r}: give a column of the catalogue and a value, as in category=Mugs.")
-        where.setdefault(column, []).append(value)
-    _quiet()
-    with _ranks() as ranks:
-        from trec_twotower.serving.retriever import Retriever
-        from trec_twotower.storage.arrow_values import format_item, printable
+def _compare(options: argparse.Namespace) -> int:
+    from trec_twotower.commands.compare import run_compare
 
-        retriever = Retriever.open(options.run_dir, ranks, options.checkpoint)
-        allowed = retriever.allow(where=where, without=options.without) if where or options.without else None
-        answers = retriever.recommend(options.user, options.k, allowed=allowed)
-        for answer in answers if ranks.is_first else ():
-            if answer.error is not None:
-                print(f"trec-twotower recommend: {printable(answer.error)}", file=sys.stderr, flush=True)
-                continue
-            print(f"User {printable(answer.user_id)} interacted last with:")
-            for about in answer.history:
-                print(f"      {format_item(about)}")
-            print("and is recommended:")
-            for place, item in enumerate(answer.items, 1):
-                print(f"  {place:>3}  {item.score:>8.4f}  {format_item(item.about)}  [{printable(item.item_id)}]")
-    return 0 if any(answer.is_known for answer in answers) else DataError.exit_code
+    return run_compare(options)
+
+
+def _completion(options: argparse.Namespace) -> int:
+    from trec_twotower.commands.completion import run_completion
+
+    return run_completion(options, build_parser(COMMANDS))
+
+
+def _recommend(options: argparse.Namespace) -> int:
+    from trec_twotower.commands.recommend import run_recommend
+
+    return run_recommend(options)
 
 
 def _serve(options: argparse.Namespace) -> int:
@@ -422,6 +418,7 @@ COMMANDS = {
     "export": _export,
     "index": _index,
     "evaluate": _evaluate,
+    "compare": _compare,
     "recommend": _recommend,
     "serve": _serve,
     "report": _report,
@@ -429,6 +426,7 @@ COMMANDS = {
     "features": _features,
     "launch": _launch,
     "doctor": _doctor,
+    "completion": _completion,
 }
 
 

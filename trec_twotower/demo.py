@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+from trec_twotower.commands.next_step import VARIABLE as NEXT_VARIABLE
 from trec_twotower.errors import ConfigError
 from trec_twotower.storage.atomic import read_json
 from trec_twotower.storage.package_files import package_file
@@ -69,7 +70,7 @@ def _stage(command: list[str]) -> int:
         for word in shown
     ]
     print(f"\n$ {shlex.join(shown)}", flush=True)
-    return subprocess.run(command).returncode
+    return subprocess.run(command, env={**os.environ, NEXT_VARIABLE: "0"}).returncode
 
 
 def _remove_earlier_run(run: Path) -> None:

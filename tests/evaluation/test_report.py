@@ -208,7 +208,7 @@ def test_parts_in_no_order_are_not_joined_by_lines(reported):
 def test_the_index_is_reported_with_what_was_measured_when_it_was_built(reported):
     run, page = reported
     measured = json.loads((run / "index/manifest.json").read_text())["report"]
-    (section,) = re.findall(r"<section id="index"><h2>Index</h2>(.*?)</section>", page, flags=re.DOTALL)
+    (section,) = re.findall(r'<section id="index"><h2>Index</h2>(.*?)</section>', page, flags=re.DOTALL)
     (index, exact) = re.findall(r"<tr><td>(?:this index|exact search)</td>(.*?)</tr>", section)
     cells = [re.findall(r"<td>(.*?)</td>", row) for row in (index, exact)]
     (rate,) = {rate for _, share, rate in measured["curve"] if share == measured["scanned_share"]}

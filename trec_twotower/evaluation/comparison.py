@@ -91,7 +91,7 @@ class MethodComparison:
                 continue  # no ranked list was long enough
             (metrics if metric in accuracy else lists)[name][metric] = float(mean_M[column])
             if len(resampled_RM):
-                intervals[name][metric] = _interval(resampled_RM[:, column])
+                intervals[name][metric] = confidence_interval(resampled_RM[:, column])
         result: dict[str, Any] = {"metrics": metrics, "lists": lists, "intervals": intervals, "slices": self._slices()}
         if THROUGH_INDEX in metrics:
             result["index_loss"] = {
@@ -117,7 +117,7 @@ class MethodComparison:
         exact, index = self.columns.index((EXACT, metric)), self.columns.index((THROUGH_INDEX, metric))
         loss: dict[str, Any] = {"value": float(mean_M[exact] - mean_M[index])}
         if len(resampled_RM):
-            loss["interval"] = _interval(resampled_RM[:, exact] - resampled_RM[:, index])
+            loss["interval"] = confidence_interval(resampled_RM[:, exact] - resampled_RM[:, index])
         return loss
 
     def _slices(self) -> dict[str, Any]:
@@ -140,5 +140,6 @@ class MethodComparison:
         return result
 
 
-def _interval(resampled_R: np.ndarray) -> list[float]:
+def confidence_interval(resampled_R: np.ndarray) -> list[float]:
+    """Return the 95 % interval of resampled means; resamples without a user (NaN) do not count."""
     return np.percentile(resampled_R[np.isfinite(resampled_R)], CONFIDENCE_PERCENTILES).tolist()

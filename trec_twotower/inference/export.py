@@ -21,7 +21,7 @@ from trec_twotower.distributed.ranks import Ranks
 from trec_twotower.errors import ConfigError, DataError, nearest
 from trec_twotower.inference.model_loader import LoadedModel
 from trec_twotower.model.encode import encode
-from trec_twotower.storage.arrow_values import python_values
+from trec_twotower.storage.arrow_values import python_value, python_values
 from trec_twotower.storage.artifacts import NewFolder, SealedFolder
 from trec_twotower.storage.atomic import naming_a_full_disk
 from trec_twotower.storage.manifest import seal
@@ -256,6 +256,14 @@ class VectorFiles:
             return pa.array([], pa.int64())
         tables = (pq.read_table(path, columns=[pq.read_schema(path).names[0]]) for path in self._paths)
         return pa.concat_tables(tables).combine_chunks().column(0).chunk(0)
+
+    def first_id(self) -> Any:
+        """Return the id of the first row, or None if there is no row."""
+        for path in self._paths:
+            with pq.ParquetFile(path) as file:
+                for batch in file.iter_batches(1, columns=file.schema_arrow.names[:1]):
+                    return python_value(batch.column(0), 0)
+        return None
 
 
 def _shape(paths: Sequence[Path]) -> tuple[str, list[int]]:

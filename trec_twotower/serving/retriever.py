@@ -13,6 +13,7 @@ import pyarrow as pa
 
 from trec_twotower.data.arrow_types import one_chunk
 from trec_twotower.data.dataset import ITEM_ID
+from trec_twotower.data.features.columns import Columns
 from trec_twotower.distributed.ranks import Ranks, check_process, quiet_libraries, usable_device
 from trec_twotower.errors import ConfigError, nearest
 from trec_twotower.index import Allowed, ItemIndex, mask_of
@@ -138,7 +139,7 @@ class Retriever:
         left. `rules` choose among the items found. Raises ConfigError for `user_ids` that are no list of ids.
         """
         check_process(self._pid, "Retriever")
-        k = self._check_counts(k, history_shown)
+        k = self.check_counts(k, history_shown)
         answers = []
         for user_id in _several(user_ids, "user_ids"):
             try:
@@ -165,7 +166,7 @@ class Retriever:
         Raises ConfigError for a column that no user feature reads, DataError for values that training would refuse.
         """
         check_process(self._pid, "Retriever")
-        k = self._check_counts(k, history_shown)
+        k = self.check_counts(k, history_shown)
         answers = []
         for number, state in enumerate(_several(states, "states")):
             if not isinstance(state, Mapping):
@@ -174,7 +175,7 @@ class Retriever:
             answers.append(self._answer(known, k, allowed, rules, history_shown))
         return answers
 
-    def _check_counts(self, k: Any, history_shown: Any) -> int:
+    def check_counts(self, k: Any, history_shown: Any = 0) -> int:
         """Return `k` as an int; raises ConfigError for counts that cannot be."""
         for name, value in (("k", k), ("history_shown", history_shown)):
             if isinstance(value, bool) or not isinstance(value, int | np.integer):
@@ -191,15 +192,25 @@ class Retriever:
         self, state: UserState, k: int, allowed: Allowed | None, rules: Rules | None, history_shown: int
     ) -> Recommendations:
         sources = self.loaded.sources
-        user_BD = encode(self.loaded.model, "user", state.features, self.ranks).cpu().numpy()
-        excluded = state.seen if self.loaded.run.config.evaluate.exclude_seen else Ragged.empty(1)
-        score_BK, item_row_BK = self._ranked(user_BD, k, excluded, allowed, rules)
+        score_BK, item_row_BK = self.rank(state.features, state.seen, k, allowed=allowed, rules=rules)
         found = item_row_BK[0][item_row_BK[0] >= 0]
         about = sources.catalogue.words(found)
         ids = python_values(sources.catalogue.ids.take(pa.array(found)))
         items = [Recommendation(*entry) for entry in zip(ids, score_BK[0][: len(found)].tolist(), about, strict=True)]
         newest = state.seen.values[::-1][:history_shown]
         return Recommendations(state.user_id, items, sources.catalogue.words(newest))
+
+    def rank(
+        self, features: Columns, seen: Ragged, k: int, *, allowed: Allowed | None = None, rules: Rules | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return scores (float32) and catalogue rows (int64), both (B, k), of the best items of users, best first.
+
+        `features` and `seen` are those of user_state.py, one row per user. Rows end in -inf and -1 where fewer items
+        are left. All ranks call together, each with any number of users.
+        """
+        user_BD = encode(self.loaded.model, "user", features, self.ranks).cpu().numpy()
+        excluded = seen if self.loaded.run.config.evaluate.exclude_seen else Ragged.empty(len(seen))
+        return self._ranked(user_BD, k, excluded, allowed, rules)
 
     def _ranked(
         self, user_BD: np.ndarray, k: int, seen: Ragged, allowed: Allowed | None, rules: Rules | None

@@ -6,7 +6,7 @@ with the row's own positives at the end of the history.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +26,7 @@ from trec_twotower.data.item_table import find_id
 from trec_twotower.data.split import Split
 from trec_twotower.errors import ConfigError, DataError, nearest
 from trec_twotower.ops.hashing import is_id, is_text
-from trec_twotower.ops.ragged import Ragged, side_by_side
+from trec_twotower.ops.ragged import Ragged, offsets_of, side_by_side
 from trec_twotower.storage.arrow_values import python_value
 
 TIMESTAMP = "timestamp"  # the time of a row's event, as `prepare` writes it
@@ -53,21 +53,34 @@ def newest_state(sources: FeatureDataset, user_id: Any) -> UserState:
     Raises UnknownUser for a user without a row.
     """
     row, split = find_user(sources, user_id)
-    where = str(split.folder)
-    positives = _positives(row)
-    seen = sources.item_row_lists(_list_of(positives), where, known_only=True)
-    if HISTORY in row.column_names:
-        seen = side_by_side(sources.item_row_lists(one_chunk(row[HISTORY]), where, known_only=True), seen)
-    if sources.rows == "user" and split.name == "train":  # a row without context, whose input training draws
-        given = {HISTORY: key_lists(_list_of(positives), where)}
-        features = sources.user_features(row, where, given)
-    else:
-        features = sources.user_features(row, where)
-        of_history = [feature for feature in sources.context if feature.source_column == HISTORY]
-        if of_history:
-            longer = with_interactions(row, positives, of_history)
-            features = features.merge(sources.history_features(longer, where))
+    features, seen = newest_states(sources, row, split)
     return UserState(python_value(row[USER_ID], 0), features, seen)
+
+
+def newest_states(sources: FeatureDataset, rows: pa.Table, split: Split) -> tuple[Columns, Ragged]:
+    """Return features and seen items (oldest first) of users, given the newest row of each in `split`."""
+    where = str(split.folder)
+    positives = _positives(rows)
+    seen = sources.item_row_lists(positives, where, known_only=True)
+    if HISTORY in rows.column_names:
+        seen = side_by_side(sources.item_row_lists(one_chunk(rows[HISTORY]), where, known_only=True), seen)
+    if sources.rows == "user" and split.name == "train":  # rows without context, whose input training draws
+        given = {HISTORY: key_lists(positives, where)}
+        return sources.user_features(rows, where, given), seen
+    features = sources.user_features(rows, where)
+    of_history = [feature for feature in sources.context if feature.source_column == HISTORY]
+    if of_history:
+        longer = _with_lists(rows, positives, of_history)
+        features = features.merge(sources.history_features(longer, where))
+    return features, seen
+
+
+def state_columns(sources: FeatureDataset, split: Split) -> list[str]:
+    """Return the columns of `split` that `newest_states` reads."""
+    needed = {*sources.user_columns(), POSITIVES, ITEM_ID, HISTORY, TIMESTAMP}
+    for feature in sources.context:
+        needed |= {name for column in feature.side_columns.values() for name in _own_names(column)}
+    return [name for name in split.columns if name in needed]
 
 
 def given_state(sources: FeatureDataset, state: Mapping[str, Any], where: str) -> UserState:
@@ -109,13 +122,7 @@ def state_table(sources: FeatureDataset, state: Mapping[str, Any], where: str) -
 def find_user(sources: FeatureDataset, user_id: Any) -> tuple[pa.Table, Split]:
     """Return a user's newest row and its part of the dataset: serving/, test/, valid/ or the last row of train/."""
     text = _id_text(user_id)
-    for name in (SERVING, "test", "valid", "train"):
-        if not sources.dataset.has(name):
-            continue
-        split = sources.dataset.split(name)
-        if name != "train":
-            for column in sources.user_columns():
-                split.require(column, "the user tower reads")
+    for split in splits_of_states(sources):
         found = _last_row(split, text)
         if found is not None:
             return found, split
@@ -123,6 +130,21 @@ def find_user(sources: FeatureDataset, user_id: Any) -> tuple[pa.Table, Split]:
         f"User {_shown(user_id)} is in no part of {sources.dataset.folder}: give one of its user_ids, such as those of "
         "test/."
     )
+
+
+def splits_of_states(sources: FeatureDataset) -> Iterator[Split]:
+    """Yield the parts of the dataset in the order in which a user's newest row is looked for.
+
+    Raises ConfigError for a part that lacks a column which the user tower reads.
+    """
+    for name in (SERVING, "test", "valid", "train"):
+        if not sources.dataset.has(name):
+            continue
+        split = sources.dataset.split(name)
+        if name != "train":
+            for column in sources.user_columns():
+                split.require(column, "the user tower reads")
+        yield split
 
 
 def _id_text(user_id: Any) -> str:
@@ -153,15 +175,60 @@ def _last_row(split: Split, text: str) -> pa.Table | None:
     return None
 
 
-def _positives(row: pa.Table) -> pa.Array:
-    """Return the ids of the items that a row is about; empty where it names none."""
-    if POSITIVES in row.column_names:
-        ids = one_chunk(row[POSITIVES]).flatten()
-    elif ITEM_ID in row.column_names:
-        ids = one_chunk(row[ITEM_ID])
-    else:
-        return pa.array([], pa.int64())
-    return _plain(ids).drop_null()
+def _positives(rows: pa.Table) -> pa.Array:
+    """Return the ids of the items that each row is about, without nulls; an empty list where a row names none."""
+    if POSITIVES in rows.column_names:
+        return _without_nulls(one_chunk(rows[POSITIVES]))
+    if ITEM_ID in rows.column_names:
+        ids = one_chunk(rows[ITEM_ID])
+        return _without_nulls(pa.ListArray.from_arrays(np.arange(len(ids) + 1, dtype=np.int32), ids))
+    return _lists(np.zeros(len(rows), np.int64), pa.array([], pa.int64()))
+
+
+def _without_nulls(lists: pa.Array) -> pa.Array:
+    """Return lists without null elements, where null lists are empty."""
+    elements = _plain(lists.flatten())  # without those of null lists
+    lengths = pc.list_value_length(lists).fill_null(0).to_numpy(zero_copy_only=False)
+    if elements.null_count:
+        is_valid = elements.is_valid().to_numpy(zero_copy_only=False)
+        lengths = np.diff(np.concatenate([[0], np.cumsum(is_valid)])[offsets_of(lengths)])
+    return _lists(lengths, elements.drop_null())
+
+
+def _with_lists(rows: pa.Table, lists: pa.Array, features: Sequence[FeatureSpec]) -> pa.Table:
+    """Return the rows with the ids of `lists` at the end of `history` and its aligned columns (with_interactions)."""
+    aligned = {name for each in features for role, name in each.side_columns.items() if role != "until"}
+    if aligned or len(rows) == 1:  # row by row: values depend on the types and times of the row
+        for name in sorted({HISTORY, *aligned}):  # one type of list, whether a row is extended or not
+            column = one_chunk(rows[name])
+            kind = pa.list_(column.type.value_type)
+            rows = rows.set_column(rows.schema.get_field_index(name), name, column.cast(kind))
+        longer = [
+            with_interactions(rows.slice(row, 1), lists.slice(row, 1).flatten(), features) for row in range(len(rows))
+        ]
+        return pa.concat_tables(longer).combine_chunks()
+    history = one_chunk(rows[HISTORY])
+    first = _without_null_lists(history)
+    elements = _plain(first.flatten())
+    added = lists.flatten().cast(elements.type, safe=False)
+    num_first = pc.list_value_length(first).to_numpy(zero_copy_only=False).astype(np.int64)
+    num_added = pc.list_value_length(lists).to_numpy(zero_copy_only=False).astype(np.int64)
+    start = offsets_of(num_first + num_added)
+    place = np.empty(start[-1], np.int64)
+    for lengths, begin, base in ((num_first, start[:-1], 0), (num_added, start[:-1] + num_first, len(elements))):
+        step = np.arange(lengths.sum()) - np.repeat(offsets_of(lengths)[:-1], lengths)
+        place[np.repeat(begin, lengths) + step] = base + np.arange(lengths.sum())
+    whole = _lists(num_first + num_added, pa.concat_arrays([elements, added]).take(pa.array(place)))
+    return rows.set_column(rows.schema.get_field_index(HISTORY), HISTORY, whole)
+
+
+def _without_null_lists(lists: pa.Array) -> pa.Array:
+    return lists.fill_null(pa.scalar([], type=lists.type)) if lists.null_count else lists
+
+
+def _lists(lengths: np.ndarray, elements: pa.Array) -> pa.Array:
+    """Return consecutive lists of these lengths; the offsets have 64 bits, so that the lists of many users fit."""
+    return pa.LargeListArray.from_arrays(offsets_of(lengths), elements)
 
 
 def with_interactions(row: pa.Table, ids: pa.Array, features: Sequence[FeatureSpec]) -> pa.Table:

@@ -34,6 +34,27 @@ def write_file(path: Path, content: str | bytes) -> None:
 
 
 @contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a temporary path in the folder of `path`; its file replaces `path` at the end of the block.
+
+    Where the block raises, the temporary file is removed and `path` is unchanged. An OSError names `path`.
+    """
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    try:
+        with naming(path):
+            yield temporary
+            sync(temporary)
+            os.replace(temporary, path)
+    except OSError as error:
+        if error.filename == str(temporary):
+            error.filename, error.filename2 = str(path), None  # the user does not know the temporary name
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync(path.parent)
+
+
+@contextmanager
 def naming(path: Path) -> Iterator[None]:
     """Add the file name to an OSError that lacks it, such as one raised by a write to an open file."""
     try:

@@ -21,36 +21,74 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Source:
-    """One source of datasets: `module` holds its `Options` and its `write(options, writer)`."""
+    """One source of datasets: `module` has its `write(options, writer)`, and `options_class` is the dotted name of its
+    option model, in a module that loads fast."""
 
     name: str
     module: str
+    options_class: str
     help: str
 
     @property
     def options(self) -> type[SourceOptions]:
         """Return the frozen pydantic model of the source's options."""
-        return self._load().Options
+        module, _, name = self.options_class.rpartition(".")
+        model: type[SourceOptions] = getattr(importlib.import_module(f"{__name__}.{module}"), name)
+        return model
 
     @property
     def function(self) -> Callable[[SourceOptions, DatasetWriter], dict[str, Any]]:
         """Return the function that writes the dataset and returns the content of dataset.yaml."""
-        return self._load().write
-
-    def _load(self) -> Any:
-        return importlib.import_module(f"{__name__}.{self.module}")
+        write: Callable[[SourceOptions, DatasetWriter], dict[str, Any]]
+        write = importlib.import_module(f"{__name__}.{self.module}").write
+        return write
 
 
 SOURCES: dict[str, Source] = {
     source.name: source
     for source in (
-        Source("synthetic", "synthetic.source", "a synthetic dataset whose best reachable recall is known"),
-        Source("gowalla", "gowalla", "train.txt and test.txt, a line = `user item item ...`, no order"),
-        Source("amazon-beauty", "amazon_beauty", "one file of item sequences in time order, with attributes"),
-        Source("amazon-reviews", "amazon_reviews", "Amazon Reviews 2023: reviews and metadata as JSON lines, any size"),
-        Source("movielens", "movielens", "MovieLens ratings, movies, users and tags, as .dat or .csv"),
-        Source("goodbooks", "goodbooks", "goodbooks-10k: ratings, books and shelves, as CSV"),
-        Source("events", "events", "any log of user, item and time, in Parquet, CSV or JSON lines of any size"),
+        Source(
+            "synthetic",
+            "synthetic.source",
+            "synthetic.options.Options",
+            "a synthetic dataset of any size whose best reachable recall is known",
+        ),
+        Source(
+            "gowalla",
+            "gowalla",
+            "public_options.GowallaOptions",
+            "Gowalla check-ins without times: train.txt and test.txt, lines of `user item item ...`",
+        ),
+        Source(
+            "amazon-beauty",
+            "amazon_beauty",
+            "public_options.BeautyOptions",
+            "Amazon Beauty: one file of item sequences in time order, and item attributes",
+        ),
+        Source(
+            "amazon-reviews",
+            "amazon_reviews",
+            "public_options.ReviewOptions",
+            "Amazon Reviews 2023 (and 2018): reviews and metadata as JSON lines",
+        ),
+        Source(
+            "movielens",
+            "movielens",
+            "public_options.MovielensOptions",
+            "MovieLens, 100K to 32M: ratings, movies, users and tags",
+        ),
+        Source(
+            "goodbooks",
+            "goodbooks",
+            "public_options.GoodbooksOptions",
+            "goodbooks-10k: ratings, books and shelves, as CSV",
+        ),
+        Source(
+            "events",
+            "events",
+            "event_logs.options.Options",
+            "any log of users, items and times, as Parquet, CSV or JSON lines",
+        ),
     )
 }
 

@@ -13,10 +13,9 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from pydantic import Field, PositiveInt
 
 from trec_twotower.data.sources.id_lines import IdLines, Published, check_published, read_id_lines
-from trec_twotower.data.sources.options import FolderOptions
+from trec_twotower.data.sources.public_options import BeautyOptions as Options
 from trec_twotower.data.sources.writer import DatasetWriter, list_column
 from trec_twotower.errors import DataError
 from trec_twotower.ops.ragged import offsets_of
@@ -32,14 +31,6 @@ ATTRIBUTES_ENDING = "_item2attributes.json"
 MIN_ITEMS = 3  # users with fewer items are in train only
 _ROWS_PER_PIECE = 65_536
 _USERS_PER_PIECE = 16_384
-
-
-class Options(FolderOptions):
-    """Folder of the raw files, and limits on the history of a train row."""
-
-    max_history: PositiveInt = 50  # newest items kept in a train row
-    min_history: int = Field(1, ge=0)  # train rows with fewer earlier items are left out
-    seed: int = Field(0, ge=0)  # has no effect: this source samples nothing
 
 
 def write(options: Options, writer: DatasetWriter) -> dict[str, Any]:

@@ -48,14 +48,13 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import duckdb
-from pydantic import Field
 
 from trec_twotower.data.sources.event_logs.event_log import write_log
-from trec_twotower.data.sources.event_logs.log_options import Moment
-from trec_twotower.data.sources.ratings import RatingOptions, load_ratings
+from trec_twotower.data.sources.public_options import ReviewOptions as Options
+from trec_twotower.data.sources.ratings import load_ratings
 from trec_twotower.data.sources.tables.event_files import (
     FILE_OF_ROW,
     LATEST_US,
@@ -102,24 +101,6 @@ class Layout:
 
 OF_2023 = Layout("user_id", "parent_asin", "timestamp", "rating", "verified_purchase", 1000, "milliseconds")
 OF_2018 = Layout("reviewerID", "asin", "unixReviewTime", "overall", "verified", 1, "seconds")
-
-
-class Options(RatingOptions):
-    """Files to read, reviews to keep, and the split.
-
-    The default dates are those of the benchmark published with the data.
-    """
-
-    category: str | None = None  # such as Books; default: all categories with files in the folder
-    verified_only: bool = False  # keep only reviews of verified purchases
-    metadata: bool = True  # false: items/ has only ids
-    all_items: bool = False  # also keep metadata items without a kept review (cold items)
-    description_chars: int = Field(1000, ge=0)  # maximum length of features plus description, in characters
-    min_user_events: int = Field(5, ge=1)
-    min_item_events: int = Field(5, ge=1)
-    split: Literal["leave-last-out", "time", "none"] = "time"
-    valid_from: Moment | None = 1628643414  # start of valid; default: 2021-08-11
-    test_from: Moment | None = 1658002729  # start of test; default: 2022-07-16
 
 
 def write(options: Options, writer: DatasetWriter) -> dict[str, Any]:

@@ -8,8 +8,8 @@ from typing import Any
 import duckdb
 
 from trec_twotower.data.sources.event_logs.event_log import Fault, refuse_faults, write_log
+from trec_twotower.data.sources.event_logs.log_options import ORDER
 from trec_twotower.data.sources.event_logs.options import IN_FILES, Options
-from trec_twotower.data.sources.event_logs.splits import ORDER
 from trec_twotower.data.sources.tables.event_files import (
     LATEST_S,
     LATEST_US,

@@ -18,14 +18,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import duckdb
-from pydantic import Field
 
 from trec_twotower.data.sources.event_logs.event_log import write_log
+from trec_twotower.data.sources.public_options import GoodbooksOptions as Options
 from trec_twotower.data.sources.ratings import (
-    RatingOptions,
     find_file,
     load_ratings,
     read_csv,
@@ -42,18 +41,6 @@ from trec_twotower.data.sources.tables.event_files import (
 )
 from trec_twotower.data.sources.writer import DatasetWriter
 from trec_twotower.errors import DataError, nearest
-
-
-class Options(RatingOptions):
-    """Threshold of positive ratings, and the optional files to read."""
-
-    split: Literal["leave-last-out", "none"] = "leave-last-out"
-    max_tags: int = Field(10, ge=0)  # number of most frequent shelves per book; 0 leaves them out
-    to_read: bool = False  # add the list `to_read` to users/
-
-    @property
-    def has_times(self) -> bool:
-        return False
 
 
 def write(options: Options, writer: DatasetWriter) -> dict[str, Any]:

@@ -10,10 +10,9 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from pydantic import Field
 
 from trec_twotower.data.sources.id_lines import IdLines, Published, check_published, read_id_lines
-from trec_twotower.data.sources.options import FolderOptions
+from trec_twotower.data.sources.public_options import GowallaOptions as Options
 from trec_twotower.data.sources.writer import DatasetWriter, list_column
 from trec_twotower.errors import DataError
 from trec_twotower.ops.ragged import offsets_of
@@ -26,14 +25,6 @@ PUBLISHED: Published = {
     ): {"users": 29_858, "items": 40_981, "train_interactions": 810_128, "test_interactions": 217_242}
 }
 _USERS_PER_PIECE = 16_384
-
-
-class Options(FolderOptions):
-    """Folder of the raw files, and the share of train held out for validation."""
-
-    valid_share: float = Field(0.2, ge=0, lt=1)  # share of each user's train items; 0 writes no valid split
-    valid_power: float = Field(0.0, ge=0, le=2)  # sampling weight: item interaction count to this power
-    seed: int = Field(7, ge=0)  # seed of the items held out for validation
 
 
 def write(options: Options, writer: DatasetWriter) -> dict[str, Any]:

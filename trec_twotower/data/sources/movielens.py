@@ -25,11 +25,10 @@ from pathlib import Path
 from typing import Any
 
 import duckdb
-from pydantic import Field
 
 from trec_twotower.data.sources.event_logs.event_log import write_log
+from trec_twotower.data.sources.public_options import MovielensOptions as Options
 from trec_twotower.data.sources.ratings import (
-    RatingOptions,
     find_file,
     load_ratings,
     read_csv,
@@ -98,12 +97,6 @@ OF_100K = Layout(
         "users": ("userId", "age", "gender", "occupation", "zip"),
     },
 )
-
-
-class Options(RatingOptions):
-    """Threshold of positive ratings, and the split."""
-
-    max_tags: int = Field(10, ge=0)  # number of most frequent tags per item; 0 leaves them out
 
 
 def write(options: Options, writer: DatasetWriter) -> dict[str, Any]:

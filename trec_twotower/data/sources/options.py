@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from trec_twotower.config.loading import parse_overrides
 from trec_twotower.errors import ConfigError, DataError, nearest
@@ -25,7 +25,7 @@ class SourceOptions(BaseModel):
 class FolderOptions(SourceOptions):
     """Base options of sources that read files."""
 
-    data_dir: Path | None = None  # folder of the raw files; default $TREC_TT_DATA/SOURCE
+    data_dir: Path | None = Field(None, description="folder of the raw files; without it, $TREC_TT_DATA/SOURCE")
 
     def folder(self, source: str) -> Path:
         """Return the folder of the raw files of `source`, which must exist."""

@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
 
 import duckdb
 
 from trec_twotower.data.sources.event_logs.event_log import Fault, refuse_faults
-from trec_twotower.data.sources.event_logs.log_options import LogOptions
-from trec_twotower.data.sources.options import FolderOptions
+from trec_twotower.data.sources.public_options import RatingOptions
 from trec_twotower.data.sources.tables.csv_files import CsvFiles, CsvLayout
 from trec_twotower.data.sources.tables.event_files import (
     Files,
@@ -23,14 +21,6 @@ from trec_twotower.data.sources.tables.event_files import (
 )
 from trec_twotower.data.sources.tables.table_columns import note
 from trec_twotower.errors import ConfigError, DataError, nearest
-
-
-class RatingOptions(FolderOptions, LogOptions):
-    """Threshold of positive ratings. Repeats of a user and an item are dropped by default."""
-
-    min_rating: float = 4.0  # lower ratings are neither positives nor in a history
-    dedupe: bool = True  # keep only the first event of the same user and item
-    split: Literal["leave-last-out", "time", "none"] = "leave-last-out"  # which events are held out
 
 
 def load_ratings(

@@ -9,6 +9,8 @@ from pydantic import BeforeValidator, Field, PositiveInt, model_validator
 
 from trec_twotower.data.sources.options import SourceOptions
 
+ORDER = "order of the event"  # internal column: orders events of equal time
+
 
 def _seconds(value: Any) -> Any:
     """Return a date or time as seconds since 1970. A time without a zone is UTC."""
@@ -31,17 +33,29 @@ Split = Literal["leave-last-out", "last-basket", "time", "position", "random", "
 class LogOptions(SourceOptions):
     """Filters and split of an event log."""
 
-    max_history: PositiveInt = 50  # newest items kept in a train row; valid and test rows keep all
-    min_history: int = Field(0, ge=0)  # train rows with fewer earlier items are left out
-    rows: Literal["event", "both"] = "event"  # both: also write train_users/, one row per user, for data.rows: user
-    split: Split = "leave-last-out"  # which events are held out for valid and test
-    hold_out: Literal["new", "any"] = "new"  # new: hold out only items without an earlier event of the user
-    valid_from: Moment | None = None  # split = time: start of valid, a date such as 2024-05-31 or seconds
-    test_from: Moment | None = None  # split = time: the same for test
-    min_user_events: PositiveInt = 1  # users with fewer events are dropped, until all users and items have enough
-    min_item_events: PositiveInt = 1  # items with fewer events are dropped, until all have enough
-    dedupe: bool = False  # keep only the first event of the same user and item
-    memory_gb: float = Field(4.0, ge=0.1)  # memory limit of DuckDB in GB; beyond it, it spills to disk
+    max_history: PositiveInt = Field(50, description="newest items kept in a train row; valid and test rows keep all")
+    min_history: int = Field(0, ge=0, description="train rows with fewer earlier items are left out")
+    rows: Literal["event", "both"] = Field(
+        "event", description="both: also write train_users/, one row per user, for data.rows: user"
+    )
+    split: Split = Field(
+        "leave-last-out",
+        description="what is held out for valid/ and test/: the last two items of each user (leave-last-out), all "
+        "events after a time (time), or nothing (none); docs/data.md describes the others",
+    )
+    hold_out: Literal["new", "any"] = Field(
+        "new", description="new: hold out only items without an earlier event of the user"
+    )
+    valid_from: Moment | None = Field(
+        None, description="split = time: the start of valid/, in seconds or as a date such as 2024-05-31"
+    )
+    test_from: Moment | None = Field(None, description="split = time: the start of test/, as valid_from")
+    min_user_events: PositiveInt = Field(
+        1, description="k-core: drop rare users and items until all have enough events"
+    )
+    min_item_events: PositiveInt = Field(1, description="the same for items")
+    dedupe: bool = Field(False, description="keep only the first event of the same user and item")
+    memory_gb: float = Field(4.0, ge=0.1, description="memory limit of DuckDB in GB; beyond it, it spills to disk")
 
     @model_validator(mode="after")
     def _split_fits(self) -> Self:

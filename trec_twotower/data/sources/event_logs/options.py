@@ -7,7 +7,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from trec_twotower.data.sources.event_logs.splits import ORDER
+from trec_twotower.data.sources.event_logs.log_options import ORDER
 from trec_twotower.data.sources.tables.table_options import TableName, TableOptions
 
 OURS = ("user_id", "item_id", "timestamp", "weight", "positives", "history")
@@ -17,23 +17,36 @@ IN_FILES = "file"  # order = file: the order of rows in the files
 class Options(TableOptions):
     """Files of the log, column names and split."""
 
-    events: str = Field(min_length=1)  # a file, a folder or a glob of Parquet, CSV or JSON lines
-    items: str | None = None  # the catalogue, same formats; default: the distinct items of the events
-    users: str | None = None  # static user features, same formats
-    user: str = "user_id"  # user id column of the events and of `users`
-    item: str = "item_id"  # item id column of the events and of `items`
-    timestamp: str | None = "timestamp"  # seconds since 1970, or TIMESTAMP; null: the log has no times
-    order: str | None = None  # a column that orders events of equal time; file: the order of rows in the files
-    weight: str | None = None  # event column stored as `weight` in train rows
-    context: tuple[str, ...] = ()  # further event columns to keep, known before the interaction
-    outcomes: tuple[str, ...] = ()  # columns known only after the interaction, kept as history_NAME
-    valid_share: float = Field(0.1, ge=0, lt=1)  # share of each user's items held out for valid; split = random only
-    test_share: float = Field(0.1, ge=0, lt=1)  # the same for test
-    seed: int = Field(0, ge=0, lt=2**63)  # seeds split = random and the order of tied events
-    rating: str | None = None  # event column of ratings; needs min_rating
-    min_rating: float | None = None  # events with a lower rating are left out
-    # What to do with ids of the events that have no row in `users` or `items`: keep them with nulls, or stop.
-    missing_rows: Literal["keep", "error"] = "keep"
+    events: str = Field(
+        min_length=1, description="a file, a folder or a glob ('raw/*.csv.gz') of Parquet, CSV or JSON lines"
+    )
+    items: str | None = Field(
+        None,
+        description="one row per item with its features, same formats; without it, the distinct items of the events",
+    )
+    users: str | None = Field(None, description="one row per user with its features, same formats")
+    user: str = Field("user_id", description="user id column of the events and of `users`")
+    item: str = Field("item_id", description="item id column of the events and of `items`")
+    timestamp: str | None = Field(
+        "timestamp", description="column of times: timestamps, dates or seconds since 1970; null: the log has no times"
+    )
+    order: str | None = Field(
+        None, description="a column that orders events of equal time; file: the order of rows in the files"
+    )
+    weight: str | None = Field(None, description="event column stored as `weight` in train rows")
+    context: tuple[str, ...] = Field((), description="further event columns to keep, known before the interaction")
+    outcomes: tuple[str, ...] = Field((), description="columns known only after the interaction, kept as history_NAME")
+    valid_share: float = Field(
+        0.1, ge=0, lt=1, description="share of each user's items held out for valid/; split = random only"
+    )
+    test_share: float = Field(0.1, ge=0, lt=1, description="the same for test/; split = random only")
+    seed: int = Field(0, ge=0, lt=2**63, description="seeds split = random and the order of tied events")
+    rating: str | None = Field(None, description="event column with ratings; with min_rating")
+    min_rating: float | None = Field(None, description="events with a lower rating are left out; with rating")
+    missing_rows: Literal["keep", "error"] = Field(
+        "keep",
+        description="error: refuse users and items of the events without a row in `users` or `items`; keep: with nulls",
+    )
 
     @model_validator(mode="after")
     def _columns_fit(self) -> Self:

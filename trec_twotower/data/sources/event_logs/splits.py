@@ -14,12 +14,11 @@ import pyarrow.compute as pc
 
 from trec_twotower.data.arrow_types import one_chunk
 from trec_twotower.data.dataset import SERVING
-from trec_twotower.data.sources.event_logs.log_options import LogOptions
+from trec_twotower.data.sources.event_logs.log_options import ORDER, LogOptions
 from trec_twotower.data.sources.writer import DatasetWriter, list_column
 from trec_twotower.ops.hashing import id_keys, uniform
 from trec_twotower.ops.ragged import offsets_of
 
-ORDER = "order of the event"  # internal column: orders events of equal time
 MIN_CANDIDATES = 3  # events that may be held out; a user with fewer is in train only
 MIN_BASKETS = 2  # minimum baskets of a user for a test row; a valid row needs one more
 _VALUES_PER_PIECE = 4_000_000  # list elements in memory at a time

@@ -15,17 +15,19 @@ MIN_EVENTS = 3  # per user: one for train, one for valid, one for test
 class Options(SourceOptions):
     """Size and seed of the synthetic dataset."""
 
-    users: PositiveInt = 20_000  # number of users; `rows` sets it as well
-    items: int = Field(5_000, ge=10)  # number of items
-    clusters: int = Field(50, ge=2)  # number of clusters of users and items
-    events_per_user: float = Field(12.0, ge=MIN_EVENTS)  # the mean; at least 3 per user if there are enough items
-    rows: PositiveInt | None = None  # approximate number of train rows: sets users
-    seed: int = Field(0, ge=0)  # seed of the whole dataset
-    countries: int = Field(12, ge=1, le=len(COUNTRIES))  # number of countries in users/
-    new_items: float = Field(0.05, ge=0, lt=1)  # share of items that no train row has; cold items of valid and test
-    max_history: PositiveInt = 50  # newest items kept in a train row
-    min_history: int = Field(0, ge=0)  # train rows with fewer earlier items are left out
-    rows_per_piece: PositiveInt = 131_072  # events generated at a time; does not affect the output
+    users: PositiveInt = Field(20_000, description="number of users")
+    items: int = Field(5_000, ge=10, description="number of items")
+    clusters: int = Field(50, ge=2, description="number of clusters of users and items")
+    events_per_user: float = Field(
+        12.0, ge=MIN_EVENTS, description="the mean; at least 3 per user if there are enough items"
+    )
+    rows: PositiveInt | None = Field(None, description="approximate number of train rows: sets users")
+    seed: int = Field(0, ge=0, description="seed of all that is generated")
+    countries: int = Field(12, ge=1, le=len(COUNTRIES), description="number of countries of the users")
+    new_items: float = Field(0.05, ge=0, lt=1, description="share of items that only valid/ and test/ have: cold items")
+    max_history: PositiveInt = Field(50, description="newest items kept in a train row")
+    min_history: int = Field(0, ge=0, description="train rows with fewer earlier items are left out")
+    rows_per_piece: PositiveInt = Field(131_072, description="events generated at a time; does not affect the output")
 
     @model_validator(mode="after")
     def _fits(self) -> Self:

@@ -107,32 +107,53 @@ class TableOptions(LogOptions):
 
     verbatim = frozenset({"where", "time_format", "separator", "quote", "decimal", "types", "lists"})
 
-    # Per table: csv, json or parquet; default: by the ending of the files.
-    format: Annotated[dict[TableName, Literal["parquet", "csv", "json"]], ForEveryTable] = Field(default_factory=dict)
-    # Per table: what separates the columns of CSV: 1 to 4 bytes, or tab, comma, semicolon, pipe, space; default: by the
-    # names in the first line.
-    separator: Annotated[dict[TableName, Separator], ForEveryTable] = Field(default_factory=dict)
-    # Per table: the quote of CSV, or none; default: ".
+    format: Annotated[dict[TableName, Literal["parquet", "csv", "json"]], ForEveryTable] = Field(
+        default_factory=dict, description="parquet, csv or json; per table; without it, by the ending of the name"
+    )
+    separator: Annotated[dict[TableName, Separator], ForEveryTable] = Field(
+        default_factory=dict,
+        description="what separates the columns of CSV: 1 to 4 bytes, or tab, comma, semicolon, pipe, space; "
+        "per table; without it, by the first line",
+    )
     quote: Annotated[dict[TableName, Annotated[str, AfterValidator(_quote)]], ForEveryTable] = Field(
-        default_factory=dict
+        default_factory=dict, description="the quoting character of CSV, or none; per table; without it, a double quote"
     )
-    # Per table: whether the first line of CSV has the names; default: true, with `columns` false.
-    header: Annotated[dict[TableName, bool], ForEveryTable] = Field(default_factory=dict)
-    # Per table: names of the columns of CSV files without names; a list alone is that of the events.
-    columns: Annotated[dict[TableName, tuple[str, ...]], BeforeValidator(_for_events)] = Field(default_factory=dict)
-    # Per table: encoding of text, any that Python knows; default: utf-8.
+    header: Annotated[dict[TableName, bool], ForEveryTable] = Field(
+        default_factory=dict,
+        description="whether the first line of CSV holds the names; per table; without it, true unless columns is set",
+    )
+    columns: Annotated[dict[TableName, tuple[str, ...]], BeforeValidator(_for_events)] = Field(
+        default_factory=dict, description="names of the columns of CSV files without names; per table"
+    )
     encoding: Annotated[dict[TableName, Annotated[str, AfterValidator(_encoding)]], ForEveryTable] = Field(
-        default_factory=dict
+        default_factory=dict,
+        description="encoding of CSV and JSON, such as latin-1, cp1252 or utf-16; per table; without it, utf-8",
     )
-    null: Annotated[tuple[str, ...], BeforeValidator(_null_words)] = ()  # values of CSV that mean null, next to none
-    decimal: Annotated[Literal[".", ","], BeforeValidator(_decimal)] = "."  # decimal sign of numbers: point or comma
-    # Types of text columns: text, integer, number, boolean, time or a time format; default: by all rows.
-    types: dict[str, Annotated[str, AfterValidator(_type)]] = Field(default_factory=dict)
-    lists: dict[str, Separator] = Field(default_factory=dict)  # text columns that are lists, with their separators
-    # Form of times in text as for strptime, such as %d/%m/%Y %H:%M.
-    time_format: Annotated[str, AfterValidator(check_time_format)] | None = None
-    time_unit: Literal["s", "ms", "us", "ns"] | None = None  # unit of times that are numbers; default: by all rows
-    where: str | None = Field(None, min_length=1)  # SQL condition on the columns of the events; others are left out
+    null: Annotated[tuple[str, ...], BeforeValidator(_null_words)] = Field(
+        (), description="words of CSV that mean null, in addition to empty cells"
+    )
+    decimal: Annotated[Literal[".", ","], BeforeValidator(_decimal)] = Field(
+        ".", description="decimal sign of numbers in text: point or comma"
+    )
+    types: dict[str, Annotated[str, AfterValidator(_type)]] = Field(
+        default_factory=dict,
+        description="types of columns: text, integer, number, boolean, time or a time format, as types.zip=text; "
+        "without it, by all rows",
+    )
+    lists: dict[str, Separator] = Field(
+        default_factory=dict, description="text columns that are lists, with their separators, as lists.genres=pipe"
+    )
+    time_format: Annotated[str, AfterValidator(check_time_format)] | None = Field(
+        None, description="form of times in text, as %d/%m/%Y %H:%M"
+    )
+    time_unit: Literal["s", "ms", "us", "ns"] | None = Field(
+        None, description="unit of times that are numbers; without it, by all rows"
+    )
+    where: str | None = Field(
+        None,
+        min_length=1,
+        description="SQL condition on the columns of the events, such as click = 1; other rows are left out",
+    )
 
     def named_columns(self, table: TableName) -> list[str]:
         """Return the columns that the options name for this table."""
