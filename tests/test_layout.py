@@ -35,9 +35,9 @@ MAX_FUNCTION_LINES = 80
 CEILINGS = {
     "commands": 960,
     "config": 2680,
-    "data": 12500,
+    "data": 12600,
     "distributed": 880,
-    "evaluation": 1960,
+    "evaluation": 2010,
     "index": 2640,
     "inference": 860,
     "model": 3050,

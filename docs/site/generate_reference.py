@@ -3,7 +3,7 @@
     python docs/site/generate_reference.py            # writes both pages
     python docs/site/generate_reference.py --check    # exits with 1 if a page is out of date
 
-The meaning of a setting is the comment at its field: on its line, or on the lines directly above it.
+The meaning of a setting is the `description` of its field, or the comment at it: on its line, or directly above it.
 """
 
 from __future__ import annotations
@@ -122,12 +122,13 @@ def comments_of(path: Path) -> dict[str, dict[str, str]]:
 
 
 def meaning_of(model: type[BaseModel], name: str) -> str:
-    """Return the comment at a field, where it was declared last with one; empty without a comment."""
+    """Return the description of a field, or the comment at it, where it was declared last with one; empty without."""
     for each in model.__mro__:
         if each in (BaseModel, object) or name not in inspect.get_annotations(each):
             continue
-        path = inspect.getsourcefile(each)
-        text = comments_of(Path(path)).get(each.__name__, {}).get(name) if path else None
+        text = each.model_fields[name].description
+        if not text and (path := inspect.getsourcefile(each)):
+            text = comments_of(Path(path)).get(each.__name__, {}).get(name)
         if text:
             return text
     return ""
@@ -420,7 +421,7 @@ def sentence(text: str) -> str:
 
 def command_section(name: str, parser: argparse.ArgumentParser) -> list[str]:
     actions = [each for each in parser._actions if not isinstance(each, argparse._HelpAction)]
-    help_text = SUBCOMMANDS[name][0]
+    help_text = SUBCOMMANDS[name].help
     parts = [f"## {name}", sentence(help_text), f"    {usage(name, actions)}"]
     if name in ON_RANKS:
         parts.append(f"Runs on several ranks by `trec-twotower launch --ranks N {name} ...`.")
@@ -448,7 +449,7 @@ def source_sections() -> list[str]:
 def command_line() -> str:
     """Return the page of all commands."""
     parsers = subparsers(build_parser(COMMANDS))
-    rows = [(f"[{name}](#{name})", SUBCOMMANDS[name][0]) for name in parsers]
+    rows = [(f"[{name}](#{name})", SUBCOMMANDS[name].help) for name in parsers]
     parts = [CLI_HEAD.strip(), table(("command", "does"), rows)]
     for name, parser in parsers.items():
         parts += command_section(name, parser)

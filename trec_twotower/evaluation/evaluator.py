@@ -228,12 +228,7 @@ def evaluate_run(
         figures["sampled"] = _sampled(evaluator, vectors_by_method)
     best = loaded.sources.dataset.description.get("best_reachable")
     if best is not None and best.get("split", "test") == split:
-        figures["metrics"][REACHABLE] = {name: value for name, value in best.items() if "@" in name and " " not in name}
-        for label, part in figures["slices"].get("tail", {}).items():  # "recall@10 of cold" and so on
-            of_part = f" of {label.split(' ')[0]}"
-            part["metrics"][REACHABLE] = {
-                name.removesuffix(of_part): value for name, value in best.items() if name.endswith(of_part)
-            }
+        _add_reachable(figures, best)
     result = {
         "split": split,
         "step": loaded.step,
@@ -257,6 +252,15 @@ def evaluate_run(
         what = f"{error.strerror or error} (the evaluation above is complete, but this file is not written)"
         raise OSError(error.errno, what, error.filename) from error
     return table
+
+
+def _add_reachable(figures: dict[str, Any], best: dict[str, Any]) -> None:
+    """Add the metrics of the best possible ranking to those of the methods, and to the slice by interactions."""
+    figures["metrics"][REACHABLE] = {name: value for name, value in best.items() if "@" in name and " " not in name}
+    for label, part in figures["slices"].get("tail", {}).items():  # "recall@10 of cold" and so on
+        suffix = f" of {label.split(' ')[0]}"
+        of_part = {name.removesuffix(suffix): value for name, value in best.items() if name.endswith(suffix)}
+        part["metrics"][REACHABLE] = of_part
 
 
 def _sampled(evaluator: Evaluator, vectors_by_method: dict[str, tuple[np.ndarray, np.ndarray]]) -> dict[str, Any]:

@@ -110,7 +110,8 @@ def _training(run: Run) -> dict[str, Any]:
         with _check_format(status_path, "train again."):
             text = f"{status['step']:,} of {status['of_steps']:,} steps, {status['reason']}"
             if "train_s" in status:
-                text += f"; {status['train_s']:,.0f} s on {status['num_ranks']} ranks"
+                ranks = "1 rank" if status["num_ranks"] == 1 else f"{status['num_ranks']:,} ranks"
+                text += f"; {status['train_s']:,.0f} s on {ranks}"
                 text += f", {status['rows_per_s']:,.0f} rows/s"
     return {"curves": curves, "status": text}
 

@@ -148,7 +148,7 @@ class Tables:
 
 
 def _running(values: np.ndarray, offsets: np.ndarray) -> np.ndarray:
-    """Return running sums that begin anew with each list."""
+    """Return the running sums of each list."""
     total = np.append(0, np.cumsum(values))
     return total[1:] - np.repeat(total[offsets[:-1]], np.diff(offsets))
 
