@@ -41,7 +41,7 @@ item:
   similarity: cosine
 loss:
   temperature: 0.1
-  negatives: {{in_batch: true, sampled: {sampled}}}  # corrected by sampling probability (logQ)
+  negatives: {{in_batch: true, sampled: {sampled}}}  # logQ-corrected; sampled: 0 to recommend new items
 train:
   epochs: 5
   optimizer: {{sparse: rowwise_adagrad, lr: 0.05, dense_lr: 2.0e-3, schedule: linear}}
