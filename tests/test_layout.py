@@ -44,7 +44,7 @@ CEILINGS = {
     "ops": 940,
     "serving": 1320,
     "storage": 1280,
-    "training": 4480,
+    "training": 4600,
 }
 HEAVY = {"torch", "torchrec", "fbgemm_gpu", "tensordict"}
 # Offline jobs on Spark or Ray hash and read features where torch is not installed.

@@ -98,7 +98,10 @@ def installed_versions() -> dict[str, str]:
     """Return the version of every installed distribution by its normalized name."""
     versions: dict[str, str] = {}
     for distribution in importlib.metadata.distributions():
-        metadata: Any = distribution.metadata  # None or empty where pip was interrupted
+        try:
+            metadata: Any = distribution.metadata  # None or empty where pip was interrupted
+        except FileNotFoundError:  # the same from the backport importlib_metadata, once a package has imported it
+            continue
         if metadata and metadata["Name"] and metadata["Version"]:
             versions.setdefault(normalized(metadata["Name"]), metadata["Version"])
     return versions

@@ -442,6 +442,7 @@ OTHER = {
     "train.compile": (True, True),
     "train.profile_steps": (3, False),
     "train.log_every": (1, False),
+    "train.log_to": (["tensorboard", "mlflow"], False),
     "train.evaluate_every": (7, False),
     "train.timeout_s": (60, False),
     "train.first_timeout_s": (60, False),

@@ -754,7 +754,7 @@ def test_the_log_keeps_whole_lines_up_to_its_step(lone_rank, small_world, tmp_pa
     log.write(3, "train", {"loss": 9.0})
     log.close()
     assert [(line["step"], line["loss"]) for line in lines(run.folder)] == [(1, 1.0), (2, 0.5), (3, 9.0)]
-    board = EventAccumulator(str(log.board_folder))
+    board = EventAccumulator(str(run.folder / "tensorboard"))
     board.Reload()
     assert [(point.step, point.value) for point in board.Scalars("train/loss")] == [(1, 1.0), (2, 0.5), (3, 9.0)]
 

@@ -73,6 +73,8 @@ class TrainConfig(Settings):
     compile: bool = False  # compile the towers with torch.compile
     profile_steps: NonNegativeInt = 0  # steps to trace into RUN/profile, after a few to warm up
     log_every: PositiveInt = 20  # steps between log lines
+    # Experiment trackers besides metrics.jsonl; mlflow and wandb are extras of the package.
+    log_to: tuple[Literal["tensorboard", "mlflow", "wandb"], ...] = ("tensorboard",)
     evaluate_every: PositiveInt | None = None  # steps between evaluations; default: one per epoch
     timeout_s: PositiveInt = 300  # limit of a collective, after which the job ends
     first_timeout_s: PositiveInt = 900  # limit until the first step is done, because ranks start at different times

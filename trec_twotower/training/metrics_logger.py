@@ -1,4 +1,4 @@
-"""Metrics of a training: metrics.jsonl, TensorBoard, and the lines it prints."""
+"""Metrics of a training: metrics.jsonl, the trackers, and the lines it prints."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from trec_twotower.config.run_config import binding
 from trec_twotower.data.loading.streaming import TrainData
 from trec_twotower.distributed.host_memory import resident_bytes
 from trec_twotower.distributed.ranks import Ranks
@@ -18,20 +19,19 @@ from trec_twotower.model.two_tower import TwoTower
 from trec_twotower.storage.atomic import naming, write_file
 from trec_twotower.training.checkpoints.trainer_state import Stopwatch, TrainerState
 from trec_twotower.training.collapse_guard import CollapseGuard, Finding
+from trec_twotower.training.diagnostics.trackers import TRACKERS
 from trec_twotower.training.optimizer import RunOptimizer
 from trec_twotower.training.run_dir import Run
 
 
 class RunLog:
-    """metrics.jsonl and TensorBoard of a run, written by the first rank; a resumed run continues after its step."""
+    """metrics.jsonl and the trackers of a run, written by the first rank; a resumed run continues after its step."""
 
     def __init__(self, run: Run, ranks: Ranks, step: int) -> None:
         self.path = run.folder / "metrics.jsonl"
         self.is_written = ranks.is_first
         if not self.is_written:
             return
-        from torch.utils.tensorboard import SummaryWriter
-
         if self.path.is_file():
             whole = self.path.read_text().split("\n")[:-1]  # a line that was cut short has no newline
             lines = [line for line in whole if json.loads(line)["step"] <= step]
@@ -39,9 +39,8 @@ class RunLog:
         # An open file belongs to this run even if the directory is moved and replaced by another.
         self._file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         self._close = weakref.finalize(self, os.close, self._file)
-        self.board_folder = run.folder / "tensorboard"
-        with naming(self.board_folder):
-            self.board = SummaryWriter(str(self.board_folder), purge_step=step + 1)
+        settings = binding(run.config)
+        self.trackers = [TRACKERS[name](run.folder, settings, step) for name in run.config.train.log_to]
 
     def write(self, step: int, kind: str, values: Mapping[str, float | Histogram]) -> None:
         """Write one line, such as {"step": 20, "kind": "train", "loss": 6.1}; a histogram as its edges and counts."""
@@ -54,15 +53,8 @@ class RunLog:
             for name, value in values.items()
         }
         self._append({"step": step, "kind": kind, **plain})
-        if not self.board_folder.is_dir():  # moved: TensorBoard's thread opens its file by name, and would raise
-            return
-        with naming(self.board_folder):
-            for name, value in values.items():
-                if isinstance(value, Histogram):
-                    self._add_histogram(f"{kind}/{name}", value, step)
-                else:
-                    self.board.add_scalar(f"{kind}/{name}", value, step)
-            self.board.flush()
+        for tracker in self.trackers:
+            tracker.log(step, {f"{kind}/{name}": value for name, value in values.items()})
 
     def note(self, step: int, kind: str, facts: Mapping[str, Any]) -> None:
         """Write one line of values that are not metrics, such as where the first weights are from."""
@@ -78,30 +70,15 @@ class RunLog:
         return [line for line in lines if line["kind"] == "warning"] + last
 
     def close(self) -> None:
-        """Close both files."""
+        """Close the file and the trackers."""
         if self.is_written:
             self._close()
-            with naming(self.board_folder):
-                self.board.close()
+            for tracker in self.trackers:
+                tracker.close()
 
     def _append(self, line: Mapping[str, Any]) -> None:
         with naming(self.path):
             os.write(self._file, (json.dumps(line) + "\n").encode())
-
-    def _add_histogram(self, name: str, histogram: Histogram, step: int) -> None:
-        edges, counts = histogram.edges, histogram.counts
-        middle = (edges[1:] + edges[:-1]) / 2
-        self.board.add_histogram_raw(
-            name,
-            min=edges[0],
-            max=edges[-1],
-            num=counts.sum(),
-            sum=(counts * middle).sum(),
-            sum_squares=(counts * middle**2).sum(),
-            bucket_limits=edges[1:].tolist(),
-            bucket_counts=counts.tolist(),
-            global_step=step,
-        )
 
 
 class MetricsLogger:
