@@ -24,8 +24,8 @@ from trec_twotower.errors import ConfigError
 # Settings that may change when a run is resumed, because they change neither batches nor weights.
 _FREE_SETTINGS = """
     train.epochs train.log_every train.log_to train.evaluate_every train.timeout_s train.first_timeout_s
-    train.max_failures train.threads train.device train.profile_steps train.pipeline checkpoint evaluate index run_dir data.dataset
-    data.prefetch data.threads data.cache data.cache_gb
+    train.max_failures train.threads train.device train.profile_steps train.pipeline
+    checkpoint evaluate index run_dir data.dataset data.prefetch data.threads data.cache data.cache_gb
 """
 _FREE = frozenset(_FREE_SETTINGS.split())
 _PLACEMENT = (".sharding", ".shard_columns", ".kernel", ".cache_share")  # settings of a table that may change, too
